@@ -1,0 +1,54 @@
+"""Write plans for the ViT: nnU-Net's plans with a `vit_mae` block, on the same preprocessed files."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from nnunet_vit_mae.cli.arguments import add_plan_arguments, parser_for, positive_float, positive_int
+from nnunet_vit_mae.errors import exit_on_user_error
+from nnunet_vit_mae.presets import DECODERS, SIZES
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `mae3d_plan`."""
+    parser = parser_for("mae3d_plan", __doc__)
+    add_plan_arguments(parser)
+    parser.add_argument("-o", dest="output", required=True, metavar="NAME", help="name of the plans to write")
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="a recipe of ours, or a JSON file with a partial block")
+    parser.add_argument("--size", choices=SIZES, help="size of the ViT")
+    parser.add_argument("--decoder", choices=DECODERS, help="segmentation decoder; follows the token if not given")
+    parser.add_argument("--token", nargs="+", type=positive_int, metavar="N", help="voxels: one number, or three (z y x)")
+    parser.add_argument("--epochs", type=positive_int, help="of fine-tuning and of nnUNetTrainerBaseline")
+    parser.add_argument("--iterations", type=positive_int, help="per epoch, likewise")
+    parser.add_argument("--batch_size", type=positive_int, help="of fine-tuning (the baseline keeps nnU-Net's)")
+    parser.add_argument("--lr", type=positive_float, help="of fine-tuning")
+    args = parser.parse_args(argv)
+    if args.token and len(args.token) not in (1, 3):
+        parser.error(f"--token takes one number or three (z y x), but {len(args.token)} were given")
+
+    from nnunet_vit_mae.nnunet.folders import find_dataset
+    from nnunet_vit_mae.nnunet.plans import load_plan, read_recipe, write_plans
+
+    source = load_plan(find_dataset(args.dataset), args.plans, args.configuration)
+    changes = _over(read_recipe(args.recipe) if args.recipe else {}, _changes(args))
+    file, settings = write_plans(source, args.output, changes)
+    for section, values in settings.to_dict().items():
+        print(f"{section:12} " + "  ".join(f"{key} {value}" for key, value in values.items()))
+    print(f"Wrote {file}. Use it with -p {args.output}.")
+
+
+def _changes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The block that the flags spell out; flags that were not given are left out."""
+    token = args.token and (args.token * 3 if len(args.token) == 1 else args.token)
+    network = {"size": args.size, "token": token, "decoder": args.decoder}
+    names = ("epochs", "iterations", "batch_size", "lr")
+    block = {"network": network, "finetuning": {name: getattr(args, name) for name in names}}
+    return {section: {k: v for k, v in values.items() if v is not None} for section, values in block.items()}
+
+
+def _over(recipe: dict[str, Any], flags: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The recipe with the flags' values over its own."""
+    return recipe | {section: recipe.get(section, {}) | values for section, values in flags.items()}

@@ -1,0 +1,35 @@
+"""Preprocess the unlabelled images (imagesUn) of a data set with nnU-Net's own preprocessor and plans."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from nnunet_vit_mae.cli.arguments import add_plan_arguments, parser_for, positive_int
+from nnunet_vit_mae.errors import exit_on_user_error
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `mae3d_preprocess`; the exit code is 2 when a case could not be preprocessed."""
+    parser = parser_for("mae3d_preprocess", __doc__)
+    add_plan_arguments(parser)
+    parser.add_argument("-np", dest="processes", type=positive_int, default=4, metavar="N", help="processes")
+    args = parser.parse_args(argv)
+
+    from tqdm import tqdm
+
+    from nnunet_vit_mae.nnunet.folders import find_dataset
+    from nnunet_vit_mae.nnunet.plans import load_plan
+    from nnunet_vit_mae.nnunet.preprocessing import preprocess_unlabelled, raw_unlabelled_cases
+
+    plan = load_plan(find_dataset(args.dataset), args.plans, args.configuration)
+    to_do, outcomes = preprocess_unlabelled(plan, args.processes)
+    failed = [outcome for outcome in tqdm(outcomes, total=to_do, unit="case") if outcome.problem]
+
+    total = len(raw_unlabelled_cases(plan))
+    print(f"{total - len(failed)} of {total} unlabelled cases are in {plan.unlabelled_folder} ({to_do} were to do).")
+    for outcome in sorted(failed, key=lambda outcome: outcome.case):
+        print(f"Not preprocessed: {outcome.case} {outcome.problem}.", file=sys.stderr)
+    if failed:
+        sys.exit(2)

@@ -1,0 +1,47 @@
+"""Pre-train the ViT encoder by masked autoencoding on a data set's training and unlabelled images."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+
+from nnunet_vit_mae.cli.arguments import add_plan_arguments, parser_for, positive_float, positive_int
+from nnunet_vit_mae.errors import UserError, exit_on_user_error
+from nnunet_vit_mae.presets import Pretraining
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `mae3d_pretrain`."""
+    parser = parser_for("mae3d_pretrain", __doc__)
+    add_plan_arguments(parser)
+    parser.add_argument("-f", dest="fold", default="all", help="training cases of one fold (0 to 4), or all of them")
+    parser.add_argument("--epochs", type=positive_int, help="passes over the cases (default: the plans')")
+    parser.add_argument("--mask_ratio", type=positive_float, help="share of hidden tokens (default: the plans')")
+    parser.add_argument("--batch_size", type=positive_int, help="volumes per step (default: the plans')")
+    parser.add_argument("--lr", type=positive_float, help="peak learning rate (default: the plans' base_lr x batch / 256)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, crops and masks")
+    parser.add_argument("--c", dest="resume", action="store_true", help="continue from the last saved state")
+    parser.add_argument("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="where to train")
+    args = parser.parse_args(argv)
+
+    def change(protocol: Pretraining) -> Pretraining:
+        flags = {name: getattr(args, name) for name in ("epochs", "mask_ratio", "batch_size")}
+        protocol = dataclasses.replace(protocol, **{name: value for name, value in flags.items() if value is not None})
+        return protocol if args.lr is None else protocol.with_lr(args.lr)
+
+    import torch
+
+    from nnunet_vit_mae.nnunet.folders import find_dataset
+    from nnunet_vit_mae.nnunet.plans import load_plan
+    from nnunet_vit_mae.nnunet.pretraining import pretrain
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("-device cuda was asked for, but torch finds no GPU here: use -device cpu, or repair the driver.")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    plan = load_plan(find_dataset(args.dataset), args.plans, args.configuration)
+    encoder = pretrain(
+        plan, args.fold, change=change, seed=args.seed, device=torch.device(args.device), resume=args.resume
+    )
+    print(f"Wrote {encoder}.")

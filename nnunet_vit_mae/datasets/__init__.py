@@ -1,0 +1,1 @@
+"""Data sets made by this package: synthetic phantoms for the demonstration and the tests."""

@@ -1,0 +1,30 @@
+"""One exception for everything that the user can mend, and the one place that turns it into an exit code."""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. The message is one sentence: what is wrong, where, and what to do."""
+
+
+def exit_on_user_error(function: Callable[P, R]) -> Callable[P, R]:
+    """Print a `UserError` to stderr and exit with code 2, without a traceback; let everything else through.
+
+    Our commands are wrapped by this, and so are the methods that nnU-Net's own commands call on our trainers.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except UserError as error:
+            print(f"Error: {error}", file=sys.stderr)  # noqa: T201
+            sys.exit(2)
+
+    return wrapped

@@ -1,0 +1,40 @@
+"""Files that are either whole or not there: everything is written beside its place and then renamed into it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nnunet_vit_mae.errors import UserError
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Give a temporary path to write to, and rename it to `file` when the block ends without an error."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{os.getpid()}.{file.name}")  # the suffix stays: some writers choose a format by it
+    try:
+        yield temporary
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(content: Any, file: Path) -> None:
+    """Write JSON as nnU-Net does (indented, in the order given)."""
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(content, indent=4) + "\n")
+
+
+def read_json(file: Path) -> Any:
+    """Read JSON; raises `UserError` when the file is missing or not JSON."""
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing.") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not valid JSON ({error}).") from None

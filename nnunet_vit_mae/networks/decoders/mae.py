@@ -1,0 +1,49 @@
+"""The light transformer decoder of masked autoencoding, and the segmentation decoder made of it (ViTiac, 2.2, 2.3)."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nnunet_vit_mae.networks.positions import sine_cosine_positions
+from nnunet_vit_mae.networks.tokenizer import Triple, unpatchify
+from nnunet_vit_mae.networks.transformer import Transformer
+
+
+class TokenDecoder(nn.Module):
+    """Encoded tokens (and blanks for those that were hidden) to one vector per token."""
+
+    def __init__(self, in_width: int, transformer: Transformer, *, width: int, outputs: int):
+        super().__init__()
+        self.width = width
+        self.embed = nn.Linear(in_width, width)
+        self.transformer = transformer
+        self.head = nn.Linear(width, outputs)
+
+    def forward(
+        self,
+        encoded: Float[Tensor, "b k d"],
+        positions: Float[Tensor, "*b n e"],
+        blanks: Float[Tensor, "b m e"] | None = None,
+    ) -> Float[Tensor, "b m_or_n outputs"]:
+        """Decode the tokens in the order given, blanks last; with blanks, only theirs are returned (n = k + m)."""
+        tokens = self.embed(encoded)
+        if blanks is None:
+            return self.head(self.transformer(tokens + positions))
+        tokens = torch.cat([tokens, blanks.to(tokens.dtype)], dim=1) + positions
+        return self.head(self.transformer(tokens)[:, encoded.shape[1] :])
+
+
+class MAEDecoder(nn.Module):
+    """The pre-training decoder for segmentation: no mask token, and a last layer with an output per voxel and class."""
+
+    def __init__(self, decoder: TokenDecoder, *, token: Triple, classes: int):
+        super().__init__()
+        self.decoder = decoder
+        self.token, self.classes = token, classes
+
+    def forward(self, tokens: Float[Tensor, "b n d"], grid: Triple) -> Float[Tensor, "b classes z y x"]:
+        logits = self.decoder(tokens, sine_cosine_positions(grid, self.decoder.width, tokens.device))
+        return unpatchify(rearrange(logits, "b n (c v) -> b n c v", c=self.classes), grid, self.token)

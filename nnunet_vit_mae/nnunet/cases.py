@@ -1,0 +1,72 @@
+"""Which preprocessed cases pre-training may see: fold hygiene lives here. Test images are never read."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.files import read_json, write_json
+from nnunet_vit_mae.nnunet.plans import Plan
+from nnunet_vit_mae.nnunet.preprocessing import raw_unlabelled_cases
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A preprocessed image: its name, and nnU-Net's `.b2nd` file (c z y x)."""
+
+    name: str
+    file: Path
+
+
+def pretraining_cases(plan: Plan, fold: str) -> list[Case]:
+    """The training cases of a fold (a number, or `all`) and the whole unlabelled pool, sorted by name.
+
+    Raises `UserError` when there is nothing preprocessed or no such fold.
+    """
+    labelled = _in_folder(plan.preprocessed_folder)
+    if not labelled:
+        raise UserError(
+            f"There are no preprocessed cases in {plan.preprocessed_folder}: "
+            f"run nnUNetv2_preprocess -d {plan.dataset.id} -c {plan.name} first."
+        )
+    if fold != "all":
+        training = set(training_names(plan, fold, [case.name for case in labelled]))
+        labelled = [case for case in labelled if case.name in training]
+    return labelled + _unlabelled_pool(plan)
+
+
+def training_names(plan: Plan, fold: str, names: list[str]) -> list[str]:
+    """Training cases of a fold from `splits_final.json`; it is made exactly as nnU-Net makes it when it is not there."""
+    file = plan.dataset.preprocessed / "splits_final.json"
+    if not file.is_file():
+        write_json(generate_crossval_split(sorted(names), seed=12345, n_splits=5), file)
+    splits = read_json(file)
+    if not fold.isdigit() or int(fold) >= len(splits):
+        raise UserError(f"-f {fold} is neither 'all' nor one of the {len(splits)} folds in {file} (counted from 0).")
+    return splits[int(fold)]["train"]
+
+
+def _unlabelled_pool(plan: Plan) -> list[Case]:
+    pool = _in_folder(plan.unlabelled_folder)
+    missing = len(raw_unlabelled_cases(plan)) - len(pool)
+    if missing > 0:
+        logger.warning(
+            "%d unlabelled images in %s are not preprocessed and will not be seen: run mae3d_preprocess -d %s first.",
+            missing,
+            plan.dataset.raw / "imagesUn",
+            plan.dataset.id,
+        )
+    return pool
+
+
+def _in_folder(folder: Path) -> list[Case]:
+    if not folder.is_dir():
+        return []
+    return [Case(name, folder / f"{name}.b2nd") for name in sorted(nnUNetDatasetBlosc2.get_identifiers(str(folder)))]

@@ -1,0 +1,66 @@
+"""Where nnU-Net keeps a data set, and where we put what nnU-Net has no place for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
+from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+
+from nnunet_vit_mae.errors import UserError
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One data set of nnU-Net: `DatasetXXX_Name` and its three folders (which need not exist yet)."""
+
+    name: str
+    raw: Path
+    preprocessed: Path
+    results: Path
+
+    @property
+    def id(self) -> str:
+        """The three digits that `-d` takes."""
+        return self.name[len("Dataset") :].split("_")[0]
+
+    def plans_file(self, plans_name: str) -> Path:
+        """The plans that `-p` names."""
+        return self.preprocessed / f"{plans_name}.json"
+
+    def pretraining_folder(self, plans_name: str, configuration: str, fold: str) -> Path:
+        """Where `mae3d_pretrain` writes, named like nnU-Net's own result folders."""
+        return self.results / f"mae3d_pretrain__{plans_name}__{configuration}" / f"fold_{fold}"
+
+    def encoder_file(self, plans_name: str, configuration: str, fold: str) -> Path:
+        """The pre-trained encoder of one fold, or of `all`."""
+        return self.pretraining_folder(plans_name, configuration, fold) / "encoder.safetensors"
+
+
+def find_dataset(id_or_name: str) -> Dataset:
+    """The data set that `-d` names, by number (`505`) or by name (`Dataset505_MandibleCT`).
+
+    Raises `UserError` when one of nnU-Net's variables is not set or when no data set, or several, fit.
+    """
+    roots = {path.env_var_name: path for path in (nnUNet_raw, nnUNet_preprocessed, nnUNet_results)}
+    missing = [name for name, path in roots.items() if not path.is_set()]
+    if missing:
+        raise UserError(f"The environment variable {', '.join(missing)} is not set: set nnU-Net's three folders first.")
+    raw, preprocessed, results = (Path(os.fspath(path)) for path in roots.values())
+
+    name = id_or_name if id_or_name.startswith("Dataset") else _name_of_number(id_or_name)
+    if not (raw / name).is_dir() and not (preprocessed / name).is_dir():
+        raise UserError(f"There is no data set {name} in {raw} or {preprocessed}: check -d and nnU-Net's variables.")
+    return Dataset(name, raw / name, preprocessed / name, results / name)
+
+
+def _name_of_number(number: str) -> str:
+    if not number.isdigit():
+        raise UserError(f"-d {number} is neither a data set number such as 501 nor a name such as Dataset501_Name.")
+    candidates = find_candidate_datasets(int(number))
+    if len(candidates) != 1:
+        found = ", ".join(candidates) or "none"
+        raise UserError(f"-d {number} must fit exactly one data set in nnU-Net's three folders; found: {found}.")
+    return str(candidates[0])

@@ -1,0 +1,132 @@
+"""nnU-Net's plans, and the `vit_mae` block that makes a configuration of them ours.
+
+Plans written here keep the source's `data_identifier`: the U-Net baseline and the ViT read the same preprocessed files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.files import read_json, write_json
+from nnunet_vit_mae.nnunet.folders import Dataset
+from nnunet_vit_mae.planning import default_decoder, default_settings
+from nnunet_vit_mae.presets import Settings
+
+BLOCK = "vit_mae"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One configuration of one plans file of one data set, with everything that is derived from them."""
+
+    dataset: Dataset
+    plans: PlansManager
+    name: str  # of the configuration
+    dataset_json: dict[str, Any]
+
+    @property
+    def configuration(self) -> ConfigurationManager:
+        """nnU-Net's view of the configuration."""
+        return self.plans.get_configuration(self.name)
+
+    @property
+    def settings(self) -> Settings:
+        """Ours."""
+        return settings_of(self.configuration)
+
+    @property
+    def patch_size(self) -> tuple[int, ...]:
+        """Voxels along z y x."""
+        return tuple(self.configuration.patch_size)
+
+    @property
+    def channels(self) -> int:
+        """Input channels of the network."""
+        return determine_num_input_channels(self.plans, self.configuration, self.dataset_json)
+
+    @property
+    def channel_names(self) -> list[str]:
+        """Contrasts in the order of the files' channel numbers."""
+        return channel_names(self.dataset_json)
+
+    @property
+    def preprocessed_folder(self) -> Path:
+        """nnU-Net's preprocessed training cases."""
+        return self.dataset.preprocessed / self.configuration.data_identifier
+
+    @property
+    def unlabelled_folder(self) -> Path:
+        """The preprocessed unlabelled pool: beside nnU-Net's folder, for nnU-Net expects labels in its own."""
+        return self.dataset.preprocessed / f"{self.configuration.data_identifier}_unlabelled"
+
+
+def load_plan(dataset: Dataset, plans_name: str, configuration: str) -> Plan:
+    """Read plans; raises `UserError` when plans, configuration or `dataset.json` are not there."""
+    file = dataset.plans_file(plans_name)
+    if not file.is_file():
+        raise UserError(
+            f"There are no plans {plans_name} for {dataset.name} ({file}): "
+            f"run nnUNetv2_plan_and_preprocess -d {dataset.id}, or mae3d_plan with -o {plans_name}, first."
+        )
+    plans = PlansManager(read_json(file))
+    if configuration not in plans.available_configurations:
+        known = ", ".join(plans.available_configurations)
+        raise UserError(f"The plans {plans_name} have no configuration {configuration} (they have {known}): check -c.")
+    return Plan(dataset, plans, configuration, read_json(dataset.preprocessed / "dataset.json"))
+
+
+def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:
+    """Contrasts in the order of the files' channel numbers (`modality` is what nnU-Net v1 called them)."""
+    names = dataset_json.get("channel_names") or dataset_json["modality"]
+    return [names[number] for number in sorted(names, key=int)]
+
+
+def settings_of(configuration: ConfigurationManager) -> Settings:
+    """The settings in a configuration's `vit_mae` block, or the defaults that its patch and spacing lead to."""
+    defaults = default_settings(configuration.patch_size, configuration.spacing, configuration.batch_size)
+    block = configuration.configuration.get(BLOCK)
+    return defaults if block is None else Settings.from_dict(block)
+
+
+def write_plans(source: Plan, name: str, changes: Mapping[str, Any]) -> tuple[Path, Settings]:
+    """Write plans `name`: the source's, with a `vit_mae` block in the source's configuration.
+
+    `changes` is a (partial) block, over the source's settings. Where they name a token but no decoder, the decoder
+    follows the token. Returns the file and its settings.
+    Raises `UserError` for bad changes, or when the name belongs to plans that are not ours to replace.
+    """
+    settings = source.settings.updated(changes)
+    network = changes.get("network", {})
+    if "token" in network and "decoder" not in network:
+        settings = settings.updated({"network": {"decoder": default_decoder(settings.network.token)}})
+
+    file = source.dataset.plans_file(name)
+    if not name.isidentifier():
+        raise UserError(f"-o {name} is not a name for plans: use letters, digits and underscores only.")
+    if file.exists() and not any(BLOCK in entry for entry in read_json(file)["configurations"].values()):
+        raise UserError(f"{file} was not written by mae3d_plan and is left as it is: choose another name with -o.")
+
+    plans = json.loads(json.dumps(source.plans.plans))
+    plans["plans_name"] = name
+    plans["configurations"][source.name][BLOCK] = settings.to_dict()
+    write_json(plans, file)
+    return file, settings
+
+
+def read_recipe(name_or_file: str) -> dict[str, Any]:
+    """A partial `vit_mae` block: one of ours by name (`quick`), or any JSON file. Raises `UserError` if there is none."""
+    ours = {Path(entry.name).stem: entry for entry in files("nnunet_vit_mae.plans").iterdir() if entry.name.endswith(".json")}
+    if name_or_file in ours:
+        return json.loads(ours[name_or_file].read_text())
+    if not Path(name_or_file).is_file():
+        raise UserError(f"There is no recipe {name_or_file}: name one of {', '.join(sorted(ours))}, or a JSON file.")
+    return read_json(Path(name_or_file))

@@ -1,0 +1,90 @@
+"""From a data set's plans to a pre-trained encoder with its card."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from nnunet_vit_mae.nnunet.cases import Case, pretraining_cases
+from nnunet_vit_mae.nnunet.plans import Plan
+from nnunet_vit_mae.presets import Pretraining
+from nnunet_vit_mae.pretraining.run import Job, Result, run
+from nnunet_vit_mae.weights import Card, hashed_name, package_versions, save_encoder
+
+logger = logging.getLogger(__name__)
+
+
+def pretrain(
+    plan: Plan,
+    fold: str,
+    *,
+    change: Callable[[Pretraining], Pretraining],
+    seed: int,
+    device: torch.device,
+    resume: bool,
+) -> Path:
+    """Pre-train on the cases of a fold (or `all`) and the unlabelled pool; gives the encoder's file.
+
+    `change` turns the plans' protocol into the one to use. An earlier run in the same place is moved aside, never
+    overwritten. Raises `UserError` for everything that the user can mend.
+    """
+    cases = pretraining_cases(plan, fold)
+    job = Job(
+        files=[case.file for case in cases],
+        channel_names=plan.channel_names,
+        patch_size=plan.patch_size,
+        spacing=tuple(plan.configuration.spacing),
+        network=plan.settings.network,
+        protocol=change(plan.settings.pretraining),
+        seed=seed,
+    )
+    output = plan.dataset.pretraining_folder(plan.plans.plans_name, plan.name, fold)
+    if not resume:
+        _move_aside(output)
+    result = run(job, output, device=device, resume=resume)
+    encoder_file = plan.dataset.encoder_file(plan.plans.plans_name, plan.name, fold)
+    save_encoder(result.network.encoder, _card(plan, fold, job, cases, result), encoder_file)
+    return encoder_file
+
+
+def _move_aside(output: Path) -> None:
+    if output.exists():
+        moved = output.with_name(f"{output.name}_until_{datetime.now():%Y-%m-%d_%H-%M-%S}")
+        output.rename(moved)
+        logger.warning("An earlier run was moved to %s (use --c to continue one).", moved)
+
+
+def _card(plan: Plan, fold: str, job: Job, cases: list[Case], result: Result) -> Card:
+    return Card(
+        size=job.network.size,
+        token=list(job.network.token),
+        channel_names=list(job.channel_names),
+        dataset=plan.dataset.name,
+        plans=plan.plans.plans_name,
+        configuration=plan.name,
+        fold=fold,
+        patch_size=list(job.patch_size),
+        spacing=list(job.spacing),
+        normalization=plan.configuration.normalization_schemes,
+        data_fingerprint=_fingerprint(cases),
+        cases_seen=[hashed_name(case.name) for case in cases],
+        epochs=job.protocol.epochs,
+        steps=job.steps,
+        loss=result.losses[-1],
+        mask_ratio=job.protocol.mask_ratio,
+        norm_pix=job.protocol.norm_pix,
+        seed=job.seed,
+        data_licence=plan.dataset_json.get("licence", plan.dataset_json.get("license", "not stated in dataset.json")),
+        packages=package_versions(),
+    )
+
+
+def _fingerprint(cases: list[Case]) -> str:
+    """A hash over the names and sizes of the preprocessed files: changes with the cases and with their preprocessing."""
+    listing = "\n".join(f"{case.name} {case.file.stat().st_size}" for case in cases)
+    return hashlib.sha256(listing.encode()).hexdigest()[:16]

@@ -1,0 +1,193 @@
+"""The trainers: nnU-Net's own loss, augmentation, sampling, validation and prediction around a ViT.
+
+The plans choose the network and the schedule; the classes differ in behaviour only. nnU-Net rebuilds a network at
+prediction from the plans and the trainer's name, so `build_network_architecture` depends on nothing else.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_vit_mae.errors import UserError, exit_on_user_error
+from nnunet_vit_mae.networks.build import build_segmenter
+from nnunet_vit_mae.networks.segmenter import Segmenter
+from nnunet_vit_mae.nnunet.folders import Dataset, find_dataset
+from nnunet_vit_mae.nnunet.plans import channel_names, settings_of
+from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
+from nnunet_vit_mae.presets import SIZES, Settings
+from nnunet_vit_mae.weights import Card, check_fit, load_encoder
+
+CUDA = torch.device("cuda")
+VALIDATION_SHARE = 5  # nnU-Net's own 250 training iterations come with 50 of validation
+
+
+class ScheduledTrainer(nnUNetTrainer):
+    """nnU-Net's trainer with the length of its schedule taken from the plans."""
+
+    # nnU-Net reads the names of these parameters by introspection: any other signature is a KeyError there
+    @exit_on_user_error
+    def __init__(
+        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.settings: Settings = settings_of(self.configuration_manager)
+        self.num_epochs = self.settings.finetuning.epochs
+        self.num_iterations_per_epoch = self.settings.finetuning.iterations
+        self.num_val_iterations_per_epoch = max(1, self.num_iterations_per_epoch // VALIDATION_SHARE)
+
+
+class nnUNetTrainerBaseline(ScheduledTrainer):  # noqa: N801 (the names that users type follow nnU-Net)
+    """nnU-Net's U-Net with as many steps as the ViT gets, and nothing else changed: the fair comparison."""
+
+
+class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
+    """The ViT from random weights."""
+
+    layer_decay = 1.0  # random blocks have nothing to keep: all of them learn at the full rate
+
+    def __init__(
+        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.enable_deep_supervision = False
+        self.initial_lr = self.settings.finetuning.lr
+        self.weight_decay = self.settings.finetuning.weight_decay
+        self.save_every = 5  # nnU-Net's 50 lose a day on a slow machine
+        self.grad_scaler = None  # fp16 only needs one, and the network runs in bf16
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = False,
+    ) -> nn.Module:
+        """The network that the plans describe; it has one output, at full resolution."""
+        settings = settings_of(configuration_manager)
+        drop_path = settings.finetuning.drop_path
+        return build_segmenter(settings.network, num_input_channels, num_output_channels, drop_path=drop_path)
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Nothing to switch: there is one output."""
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmupCosine]:
+        """AdamW with layer-wise rates; warm-up and cosine per epoch."""
+        groups = parameter_groups(
+            self.segmenter.named_parameters(),
+            weight_decay=self.weight_decay,
+            layer_decay=self.layer_decay,
+            depth=SIZES[self.settings.network.size].depth,
+        )
+        optimizer = torch.optim.AdamW(groups, lr=self.initial_lr, fused=self.device.type in ("cuda", "cpu"))
+        return optimizer, WarmupCosine(optimizer, self.initial_lr, self.settings.finetuning.warmup, self.num_epochs)
+
+    def train_step(self, batch: dict) -> dict:
+        """nnU-Net's step with the plans' gradient clipping, and without its fp16."""
+        volume = batch["data"].to(self.device, non_blocking=True)
+        target = batch["target"].to(self.device, non_blocking=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(self.network(volume), target)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.finetuning.gradient_clip)
+        self.optimizer.step()
+        return {"loss": loss.detach().cpu().numpy()}
+
+    @property
+    def segmenter(self) -> Segmenter:
+        """Our network inside what nnU-Net has wrapped around it."""
+        network = self.network
+        if isinstance(network, DistributedDataParallel):
+            network = network.module
+        return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+    def _set_batch_size_and_oversample(self) -> None:
+        # the plans' own batch size is the U-Net's; this trainer's copy of the configuration is nobody else's
+        self.configuration_manager.configuration["batch_size"] = self.settings.finetuning.batch_size
+        super()._set_batch_size_and_oversample()
+
+
+class nnUNetTrainerViTMAE(nnUNetTrainerViTScratch):  # noqa: N801
+    """The ViT from an encoder that `mae3d_pretrain` made; without one it stops before any training."""
+
+    encoder_card: Card | None = None
+    takes_over_checkpoint = False
+
+    @property
+    def layer_decay(self) -> float:
+        """Pre-trained blocks keep more of what they know the earlier they come."""
+        return self.settings.finetuning.layer_decay
+
+    @exit_on_user_error
+    def initialize(self) -> None:
+        """Build the network as nnU-Net does, then put the encoder in."""
+        super().initialize()
+        if not self.takes_over_checkpoint:
+            self._load_encoder()
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """A checkpoint of this trainer (`--c`, `--val`) has the encoder in it: the encoder's own file may be gone."""
+        self.takes_over_checkpoint = True
+        super().load_checkpoint(filename_or_checkpoint)
+
+    def get_tr_and_val_datasets(self) -> tuple:
+        """nnU-Net's datasets; says how many validation cases pre-training has seen."""
+        training, validation = super().get_tr_and_val_datasets()
+        if self.encoder_card is not None:
+            seen = self.encoder_card.seen(validation.identifiers)
+            self.print_to_log_file(
+                f"The encoder has seen the images (not the labels) of {len(seen)} of the {len(validation.identifiers)} "
+                "validation cases."
+                + (f" For a validation on unseen images, run mae3d_pretrain with -f {self.fold}." if seen else "")
+            )
+        return training, validation
+
+    def _load_encoder(self) -> None:
+        file = self._find_encoder()
+        tensors, card = load_encoder(file)
+        expected = {
+            "size": self.settings.network.size,
+            "token": list(self.settings.network.token),
+            "channel_names": channel_names(self.dataset_json),
+        }
+        check_fit(card, file, expected)
+        self.segmenter.encoder.load_state_dict(tensors)
+        self.encoder_card = card
+        self.print_to_log_file(
+            f"Loaded the encoder {file}: {len(tensors)} of {len(self.segmenter.encoder.state_dict())} tensors; "
+            f"pre-trained on {len(card.cases_seen)} cases of {card.dataset} for {card.epochs} epochs, "
+            f"last loss {card.loss:.4f}."
+        )
+
+    def _find_encoder(self) -> Path:
+        """The encoder of this fold, or else the one that has seen all training images."""
+        dataset: Dataset = find_dataset(self.plans_manager.dataset_name)
+        plans_name, configuration = self.plans_manager.plans_name, self.configuration_name
+        for fold in dict.fromkeys((str(self.fold), "all")):
+            file = dataset.encoder_file(plans_name, configuration, fold)
+            if file.is_file():
+                return file
+        raise UserError(
+            f"There is no pre-trained encoder for {dataset.name}, plans {plans_name}, {configuration}: "
+            f"run mae3d_pretrain -d {dataset.id} -c {configuration} -p {plans_name} first, "
+            "or train from random weights with -tr nnUNetTrainerViTScratch."
+        )
+
+
+class WarmupCosine:
+    """The schedule of fine-tuning: a function of the epoch alone, so that `--c` goes on where it was."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, lr: float, warmup: float, epochs: int):
+        self.optimizer, self.lr, self.warmup, self.epochs = optimizer, lr, warmup, epochs
+
+    def step(self, epoch: int) -> None:
+        """Set the rates of an epoch, counted from 0; neither the first nor the last one has a rate of 0."""
+        progress = (epoch + 1) / (self.epochs + 1)
+        set_learning_rate(self.optimizer, self.lr * warmup_cosine(progress, self.warmup))

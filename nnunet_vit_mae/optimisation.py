@@ -1,0 +1,56 @@
+"""AdamW as vision transformers want it: no decay on biases and norms, warm-up and cosine, layer-wise learning rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+def warmup_cosine(progress: float, warmup: float) -> float:
+    """Factor of the learning rate after a share `progress` of the schedule: linear up to `warmup`, then half a cosine."""
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float, layer_decay: float = 1.0, depth: int = 0
+) -> list[dict]:
+    """Groups for AdamW, each with its `lr_scale`; the first one has scale 1, for that is the rate that nnU-Net logs.
+
+    Layer-wise decay (BEiT; fine-tuning protocol of He et al. 2022): the head learns at the full rate, block i of `depth`
+    at `layer_decay ** (depth - i)`, the tokenizer at `layer_decay ** (depth + 1)`. Vectors (biases, norms, the mask
+    token) have no weight decay.
+    """
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, parameter in named_parameters:
+        layer, is_vector = _layer(name, depth), parameter.ndim <= 1
+        group = groups.setdefault(
+            (layer, is_vector),
+            {
+                "params": [],
+                "lr_scale": layer_decay ** (depth + 1 - layer),
+                "weight_decay": 0.0 if is_vector else weight_decay,
+            },
+        )
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups, reverse=True)]
+
+
+def _layer(name: str, depth: int) -> int:
+    """0 for the tokenizer, i + 1 for block i of the encoder, depth + 1 for everything behind it."""
+    parts = name.split(".")
+    if parts[:2] == ["encoder", "tokenizer"]:
+        return 0
+    if parts[:3] == ["encoder", "transformer", "blocks"]:
+        return min(int(parts[3]), depth) + 1
+    return depth + 1
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set every group's rate to `lr` times its scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]

@@ -1,0 +1,63 @@
+"""Figures: arrays in, PNG files out. Built without pyplot, so that nothing global is touched and no screen is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from nnunet_vit_mae.files import replacing
+
+PLANES = ("z", "y", "x")
+
+
+def save_figure(figure: Figure, file: Path, dpi: int = 120) -> None:
+    """Write a PNG that is whole or not there."""
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=dpi)
+
+
+def plot_progress(losses: Sequence[float], rates: Sequence[float], file: Path) -> None:
+    """Loss and learning rate of each epoch."""
+    epochs = np.arange(1, len(losses) + 1)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    left = figure.add_subplot()
+    left.plot(epochs, losses, color="tab:blue", marker="." if len(losses) < 30 else None)
+    left.set(xlabel="epoch", ylabel="loss on hidden tokens", title=f"lowest loss {min(losses):.4f}, last {losses[-1]:.4f}")
+    left.grid(alpha=0.3)
+    right = left.twinx()
+    right.plot(epochs, rates, color="tab:gray", linewidth=1, linestyle="--")
+    right.set_ylabel("learning rate (dashed)")
+    right.set_ylim(bottom=0)
+    save_figure(figure, file)
+
+
+def plot_views(views: Sequence[np.ndarray], names: Sequence[str], spacing: Sequence[float], title: str, file: Path) -> None:
+    """Central slices of equally shaped volumes (z y x): a row for each plane, a column for each volume.
+
+    The first volume sets the grey values. NaN is drawn in blue. `spacing` (z y x, mm) sets the aspect.
+    """
+    low, high = np.percentile(views[0], (1, 99))
+    shape = np.array(views[0].shape) * np.array(spacing)
+    heights = [shape[1], shape[0], shape[0]]  # of a slice across z, y and x, in mm
+    figure = Figure(figsize=(2.6 * len(views), 2.6 * sum(heights) / shape[2] + 0.6), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    axes = figure.subplots(3, len(views), squeeze=False, height_ratios=heights)
+    for column, (view, name) in enumerate(zip(views, names, strict=True)):
+        axes[0, column].set_title(name, fontsize=9)
+        for plane in range(3):
+            _show_slice(axes[plane, column], view, plane, spacing, low, high)
+            if column == 0:
+                axes[plane, column].set_ylabel(f"across {PLANES[plane]}", fontsize=8)
+    save_figure(figure, file)
+
+
+def _show_slice(axes: Axes, volume: np.ndarray, plane: int, spacing: Sequence[float], low: float, high: float) -> None:
+    rows, columns = (step for axis, step in enumerate(spacing) if axis != plane)
+    image = np.take(volume, volume.shape[plane] // 2, axis=plane)
+    axes.set_facecolor("#30507a")
+    axes.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=rows / columns, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])

@@ -1,0 +1,171 @@
+"""Everything that can be chosen, as data: sizes, decoders, and the settings in the plans' `vit_mae` block.
+
+A variant is a row or a value here, never a class. No torch: commands and planner import this at no cost.
+Axes are z y x, as in the arrays that nnU-Net preprocesses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nnunet_vit_mae.errors import UserError
+
+
+@dataclass(frozen=True)
+class Size:
+    """Widths, depths and attention heads of the encoder and of the pre-training decoder."""
+
+    width: int
+    depth: int
+    heads: int
+    decoder_width: int
+    decoder_depth: int
+    decoder_heads: int
+
+
+SIZES = {
+    "XS": Size(96, 4, 6, 48, 2, 3),  # not from a paper: for demonstrations and tests on a CPU
+    "S": Size(240, 12, 12, 120, 8, 12),  # ViTiac, supplementary table 1
+    "M": Size(480, 12, 12, 240, 8, 12),
+    "L": Size(960, 12, 12, 480, 8, 12),
+}
+
+DECODERS = {
+    "mae": "the pre-training decoder with new weights; best with small tokens (ViTiac, figure 5)",
+    "upscale": "repeated x2 upsampling and convolution; learns in few steps, best with large tokens",
+}
+
+TOKEN_SIDES = (1, 2, 4, 8, 16, 32)  # the `upscale` decoder doubles its grid until it reaches the voxels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """What is built. A pre-trained encoder fits another network of the same size and token."""
+
+    size: str = "S"
+    token: tuple[int, int, int] = (8, 8, 8)
+    decoder: str = "upscale"
+
+    def __post_init__(self) -> None:
+        _require(self.size in SIZES, "network.size", self.size, f"one of {', '.join(SIZES)}")
+        _require(self.decoder in DECODERS, "network.decoder", self.decoder, f"one of {', '.join(DECODERS)}")
+        sides_fit = len(self.token) == 3 and all(side in TOKEN_SIDES for side in self.token)
+        _require(sides_fit, "network.token", list(self.token), f"three of {', '.join(map(str, TOKEN_SIDES))} (z y x)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretraining:
+    """The masked autoencoding protocol (He et al. 2022, appendix A.1; mask ratio and epochs of ViTiac, section 2.2)."""
+
+    epochs: int = 800  # passes over the cases
+    batch_size: int = 16
+    mask_ratio: float = 0.9
+    base_lr: float = 1.5e-4  # per 256 samples: lr = base_lr * batch_size / 256
+    weight_decay: float = 0.05
+    warmup: float = 0.05  # share of the schedule: 40 of 800 epochs
+    norm_pix: bool = True
+    gradient_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "pretraining", "epochs", "batch_size", "base_lr", "gradient_clip")
+        _require(0 < self.mask_ratio < 1, "pretraining.mask_ratio", self.mask_ratio, "between 0 and 1, both excluded")
+        _require(0 <= self.warmup < 1, "pretraining.warmup", self.warmup, "a share from 0 up to, but not, 1")
+        _require(self.weight_decay >= 0, "pretraining.weight_decay", self.weight_decay, "0 or more")
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate."""
+        return self.base_lr * self.batch_size / 256
+
+    def with_lr(self, lr: float) -> Pretraining:
+        """The same protocol at another peak learning rate."""
+        return dataclasses.replace(self, base_lr=lr * 256 / self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetuning:
+    """How the segmenter learns inside nnU-Net. `epochs` and `iterations` hold for `nnUNetTrainerBaseline` too."""
+
+    epochs: int = 1000
+    iterations: int = 250  # per epoch
+    batch_size: int = 4
+    lr: float = 3e-4
+    weight_decay: float = 0.05
+    warmup: float = 0.05
+    layer_decay: float = 0.75  # of the learning rate, per block from the head down; pre-trained encoders only
+    drop_path: float = 0.1
+    gradient_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "finetuning", "epochs", "iterations", "batch_size", "lr", "gradient_clip")
+        _require(0 < self.layer_decay <= 1, "finetuning.layer_decay", self.layer_decay, "above 0 and at most 1")
+        _require(0 <= self.drop_path < 1, "finetuning.drop_path", self.drop_path, "a share from 0 up to, but not, 1")
+        _require(0 <= self.warmup < 1, "finetuning.warmup", self.warmup, "a share from 0 up to, but not, 1")
+        _require(self.weight_decay >= 0, "finetuning.weight_decay", self.weight_decay, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The `vit_mae` block of a configuration in nnU-Net's plans."""
+
+    network: Network = field(default_factory=Network)
+    pretraining: Pretraining = field(default_factory=Pretraining)
+    finetuning: Finetuning = field(default_factory=Finetuning)
+
+    @classmethod
+    def from_dict(cls, block: Mapping[str, Any]) -> Settings:
+        """Read a block; what it leaves out takes the default.
+
+        Raises `UserError` for an unknown key, a value of the wrong type or one out of range, each by name.
+        """
+        return cls().updated(block)
+
+    def updated(self, block: Mapping[str, Any]) -> Settings:
+        """These settings with the values of `block` in place of their own (same errors as `from_dict`)."""
+        sections = {section.name: getattr(self, section.name) for section in dataclasses.fields(self)}
+        _refuse_unknown(block, sections, "vit_mae")
+        changed = {name: _updated_section(sections[name], values, name) for name, values in block.items()}
+        return dataclasses.replace(self, **changed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, ready for plans."""
+        block = dataclasses.asdict(self)
+        block["network"]["token"] = list(self.network.token)
+        return block
+
+
+def _updated_section(section: Any, values: Any, name: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise UserError(f"vit_mae.{name} in the plans must be an object of settings, but it is {values!r}.")
+    known = {setting.name: getattr(section, setting.name) for setting in dataclasses.fields(section)}
+    _refuse_unknown(values, known, f"vit_mae.{name}")
+    return dataclasses.replace(section, **{key: _typed(value, known[key], f"{name}.{key}") for key, value in values.items()})
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise UserError(f"{where} in the plans has unknown keys: {', '.join(unknown)} (known: {', '.join(known)}).")
+
+
+def _typed(value: Any, example: Any, name: str) -> Any:
+    """`value` as the type of `example`; JSON has no tuples, and writes 1.0 as 1."""
+    if isinstance(example, tuple) and isinstance(value, list | tuple) and all(type(side) is int for side in value):
+        return tuple(value)
+    if type(example) is float and type(value) is int:
+        return float(value)
+    _require(type(value) is type(example), name, value, f"of type {type(example).__name__}")
+    return value
+
+
+def _require(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise UserError(f"{name} is {value!r}, but it must be {expected}.")
+
+
+def _require_positive(section: Any, where: str, *names: str) -> None:
+    for name in names:
+        _require(getattr(section, name) > 0, f"{where}.{name}", getattr(section, name), "above 0")

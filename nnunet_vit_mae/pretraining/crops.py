@@ -1,0 +1,63 @@
+"""Random crops of preprocessed volumes, read directly from nnU-Net's `.b2nd` files.
+
+Only the blocks under a crop are decompressed; no segmentation is read and no enlarged crop is cut, since masked
+autoencoding needs shifts and flips but no rotation. There is no intensity noise: norm-pix would make it the target.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+MMAP = {} if os.name == "nt" else {"mmap_mode": "r"}  # blosc2 cannot map files on Windows
+
+
+class RandomCrops(Dataset):
+    """An endless sequence of samples: pass after pass over the files, each pass in an order of its own.
+
+    Sample `index` depends on the seed and the index alone: the same in any worker or process and after any restart.
+    """
+
+    def __init__(self, files: Sequence[Path], patch_size: Sequence[int], tokens: int, seed: int):
+        self.files, self.patch_size, self.tokens, self.seed = list(files), tuple(patch_size), tokens, seed
+        self._order = lru_cache(maxsize=2)(self._order_of_pass)  # neighbouring samples share a pass
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """A crop (c z y x) and the noise that decides which of its tokens stay visible (n)."""
+        crossing, position = divmod(index, len(self.files))
+        random = np.random.default_rng((self.seed, 1, index))
+        crop = random_crop(self.files[self._order(crossing)[position]], self.patch_size, random)
+        flipped = [axis for axis in (1, 2, 3) if random.random() < 0.5]
+        noise = random.random(self.tokens, dtype=np.float32)
+        return torch.from_numpy(np.flip(crop, flipped).copy()), torch.from_numpy(noise)
+
+    def _order_of_pass(self, crossing: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, 0, crossing)).permutation(len(self.files))
+
+
+def random_crop(file: Path, patch_size: Sequence[int], random: np.random.Generator) -> np.ndarray:
+    """A crop (c z y x) at a random place; where the volume is smaller than the crop, zeros stand around it."""
+    volume = blosc2.open(urlpath=str(file), mode="r", dparams={"nthreads": 1}, **MMAP)
+    starts = [_random_start(voxels, side, random) for voxels, side in zip(volume.shape[1:], patch_size, strict=True)]
+    inside = [
+        slice(max(0, start), min(voxels, start + side))
+        for start, voxels, side in zip(starts, volume.shape[1:], patch_size, strict=True)
+    ]
+    crop = np.zeros((volume.shape[0], *patch_size), dtype=np.float32)
+    target = [slice(part.start - start, part.stop - start) for part, start in zip(inside, starts, strict=True)]
+    crop[:, *target] = volume[(slice(None), *inside)]
+    return crop
+
+
+def _random_start(voxels: int, side: int, random: np.random.Generator) -> int:
+    """Anywhere inside; for a volume smaller than the crop, anywhere that keeps all of it."""
+    low, high = sorted((0, voxels - side))
+    return int(random.integers(low, high + 1))

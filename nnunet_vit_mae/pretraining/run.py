@@ -1,0 +1,263 @@
+"""Pre-training from the first crop to the encoder (He et al. 2022, appendix A.1; ViTiac, section 2.2).
+
+A run is a function of its job: samples depend on seed and index, the learning rate on the step. So a run that was killed
+and goes on (`resume`) has the same losses, to the digit on a CPU, as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.files import read_json, replacing, write_json
+from nnunet_vit_mae.networks.build import build_autoencoder
+from nnunet_vit_mae.networks.mae import MaskedAutoencoder, reconstruction_loss
+from nnunet_vit_mae.networks.masking import count_visible
+from nnunet_vit_mae.networks.precision import autocast
+from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
+from nnunet_vit_mae.planning import token_grid
+from nnunet_vit_mae.plots import plot_progress, plot_views
+from nnunet_vit_mae.presets import Network, Pretraining
+from nnunet_vit_mae.pretraining.crops import RandomCrops
+from nnunet_vit_mae.pretraining.pictures import rebuild
+
+logger = logging.getLogger(__name__)
+
+PICTURES = 20  # over a whole run
+SAVE_EVERY_SECONDS = 120.0  # and after the last epoch
+TINY_LR = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything that decides what a run computes."""
+
+    files: Sequence[Path]  # preprocessed volumes, c z y x
+    channel_names: Sequence[str]
+    patch_size: tuple[int, ...]  # voxels, z y x
+    spacing: tuple[float, ...]  # mm, z y x; for pictures
+    network: Network
+    protocol: Pretraining
+    seed: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a crop."""
+        return math.prod(token_grid(self.patch_size, self.network.token))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """An epoch is a pass over the cases, rounded up to whole batches; the next one starts where it ended."""
+        return math.ceil(len(self.files) / self.protocol.batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return self.protocol.epochs * self.steps_per_epoch
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, for `config.json`."""
+        return {
+            "cases": [file.stem for file in self.files],
+            "channel_names": list(self.channel_names),
+            "patch_size": list(self.patch_size),
+            "spacing": list(self.spacing),
+            "network": asdict(self.network) | {"token": list(self.network.token)},
+            "pretraining": asdict(self.protocol),
+            "seed": self.seed,
+        }
+
+
+@dataclass
+class Result:
+    """A finished run."""
+
+    network: MaskedAutoencoder
+    losses: list[float]  # mean of each epoch
+
+
+def run(job: Job, output: Path, *, device: torch.device, resume: bool) -> Result:
+    """Pre-train; writes `config.json`, `log.txt`, `progress.png`, `reconstructions/` and `state.pt` to `output`.
+
+    With `resume`, goes on from `state.pt` if there is one. Raises `UserError` when that belongs to a different job, or
+    when the loss is no longer a number (the last good state is kept).
+    """
+    torch.manual_seed(job.seed)
+    network = build_autoencoder(job.network, len(job.channel_names), mask_ratio=job.protocol.mask_ratio).to(device)
+    groups = parameter_groups(network.named_parameters(), weight_decay=job.protocol.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
+    losses: list[float] = []
+
+    output.mkdir(parents=True, exist_ok=True)
+    if resume and (output / "state.pt").is_file():
+        losses = _load_state(output, job, network, optimizer, device)
+    else:
+        write_json(job.to_dict(), output / "config.json")
+    with _logging_to(output / "log.txt"):
+        _announce(job, network, device, done=len(losses))
+        _train(job, output, network, optimizer, losses, device)
+    return Result(network, losses)
+
+
+def _train(
+    job: Job,
+    output: Path,
+    network: MaskedAutoencoder,
+    optimizer: torch.optim.Optimizer,
+    losses: list[float],
+    device: torch.device,
+) -> None:
+    """The loop. `losses` grows by one entry per epoch."""
+    first_step = len(losses) * job.steps_per_epoch
+    crops = RandomCrops(job.files, job.patch_size, job.tokens, job.seed)
+    batches = iter(_batches(job, crops, first_step, device))
+    sample = [part[None].to(device) for part in crops[0]]
+    saved = time.monotonic()
+    network.train()
+    with tqdm(total=job.steps, initial=first_step, unit="step", desc="pre-training") as bar:
+        for epoch in range(len(losses), job.protocol.epochs):
+            started = time.monotonic()
+            epoch_losses = []
+            for step in range(epoch * job.steps_per_epoch, (epoch + 1) * job.steps_per_epoch):
+                lr = _learning_rate(job, step)
+                set_learning_rate(optimizer, lr)
+                volume, noise = (part.to(device, non_blocking=True) for part in next(batches))
+                epoch_losses.append(_step(job, network, optimizer, volume, noise))
+                bar.update()
+            losses.append(_checked_mean(epoch_losses, epoch, output))
+
+            seconds = time.monotonic() - started
+            speed = job.steps_per_epoch * job.protocol.batch_size / seconds
+            bar.set_postfix(loss=f"{losses[-1]:.4f}", volumes_per_s=f"{speed:.1f}")
+            logger.info(
+                "epoch %d: loss %.6f, learning rate %.2e, %.1f s, %.1f volumes/s",
+                epoch + 1, losses[-1], lr, seconds, speed,
+            )  # fmt: skip
+            is_last = epoch + 1 == job.protocol.epochs
+            if is_last or time.monotonic() - saved > SAVE_EVERY_SECONDS:
+                _save_state(output, network, optimizer, losses)
+                saved = time.monotonic()
+            if is_last or (epoch + 1) % math.ceil(job.protocol.epochs / PICTURES) == 0:
+                _draw(job, output, network, losses, *sample)
+
+
+def _step(
+    job: Job, network: MaskedAutoencoder, optimizer: torch.optim.Optimizer, volume: Tensor, noise: Tensor
+) -> Tensor:
+    """One step on a batch; the loss stays on the device, so that a GPU is not waited for."""
+    with autocast(volume.device):
+        rebuilt = network(volume, noise)
+        loss = reconstruction_loss(volume, rebuilt, job.network.token, norm_pix=job.protocol.norm_pix)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(network.parameters(), job.protocol.gradient_clip)
+    optimizer.step()
+    return loss.detach()
+
+
+def _batches(job: Job, crops: RandomCrops, first_step: int, device: torch.device) -> DataLoader:
+    """Batches of all steps to come, in one go: workers start once. On a CPU the loop itself reads, for cores are few."""
+    size = job.protocol.batch_size
+    indices = [range(step * size, (step + 1) * size) for step in range(first_step, job.steps)]
+    on_gpu = device.type == "cuda"
+    workers = min(8, os.cpu_count() or 1) if on_gpu else 0
+    return DataLoader(crops, batch_sampler=indices, num_workers=workers, pin_memory=on_gpu)
+
+
+def _learning_rate(job: Job, step: int) -> float:
+    """Warm-up and cosine per step, as in the original."""
+    return job.protocol.lr * warmup_cosine((step + 1) / (job.steps + 1), job.protocol.warmup)
+
+
+def _checked_mean(losses: list[Tensor], epoch: int, output: Path) -> float:
+    mean = float(torch.stack(losses).double().mean())
+    if not math.isfinite(mean):
+        raise UserError(
+            f"The loss is no longer a number in epoch {epoch + 1}; the last good state, if any, is kept in {output}: "
+            "start again with a lower --lr, and look for extreme voxels in the images."
+        )
+    return mean
+
+
+def _save_state(output: Path, network: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
+    state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
+    with replacing(output / "state.pt") as temporary:
+        torch.save(state, temporary)
+
+
+def _load_state(
+    output: Path, job: Job, network: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+) -> list[float]:
+    before, now = read_json(output / "config.json"), job.to_dict()
+    different = [name for name in now if before.get(name) != now[name]]
+    if different:
+        raise UserError(
+            f"The run in {output} cannot be continued, for it was started with other {', '.join(different)} "
+            "(see its config.json): give the same flags and data, or start anew without --c."
+        )
+    state = torch.load(output / "state.pt", map_location=device, weights_only=True)
+    network.load_state_dict(state["network"])
+    optimizer.load_state_dict(state["optimizer"])
+    return list(state["losses"])
+
+
+def _announce(job: Job, network: nn.Module, device: torch.device, *, done: int) -> None:
+    protocol = job.protocol
+    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    logger.info("cases %d, channels %s, crops of %s voxels (z y x)", len(job.files), list(job.channel_names), job.patch_size)
+    logger.info(
+        "size %s (%.1f M parameters), token %s: %d tokens, %d of them visible (mask ratio %s)",
+        job.network.size, millions, job.network.token, job.tokens,
+        count_visible(job.tokens, protocol.mask_ratio), protocol.mask_ratio,
+    )  # fmt: skip
+    logger.info(
+        "%d epochs of %d steps, batch %d, learning rate %.2e (base rate %.2e x batch / 256), on %s",
+        protocol.epochs, job.steps_per_epoch, protocol.batch_size, protocol.lr, protocol.base_lr, device,
+    )  # fmt: skip
+    logger.info(
+        "loss: mean squared error on hidden tokens%s", ", normalised per token (norm-pix)" if protocol.norm_pix else ""
+    )
+    if protocol.lr < TINY_LR:
+        logger.warning("The learning rate %.1e is very low: the base rate is meant for large batches, see --lr.", protocol.lr)
+    if done:
+        logger.info("going on after epoch %d of %d", done, protocol.epochs)
+
+
+def _draw(job: Job, output: Path, network: MaskedAutoencoder, losses: list[float], volume: Tensor, noise: Tensor) -> None:
+    rates = [_learning_rate(job, (epoch + 1) * job.steps_per_epoch - 1) for epoch in range(len(losses))]
+    plot_progress(losses, rates, output / "progress.png")
+    views = rebuild(network, volume, noise, norm_pix=job.protocol.norm_pix)
+    title = f"{job.channel_names[0]}, epoch {len(losses)}, loss {losses[-1]:.4f}"
+    if job.protocol.norm_pix:
+        title += "\nhidden tokens: predicted pattern, brightness and contrast interpolated from visible tokens"
+    file = output / "reconstructions" / f"epoch_{len(losses):04d}.png"
+    plot_views([view[0] for view in views], views._fields, job.spacing, title, file)
+
+
+@contextmanager
+def _logging_to(file: Path) -> Iterator[None]:
+    """Send the package's log to a file as well, and past the progress bar on the screen."""
+    package = logging.getLogger("nnunet_vit_mae")
+    handler = logging.FileHandler(file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    package.addHandler(handler)
+    try:
+        with logging_redirect_tqdm():
+            yield
+    finally:
+        package.removeHandler(handler)
+        handler.close()

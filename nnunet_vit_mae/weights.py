@@ -1,0 +1,122 @@
+"""Pre-trained encoders as safetensors files, each with a card in its header that says where it comes from.
+
+safetensors holds tensors and text only: reading one runs no code, whoever wrote it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.files import replacing
+
+CARD_KEY = "mae3d_card"
+PACKAGES = ("nnunet-vit-mae", "nnunetv2", "torch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What one must know about an encoder to use it, and to say in a paper where it comes from."""
+
+    size: str
+    token: list[int]  # z y x
+    channel_names: list[str]
+    dataset: str
+    plans: str
+    configuration: str
+    fold: str
+    patch_size: list[int]  # voxels, z y x
+    spacing: list[float]  # mm, z y x
+    normalization: list[str]
+    data_fingerprint: str
+    cases_seen: list[str]  # hashes of the names, so that the file tells no names
+    epochs: int
+    steps: int
+    loss: float
+    mask_ratio: float
+    norm_pix: bool
+    seed: int
+    data_licence: str
+    packages: dict[str, str]
+
+    @classmethod
+    def from_json(cls, text: str) -> Card:
+        """Read a card; raises `UserError` when it has other entries than ours."""
+        entries = json.loads(text)
+        names = {field.name for field in dataclasses.fields(cls)}
+        if set(entries) != names:
+            difference = ", ".join(sorted(set(entries) ^ names))
+            raise UserError(f"its card was written by another version of this package (differs in: {difference})")
+        return cls(**entries)
+
+    def to_json(self) -> str:
+        """The card as it stands in the header."""
+        return json.dumps(dataclasses.asdict(self))
+
+    def seen(self, case_names: Iterable[str]) -> list[str]:
+        """Those of the cases that pre-training has seen."""
+        known = set(self.cases_seen)
+        return [name for name in case_names if hashed_name(name) in known]
+
+
+def hashed_name(case_name: str) -> str:
+    """A case's name as a card holds it."""
+    return hashlib.sha256(case_name.encode()).hexdigest()[:16]
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide what a checkpoint means."""
+    return {package: version(package) for package in PACKAGES}
+
+
+def save_encoder(encoder: nn.Module, card: Card, file: Path) -> None:
+    """Write an encoder's state dict and its card; the file is whole or not there."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    with replacing(file) as temporary:
+        save_file(tensors, temporary, metadata={CARD_KEY: card.to_json()})
+
+
+def load_encoder(file: Path) -> tuple[dict[str, Tensor], Card]:
+    """Read an encoder and its card. Raises `UserError` when the file is missing, damaged or not an encoder of ours."""
+    if not file.is_file():
+        raise UserError(f"The encoder {file} is missing.")
+    try:
+        with safe_open(file, framework="pt") as content:
+            metadata = content.metadata() or {}
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise UserError(f"The encoder {file} is damaged or not a safetensors file ({error}).") from None
+    if CARD_KEY not in metadata:
+        raise UserError(f"The encoder {file} has no card: it was not written by mae3d_pretrain.")
+    try:
+        return tensors, Card.from_json(metadata[CARD_KEY])
+    except UserError as error:
+        raise UserError(f"The encoder {file} cannot be used: {error}.") from None
+
+
+def check_fit(card: Card, file: Path, expected: Mapping[str, Any]) -> None:
+    """Compare a card with the network that the encoder is for.
+
+    `expected` names entries of the card (`size`, `token`, `channel_names`). Raises `UserError` with all that differ.
+    """
+    differences = [
+        f"{name.replace('_', ' ')} {getattr(card, name)} there, {value} in the plans"
+        for name, value in expected.items()
+        if getattr(card, name) != value
+    ]
+    if differences:
+        raise UserError(
+            f"The encoder {file} does not fit these plans ({'; '.join(differences)}): "
+            "pre-train with the same plans (mae3d_pretrain -p), or plan with its values (mae3d_plan)."
+        )
