@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -61,3 +62,31 @@ def _show_slice(axes: Axes, volume: np.ndarray, plane: int, spacing: Sequence[fl
     axes.set_facecolor("#30507a")
     axes.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=rows / columns, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """One row of `plot_segmentations`: an image and its masks, all (z y x); the first mask is the reference."""
+
+    title: str
+    image: np.ndarray
+    masks: Mapping[str, np.ndarray]
+    dice: Mapping[str, float]
+
+
+def plot_segmentations(rows: Sequence[Segmented], file: Path, window: tuple[float, float]) -> None:
+    """The slice (across z) with most of the reference, once for each mask, with the mask's outline."""
+    columns = len(rows[0].masks)
+    figure = Figure(figsize=(2.6 * columns, 2.8 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for row, entry in enumerate(rows):
+        reference = next(iter(entry.masks.values()))
+        z = int(reference.reshape(len(reference), -1).sum(axis=1).argmax())
+        for column, (name, mask) in enumerate(entry.masks.items()):
+            axis = axes[row, column]
+            axis.imshow(entry.image[z], cmap="gray", vmin=window[0], vmax=window[1])
+            if mask[z].any():
+                axis.contour(mask[z] > 0, levels=[0.5], colors="tab:red" if column else "tab:green", linewidths=1.2)
+            axis.set_title(f"{name}, Dice {entry.dice[name]:.2f}" if name in entry.dice else entry.title, fontsize=8)
+            axis.set(xticks=[], yticks=[])
+    save_figure(figure, file)

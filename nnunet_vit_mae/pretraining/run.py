@@ -255,9 +255,12 @@ def _logging_to(file: Path) -> Iterator[None]:
     handler = logging.FileHandler(file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     package.addHandler(handler)
+    level = package.level
+    package.setLevel(logging.INFO)
     try:
         with logging_redirect_tqdm():
             yield
     finally:
+        package.setLevel(level)
         package.removeHandler(handler)
         handler.close()

@@ -1,0 +1,147 @@
+"""The whole path on a phantom: the commands a user would type, then a table and pictures of what came out.
+
+It types real commands in processes of their own, so that what it shows is what a user gets.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import shlex
+import subprocess
+import sysconfig
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from nnunet_vit_mae.datasets.phantoms import write_phantom_dataset
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.files import replacing
+from nnunet_vit_mae.installation import trainers_folder
+from nnunet_vit_mae.plots import Segmented, plot_segmentations
+
+NUMBER = "900"
+PLANS = "Quick"
+MODELS = {
+    "ViT, pre-trained": "nnUNetTrainerViTMAE",
+    "ViT, from scratch": "nnUNetTrainerViTScratch",
+    "nnU-Net": "nnUNetTrainerBaseline",
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model on one test case; volumes in mm3."""
+
+    model: str
+    case: str
+    dice: float
+    reference_volume: float
+    predicted_volume: float
+
+
+def demonstrate(folder: Path, *, seed: int) -> list[Score]:
+    """Run everything in a new folder: nnU-Net's three folders, `predictions/`, `log.txt`, `results.csv`, `results.png`.
+
+    Raises `UserError` when the folder is in use, or when a command fails (its output is in `log.txt`).
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty: give a new folder with -o, or remove it.")
+    raw = write_phantom_dataset(folder / "raw", dataset_id=int(NUMBER), seed=seed, plaque_scale=1.5)
+    print(f"Made {raw}: synthetic CT of the skull base, see its scans.csv", flush=True)
+
+    shell = Shell(folder)
+    shell.type(f"nnUNetv2_plan_and_preprocess -d {NUMBER} -c 3d_fullres -np 2 -npfp 2")
+    shell.type(f"mae3d_preprocess -d {NUMBER} -np 2")
+    shell.type(f"mae3d_plan -d {NUMBER} -o {PLANS} --recipe quick")
+    shell.type(f"mae3d_pretrain -d {NUMBER} -p {PLANS} --seed {seed} -device cpu")
+    scores = []
+    for model, trainer in MODELS.items():
+        output = folder / "predictions" / trainer
+        common = f"-p {PLANS} -tr {trainer} -device cpu"
+        shell.type(f"nnUNetv2_train {NUMBER} 3d_fullres 0 {common}")
+        shell.type(f"nnUNetv2_predict -i {raw / 'imagesTs'} -o {output} -d {NUMBER} -c 3d_fullres -f 0 {common}")
+        scores += [score(model, reference, output) for reference in sorted((raw / "labelsTs").glob("*.nii.gz"))]
+    _write_csv(scores, folder / "results.csv")
+    _draw(raw, folder, scores)
+    return scores
+
+
+class Shell:
+    """Types commands in the demonstration's own environment and keeps what they print in `log.txt`."""
+
+    def __init__(self, folder: Path):
+        self.log = folder / "log.txt"
+        self.environment: Mapping[str, str] = os.environ | {
+            "nnUNet_raw": str(folder / "raw"),
+            "nnUNet_preprocessed": str(folder / "preprocessed"),
+            "nnUNet_results": str(folder / "results"),
+            "nnUNet_extTrainer": str(trainers_folder()),
+            "nnUNet_n_proc_DA": "1",
+            "nnUNet_def_n_proc": "2",
+        }
+
+    def type(self, command: str) -> None:
+        """Run one command; raises `UserError` when it fails."""
+        program, *arguments = shlex.split(command)
+        print(f"$ {command}", end=" ", flush=True)
+        started = time.monotonic()
+        with self.log.open("a") as log:
+            log.write(f"$ {command}\n")
+            log.flush()
+            path = Path(sysconfig.get_path("scripts")) / program
+            done = subprocess.run([path, *arguments], env=self.environment, stdout=log, stderr=log, check=False)
+        print(f"({time.monotonic() - started:.0f} s)", flush=True)
+        if done.returncode:
+            raise UserError(f"The command above failed with exit code {done.returncode}: the reason is in {self.log}.")
+
+
+def score(model: str, reference_file: Path, predictions: Path) -> Score:
+    """Dice and volumes of a prediction of the same name as the reference."""
+    reference = sitk.ReadImage(str(reference_file))
+    prediction = sitk.ReadImage(str(predictions / reference_file.name))
+    overlap = sitk.LabelOverlapMeasuresImageFilter()
+    overlap.Execute(reference, prediction)
+    voxel = float(np.prod(reference.GetSpacing()))
+    volumes = [float(sitk.GetArrayViewFromImage(image).astype(bool).sum()) * voxel for image in (reference, prediction)]
+    return Score(model, reference_file.name.removesuffix(".nii.gz"), overlap.GetDiceCoefficient(), *volumes)
+
+
+def table(scores: list[Score]) -> str:
+    """Mean Dice and mean absolute volume difference of each model, as text."""
+    lines = [f"{'model':20} {'Dice':>6} {'volume difference':>18}"]
+    for model in MODELS:
+        own = [entry for entry in scores if entry.model == model]
+        dice = np.mean([entry.dice for entry in own])
+        difference = np.mean([abs(entry.predicted_volume - entry.reference_volume) for entry in own])
+        lines.append(f"{model:20} {dice:6.3f} {difference:14.1f} mm3")
+    return "\n".join(lines)
+
+
+def _write_csv(scores: list[Score], file: Path) -> None:
+    with replacing(file) as temporary, temporary.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(Score.__dataclass_fields__)
+        writer.writerows(vars(entry).values() for entry in scores)
+
+
+def _draw(raw: Path, folder: Path, scores: list[Score]) -> None:
+    """The three test cases with the largest calcifications, with reference and predictions."""
+    volumes = {entry.case: entry.reference_volume for entry in scores}
+    rows = []
+    for case in sorted(volumes, key=volumes.__getitem__, reverse=True)[:3]:
+        masks = {"reference": _read(raw / "labelsTs" / f"{case}.nii.gz")}
+        for model, trainer in MODELS.items():
+            masks[model] = _read(folder / "predictions" / trainer / f"{case}.nii.gz")
+        dice = {entry.model: entry.dice for entry in scores if entry.case == case}
+        image = _read(raw / "imagesTs" / f"{case}_0000.nii.gz")
+        rows.append(Segmented(f"{case}, {volumes[case]:.0f} mm3", image, masks, dice))
+    plot_segmentations(rows, folder / "results.png", window=(-100, 600))
+
+
+def _read(file: Path) -> np.ndarray:
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))

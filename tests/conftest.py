@@ -1,0 +1,130 @@
+"""A tiny nnU-Net data set, planned and preprocessed once per session by nnU-Net's own commands."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from nnunet_vit_mae.installation import trainers_folder
+
+DATASET = "Dataset901_Tiny"
+SHAPE = (14, 18, 22)  # z y x: three unequal sides
+SPACING = (1.5, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """nnU-Net's three folders with one data set in them, and a way to type commands there."""
+
+    root: Path
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        folders = {f"nnUNet_{name}": str(self.root / name) for name in ("raw", "preprocessed", "results")}
+        few = {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1", "nnUNet_compile": "f", "OMP_NUM_THREADS": "1"}
+        return os.environ | folders | few | {"nnUNet_extTrainer": str(trainers_folder())}
+
+    @property
+    def raw(self) -> Path:
+        return self.root / "raw" / DATASET
+
+    @property
+    def preprocessed(self) -> Path:
+        return self.root / "preprocessed" / DATASET
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results" / DATASET
+
+    def type(self, *command: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        """Run a command as a user does, and insist on its exit code."""
+        program = Path(sys.executable).with_name(command[0])
+        done = subprocess.run(
+            [program, *command[1:]], env=self.environment, capture_output=True, text=True, timeout=600, check=False
+        )
+        assert done.returncode == code, f"{command} gave {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done
+
+
+def write_case(folder: Path, case: str, channels: list[np.ndarray], label: np.ndarray | None = None) -> None:
+    """Images (and a label) of one case, named as nnU-Net wants them."""
+    arrays = {folder / f"{case}_{number:04d}.nii.gz": array for number, array in enumerate(channels)}
+    if label is not None:
+        arrays[folder.parent / folder.name.replace("images", "labels") / f"{case}.nii.gz"] = label
+    for file, array in arrays.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image = sitk.GetImageFromArray(array)
+        image.SetSpacing(SPACING[::-1])
+        sitk.WriteImage(image, str(file))
+
+
+def blob(seed: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Two contrasts of a noisy volume with a bright ellipsoid in it, and its label."""
+    random = np.random.default_rng(seed)
+    centre = [side * random.uniform(0.35, 0.65) for side in SHAPE]
+    distance = sum(((axis - c) / (side / 4)) ** 2 for axis, c, side in zip(np.indices(SHAPE), centre, SHAPE, strict=True))
+    label = (distance < 1).astype(np.uint8)
+    noise = random.normal(0, 20, (2, *SHAPE)).astype(np.float32)
+    return [100 + 200 * label + noise[0], 300 - 150 * label + noise[1]], label
+
+
+@pytest.fixture(scope="session")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The data set after `nnUNetv2_plan_and_preprocess`; shared, so tests that change it take `workspace`."""
+    workspace = Workspace(tmp_path_factory.mktemp("nnunet"))
+    for number in range(6):
+        channels, label = blob(number)
+        write_case(workspace.raw / "imagesTr", f"train_{number}", channels, label)
+    for number in range(3):
+        write_case(workspace.raw / "imagesUn", f"pool_{number}", blob(10 + number)[0])
+    for number in range(2):
+        channels, label = blob(20 + number)
+        write_case(workspace.raw / "imagesTs", f"test_{number}", channels, label)
+    description = {
+        "channel_names": {"0": "T1", "1": "FLAIR"},
+        "labels": {"background": 0, "blob": 1},
+        "numTraining": 6,
+        "file_ending": ".nii.gz",
+        "licence": "CC0",
+    }
+    (workspace.raw / "dataset.json").write_text(json.dumps(description))
+    workspace.type("nnUNetv2_plan_and_preprocess", "-d", "901", "-c", "3d_fullres", "-np", "1", "-npfp", "1")
+    return workspace
+
+
+@pytest.fixture
+def workspace(planned: Workspace, tmp_path: Path) -> Workspace:
+    """A copy of the planned data set for one test."""
+    shutil.copytree(planned.root, tmp_path / "nnunet")
+    return Workspace(tmp_path / "nnunet")
+
+
+@pytest.fixture
+def in_workspace(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """A copy whose folders this process uses too, for tests that call functions instead of typing commands."""
+    for name, value in workspace.environment.items():
+        monkeypatch.setenv(name, value)
+    return workspace
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Call a command's `main` and insist on exit code 2 and one sentence; gives the sentence."""
+
+    def call(main: Callable[[list[str]], None], *arguments: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main(list(arguments))
+        assert stop.value.code == 2
+        message = capsys.readouterr().err
+        assert "Traceback" not in message
+        return message
+
+    return call

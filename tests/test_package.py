@@ -1,0 +1,198 @@
+"""The package as others meet it: wheel, layers, commands, and nnU-Net's look-up of the trainers."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from nnunet_vit_mae.installation import trainers_folder
+
+REPOSITORY = Path(__file__).parent.parent
+TRAINERS = ("nnUNetTrainerViTMAE", "nnUNetTrainerViTScratch", "nnUNetTrainerBaseline")
+
+# flags are a promise: who changes this table changes what people have in their scripts
+PLAN_FLAGS = {"-h", "--help", "-d", "-c", "-p"}
+FLAGS = {
+    "mae3d_plan": PLAN_FLAGS
+    | {"-o", "--recipe", "--size", "--decoder", "--token", "--epochs", "--iterations", "--batch_size", "--lr"},
+    "mae3d_preprocess": PLAN_FLAGS | {"-np"},
+    "mae3d_pretrain": PLAN_FLAGS
+    | {"-f", "--epochs", "--mask_ratio", "--batch_size", "--lr", "--seed", "--c", "-device"},
+    "mae3d_demo": {"-h", "--help", "-o", "--seed"},
+    "mae3d_trainers": {"-h", "--help"},
+}
+
+# an arrow goes to a smaller number only, or stays inside its own folder
+LAYERS = {
+    "errors": 0,
+    "installation": 0,
+    "files": 0,
+    "presets": 0,
+    "planning": 0,
+    "networks": 1,
+    "optimisation": 1,
+    "weights": 1,
+    "plots": 1,
+    "datasets": 1,
+    "pretraining": 2,
+    "nnunet": 3,
+    "demonstration": 3,
+    "cli": 4,
+}
+SAME_LAYER = {("presets", "errors"), ("files", "errors"), ("planning", "errors"), ("planning", "presets")}
+
+
+def build(kind: str, folder: Path) -> Path:
+    """Build a wheel with the environment's own setuptools."""
+    script = f"from setuptools import build_meta as b; print(b.build_{kind}(r'{folder}'))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder / done.stdout.strip().splitlines()[-1]
+
+
+def find_trainers(*paths: str, ext_trainer: str) -> str:
+    """Ask nnU-Net for each trainer, in a fresh interpreter with these import paths; gives what it printed last."""
+    script = f"""
+import site, sys
+for path in {paths!r}: site.addsitedir(path)
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
+print(*(find(name).__module__ + '.' + find(name).__name__ for name in {TRAINERS!r}))
+import nnunet_vit_mae; print(nnunet_vit_mae.__file__)
+"""
+    isolated = ["-I", "-S"] if paths else []
+    done = subprocess.run(
+        [sys.executable, *isolated, "-c", script],
+        env=os.environ | {"nnUNet_extTrainer": ext_trainer},
+        cwd=os.sep,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return "\n".join(done.stdout.splitlines()[-2:])
+
+
+EXPECTED = " ".join(f"nnunet_vit_mae.nnunet.trainers.{name}" for name in TRAINERS)
+
+
+@pytest.mark.slow
+def test_nnunet_finds_the_trainers_beside_another_folder(tmp_path):
+    (tmp_path / "somebody_elses_trainers.py").write_text("class nnUNetTrainerOther: pass\n")
+    assert EXPECTED in find_trainers(ext_trainer=f"{tmp_path}{os.pathsep}{trainers_folder()}")
+
+
+@pytest.mark.slow
+def test_nnunet_finds_the_trainers_of_an_editable_install(tmp_path):
+    with zipfile.ZipFile(build("editable", tmp_path)) as wheel:
+        wheel.extractall(tmp_path / "editable")
+    dependencies = tmp_path / "dependencies"
+    dependencies.mkdir()
+    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if "nnunet_vit_mae" not in entry.name:
+            (dependencies / entry.name).symlink_to(entry)
+    paths = (str(dependencies), str(tmp_path / "editable"))
+    found = find_trainers(*paths, ext_trainer=str(REPOSITORY / "trainers"))
+    assert EXPECTED in found
+    assert str(REPOSITORY / "nnunet_vit_mae" / "__init__.py") in found
+
+
+def test_the_wheel_holds_what_it_should(tmp_path):
+    with zipfile.ZipFile(build("wheel", tmp_path)) as wheel:
+        names = set(wheel.namelist())
+        entries = next(wheel.read(name).decode() for name in names if name.endswith("entry_points.txt"))
+    for source in (REPOSITORY / "nnunet_vit_mae").rglob("*.py"):
+        assert source.relative_to(REPOSITORY).as_posix() in names
+    assert "nnunet_vit_mae/trainers/nnunet_vit_mae_trainers.py" in names
+    for recipe in (REPOSITORY / "plans").glob("*.json"):
+        assert f"nnunet_vit_mae/plans/{recipe.name}" in names
+    assert any(name.endswith("LICENSE") for name in names)
+    assert all(f"{command} =" in entries for command in FLAGS)
+    tops = {name.split("/")[0] for name in names}
+    assert all(top.startswith("nnunet_vit_mae") for top in tops), tops
+
+
+def test_the_trainers_folder_is_cheap_to_look_into():
+    """nnU-Net imports every module it meets there."""
+    assert {file.name for file in trainers_folder().glob("*.py")} == {"__init__.py", "nnunet_vit_mae_trainers.py"}
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_command_line_is_frozen(command, capsys):
+    (entry,) = entry_points(group="console_scripts", name=command)
+    with pytest.raises(SystemExit) as stop:
+        entry.load()(["--help"])
+    assert stop.value.code == 0
+    usage = capsys.readouterr().out
+    assert set(re.findall(r"(?<![\w-])(--?[a-z]\w*)", usage.split("options:")[1])) == FLAGS[command]
+
+
+def test_commands_answer_without_torch():
+    """`--help` must not take seconds."""
+    modules = [entry.module for entry in entry_points(group="console_scripts") if entry.name in FLAGS]
+    heavy = imported_by(*modules) & {"torch", "nnunetv2", "matplotlib"}
+    assert not heavy
+
+
+def test_networks_need_neither_nnunet_nor_files():
+    assert not imported_by("nnunet_vit_mae.networks.build") & {"nnunetv2", "SimpleITK", "blosc2", "matplotlib"}
+
+
+def test_only_the_nnunet_folder_imports_nnunet():
+    for module in package_modules():
+        if not module.startswith("nnunet_vit_mae.nnunet"):
+            assert not any(name.split(".")[0] == "nnunetv2" for name in imports_of(module)), module
+
+
+def test_imports_go_downward():
+    for module in package_modules():
+        for imported in imports_of(module):
+            assert arrow_is_allowed(module, imported), f"{module} imports {imported}"
+
+
+def test_an_upward_import_would_be_noticed():
+    assert not arrow_is_allowed("nnunet_vit_mae.networks.mae", "nnunet_vit_mae.nnunet.plans")
+    assert not arrow_is_allowed("nnunet_vit_mae.pretraining.run", "nnunet_vit_mae.cli.pretrain")
+    assert "torch" in imported_by("nnunet_vit_mae.networks.build")
+
+
+def package_modules() -> list[str]:
+    files = (REPOSITORY / "nnunet_vit_mae").rglob("*.py")
+    return [".".join(file.relative_to(REPOSITORY).with_suffix("").parts) for file in files if file.name != "__init__.py"]
+
+
+def imports_of(module: str) -> set[str]:
+    """Full names that a module imports anywhere, from its source."""
+    names = set()
+    for node in ast.walk(ast.parse((REPOSITORY / Path(*module.split("."))).with_suffix(".py").read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def arrow_is_allowed(module: str, imported: str) -> bool:
+    if not imported.startswith("nnunet_vit_mae."):
+        return True
+    start, end = module.split(".")[1], imported.split(".")[1]
+    return start == end or LAYERS[end] < LAYERS[start] or (start, end) in SAME_LAYER
+
+
+def imported_by(*modules: str) -> set[str]:
+    """Top-level names in a fresh interpreter after importing the modules."""
+    script = f"import sys, importlib; [importlib.import_module(m) for m in {modules!r}]; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return {name.split(".")[0] for name in done.stdout.split()}
+
+
+def test_every_public_name_of_the_trainers_module_is_a_trainer():
+    module = import_module("nnunet_vit_mae.trainers.nnunet_vit_mae_trainers")
+    assert set(module.__all__) == set(TRAINERS)

@@ -1,0 +1,178 @@
+"""Crops, the pre-training loop and its pictures, on files written as nnU-Net writes them."""
+
+import json
+import math
+
+import blosc2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
+
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.networks.build import build_autoencoder
+from nnunet_vit_mae.presets import Network, Pretraining
+from nnunet_vit_mae.pretraining import run as loop
+from nnunet_vit_mae.pretraining.crops import RandomCrops, random_crop
+from nnunet_vit_mae.pretraining.pictures import interpolated, rebuild
+
+CPU = torch.device("cpu")
+PATCH = (8, 12, 10)
+NETWORK = Network(size="XS", token=(4, 4, 4))
+
+
+def write_volume(file, volume):
+    blosc2.asarray(np.ascontiguousarray(volume), urlpath=str(file), mode="w")
+    return file
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Five volumes of two channels: smooth, of different sizes, one smaller than the patch along y."""
+    random = np.random.default_rng(0)
+    shapes = [(9, 15, 11), (12, 13, 10), (8, 12, 10), (10, 9, 14), (11, 14, 12)]
+    volumes = [2 + 5 * gaussian_filter(random.normal(size=(2, *shape)), (0, 2, 2, 2)).astype(np.float32) for shape in shapes]
+    return [write_volume(tmp_path / f"case_{i}.b2nd", volume) for i, volume in enumerate(volumes)]
+
+
+@pytest.fixture
+def make_job(files):
+    def make(**protocol):
+        settings = {"epochs": 4, "batch_size": 2, "mask_ratio": 0.6, "base_lr": 0.1} | protocol
+        return loop.Job(
+            files=files,
+            channel_names=["T1", "FLAIR"],
+            patch_size=PATCH,
+            spacing=(1.5, 1.0, 1.0),
+            network=NETWORK,
+            protocol=Pretraining(**settings),
+            seed=3,
+        )
+
+    return make
+
+
+@pytest.fixture
+def saving_always(monkeypatch):
+    monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0.0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(shape=st.tuples(*[st.integers(1, 9)] * 3), patch=st.tuples(*[st.integers(1, 9)] * 3), seed=st.integers(0, 99))
+def test_a_crop_is_a_piece_of_the_volume_with_zeros_around_it(tmp_path_factory, shape, patch, seed):
+    volume = np.arange(1, 1 + 2 * math.prod(shape), dtype=np.float32).reshape(2, *shape)
+    file = write_volume(tmp_path_factory.mktemp("crop") / "case.b2nd", volume)
+    crop = random_crop(file, patch, np.random.default_rng(seed))
+    assert crop.shape == (2, *patch)
+    inside = crop[0] > 0
+    assert inside.sum() == math.prod(min(a, b) for a, b in zip(shape, patch, strict=True))
+    assert np.array_equal(crop[1][inside] - crop[0][inside], np.full(inside.sum(), math.prod(shape)))
+    steps = [np.diff(crop[0], axis=axis)[np.diff(inside.astype(int), axis=axis) == 0] for axis in range(3)]
+    strides = (shape[1] * shape[2], shape[2], 1)
+    assert all(set(step.tolist()) <= {0.0, stride} for step, stride in zip(steps, strides, strict=True))
+
+
+def test_crops_reach_every_place(files):
+    random = np.random.default_rng(0)
+    whole = blosc2.open(str(files[0]))[:]
+    corners = {float(random_crop(files[0], PATCH, random)[0, 0, 0, 0]) for _ in range(200)}
+    reachable = whole[0, : 9 - 8 + 1, : 15 - 12 + 1, : 11 - 10 + 1]
+    assert corners == set(reachable.ravel().tolist())
+
+
+def test_a_sample_depends_on_seed_and_index_alone(files):
+    first, second = (RandomCrops(files, PATCH, 18, seed=1) for _ in range(2))
+    list(map(first.__getitem__, range(7)))
+    for index in (11, 3, 4):
+        assert all(torch.equal(a, b) for a, b in zip(first[index], second[index], strict=True))
+    assert not torch.equal(first[3][1], RandomCrops(files, PATCH, 18, seed=2)[3][1])
+
+
+def test_each_pass_shows_every_case_once(files):
+    crops = RandomCrops(files, PATCH, 18, seed=1)
+    passes = [[int(crops._order(crossing)[position]) for position in range(5)] for crossing in range(6)]
+    assert all(sorted(order) == list(range(5)) for order in passes)
+    assert len(set(map(tuple, passes))) > 1
+
+
+def test_the_loss_falls_and_everything_is_written(make_job, tmp_path):
+    job = make_job(epochs=25, norm_pix=False)
+    result = loop.run(job, tmp_path / "out", device=CPU, resume=False)
+    assert len(result.losses) == 25
+    assert np.mean(result.losses[-5:]) < 0.3 * result.losses[0]
+    written = {file.relative_to(tmp_path / "out").as_posix() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    assert {"config.json", "log.txt", "progress.png", "state.pt", "reconstructions/epoch_0025.png"} <= written
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "cases 5" in log
+    assert "18 tokens, 7 of them visible" in log
+    assert log.count("epoch ") == 25
+
+
+def test_a_run_that_was_killed_goes_on_to_the_digit(make_job, tmp_path, monkeypatch, saving_always):
+    job = make_job(epochs=5)
+    unbroken = loop.run(job, tmp_path / "unbroken", device=CPU, resume=False)
+
+    read = RandomCrops.__getitem__
+
+    def killed(self, index):
+        if index == 3 * job.steps_per_epoch * 2 + 3:  # in the middle of the fourth epoch
+            raise KeyboardInterrupt
+        return read(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RandomCrops, "__getitem__", killed)
+        with pytest.raises(KeyboardInterrupt):
+            loop.run(job, tmp_path / "broken", device=CPU, resume=False)
+    resumed = loop.run(job, tmp_path / "broken", device=CPU, resume=True)
+
+    assert resumed.losses == unbroken.losses
+    for name, tensor in unbroken.network.state_dict().items():
+        assert torch.equal(tensor, resumed.network.state_dict()[name]), name
+    assert "going on after epoch 3 of 5" in (tmp_path / "broken" / "log.txt").read_text()
+
+
+def test_resuming_another_job_is_refused(make_job, tmp_path, saving_always):
+    loop.run(make_job(epochs=1), tmp_path, device=CPU, resume=False)
+    with pytest.raises(UserError, match="other pretraining"):
+        loop.run(make_job(epochs=2), tmp_path, device=CPU, resume=True)
+    assert json.loads((tmp_path / "config.json").read_text())["pretraining"]["epochs"] == 1
+
+
+def test_resuming_where_nothing_was_saved_starts_anew(make_job, tmp_path):
+    assert len(loop.run(make_job(epochs=1), tmp_path, device=CPU, resume=True).losses) == 1
+
+
+def test_a_loss_that_is_no_number_stops_the_run(make_job, tmp_path, files, saving_always):
+    broken = np.full((2, *PATCH), np.nan, dtype=np.float32)
+    files.append(write_volume(tmp_path / "case_nan.b2nd", broken))
+    with pytest.raises(UserError, match="no longer a number in epoch 1"):
+        loop.run(make_job(batch_size=6), tmp_path / "out", device=CPU, resume=False)
+    assert not (tmp_path / "out" / "state.pt").exists()
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_a_picture_shows_nothing_of_what_was_hidden(norm_pix):
+    network = build_autoencoder(NETWORK, 2, mask_ratio=0.6)
+    volume, noise = torch.randn(1, 2, *PATCH), torch.rand(1, 18)
+    views = rebuild(network, volume, noise, norm_pix=norm_pix)
+    assert {view.shape for view in views} == {(2, *PATCH)}
+    hidden = np.isnan(views.masked)
+    assert np.array_equal(views.rebuilt[~hidden], views.original[~hidden])
+
+    changed = torch.where(torch.from_numpy(hidden)[None], 100 * torch.randn_like(volume) + 50, volume)
+    again = rebuild(network, changed, noise, norm_pix=norm_pix)
+    assert np.array_equal(again.rebuilt, views.rebuilt)
+    assert not np.array_equal(again.original, views.original)
+
+
+def test_interpolation_stays_within_what_is_known():
+    values = torch.rand(1, 60, 2, 1)
+    visible = torch.tensor([[0, 7, 31, 59]])
+    filled = interpolated(values, visible, (3, 4, 5))
+    known = values[0, visible[0]]
+    assert filled.shape == values.shape
+    for channel in range(2):
+        assert known[:, channel].min() <= filled[..., channel, :].min()
+        assert filled[..., channel, :].max() <= known[:, channel].max() + 1e-6
