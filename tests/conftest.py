@@ -61,7 +61,7 @@ def write_case(folder: Path, case: str, channels: list[np.ndarray], label: np.nd
         arrays[folder.parent / folder.name.replace("images", "labels") / f"{case}.nii.gz"] = label
     for file, array in arrays.items():
         file.parent.mkdir(parents=True, exist_ok=True)
-        image = sitk.GetImageFromArray(array)
+        image = sitk.GetImageFromArray(array if array.dtype == np.uint8 else array.astype(np.float32))
         image.SetSpacing(SPACING[::-1])
         sitk.WriteImage(image, str(file))
 
@@ -72,8 +72,8 @@ def blob(seed: int) -> tuple[list[np.ndarray], np.ndarray]:
     centre = [side * random.uniform(0.35, 0.65) for side in SHAPE]
     distance = sum(((axis - c) / (side / 4)) ** 2 for axis, c, side in zip(np.indices(SHAPE), centre, SHAPE, strict=True))
     label = (distance < 1).astype(np.uint8)
-    noise = random.normal(0, 20, (2, *SHAPE)).astype(np.float32)
-    return [100 + 200 * label + noise[0], 300 - 150 * label + noise[1]], label
+    noise = random.normal(0, 20, (2, *SHAPE))
+    return [100 + 200.0 * label + noise[0], 300 - 150.0 * label + noise[1]], label
 
 
 @pytest.fixture(scope="session")

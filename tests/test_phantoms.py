@@ -6,14 +6,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
+import SimpleITK
 from scipy import ndimage
 
 from nnunet_vit_mae.datasets import phantoms
-from nnunet_vit_mae.datasets.phantoms import Scan, make_scan, write_phantom_dataset
+from nnunet_vit_mae.datasets.phantom_anatomy import draw_anatomy, render
+from nnunet_vit_mae.datasets.phantom_scanner import (
+    KERNELS,
+    SCANNERS,
+    Scan,
+    draw_examination,
+    fine_points,
+    make_scan,
+    sample,
+)
+from nnunet_vit_mae.datasets.phantoms import write_phantom_dataset
+from nnunet_vit_mae.errors import UserError
 
 TOUCHING = np.ones((3, 3, 3))
-LABELLED, UNLABELLED, TEST = 3, 7, 2
+LABELLED, UNLABELLED, TEST = 2, 4, 1
+IMAGE_FOLDERS = {"labelled": "imagesTr", "unlabelled": "imagesUn", "test": "imagesTs"}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +41,7 @@ def dataset(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def table(dataset) -> list[dict[str, str]]:
-    with open(dataset / "scans.csv", newline="", encoding="utf-8") as stream:
+    with (dataset / "scans.csv").open(newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
 
 
@@ -37,28 +49,33 @@ def patients(table: list[dict[str, str]], set_name: str) -> list[str]:
     return [row["patient"] for row in table if row["set"] == set_name]
 
 
-def read(path: Path) -> sitk.Image:
-    return sitk.ReadImage(str(path))
+def read(path: Path) -> SimpleITK.Image:
+    return SimpleITK.ReadImage(str(path))
 
 
 # ---------- single scans
 
 
-def test_equal_seeds_make_equal_scans_and_other_seeds_do_not():
-    first, second, other = make_scan(1, 2), make_scan(1, 2), make_scan(1, 3)
-    assert np.array_equal(first.image, second.image) and np.array_equal(first.label, second.label)
+def test_equal_seeds_make_equal_scans_and_other_seeds_do_not(scans):
+    first, again, other = scans[1], make_scan(1, 101), make_scan(1, 3)
+    assert np.array_equal(first.image, again.image)
+    assert np.array_equal(first.label, again.label)
     assert first.image.shape != other.image.shape or not np.array_equal(first.image, other.image)
 
 
 def test_scan_arrays_and_spacing(scans):
     for scan in scans:
-        assert scan.image.dtype == np.int16 and scan.label.dtype == np.uint8
+        assert scan.image.dtype == np.int16
+        assert scan.label.dtype == np.uint8
         assert scan.image.shape == scan.label.shape
         assert scan.image.min() >= -1024
         covered = np.array(scan.image.shape) * scan.spacing
-        assert np.all(covered <= (32, 40, 40)) and np.all(covered > np.array((32, 40, 40)) - scan.spacing)
-        assert scan.spacing[0] == scan.slice_thickness and 0.5 <= scan.slice_thickness <= 5
-        assert scan.spacing[1] == scan.spacing[2] and 0.8 <= scan.spacing[1] <= 1.1
+        assert np.all(covered <= (32, 40, 40))
+        assert np.all(covered > np.array((32, 40, 40)) - scan.spacing)
+        assert scan.spacing[0] == scan.slice_thickness
+        assert 0.5 <= scan.slice_thickness <= 5
+        assert scan.spacing[1] == scan.spacing[2]
+        assert 0.8 <= scan.spacing[1] <= 1.1
 
 
 def test_scan_holds_air_bone_and_soft_tissue(scans):
@@ -76,12 +93,21 @@ def test_label_follows_the_threshold_and_has_no_single_voxels(scans):
         assert np.all(np.bincount(pieces.ravel(), minlength=count + 1)[1:] > 1)
 
 
+def test_label_volumes_grow_with_the_plaque_scale(scans):
+    labelled = [patient for patient, scan in enumerate(scans) if scan.label.any()][:3]
+    volumes = [scans[patient].label_volume for patient in labelled]
+    for scale in (1.5, 2.0):
+        larger = [make_scan(patient, 100 + patient, plaque_scale=scale).label_volume for patient in labelled]
+        assert np.all(np.array(larger) > 1.3 * np.array(volumes))
+        volumes = larger
+
+
 def test_label_lies_at_the_vessel_wall():
     for patient in range(4):
         scan = make_scan(patient, patient, kernel="bone", slice_thickness=1.0)
-        points = phantoms.fine_points(phantoms.draw_examination(patient), (32.0, 40.0, 40.0))
-        lumen = phantoms.render(phantoms.draw_anatomy(patient), points).lumen
-        distance = np.abs(phantoms.sample(lumen, scan.spacing))
+        points = fine_points(draw_examination(patient), (32.0, 40.0, 40.0))
+        lumen = render(draw_anatomy(patient), points).lumen
+        distance = np.abs(sample(lumen, scan.spacing))
         assert distance[scan.label > 0].max(initial=0) < 2.2  # the half thickness of a plaque and a voxel diagonal
 
 
@@ -98,29 +124,41 @@ def test_scans_of_one_patient_resemble_each_other_more_than_two_patients():
 
 
 def test_left_and_right_mirror_each_other_nearly():
-    halves = [make_scan(patient, patient, kernel="soft", slice_thickness=1.25).image.astype(float)
-              for patient in range(3)]
+    halves = [
+        make_scan(patient, patient, kernel="soft", slice_thickness=1.25).image.astype(float) for patient in range(3)
+    ]
     mirrored = [np.corrcoef(image.ravel(), image[:, :, ::-1].ravel())[0, 1] for image in halves]
     assert np.mean(mirrored) > 0.5
 
 
 def test_slice_thickness_is_mostly_thin():
-    drawn = [phantoms.draw_examination(seed).slice_thickness for seed in range(400)]
-    assert min(drawn) == 0.5 and max(drawn) == 5.0
+    drawn = [draw_examination(seed).slice_thickness for seed in range(400)]
+    assert min(drawn) == 0.5
+    assert max(drawn) == 5.0
     assert np.median(drawn) == 1.25
 
 
 def test_sampling_averages_and_keeps_the_mean():
     ramp = np.broadcast_to(np.arange(20.0)[:, None, None], (20, 6, 6))
-    sampled = phantoms.sample(ramp, (2.5, 1.0, 1.5))
+    sampled = sample(ramp, (2.5, 1.0, 1.5))
     assert sampled.shape == (4, 3, 2)
     assert np.allclose(sampled[:, 0, 0], [2, 7, 12, 17])
 
 
-@pytest.mark.parametrize("wish", [{"scanner": "Z1"}, {"kernel": "lung"}, {"slice_thickness": 7.0},
-                                  {"slice_thickness": 0.0}, {"extent_mm": (1.0, 40.0, 40.0)}])
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"scanner": "Z1"},
+        {"kernel": "lung"},
+        {"slice_thickness": 7.0},
+        {"slice_thickness": 0.0},
+        {"extent_mm": (1.0, 40.0, 40.0)},
+        {"plaque_scale": 0.0},
+        {"plaque_scale": 4.0},
+    ],
+)
 def test_impossible_wishes_are_refused(wish):
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError, match=next(iter(wish)).split("_")[0]):
         make_scan(0, 0, **wish)
 
 
@@ -131,11 +169,17 @@ def test_dataset_layout(dataset, table):
     assert dataset.name == "Dataset900_CarotidPhantom"
     assert [path.name for path in dataset.parent.iterdir()] == [dataset.name]
     description = json.loads((dataset / "dataset.json").read_text())
-    assert description == {"channel_names": {"0": "CT"}, "labels": {"background": 0, "calcification": 1},
-                           "numTraining": LABELLED, "file_ending": ".nii.gz"}
-    for set_name, images, labels, count in (("labelled", "imagesTr", "labelsTr", LABELLED),
-                                            ("test", "imagesTs", "labelsTs", TEST),
-                                            ("unlabelled", "imagesUn", None, UNLABELLED)):
+    assert description == {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0, "calcification": 1},
+        "numTraining": LABELLED,
+        "file_ending": ".nii.gz",
+    }
+    for set_name, images, labels, count in (
+        ("labelled", "imagesTr", "labelsTr", LABELLED),
+        ("test", "imagesTs", "labelsTs", TEST),
+        ("unlabelled", "imagesUn", None, UNLABELLED),
+    ):
         cases = {row["case"] for row in table if row["set"] == set_name}
         assert len(cases) == count
         assert {path.name for path in (dataset / images).iterdir()} == {f"{case}_0000.nii.gz" for case in cases}
@@ -152,23 +196,25 @@ def test_images_and_labels_share_their_geometry_and_labels_are_not_empty(dataset
             assert image.GetSpacing() == label.GetSpacing()
             assert image.GetOrigin() == label.GetOrigin()
             assert image.GetDirection() == label.GetDirection() == tuple(np.eye(3).ravel())
-            voxels = sitk.GetArrayFromImage(label)
+            voxels = SimpleITK.GetArrayFromImage(label)
             assert set(np.unique(voxels)) == {0, 1}
             assert voxels.sum() * np.prod(label.GetSpacing()) >= 4.99
-            assert sitk.GetArrayFromImage(image)[voxels > 0].min() >= 130
+            assert SimpleITK.GetArrayFromImage(image)[voxels > 0].min() >= 130
 
 
 def test_table_agrees_with_the_images(dataset, table):
     for row in table:
-        image = read(dataset / phantoms.IMAGE_FOLDERS[row["set"]] / f"{row['case']}_0000.nii.gz")
+        image = read(dataset / IMAGE_FOLDERS[row["set"]] / f"{row['case']}_0000.nii.gz")
         assert image.GetSpacing()[2] == pytest.approx(float(row["slice_thickness"]))
-        assert row["scanner"] in phantoms.SCANNERS and row["kernel"] in phantoms.KERNELS
+        assert row["scanner"] in SCANNERS
+        assert row["kernel"] in KERNELS
         assert row["case"].startswith(f"phantom_{row['patient']}_s")
 
 
 def test_patients_do_not_leak_between_sets(table):
     train, test, unlabelled = (patients(table, name) for name in ("labelled", "test", "unlabelled"))
-    assert len(set(train)) == LABELLED and len(set(test)) == TEST
+    assert len(set(train)) == LABELLED
+    assert len(set(test)) == TEST
     assert not set(test) & (set(train) | set(unlabelled))
     assert set(train) & set(unlabelled)
     assert len(set(unlabelled)) < len(unlabelled)  # several scans of one patient
@@ -178,21 +224,31 @@ def test_dataset_is_deterministic_and_refuses_to_overwrite(tmp_path):
     first, second = (write_phantom_dataset(tmp_path / name, labelled=1, unlabelled=1, test=0) for name in "ab")
     for path in sorted(first.rglob("*.nii.gz")):
         again = read(second / path.relative_to(first))
-        assert np.array_equal(sitk.GetArrayFromImage(read(path)), sitk.GetArrayFromImage(again))
+        assert np.array_equal(SimpleITK.GetArrayFromImage(read(path)), SimpleITK.GetArrayFromImage(again))
     assert (first / "scans.csv").read_text() == (second / "scans.csv").read_text()
-    with pytest.raises(ValueError, match="already exists"):
+    with pytest.raises(UserError, match="already exists"):
         write_phantom_dataset(tmp_path / "a")
+
+
+def test_dataset_takes_the_plaque_scale(tmp_path):
+    sets = [
+        write_phantom_dataset(tmp_path / str(scale), labelled=1, unlabelled=0, test=0, plaque_scale=scale)
+        for scale in (1.0, 2.0)
+    ]
+    usual, larger = (SimpleITK.GetArrayFromImage(read(next(folder.glob("labelsTr/*")))) for folder in sets)
+    assert larger.sum() > usual.sum()
 
 
 def test_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(phantoms, "SMALLEST_LABEL_MM3", np.inf)
     monkeypatch.setattr(phantoms, "MOST_REDRAWS", 1)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UserError, match="plaque_scale"):
         write_phantom_dataset(tmp_path, labelled=1, unlabelled=0, test=0)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("counts", [{"labelled": 0}, {"unlabelled": -1}, {"test": -1}, {"dataset_id": 1000}])
 def test_impossible_counts_are_refused(tmp_path, counts):
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError, match=next(iter(counts))):
         write_phantom_dataset(tmp_path, **counts)
+    assert not list(tmp_path.iterdir())

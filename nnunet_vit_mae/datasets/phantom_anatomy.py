@@ -26,9 +26,12 @@ PLAQUE_COUNT_SHARES = (0.1, 0.15, 0.25, 0.25, 0.15, 0.1)  # of patients with 0, 
 AIR, FAT, SHEATH, FLUID, BRAIN, MUSCLE = -1000.0, -85.0, -10.0, 8.0, 36.0, 58.0
 
 # Centre line of the left siphon from the petrous canal upwards; the right one is its mirror image.
-SIPHON = np.array(
-    [(-19, 9, 11), (-13, 10, 11), (-7, 9, 11), (-2, 6, 10.8), (-0.5, 0, 10.5), (-0.5, -6, 10.2)]
-    + [(2.5, -10.5, 10), (6.5, -9, 9.8), (8, -4, 9.6), (9.5, 0, 10), (13, 2.5, 11.5), (19, 4, 13)]
+SIPHON = np.transpose(
+    [
+        (-19, -13, -7, -2, -0.5, -0.5, 2.5, 6.5, 8, 9.5, 13, 19),
+        (9, 10, 9, 6, 0, -6, -10.5, -9, -4, 0, 2.5, 4),
+        (11, 11, 11, 10.8, 10.5, 10.2, 10, 9.8, 9.6, 10, 11.5, 13),
+    ]
 )
 
 
@@ -112,7 +115,7 @@ def draw_anatomy(patient_seed: Seed, plaque_scale: float = 1.0) -> Anatomy:
         spongy=rng.uniform(180, 320),
         blood=rng.uniform(48, 60),
         vessels=tuple(
-            _draw_vessel(rng, knots * (1, 1, side), radius, sides.count(side), burden, plaque_scale) for side in (-1, 1)
+            _draw_vessel(rng, side, knots, radius, sides.count(side), burden, plaque_scale) for side in (-1, 1)
         ),
     )
 
@@ -130,10 +133,15 @@ def _draw_waves(rng: np.random.Generator, count: int, wavelengths: tuple[float, 
 
 
 def _draw_vessel(
-    rng: np.random.Generator, knots: np.ndarray, radius: float, plaques: int, burden: float, plaque_scale: float
+    rng: np.random.Generator,
+    side: int,
+    knots: np.ndarray,
+    radius: float,
+    plaques: int,
+    burden: float,
+    plaque_scale: float,
 ) -> Vessel:
-    side = np.sign(knots[0, 2])
-    knots = knots + rng.normal(0, 0.3, knots.shape) * (1, 1, side)
+    knots = (knots + rng.normal(0, 0.3, knots.shape)) * (1, 1, side)
     along = np.linspace(0, len(knots) - 1, 401)
     rough = np.stack([np.interp(along, np.arange(len(knots)), axis) for axis in knots.T], axis=1)
     smooth = ndimage.gaussian_filter1d(rough, sigma=18, axis=0, mode="nearest")
@@ -251,7 +259,9 @@ def _vessel_coordinates(points: np.ndarray, vessel: Vessel) -> tuple[np.ndarray,
     nearest = np.argmin((line**2).sum(1)[:, None] - 2 * (line @ points), axis=0)
     tangents = np.gradient(line, axis=0)
     tangents /= np.linalg.norm(tangents, axis=1, keepdims=True)
-    lateral = np.float32((0, 0, 1)) - tangents[:, 2:] * tangents  # the siphon bends in planes of nearly constant x
+    lateral = (
+        np.array((0, 0, 1), np.float32) - tangents[:, 2:] * tangents
+    )  # the siphon bends in planes of nearly constant x
     lateral /= np.linalg.norm(lateral, axis=1, keepdims=True)
     offset = points.T - line[nearest]
     ahead = (offset * tangents[nearest]).sum(1)
@@ -288,8 +298,9 @@ def _ellipsoid(points: np.ndarray, centre: tuple, radii: tuple) -> np.ndarray:
 
 def _rod(points: np.ndarray, start: tuple, end: tuple, radius: float) -> np.ndarray:
     """A rod with round ends, in as many dimensions as `start` has."""
-    start, span = np.float32(start), np.float32(end) - np.float32(start)
-    offsets = [axis - middle for axis, middle in zip(points, start, strict=True)]
+    first, last = np.array([start, end], np.float32)
+    span = last - first
+    offsets = [axis - middle for axis, middle in zip(points, first, strict=True)]
     along = sum(offset * part for offset, part in zip(offsets, span, strict=True)) / (span @ span)
     along = np.clip(along, 0, 1)
     return np.sqrt(sum((offset - along * part) ** 2 for offset, part in zip(offsets, span, strict=True))) - radius
@@ -306,4 +317,4 @@ def _sheet(
 
 def column(values: np.ndarray | tuple) -> np.ndarray:
     """One number for each component of points (3 z y x)."""
-    return np.float32(values)[:, None, None, None]
+    return np.asarray(values, np.float32)[:, None, None, None]

@@ -1,6 +1,6 @@
 """Taking a phantom scan: pose, reconstruction kernel, slice thickness and noise turn an anatomy into a labelled image.
 
-The four scanners and two kernels are invented, and made to differ as real ones do: a model meets several of each.
+The four scanners and two kernels are invented; they differ in the ways that real ones do.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ HU_RANGE = (-1024, 3071)
 THRESHOLD_HU = 130
 OVERSHOOT_WIDTH_MM = 0.8
 REFERENCE_SLICE_MM = 1.25  # the slice thickness at which a scanner's noise is stated
-SLICE_SHARES = {  # of scans, by slice thickness in mm
-    **{0.5: 0.05, 0.625: 0.07, 0.75: 0.1, 1.0: 0.23, 1.25: 0.2},
-    **{1.5: 0.1, 2.0: 0.1, 2.5: 0.08, 3.0: 0.04, 5.0: 0.03},
-}
+SLICES_MM = (0.5, 0.625, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 5.0)
+SLICE_SHARES = (0.05, 0.07, 0.1, 0.23, 0.2, 0.1, 0.1, 0.08, 0.04, 0.03)
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ def draw_examination(scan_seed: Seed) -> Examination:
     return Examination(
         scanner=scanner,
         kernel="bone" if rng.random() < SCANNERS[scanner].bone_share else "soft",
-        slice_thickness=float(rng.choice(list(SLICE_SHARES), p=list(SLICE_SHARES.values()))),
+        slice_thickness=float(rng.choice(SLICES_MM, p=SLICE_SHARES)),
         pixel=round(rng.uniform(*SCANNERS[scanner].pixel_range), 3),
         shift=tuple(rng.uniform(-1.5, 1.5, 3)),
         tilt=tuple(rng.uniform(-4, 4, 3)),
@@ -181,5 +179,6 @@ def _noise(rng: np.random.Generator, shape: tuple[int, ...], kernel: Kernel) -> 
 def _label(image: np.ndarray, plaque: np.ndarray, bone: np.ndarray) -> np.ndarray:
     """The reader's rule: inside the circle round a plaque, at least 130 HU, and no single voxels."""
     label = (image >= THRESHOLD_HU) & (plaque >= 0.1) & (plaque >= bone)
-    pieces, _ = ndimage.label(label, np.ones((3, 3, 3)))
+    pieces = np.zeros(label.shape, np.int32)
+    ndimage.label(label, np.ones((3, 3, 3)), output=pieces)
     return (label & (np.bincount(pieces.ravel())[pieces] > 1)).astype(np.uint8)

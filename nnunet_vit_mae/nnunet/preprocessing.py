@@ -12,6 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import blosc2
+import nibabel
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 
@@ -88,7 +89,7 @@ def _preprocess_case(dataset: str, plans_name: str, configuration: str, case: st
         volume, properties = plan.plans.image_reader_writer_class().read_images([str(file) for file in files])
         if volume.shape[0] != len(expected):
             return f"has {volume.shape[0]} channels in its files, but dataset.json has {len(expected)}"
-        if not np.isfinite(volume).all():
+        if not np.isfinite(volume).all() or any(_nifti_holds_nan(file) for file in files):
             return "holds voxels that are NaN or infinite"
         preprocessor = plan.configuration.preprocessor_class(verbose=False)
         volume, _, _ = preprocessor.run_case_npy(
@@ -98,6 +99,14 @@ def _preprocess_case(dataset: str, plans_name: str, configuration: str, case: st
     except Exception as error:  # noqa: BLE001
         return f"cannot be preprocessed: {_first_line(error)}"
     return None
+
+
+def _nifti_holds_nan(file: Path) -> bool:
+    """Ask the file itself: ITK, which reads for nnU-Net, turns NaN in a NIfTI into zeros without a word."""
+    if ".nii" not in file.suffixes:
+        return False
+    image = nibabel.load(file)
+    return image.get_data_dtype().kind == "f" and not np.isfinite(np.asanyarray(image.dataobj)).all()
 
 
 def _save(volume: np.ndarray, plan: Plan, case: str) -> None:
@@ -138,7 +147,8 @@ def _forget_if_made_differently(plan: Plan) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    """The one line of an error that says something; SimpleITK starts its messages with a line about its sources."""
+    """The line of an error that says something; SimpleITK starts its messages with a line about its sources."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     informative = [line for line in lines if "Exception thrown in SimpleITK" not in line]
-    return (informative or lines or [type(error).__name__])[0]
+    # nnU-Net's readers raise an error without a word when the files of a case do not fit each other
+    return (informative or lines or ["its files differ in size or spacing"])[0]

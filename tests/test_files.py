@@ -1,0 +1,163 @@
+"""Files that are whole or not there, and errors that end a command without a traceback."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nnunet_vit_mae.errors import UserError, exit_on_user_error
+from nnunet_vit_mae.files import read_json, replacing, write_json
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+# ---------- replacing
+
+
+def test_a_file_is_replaced_when_the_block_ends(tmp_path):
+    file = tmp_path / "plans.json"
+    file.write_text("old")
+    with replacing(file) as temporary:
+        temporary.write_text("new")
+        assert file.read_text() == "old"
+    assert file.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def write_half(file: Path, error: type[BaseException]) -> None:
+    with replacing(file) as temporary:
+        temporary.write_text("half of the n")
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_block_that_raises_leaves_the_old_file_and_no_other(tmp_path, error):
+    file = tmp_path / "plans.json"
+    file.write_text("old")
+    with pytest.raises(error):
+        write_half(file, error)
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_block_that_raises_makes_no_file(tmp_path):
+    with pytest.raises(RuntimeError):
+        write_half(tmp_path / "plans.json", RuntimeError)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_block_that_raises_before_it_writes_leaves_the_old_file(tmp_path):
+    file = tmp_path / "plans.json"
+    file.write_text("old")
+    with pytest.raises(RuntimeError, match="too early"), replacing(file):
+        raise RuntimeError("too early")
+    assert file.read_text() == "old"
+
+
+def test_the_temporary_file_lies_beside_the_file_with_its_suffix(tmp_path):
+    file = tmp_path / "encoder.safetensors"
+    with replacing(file) as temporary:
+        assert temporary.parent == tmp_path
+        assert temporary.suffix == ".safetensors"
+        assert temporary != file
+        temporary.touch()
+
+
+def test_folders_on_the_way_are_made(tmp_path):
+    with replacing(tmp_path / "a" / "b" / "plans.json") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "a" / "b" / "plans.json").read_text() == "new"
+
+
+# ---------- JSON
+
+
+@given(content=json_values)
+def test_json_comes_back_as_it_was_written(tmp_path_factory, content):
+    file = tmp_path_factory.getbasetemp() / "round_trip.json"
+    write_json(content, file)
+    assert read_json(file) == content
+
+
+def test_json_keeps_the_order_and_is_indented_as_nnunet_does(tmp_path):
+    write_json({"b": 1, "a": [2]}, tmp_path / "plans.json")
+    assert (tmp_path / "plans.json").read_text() == '{\n    "b": 1,\n    "a": [\n        2\n    ]\n}\n'
+
+
+def test_content_that_json_cannot_hold_leaves_the_old_file(tmp_path):
+    file = tmp_path / "plans.json"
+    write_json({"kept": True}, file)
+    with pytest.raises(TypeError):
+        write_json({"bad": object()}, file)
+    assert read_json(file) == {"kept": True}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_missing_json_is_named(tmp_path):
+    file = tmp_path / "plans.json"
+    with pytest.raises(UserError, match="is missing") as caught:
+        read_json(file)
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"a": 1,}', "[1] 2", "plans"])
+def test_invalid_json_is_named(tmp_path, text):
+    file = tmp_path / "plans.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match="not valid JSON") as caught:
+        read_json(file)
+    assert str(file) in str(caught.value)
+
+
+# ---------- errors
+
+
+def test_a_user_error_ends_with_code_2_and_one_line_on_stderr(capsys):
+    @exit_on_user_error
+    def command() -> None:
+        raise UserError("the plans have no token: run mae3d_plan.")
+
+    with pytest.raises(SystemExit) as caught:
+        command()
+    assert caught.value.code == 2
+    assert capsys.readouterr() == ("", "Error: the plans have no token: run mae3d_plan.\n")
+
+
+def test_a_process_shows_no_traceback_of_a_user_error():
+    program = (
+        "from nnunet_vit_mae.errors import *\n"
+        "def command():\n"
+        "    try: 1 / 0\n"
+        "    except ZeroDivisionError: raise UserError('mend this.')\n"
+        "exit_on_user_error(command)()"
+    )
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stdout, process.stderr) == (2, "", "Error: mend this.\n")
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyError, KeyboardInterrupt])
+def test_other_errors_pass(error, capsys):
+    @exit_on_user_error
+    def command() -> None:
+        raise error("a bug")
+
+    with pytest.raises(error, match="a bug"):
+        command()
+    assert capsys.readouterr().err == ""
+
+
+def test_arguments_results_and_names_pass():
+    @exit_on_user_error
+    def divided(number: int, *, by: int) -> tuple[int, int]:
+        """Divide."""
+        return divmod(number, by)
+
+    assert divided(17, by=5) == (3, 2)
+    assert (divided.__name__, divided.__doc__) == ("divided", "Divide.")

@@ -1,0 +1,192 @@
+"""The path inside nnU-Net on a tiny data set: plans, unlabelled images, and which cases pre-training may see."""
+
+import json
+
+import blosc2
+import numpy as np
+import pytest
+from conftest import SHAPE, blob, write_case
+
+from nnunet_vit_mae.cli import plan as plan_command
+from nnunet_vit_mae.cli import preprocess as preprocess_command
+from nnunet_vit_mae.cli import pretrain as pretrain_command
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.nnunet.cases import pretraining_cases
+from nnunet_vit_mae.nnunet.folders import find_dataset
+from nnunet_vit_mae.nnunet.plans import load_plan, read_recipe
+from nnunet_vit_mae.presets import Settings
+
+pytestmark = pytest.mark.slow
+
+
+def tiny_plan(name="nnUNetPlans"):
+    return load_plan(find_dataset("901"), name, "3d_fullres")
+
+
+def test_plans_keep_the_baselines_files_and_leave_the_source_alone(in_workspace, capsys):
+    source = (in_workspace.preprocessed / "nnUNetPlans.json").read_bytes()
+    plan_command.main("-d 901 -o Short --epochs 3 --iterations 7 --token 2 4 8 --size XS --lr 0.001".split())
+    assert "Short.json" in capsys.readouterr().out
+    assert (in_workspace.preprocessed / "nnUNetPlans.json").read_bytes() == source
+
+    before, after = tiny_plan(), tiny_plan("Short")
+    assert after.preprocessed_folder == before.preprocessed_folder
+    assert after.plans.plans_name == "Short"
+    assert after.configuration.batch_size == before.configuration.batch_size
+    assert after.settings.network.token == (2, 4, 8)
+    assert (after.settings.finetuning.epochs, after.settings.finetuning.iterations) == (3, 7)
+    assert after.settings.finetuning.lr == 0.001
+
+
+def test_the_decoder_follows_the_token_unless_it_is_given(in_workspace):
+    plan_command.main("-d 901 -o Large --token 8".split())
+    plan_command.main("-d 901 -o Small --token 4".split())
+    plan_command.main("-d 901 -o Mixed --token 8 --decoder mae".split())
+    assert [tiny_plan(name).settings.network.decoder for name in ("Large", "Small", "Mixed")] == ["upscale", "mae", "mae"]
+
+
+def test_flags_win_over_the_recipe(in_workspace):
+    plan_command.main("-d 901 -o Q --recipe quick --epochs 2".split())
+    settings, recipe = tiny_plan("Q").settings, read_recipe("quick")
+    assert settings.finetuning.epochs == 2
+    assert settings.finetuning.iterations == recipe["finetuning"]["iterations"]
+    assert settings.network.size == recipe["network"]["size"]
+
+
+@pytest.mark.parametrize("name", ["quick", "vitiac"])
+def test_recipes_are_valid(name):
+    Settings.from_dict(read_recipe(name))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("-d 902 -o Short", "-d 902"),
+        ("-d nonsense -o Short", "nonsense"),
+        ("-d 901 -o nnUNetPlans", "not written by mae3d_plan"),
+        ("-d 901 -o bad/name", "letters, digits"),
+        ("-d 901 -o Short -p Missing", "no plans Missing"),
+        ("-d 901 -o Short -c 3d_lowres", "no configuration 3d_lowres"),
+        ("-d 901 -o Short -c 2d", "2D"),
+        ("-d 901 -o Short --recipe nowhere", "no recipe nowhere"),
+        ("-d 901 -o Short --token 3", "network.token"),
+        ("-d 901 -o Short --token 4 4", "one number or three"),
+    ],
+)
+def test_mistakes_in_planning_get_one_sentence(in_workspace, refused, arguments, reason):
+    if "2d" in arguments:
+        file = in_workspace.preprocessed / "nnUNetPlans.json"
+        plans = json.loads(file.read_text())
+        flat = plans["configurations"]["3d_fullres"] | {"patch_size": [18, 22], "spacing": [1.0, 1.0]}
+        file.write_text(json.dumps(plans | {"configurations": plans["configurations"] | {"2d": flat}}))
+    before = sorted(file.name for file in in_workspace.preprocessed.iterdir())
+    assert reason in refused(plan_command.main, *arguments.split())
+    assert sorted(file.name for file in in_workspace.preprocessed.iterdir()) == before
+
+
+def test_a_typing_mistake_in_a_recipe_is_named(in_workspace, refused, tmp_path):
+    (tmp_path / "mine.json").write_text('{"finetuning": {"epoch": 3}}')
+    assert "epoch" in refused(plan_command.main, "-d", "901", "-o", "S", "--recipe", str(tmp_path / "mine.json"))
+
+
+def test_unset_variables_are_named(in_workspace, refused, monkeypatch):
+    monkeypatch.delenv("nnUNet_results")
+    assert "nnUNet_results" in refused(plan_command.main, "-d", "901", "-o", "S")
+
+
+def test_unlabelled_images_get_the_labelled_ones_preprocessing(in_workspace, capsys):
+    """The image of a training case, put into the pool, comes out as nnU-Net preprocessed it."""
+    channels, _ = blob(0)
+    write_case(in_workspace.raw / "imagesUn", "twin", channels)
+    preprocess_command.main("-d 901 -np 1".split())
+    assert "4 of 4 unlabelled cases" in capsys.readouterr().out
+    plan = tiny_plan()
+    twin = blosc2.open(str(plan.unlabelled_folder / "twin.b2nd"))[:]
+    labelled = blosc2.open(str(plan.preprocessed_folder / "train_0.b2nd"))[:]
+    assert twin.dtype == labelled.dtype
+    assert np.array_equal(twin, labelled)
+
+
+def test_bad_images_are_named_and_the_others_done_then_the_rest_on_a_second_call(in_workspace, capsys):
+    pool = in_workspace.raw / "imagesUn"
+    channels, _ = blob(30)
+    write_case(pool, "one_channel", channels[:1])
+    write_case(pool, "three_channels", [*channels, channels[0]])
+    holes = [np.where(np.indices(SHAPE)[0] == 3, np.nan, channel).astype(np.float32) for channel in channels]
+    write_case(pool, "holes", holes)
+    write_case(pool, "sizes", [channels[0], channels[1][:-1]])
+    for number in range(2):
+        (pool / f"rubbish_{number:04d}.nii.gz").write_bytes(b"not an image")
+
+    with pytest.raises(SystemExit) as stop:
+        preprocess_command.main("-d 901 -np 2".split())
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert "3 of 8 unlabelled cases" in out
+    lines = {line.split()[2]: line for line in err.splitlines() if line.startswith("Not preprocessed")}
+    assert "channels 0000, but" in lines["one_channel"]
+    assert "channels 0000, 0001, 0002" in lines["three_channels"]
+    assert "NaN" in lines["holes"]
+    assert set(lines) == {"one_channel", "three_channels", "holes", "sizes", "rubbish"}
+    assert "differ in size" in lines["sizes"]
+    assert "cannot be preprocessed: " in lines["rubbish"]
+
+    for number in range(2):
+        (pool / f"rubbish_{number:04d}.nii.gz").unlink()
+    for case in ("one_channel", "three_channels", "holes", "sizes"):
+        for file in pool.glob(f"{case}_*"):
+            file.unlink()
+    write_case(pool, "repaired", channels)
+    preprocess_command.main("-d 901 -np 1".split())
+    assert "4 of 4 unlabelled cases are in" in (text := capsys.readouterr().out)
+    assert "(1 were to do)" in text
+
+
+def test_a_change_of_plans_makes_the_pool_anew(in_workspace, capsys):
+    preprocess_command.main("-d 901 -np 1".split())
+    file = in_workspace.preprocessed / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 1.0, 1.0]
+    file.write_text(json.dumps(plans))
+    preprocess_command.main("-d 901 -np 1".split())
+    assert "(3 were to do)" in capsys.readouterr().out
+
+
+def test_without_unlabelled_images_the_reader_is_told_where_to_put_them(in_workspace, refused):
+    for file in (in_workspace.raw / "imagesUn").iterdir():
+        file.unlink()
+    assert "imagesUn" in refused(preprocess_command.main, "-d", "901")
+
+
+def test_pretraining_sees_a_folds_training_cases_and_the_pool_but_never_test_images(in_workspace):
+    preprocess_command.main("-d 901 -np 1".split())
+    plan = tiny_plan()
+    everything = {case.name for case in pretraining_cases(plan, "all")}
+    assert everything == {f"train_{i}" for i in range(6)} | {f"pool_{i}" for i in range(3)}
+    for fold in range(5):
+        names = {case.name for case in pretraining_cases(plan, str(fold))}
+        splits = json.loads((in_workspace.preprocessed / "splits_final.json").read_text())
+        assert names == set(splits[fold]["train"]) | {f"pool_{i}" for i in range(3)}
+        assert not names & set(splits[fold]["val"])
+    with pytest.raises(UserError, match="-f 5"):
+        pretraining_cases(plan, "5")
+
+
+def test_an_unlabelled_pool_that_was_forgotten_is_mentioned(in_workspace, caplog):
+    assert len(pretraining_cases(tiny_plan(), "all")) == 6
+    assert "3 unlabelled images" in caplog.text
+    assert "mae3d_preprocess -d 901" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("-d 901", "-device cpu"),
+        ("-d 901 -device cpu -f 9", "-f 9"),
+        ("-d 901 -device cpu --mask_ratio 1.5", "mask_ratio"),
+    ],
+)
+def test_mistakes_in_pretraining_get_one_sentence(in_workspace, refused, monkeypatch, arguments, reason):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert reason in refused(pretrain_command.main, *arguments.split())
+    assert not in_workspace.results.exists()

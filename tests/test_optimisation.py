@@ -1,0 +1,142 @@
+"""The learning rate over the schedule and over the layers of a real segmenter."""
+
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
+from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
+from nnunet_vit_mae.presets import DECODERS, SIZES, Network
+
+DEPTH = SIZES["XS"].depth
+DECAY = 0.7
+
+shares = st.floats(0, 1)
+warmups = st.floats(0.01, 0.95)
+
+
+@pytest.fixture(scope="module", params=sorted(DECODERS))
+def segmenter(request) -> nn.Module:
+    return build_segmenter(Network(size="XS", token=(2, 4, 8), decoder=request.param), 2, 3, drop_path=0.1)
+
+
+@pytest.fixture(scope="module")
+def groups(segmenter) -> list[dict]:
+    return parameter_groups(segmenter.named_parameters(), weight_decay=0.05, layer_decay=DECAY, depth=DEPTH)
+
+
+def group_of(groups: list[dict], parameter: nn.Parameter) -> dict:
+    (found,) = [group for group in groups if any(p is parameter for p in group["params"])]
+    return found
+
+
+# ---------- schedule
+
+
+@given(first=shares, second=shares, warmup=warmups)
+def test_the_schedule_is_continuous(first, second, warmup):
+    steepest = max(1 / warmup, math.pi / 2 / (1 - warmup))
+    change = abs(warmup_cosine(first, warmup) - warmup_cosine(second, warmup))
+    assert change <= steepest * abs(first - second) + 1e-9
+
+
+@given(first=shares, second=shares, warmup=warmups)
+def test_the_schedule_rises_up_to_the_warmup_and_falls_behind_it(first, second, warmup):
+    early, late = sorted((first, second))
+    if late <= warmup:
+        assert warmup_cosine(early, warmup) <= warmup_cosine(late, warmup) + 1e-12
+    if early >= warmup:
+        assert warmup_cosine(early, warmup) >= warmup_cosine(late, warmup) - 1e-12
+
+
+@given(progress=shares, warmup=warmups)
+def test_the_schedule_stays_between_0_and_1(progress, warmup):
+    assert 0 <= warmup_cosine(progress, warmup) <= 1
+
+
+@given(warmup=warmups)
+def test_the_schedule_starts_at_0_peaks_at_1_and_ends_at_0(warmup):
+    assert warmup_cosine(0, warmup) == 0
+    assert warmup_cosine(warmup, warmup) == 1
+    assert warmup_cosine(1, warmup) == pytest.approx(0, abs=1e-12)
+
+
+def test_without_warmup_the_schedule_starts_at_the_peak():
+    assert warmup_cosine(0.0, 0.0) == 1
+
+
+@pytest.mark.parametrize(("progress", "factor"), [(0.1, 0.5), (0.2, 1), (0.4, (1 + 0.5**0.5) / 2), (0.6, 0.5)])
+def test_known_factors_of_the_schedule(progress, factor):
+    assert warmup_cosine(progress, 0.2) == pytest.approx(factor)
+
+
+# ---------- groups
+
+
+def test_each_parameter_is_in_exactly_one_group(segmenter, groups):
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in segmenter.parameters())
+
+
+def test_vectors_have_no_weight_decay_and_all_else_has(segmenter, groups):
+    for parameter in segmenter.parameters():
+        assert group_of(groups, parameter)["weight_decay"] == (0.0 if parameter.ndim == 1 else 0.05)
+
+
+def test_biases_and_norms_have_no_weight_decay(segmenter, groups):
+    names = {name for name, p in segmenter.named_parameters() if group_of(groups, p)["weight_decay"] == 0}
+    assert {name for name, _ in segmenter.named_parameters() if name.endswith("bias") or "norm" in name} <= names
+
+
+def test_each_block_learns_more_slowly_than_the_one_behind_it(segmenter, groups):
+    for name, parameter in segmenter.named_parameters():
+        block = re.match(r"encoder\.transformer\.blocks\.(\d+)\.", name)
+        if block:
+            assert group_of(groups, parameter)["lr_scale"] == pytest.approx(DECAY ** (DEPTH - int(block[1])))
+
+
+def test_the_tokenizer_learns_most_slowly(segmenter, groups):
+    (scale,) = {group_of(groups, parameter)["lr_scale"] for parameter in segmenter.encoder.tokenizer.parameters()}
+    assert scale == pytest.approx(DECAY ** (DEPTH + 1))
+    assert scale == min(group["lr_scale"] for group in groups)
+
+
+def test_the_decoder_and_the_last_norm_learn_at_the_full_rate(segmenter, groups):
+    behind = [*segmenter.decoder.parameters(), *segmenter.encoder.transformer.norm.parameters()]
+    assert {group_of(groups, parameter)["lr_scale"] for parameter in behind} == {1.0}
+
+
+@given(layer_decay=st.floats(0.1, 1), depth=st.integers(0, DEPTH))
+def test_the_first_group_has_the_full_rate(layer_decay, depth):
+    names = ["encoder.tokenizer.w", "encoder.transformer.blocks.0.w", "decoder.w"]
+    named = [(name, nn.Parameter(torch.zeros(3))) for name in names]
+    first = parameter_groups(named, weight_decay=0.1, layer_decay=layer_decay, depth=depth)[0]
+    assert first["lr_scale"] == 1
+    assert any(parameter is named[-1][1] for parameter in first["params"])
+
+
+def test_without_layer_decay_all_learn_at_one_rate_in_two_groups():
+    network = build_autoencoder(Network(size="XS", token=(2, 4, 8)), 2, mask_ratio=0.5)
+    groups = parameter_groups(network.named_parameters(), weight_decay=0.05)
+    assert {group["lr_scale"] for group in groups} == {1.0}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.05}
+    assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
+
+
+def test_the_mask_token_has_no_weight_decay():
+    network = build_autoencoder(Network(size="XS", token=(2, 4, 8)), 2, mask_ratio=0.5)
+    groups = parameter_groups(network.named_parameters(), weight_decay=0.05)
+    assert group_of(groups, network.mask_token)["weight_decay"] == 0
+
+
+def test_the_learning_rate_of_each_group_is_scaled(groups):
+    optimizer = torch.optim.AdamW([dict(group) for group in groups], lr=1.0)
+    for lr in (0.5, 0.02):  # from the scale each time, not from the rate before
+        set_learning_rate(optimizer, lr)
+        assert [group["lr"] for group in optimizer.param_groups] == [lr * group["lr_scale"] for group in groups]
+    assert optimizer.param_groups[0]["lr"] == 0.02

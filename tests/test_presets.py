@@ -1,0 +1,201 @@
+"""Settings as they stand in nnU-Net's plans, and what they say about values that cannot be."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.presets import DECODERS, SIZES, TOKEN_SIDES, Finetuning, Network, Pretraining, Settings
+
+positive = st.floats(1e-12, 1e6)
+counts = st.integers(1, 10**6)
+shares = st.floats(0, 1, exclude_max=True)
+networks = st.builds(
+    Network,
+    size=st.sampled_from(sorted(SIZES)),
+    token=st.tuples(*[st.sampled_from(TOKEN_SIDES)] * 3),
+    decoder=st.sampled_from(sorted(DECODERS)),
+)
+pretrainings = st.builds(
+    Pretraining,
+    epochs=counts,
+    batch_size=counts,
+    mask_ratio=st.floats(0, 1, exclude_min=True, exclude_max=True),
+    base_lr=positive,
+    weight_decay=st.floats(0, 10),
+    warmup=shares,
+    norm_pix=st.booleans(),
+    gradient_clip=positive,
+)
+finetunings = st.builds(
+    Finetuning,
+    epochs=counts,
+    iterations=counts,
+    batch_size=counts,
+    lr=positive,
+    weight_decay=st.floats(0, 10),
+    warmup=shares,
+    layer_decay=st.floats(0, 1, exclude_min=True),
+    drop_path=shares,
+    gradient_clip=positive,
+)
+all_settings = st.builds(Settings, network=networks, pretraining=pretrainings, finetuning=finetunings)
+
+DEFAULTS = Settings().to_dict()
+FLOATS = [
+    (section, key) for section, values in DEFAULTS.items() for key, value in values.items() if type(value) is float
+]
+INTS = [(section, key) for section, values in DEFAULTS.items() for key, value in values.items() if type(value) is int]
+
+
+def refused(section: str, key: str, value: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        Settings.from_dict({section: {key: value}})
+    return str(caught.value)
+
+
+@given(chosen=all_settings)
+def test_settings_survive_json(chosen):
+    assert Settings.from_dict(json.loads(json.dumps(chosen.to_dict()))) == chosen
+
+
+@given(chosen=all_settings)
+def test_settings_as_a_dict_hold_plain_json_types(chosen):
+    block = chosen.to_dict()
+    assert json.loads(json.dumps(block)) == block
+
+
+@given(chosen=all_settings)
+def test_an_empty_block_changes_nothing(chosen):
+    assert chosen.updated({}) == chosen
+    assert chosen.updated({"network": {}, "finetuning": {}}) == chosen
+
+
+@given(chosen=all_settings, other=all_settings)
+def test_a_full_block_replaces_everything(chosen, other):
+    assert chosen.updated(other.to_dict()) == other
+
+
+@given(chosen=all_settings, epochs=counts)
+def test_an_update_keeps_what_it_does_not_name(chosen, epochs):
+    expected = dataclasses.replace(chosen, pretraining=dataclasses.replace(chosen.pretraining, epochs=epochs))
+    assert chosen.updated({"pretraining": {"epochs": epochs}}) == expected
+
+
+def test_an_empty_block_gives_the_defaults():
+    assert Settings.from_dict({}) == Settings()
+
+
+def test_an_unknown_section_is_named_and_so_are_the_known_ones():
+    with pytest.raises(UserError, match=r"vit_mae .*unknown keys: netwrok .*network, pretraining, finetuning"):
+        Settings.from_dict({"netwrok": {"size": "S"}})
+
+
+def test_all_unknown_keys_of_a_section_are_named():
+    with pytest.raises(UserError, match=r"vit_mae\.finetuning .*unknown keys: epoch, learning_rate .*epochs"):
+        Settings.from_dict({"finetuning": {"learning_rate": 1e-3, "epoch": 3, "lr": 1e-4}})
+
+
+@pytest.mark.parametrize("values", [None, 3, "S", ["size", "S"]])
+def test_a_section_that_is_no_object_is_named(values):
+    with pytest.raises(UserError, match=r"vit_mae\.network .*must be an object"):
+        Settings.from_dict({"network": values})
+
+
+@pytest.mark.parametrize(("section", "key"), INTS)
+@pytest.mark.parametrize("value", ["3", 3.0, True, None, [3]])
+def test_a_count_of_another_type_is_refused_by_name(section, key, value):
+    assert refused(section, key, value) == f"{section}.{key} is {value!r}, but it must be of type int."
+
+
+@pytest.mark.parametrize(("section", "key"), FLOATS)
+@pytest.mark.parametrize("value", ["0.5", False, None, [0.5]])
+def test_a_number_of_another_type_is_refused_by_name(section, key, value):
+    assert refused(section, key, value) == f"{section}.{key} is {value!r}, but it must be of type float."
+
+
+@pytest.mark.parametrize("value", [1, 0, "true", None])
+def test_a_switch_of_another_type_is_refused_by_name(value):
+    assert refused("pretraining", "norm_pix", value).startswith(f"pretraining.norm_pix is {value!r}, ")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("network", "size", "XL"),
+        ("network", "decoder", "unet"),
+        ("network", "token", [8, 8]),
+        ("network", "token", [8, 8, 8, 8]),
+        ("network", "token", [8, 8, 6]),
+        ("network", "token", [0, 8, 8]),
+        ("network", "token", [-8, 8, 8]),
+        ("network", "token", [True, 8, 8]),
+        ("network", "token", [8.0, 8, 8]),
+        ("network", "token", 8),
+        ("pretraining", "epochs", 0),
+        ("pretraining", "batch_size", -1),
+        ("pretraining", "mask_ratio", 0.0),
+        ("pretraining", "mask_ratio", 1),
+        ("pretraining", "base_lr", 0.0),
+        ("pretraining", "weight_decay", -0.1),
+        ("pretraining", "warmup", 1.0),
+        ("pretraining", "warmup", -0.1),
+        ("pretraining", "gradient_clip", 0),
+        ("finetuning", "epochs", 0),
+        ("finetuning", "iterations", 0),
+        ("finetuning", "batch_size", 0),
+        ("finetuning", "lr", -1e-3),
+        ("finetuning", "weight_decay", -1),
+        ("finetuning", "warmup", 1),
+        ("finetuning", "layer_decay", 0.0),
+        ("finetuning", "layer_decay", 1.1),
+        ("finetuning", "drop_path", 1.0),
+        ("finetuning", "drop_path", -0.1),
+        ("finetuning", "gradient_clip", -1.0),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_by_name(section, key, value):
+    assert refused(section, key, value).startswith(f"{section}.{key} is ")
+
+
+@pytest.mark.parametrize(("section", "key"), FLOATS)
+def test_not_a_number_is_refused_by_name(section, key):
+    assert refused(section, key, json.loads("NaN")).startswith(f"{section}.{key} is nan, ")
+
+
+def test_a_size_that_is_not_there_is_answered_with_those_that_are():
+    assert refused("network", "size", "XL") == "network.size is 'XL', but it must be one of XS, S, M, L."
+
+
+@pytest.mark.parametrize(("section", "key"), [("finetuning", "lr"), ("pretraining", "weight_decay")])
+def test_a_whole_number_is_taken_for_a_float(section, key):
+    value = getattr(getattr(Settings.from_dict({section: {key: 1}}), section), key)
+    assert value == 1
+    assert type(value) is float
+
+
+@pytest.mark.parametrize("token", [[2, 4, 8], (2, 4, 8)])
+def test_a_list_is_taken_for_a_token(token):
+    assert Settings.from_dict({"network": {"token": token}}).network.token == (2, 4, 8)
+
+
+@given(protocol=pretrainings, lr=st.floats(1e-9, 10))
+def test_with_lr_gives_that_learning_rate_and_changes_nothing_else(protocol, lr):
+    other = protocol.with_lr(lr)
+    assert other.lr == pytest.approx(lr, rel=1e-12)
+    assert dataclasses.replace(other, base_lr=protocol.base_lr) == protocol
+
+
+@pytest.mark.parametrize(("batch_size", "lr"), [(256, 1.5e-4), (512, 3e-4), (16, 9.375e-6)])
+def test_the_learning_rate_is_given_per_256_samples(batch_size, lr):
+    assert Pretraining(base_lr=1.5e-4, batch_size=batch_size).lr == pytest.approx(lr)
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_the_heads_divide_the_widths(size):
+    assert size.width % size.heads == 0
+    assert size.decoder_width % size.decoder_heads == 0
