@@ -27,14 +27,16 @@ def replacing(file: Path) -> Iterator[Path]:
 def write_json(content: Any, file: Path) -> None:
     """Write JSON as nnU-Net does (indented, in the order given)."""
     with replacing(file) as temporary:
-        temporary.write_text(json.dumps(content, indent=4) + "\n")
+        temporary.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
 
 
 def read_json(file: Path) -> Any:
     """Read JSON; raises `UserError` when the file is missing or not JSON."""
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file} is missing.") from None
-    except json.JSONDecodeError as error:
+    except IsADirectoryError:
+        raise UserError(f"{file} is a folder, but a JSON file is expected there.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not valid JSON ({error}).") from None

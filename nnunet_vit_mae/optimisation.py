@@ -10,16 +10,20 @@ from torch import nn
 
 
 def warmup_cosine(progress: float, warmup: float) -> float:
-    """Factor of the learning rate after a share `progress` of the schedule: linear up to `warmup`, then half a cosine."""
+    """Factor of the learning rate at a share `progress` (0 to 1) of the schedule: linear to `warmup`, then a cosine."""
     if progress < warmup:
         return progress / warmup
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
 def parameter_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float, layer_decay: float = 1.0, depth: int = 0
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    depth: int = 0,
 ) -> list[dict]:
-    """Groups for AdamW, each with its `lr_scale`; the first one has scale 1, for that is the rate that nnU-Net logs.
+    """Groups for AdamW, each with its `lr_scale`; the first has scale 1, for its rate is the one that nnU-Net logs.
 
     Layer-wise decay (BEiT; fine-tuning protocol of He et al. 2022): the head learns at the full rate, block i of `depth`
     at `layer_decay ** (depth - i)`, the tokenizer at `layer_decay ** (depth + 1)`. Vectors (biases, norms, the mask

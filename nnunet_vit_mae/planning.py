@@ -33,8 +33,10 @@ def default_settings(patch_size: Sequence[int], spacing: Sequence[float], unet_b
     )
 
 
-def default_token(patch_size: Sequence[int], spacing: Sequence[float], budget: int = TOKEN_BUDGET) -> tuple[int, int, int]:
-    """The smallest token of 4, 8 or 16 voxels whose grid stays inside the budget (ViTiac, section 3.1: small is better).
+def default_token(
+    patch_size: Sequence[int], spacing: Sequence[float], budget: int = TOKEN_BUDGET
+) -> tuple[int, int, int]:
+    """The smallest token of 4, 8 or 16 voxels whose grid stays inside the budget (ViTiac, 3.1: small is better).
 
     Along an axis of thick slices a token spans fewer voxels, so that it stays about as long in mm as along the others.
     """

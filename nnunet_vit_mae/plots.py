@@ -1,4 +1,4 @@
-"""Figures: arrays in, PNG files out. Built without pyplot, so that nothing global is touched and no screen is needed."""
+"""Figures: arrays in, PNG files out. Built without pyplot: nothing global is touched and no screen is needed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def plot_progress(losses: Sequence[float], rates: Sequence[float], file: Path) -
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     left = figure.add_subplot()
     left.plot(epochs, losses, color="tab:blue", marker="." if len(losses) < 30 else None)
-    left.set(xlabel="epoch", ylabel="loss on hidden tokens", title=f"lowest loss {min(losses):.4f}, last {losses[-1]:.4f}")
+    left.set(
+        xlabel="epoch", ylabel="loss on hidden tokens", title=f"lowest loss {min(losses):.4f}, last {losses[-1]:.4f}"
+    )
     left.grid(alpha=0.3)
     right = left.twinx()
     right.plot(epochs, rates, color="tab:gray", linewidth=1, linestyle="--")
@@ -36,7 +38,9 @@ def plot_progress(losses: Sequence[float], rates: Sequence[float], file: Path) -
     save_figure(figure, file)
 
 
-def plot_views(views: Sequence[np.ndarray], names: Sequence[str], spacing: Sequence[float], title: str, file: Path) -> None:
+def plot_views(
+    views: Sequence[np.ndarray], names: Sequence[str], spacing: Sequence[float], title: str, file: Path
+) -> None:
     """Central slices of equally shaped volumes (z y x): a row for each plane, a column for each volume.
 
     The first volume sets the grey values. NaN is drawn in blue. `spacing` (z y x, mm) sets the aspect.
@@ -60,7 +64,9 @@ def _show_slice(axes: Axes, volume: np.ndarray, plane: int, spacing: Sequence[fl
     rows, columns = (step for axis, step in enumerate(spacing) if axis != plane)
     image = np.take(volume, volume.shape[plane] // 2, axis=plane)
     axes.set_facecolor("#30507a")
-    axes.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=rows / columns, interpolation="nearest")
+    axes.imshow(
+        image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=rows / columns, interpolation="nearest"
+    )
     axes.set(xticks=[], yticks=[])
 
 

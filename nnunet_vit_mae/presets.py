@@ -7,6 +7,7 @@ Axes are z y x, as in the arrays that nnU-Net preprocesses.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -129,6 +130,8 @@ class Settings:
 
     def updated(self, block: Mapping[str, Any]) -> Settings:
         """These settings with the values of `block` in place of their own (same errors as `from_dict`)."""
+        if not isinstance(block, Mapping):
+            raise UserError(f"vit_mae in the plans must be an object of settings, but it is {block!r}.")
         sections = {section.name: getattr(self, section.name) for section in dataclasses.fields(self)}
         _refuse_unknown(block, sections, "vit_mae")
         changed = {name: _updated_section(sections[name], values, name) for name, values in block.items()}
@@ -146,7 +149,9 @@ def _updated_section(section: Any, values: Any, name: str) -> Any:
         raise UserError(f"vit_mae.{name} in the plans must be an object of settings, but it is {values!r}.")
     known = {setting.name: getattr(section, setting.name) for setting in dataclasses.fields(section)}
     _refuse_unknown(values, known, f"vit_mae.{name}")
-    return dataclasses.replace(section, **{key: _typed(value, known[key], f"{name}.{key}") for key, value in values.items()})
+    return dataclasses.replace(
+        section, **{key: _typed(value, known[key], f"{name}.{key}") for key, value in values.items()}
+    )
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
@@ -161,7 +166,8 @@ def _typed(value: Any, example: Any, name: str) -> Any:
         return tuple(value)
     if type(example) is float and type(value) is int:
         return float(value)
-    _require(type(value) is type(example), name, value, f"of type {type(example).__name__}")
+    expected = "a list of whole numbers" if isinstance(example, tuple) else f"of type {type(example).__name__}"
+    _require(type(value) is type(example), name, value, expected)
     return value
 
 
@@ -172,4 +178,5 @@ def _require(holds: bool, name: str, value: object, expected: str) -> None:
 
 def _require_positive(section: Any, where: str, *names: str) -> None:
     for name in names:
-        _require(getattr(section, name) > 0, f"{where}.{name}", getattr(section, name), "above 0")
+        value = getattr(section, name)
+        _require(0 < value < math.inf, f"{where}.{name}", value, "a number above 0")

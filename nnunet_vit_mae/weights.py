@@ -52,11 +52,14 @@ class Card:
 
     @classmethod
     def from_json(cls, text: str) -> Card:
-        """Read a card; raises `UserError` when it has other entries than ours."""
-        entries = json.loads(text)
+        """Read a card; raises `UserError` when it is not one of ours."""
+        try:
+            entries = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"its card is not valid JSON ({error})") from None
         names = {field.name for field in dataclasses.fields(cls)}
-        if set(entries) != names:
-            difference = ", ".join(sorted(set(entries) ^ names))
+        if not isinstance(entries, dict) or set(entries) != names:
+            difference = ", ".join(sorted(names ^ set(entries if isinstance(entries, dict) else ())))
             raise UserError(f"its card was written by another version of this package (differs in: {difference})")
         return cls(**entries)
 

@@ -50,7 +50,9 @@ class Workspace:
         done = subprocess.run(
             [program, *command[1:]], env=self.environment, capture_output=True, text=True, timeout=600, check=False
         )
-        assert done.returncode == code, f"{command} gave {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        assert done.returncode == code, (
+            f"{command} gave {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        )
         return done
 
 
@@ -70,7 +72,9 @@ def blob(seed: int) -> tuple[list[np.ndarray], np.ndarray]:
     """Two contrasts of a noisy volume with a bright ellipsoid in it, and its label."""
     random = np.random.default_rng(seed)
     centre = [side * random.uniform(0.35, 0.65) for side in SHAPE]
-    distance = sum(((axis - c) / (side / 4)) ** 2 for axis, c, side in zip(np.indices(SHAPE), centre, SHAPE, strict=True))
+    distance = sum(
+        ((axis - c) / (side / 4)) ** 2 for axis, c, side in zip(np.indices(SHAPE), centre, SHAPE, strict=True)
+    )
     label = (distance < 1).astype(np.uint8)
     noise = random.normal(0, 20, (2, *SHAPE))
     return [100 + 200.0 * label + noise[0], 300 - 150.0 * label + noise[1]], label

@@ -24,7 +24,9 @@ def typed(planned, tmp_path_factory):
     shutil.copytree(planned.root, root)
     workspace = Workspace(root)
     workspace.type(*"mae3d_preprocess -d 901 -np 1".split())
-    workspace.type(*"mae3d_plan -d 901 -o Tiny --recipe quick --token 4 --epochs 2 --iterations 3 --batch_size 3".split())
+    workspace.type(
+        *"mae3d_plan -d 901 -o Tiny --recipe quick --token 4 --epochs 2 --iterations 3 --batch_size 3".split()
+    )
     return workspace
 
 
@@ -84,16 +86,19 @@ def test_fine_tuning_starts_from_the_encoder(typed):
     typed.type(*"mae3d_plan -d 901 -p Tiny -o Still --epochs 1 --iterations 1 --lr 1e-12".split())
     source = typed.results / "mae3d_pretrain__Tiny__3d_fullres"
     source.rename(still := typed.results / "mae3d_pretrain__Still__3d_fullres")
-    typed.type("nnUNetv2_train", "901", "3d_fullres", "1", "-p", "Still", "-device", "cpu", "-tr", "nnUNetTrainerViTMAE")
+    typed.type(
+        "nnUNetv2_train", "901", "3d_fullres", "1", "-p", "Still", "-device", "cpu", "-tr", "nnUNetTrainerViTMAE"
+    )
     still.rename(source)
     folder = typed.results / "nnUNetTrainerViTMAE__Still__3d_fullres" / "fold_1"
     weights = torch.load(folder / "checkpoint_final.pth", weights_only=False)["network_weights"]
     tensors, _ = load_encoder(source / "fold_all" / "encoder.safetensors")
     for name, tensor in tensors.items():
         torch.testing.assert_close(weights[f"encoder.{name}"], tensor, atol=1e-7, rtol=0)
-    assert "of 1 of the 1 validation cases. For a validation on unseen images" in next(
-        folder.glob("training_log*.txt")
-    ).read_text()
+    assert (
+        "of 1 of the 1 validation cases. For a validation on unseen images"
+        in next(folder.glob("training_log*.txt")).read_text()
+    )
 
 
 def test_validation_and_continuing_need_no_encoder_file(typed):
@@ -119,17 +124,21 @@ def test_prediction_rebuilds_the_network_from_the_plans(typed, tmp_path):
 def test_scratch_and_baseline_get_the_same_schedule(typed):
     for trainer in ("nnUNetTrainerViTScratch", "nnUNetTrainerBaseline"):
         typed.type("nnUNetv2_train", *TRAIN, trainer)
-        debug = json.loads(
-            (typed.results / f"{trainer}__Tiny__3d_fullres" / "fold_0" / "debug.json").read_text()
-        )
+        debug = json.loads((typed.results / f"{trainer}__Tiny__3d_fullres" / "fold_0" / "debug.json").read_text())
         assert (debug["num_epochs"], debug["num_iterations_per_epoch"], debug["num_val_iterations_per_epoch"]) == (
             "2",
             "3",
             "1",
         )
-        assert debug["batch_size"] == ("3" if "ViT" in trainer else str(json.loads(
-            (typed.preprocessed / "nnUNetPlans.json").read_text()
-        )["configurations"]["3d_fullres"]["batch_size"]))
+        assert debug["batch_size"] == (
+            "3"
+            if "ViT" in trainer
+            else str(
+                json.loads((typed.preprocessed / "nnUNetPlans.json").read_text())["configurations"]["3d_fullres"][
+                    "batch_size"
+                ]
+            )
+        )
 
 
 @pytest.mark.parametrize(

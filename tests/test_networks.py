@@ -341,6 +341,43 @@ def test_the_upscale_decoder_ends_at_a_sixteenth_of_the_width_and_halves_towards
     assert [c.in_channels for c in convolutions] == [240, 64, 32, 16]
 
 
+def test_without_doublings_each_voxels_logits_come_from_its_own_token():
+    torch.manual_seed(0)
+    decoder = UpscaleDecoder(6, token=(1, 1, 1), classes=3)
+    embedded, logits = random_volume(2, 24, 6), torch.empty(2, 3, 2, 3, 4)
+    weight, bias = decoder.head.weight.detach().flatten(1), decoder.head.bias.detach()
+    for b, z, y, x in itertools.product(range(2), range(2), range(3), range(4)):
+        logits[b, :, z, y, x] = weight @ embedded[b, (z * 3 + y) * 4 + x] + bias
+    assert torch.allclose(decoder(embedded, (2, 3, 4)), logits, atol=1e-6)
+
+
+def test_a_token_changes_its_own_voxels_and_none_that_convolutions_do_not_reach():
+    torch.manual_seed(0)
+    decoder = UpscaleDecoder(12, token=(2, 4, 8), classes=3)
+    for stage in decoder.stages:
+        stage[2] = nn.Identity()  # the norm, which looks at the whole volume
+    embedded = random_volume(2, 5 * 4 * 3, 12)
+    other = embedded.clone()
+    other[1, (2 * 4 + 1) * 3 + 0] += 1.0  # token (2, 1, 0) of a 5 x 4 x 3 grid
+    with torch.no_grad():
+        touched = (decoder(embedded, (5, 4, 3)) != decoder(other, (5, 4, 3))).any(1)
+    assert touched.shape == (2, 10, 16, 24)
+    assert not touched[0].any()
+    assert touched[1, 4:6, 4:8, 0:8].all()
+    touched[1, 1:9, 0:12, 0:15] = False  # convolutions on cells of 1 x 2 x 4, 1 x 1 x 2 and 1 x 1 x 1 voxels
+    assert not touched.any()
+
+
+def test_the_mae_decoders_outputs_are_classes_then_voxels():
+    decoder = segmenter("mae", (2, 4, 8), classes=3).decoder
+    with torch.no_grad():
+        decoder.decoder.head.weight.zero_()
+        decoder.decoder.head.bias.copy_(torch.arange(3 * 64))
+        logits = decoder(random_volume(2, 6, 96), (1, 2, 3))
+    # voxel (1, 6, 21) is in token (0, 1, 2), at (1, 2, 5): (1 * 4 + 2) * 8 + 5 = 53
+    assert logits[:, :, 1, 6, 21].tolist() == [[53, 64 + 53, 128 + 53]] * 2
+
+
 # ---------- segmenter
 
 
@@ -411,6 +448,12 @@ def test_an_outer_autocast_does_not_lower_the_precision(decoder):
         plain = network(volume)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(network(volume), plain)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_logits_are_float32_in_whatever_precision_the_network_works(decoder):
+    network = segmenter(decoder, (2, 4, 8)).double().eval()
+    assert network(random_volume(2, 2, *UNEVEN).double()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

@@ -42,7 +42,11 @@ def test_the_decoder_follows_the_token_unless_it_is_given(in_workspace):
     plan_command.main("-d 901 -o Large --token 8".split())
     plan_command.main("-d 901 -o Small --token 4".split())
     plan_command.main("-d 901 -o Mixed --token 8 --decoder mae".split())
-    assert [tiny_plan(name).settings.network.decoder for name in ("Large", "Small", "Mixed")] == ["upscale", "mae", "mae"]
+    assert [tiny_plan(name).settings.network.decoder for name in ("Large", "Small", "Mixed")] == [
+        "upscale",
+        "mae",
+        "mae",
+    ]
 
 
 def test_flags_win_over_the_recipe(in_workspace):

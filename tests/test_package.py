@@ -165,7 +165,9 @@ def test_an_upward_import_would_be_noticed():
 
 def package_modules() -> list[str]:
     files = (REPOSITORY / "nnunet_vit_mae").rglob("*.py")
-    return [".".join(file.relative_to(REPOSITORY).with_suffix("").parts) for file in files if file.name != "__init__.py"]
+    return [
+        ".".join(file.relative_to(REPOSITORY).with_suffix("").parts) for file in files if file.name != "__init__.py"
+    ]
 
 
 def imports_of(module: str) -> set[str]:

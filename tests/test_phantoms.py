@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import SimpleITK
+import SimpleITK as sitk
 from scipy import ndimage
 
 from nnunet_vit_mae.datasets import phantoms
@@ -49,8 +49,8 @@ def patients(table: list[dict[str, str]], set_name: str) -> list[str]:
     return [row["patient"] for row in table if row["set"] == set_name]
 
 
-def read(path: Path) -> SimpleITK.Image:
-    return SimpleITK.ReadImage(str(path))
+def read(path: Path) -> sitk.Image:
+    return sitk.ReadImage(str(path))
 
 
 # ---------- single scans
@@ -196,10 +196,10 @@ def test_images_and_labels_share_their_geometry_and_labels_are_not_empty(dataset
             assert image.GetSpacing() == label.GetSpacing()
             assert image.GetOrigin() == label.GetOrigin()
             assert image.GetDirection() == label.GetDirection() == tuple(np.eye(3).ravel())
-            voxels = SimpleITK.GetArrayFromImage(label)
+            voxels = sitk.GetArrayFromImage(label)
             assert set(np.unique(voxels)) == {0, 1}
             assert voxels.sum() * np.prod(label.GetSpacing()) >= 4.99
-            assert SimpleITK.GetArrayFromImage(image)[voxels > 0].min() >= 130
+            assert sitk.GetArrayFromImage(image)[voxels > 0].min() >= 130
 
 
 def test_table_agrees_with_the_images(dataset, table):
@@ -224,7 +224,7 @@ def test_dataset_is_deterministic_and_refuses_to_overwrite(tmp_path):
     first, second = (write_phantom_dataset(tmp_path / name, labelled=1, unlabelled=1, test=0) for name in "ab")
     for path in sorted(first.rglob("*.nii.gz")):
         again = read(second / path.relative_to(first))
-        assert np.array_equal(SimpleITK.GetArrayFromImage(read(path)), SimpleITK.GetArrayFromImage(again))
+        assert np.array_equal(sitk.GetArrayFromImage(read(path)), sitk.GetArrayFromImage(again))
     assert (first / "scans.csv").read_text() == (second / "scans.csv").read_text()
     with pytest.raises(UserError, match="already exists"):
         write_phantom_dataset(tmp_path / "a")
@@ -235,7 +235,7 @@ def test_dataset_takes_the_plaque_scale(tmp_path):
         write_phantom_dataset(tmp_path / str(scale), labelled=1, unlabelled=0, test=0, plaque_scale=scale)
         for scale in (1.0, 2.0)
     ]
-    usual, larger = (SimpleITK.GetArrayFromImage(read(next(folder.glob("labelsTr/*")))) for folder in sets)
+    usual, larger = (sitk.GetArrayFromImage(read(next(folder.glob("labelsTr/*")))) for folder in sets)
     assert larger.sum() > usual.sum()
 
 

@@ -199,3 +199,9 @@ def test_the_learning_rate_is_given_per_256_samples(batch_size, lr):
 def test_the_heads_divide_the_widths(size):
     assert size.width % size.heads == 0
     assert size.decoder_width % size.decoder_heads == 0
+
+
+@pytest.mark.parametrize("block", [[], ["network"], 3, "network"])
+def test_a_block_that_is_no_object_is_refused(block):
+    with pytest.raises(UserError, match="must be an object"):
+        Settings.from_dict(block)

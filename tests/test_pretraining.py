@@ -33,7 +33,9 @@ def files(tmp_path):
     """Five volumes of two channels: smooth, of different sizes, one smaller than the patch along y."""
     random = np.random.default_rng(0)
     shapes = [(9, 15, 11), (12, 13, 10), (8, 12, 10), (10, 9, 14), (11, 14, 12)]
-    volumes = [2 + 5 * gaussian_filter(random.normal(size=(2, *shape)), (0, 2, 2, 2)).astype(np.float32) for shape in shapes]
+    volumes = [
+        2 + 5 * gaussian_filter(random.normal(size=(2, *shape)), (0, 2, 2, 2)).astype(np.float32) for shape in shapes
+    ]
     return [write_volume(tmp_path / f"case_{i}.b2nd", volume) for i, volume in enumerate(volumes)]
 
 
@@ -102,7 +104,9 @@ def test_the_loss_falls_and_everything_is_written(make_job, tmp_path):
     result = loop.run(job, tmp_path / "out", device=CPU, resume=False)
     assert len(result.losses) == 25
     assert np.mean(result.losses[-5:]) < 0.3 * result.losses[0]
-    written = {file.relative_to(tmp_path / "out").as_posix() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    written = {
+        file.relative_to(tmp_path / "out").as_posix() for file in (tmp_path / "out").rglob("*") if file.is_file()
+    }
     assert {"config.json", "log.txt", "progress.png", "state.pt", "reconstructions/epoch_0025.png"} <= written
     log = (tmp_path / "out" / "log.txt").read_text()
     assert "cases 5" in log

@@ -245,3 +245,11 @@ def test_only_the_differences_are_listed(name, value):
         check_fit(make_card(), Path("e"), expected)
     assert len(re.findall("in the plans", str(caught.value))) == 1
     assert name.replace("_", " ") in str(caught.value)
+
+
+@pytest.mark.parametrize("card", ["not json", "[1, 2]", "3", "null", "{}"])
+def test_a_card_that_is_none_is_refused(tmp_path, card):
+    file = tmp_path / "encoder.safetensors"
+    save_file({"weight": torch.zeros(1)}, file, metadata={CARD_KEY: card})
+    with pytest.raises(UserError, match="card"):
+        load_encoder(file)

@@ -1,4 +1,4 @@
-"""What nnU-Net finds through `nnUNet_extTrainer`. No code here: nnU-Net imports and forgets this module at each look-up."""
+"""What nnU-Net finds through `nnUNet_extTrainer`. No code: nnU-Net imports and forgets this module at each look-up."""
 
 from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerBaseline, nnUNetTrainerViTMAE, nnUNetTrainerViTScratch
 

@@ -20,7 +20,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a recipe of ours, or a JSON file with a partial block")
     parser.add_argument("--size", choices=SIZES, help="size of the ViT")
     parser.add_argument("--decoder", choices=DECODERS, help="segmentation decoder; follows the token if not given")
-    parser.add_argument("--token", nargs="+", type=positive_int, metavar="N", help="voxels: one number, or three (z y x)")
+    parser.add_argument(
+        "--token", nargs="+", type=positive_int, metavar="N", help="voxels: one number, or three (z y x)"
+    )
     parser.add_argument("--epochs", type=positive_int, help="of fine-tuning and of nnUNetTrainerBaseline")
     parser.add_argument("--iterations", type=positive_int, help="per epoch, likewise")
     parser.add_argument("--batch_size", type=positive_int, help="of fine-tuning (the baseline keeps nnU-Net's)")

@@ -20,7 +20,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=positive_int, help="passes over the cases (default: the plans')")
     parser.add_argument("--mask_ratio", type=positive_float, help="share of hidden tokens (default: the plans')")
     parser.add_argument("--batch_size", type=positive_int, help="volumes per step (default: the plans')")
-    parser.add_argument("--lr", type=positive_float, help="peak learning rate (default: the plans' base_lr x batch / 256)")
+    parser.add_argument(
+        "--lr", type=positive_float, help="peak learning rate (default: the plans' base_lr x batch / 256)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights, crops and masks")
     parser.add_argument("--c", dest="resume", action="store_true", help="continue from the last saved state")
     parser.add_argument("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="where to train")
@@ -38,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nnunet_vit_mae.nnunet.pretraining import pretrain
 
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("-device cuda was asked for, but torch finds no GPU here: use -device cpu, or repair the driver.")
+        raise UserError(
+            "-device cuda was asked for, but torch finds no GPU here: use -device cpu, or repair the driver."
+        )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     plan = load_plan(find_dataset(args.dataset), args.plans, args.configuration)
     encoder = pretrain(

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import SimpleITK
+import SimpleITK as sitk
 
 from nnunet_vit_mae.datasets.phantom_scanner import Scan, make_scan
 from nnunet_vit_mae.errors import UserError
@@ -130,11 +130,11 @@ def _write_scan(folder: Path, place: PlannedScan, scan: Scan) -> None:
 
 
 def _write_volume(file: Path, volume: np.ndarray, spacing: tuple[float, float, float]) -> None:
-    image = SimpleITK.GetImageFromArray(volume)
+    image = sitk.GetImageFromArray(volume)
     image.SetSpacing(spacing[::-1])
     image.SetOrigin([-step * (count - 1) / 2 for step, count in zip(spacing[::-1], volume.shape[::-1], strict=True)])
     file.parent.mkdir(parents=True, exist_ok=True)
-    SimpleITK.WriteImage(image, str(file), useCompression=True)
+    sitk.WriteImage(image, str(file), useCompression=True)
 
 
 def _write_tables(folder: Path, rows: list[tuple], labelled: int) -> None:

@@ -5,6 +5,7 @@ The encoder sees the visible tokens only; the decoder gets them back with blanks
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,10 @@ class MaskedAutoencoder(nn.Module):
     def forward(self, volume: Float[Tensor, "b c z y x"], noise: Float[Tensor, "b n"]) -> Reconstruction:
         """Hide the tokens with the highest noise and predict their voxels."""
         grid = grid_of(volume, self.encoder.token)
+        if noise.shape[1] != math.prod(grid):
+            raise ValueError(
+                f"expected noise for the {math.prod(grid)} tokens of the grid {grid}, got {noise.shape[1]}"
+            )
         visible, hidden = split_tokens(noise, self.mask_ratio)
         encoded = self.encoder(patchify(volume, self.encoder.token), grid, visible)
 

@@ -30,5 +30,7 @@ def sine_cosine_positions(grid: Triple, width: int, device: torch.device) -> Flo
         axes = [torch.arange(tokens, device=device, dtype=torch.float64) for tokens in grid]
         angles = [axis.flatten()[:, None] * omega for axis in torch.meshgrid(*axes, indexing="ij")]
         positions = torch.zeros(angles[0].shape[0], width, device=device)
-        positions[:, : 6 * frequencies] = torch.cat([part for a in angles for part in (a.sin(), a.cos())], dim=1).float()
+        positions[:, : 6 * frequencies] = torch.cat(
+            [part for a in angles for part in (a.sin(), a.cos())], dim=1
+        ).float()
     return positions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ class Transformer(nn.Module):
 
     def __init__(self, width: int, depth: int, heads: int, *, drop_path: float = 0.0):
         super().__init__()
-        rates = torch.linspace(0, drop_path, depth).tolist()  # deeper blocks are dropped more often
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]  # deeper blocks are dropped more often
         self.blocks = nn.ModuleList(Block(width, heads, drop_path=rate) for rate in rates)
         self.norm = nn.LayerNorm(width)
         self.apply(_reset_linear)

@@ -43,7 +43,7 @@ def pretraining_cases(plan: Plan, fold: str) -> list[Case]:
 
 
 def training_names(plan: Plan, fold: str, names: list[str]) -> list[str]:
-    """Training cases of a fold from `splits_final.json`; it is made exactly as nnU-Net makes it when it is not there."""
+    """Training cases of a fold in `splits_final.json`, which is made as nnU-Net makes it when it is not there."""
     file = plan.dataset.preprocessed / "splits_final.json"
     if not file.is_file():
         write_json(generate_crossval_split(sorted(names), seed=12345, n_splits=5), file)

@@ -123,8 +123,12 @@ def write_plans(source: Plan, name: str, changes: Mapping[str, Any]) -> tuple[Pa
 
 
 def read_recipe(name_or_file: str) -> dict[str, Any]:
-    """A partial `vit_mae` block: one of ours by name (`quick`), or any JSON file. Raises `UserError` if there is none."""
-    ours = {Path(entry.name).stem: entry for entry in files("nnunet_vit_mae.plans").iterdir() if entry.name.endswith(".json")}
+    """A partial `vit_mae` block: one of ours by name (`quick`), or a JSON file. Raises `UserError` if there is none."""
+    ours = {
+        Path(entry.name).stem: entry
+        for entry in files("nnunet_vit_mae.plans").iterdir()
+        if entry.name.endswith(".json")
+    }
     if name_or_file in ours:
         return json.loads(ours[name_or_file].read_text())
     if not Path(name_or_file).is_file():

@@ -51,8 +51,8 @@ def preprocess_unlabelled(plan: Plan, processes: int) -> tuple[int, Iterator[Out
     cases = raw_unlabelled_cases(plan)
     if not cases:
         raise UserError(
-            f"There are no images such as CASE_0000{plan.dataset_json['file_ending']} in {plan.dataset.raw / 'imagesUn'}: "
-            "put the unlabelled images there, named as in imagesTr."
+            f"There are no images such as CASE_0000{plan.dataset_json['file_ending']} "
+            f"in {plan.dataset.raw / 'imagesUn'}: put the unlabelled images there, named as in imagesTr."
         )
     _forget_if_made_differently(plan)
     to_do = {case: files for case, files in cases.items() if not _is_done(plan, case, files)}
@@ -116,7 +116,12 @@ def _save(volume: np.ndarray, plan: Plan, case: str) -> None:
     cparams = {"codec": blosc2.Codec.LZ4HC, "filters": [blosc2.Filter.SHUFFLE], "clevel": 5, "nthreads": 1}
     with replacing(_output_file(plan, case)) as temporary:
         blosc2.asarray(
-            np.ascontiguousarray(volume), urlpath=str(temporary), mode="w", chunks=chunks, blocks=blocks, cparams=cparams
+            np.ascontiguousarray(volume),
+            urlpath=str(temporary),
+            mode="w",
+            chunks=chunks,
+            blocks=blocks,
+            cparams=cparams,
         )
 
 

@@ -85,6 +85,6 @@ def _card(plan: Plan, fold: str, job: Job, cases: list[Case], result: Result) ->
 
 
 def _fingerprint(cases: list[Case]) -> str:
-    """A hash over the names and sizes of the preprocessed files: changes with the cases and with their preprocessing."""
+    """A hash over names and sizes of the preprocessed files: it changes with the cases and with their preprocessing."""
     listing = "\n".join(f"{case.name} {case.file.stat().st_size}" for case in cases)
     return hashlib.sha256(listing.encode()).hexdigest()[:16]

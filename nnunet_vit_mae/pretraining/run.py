@@ -1,7 +1,7 @@
 """Pre-training from the first crop to the encoder (He et al. 2022, appendix A.1; ViTiac, section 2.2).
 
-A run is a function of its job: samples depend on seed and index, the learning rate on the step. So a run that was killed
-and goes on (`resume`) has the same losses, to the digit on a CPU, as one that was never interrupted.
+A run is a function of its job: samples depend on seed and index, the learning rate on the step. So a run that was
+killed and goes on (`resume`) has the same losses, to the digit on a CPU, as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _step(
 
 
 def _batches(job: Job, crops: RandomCrops, first_step: int, device: torch.device) -> DataLoader:
-    """Batches of all steps to come, in one go: workers start once. On a CPU the loop itself reads, for cores are few."""
+    """Batches of all steps to come, in one go: workers start once. On a CPU the loop itself reads: cores are few."""
     size = job.protocol.batch_size
     indices = [range(step * size, (step + 1) * size) for step in range(first_step, job.steps)]
     on_gpu = device.type == "cuda"
@@ -218,7 +218,9 @@ def _load_state(
 def _announce(job: Job, network: nn.Module, device: torch.device, *, done: int) -> None:
     protocol = job.protocol
     millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
-    logger.info("cases %d, channels %s, crops of %s voxels (z y x)", len(job.files), list(job.channel_names), job.patch_size)
+    logger.info(
+        "cases %d, channels %s, crops of %s voxels (z y x)", len(job.files), list(job.channel_names), job.patch_size
+    )
     logger.info(
         "size %s (%.1f M parameters), token %s: %d tokens, %d of them visible (mask ratio %s)",
         job.network.size, millions, job.network.token, job.tokens,
@@ -232,12 +234,16 @@ def _announce(job: Job, network: nn.Module, device: torch.device, *, done: int) 
         "loss: mean squared error on hidden tokens%s", ", normalised per token (norm-pix)" if protocol.norm_pix else ""
     )
     if protocol.lr < TINY_LR:
-        logger.warning("The learning rate %.1e is very low: the base rate is meant for large batches, see --lr.", protocol.lr)
+        logger.warning(
+            "The learning rate %.1e is very low: the base rate is meant for large batches, see --lr.", protocol.lr
+        )
     if done:
         logger.info("going on after epoch %d of %d", done, protocol.epochs)
 
 
-def _draw(job: Job, output: Path, network: MaskedAutoencoder, losses: list[float], volume: Tensor, noise: Tensor) -> None:
+def _draw(
+    job: Job, output: Path, network: MaskedAutoencoder, losses: list[float], volume: Tensor, noise: Tensor
+) -> None:
     rates = [_learning_rate(job, (epoch + 1) * job.steps_per_epoch - 1) for epoch in range(len(losses))]
     plot_progress(losses, rates, output / "progress.png")
     views = rebuild(network, volume, noise, norm_pix=job.protocol.norm_pix)

@@ -16,7 +16,7 @@ from nnunet_vit_mae.networks.tokenizer import Triple
 class UpscaleDecoder(nn.Module):
     """As many doublings as the longest side of a token needs, and a linear layer to the classes.
 
-    The last stage has a sixteenth of the encoder's width (in steps of eight channels), each one before it twice as much.
+    The last stage has a sixteenth of the encoder's width (in steps of eight channels), each one before it twice that.
     """
 
     def __init__(self, in_width: int, *, token: Triple, classes: int):
@@ -24,9 +24,7 @@ class UpscaleDecoder(nn.Module):
         factors = doublings(token)
         narrowest = max(8, 8 * round(in_width / 128))
         widths = [in_width, *(narrowest << i for i in reversed(range(len(factors))))]
-        self.stages = nn.Sequential(
-            *(_stage(widths[i], widths[i + 1], factor) for i, factor in enumerate(factors))
-        )
+        self.stages = nn.Sequential(*(_stage(widths[i], widths[i + 1], factor) for i, factor in enumerate(factors)))
         self.head = nn.Conv3d(widths[-1], classes, kernel_size=1)
 
     def forward(self, tokens: Float[Tensor, "b n d"], grid: Triple) -> Float[Tensor, "b classes z y x"]:
@@ -36,7 +34,7 @@ class UpscaleDecoder(nn.Module):
 
 
 def doublings(token: Triple) -> list[Triple]:
-    """The factor of each stage, coarse to fine. A short side is doubled first: what is left then is nearly isotropic."""
+    """The factor of each stage, coarse to fine; a short side is doubled first, the longest ones go on to the end."""
     steps = [side.bit_length() - 1 for side in token]
     z, y, x = ([2] * n + [1] * (max(steps) - n) for n in steps)
     return list(zip(z, y, x, strict=True))
