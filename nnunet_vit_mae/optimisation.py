@@ -25,9 +25,9 @@ def parameter_groups(
 ) -> list[dict]:
     """Groups for AdamW, each with its `lr_scale`; the first has scale 1, for its rate is the one that nnU-Net logs.
 
-    Layer-wise decay (BEiT; fine-tuning protocol of He et al. 2022): the head learns at the full rate, block i of `depth`
-    at `layer_decay ** (depth - i)`, the tokenizer at `layer_decay ** (depth + 1)`. Vectors (biases, norms, the mask
-    token) have no weight decay.
+    Layer-wise decay (fine-tuning protocol of He et al. 2022): the head learns at the full rate, block i of `depth` at
+    `layer_decay ** (depth - i)`, the tokenizer at `layer_decay ** (depth + 1)`. Vectors (biases, norms, the mask token)
+    have no weight decay.
     """
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in named_parameters:

@@ -40,8 +40,10 @@ def default_token(
 
     Along an axis of thick slices a token spans fewer voxels, so that it stays about as long in mm as along the others.
     """
+    thicknesses = [axis_spacing / min(spacing) for axis_spacing in spacing]
     for side in (4, 8, 16):
-        token = tuple(_side_along(side, axis_spacing / min(spacing)) for axis_spacing in spacing)
+        z, y, x = (_side_along(side, thickness) for thickness in thicknesses)
+        token = (z, y, x)
         if math.prod(token_grid(patch_size, token)) <= budget:
             break
     return token

@@ -64,9 +64,8 @@ def _show_slice(axes: Axes, volume: np.ndarray, plane: int, spacing: Sequence[fl
     rows, columns = (step for axis, step in enumerate(spacing) if axis != plane)
     image = np.take(volume, volume.shape[plane] // 2, axis=plane)
     axes.set_facecolor("#30507a")
-    axes.imshow(
-        image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=rows / columns, interpolation="nearest"
-    )
+    origin = "upper" if plane == 0 else "lower"  # z points up
+    axes.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=rows / columns, origin=origin)
     axes.set(xticks=[], yticks=[])
 
 

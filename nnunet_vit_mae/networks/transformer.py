@@ -65,8 +65,8 @@ class Attention(nn.Module):
     def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         qkv = rearrange(self.qkv(tokens), "b n (three h w) -> three b h n w", three=3, h=self.heads)
         # zeros add nothing to a scalar product and give zeros in the values: the same result, on a faster kernel
-        qkv = functional.pad(qkv, (0, -self.head_width % KERNEL_WIDTH))
-        mixed = functional.scaled_dot_product_attention(*qkv.unbind(0), scale=self.head_width**-0.5)
+        query, key, value = functional.pad(qkv, (0, -self.head_width % KERNEL_WIDTH))
+        mixed = functional.scaled_dot_product_attention(query, key, value, scale=self.head_width**-0.5)
         return self.out(rearrange(mixed[..., : self.head_width], "b h n w -> b n (h w)"))
 
 

@@ -7,6 +7,7 @@ prediction from the plans and the trainer's name, so `build_network_architecture
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -96,7 +97,7 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(self.network(volume), target)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.finetuning.gradient_clip)
+        nn.utils.clip_grad_norm_(self.segmenter.parameters(), self.settings.finetuning.gradient_clip)
         self.optimizer.step()
         return {"loss": loss.detach().cpu().numpy()}
 
@@ -106,7 +107,9 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
         network = self.network
         if isinstance(network, DistributedDataParallel):
             network = network.module
-        return network._orig_mod if isinstance(network, OptimizedModule) else network
+        if isinstance(network, OptimizedModule):
+            network = network._orig_mod
+        return cast(Segmenter, network)
 
     def _set_batch_size_and_oversample(self) -> None:
         # the plans' own batch size is the U-Net's; this trainer's copy of the configuration is nobody else's

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import blosc2
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-MMAP = {} if os.name == "nt" else {"mmap_mode": "r"}  # blosc2 cannot map files on Windows
+MMAP: dict[str, Any] = {} if os.name == "nt" else {"mmap_mode": "r"}  # blosc2 cannot map files on Windows
 
 
 class RandomCrops(Dataset):
@@ -35,7 +36,7 @@ class RandomCrops(Dataset):
         crossing, position = divmod(index, len(self.files))
         random = np.random.default_rng((self.seed, 1, index))
         crop = random_crop(self.files[self._order(crossing)[position]], self.patch_size, random)
-        flipped = [axis for axis in (1, 2, 3) if random.random() < 0.5]
+        flipped = tuple(axis for axis in (1, 2, 3) if random.random() < 0.5)
         noise = random.random(self.tokens, dtype=np.float32)
         return torch.from_numpy(np.flip(crop, flipped).copy()), torch.from_numpy(noise)
 
@@ -45,7 +46,7 @@ class RandomCrops(Dataset):
 
 def random_crop(file: Path, patch_size: Sequence[int], random: np.random.Generator) -> np.ndarray:
     """A crop (c z y x) at a random place; where the volume is smaller than the crop, zeros stand around it."""
-    volume = blosc2.open(urlpath=str(file), mode="r", dparams={"nthreads": 1}, **MMAP)
+    volume: Any = blosc2.open(urlpath=str(file), mode="r", dparams={"nthreads": 1}, **MMAP)
     starts = [_random_start(voxels, side, random) for voxels, side in zip(volume.shape[1:], patch_size, strict=True)]
     inside = [
         slice(max(0, start), min(voxels, start + side))

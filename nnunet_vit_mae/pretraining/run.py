@@ -133,19 +133,19 @@ def _train(
             started = time.monotonic()
             epoch_losses = []
             for step in range(epoch * job.steps_per_epoch, (epoch + 1) * job.steps_per_epoch):
-                lr = _learning_rate(job, step)
-                set_learning_rate(optimizer, lr)
+                set_learning_rate(optimizer, _learning_rate(job, step))
                 volume, noise = (part.to(device, non_blocking=True) for part in next(batches))
                 epoch_losses.append(_step(job, network, optimizer, volume, noise))
                 bar.update()
             losses.append(_checked_mean(epoch_losses, epoch, output))
 
+            rate = _learning_rate(job, (epoch + 1) * job.steps_per_epoch - 1)
             seconds = time.monotonic() - started
             speed = job.steps_per_epoch * job.protocol.batch_size / seconds
             bar.set_postfix(loss=f"{losses[-1]:.4f}", volumes_per_s=f"{speed:.1f}")
             logger.info(
                 "epoch %d: loss %.6f, learning rate %.2e, %.1f s, %.1f volumes/s",
-                epoch + 1, losses[-1], lr, seconds, speed,
+                epoch + 1, losses[-1], rate, seconds, speed,
             )  # fmt: skip
             is_last = epoch + 1 == job.protocol.epochs
             if is_last or time.monotonic() - saved > SAVE_EVERY_SECONDS:
@@ -172,7 +172,7 @@ def _step(
 def _batches(job: Job, crops: RandomCrops, first_step: int, device: torch.device) -> DataLoader:
     """Batches of all steps to come, in one go: workers start once. On a CPU the loop itself reads: cores are few."""
     size = job.protocol.batch_size
-    indices = [range(step * size, (step + 1) * size) for step in range(first_step, job.steps)]
+    indices = [list(range(step * size, (step + 1) * size)) for step in range(first_step, job.steps)]
     on_gpu = device.type == "cuda"
     workers = min(8, os.cpu_count() or 1) if on_gpu else 0
     return DataLoader(crops, batch_sampler=indices, num_workers=workers, pin_memory=on_gpu)
