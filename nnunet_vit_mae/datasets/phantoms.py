@@ -53,14 +53,15 @@ def write_phantom_dataset(
     unlabelled: int = 48,
     test: int = 8,
     seed: int = 0,
+    extent_mm: tuple[float, float, float] = (32.0, 40.0, 40.0),
     plaque_scale: float = 1.0,
 ) -> Path:
     """Write an nnU-Net v2 raw data set of phantoms and return its folder, `folder`/Dataset900_CarotidPhantom.
 
     It holds imagesTr with labelsTr, imagesTs with labelsTs, imagesUn (no labels), dataset.json, and scans.csv (case,
     patient, set, scanner, kernel, slice_thickness in mm). Labelled and test scans are of one patient each and show
-    plaque; unlabelled scans are never of test patients. `plaque_scale` multiplies the length, width and thickness of
-    the plaques. The folder appears only once it is complete.
+    plaque; unlabelled scans are never of test patients. `extent_mm` (z y x) is the region that a scan covers, and
+    `plaque_scale` multiplies the length, width and thickness of the plaques. The folder appears only once it is complete.
 
     Raises `UserError` for impossible numbers, or when that data set already exists.
     """
@@ -78,7 +79,7 @@ def write_phantom_dataset(
     with TemporaryDirectory(dir=target.parent, prefix=".phantom_") as partial:
         growing = Path(partial) / target.name
         rows = []
-        for place, scan in _scans(_plan(labelled, unlabelled, test), seed, plaque_scale):
+        for place, scan in _scans(_plan(labelled, unlabelled, test), seed, extent_mm, plaque_scale):
             _write_scan(growing, place, scan)
             how = (scan.scanner, scan.kernel, scan.slice_thickness)
             rows.append((place.case, place.patient_name, place.set_name, *how))
@@ -104,13 +105,15 @@ def _plan(labelled: int, unlabelled: int, test: int) -> list[PlannedScan]:
     return plan
 
 
-def _scans(plan: list[PlannedScan], seed: int, plaque_scale: float) -> Iterator[tuple[PlannedScan, Scan]]:
+def _scans(
+    plan: list[PlannedScan], seed: int, extent_mm: tuple[float, float, float], plaque_scale: float
+) -> Iterator[tuple[PlannedScan, Scan]]:
     """Take the planned scans; a patient whose labelled scan shows too little plaque is drawn anew."""
     attempts: dict[int, int] = {}  # by which attempt each patient was accepted
     for place in plan:
         for attempt in range(attempts.get(place.patient, 0), MOST_REDRAWS):
             patient_seed, scan_seed = (seed, place.patient, attempt), (seed, place.patient, place.number, attempt)
-            scan = make_scan(patient_seed, scan_seed, plaque_scale=plaque_scale)
+            scan = make_scan(patient_seed, scan_seed, extent_mm=extent_mm, plaque_scale=plaque_scale)
             if place.set_name == "unlabelled" or scan.label_volume >= SMALLEST_LABEL_MM3:
                 break
         else:

@@ -16,13 +16,18 @@ from nnunet_vit_mae.networks.tokenizer import Triple
 PERIOD = 10_000
 
 
-@lru_cache(maxsize=16)  # a run meets one or two grids, at two widths
+@torch.compiler.assume_constant_result  # a compiled network holds the table as it holds its weights
 def sine_cosine_positions(grid: Triple, width: int, device: torch.device) -> Float[Tensor, "n d"]:
     """Positions of all tokens of a grid, in the order z y x.
 
     Each axis fills a third of the width: sines, then cosines, of `width // 6` frequencies. What a width that 6 does not
     divide has left over stays zero.
     """
+    return _table(grid, width, device)
+
+
+@lru_cache(maxsize=16)  # a run meets one or two grids, at two widths
+def _table(grid: Triple, width: int, device: torch.device) -> Float[Tensor, "n d"]:
     frequencies = width // 6
     # normal tensors even when the first call comes from nnU-Net's predictor, for training may follow in this process
     with torch.inference_mode(False), torch.no_grad():
