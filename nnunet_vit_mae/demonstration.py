@@ -26,8 +26,8 @@ from nnunet_vit_mae.plots import Segmented, plot_segmentations
 
 NUMBER = "900"
 PLANS = "Quick"
-EXTENT_MM = (24.0, 32.0, 32.0)  # small regions with large plaques: minutes on a CPU must be enough to learn something
-PLAQUE_SCALE = 2.0
+# small regions with large plaques: minutes on a CPU must be enough to learn something
+PHANTOMS = {"labelled": 40, "unlabelled": 60, "extent_mm": (24.0, 32.0, 32.0), "plaque_scale": 2.5}
 MODELS = {
     "ViT, pre-trained": "nnUNetTrainerViTMAE",
     "ViT, from scratch": "nnUNetTrainerViTScratch",
@@ -53,9 +53,7 @@ def demonstrate(folder: Path, *, seed: int) -> list[Score]:
     """
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: give a new folder with -o, or remove it.")
-    raw = write_phantom_dataset(
-        folder / "raw", dataset_id=int(NUMBER), seed=seed, extent_mm=EXTENT_MM, plaque_scale=PLAQUE_SCALE
-    )
+    raw = write_phantom_dataset(folder / "raw", dataset_id=int(NUMBER), seed=seed, **PHANTOMS)
     print(f"Made {raw}: synthetic CT of the skull base, see its scans.csv", flush=True)
 
     shell = Shell(folder)

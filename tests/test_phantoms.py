@@ -252,3 +252,10 @@ def test_impossible_counts_are_refused(tmp_path, counts):
     with pytest.raises(UserError, match=next(iter(counts))):
         write_phantom_dataset(tmp_path, **counts)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_smaller_extent_gives_smaller_volumes(tmp_path):
+    folder = write_phantom_dataset(tmp_path, labelled=1, unlabelled=0, test=0, extent_mm=(20.0, 30.0, 24.0))
+    image = read(next((folder / "imagesTr").iterdir()))
+    sides = [n * step for n, step in zip(image.GetSize(), image.GetSpacing(), strict=True)]
+    assert sides == pytest.approx([24, 30, 20], abs=max(image.GetSpacing()))

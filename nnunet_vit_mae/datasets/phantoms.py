@@ -61,7 +61,7 @@ def write_phantom_dataset(
     It holds imagesTr with labelsTr, imagesTs with labelsTs, imagesUn (no labels), dataset.json, and scans.csv (case,
     patient, set, scanner, kernel, slice_thickness in mm). Labelled and test scans are of one patient each and show
     plaque; unlabelled scans are never of test patients. `extent_mm` (z y x) is the region that a scan covers, and
-    `plaque_scale` multiplies the length, width and thickness of the plaques. The folder appears only once it is complete.
+    `plaque_scale` multiplies the length, width and thickness of the plaques. The folder appears once it is complete.
 
     Raises `UserError` for impossible numbers, or when that data set already exists.
     """
