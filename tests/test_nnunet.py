@@ -6,6 +6,7 @@ import blosc2
 import numpy as np
 import pytest
 from conftest import SHAPE, blob, write_case
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_vit_mae.cli import plan as plan_command
 from nnunet_vit_mae.cli import preprocess as preprocess_command
@@ -13,7 +14,7 @@ from nnunet_vit_mae.cli import pretrain as pretrain_command
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.nnunet.cases import pretraining_cases
 from nnunet_vit_mae.nnunet.folders import find_dataset
-from nnunet_vit_mae.nnunet.plans import load_plan, read_recipe
+from nnunet_vit_mae.nnunet.plans import load_plan, read_recipe, schedule_of, settings_of
 from nnunet_vit_mae.presets import Settings
 
 pytestmark = pytest.mark.slow
@@ -194,3 +195,24 @@ def test_mistakes_in_pretraining_get_one_sentence(in_workspace, refused, monkeyp
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert reason in refused(pretrain_command.main, *arguments.split())
     assert not in_workspace.results.exists()
+
+
+def test_a_partial_block_keeps_the_defaults_of_its_patch_and_brings_the_decoder_of_its_token(in_workspace):
+    file = in_workspace.preprocessed / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    defaults = tiny_plan().settings
+    plans["configurations"]["3d_fullres"]["vit_mae"] = {"finetuning": {"epochs": 5}}
+    file.write_text(json.dumps(plans))
+    assert tiny_plan().settings.network == defaults.network
+    assert tiny_plan().settings.finetuning.batch_size == defaults.finetuning.batch_size
+    plans["configurations"]["3d_fullres"]["vit_mae"] = {"network": {"token": [8, 8, 8]}}
+    file.write_text(json.dumps(plans))
+    assert tiny_plan().settings.network.decoder == "upscale"
+
+
+def test_the_baseline_takes_a_2d_configuration_too(in_workspace):
+    plan = tiny_plan()
+    flat = ConfigurationManager(plan.configuration.configuration | {"patch_size": [18, 22], "spacing": [1.0, 1.0]})
+    assert schedule_of(flat).epochs == 1000
+    with pytest.raises(UserError, match="2D"):
+        settings_of(flat)

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -51,9 +52,14 @@ SAME_LAYER = {("presets", "errors"), ("files", "errors"), ("planning", "errors")
 
 
 def build(kind: str, folder: Path) -> Path:
-    """Build a wheel with the environment's own setuptools."""
+    """Build a wheel from a copy of the sources, with the environment's own setuptools."""
+    sources = folder / "sources"
+    for part in ("nnunet_vit_mae", "trainers", "plans"):
+        shutil.copytree(REPOSITORY / part, sources / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / part, sources)
     script = f"from setuptools import build_meta as b; print(b.build_{kind}(r'{folder}'))"
-    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", script], cwd=sources, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder / done.stdout.strip().splitlines()[-1]
 
@@ -99,9 +105,9 @@ def test_nnunet_finds_the_trainers_of_an_editable_install(tmp_path):
         if "nnunet_vit_mae" not in entry.name:
             (dependencies / entry.name).symlink_to(entry)
     paths = (str(dependencies), str(tmp_path / "editable"))
-    found = find_trainers(*paths, ext_trainer=str(REPOSITORY / "trainers"))
+    found = find_trainers(*paths, ext_trainer=str(tmp_path / "sources" / "trainers"))
     assert EXPECTED in found
-    assert str(REPOSITORY / "nnunet_vit_mae" / "__init__.py") in found
+    assert str(tmp_path / "sources" / "nnunet_vit_mae" / "__init__.py") in found
 
 
 def test_the_wheel_holds_what_it_should(tmp_path):

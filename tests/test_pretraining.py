@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 
 import blosc2
 import numpy as np
@@ -94,9 +95,15 @@ def test_a_sample_depends_on_seed_and_index_alone(files):
 
 def test_each_pass_shows_every_case_once(files):
     crops = RandomCrops(files, PATCH, 18, seed=1)
-    passes = [[int(crops._order(crossing)[position]) for position in range(5)] for crossing in range(6)]
-    assert all(sorted(order) == list(range(5)) for order in passes)
+    passes = [[crops.file_of(5 * number + position).name for position in range(5)] for number in range(6)]
+    assert all(sorted(order) == sorted(file.name for file in files) for order in passes)
     assert len(set(map(tuple, passes))) > 1
+
+
+def test_crops_reach_worker_processes_that_start_afresh(files):
+    """As on Windows, where nothing is inherited: everything must be picklable."""
+    copy = pickle.loads(pickle.dumps(RandomCrops(files, PATCH, 18, seed=1)))
+    assert torch.equal(copy[7][0], RandomCrops(files, PATCH, 18, seed=1)[7][0])
 
 
 def test_the_loss_falls_and_everything_is_written(make_job, tmp_path):

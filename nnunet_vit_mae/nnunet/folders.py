@@ -14,7 +14,7 @@ from nnunet_vit_mae.errors import UserError
 
 @dataclass(frozen=True)
 class Dataset:
-    """One data set of nnU-Net: `DatasetXXX_Name` and its three folders (which need not exist yet)."""
+    """One data set of nnU-Net: `Dataset501_Name` and its three folders (which need not exist yet)."""
 
     name: str
     raw: Path

@@ -19,7 +19,7 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import read_json, write_json
 from nnunet_vit_mae.nnunet.folders import Dataset
 from nnunet_vit_mae.planning import default_decoder, default_settings
-from nnunet_vit_mae.presets import Settings
+from nnunet_vit_mae.presets import Finetuning, Settings
 
 BLOCK = "vit_mae"
 
@@ -91,24 +91,32 @@ def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:
 
 
 def settings_of(configuration: ConfigurationManager) -> Settings:
-    """The settings in a configuration's `vit_mae` block, or the defaults that its patch and spacing lead to."""
+    """The settings in a configuration's `vit_mae` block; what it leaves out follows from patch and spacing."""
     defaults = default_settings(configuration.patch_size, configuration.spacing, configuration.batch_size)
-    block = configuration.configuration.get(BLOCK)
-    return defaults if block is None else Settings.from_dict(block)
+    return _changed(defaults, configuration.configuration.get(BLOCK, {}))
+
+
+def schedule_of(configuration: ConfigurationManager) -> Finetuning:
+    """The fine-tuning part alone, which the U-Net baseline shares: it holds for 2D configurations too."""
+    return Settings.from_dict(configuration.configuration.get(BLOCK, {})).finetuning
+
+
+def _changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """Settings with changes; a token that comes without a decoder brings its default decoder."""
+    settings = settings.updated(changes)
+    network = changes.get("network", {})
+    if "token" in network and "decoder" not in network:
+        settings = settings.updated({"network": {"decoder": default_decoder(settings.network.token)}})
+    return settings
 
 
 def write_plans(source: Plan, name: str, changes: Mapping[str, Any]) -> tuple[Path, Settings]:
     """Write plans `name`: the source's, with a `vit_mae` block in the source's configuration.
 
-    `changes` is a (partial) block, over the source's settings. Where they name a token but no decoder, the decoder
-    follows the token. Returns the file and its settings.
+    `changes` is a (partial) block, over the source's settings. Returns the file and its settings.
     Raises `UserError` for bad changes, or when the name belongs to plans that are not ours to replace.
     """
-    settings = source.settings.updated(changes)
-    network = changes.get("network", {})
-    if "token" in network and "decoder" not in network:
-        settings = settings.updated({"network": {"decoder": default_decoder(settings.network.token)}})
-
+    settings = _changed(source.settings, changes)
     file = source.dataset.plans_file(name)
     if not name.isidentifier():
         raise UserError(f"-o {name} is not a name for plans: use letters, digits and underscores only.")

@@ -20,7 +20,7 @@ from nnunet_vit_mae.errors import UserError, exit_on_user_error
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.nnunet.folders import Dataset, find_dataset
-from nnunet_vit_mae.nnunet.plans import channel_names, settings_of
+from nnunet_vit_mae.nnunet.plans import channel_names, schedule_of, settings_of
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
 from nnunet_vit_mae.presets import SIZES, Settings
 from nnunet_vit_mae.weights import Card, check_fit, load_encoder
@@ -38,9 +38,9 @@ class ScheduledTrainer(nnUNetTrainer):
         self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.settings: Settings = settings_of(self.configuration_manager)
-        self.num_epochs = self.settings.finetuning.epochs
-        self.num_iterations_per_epoch = self.settings.finetuning.iterations
+        schedule = schedule_of(self.configuration_manager)
+        self.num_epochs = schedule.epochs
+        self.num_iterations_per_epoch = schedule.iterations
         self.num_val_iterations_per_epoch = max(1, self.num_iterations_per_epoch // VALIDATION_SHARE)
 
 
@@ -53,10 +53,12 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
 
     layer_decay = 1.0  # random blocks have nothing to keep: all of them learn at the full rate
 
+    @exit_on_user_error
     def __init__(
         self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
+        self.settings: Settings = settings_of(self.configuration_manager)
         self.enable_deep_supervision = False
         self.initial_lr = self.settings.finetuning.lr
         self.weight_decay = self.settings.finetuning.weight_decay

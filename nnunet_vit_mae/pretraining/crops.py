@@ -7,8 +7,7 @@ autoencoding needs shifts and flips but no rotation. There is no intensity noise
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import blosc2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 MMAP: dict[str, Any] = {} if os.name == "nt" else {"mmap_mode": "r"}  # blosc2 cannot map files on Windows
 
@@ -29,19 +28,36 @@ class RandomCrops(Dataset):
 
     def __init__(self, files: Sequence[Path], patch_size: Sequence[int], tokens: int, seed: int):
         self.files, self.patch_size, self.tokens, self.seed = list(files), tuple(patch_size), tokens, seed
-        self._order = lru_cache(maxsize=2)(self._order_of_pass)  # neighbouring samples share a pass
+        self._pass, self._order = -1, np.empty(0, dtype=int)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """A crop (c z y x) and the noise that decides which of its tokens stay visible (n)."""
-        crossing, position = divmod(index, len(self.files))
         random = np.random.default_rng((self.seed, 1, index))
-        crop = random_crop(self.files[self._order(crossing)[position]], self.patch_size, random)
+        crop = random_crop(self.file_of(index), self.patch_size, random)
         flipped = tuple(axis for axis in (1, 2, 3) if random.random() < 0.5)
         noise = random.random(self.tokens, dtype=np.float32)
         return torch.from_numpy(np.flip(crop, flipped).copy()), torch.from_numpy(noise)
 
-    def _order_of_pass(self, crossing: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, 0, crossing)).permutation(len(self.files))
+    def file_of(self, index: int) -> Path:
+        """The file that a sample is cut from."""
+        number, position = divmod(index, len(self.files))
+        if number != self._pass:  # neighbouring samples share a pass
+            self._pass, self._order = number, np.random.default_rng((self.seed, 0, number)).permutation(len(self.files))
+        return self.files[self._order[position]]
+
+
+class ConsecutiveBatches(Sampler[list[int]]):
+    """The samples of steps `first` to `last` (excluded), a batch at a time."""
+
+    def __init__(self, first: int, last: int, batch_size: int):
+        self.first, self.last, self.batch_size = first, last, batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first, self.last):
+            yield list(range(step * self.batch_size, (step + 1) * self.batch_size))
+
+    def __len__(self) -> int:
+        return self.last - self.first
 
 
 def random_crop(file: Path, patch_size: Sequence[int], random: np.random.Generator) -> np.ndarray:

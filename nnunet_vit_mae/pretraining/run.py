@@ -32,7 +32,7 @@ from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, war
 from nnunet_vit_mae.planning import token_grid
 from nnunet_vit_mae.plots import plot_progress, plot_views
 from nnunet_vit_mae.presets import Network, Pretraining
-from nnunet_vit_mae.pretraining.crops import RandomCrops
+from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, RandomCrops
 from nnunet_vit_mae.pretraining.pictures import rebuild
 
 logger = logging.getLogger(__name__)
@@ -171,11 +171,10 @@ def _step(
 
 def _batches(job: Job, crops: RandomCrops, first_step: int, device: torch.device) -> DataLoader:
     """Batches of all steps to come, in one go: workers start once. On a CPU the loop itself reads: cores are few."""
-    size = job.protocol.batch_size
-    indices = [list(range(step * size, (step + 1) * size)) for step in range(first_step, job.steps)]
+    steps = ConsecutiveBatches(first_step, job.steps, job.protocol.batch_size)
     on_gpu = device.type == "cuda"
     workers = min(8, os.cpu_count() or 1) if on_gpu else 0
-    return DataLoader(crops, batch_sampler=indices, num_workers=workers, pin_memory=on_gpu)
+    return DataLoader(crops, batch_sampler=steps, num_workers=workers, pin_memory=on_gpu)
 
 
 def _learning_rate(job: Job, step: int) -> float:
