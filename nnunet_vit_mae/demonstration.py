@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sysconfig
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,22 +51,23 @@ def demonstrate(folder: Path, *, seed: int) -> list[Score]:
 
     Raises `UserError` when the folder is in use, or when a command fails (its output is in `log.txt`).
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty: give a new folder with -o, or remove it.")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} is in use: give a new folder with -o, or remove it.")
     raw = write_phantom_dataset(folder / "raw", dataset_id=int(NUMBER), seed=seed, **PHANTOMS)
     print(f"Made {raw}: synthetic CT of the skull base, see its scans.csv", flush=True)
 
     shell = Shell(folder)
-    shell.type(f"nnUNetv2_plan_and_preprocess -d {NUMBER} -c 3d_fullres -np 2 -npfp 2")
-    shell.type(f"mae3d_preprocess -d {NUMBER} -np 2")
-    shell.type(f"mae3d_plan -d {NUMBER} -o {PLANS} --recipe quick")
-    shell.type(f"mae3d_pretrain -d {NUMBER} -p {PLANS} --seed {seed} -device cpu")
+    shell.type(f"nnUNetv2_plan_and_preprocess -d {NUMBER} -c 3d_fullres -np 2 -npfp 2".split())
+    shell.type(f"mae3d_preprocess -d {NUMBER} -np 2".split())
+    shell.type(f"mae3d_plan -d {NUMBER} -o {PLANS} --recipe quick".split())
+    shell.type(f"mae3d_pretrain -d {NUMBER} -p {PLANS} --seed {seed} -device cpu".split())
     scores = []
     for model, trainer in MODELS.items():
         output = folder / "predictions" / trainer
-        common = f"-p {PLANS} -tr {trainer} -device cpu"
-        shell.type(f"nnUNetv2_train {NUMBER} 3d_fullres 0 {common}")
-        shell.type(f"nnUNetv2_predict -i {raw / 'imagesTs'} -o {output} -d {NUMBER} -c 3d_fullres -f 0 {common}")
+        common = f"-p {PLANS} -tr {trainer} -device cpu".split()
+        shell.type([*f"nnUNetv2_train {NUMBER} 3d_fullres 0".split(), *common])
+        folders = ["-i", str(raw / "imagesTs"), "-o", str(output)]
+        shell.type(["nnUNetv2_predict", *folders, *f"-d {NUMBER} -c 3d_fullres -f 0".split(), *common])
         scores += [score(model, reference, output) for reference in sorted((raw / "labelsTs").glob("*.nii.gz"))]
     _write_csv(scores, folder / "results.csv")
     _draw(raw, folder, scores)
@@ -87,16 +88,15 @@ class Shell:
             "nnUNet_def_n_proc": "2",
         }
 
-    def type(self, command: str) -> None:
+    def type(self, command: Sequence[str]) -> None:
         """Run one command; raises `UserError` when it fails."""
-        program, *arguments = shlex.split(command)
-        print(f"$ {command}", end=" ", flush=True)
+        print(f"$ {shlex.join(command)}", end=" ", flush=True)
         started = time.monotonic()
         with self.log.open("a") as log:
-            log.write(f"$ {command}\n")
+            log.write(f"$ {shlex.join(command)}\n")
             log.flush()
-            path = Path(sysconfig.get_path("scripts")) / program
-            done = subprocess.run([path, *arguments], env=self.environment, stdout=log, stderr=log, check=False)
+            program = Path(sysconfig.get_path("scripts")) / command[0]
+            done = subprocess.run([program, *command[1:]], env=self.environment, stdout=log, stderr=log, check=False)
         print(f"({time.monotonic() - started:.0f} s)", flush=True)
         if done.returncode:
             raise UserError(f"The command above failed with exit code {done.returncode}: the reason is in {self.log}.")
@@ -121,6 +121,7 @@ def table(scores: list[Score]) -> str:
         dice = np.mean([entry.dice for entry in own])
         difference = np.mean([abs(entry.predicted_volume - entry.reference_volume) for entry in own])
         lines.append(f"{model:20} {dice:6.3f} {difference:14.1f} mm3")
+    lines.append("So few steps show that everything works, not which model is better: see docs/explanation.md.")
     return "\n".join(lines)
 
 

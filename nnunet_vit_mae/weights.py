@@ -40,7 +40,7 @@ class Card:
     spacing: list[float]  # mm, z y x
     normalization: list[str]
     data_fingerprint: str
-    cases_seen: list[str]  # hashes of the names, so that the file tells no names
+    cases_seen: list[str]  # hashes of the names: enough to tell whether a case was seen
     epochs: int
     steps: int
     loss: float

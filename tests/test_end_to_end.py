@@ -66,6 +66,9 @@ def test_an_earlier_run_is_moved_aside_and_a_finished_one_is_not_repeated(typed)
     (moved,) = folder.parent.glob("fold_0_until_*")
     assert (moved / "encoder.safetensors").read_bytes() == first
     assert (folder / "encoder.safetensors").read_bytes() != first
+    (folder / "state.pt").unlink()  # nothing to continue from: the finished encoder must not be overwritten
+    typed.type(*command, "--c", "--seed", "2")
+    assert len(list(folder.parent.glob("fold_0_until_*"))) == 2
 
 
 def test_fine_tuning_says_what_it_loaded_and_whether_it_saw_the_validation_images(typed):

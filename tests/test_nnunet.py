@@ -1,6 +1,7 @@
 """The path inside nnU-Net on a tiny data set: plans, unlabelled images, and which cases pre-training may see."""
 
 import json
+import shutil
 
 import blosc2
 import numpy as np
@@ -70,6 +71,7 @@ def test_recipes_are_valid(name):
         ("-d nonsense -o Short", "nonsense"),
         ("-d 901 -o nnUNetPlans", "not written by mae3d_plan"),
         ("-d 901 -o bad/name", "letters, digits"),
+        ("-d 901 -o splits_final", "not a name for plans"),
         ("-d 901 -o Short -p Missing", "no plans Missing"),
         ("-d 901 -o Short -c 3d_lowres", "no configuration 3d_lowres"),
         ("-d 901 -o Short -c 2d", "2D"),
@@ -89,9 +91,13 @@ def test_mistakes_in_planning_get_one_sentence(in_workspace, refused, arguments,
     assert sorted(file.name for file in in_workspace.preprocessed.iterdir()) == before
 
 
-def test_a_typing_mistake_in_a_recipe_is_named(in_workspace, refused, tmp_path):
-    (tmp_path / "mine.json").write_text('{"finetuning": {"epoch": 3}}')
-    assert "epoch" in refused(plan_command.main, "-d", "901", "-o", "S", "--recipe", str(tmp_path / "mine.json"))
+@pytest.mark.parametrize(
+    ("recipe", "reason"),
+    [('{"finetuning": {"epoch": 3}}', "epoch"), ("[]", "an object"), ('{"network": "S"}', "an object"), ("{", "JSON")],
+)
+def test_a_mistake_in_a_recipe_is_named(in_workspace, refused, tmp_path, recipe, reason):
+    (tmp_path / "mine.json").write_text(recipe)
+    assert reason in refused(plan_command.main, "-d", "901", "-o", "S", "--recipe", str(tmp_path / "mine.json"))
 
 
 def test_unset_variables_are_named(in_workspace, refused, monkeypatch):
@@ -188,6 +194,8 @@ def test_an_unlabelled_pool_that_was_forgotten_is_mentioned(in_workspace, caplog
     [
         ("-d 901", "-device cpu"),
         ("-d 901 -device cpu -f 9", "-f 9"),
+        ("-d 901 -device cpu -f 00", "-f 00"),
+        ("-d 901 -device cpu --seed -1", "below 0"),
         ("-d 901 -device cpu --mask_ratio 1.5", "mask_ratio"),
     ],
 )
@@ -216,3 +224,48 @@ def test_the_baseline_takes_a_2d_configuration_too(in_workspace):
     assert schedule_of(flat).epochs == 1000
     with pytest.raises(UserError, match="2D"):
         settings_of(flat)
+
+
+def test_the_pool_is_what_imagesun_holds_and_whole_files_only(in_workspace, caplog):
+    preprocess_command.main("-d 901 -np 1".split())
+    plan = tiny_plan()
+    (plan.unlabelled_folder / ".123.pool_0.b2nd").write_bytes(b"half")  # a process was killed while it wrote
+    for file in (in_workspace.raw / "imagesUn").glob("pool_1_*"):  # a consent was withdrawn
+        file.unlink()
+    assert {case.name for case in pretraining_cases(plan, "all")} == {f"train_{i}" for i in range(6)} | {
+        "pool_0",
+        "pool_2",
+    }
+    shutil.rmtree(in_workspace.raw)  # a compute node without the raw data
+    assert {case.name for case in pretraining_cases(plan, "all")} == {f"train_{i}" for i in range(6)} | {
+        f"pool_{i}" for i in range(3)
+    }
+    assert not caplog.text
+
+
+def test_a_pool_of_other_plans_is_refused(in_workspace):
+    preprocess_command.main("-d 901 -np 1".split())
+    file = in_workspace.preprocessed / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["3d_fullres"]["normalization_schemes"] = ["NoNormalization"] * 2
+    file.write_text(json.dumps(plans))
+    with pytest.raises(UserError, match="mae3d_preprocess -d 901"):
+        pretraining_cases(tiny_plan(), "all")
+
+
+def test_too_few_cases_for_folds_are_refused(in_workspace):
+    plan = tiny_plan()
+    for number in range(2):
+        for file in plan.preprocessed_folder.glob(f"train_{number}*"):
+            file.unlink()
+    with pytest.raises(UserError, match="4 labelled cases cannot be split"):
+        pretraining_cases(plan, "0")
+    assert not (in_workspace.preprocessed / "splits_final.json").exists()
+
+
+def test_the_second_stage_of_a_cascade_is_refused(in_workspace, refused):
+    file = in_workspace.preprocessed / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    file.write_text(json.dumps(plans))
+    assert "cascade" in refused(pretrain_command.main, *"-d 901 -c 3d_cascade_fullres -device cpu".split())

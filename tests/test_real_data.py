@@ -30,6 +30,10 @@ def test_pretraining_learns_from_real_ct(tmp_path):
     workspace.type(*"mae3d_pretrain -d 505 -p Real --epochs 40 --batch_size 7 -device cpu".split())
 
     folder = workspace.root / "results" / RAW.name / "mae3d_pretrain__Real__3d_fullres" / "fold_all"
-    losses = [float(line.split("loss ")[1].split(",")[0]) for line in (folder / "log.txt").open() if "epoch " in line]
+    losses = [
+        float(line.split("loss ")[1].split(",")[0])
+        for line in (folder / "log.txt").read_text().splitlines()
+        if "epoch " in line
+    ]
     assert len(losses) == 40
     assert sum(losses[-5:]) / 5 < 0.8 * losses[0]

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 
-from nnunet_vit_mae.cli.arguments import add_plan_arguments, parser_for, positive_float, positive_int
+from nnunet_vit_mae.cli.arguments import add_plan_arguments, parser_for, positive_float, positive_int, whole_number
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
 from nnunet_vit_mae.presets import Pretraining
 
@@ -23,9 +23,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--lr", type=positive_float, help="peak learning rate (default: the plans' base_lr x batch / 256)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights, crops and masks")
+    parser.add_argument("--seed", type=whole_number, default=0, help="of weights, crops and masks")
     parser.add_argument("--c", dest="resume", action="store_true", help="continue from the last saved state")
-    parser.add_argument("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="where to train")
+    parser.add_argument("-device", choices=("cuda", "cpu"), default="cuda", help="where to train")
     args = parser.parse_args(argv)
 
     def change(protocol: Pretraining) -> Pretraining:

@@ -31,11 +31,11 @@ def _table(grid: Triple, width: int, device: torch.device) -> Float[Tensor, "n d
     frequencies = width // 6
     # normal tensors even when the first call comes from nnU-Net's predictor, for training may follow in this process
     with torch.inference_mode(False), torch.no_grad():
-        omega = PERIOD ** -(torch.arange(frequencies, device=device, dtype=torch.float64) / frequencies)
-        axes = [torch.arange(tokens, device=device, dtype=torch.float64) for tokens in grid]
+        omega = PERIOD ** -(torch.arange(frequencies, dtype=torch.float64) / frequencies)
+        axes = [torch.arange(tokens, dtype=torch.float64) for tokens in grid]
         angles = [axis.flatten()[:, None] * omega for axis in torch.meshgrid(*axes, indexing="ij")]
-        positions = torch.zeros(angles[0].shape[0], width, device=device)
+        positions = torch.zeros(angles[0].shape[0], width)
         positions[:, : 6 * frequencies] = torch.cat(
             [part for a in angles for part in (a.sin(), a.cos())], dim=1
         ).float()
-    return positions
+        return positions.to(device)

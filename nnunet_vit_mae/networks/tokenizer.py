@@ -10,12 +10,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nnunet_vit_mae.planning import token_grid
+
 Triple = tuple[int, int, int]
 
 
 def grid_of(volume: Float[Tensor, "b c z y x"], token: Triple) -> Triple:
     """Tokens along z y x that cover the volume; the last one of an axis may reach beyond it."""
-    z, y, x = (math.ceil(voxels / side) for voxels, side in zip(volume.shape[2:], token, strict=True))
+    z, y, x = token_grid(volume.shape[2:], token)
     return z, y, x
 
 

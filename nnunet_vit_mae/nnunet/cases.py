@@ -12,9 +12,11 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import read_json, write_json
 from nnunet_vit_mae.nnunet.plans import Plan
-from nnunet_vit_mae.nnunet.preprocessing import raw_unlabelled_cases
+from nnunet_vit_mae.nnunet.preprocessing import preprocessed_pool
 
 logger = logging.getLogger(__name__)
+
+FOLDS = 5  # nnU-Net's own default
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ def pretraining_cases(plan: Plan, fold: str) -> list[Case]:
 
     Raises `UserError` when there is nothing preprocessed or no such fold.
     """
-    labelled = _in_folder(plan.preprocessed_folder)
+    labelled = _labelled(plan.preprocessed_folder)
     if not labelled:
         raise UserError(
             f"There are no preprocessed cases in {plan.preprocessed_folder}: "
@@ -46,27 +48,28 @@ def training_names(plan: Plan, fold: str, names: list[str]) -> list[str]:
     """Training cases of a fold in `splits_final.json`, which is made as nnU-Net makes it when it is not there."""
     file = plan.dataset.preprocessed / "splits_final.json"
     if not file.is_file():
-        write_json(generate_crossval_split(sorted(names), seed=12345, n_splits=5), file)
+        if len(names) < FOLDS:
+            raise UserError(f"{len(names)} labelled cases cannot be split into {FOLDS} folds: use -f all.")
+        write_json(generate_crossval_split(sorted(names), seed=12345, n_splits=FOLDS), file)
     splits = read_json(file)
-    if not fold.isdigit() or int(fold) >= len(splits):
+    if fold not in map(str, range(len(splits))):
         raise UserError(f"-f {fold} is neither 'all' nor one of the {len(splits)} folds in {file} (counted from 0).")
     return splits[int(fold)]["train"]
 
 
 def _unlabelled_pool(plan: Plan) -> list[Case]:
-    pool = _in_folder(plan.unlabelled_folder)
-    missing = len(raw_unlabelled_cases(plan)) - len(pool)
-    if missing > 0:
+    files, missing = preprocessed_pool(plan)
+    if missing:
         logger.warning(
             "%d unlabelled images in %s are not preprocessed and will not be seen: run mae3d_preprocess -d %s first.",
-            missing,
+            len(missing),
             plan.dataset.raw / "imagesUn",
             plan.dataset.id,
         )
-    return pool
+    return [Case(file.name.removesuffix(".b2nd"), file) for file in files]
 
 
-def _in_folder(folder: Path) -> list[Case]:
+def _labelled(folder: Path) -> list[Case]:
     if not folder.is_dir():
         return []
     return [Case(name, folder / f"{name}.b2nd") for name in sorted(nnUNetDatasetBlosc2.get_identifiers(str(folder)))]

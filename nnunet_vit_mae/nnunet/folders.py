@@ -24,19 +24,21 @@ class Dataset:
     @property
     def id(self) -> str:
         """The three digits that `-d` takes."""
-        return self.name[len("Dataset") :].split("_")[0]
+        return dataset_id(self.name)
 
     def plans_file(self, plans_name: str) -> Path:
         """The plans that `-p` names."""
         return self.preprocessed / f"{plans_name}.json"
 
-    def pretraining_folder(self, plans_name: str, configuration: str, fold: str) -> Path:
-        """Where `mae3d_pretrain` writes, named like nnU-Net's own result folders."""
-        return self.results / f"mae3d_pretrain__{plans_name}__{configuration}" / f"fold_{fold}"
 
-    def encoder_file(self, plans_name: str, configuration: str, fold: str) -> Path:
-        """The pre-trained encoder of one fold, or of `all`."""
-        return self.pretraining_folder(plans_name, configuration, fold) / "encoder.safetensors"
+def dataset_id(name: str) -> str:
+    """The three digits in `Dataset501_Name`."""
+    return name[len("Dataset") :].split("_")[0]
+
+
+def encoder_file(results: Path, plans_name: str, configuration: str, fold: str) -> Path:
+    """Where `mae3d_pretrain` puts the encoder of a fold (or of `all`) in a data set's results; named as nnU-Net does."""
+    return results / f"mae3d_pretrain__{plans_name}__{configuration}" / f"fold_{fold}" / "encoder.safetensors"
 
 
 def find_dataset(id_or_name: str) -> Dataset:

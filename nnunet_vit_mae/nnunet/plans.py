@@ -12,7 +12,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_vit_mae.errors import UserError
@@ -22,6 +21,7 @@ from nnunet_vit_mae.planning import default_decoder, default_settings
 from nnunet_vit_mae.presets import Finetuning, Settings
 
 BLOCK = "vit_mae"
+NOT_FOR_PLANS = ("dataset", "dataset_fingerprint", "splits_final")  # nnU-Net's other files in that folder
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,6 @@ class Plan:
     def patch_size(self) -> tuple[int, ...]:
         """Voxels along z y x."""
         return tuple(self.configuration.patch_size)
-
-    @property
-    def channels(self) -> int:
-        """Input channels of the network."""
-        return determine_num_input_channels(self.plans, self.configuration, self.dataset_json)
 
     @property
     def channel_names(self) -> list[str]:
@@ -96,6 +91,15 @@ def settings_of(configuration: ConfigurationManager) -> Settings:
     return _changed(defaults, configuration.configuration.get(BLOCK, {}))
 
 
+def refuse_cascade(configuration: ConfigurationManager) -> None:
+    """Raise `UserError` for the second stage of a cascade: its network has inputs that no unlabelled image has."""
+    if configuration.previous_stage_name is not None:
+        raise UserError(
+            "This configuration is the second stage of a cascade, whose network also takes the first stage's "
+            "segmentation: an encoder cannot be pre-trained for it, choose 3d_fullres or 3d_lowres with -c."
+        )
+
+
 def schedule_of(configuration: ConfigurationManager) -> Finetuning:
     """The fine-tuning part alone, which the U-Net baseline shares: it holds for 2D configurations too."""
     return Settings.from_dict(configuration.configuration.get(BLOCK, {})).finetuning
@@ -118,9 +122,9 @@ def write_plans(source: Plan, name: str, changes: Mapping[str, Any]) -> tuple[Pa
     """
     settings = _changed(source.settings, changes)
     file = source.dataset.plans_file(name)
-    if not name.isidentifier():
-        raise UserError(f"-o {name} is not a name for plans: use letters, digits and underscores only.")
-    if file.exists() and not any(BLOCK in entry for entry in read_json(file)["configurations"].values()):
+    if not name.isidentifier() or name in NOT_FOR_PLANS:
+        raise UserError(f"-o {name} is not a name for plans: use letters, digits and underscores, such as ViT_small.")
+    if file.exists() and not _is_ours(read_json(file)):
         raise UserError(f"{file} was not written by mae3d_plan and is left as it is: choose another name with -o.")
 
     plans = json.loads(json.dumps(source.plans.plans))
@@ -130,8 +134,12 @@ def write_plans(source: Plan, name: str, changes: Mapping[str, Any]) -> tuple[Pa
     return file, settings
 
 
+def _is_ours(plans: Any) -> bool:
+    return isinstance(plans, dict) and any(BLOCK in entry for entry in plans.get("configurations", {}).values())
+
+
 def read_recipe(name_or_file: str) -> dict[str, Any]:
-    """A partial `vit_mae` block: one of ours by name (`quick`), or a JSON file. Raises `UserError` if there is none."""
+    """A partial `vit_mae` block: one of ours by name (`quick`), or a JSON file. Raises `UserError` if it is none."""
     ours = {
         Path(entry.name).stem: entry
         for entry in files("nnunet_vit_mae.plans").iterdir()
@@ -141,4 +149,6 @@ def read_recipe(name_or_file: str) -> dict[str, Any]:
         return json.loads(ours[name_or_file].read_text())
     if not Path(name_or_file).is_file():
         raise UserError(f"There is no recipe {name_or_file}: name one of {', '.join(sorted(ours))}, or a JSON file.")
-    return read_json(Path(name_or_file))
+    recipe = read_json(Path(name_or_file))
+    Settings.from_dict(recipe)
+    return recipe

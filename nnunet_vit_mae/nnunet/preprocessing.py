@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import blosc2
 import nibabel
@@ -55,8 +56,31 @@ def preprocess_unlabelled(plan: Plan, processes: int) -> tuple[int, Iterator[Out
             f"in {plan.dataset.raw / 'imagesUn'}: put the unlabelled images there, named as in imagesTr."
         )
     _forget_if_made_differently(plan)
+    for leftover in plan.unlabelled_folder.glob(".*"):  # of a process that was killed while it wrote
+        leftover.unlink()
     to_do = {case: files for case, files in cases.items() if not _is_done(plan, case, files)}
     return len(to_do), _run(plan, to_do, processes)
+
+
+def preprocessed_pool(plan: Plan) -> tuple[list[Path], list[str]]:
+    """Files of the preprocessed unlabelled pool, and the names of images in `imagesUn` that have none (yet).
+
+    The raw images decide: what is no longer among them is left out. Where the raw data set is not at hand, as on some
+    compute nodes, all preprocessed files are taken.
+    Raises `UserError` when the pool was preprocessed with other plans.
+    """
+    if not plan.unlabelled_folder.is_dir():
+        return [], sorted(raw_unlabelled_cases(plan))
+    if not _made_with(plan):
+        raise UserError(
+            f"The unlabelled images in {plan.unlabelled_folder} were preprocessed with other plans: "
+            f"run mae3d_preprocess -d {plan.dataset.id} -c {plan.name} -p {plan.plans.plans_name} again."
+        )
+    if not (plan.dataset.raw / "imagesUn").is_dir():
+        return sorted(file for file in plan.unlabelled_folder.glob("*.b2nd") if not file.name.startswith(".")), []
+    cases = raw_unlabelled_cases(plan)
+    done = {case for case, files in cases.items() if _is_done(plan, case, files)}
+    return [_output_file(plan, case) for case in sorted(done)], sorted(set(cases) - done)
 
 
 def _run(plan: Plan, cases: dict[str, list[Path]], processes: int) -> Iterator[Outcome]:
@@ -137,18 +161,28 @@ def _is_done(plan: Plan, case: str, files: list[Path]) -> bool:
 
 def _forget_if_made_differently(plan: Plan) -> None:
     """Remove what was made with other plans: spacing, normalisation or intensities may differ from those of today."""
-    folder = plan.unlabelled_folder
-    stamp = {
-        "spacing": plan.configuration.spacing,
-        "normalization_schemes": plan.configuration.normalization_schemes,
+    if not _made_with(plan):
+        for file in plan.unlabelled_folder.glob("*.b2nd"):
+            file.unlink()
+        write_json(_stamp(plan), plan.unlabelled_folder / STAMP)
+
+
+def _made_with(plan: Plan) -> bool:
+    """Whether the pool was preprocessed with these plans."""
+    stamp = plan.unlabelled_folder / STAMP
+    return stamp.is_file() and read_json(stamp) == _stamp(plan)
+
+
+def _stamp(plan: Plan) -> dict[str, Any]:
+    """All that nnU-Net's preprocessing of an image depends on."""
+    keys = ("spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name")
+    keys += ("resampling_fn_data", "resampling_fn_data_kwargs")
+    of_plans = {
         "transpose_forward": plan.plans.transpose_forward,
+        "image_reader_writer": plan.plans.plans["image_reader_writer"],
         "intensities": plan.plans.foreground_intensity_properties_per_channel,
     }
-    if (folder / STAMP).is_file() and read_json(folder / STAMP) == stamp:
-        return
-    for file in folder.glob("*.b2nd"):
-        file.unlink()
-    write_json(stamp, folder / STAMP)
+    return {key: plan.configuration.configuration[key] for key in keys} | of_plans
 
 
 def _first_line(error: Exception) -> str:

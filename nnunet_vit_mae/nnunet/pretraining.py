@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from nnunet_vit_mae.nnunet.cases import Case, pretraining_cases
-from nnunet_vit_mae.nnunet.plans import Plan
+from nnunet_vit_mae.nnunet.folders import encoder_file
+from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade
 from nnunet_vit_mae.presets import Pretraining
-from nnunet_vit_mae.pretraining.run import Job, Result, run
+from nnunet_vit_mae.pretraining.run import STATE, Job, Result, run
 from nnunet_vit_mae.weights import Card, hashed_name, package_versions, save_encoder
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ def pretrain(
     `change` turns the plans' protocol into the one to use. An earlier run in the same place is moved aside, never
     overwritten. Raises `UserError` for everything that the user can mend.
     """
+    refuse_cascade(plan.configuration)
     cases = pretraining_cases(plan, fold)
     job = Job(
         files=[case.file for case in cases],
@@ -43,13 +45,13 @@ def pretrain(
         protocol=change(plan.settings.pretraining),
         seed=seed,
     )
-    output = plan.dataset.pretraining_folder(plan.plans.plans_name, plan.name, fold)
-    if not resume:
+    file = encoder_file(plan.dataset.results, plan.plans.plans_name, plan.name, fold)
+    output = file.parent
+    if not (resume and (output / STATE).is_file()):
         _move_aside(output)
     result = run(job, output, device=device, resume=resume)
-    encoder_file = plan.dataset.encoder_file(plan.plans.plans_name, plan.name, fold)
-    save_encoder(result.network.encoder, _card(plan, fold, job, cases, result), encoder_file)
-    return encoder_file
+    save_encoder(result.network.encoder, _card(plan, fold, job, cases, result), file)
+    return file
 
 
 def _move_aside(output: Path) -> None:

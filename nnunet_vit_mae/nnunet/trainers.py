@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.segmenter import Segmenter
-from nnunet_vit_mae.nnunet.folders import Dataset, find_dataset
-from nnunet_vit_mae.nnunet.plans import channel_names, schedule_of, settings_of
+from nnunet_vit_mae.nnunet.folders import dataset_id, encoder_file
+from nnunet_vit_mae.nnunet.plans import channel_names, refuse_cascade, schedule_of, settings_of
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
 from nnunet_vit_mae.presets import SIZES, Settings
 from nnunet_vit_mae.weights import Card, check_fit, load_encoder
@@ -146,12 +146,12 @@ class nnUNetTrainerViTMAE(nnUNetTrainerViTScratch):  # noqa: N801
         """nnU-Net's datasets; says how many validation cases pre-training has seen."""
         training, validation = super().get_tr_and_val_datasets()
         if self.encoder_card is not None:
-            seen = self.encoder_card.seen(validation.identifiers)
+            seen, total = self.encoder_card.seen(validation.identifiers), len(validation.identifiers)
             self.print_to_log_file(
-                f"The encoder has seen the images (not the labels) of {len(seen)} of the {len(validation.identifiers)} "
-                "validation cases."
-                + (f" For a validation on unseen images, run mae3d_pretrain with -f {self.fold}." if seen else "")
+                f"The encoder has seen the images (not the labels) of {len(seen)} of the {total} validation cases."
             )
+            if seen and self.fold != "all" and self.encoder_card.fold != str(self.fold):
+                self.print_to_log_file(f"For a validation on unseen images, run mae3d_pretrain with -f {self.fold}.")
         return training, validation
 
     def _load_encoder(self) -> None:
@@ -161,8 +161,14 @@ class nnUNetTrainerViTMAE(nnUNetTrainerViTScratch):  # noqa: N801
             "size": self.settings.network.size,
             "token": list(self.settings.network.token),
             "channel_names": channel_names(self.dataset_json),
+            "normalization": self.configuration_manager.normalization_schemes,
         }
         check_fit(card, file, expected)
+        if card.spacing != list(self.configuration_manager.spacing):
+            spacing = self.configuration_manager.spacing
+            self.print_to_log_file(
+                f"The encoder was pre-trained at a spacing of {card.spacing} mm, this is {spacing} mm."
+            )
         self.segmenter.encoder.load_state_dict(tensors)
         self.encoder_card = card
         self.print_to_log_file(
@@ -173,15 +179,16 @@ class nnUNetTrainerViTMAE(nnUNetTrainerViTScratch):  # noqa: N801
 
     def _find_encoder(self) -> Path:
         """The encoder of this fold, or else the one that has seen all training images."""
-        dataset: Dataset = find_dataset(self.plans_manager.dataset_name)
-        plans_name, configuration = self.plans_manager.plans_name, self.configuration_name
+        refuse_cascade(self.configuration_manager)
+        results = Path(self.output_folder_base).parent
+        dataset, plans_name = self.plans_manager.dataset_name, self.plans_manager.plans_name
         for fold in dict.fromkeys((str(self.fold), "all")):
-            file = dataset.encoder_file(plans_name, configuration, fold)
+            file = encoder_file(results, plans_name, self.configuration_name, fold)
             if file.is_file():
                 return file
         raise UserError(
-            f"There is no pre-trained encoder for {dataset.name}, plans {plans_name}, {configuration}: "
-            f"run mae3d_pretrain -d {dataset.id} -c {configuration} -p {plans_name} first, "
+            f"There is no pre-trained encoder for {dataset}, plans {plans_name}, {self.configuration_name}: "
+            f"run mae3d_pretrain -d {dataset_id(dataset)} -c {self.configuration_name} -p {plans_name} first, "
             "or train from random weights with -tr nnUNetTrainerViTScratch."
         )
 

@@ -37,6 +37,7 @@ from nnunet_vit_mae.pretraining.pictures import rebuild
 
 logger = logging.getLogger(__name__)
 
+STATE = "state.pt"
 PICTURES = 20  # over a whole run
 SAVE_EVERY_SECONDS = 120.0  # and after the last epoch
 TINY_LR = 1e-5
@@ -103,7 +104,7 @@ def run(job: Job, output: Path, *, device: torch.device, resume: bool) -> Result
     losses: list[float] = []
 
     output.mkdir(parents=True, exist_ok=True)
-    if resume and (output / "state.pt").is_file():
+    if resume and (output / STATE).is_file():
         losses = _load_state(output, job, network, optimizer, device)
     else:
         write_json(job.to_dict(), output / "config.json")
@@ -183,7 +184,7 @@ def _learning_rate(job: Job, step: int) -> float:
 
 
 def _checked_mean(losses: list[Tensor], epoch: int, output: Path) -> float:
-    mean = float(torch.stack(losses).double().mean())
+    mean = float(torch.stack(losses).mean())
     if not math.isfinite(mean):
         raise UserError(
             f"The loss is no longer a number in epoch {epoch + 1}; the last good state, if any, is kept in {output}: "
@@ -194,7 +195,7 @@ def _checked_mean(losses: list[Tensor], epoch: int, output: Path) -> float:
 
 def _save_state(output: Path, network: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
     state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
-    with replacing(output / "state.pt") as temporary:
+    with replacing(output / STATE) as temporary:
         torch.save(state, temporary)
 
 
@@ -208,7 +209,7 @@ def _load_state(
             f"The run in {output} cannot be continued, for it was started with other {', '.join(different)} "
             "(see its config.json): give the same flags and data, or start anew without --c."
         )
-    state = torch.load(output / "state.pt", map_location=device, weights_only=True)
+    state = torch.load(output / STATE, map_location=device, weights_only=True)
     network.load_state_dict(state["network"])
     optimizer.load_state_dict(state["optimizer"])
     return list(state["losses"])
