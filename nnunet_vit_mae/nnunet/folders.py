@@ -37,7 +37,7 @@ def dataset_id(name: str) -> str:
 
 
 def encoder_file(results: Path, plans_name: str, configuration: str, fold: str) -> Path:
-    """Where `mae3d_pretrain` puts the encoder of a fold (or of `all`) in a data set's results; named as nnU-Net does."""
+    """Where `mae3d_pretrain` puts the encoder of a fold (or of `all`) in a data set's results, named as in nnU-Net."""
     return results / f"mae3d_pretrain__{plans_name}__{configuration}" / f"fold_{fold}" / "encoder.safetensors"
 
 
