@@ -9,12 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.decoders.mae import TokenDecoder
 from nnunet_vit_mae.networks.encoder import Encoder
 from nnunet_vit_mae.networks.mae import MaskedAutoencoder, Reconstruction, normalised, reconstruction_loss
 from nnunet_vit_mae.networks.masking import split_tokens, take
 from nnunet_vit_mae.networks.tokenizer import Tokenizer, patchify, unpatchify, voxels_inside
 from nnunet_vit_mae.networks.transformer import Transformer
+from nnunet_vit_mae.presets import Network
 
 B, C = 2, 3
 TOKEN = (2, 4, 8)
