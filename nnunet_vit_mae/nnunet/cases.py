@@ -28,7 +28,7 @@ class Case:
 
 
 def pretraining_cases(plan: Plan, fold: str) -> list[Case]:
-    """The training cases of a fold (a number, or `all`) and the whole unlabelled pool, sorted by name.
+    """The training cases of a fold (a number, or `all`) and then the unlabelled pool, each sorted by name.
 
     Raises `UserError` when there is nothing preprocessed or no such fold.
     """

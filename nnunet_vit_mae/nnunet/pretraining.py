@@ -58,7 +58,7 @@ def _move_aside(output: Path) -> None:
     if output.exists():
         moved = output.with_name(f"{output.name}_until_{datetime.now():%Y-%m-%d_%H-%M-%S}")
         output.rename(moved)
-        logger.warning("An earlier run was moved to %s (use --c to continue one).", moved)
+        logger.warning("An earlier run was moved to %s (--c continues one that has a saved state).", moved)
 
 
 def _card(plan: Plan, fold: str, job: Job, cases: list[Case], result: Result) -> Card:
