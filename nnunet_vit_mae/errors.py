@@ -28,3 +28,12 @@ def exit_on_user_error(function: Callable[P, R]) -> Callable[P, R]:
             sys.exit(2)
 
     return wrapped
+
+
+def reader_reason(error: Exception) -> str:
+    """Why images could not be read, without the full stop: SimpleITK starts with lines about its own sources.
+
+    nnU-Net's readers raise an error without a word when the files of a case do not fit each other.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or ["its files differ in size or spacing"])[-1].removeprefix("sitk::ERROR: ").rstrip(".")

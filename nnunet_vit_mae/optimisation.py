@@ -23,19 +23,22 @@ def parameter_groups(
     layer_decay: float = 1.0,
     depth: int = 0,
 ) -> list[dict]:
-    """Groups for AdamW, each with its `lr_scale`; the first has scale 1, for its rate is the one that nnU-Net logs.
+    """Groups for AdamW, each with its `lr_scale` and whether it is `in_encoder`.
+
+    The first has scale 1 and is never frozen, for its rate is the one that nnU-Net logs.
 
     Layer-wise decay (fine-tuning protocol of He et al. 2022): the head learns at the full rate, block i of `depth` at
     `layer_decay ** (depth - i)`, the tokenizer at `layer_decay ** (depth + 1)`. Vectors (biases, norms, the mask token)
     have no weight decay.
     """
-    groups: dict[tuple[int, bool], dict] = {}
+    groups: dict[tuple[bool, int, bool], dict] = {}
     for name, parameter in named_parameters:
-        layer, is_vector = _layer(name, depth), parameter.ndim <= 1
+        in_encoder, layer, is_vector = name.startswith("encoder."), _layer(name, depth), parameter.ndim <= 1
         group = groups.setdefault(
-            (layer, is_vector),
+            (not in_encoder, layer, is_vector),
             {
                 "params": [],
+                "in_encoder": in_encoder,
                 "lr_scale": layer_decay ** (depth + 1 - layer),
                 "weight_decay": 0.0 if is_vector else weight_decay,
             },
@@ -54,7 +57,10 @@ def _layer(name: str, depth: int) -> int:
     return depth + 1
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set every group's rate to `lr` times its scale."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, *, freeze_encoder: bool = False) -> None:
+    """Set every group's rate to `lr` times its scale.
+
+    With `freeze_encoder` the encoder's is 0: nothing in it moves, and DDP still finds a gradient for each parameter.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = 0.0 if freeze_encoder and group["in_encoder"] else lr * group["lr_scale"]

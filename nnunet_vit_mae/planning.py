@@ -6,18 +6,24 @@ nnU-Net rebuilds the network at prediction from the plans alone, so the answer d
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.presets import Finetuning, Network, Settings
+from nnunet_vit_mae.presets import Finetuning, Network, Pretraining, Settings
 
 TOKEN_BUDGET = 4096  # 64^3 voxels at token 4, the paper's setting; a 128^3 patch at token 8
 THIN_TOKEN = 2
+SMALLEST_BATCH = 2  # as in nnU-Net
+GB = 2**30
 
 
-def default_settings(patch_size: Sequence[int], spacing: Sequence[float], unet_batch_size: int) -> Settings:
-    """Settings for a patch (z y x, voxels) at a spacing (z y x, mm).
+def default_settings(
+    patch_size: Sequence[int], spacing: Sequence[float], unet_batch_size: int, *, contrasts: int | None = None
+) -> Settings:
+    """Settings for a patch (z y x, voxels) at a spacing (z y x, mm); with `contrasts`, of an adaptive network (AMAE).
 
+    The contrasts of an adaptive network share the budget of tokens, and are pre-trained as in section 2.4 of its paper.
     The batch is at least nnU-Net's own: a ViT needs less memory for a patch than the U-Net that was planned for it.
     Raises `UserError` when the configuration is not 3D.
     """
@@ -26,9 +32,11 @@ def default_settings(patch_size: Sequence[int], spacing: Sequence[float], unet_b
             f"This configuration has a {len(patch_size)}D patch {list(patch_size)}, but the ViT is 3D: "
             "choose a 3D configuration such as 3d_fullres."
         )
-    token = default_token(patch_size, spacing)
+    adaptive = contrasts is not None
+    token = default_token(patch_size, spacing, TOKEN_BUDGET // (contrasts or 1))
     return Settings(
-        network=Network(token=token, decoder=default_decoder(token)),
+        network=Network(token=token, decoder=default_decoder(token, adaptive=adaptive), adaptive=adaptive),
+        pretraining=Pretraining(mask_ratio=0.7, norm_pix=False) if adaptive else Pretraining(),
         finetuning=Finetuning(batch_size=max(unet_batch_size, Finetuning().batch_size)),
     )
 
@@ -40,13 +48,18 @@ def default_token(
 
     Along an axis of thick slices a token spans fewer voxels, so that it stays about as long in mm as along the others.
     """
+    return _tokens_within(patch_size, spacing, budget)[0]
+
+
+def _tokens_within(patch_size: Sequence[int], spacing: Sequence[float], budget: int) -> list[tuple[int, int, int]]:
+    """Tokens to choose from, small to large; the largest is there even if its grid is over the budget."""
     thicknesses = [axis_spacing / min(spacing) for axis_spacing in spacing]
+    tokens = []
     for side in (4, 8, 16):
         z, y, x = (_side_along(side, thickness) for thickness in thicknesses)
-        token = (z, y, x)
-        if math.prod(token_grid(patch_size, token)) <= budget:
-            break
-    return token
+        if math.prod(token_grid(patch_size, (z, y, x))) <= budget or side == 16:
+            tokens.append((z, y, x))
+    return tokens
 
 
 def _side_along(side: int, thickness: float) -> int:
@@ -54,11 +67,90 @@ def _side_along(side: int, thickness: float) -> int:
     return max(THIN_TOKEN, side >> math.floor(math.log2(thickness)))
 
 
-def default_decoder(token: Sequence[int]) -> str:
-    """ViTiac, figure 5: the MAE decoder wins at token 4 and falls furthest behind above it."""
+def default_decoder(token: Sequence[int], *, adaptive: bool = False) -> str:
+    """ViTiac, figure 5: the MAE decoder wins at token 4 and falls furthest behind above it. AMAE: UNETR."""
+    if adaptive:
+        return "unetr"
     return "mae" if max(token) <= 4 else "upscale"
 
 
 def token_grid(patch_size: Sequence[int], token: Sequence[int]) -> tuple[int, ...]:
     """Tokens along z y x; the last one of an axis may reach beyond the patch."""
     return tuple(math.ceil(voxels / side) for voxels, side in zip(patch_size, token, strict=True))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated peak bytes of a training step."""
+
+    finetuning: int
+    pretraining: int
+
+
+def fit_to_memory(
+    settings: Settings,
+    patch_size: Sequence[int],
+    spacing: Sequence[float],
+    *,
+    fixed: Collection[tuple[str, str]],
+    target: int,
+    estimate: Callable[[Settings], Memory],
+) -> Settings:
+    """Settings whose training steps stay within `target` bytes.
+
+    First the batches of fine-tuning and pre-training are halved, down to 2; where that is not enough, the token grows.
+    `fixed` are the entries (section, key) that a person has chosen, which stay. More memory buys smaller tokens, never
+    larger batches than the defaults, for an epoch's time grows with the batch. Raises `UserError` when nothing fits.
+    """
+    candidate, larger = settings, []
+    if ("network", "token") not in fixed:
+        tokens = _tokens_within(patch_size, spacing, TOKEN_BUDGET)
+        own = settings.network.token
+        larger = [token for token in tokens if token != own and all(a >= b for a, b in zip(token, own, strict=True))]
+    while True:
+        for section in ("finetuning", "pretraining"):
+            candidate = _with_largest_batch(candidate, section, fixed=fixed, target=target, estimate=estimate)
+        needed = estimate(candidate)
+        if max(needed.finetuning, needed.pretraining) <= target:
+            return candidate
+        if not larger:
+            break
+        candidate = _with_token(settings, larger.pop(0), fixed)
+    raise UserError(
+        f"With token {list(candidate.network.token)} a training step needs about {in_gb(needed.finetuning)} GB "
+        f"(fine-tuning, batch {candidate.finetuning.batch_size}) and {in_gb(needed.pretraining)} GB (pre-training, "
+        f"batch {candidate.pretraining.batch_size}), more than the {in_gb(target)} GB that -gpu_memory_target leaves: "
+        "choose a smaller --size, a larger --token, or more memory."
+    )
+
+
+def _with_token(settings: Settings, token: tuple[int, int, int], fixed: Collection[tuple[str, str]]) -> Settings:
+    """Another token, and with it another decoder and other taps unless they are fixed."""
+    decoder = settings.network.decoder
+    if ("network", "decoder") not in fixed:
+        decoder = default_decoder(token, adaptive=settings.network.adaptive)
+    return settings.updated({"network": {"taps": ()}}).updated({"network": {"token": token, "decoder": decoder}})
+
+
+def _with_largest_batch(
+    settings: Settings,
+    section: str,
+    *,
+    fixed: Collection[tuple[str, str]],
+    target: int,
+    estimate: Callable[[Settings], Memory],
+) -> Settings:
+    """The batch halved until the section's step fits, or until it is 2."""
+    while (
+        (section, "batch_size") not in fixed
+        and getattr(settings, section).batch_size > SMALLEST_BATCH
+        and getattr(estimate(settings), section) > target
+    ):
+        half = max(SMALLEST_BATCH, getattr(settings, section).batch_size // 2)
+        settings = settings.updated({section: {"batch_size": half}})
+    return settings
+
+
+def in_gb(size: int) -> str:
+    """Bytes as people write them."""
+    return f"{size / GB:.1f}"

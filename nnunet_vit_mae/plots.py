@@ -60,6 +60,28 @@ def plot_views(
     save_figure(figure, file)
 
 
+def plot_contrasts(
+    views: Mapping[str, np.ndarray], names: Sequence[str], spacing: Sequence[float], title: str, file: Path
+) -> None:
+    """The central slice across z of each view (c z y x) and contrast: a row for each view (AMAE, figure 2).
+
+    The first view sets the grey values of each contrast. NaN is drawn in blue. `spacing` (z y x, mm) sets the aspect.
+    """
+    _, _, height, width = next(iter(views.values())).shape
+    tall = 2.2 * (height * spacing[1]) / (width * spacing[2])
+    figure = Figure(figsize=(2.2 * len(names), len(views) * tall + 0.8), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    axes = figure.subplots(len(views), len(names), squeeze=False)
+    for row, (view, volumes) in enumerate(views.items()):
+        for column, name in enumerate(names):
+            low, high = np.percentile(next(iter(views.values()))[column], (1, 99))
+            _show_slice(axes[row, column], volumes[column], 0, spacing, low, high)
+            if row == 0:
+                axes[0, column].set_title(name, fontsize=9)
+        axes[row, 0].set_ylabel(view, fontsize=8)
+    save_figure(figure, file)
+
+
 def _show_slice(axes: Axes, volume: np.ndarray, plane: int, spacing: Sequence[float], low: float, high: float) -> None:
     rows, columns = (step for axis, step in enumerate(spacing) if axis != plane)
     image = np.take(volume, volume.shape[plane] // 2, axis=plane)
@@ -95,3 +117,41 @@ def plot_segmentations(rows: Sequence[Segmented], file: Path, window: tuple[floa
             axis.set_title(f"{name}, Dice {entry.dice[name]:.2f}" if name in entry.dice else entry.title, fontsize=8)
             axis.set(xticks=[], yticks=[])
     save_figure(figure, file)
+
+
+@dataclass(frozen=True)
+class Features:
+    """One row of `plot_features`: slices (y x) of maps by name, the first one an image, and of a probability."""
+
+    title: str
+    maps: Mapping[str, np.ndarray]
+    probability: np.ndarray  # 0 to 1
+    caption: str  # of the probability
+    spacing: Sequence[float]  # mm along z y x: sets the aspect
+
+
+def plot_features(rows: Sequence[Features], title: str, file: Path) -> None:
+    """A row for each network: its maps, each with grey values of its own, and the probability over the image."""
+    columns = max(len(row.maps) for row in rows) + 1
+    shapes = [(row.probability.shape[0] * row.spacing[1], row.probability.shape[1] * row.spacing[2]) for row in rows]
+    heights = [2.2 * height / width + 0.5 for height, width in shapes]
+    figure = Figure(figsize=(2.2 * columns, sum(heights) + 0.3), layout="compressed")
+    figure.suptitle(title, fontsize=9)
+    axes = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
+    for line, row in zip(axes, rows, strict=True):
+        line[0].set_ylabel(row.title, fontsize=8)
+        for axis, (name, values) in zip(line, row.maps.items(), strict=False):
+            _show_features(axis, values, name, row.spacing)
+        for axis in line[len(row.maps) : -1]:
+            axis.set_axis_off()
+        image = next(iter(row.maps.values()))
+        _show_features(line[-1], image, row.caption, row.spacing)
+        aspect = row.spacing[1] / row.spacing[2]
+        line[-1].imshow(row.probability, cmap="autumn", vmin=0, vmax=1, alpha=0.7 * row.probability, aspect=aspect)
+    save_figure(figure, file, dpi=200)  # fine patterns need several pixels per voxel
+
+
+def _show_features(axes: Axes, values: np.ndarray, name: str, spacing: Sequence[float]) -> None:
+    low, high = np.percentile(values, (1, 99))
+    _show_slice(axes, values[np.newaxis], 0, spacing, low, high)
+    axes.set_title(name, fontsize=8)

@@ -31,15 +31,48 @@ SIZES = {
     "XS": Size(96, 4, 6, 48, 2, 3),  # not from a paper: for demonstrations and tests on a CPU
     "S": Size(240, 12, 12, 120, 8, 12),  # ViTiac, supplementary table 1
     "M": Size(480, 12, 12, 240, 8, 12),
+    "B": Size(768, 12, 12, 512, 8, 16),  # AMAE's ViT-B; it names no decoder, this is the original MAE's
     "L": Size(960, 12, 12, 480, 8, 12),
 }
 
 DECODERS = {
+    "unetr": "U-Net decoder over hidden states of the encoder and the image; suffers least from large tokens",
+    "sfpn": "U-Net decoder over a simple feature pyramid of the encoder's last map",
+    "upscale": "repeated upsampling of the encoder's last map; learns in few steps",
     "mae": "the pre-training decoder with new weights; best with small tokens (ViTiac, figure 5)",
-    "upscale": "repeated x2 upsampling and convolution; learns in few steps, best with large tokens",
 }
 
-TOKEN_SIDES = (1, 2, 4, 8, 16, 32)  # the `upscale` decoder doubles its grid until it reaches the voxels
+UPSAMPLINGS = {
+    "nearest": "nearest-neighbour interpolation and a 3x3x3 convolution; leaves hardly any checkerboard (ViTiac, 2.4)",
+    "transposed": "transposed convolutions",
+}
+
+MODALITY_VECTORS = ("one_hot", "learned")
+
+# the contrasts of AMAE (section 2.1) and how else data sets spell them
+CONTRASTS = {
+    "ADC": (
+        "axadc",
+        "apparent diffusion coefficient",
+    ),
+    "TRACE": ("axtrace", "tracew", "trace-weighted", "dwi"),
+    "T2": ("axt2", "t2w", "t2-weighted"),
+    "GRE": ("gradient echo",),
+    "SWI": ("susceptibility-weighted",),
+    "T1": ("t1w", "t1-weighted"),
+    "FLAIR": ("fluid-attenuated inversion recovery",),
+}
+
+LOSSES = ("dice_ce", "dice")
+
+
+def contrast(name: str) -> str:
+    """What a channel of a data set is called by all that match contrasts: its known name, or its own in capitals."""
+    spellings = {other: known for known, others in CONTRASTS.items() for other in others}
+    return spellings.get(name.lower(), name.upper())
+
+
+TOKEN_SIDES = (1, 2, 4, 8, 16, 32)  # convolutional decoders double their grid until it reaches the voxels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +82,48 @@ class Network:
     size: str = "S"
     token: tuple[int, int, int] = (8, 8, 8)
     decoder: str = "upscale"
+    upsampling: str = "nearest"  # in the convolutional decoders, which are all but `mae`
+    taps: tuple[int, ...] = ()  # of `unetr`: blocks counted from 1, ascending; none given: evenly spaced
+    adaptive: bool = False  # each contrast a series of tokens (AMAE), instead of a channel of one series
+    modality_vectors: str = "one_hot"  # of the adaptive tokenizer
 
     def __post_init__(self) -> None:
         _require(self.size in SIZES, "network.size", self.size, f"one of {', '.join(SIZES)}")
         _require(self.decoder in DECODERS, "network.decoder", self.decoder, f"one of {', '.join(DECODERS)}")
         sides_fit = len(self.token) == 3 and all(side in TOKEN_SIDES for side in self.token)
         _require(sides_fit, "network.token", list(self.token), f"three of {', '.join(map(str, TOKEN_SIDES))} (z y x)")
+        _require(
+            self.upsampling in UPSAMPLINGS, "network.upsampling", self.upsampling, f"one of {', '.join(UPSAMPLINGS)}"
+        )
+        expected = f"one of {', '.join(MODALITY_VECTORS)}"
+        _require(self.modality_vectors in MODALITY_VECTORS, "network.modality_vectors", self.modality_vectors, expected)
+        if self.taps:
+            self._check_taps()
+
+    def _check_taps(self) -> None:
+        depth, count = SIZES[self.size].depth, self._tap_count
+        fit = len(self.taps) == count and all(1 <= block <= depth for block in self.taps)
+        expected = f"{count} blocks from 1 to {depth}, ascending, with the decoder {self.decoder} and this token"
+        _require(fit and list(self.taps) == sorted(self.taps), "network.taps", list(self.taps), expected)
+
+    def series(self, channels: int) -> int:
+        """Series of tokens that a volume is cut into at most: one, or one for each contrast."""
+        return channels if self.adaptive else 1
+
+    @property
+    def _tap_count(self) -> int:
+        """One skip for each doubling but the last, which joins the image itself."""
+        return max(0, max(self.token).bit_length() - 2) if self.decoder == "unetr" else 0
+
+    @property
+    def tapped_blocks(self) -> tuple[int, ...]:
+        """The blocks that the decoder builds on beside the last one.
+
+        By default evenly spaced, which for token 16 and twelve blocks gives 4, 7 and 10 as in UNETR's public code (its
+        paper says 3, 6 and 9).
+        """
+        depth, count = SIZES[self.size].depth, self._tap_count
+        return self.taps or tuple(1 + round(i * depth / (count + 1)) for i in range(1, count + 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,15 +170,37 @@ class Finetuning:
     weight_decay: float = 0.05
     warmup: float = 0.05
     layer_decay: float = 0.75  # of the learning rate, per block from the head down; pre-trained encoders only
+    freeze_epochs: int = 0  # in which only the decoder learns; pre-trained encoders only
     drop_path: float = 0.1
+    contrast_dropout: float = 0.0  # probability of each contrast to be taken away, never the last one of a sample
+    loss: str = "dice_ce"  # nnU-Net's sum of Dice and cross-entropy, or its Dice alone
     gradient_clip: float = 1.0
 
     def __post_init__(self) -> None:
         _require_positive(self, "finetuning", "epochs", "iterations", "batch_size", "lr", "gradient_clip")
+        _require(self.freeze_epochs >= 0, "finetuning.freeze_epochs", self.freeze_epochs, "0 or more")
         _require(0 < self.layer_decay <= 1, "finetuning.layer_decay", self.layer_decay, "above 0 and at most 1")
+        _require(self.loss in LOSSES, "finetuning.loss", self.loss, f"one of {', '.join(LOSSES)}")
+        _require(
+            0 <= self.contrast_dropout < 1,
+            "finetuning.contrast_dropout",
+            self.contrast_dropout,
+            "a probability from 0 up to, but not, 1",
+        )
         _require(0 <= self.drop_path < 1, "finetuning.drop_path", self.drop_path, "a share from 0 up to, but not, 1")
         _require(0 <= self.warmup < 1, "finetuning.warmup", self.warmup, "a share from 0 up to, but not, 1")
         _require(self.weight_decay >= 0, "finetuning.weight_decay", self.weight_decay, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderFile:
+    """A pre-trained encoder from elsewhere; without one, fine-tuning takes what was pre-trained with the same plans."""
+
+    file: str = ""
+    sha256: str = ""  # of the file when the plans were written
+
+    def __post_init__(self) -> None:
+        _require(bool(self.file) == bool(self.sha256), "encoder.sha256", self.sha256, "given whenever encoder.file is")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +208,7 @@ class Settings:
     """The `vit_mae` block of a configuration in nnU-Net's plans."""
 
     network: Network = field(default_factory=Network)
+    encoder: EncoderFile = field(default_factory=EncoderFile)
     pretraining: Pretraining = field(default_factory=Pretraining)
     finetuning: Finetuning = field(default_factory=Finetuning)
 
@@ -139,9 +231,12 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, ready for plans."""
-        block = dataclasses.asdict(self)
-        block["network"]["token"] = list(self.network.token)
-        return block
+        return {section.name: to_json_types(getattr(self, section.name)) for section in dataclasses.fields(self)}
+
+
+def to_json_types(section: Any) -> dict[str, Any]:
+    """A section as JSON would give it back, which has lists where Python has tuples."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(section).items()}
 
 
 def _updated_section(section: Any, values: Any, name: str) -> Any:

@@ -8,11 +8,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -31,6 +30,8 @@ class Card:
 
     size: str
     token: list[int]  # z y x
+    adaptive: bool
+    modality_vectors: str  # of an adaptive encoder
     channel_names: list[str]
     dataset: str
     plans: str
@@ -108,18 +109,7 @@ def load_encoder(file: Path) -> tuple[dict[str, Tensor], Card]:
         raise UserError(f"The encoder {file} cannot be used: {error}.") from None
 
 
-def check_fit(card: Card, file: Path, expected: Mapping[str, Any]) -> None:
-    """Compare a card with the network that the encoder is for.
-
-    `expected` names entries of the card (`size`, `token`, `channel_names`). Raises `UserError` with all that differ.
-    """
-    differences = [
-        f"{name.replace('_', ' ')} {getattr(card, name)} there, {value} in the plans"
-        for name, value in expected.items()
-        if getattr(card, name) != value
-    ]
-    if differences:
-        raise UserError(
-            f"The encoder {file} does not fit these plans ({'; '.join(differences)}): "
-            "pre-train with the same plans (mae3d_pretrain -p), or plan with its values (mae3d_plan)."
-        )
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file, as plans record it."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

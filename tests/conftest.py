@@ -5,13 +5,15 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from torch import distributed
 
 from nnunet_vit_mae.installation import trainers_folder
 
@@ -25,6 +27,7 @@ class Workspace:
     """nnU-Net's three folders with one data set in them, and a way to type commands there."""
 
     root: Path
+    dataset: ClassVar[str] = DATASET
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -34,15 +37,15 @@ class Workspace:
 
     @property
     def raw(self) -> Path:
-        return self.root / "raw" / DATASET
+        return self.root / "raw" / self.dataset
 
     @property
     def preprocessed(self) -> Path:
-        return self.root / "preprocessed" / DATASET
+        return self.root / "preprocessed" / self.dataset
 
     @property
     def results(self) -> Path:
-        return self.root / "results" / DATASET
+        return self.root / "results" / self.dataset
 
     def type(self, *command: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         """Run a command as a user does, and insist on its exit code."""
@@ -132,3 +135,11 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return message
 
     return call
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """torch.distributed with this process alone, as DDP needs it."""
+    distributed.init_process_group("gloo", init_method=(tmp_path / "store").as_uri(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()

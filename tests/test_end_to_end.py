@@ -1,6 +1,9 @@
 """The issue's commands, typed one after the other on a tiny data set: each test goes on where the one before ended."""
 
+import hashlib
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +21,6 @@ TRAIN = ("901", "3d_fullres", "0", "-p", "Tiny", "-device", "cpu", "-tr")
 @pytest.fixture(scope="module")
 def typed(planned, tmp_path_factory):
     """A workspace in which the whole path is typed; tests look at what each command left."""
-    import shutil
-
     root = tmp_path_factory.mktemp("path") / "nnunet"
     shutil.copytree(planned.root, root)
     workspace = Workspace(root)
@@ -28,6 +29,12 @@ def typed(planned, tmp_path_factory):
         *"mae3d_plan -d 901 -o Tiny --recipe quick --token 4 --epochs 2 --iterations 3 --batch_size 3".split()
     )
     return workspace
+
+
+def change_json(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
 
 
 def log_of(workspace, trainer):
@@ -145,7 +152,7 @@ def test_scratch_and_baseline_get_the_same_schedule(typed):
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [("--token 8", "token [4, 4, 4] there, [8, 8, 8] in the plans"), ("--size S", "size XS there, S in the plans")],
+    [("--token 8", "token [4, 4, 4] there, [8, 8, 8] here"), ("--size S", "size XS there, S here")],
 )
 def test_an_encoder_that_does_not_fit_is_refused_before_training(typed, change, reason):
     typed.type(*f"mae3d_plan -d 901 -p Tiny -o Other {change}".split())
@@ -156,6 +163,74 @@ def test_an_encoder_that_does_not_fit_is_refused_before_training(typed, change, 
     other.rename(source)
     assert reason in message
     assert "Traceback" not in message
+
+
+def test_a_foreign_encoder_is_adapted_to_another_patch_and_other_channels(typed, tmp_path):
+    """Its plans have another patch, its data set other channel names; the log says what became of it."""
+    root = tmp_path / "nnunet"
+    shutil.copytree(typed.root, root)
+    elsewhere = Workspace(root)
+    encoder = typed.results / "mae3d_pretrain__Tiny__3d_fullres" / "fold_all" / "encoder.safetensors"
+    shutil.rmtree(elsewhere.results)
+    change_json(elsewhere.preprocessed / "dataset.json", lambda d: d["channel_names"].update({"0": "SWI"}))
+    change_json(
+        elsewhere.preprocessed / "nnUNetPlans.json",
+        lambda plans: plans["configurations"]["3d_fullres"].update(patch_size=[11, 13, 18]),
+    )
+    flags = "--epochs 1 --iterations 1 --batch_size 2 --decoder unetr"
+    done = elsewhere.type(*f"mae3d_plan -d 901 -o Foreign {flags} --encoder".split(), str(encoder))
+    assert "SWI from the mean over its channels" in done.stdout
+    plans = json.loads((elsewhere.preprocessed / "Foreign.json").read_text())
+    block = plans["configurations"]["3d_fullres"]["vit_mae"]
+    assert (block["network"]["size"], block["network"]["token"]) == ("XS", [4, 4, 4])
+    assert block["encoder"] == {"file": str(encoder), "sha256": hashlib.sha256(encoder.read_bytes()).hexdigest()}
+
+    elsewhere.type(*"nnUNetv2_train 901 3d_fullres 0 -p Foreign -device cpu -tr nnUNetTrainerViTMAE".split())
+    folder = elsewhere.results / "nnUNetTrainerViTMAE__Foreign__3d_fullres" / "fold_0"
+    log = next(folder.glob("training_log*.txt")).read_text()
+    assert f"Loaded the encoder {encoder}: " in log
+    assert "positions are rebuilt for it" in log
+    assert "used for SWI, FLAIR; FLAIR by name; SWI from the mean" in log
+
+
+def test_a_frozen_encoder_stays_as_it_was_while_the_decoder_learns(typed, tmp_path):
+    recipe = tmp_path / "frozen.json"
+    recipe.write_text(json.dumps({"finetuning": {"freeze_epochs": 1, "epochs": 1, "iterations": 2, "batch_size": 2}}))
+    encoder = typed.results / "mae3d_pretrain__Tiny__3d_fullres" / "fold_all" / "encoder.safetensors"
+    typed.type(*"mae3d_plan -d 901 -o Frozen --recipe".split(), str(recipe), "--encoder", str(encoder))
+    typed.type(*"nnUNetv2_train 901 3d_fullres 0 -p Frozen -device cpu -tr nnUNetTrainerViTMAE".split())
+    folder = typed.results / "nnUNetTrainerViTMAE__Frozen__3d_fullres" / "fold_0"
+    checkpoint = torch.load(folder / "checkpoint_final.pth", weights_only=False)
+    tensors, _ = load_encoder(encoder)
+    for name, tensor in tensors.items():
+        assert torch.equal(checkpoint["network_weights"][f"encoder.{name}"], tensor), name
+    moved = checkpoint["optimizer_state"]["param_groups"][0]["lr"]
+    assert moved > 0
+    head_bias = next(v for k, v in checkpoint["network_weights"].items() if k.endswith("decoder.head.bias"))
+    assert head_bias.any()  # it starts at zero
+
+
+def test_a_u_net_and_a_vit_are_compared_and_ensembled_by_nnunets_own_commands(typed, tmp_path):
+    """Hybrid ensembling, which ViTiac's discussion proposes."""
+    trainers = ("nnUNetTrainerViTScratch", "nnUNetTrainerBaseline")
+    outputs = []
+    for trainer in trainers:
+        typed.type("nnUNetv2_train", *TRAIN, trainer, "--val", "--npz")
+        outputs.append(str(tmp_path / trainer))
+        arguments = f"-i {typed.raw / 'imagesTs'} -o {outputs[-1]} -d 901 -c 3d_fullres -f 0 -p Tiny -device cpu"
+        typed.type("nnUNetv2_predict", *arguments.split(), "-tr", trainer, "--save_probabilities")
+    find = "nnUNetv2_find_best_configuration 901 -p Tiny -c 3d_fullres -f 0 -np 1 -tr".split()
+    typed.type(*find, *trainers)
+    found = json.loads((typed.results / "inference_information.json").read_text())
+    assert len(found["considered_models"]) == 2
+    ensembles = [name for name in found["all_results"] if name.startswith("ensemble")]
+    assert len(ensembles) == 1
+    typed.type("nnUNetv2_ensemble", "-i", *outputs, "-o", str(tmp_path / "hybrid"), "-np", "1")
+    for case in ("test_0", "test_1"):
+        mean = np.mean([np.load(Path(output) / f"{case}.npz")["probabilities"] for output in outputs], axis=0)
+        hybrid = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "hybrid" / f"{case}.nii.gz")))
+        clear = np.abs(mean[1] - mean[0]) > 1e-3  # probabilities are stored in half precision
+        assert np.array_equal(hybrid[clear], mean.argmax(axis=0)[clear])
 
 
 def test_a_damaged_encoder_is_refused_before_training(typed):

@@ -1,4 +1,4 @@
-"""Tokens, positions, masks, transformer and segmenter: against literal loops and arithmetic done by hand."""
+"""Tokens, positions, masks, transformer and encoder: against literal loops and arithmetic done by hand."""
 
 import itertools
 import math
@@ -9,20 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn import functional
 
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
-from nnunet_vit_mae.networks.decoders.upscale import UpscaleDecoder, doublings
 from nnunet_vit_mae.networks.encoder import Encoder
 from nnunet_vit_mae.networks.masking import count_visible, split_tokens, take
 from nnunet_vit_mae.networks.positions import sine_cosine_positions
-from nnunet_vit_mae.networks.tokenizer import Tokenizer, grid_of, patchify, unpatchify, voxels_inside
+from nnunet_vit_mae.networks.tokenizer import Tokenizer, grid_of, padded, patchify, unpatchify, voxels_inside
 from nnunet_vit_mae.networks.transformer import Attention, Block, Transformer
-from nnunet_vit_mae.presets import DECODERS, TOKEN_SIDES, Network
+from nnunet_vit_mae.presets import Network
 
 CPU = torch.device("cpu")
-TOKENS = [(2, 4, 8), (8, 4, 2), (4, 4, 4)]
-UNEVEN = (5, 9, 19)  # no token above divides all of its sides, and no two sides give equal grids
 
 tokens = st.tuples(*[st.sampled_from((1, 2, 4, 8))] * 3)
 unequal_sides = st.lists(st.integers(1, 13), min_size=3, max_size=3, unique=True)
@@ -37,11 +33,6 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def random_volume(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=seeded(seed))
-
-
-def segmenter(decoder: str, token: tuple[int, int, int], channels: int = 2, classes: int = 3, drop_path: float = 0.0):
-    torch.manual_seed(0)
-    return build_segmenter(Network(size="XS", token=token, decoder=decoder), channels, classes, drop_path=drop_path)
 
 
 # ---------- volumes to tokens and back
@@ -66,12 +57,13 @@ def test_patchify_undoes_unpatchify(shape, token):
 
 @few
 @given(shape=volume_shapes, token=tokens)
-def test_padding_lies_at_the_far_end_and_is_zero(shape, token):
-    volume = torch.ones(shape)
-    back = unpatchify(patchify(volume, token), grid_of(volume, token), token)
-    z, y, x = shape[2:]
-    back[:, :, :z, :y, :x] = 0
-    assert not back.any()
+def test_padding_lies_at_the_far_end_and_is_zero_up_to_whole_tokens(shape, token):
+    volume = random_volume(*shape)
+    b, c, z, y, x = shape
+    expected = torch.zeros(b, c, *(side * math.ceil(n / side) for side, n in zip(token, (z, y, x), strict=True)))
+    expected[:, :, :z, :y, :x] = volume
+    assert torch.equal(padded(volume, token), expected)
+    assert torch.equal(unpatchify(patchify(volume, token), grid_of(volume, token), token), expected)
 
 
 def test_tokens_are_in_the_order_z_y_x_and_so_are_their_voxels():
@@ -167,18 +159,11 @@ def test_positions_first_made_in_inference_mode_can_be_trained_with():
 
 
 def test_a_training_step_leaves_the_cached_positions_as_they_were():
-    network = segmenter("mae", (2, 4, 8))
-    before = [sine_cosine_positions((3, 3, 3), width, CPU).clone() for width in (96, 48)]
-    network(random_volume(2, 2, *UNEVEN)).sum().backward()
-    after = [sine_cosine_positions((3, 3, 3), width, CPU) for width in (96, 48)]
+    network = build_segmenter(Network(size="XS", token=(2, 4, 8), decoder="mae"), 2, 3, drop_path=0.0)
+    before = [sine_cosine_positions((4, 2, 3), width, CPU).clone() for width in (96, 48)]
+    network(random_volume(2, 2, 7, 5, 17)).sum().backward()
+    after = [sine_cosine_positions((4, 2, 3), width, CPU) for width in (96, 48)]
     assert all(torch.equal(b, a) for b, a in zip(before, after, strict=True))
-
-
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_a_segmenter_stores_nothing_but_its_parameters(decoder):
-    network = segmenter(decoder, (2, 4, 8))
-    assert set(network.state_dict()) == {name for name, _ in network.named_parameters()}
-    assert not any("position" in name for name in network.state_dict())
 
 
 def test_an_autoencoder_stores_nothing_but_its_parameters():
@@ -311,182 +296,45 @@ def test_drop_path_rises_from_zero_with_the_depth():
 
 
 @few
-@given(order=st.permutations(range(12)))
-def test_the_encoder_gives_each_visible_token_the_position_of_its_place(order):
+@given(taps=st.lists(st.integers(1, 4), max_size=6))
+def test_hidden_states_are_what_the_tapped_blocks_gave_counted_from_one(taps):
     torch.manual_seed(0)
-    encoder = Encoder(Tokenizer(2, (1, 2, 4), 30), Transformer(30, 2, 3), token=(1, 2, 4), width=30).double()
-    patches = torch.randn(2, 12, 2, 8, dtype=torch.float64)
-    index = torch.tensor([list(order), list(reversed(order))])
-    assert torch.allclose(encoder(patches, (1, 3, 4), index), take(encoder(patches, (1, 3, 4)), index), atol=1e-10)
+    transformer = Transformer(12, 4, 2)
+    batch = random_volume(2, 5, 12)
+    last, states = batch, []
+    for block in transformer.blocks:
+        last = block(last)
+        states.append(last)
+    output, hidden = transformer.with_hidden(batch, taps)
+    assert torch.equal(output, transformer.norm(last))
+    assert torch.equal(output, transformer(batch))
+    assert all(torch.equal(state, states[number - 1]) for number, state in zip(taps, hidden, strict=True))
 
 
-# ---------- decoders
+# ---------- encoder
+
+
+def encoder(token: tuple[int, int, int]) -> Encoder:
+    torch.manual_seed(0)
+    return Encoder(Tokenizer(2, token, 30), Transformer(30, 2, 3), token=token, width=30).double()
 
 
 @few
-@given(token=st.tuples(*[st.sampled_from(TOKEN_SIDES)] * 3))
-def test_doublings_end_at_the_voxels_and_are_as_many_as_the_longest_side_needs(token):
-    factors = doublings(token)
-    assert tuple(math.prod(factor[axis] for factor in factors) for axis in range(3)) == token
-    assert 2 ** len(factors) == max(token)
+@given(order=st.permutations(range(12)))
+def test_the_encoder_gives_each_visible_token_the_position_of_its_place(order):
+    network = encoder((1, 2, 4))
+    patches = torch.randn(2, 12, 2, 8, dtype=torch.float64)
+    index = torch.tensor([list(order), list(reversed(order))])
+    assert torch.allclose(network(patches, (1, 3, 4), index), take(network(patches, (1, 3, 4)), index), atol=1e-10)
 
 
-def test_doublings_take_short_sides_first():
-    assert doublings((2, 8, 4)) == [(2, 2, 2), (1, 2, 2), (1, 2, 1)]
-
-
-def test_the_upscale_decoder_ends_at_a_sixteenth_of_the_width_and_halves_towards_it():
-    decoder = UpscaleDecoder(240, token=(2, 8, 4), classes=3)
-    convolutions = [module for module in decoder.modules() if isinstance(module, nn.Conv3d)]
-    assert [c.in_channels for c in convolutions] == [240, 64, 32, 16]
-
-
-def test_without_doublings_each_voxels_logits_come_from_its_own_token():
-    torch.manual_seed(0)
-    decoder = UpscaleDecoder(6, token=(1, 1, 1), classes=3)
-    embedded, logits = random_volume(2, 24, 6), torch.empty(2, 3, 2, 3, 4)
-    weight, bias = decoder.head.weight.detach().flatten(1), decoder.head.bias.detach()
-    for b, z, y, x in itertools.product(range(2), range(2), range(3), range(4)):
-        logits[b, :, z, y, x] = weight @ embedded[b, (z * 3 + y) * 4 + x] + bias
-    assert torch.allclose(decoder(embedded, (2, 3, 4)), logits, atol=1e-6)
-
-
-def test_a_token_changes_its_own_voxels_and_none_that_convolutions_do_not_reach():
-    torch.manual_seed(0)
-    decoder = UpscaleDecoder(12, token=(2, 4, 8), classes=3)
-    for stage in decoder.stages:
-        stage[2] = nn.Identity()  # the norm, which looks at the whole volume
-    embedded = random_volume(2, 5 * 4 * 3, 12)
-    other = embedded.clone()
-    other[1, (2 * 4 + 1) * 3 + 0] += 1.0  # token (2, 1, 0) of a 5 x 4 x 3 grid
-    with torch.no_grad():
-        touched = (decoder(embedded, (5, 4, 3)) != decoder(other, (5, 4, 3))).any(1)
-    assert touched.shape == (2, 10, 16, 24)
-    assert not touched[0].any()
-    assert touched[1, 4:6, 4:8, 0:8].all()
-    touched[1, 1:9, 0:12, 0:15] = False  # convolutions on cells of 1 x 2 x 4, 1 x 1 x 2 and 1 x 1 x 1 voxels
-    assert not touched.any()
-
-
-def test_the_mae_decoders_outputs_are_classes_then_voxels():
-    decoder = segmenter("mae", (2, 4, 8), classes=3).decoder
-    with torch.no_grad():
-        decoder.decoder.head.weight.zero_()
-        decoder.decoder.head.bias.copy_(torch.arange(3 * 64))
-        logits = decoder(random_volume(2, 6, 96), (1, 2, 3))
-    # voxel (1, 6, 21) is in token (0, 1, 2), at (1, 2, 5): (1 * 4 + 2) * 8 + 5 = 53
-    assert logits[:, :, 1, 6, 21].tolist() == [[53, 64 + 53, 128 + 53]] * 2
-
-
-# ---------- segmenter
-
-
-@pytest.mark.parametrize("classes", [2, 4])
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("token", TOKENS)
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_logits_have_the_volumes_shape_and_every_parameter_a_gradient(decoder, token, channels, classes):
-    network = segmenter(decoder, token, channels, classes, drop_path=0.1).train()
-    logits = network(random_volume(2, channels, *UNEVEN))
-    assert logits.shape == (2, classes, *UNEVEN)
-    assert logits.dtype == torch.float32
-    logits.square().mean().backward()
-    unused = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-    assert unused == []
-
-
-@pytest.mark.parametrize("token", TOKENS)
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_every_weight_of_a_segmenter_matters(decoder, token):
-    network = segmenter(decoder, token)
-    volume = random_volume(2, 2, *UNEVEN)
-    (network(volume) * random_volume(2, 3, *UNEVEN, seed=1)).sum().backward()
-    idle = [name for name, p in network.named_parameters() if p.ndim > 1 and not p.grad.any()]
-    assert idle == []
-
-
-@settings(max_examples=12, deadline=None)
-@given(shape=volume_shapes, token=st.sampled_from(TOKENS), decoder=st.sampled_from(sorted(DECODERS)))
-def test_a_segmenter_takes_any_volume_in_evaluation(shape, token, decoder):
-    b, _, *sides = shape
-    with torch.no_grad():
-        logits = segmenter(decoder, token).eval()(random_volume(b, 2, *sides))
-    assert logits.shape == (b, 3, *sides)
-    assert logits.isfinite().all()
-
-
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_a_segmenter_treats_each_sample_for_itself(decoder):
-    network = segmenter(decoder, (2, 4, 8), drop_path=0.5).eval()
-    volume = random_volume(3, 2, *UNEVEN)
-    with torch.no_grad():
-        one_by_one = torch.cat([network(sample[None]) for sample in volume])
-        assert torch.allclose(network(volume), one_by_one, atol=1e-5)
-
-
-@pytest.mark.parametrize("token", TOKENS)
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_a_reloaded_segmenter_gives_the_same_logits(decoder, token):
-    network = segmenter(decoder, token, drop_path=0.3).eval()
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=seeded()))
-    torch.manual_seed(1)
-    fresh = build_segmenter(Network(size="XS", token=token, decoder=decoder), 2, 3, drop_path=0.3).eval()
-    volume = random_volume(2, 2, *UNEVEN)
-    with torch.no_grad():
-        assert not torch.equal(fresh(volume), network(volume))
-        fresh.load_state_dict(network.state_dict())
-        assert torch.equal(fresh(volume), network(volume))
-
-
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_an_outer_autocast_does_not_lower_the_precision(decoder):
-    network = segmenter(decoder, (2, 4, 8)).eval()
-    volume = random_volume(2, 2, *UNEVEN)
-    with torch.no_grad():
-        plain = network(volume)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(network(volume), plain)
-
-
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_logits_are_float32_in_whatever_precision_the_network_works(decoder):
-    network = segmenter(decoder, (2, 4, 8)).double().eval()
-    assert network(random_volume(2, 2, *UNEVEN).double()).dtype == torch.float32
-
-
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_a_pretrained_encoder_fits_the_segmenter(decoder):
-    network = Network(size="XS", token=(2, 4, 8), decoder=decoder)
-    pretrained = build_autoencoder(network, 2, mask_ratio=0.5).encoder.state_dict()
-    segmenter(decoder, (2, 4, 8)).encoder.load_state_dict(pretrained, strict=True)
-
-
-@pytest.mark.parametrize(("decoder", "lr"), [("mae", 1e-3), ("upscale", 5e-3)])
-def test_a_segmenter_can_overfit_a_batch(decoder, lr):
-    network = segmenter(decoder, (2, 4, 8)).train()
-    volume = random_volume(2, 2, *UNEVEN)
-    labels = torch.zeros(2, *UNEVEN, dtype=torch.long)
-    labels[0, 1:4, 2:7, 3:12] = 1
-    labels[1, 3:, 5:, :6] = 2
-    optimizer = torch.optim.AdamW(network.parameters(), lr=lr)
-    losses = []
-    for _ in range(120):
-        loss = functional.cross_entropy(network(volume), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.3 * losses[0]
-    predicted = network(volume).argmax(1)
-    assert (predicted == labels)[labels > 0].float().mean() > 0.8
-
-
-# ---------- sizes of the papers
-
-
-@pytest.mark.parametrize(("size", "millions"), [("S", 9.94), ("M", 39.29), ("L", 156.23)])
-def test_autoencoders_have_the_papers_numbers_of_parameters(size, millions):
-    network = build_autoencoder(Network(size=size, token=(8, 8, 8)), 1, mask_ratio=0.9)
-    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 2) == millions
+@few
+@given(shape=volume_shapes, token=tokens)
+def test_encoding_a_volume_is_encoding_all_its_tokens(shape, token):
+    network, volume = encoder(token), random_volume(shape[0], 2, *shape[2:]).double()
+    encoded = network.encode(volume, (2, 1))
+    assert torch.equal(encoded.tokens, network(patchify(volume, token), grid_of(volume, token)))
+    assert torch.equal(encoded.tokens, network.transformer.norm(encoded.hidden[0]))
+    assert torch.equal(encoded.hidden[0], network.transformer.blocks[1](encoded.hidden[1]))
+    assert torch.equal(encoded.volume, padded(volume, token))
+    assert encoded.grid == grid_of(volume, token)

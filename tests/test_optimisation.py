@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
+from nnunet_vit_mae.nnunet.trainers import WarmupCosine
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
 from nnunet_vit_mae.presets import DECODERS, SIZES, Network
 
@@ -111,13 +112,37 @@ def test_the_decoder_and_the_last_norm_learn_at_the_full_rate(segmenter, groups)
     assert {group_of(groups, parameter)["lr_scale"] for parameter in behind} == {1.0}
 
 
-@given(layer_decay=st.floats(0.1, 1), depth=st.integers(0, DEPTH))
-def test_the_first_group_has_the_full_rate(layer_decay, depth):
-    names = ["encoder.tokenizer.w", "encoder.transformer.blocks.0.w", "decoder.w"]
-    named = [(name, nn.Parameter(torch.zeros(3))) for name in names]
-    first = parameter_groups(named, weight_decay=0.1, layer_decay=layer_decay, depth=depth)[0]
+def test_each_group_knows_whether_it_is_in_the_encoder(segmenter, groups):
+    for name, parameter in segmenter.named_parameters():
+        assert group_of(groups, parameter)["in_encoder"] == name.startswith("encoder.")
+
+
+@pytest.mark.parametrize("depth", [0, 1, DEPTH])
+@pytest.mark.parametrize("layer_decay", [DECAY, 1.0])
+def test_the_first_group_is_the_decoder_at_the_full_rate(segmenter, layer_decay, depth):
+    grouped = parameter_groups(segmenter.named_parameters(), weight_decay=0.1, layer_decay=layer_decay, depth=depth)
+    first, in_decoder = grouped[0], {id(parameter) for parameter in segmenter.decoder.parameters()}
     assert first["lr_scale"] == 1
-    assert any(parameter is named[-1][1] for parameter in first["params"])
+    assert not first["in_encoder"]
+    assert {id(parameter) for parameter in first["params"]} <= in_decoder
+    for group in grouped:
+        assert len({id(parameter) in in_decoder for parameter in group["params"]}) == 1
+
+
+@given(
+    layer_decay=st.floats(0.1, 1),
+    depth=st.integers(0, DEPTH),
+    names=st.permutations(
+        ["encoder.tokenizer.w", "encoder.transformer.blocks.0.w", "encoder.transformer.norm", "head"]
+    ),
+    dimensions=st.integers(1, 3),
+)
+def test_the_first_group_is_the_head_in_whatever_order_the_parameters_come(layer_decay, depth, names, dimensions):
+    named = {name: nn.Parameter(torch.zeros([2] * dimensions)) for name in names}
+    first, *others = parameter_groups(named.items(), weight_decay=0.1, layer_decay=layer_decay, depth=depth)
+    assert (first["lr_scale"], first["in_encoder"]) == (1, False)
+    assert [id(parameter) for parameter in first["params"]] == [id(named["head"])]
+    assert all(group["in_encoder"] for group in others)
 
 
 def test_without_layer_decay_all_learn_at_one_rate_in_two_groups():
@@ -140,3 +165,94 @@ def test_the_learning_rate_of_each_group_is_scaled(groups):
         set_learning_rate(optimizer, lr)
         assert [group["lr"] for group in optimizer.param_groups] == [lr * group["lr_scale"] for group in groups]
     assert optimizer.param_groups[0]["lr"] == 0.02
+
+
+# ---------- freezing
+
+
+def adamw(network: nn.Module, *, fused: bool = False, layer_decay: float = DECAY) -> torch.optim.Optimizer:
+    groups = parameter_groups(network.named_parameters(), weight_decay=0.05, layer_decay=layer_decay, depth=DEPTH)
+    return torch.optim.AdamW(groups, lr=1.0, fused=fused)
+
+
+def rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    return [group["lr"] for group in optimizer.param_groups]
+
+
+def small_segmenter(decoder: str) -> nn.Module:
+    torch.manual_seed(0)
+    return build_segmenter(Network(size="XS", token=(1, 2, 4), decoder=decoder), 1, 2, drop_path=0.1)
+
+
+@pytest.mark.parametrize("layer_decay", [DECAY, 1.0])
+def test_a_frozen_encoder_has_a_rate_of_0_and_the_rest_its_own(segmenter, layer_decay):
+    optimizer = adamw(segmenter, layer_decay=layer_decay)
+    set_learning_rate(optimizer, 0.5, freeze_encoder=True)
+    for name, parameter in segmenter.named_parameters():
+        assert group_of(optimizer.param_groups, parameter)["lr"] == (0 if name.startswith("encoder.") else 0.5)
+    assert group_of(optimizer.param_groups, segmenter.encoder.transformer.norm.weight)["lr"] == 0
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    set_learning_rate(optimizer, 0.5)
+    assert rates(optimizer) == [0.5 * group["lr_scale"] for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("decoder", sorted(DECODERS))
+def test_nothing_frozen_moves_by_a_bit_while_all_of_the_decoder_does(decoder, fused):
+    network = small_segmenter(decoder)
+    optimizer = adamw(network, fused=fused)
+    volume = torch.randn(2, 1, 2, 4, 8)
+
+    def moved_by_steps(*, freeze_encoder: bool) -> set[str]:
+        set_learning_rate(optimizer, 0.01, freeze_encoder=freeze_encoder)
+        before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+        for _ in range(2):
+            optimizer.zero_grad(set_to_none=True)
+            network(volume).square().mean().backward()
+            optimizer.step()
+        now = {name: parameter.detach() for name, parameter in network.named_parameters()}
+        return {name for name in now if now[name].numpy().tobytes() != before[name].numpy().tobytes()}
+
+    everything = {name for name, _ in network.named_parameters()}
+    in_decoder = {name for name in everything if name.startswith("decoder.")}
+    assert moved_by_steps(freeze_encoder=True) == in_decoder
+    assert moved_by_steps(freeze_encoder=False) == everything
+    assert moved_by_steps(freeze_encoder=True) == in_decoder  # with moments from the steps before
+
+
+@pytest.mark.parametrize("freeze_epochs", [0, 1, 3, 7, 20])
+def test_the_first_epochs_freeze_the_encoder_and_change_nothing_else(freeze_epochs):
+    optimizer = adamw(small_segmenter("mae"))
+    frozen = WarmupCosine(optimizer, 0.02, warmup=0.3, epochs=7, freeze_epochs=freeze_epochs)
+    free = WarmupCosine(optimizer, 0.02, warmup=0.3, epochs=7)
+    in_encoder = [group["in_encoder"] for group in optimizer.param_groups]
+    for epoch in range(7):
+        free.step(epoch)
+        expected = rates(optimizer)
+        assert min(expected) > 0
+        frozen.step(epoch)
+        if epoch < freeze_epochs:
+            expected = [0 if inside else rate for inside, rate in zip(in_encoder, expected, strict=True)]
+        assert rates(optimizer) == expected
+
+
+@pytest.mark.parametrize(("epoch", "rate"), [(0, 0.125), (1, 0.25), (3, 0.5), (9, 0.25)])
+def test_known_rates_of_epochs(epoch, rate):
+    optimizer = adamw(small_segmenter("mae"))
+    WarmupCosine(optimizer, 0.5, warmup=0.25, epochs=15).step(epoch)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+
+
+@given(epochs=st.lists(st.integers(0, 9), min_size=1, max_size=5), freeze_epochs=st.integers(0, 10))
+def test_an_epochs_rates_do_not_depend_on_those_before(epochs, freeze_epochs):
+    def schedule() -> WarmupCosine:
+        parameters = [("encoder.tokenizer.w", nn.Parameter(torch.zeros(2))), ("head", nn.Parameter(torch.zeros(2)))]
+        groups = parameter_groups(parameters, weight_decay=0.05, layer_decay=DECAY, depth=DEPTH)
+        return WarmupCosine(torch.optim.AdamW(groups), 0.1, warmup=0.2, epochs=10, freeze_epochs=freeze_epochs)
+
+    late, fresh = schedule(), schedule()
+    for epoch in epochs:
+        late.step(epoch)
+    fresh.step(epochs[-1])
+    assert rates(late.optimizer) == rates(fresh.optimizer)
+    assert (rates(late.optimizer)[1] == 0) == (epochs[-1] < freeze_epochs)

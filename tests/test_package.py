@@ -17,16 +17,36 @@ import pytest
 from nnunet_vit_mae.installation import trainers_folder
 
 REPOSITORY = Path(__file__).parent.parent
-TRAINERS = ("nnUNetTrainerViTMAE", "nnUNetTrainerViTScratch", "nnUNetTrainerBaseline")
+TRAINERS = (
+    "nnUNetTrainerViTMAE",
+    "nnUNetTrainerViTScratch",
+    "nnUNetTrainerAMAE",
+    "nnUNetTrainerAMAEScratch",
+    "nnUNetTrainerBaseline",
+)
 
 # flags are a promise: who changes this table changes what people have in their scripts
 PLAN_FLAGS = {"-h", "--help", "-d", "-c", "-p"}
 FLAGS = {
     "mae3d_plan": PLAN_FLAGS
-    | {"-o", "--recipe", "--size", "--decoder", "--token", "--epochs", "--iterations", "--batch_size", "--lr"},
+    | {
+        "-o",
+        "--recipe",
+        "--size",
+        "--decoder",
+        "--token",
+        "--upsampling",
+        "--adaptive",
+        "--encoder",
+        "-gpu_memory_target",
+    }
+    | {"-gpu_memory_target", "--epochs", "--iterations", "--batch_size", "--lr"},
     "mae3d_preprocess": PLAN_FLAGS | {"-np"},
     "mae3d_pretrain": PLAN_FLAGS
-    | {"-f", "--epochs", "--mask_ratio", "--batch_size", "--lr", "--seed", "--c", "-device"},
+    | {"-f", "--epochs", "--mask_ratio", "--batch_size", "--lr", "--adaptive", "--seed", "--c", "-device"},
+    "mae3d_features": PLAN_FLAGS | {"-tr", "-f", "-chk", "--case", "-o", "-device"},
+    "mae3d_fill_contrasts": {"-h", "--help", "-d"},
+    "mae3d_omit": PLAN_FLAGS | {"-tr", "-f", "-chk", "-i", "-r", "--omit", "-o", "-device"},
     "mae3d_demo": {"-h", "--help", "-o", "--seed"},
     "mae3d_trainers": {"-h", "--help"},
 }
@@ -41,14 +61,22 @@ LAYERS = {
     "networks": 1,
     "optimisation": 1,
     "weights": 1,
+    "transfer": 1,
     "plots": 1,
     "datasets": 1,
+    "statistics": 1,
     "pretraining": 2,
     "nnunet": 3,
     "demonstration": 3,
     "cli": 4,
 }
-SAME_LAYER = {("presets", "errors"), ("files", "errors"), ("planning", "errors"), ("planning", "presets")}
+SAME_LAYER = {
+    ("presets", "errors"),
+    ("files", "errors"),
+    ("planning", "errors"),
+    ("planning", "presets"),
+    ("transfer", "weights"),
+}
 
 
 def build(kind: str, folder: Path) -> Path:

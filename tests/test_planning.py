@@ -1,14 +1,26 @@
 """Default settings for patches and spacings as nnU-Net plans them."""
 
+import dataclasses
 import math
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.planning import TOKEN_BUDGET, default_decoder, default_settings, default_token, token_grid
-from nnunet_vit_mae.presets import TOKEN_SIDES
+from nnunet_vit_mae.planning import (
+    GB,
+    TOKEN_BUDGET,
+    Memory,
+    default_decoder,
+    default_settings,
+    default_token,
+    fit_to_memory,
+    in_gb,
+    token_grid,
+)
+from nnunet_vit_mae.presets import DECODERS, TOKEN_SIDES, Settings
 
 patches = st.tuples(*[st.integers(1, 320)] * 3)
 spacings = st.tuples(*[st.integers(10, 2000).map(lambda n: n / 100)] * 3)
@@ -110,3 +122,253 @@ def test_small_tokens_go_with_the_mae_decoder(token, decoder):
 def test_a_2d_patch_is_refused_and_a_3d_configuration_suggested():
     with pytest.raises(UserError, match=r"2D patch \[512, 448\].*3d_fullres"):
         default_settings([512, 448], [0.7, 0.7], 12)
+
+
+# ---------- memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Situation:
+    """What `fit_to_memory` is asked, with an estimate that is linear in batch and number of tokens."""
+
+    settings: Settings
+    patch: tuple[int, ...]
+    spacing: tuple[float, ...]
+    fixed: frozenset[tuple[str, str]]
+    estimate: Callable[[Settings], Memory]
+    target: int
+
+    def fitted(self) -> Settings | None:
+        """None where nothing fits."""
+        given = {"fixed": self.fixed, "target": self.target, "estimate": self.estimate}
+        try:
+            return fit_to_memory(self.settings, self.patch, self.spacing, **given)
+        except UserError:
+            return None
+
+    def fits(self, chosen: Settings) -> bool:
+        memory = self.estimate(chosen)
+        return max(memory.finetuning, memory.pretraining) <= self.target
+
+    def smallest(self, token: tuple[int, ...]) -> Settings:
+        """With the smallest batches that are allowed, at a token."""
+        small = {
+            section: {"batch_size": 2}
+            for section in ("finetuning", "pretraining")
+            if (section, "batch_size") not in self.fixed
+        }
+        return self.settings.updated({"network": {"token": token, "taps": ()}}).updated(small)
+
+
+def linear(patch: tuple[int, ...], per_token: tuple[int, int], weights: int) -> Callable[[Settings], Memory]:
+    def estimate(settings: Settings) -> Memory:
+        grid = tokens_needed(patch, settings.network.token)
+        batches = settings.finetuning.batch_size, settings.pretraining.batch_size
+        return Memory(*(weights + grid * batch * cost for batch, cost in zip(batches, per_token, strict=True)))
+
+    return estimate
+
+
+def batches_of(settings: Settings) -> tuple[int, int]:
+    return settings.finetuning.batch_size, settings.pretraining.batch_size
+
+
+PATCH, SPACING = (28, 64, 72), (3.0, 1.0, 1.0)  # thick slices; grids of 4032, 504 and 80 tokens
+
+
+def planned(changes: dict | None = None) -> Settings:
+    """Token (2, 4, 4), batches of 4 and 16."""
+    return default_settings(PATCH, SPACING, 2).updated(changes or {})
+
+
+SHARES = st.sampled_from([10 ** (tenths / 10) for tenths in range(-25, 3)])  # of what the defaults need
+POWERS = st.sampled_from([2, 4, 8, 16, 32])
+CAN_BE_FIXED = [
+    ("network", "token"),
+    ("network", "decoder"),
+    ("finetuning", "batch_size"),
+    ("pretraining", "batch_size"),
+]
+
+
+@st.composite
+def situations(draw, batches=POWERS) -> Situation:
+    patch, spacing = draw(st.tuples(*[st.integers(16, 100)] * 3)), draw(spacings)
+    settings = default_settings(patch, spacing, 2).updated(
+        {
+            "network": {"decoder": draw(st.sampled_from(sorted(DECODERS)))},
+            "finetuning": {"batch_size": draw(batches)},
+            "pretraining": {"batch_size": draw(batches)},
+        }
+    )
+    fixed = draw(st.frozensets(st.sampled_from(CAN_BE_FIXED), max_size=2))
+    cost = st.integers(1, 9)
+    estimate = linear(patch, (draw(cost), draw(cost)), draw(st.integers(0, 100)))
+    needed = estimate(settings)
+    target = int(max(needed.finetuning, needed.pretraining) * draw(SHARES))
+    return Situation(settings, patch, spacing, fixed, estimate, target)
+
+
+@given(situation=situations())
+def test_what_is_chosen_fits_the_memory(situation):
+    chosen = situation.fitted()
+    assert chosen is None or situation.fits(chosen)
+
+
+@given(situation=situations())
+def test_settings_that_fit_stay_as_they_are(situation):
+    if situation.fits(situation.settings):
+        assert situation.fitted() == situation.settings
+
+
+@given(situation=situations(batches=st.integers(1, 40)))
+def test_what_a_person_has_chosen_stays(situation):
+    chosen = situation.fitted()
+    for section, key in situation.fixed if chosen else ():
+        assert getattr(getattr(chosen, section), key) == getattr(getattr(situation.settings, section), key)
+
+
+@given(situation=situations(batches=st.integers(1, 40)))
+def test_only_token_decoder_taps_and_batches_change(situation):
+    chosen = situation.fitted()
+    if chosen is not None:
+        network = {name: getattr(chosen.network, name) for name in ("token", "decoder", "taps")}
+        batches = {name: {"batch_size": getattr(chosen, name).batch_size} for name in ("finetuning", "pretraining")}
+        assert situation.settings.updated({"network": network, **batches}) == chosen
+
+
+@given(situation=situations(batches=st.integers(2, 40)))
+def test_a_batch_is_halved_no_more_than_it_must_and_never_below_2(situation):
+    chosen = situation.fitted()
+    if chosen is not None:
+        for section, first, last in zip(
+            ("finetuning", "pretraining"), batches_of(situation.settings), batches_of(chosen), strict=True
+        ):
+            halves = [max(2, first >> times) for times in range(6)]
+            assert last in halves
+            assert last >= 2
+            if last != first:
+                larger = chosen.updated({section: {"batch_size": halves[halves.index(last) - 1]}})
+                assert getattr(situation.estimate(larger), section) > situation.target
+
+
+@given(situation=situations())
+def test_the_token_grows_only_when_no_batch_of_2_fits(situation):
+    chosen = situation.fitted()
+    if chosen is not None and chosen.network.token != situation.settings.network.token:
+        assert ("network", "token") not in situation.fixed
+        for token in candidates(situation.spacing):
+            if max(situation.settings.network.token) <= max(token) < max(chosen.network.token):
+                assert not situation.fits(situation.smallest(token))
+
+
+@given(situation=situations(batches=st.integers(1, 40)))
+def test_the_token_never_shrinks_and_is_one_of_the_candidates(situation):
+    chosen = situation.fitted()
+    if chosen is not None:
+        sides = zip(situation.settings.network.token, chosen.network.token, strict=True)
+        assert all(before <= after for before, after in sides)
+        assert chosen.network.token in candidates(situation.spacing)
+
+
+@given(situation=situations(batches=st.integers(1, 40)), share=SHARES)
+def test_more_memory_never_gives_a_larger_token_nor_smaller_batches_for_the_same_token(situation, share):
+    other = dataclasses.replace(situation, target=int(situation.target * share))
+    poor, rich = (each.fitted() for each in sorted((situation, other), key=lambda each: each.target))
+    if poor is not None:
+        assert rich is not None
+        assert max(rich.network.token) <= max(poor.network.token)
+        if rich.network.token == poor.network.token:
+            assert all(a <= b for a, b in zip(batches_of(poor), batches_of(rich), strict=True))
+
+
+@given(situation=situations())
+def test_nothing_is_refused_that_could_be_made_to_fit(situation):
+    tokens = [situation.settings.network.token]
+    if ("network", "token") not in situation.fixed:
+        tokens += [token for token in candidates(situation.spacing) if max(token) > max(tokens[0])]
+    possible = any(situation.fits(situation.smallest(token)) for token in tokens)
+    assert (situation.fitted() is not None) == possible
+
+
+@given(situation=situations())
+def test_the_decoder_follows_a_new_token_unless_it_is_fixed(situation):
+    chosen = situation.fitted()
+    if chosen is not None:
+        follows = chosen.network.token != situation.settings.network.token and (
+            ("network", "decoder") not in situation.fixed
+        )
+        expected = default_decoder(chosen.network.token) if follows else situation.settings.network.decoder
+        assert chosen.network.decoder == expected
+
+
+@pytest.mark.parametrize(
+    ("target", "token", "batches"),
+    [
+        (16 * 4032, (2, 4, 4), (4, 16)),
+        (16 * 4032 - 1, (2, 4, 4), (4, 8)),
+        (4 * 4032 - 1, (2, 4, 4), (2, 2)),
+        (2 * 4032, (2, 4, 4), (2, 2)),
+        (2 * 4032 - 1, (4, 8, 8), (4, 8)),
+        (2 * 504, (4, 8, 8), (2, 2)),
+        (2 * 504 - 1, (8, 16, 16), (4, 8)),
+        (2 * 80, (8, 16, 16), (2, 2)),
+    ],
+)
+def test_known_choices_for_thick_slices_with_a_byte_for_each_token(target, token, batches):
+    chosen = fit_to_memory(planned(), PATCH, SPACING, fixed=(), target=target, estimate=linear(PATCH, (1, 1), 0))
+    assert (chosen.network.token, batches_of(chosen)) == (token, batches)
+
+
+def test_a_batch_of_6_becomes_2_before_the_token_grows():
+    settings = planned({"finetuning": {"batch_size": 6}})
+    chosen = fit_to_memory(settings, PATCH, SPACING, fixed=(), target=2 * 4032, estimate=linear(PATCH, (1, 1), 0))
+    assert (chosen.network.token, batches_of(chosen)) == ((2, 4, 4), (2, 2))
+
+
+@pytest.mark.parametrize(("gigabytes", "token", "taps"), [(2.0, (2, 4, 4), (9,)), (1.0, (4, 8, 8), ())])
+def test_taps_are_kept_with_the_token_and_reset_with_another(gigabytes, token, taps):
+    settings = planned({"network": {"decoder": "unetr", "taps": [9]}})
+    fixed = {("network", "decoder"), ("network", "taps")}
+    estimate, target = linear(PATCH, (GB // 4032, GB // 4032), 0), int(gigabytes * GB)
+    chosen = fit_to_memory(settings, PATCH, SPACING, fixed=fixed, target=target, estimate=estimate).network
+    assert (chosen.token, chosen.decoder, chosen.taps) == (token, "unetr", taps)
+
+
+def test_a_smaller_decoder_is_no_way_out_as_long_as_the_token_stays():
+    def estimate(settings: Settings) -> Memory:
+        return Memory(
+            *[0 if settings.network.decoder == "mae" else math.prod(token_grid(PATCH, settings.network.token))] * 2
+        )
+
+    settings = planned({"network": {"decoder": "sfpn"}})
+    chosen = fit_to_memory(settings, PATCH, SPACING, fixed=(), target=504, estimate=estimate).network
+    assert (chosen.token, chosen.decoder) == ((4, 8, 8), "upscale")
+
+
+def test_when_nothing_fits_the_refusal_names_sizes_of_the_last_attempt_and_what_to_do():
+    estimate = linear(PATCH, (GB // 80, 2 * GB // 80), GB)
+    with pytest.raises(UserError) as caught:
+        fit_to_memory(planned(), PATCH, SPACING, fixed=(), target=GB // 2, estimate=estimate)
+    assert str(caught.value) == (
+        "With token [8, 16, 16] a training step needs about 3.0 GB (fine-tuning, batch 2) and 5.0 GB (pre-training, "
+        "batch 2), more than the 0.5 GB that -gpu_memory_target leaves: choose a smaller --size, a larger --token, or "
+        "more memory."
+    )
+
+
+@pytest.mark.parametrize(
+    ("fixed", "tried"),
+    [
+        ({("network", "token")}, r"token \[2, 4, 4\].*batch 2.*batch 2"),
+        ({("finetuning", "batch_size")}, r"token \[8, 16, 16\].*batch 4.*batch 2"),
+        ({("network", "token"), ("pretraining", "batch_size")}, r"token \[2, 4, 4\].*batch 2.*batch 16"),
+    ],
+)
+def test_a_refusal_names_what_was_fixed_as_it_was_fixed(fixed, tried):
+    with pytest.raises(UserError, match=tried):
+        fit_to_memory(planned(), PATCH, SPACING, fixed=fixed, target=0, estimate=linear(PATCH, (1, 1), 0))
+
+
+def test_bytes_are_written_in_gigabytes():
+    assert [in_gb(size) for size in (0, GB // 4, GB, 24 * GB)] == ["0.0", "0.2", "1.0", "24.0"]

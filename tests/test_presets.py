@@ -5,11 +5,30 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.presets import DECODERS, SIZES, TOKEN_SIDES, Finetuning, Network, Pretraining, Settings
+from nnunet_vit_mae.networks.build import build_autoencoder
+from nnunet_vit_mae.presets import (
+    DECODERS,
+    SIZES,
+    TOKEN_SIDES,
+    UPSAMPLINGS,
+    Finetuning,
+    Network,
+    Pretraining,
+    Settings,
+)
+
+
+def with_taps(network: Network) -> st.SearchStrategy[Network]:
+    """The same network, with taps or without."""
+    count, depth = len(network.tapped_blocks), SIZES[network.size].depth
+    blocks = st.lists(st.integers(1, depth), min_size=count, max_size=count).map(lambda drawn: tuple(sorted(drawn)))
+    return st.one_of(st.just(()), blocks).map(lambda taps: dataclasses.replace(network, taps=taps))
+
 
 positive = st.floats(1e-12, 1e6)
 counts = st.integers(1, 10**6)
@@ -19,7 +38,8 @@ networks = st.builds(
     size=st.sampled_from(sorted(SIZES)),
     token=st.tuples(*[st.sampled_from(TOKEN_SIDES)] * 3),
     decoder=st.sampled_from(sorted(DECODERS)),
-)
+    upsampling=st.sampled_from(sorted(UPSAMPLINGS)),
+).flatmap(with_taps)
 pretrainings = st.builds(
     Pretraining,
     epochs=counts,
@@ -91,8 +111,8 @@ def test_an_empty_block_gives_the_defaults():
 
 
 def test_an_unknown_section_is_named_and_so_are_the_known_ones():
-    with pytest.raises(UserError, match=r"vit_mae .*unknown keys: netwrok .*network, pretraining, finetuning"):
-        Settings.from_dict({"netwrok": {"size": "S"}})
+    with pytest.raises(UserError, match=r"vit_mae .*unknown keys: net .*network, .*pretraining, finetuning"):
+        Settings.from_dict({"net": {"size": "S"}})
 
 
 def test_all_unknown_keys_of_a_section_are_named():
@@ -136,6 +156,12 @@ def test_a_switch_of_another_type_is_refused_by_name(value):
         ("network", "token", [True, 8, 8]),
         ("network", "token", [8.0, 8, 8]),
         ("network", "token", 8),
+        ("network", "upsampling", "trilinear"),
+        ("network", "taps", 7),
+        ("network", "taps", "7"),
+        ("network", "taps", None),
+        ("network", "taps", [5.0, 9.0]),
+        ("network", "taps", [True, 9]),
         ("pretraining", "epochs", 0),
         ("pretraining", "batch_size", -1),
         ("pretraining", "mask_ratio", 0.0),
@@ -168,7 +194,7 @@ def test_not_a_number_is_refused_by_name(section, key):
 
 
 def test_a_size_that_is_not_there_is_answered_with_those_that_are():
-    assert refused("network", "size", "XL") == "network.size is 'XL', but it must be one of XS, S, M, L."
+    assert refused("network", "size", "XL") == "network.size is 'XL', but it must be one of XS, S, M, B, L."
 
 
 @pytest.mark.parametrize(("section", "key"), [("finetuning", "lr"), ("pretraining", "weight_decay")])
@@ -181,6 +207,63 @@ def test_a_whole_number_is_taken_for_a_float(section, key):
 @pytest.mark.parametrize("token", [[2, 4, 8], (2, 4, 8)])
 def test_a_list_is_taken_for_a_token(token):
     assert Settings.from_dict({"network": {"token": token}}).network.token == (2, 4, 8)
+
+
+@pytest.mark.parametrize("taps", [[3, 9], (3, 9)])
+def test_a_list_is_taken_for_taps(taps):
+    network = Settings.from_dict({"network": {"decoder": "unetr", "taps": taps}}).network
+    assert network.taps == network.tapped_blocks == (3, 9)
+
+
+@pytest.mark.parametrize("taps", [[4, 7], [1, 4, 7, 10], [0, 7, 10], [-1, 7, 10], [4, 7, 13], [7, 4, 10], [10, 7, 4]])
+def test_taps_of_another_number_range_or_order_are_refused(taps):
+    with pytest.raises(UserError) as caught:
+        Settings.from_dict({"network": {"decoder": "unetr", "token": [2, 16, 8], "taps": taps}})
+    assert str(caught.value).startswith(f"network.taps is {taps}, but it must be 3 blocks from 1 to 12, ascending")
+
+
+def test_taps_beyond_the_depth_of_a_smaller_encoder_are_refused():
+    with pytest.raises(UserError, match=r"network\.taps is \[2, 5\], but it must be 2 blocks from 1 to 4"):
+        Settings.from_dict({"network": {"size": "XS", "decoder": "unetr", "taps": [2, 5]}})
+
+
+@pytest.mark.parametrize("decoder", sorted(DECODERS.keys() - {"unetr"}))
+def test_taps_are_refused_with_a_decoder_that_takes_none(decoder):
+    with pytest.raises(UserError, match=rf"network\.taps is \[5, 9\], .* with the decoder {decoder} "):
+        Settings.from_dict({"network": {"decoder": decoder, "taps": [5, 9]}})
+
+
+@pytest.mark.parametrize("token", [(2, 1, 2), (1, 1, 1)])
+def test_taps_are_refused_where_the_image_is_the_only_skip(token):
+    with pytest.raises(UserError, match=r"network\.taps is \[7\], "):
+        Settings.from_dict({"network": {"decoder": "unetr", "token": token, "taps": [7]}})
+
+
+@pytest.mark.parametrize(
+    ("token", "blocks"),
+    [
+        ((32, 32, 32), (3, 6, 8, 11)),
+        ((16, 16, 16), (4, 7, 10)),
+        ((2, 16, 8), (4, 7, 10)),  # the longest side decides
+        ((8, 8, 8), (5, 9)),
+        ((4, 4, 4), (7,)),
+        ((2, 2, 2), ()),
+        ((1, 1, 1), ()),
+    ],
+)
+def test_unetr_taps_evenly_spaced_blocks_of_twelve(token, blocks):
+    assert Network(decoder="unetr", token=token).tapped_blocks == blocks
+
+
+@given(network=networks)
+def test_the_tapped_blocks_could_have_been_given_as_taps(network):
+    blocks = network.tapped_blocks
+    assert dataclasses.replace(network, taps=blocks).tapped_blocks == blocks
+
+
+@pytest.mark.parametrize("decoder", sorted(DECODERS.keys() - {"unetr"}))
+def test_other_decoders_tap_no_blocks(decoder):
+    assert Network(decoder=decoder).tapped_blocks == ()
 
 
 @given(protocol=pretrainings, lr=st.floats(1e-9, 10))
@@ -199,6 +282,13 @@ def test_the_learning_rate_is_given_per_256_samples(batch_size, lr):
 def test_the_heads_divide_the_widths(size):
     assert size.width % size.heads == 0
     assert size.decoder_width % size.decoder_heads == 0
+
+
+@pytest.mark.parametrize(("size", "millions"), [("S", 9.94), ("M", 39.29), ("B", 111.33), ("L", 156.23)])
+def test_autoencoders_have_the_papers_numbers_of_parameters(size, millions):
+    with torch.device("meta"):
+        network = build_autoencoder(Network(size=size, token=(8, 8, 8)), 1, mask_ratio=0.9)
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 2) == millions
 
 
 @pytest.mark.parametrize("block", [[], ["network"], 3, "network"])

@@ -1,5 +1,17 @@
 """What nnU-Net finds through `nnUNet_extTrainer`. No code: nnU-Net imports and forgets this module at each look-up."""
 
-from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerBaseline, nnUNetTrainerViTMAE, nnUNetTrainerViTScratch
+from nnunet_vit_mae.nnunet.trainers import (
+    nnUNetTrainerAMAE,
+    nnUNetTrainerAMAEScratch,
+    nnUNetTrainerBaseline,
+    nnUNetTrainerViTMAE,
+    nnUNetTrainerViTScratch,
+)
 
-__all__ = ["nnUNetTrainerBaseline", "nnUNetTrainerViTMAE", "nnUNetTrainerViTScratch"]
+__all__ = [
+    "nnUNetTrainerAMAE",
+    "nnUNetTrainerAMAEScratch",
+    "nnUNetTrainerBaseline",
+    "nnUNetTrainerViTMAE",
+    "nnUNetTrainerViTScratch",
+]

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
+from typing import TYPE_CHECKING
+
+from nnunet_vit_mae.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def parser_for(program: str, description: str | None) -> argparse.ArgumentParser:
@@ -19,6 +26,22 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", dest="plans", default="nnUNetPlans", metavar="NAME", help="plans")
 
 
+def add_device_argument(parser: argparse.ArgumentParser, default: str) -> None:
+    """`-device`; see `usable_device`."""
+    parser.add_argument("-device", choices=("cuda", "cpu"), default=default, help="where to run")
+
+
+def usable_device(name: str) -> torch.device:
+    """The device that was chosen; raises `UserError` when there is none."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "-device cuda was asked for, but torch finds no GPU here: use -device cpu, or repair the driver."
+        )
+    return torch.device(name)
+
+
 def positive_int(text: str) -> int:
     """An argparse type."""
     number = int(text)
@@ -30,8 +53,8 @@ def positive_int(text: str) -> int:
 def positive_float(text: str) -> float:
     """An argparse type."""
     number = float(text)
-    if not number > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return number
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from nnunet_vit_mae.cli.arguments import add_plan_arguments, parser_for, positive_float, positive_int
 from nnunet_vit_mae.errors import exit_on_user_error
-from nnunet_vit_mae.presets import DECODERS, SIZES
+from nnunet_vit_mae.presets import DECODERS, SIZES, UPSAMPLINGS
 
 
 @exit_on_user_error
@@ -23,6 +24,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--token", nargs="+", type=positive_int, metavar="N", help="voxels: one number, or three (z y x)"
     )
+    parser.add_argument("--upsampling", choices=UPSAMPLINGS, help="in the convolutional decoders")
+    parser.add_argument("--adaptive", action="store_true", default=None, help="each contrast on its own (AMAE)")
+    parser.add_argument("--encoder", type=Path, metavar="FILE", help="start from this encoder; brings size and token")
+    parser.add_argument("-gpu_memory_target", type=positive_float, metavar="GB", help="fit token and batches to it")
     parser.add_argument("--epochs", type=positive_int, help="of fine-tuning and of nnUNetTrainerBaseline")
     parser.add_argument("--iterations", type=positive_int, help="per epoch, likewise")
     parser.add_argument("--batch_size", type=positive_int, help="of fine-tuning (the baseline keeps nnU-Net's)")
@@ -32,20 +37,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--token takes one number or three (z y x), but {len(args.token)} were given")
 
     from nnunet_vit_mae.nnunet.folders import find_dataset
+    from nnunet_vit_mae.nnunet.planner import choose_settings
     from nnunet_vit_mae.nnunet.plans import load_plan, read_recipe, write_plans
 
     source = load_plan(find_dataset(args.dataset), args.plans, args.configuration)
     changes = _over(read_recipe(args.recipe) if args.recipe else {}, _changes(args))
-    file, settings = write_plans(source, args.output, changes)
-    for section, values in settings.to_dict().items():
-        print(f"{section:12} " + "  ".join(f"{key} {value}" for key, value in values.items()))
-    print(f"Wrote {file}. Use it with -p {args.output}.")
+    settings, choices = choose_settings(source, changes, encoder=args.encoder, memory_target=args.gpu_memory_target)
+    file = write_plans(source, args.output, settings)
+    for choice in choices:
+        print(f"{choice.name:20}  {choice.value:12}  {choice.reason}")
+    print(f"Wrote {file}, with every other setting in its block vit_mae. Use it with -p {args.output}.")
 
 
 def _changes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The block that the flags spell out; flags that were not given are left out."""
     token = args.token and (args.token * 3 if len(args.token) == 1 else args.token)
-    network = {"size": args.size, "token": token, "decoder": args.decoder}
+    network = {"token": token} | {name: getattr(args, name) for name in ("size", "decoder", "upsampling", "adaptive")}
     names = ("epochs", "iterations", "batch_size", "lr")
     block = {"network": network, "finetuning": {name: getattr(args, name) for name in names}}
     return {section: {k: v for k, v in values.items() if v is not None} for section, values in block.items()}

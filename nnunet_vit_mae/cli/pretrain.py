@@ -6,8 +6,16 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 
-from nnunet_vit_mae.cli.arguments import add_plan_arguments, parser_for, positive_float, positive_int, whole_number
-from nnunet_vit_mae.errors import UserError, exit_on_user_error
+from nnunet_vit_mae.cli.arguments import (
+    add_device_argument,
+    add_plan_arguments,
+    parser_for,
+    positive_float,
+    positive_int,
+    usable_device,
+    whole_number,
+)
+from nnunet_vit_mae.errors import exit_on_user_error
 from nnunet_vit_mae.presets import Pretraining
 
 
@@ -23,9 +31,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--lr", type=positive_float, help="peak learning rate (default: the plans' base_lr x batch / 256)"
     )
+    parser.add_argument("--adaptive", action="store_true", help="each contrast on its own, any number per study")
     parser.add_argument("--seed", type=whole_number, default=0, help="of weights, crops and masks")
     parser.add_argument("--c", dest="resume", action="store_true", help="continue from the last saved state")
-    parser.add_argument("-device", choices=("cuda", "cpu"), default="cuda", help="where to train")
+    add_device_argument(parser, "cuda")
     args = parser.parse_args(argv)
 
     def change(protocol: Pretraining) -> Pretraining:
@@ -33,19 +42,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         protocol = dataclasses.replace(protocol, **{name: value for name, value in flags.items() if value is not None})
         return protocol if args.lr is None else protocol.with_lr(args.lr)
 
-    import torch
-
     from nnunet_vit_mae.nnunet.folders import find_dataset
     from nnunet_vit_mae.nnunet.plans import load_plan
     from nnunet_vit_mae.nnunet.pretraining import pretrain
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "-device cuda was asked for, but torch finds no GPU here: use -device cpu, or repair the driver."
-        )
+    device = usable_device(args.device)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     plan = load_plan(find_dataset(args.dataset), args.plans, args.configuration)
     encoder = pretrain(
-        plan, args.fold, change=change, seed=args.seed, device=torch.device(args.device), resume=args.resume
+        plan,
+        args.fold,
+        change=change,
+        seed=args.seed,
+        device=device,
+        resume=args.resume,
+        adaptive=args.adaptive,
     )
     print(f"Wrote {encoder}.")

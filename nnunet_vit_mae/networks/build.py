@@ -6,7 +6,12 @@ import math
 
 from torch import nn
 
+from nnunet_vit_mae.networks.adaptive import AdaptiveEncoder, AdaptiveStem, DynamicTokenizer, ModalityVectors
+from nnunet_vit_mae.networks.adaptive_mae import AdaptiveMaskedAutoencoder
 from nnunet_vit_mae.networks.decoders.mae import MAEDecoder, TokenDecoder
+from nnunet_vit_mae.networks.decoders.sfpn import SFPNDecoder
+from nnunet_vit_mae.networks.decoders.unet import ResidualBlock
+from nnunet_vit_mae.networks.decoders.unetr import NARROWEST, UNETRDecoder
 from nnunet_vit_mae.networks.decoders.upscale import UpscaleDecoder
 from nnunet_vit_mae.networks.encoder import Encoder
 from nnunet_vit_mae.networks.mae import MaskedAutoencoder
@@ -15,22 +20,31 @@ from nnunet_vit_mae.networks.tokenizer import Tokenizer
 from nnunet_vit_mae.networks.transformer import Transformer
 from nnunet_vit_mae.presets import SIZES, Network
 
+Autoencoder = MaskedAutoencoder | AdaptiveMaskedAutoencoder
 
-def build_autoencoder(network: Network, channels: int, *, mask_ratio: float) -> MaskedAutoencoder:
+
+def build_autoencoder(network: Network, channels: int, *, mask_ratio: float) -> Autoencoder:
     """The network of pre-training."""
     encoder = _encoder(network, channels, drop_path=0.0)
+    if isinstance(encoder, AdaptiveEncoder):
+        decoder = _token_decoder(network, outputs_per_voxel=1)
+        return AdaptiveMaskedAutoencoder(encoder, decoder, contrasts=channels, mask_ratio=mask_ratio)
     return MaskedAutoencoder(encoder, _token_decoder(network, outputs_per_voxel=channels), mask_ratio=mask_ratio)
 
 
 def build_segmenter(network: Network, channels: int, classes: int, *, drop_path: float) -> Segmenter:
     """The network of fine-tuning."""
-    return Segmenter(_encoder(network, channels, drop_path=drop_path), _DECODERS[network.decoder](network, classes))
+    encoder = _encoder(network, channels, drop_path=drop_path)
+    return Segmenter(encoder, _DECODERS[network.decoder](network, channels, classes), taps=network.tapped_blocks)
 
 
-def _encoder(network: Network, channels: int, *, drop_path: float) -> Encoder:
-    size = SIZES[network.size]
+def _encoder(network: Network, channels: int, *, drop_path: float) -> Encoder | AdaptiveEncoder:
+    size, token = SIZES[network.size], network.token
     transformer = Transformer(size.width, size.depth, size.heads, drop_path=drop_path)
-    return Encoder(Tokenizer(channels, network.token, size.width), transformer, token=network.token, width=size.width)
+    if network.adaptive:
+        tokenizer = DynamicTokenizer(ModalityVectors(channels, network.modality_vectors), token, size.width)
+        return AdaptiveEncoder(tokenizer, transformer, token=token, width=size.width)
+    return Encoder(Tokenizer(channels, token, size.width), transformer, token=token, width=size.width)
 
 
 def _token_decoder(network: Network, *, outputs_per_voxel: int) -> TokenDecoder:
@@ -40,12 +54,27 @@ def _token_decoder(network: Network, *, outputs_per_voxel: int) -> TokenDecoder:
     return TokenDecoder(size.width, transformer, width=size.decoder_width, outputs=outputs)
 
 
-def _mae(network: Network, classes: int) -> nn.Module:
+def _unetr(network: Network, channels: int, classes: int) -> nn.Module:
+    width = SIZES[network.size].width
+    stem: nn.Module = ResidualBlock(channels, NARROWEST)
+    if network.adaptive:
+        vectors = ModalityVectors(channels, network.modality_vectors)
+        stem = AdaptiveStem(ResidualBlock(1, NARROWEST), vectors, width=NARROWEST)
+    return UNETRDecoder(stem, width, token=network.token, classes=classes, kind=network.upsampling)
+
+
+def _sfpn(network: Network, channels: int, classes: int) -> nn.Module:
+    width = SIZES[network.size].width
+    return SFPNDecoder(width, token=network.token, classes=classes, kind=network.upsampling)
+
+
+def _upscale(network: Network, channels: int, classes: int) -> nn.Module:
+    width = SIZES[network.size].width
+    return UpscaleDecoder(width, token=network.token, classes=classes, kind=network.upsampling)
+
+
+def _mae(network: Network, channels: int, classes: int) -> nn.Module:
     return MAEDecoder(_token_decoder(network, outputs_per_voxel=classes), token=network.token, classes=classes)
 
 
-def _upscale(network: Network, classes: int) -> nn.Module:
-    return UpscaleDecoder(SIZES[network.size].width, token=network.token, classes=classes)
-
-
-_DECODERS = {"mae": _mae, "upscale": _upscale}
+_DECODERS = {"unetr": _unetr, "sfpn": _sfpn, "upscale": _upscale, "mae": _mae}

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nnunet_vit_mae.networks.masking import take
 from nnunet_vit_mae.networks.positions import sine_cosine_positions
-from nnunet_vit_mae.networks.tokenizer import Tokenizer, Triple
+from nnunet_vit_mae.networks.tokenizer import Tokenizer, Triple, grid_of, padded, patchify
 from nnunet_vit_mae.networks.transformer import Transformer
+
+
+class Encoded(NamedTuple):
+    """All that a segmentation decoder may build on."""
+
+    tokens: Float[Tensor, "b n d"]
+    hidden: list[Float[Tensor, "b n d"]]  # after the tapped blocks, early to late
+    volume: Float[Tensor, "b c z y x"]  # padded to whole tokens
+    grid: Triple
 
 
 class Encoder(nn.Module):
@@ -26,3 +38,10 @@ class Encoder(nn.Module):
         if visible is not None:
             patches, positions = take(patches, visible), positions[visible]
         return self.transformer(self.tokenizer(patches) + positions)
+
+    def encode(self, volume: Float[Tensor, "b c z y x"], taps: Sequence[int]) -> Encoded:
+        """All tokens of a volume, and what the tapped blocks (counted from 1) gave on the way."""
+        volume, grid = padded(volume, self.token), grid_of(volume, self.token)
+        positions = sine_cosine_positions(grid, self.width, volume.device)
+        tokens = self.tokenizer(patchify(volume, self.token)) + positions
+        return Encoded(*self.transformer.with_hidden(tokens, taps), volume, grid)

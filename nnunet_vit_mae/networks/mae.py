@@ -39,6 +39,10 @@ class MaskedAutoencoder(nn.Module):
         self.mask_ratio = mask_ratio
         self.mask_token = nn.Parameter(torch.empty(decoder.width).normal_(std=0.02))
 
+    def targets(self, volume: Float[Tensor, "b c z y x"]) -> Float[Tensor, "b c z y x"]:
+        """What is to be rebuilt."""
+        return volume
+
     def forward(self, volume: Float[Tensor, "b c z y x"], noise: Float[Tensor, "b n"]) -> Reconstruction:
         """Hide the tokens with the highest noise and predict their voxels."""
         grid = grid_of(volume, self.encoder.token)

@@ -39,3 +39,8 @@ def _table(grid: Triple, width: int, device: torch.device) -> Float[Tensor, "n d
             [part for a in angles for part in (a.sin(), a.cos())], dim=1
         ).float()
         return positions.to(device)
+
+
+def forget_positions() -> None:
+    """Empty the cache of tables."""
+    _table.cache_clear()

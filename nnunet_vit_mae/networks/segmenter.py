@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nnunet_vit_mae.networks.adaptive import AdaptiveEncoder
 from nnunet_vit_mae.networks.encoder import Encoder
 from nnunet_vit_mae.networks.precision import autocast
-from nnunet_vit_mae.networks.tokenizer import grid_of, patchify
 
 
 class Segmenter(nn.Module):
@@ -18,14 +20,17 @@ class Segmenter(nn.Module):
     overflow.
     """
 
-    def __init__(self, encoder: Encoder, decoder: nn.Module):
+    def __init__(self, encoder: Encoder | AdaptiveEncoder, decoder: nn.Module, *, taps: Sequence[int] = ()):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
+        self.taps = tuple(taps)
 
     def forward(self, volume: Float[Tensor, "b c z y x"]) -> Float[Tensor, "b classes z y x"]:
-        z, y, x = volume.shape[2:]
         with autocast(volume.device):
-            grid = grid_of(volume, self.encoder.token)
-            tokens = self.encoder(patchify(volume, self.encoder.token), grid)
-            logits = self.decoder(tokens, grid)[:, :, :z, :y, :x]
+            logits = self.logits(volume)
         return logits.to(torch.float32)
+
+    def logits(self, volume: Float[Tensor, "b c z y x"]) -> Float[Tensor, "b classes z y x"]:
+        """Logits in whatever precision the surroundings ask for."""
+        z, y, x = volume.shape[2:]
+        return self.decoder(self.encoder.encode(volume, self.taps))[:, :, :z, :y, :x]

@@ -21,14 +21,19 @@ def grid_of(volume: Float[Tensor, "b c z y x"], token: Triple) -> Triple:
     return z, y, x
 
 
+def padded(volume: Float[Tensor, "b c z y x"], token: Triple) -> Float[Tensor, "b c zz yy xx"]:
+    """The volume with zeros at the far end of each axis, up to whole tokens."""
+    missing = [-voxels % side for side, voxels in zip(token, volume.shape[2:], strict=True)]
+    if not any(missing):
+        return volume
+    return functional.pad(volume, (0, missing[2], 0, missing[1], 0, missing[0]))
+
+
 def patchify(volume: Float[Tensor, "b c z y x"], token: Triple) -> Float[Tensor, "b n c v"]:
-    """Cut a volume into tokens, in the order z y x; it is padded with zeros at the far end of each axis."""
-    grid = grid_of(volume, token)
-    missing = [n * side - voxels for n, side, voxels in zip(grid, token, volume.shape[2:], strict=True)]
-    if any(missing):
-        volume = functional.pad(volume, (0, missing[2], 0, missing[1], 0, missing[0]))
+    """Cut a volume, padded to whole tokens, into tokens in the order z y x."""
+    pattern = "b c (z tz) (y ty) (x tx) -> b (z y x) c (tz ty tx)"
     tz, ty, tx = token
-    return rearrange(volume, "b c (z tz) (y ty) (x tx) -> b (z y x) c (tz ty tx)", tz=tz, ty=ty, tx=tx)
+    return rearrange(padded(volume, token), pattern, tz=tz, ty=ty, tx=tx)
 
 
 def unpatchify(patches: Float[Tensor, "b n c v"], grid: Triple, token: Triple) -> Float[Tensor, "b c z y x"]:

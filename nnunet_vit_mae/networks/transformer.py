@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -22,9 +24,18 @@ class Transformer(nn.Module):
         self.apply(_reset_linear)
 
     def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        for block in self.blocks:
+        return self.with_hidden(tokens, ())[0]
+
+    def with_hidden(
+        self, tokens: Float[Tensor, "b n d"], taps: Sequence[int]
+    ) -> tuple[Float[Tensor, "b n d"], list[Float[Tensor, "b n d"]]]:
+        """The output, and what the tapped blocks (counted from 1) gave on the way there, before any final norm."""
+        hidden = {}
+        for number, block in enumerate(self.blocks, start=1):
             tokens = block(tokens)
-        return self.norm(tokens)
+            if number in taps:
+                hidden[number] = tokens
+        return self.norm(tokens), [hidden[number] for number in taps]
 
 
 class Block(nn.Module):

@@ -18,7 +18,8 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import read_json, write_json
 from nnunet_vit_mae.nnunet.folders import Dataset
 from nnunet_vit_mae.planning import default_decoder, default_settings
-from nnunet_vit_mae.presets import Finetuning, Settings
+from nnunet_vit_mae.presets import Finetuning, Network, Settings
+from nnunet_vit_mae.transfer import Destination
 
 BLOCK = "vit_mae"
 NOT_FOR_PLANS = ("dataset", "dataset_fingerprint", "splits_final")  # nnU-Net's other files in that folder
@@ -47,6 +48,16 @@ class Plan:
     def patch_size(self) -> tuple[int, ...]:
         """Voxels along z y x."""
         return tuple(self.configuration.patch_size)
+
+    @property
+    def has_block(self) -> bool:
+        """Whether the plans say what the ViT is to be, or leave it to the defaults."""
+        return BLOCK in self.configuration.configuration
+
+    @property
+    def classes(self) -> int:
+        """Outputs of the network per voxel."""
+        return self.plans.get_label_manager(self.dataset_json).num_segmentation_heads
 
     @property
     def channel_names(self) -> list[str]:
@@ -85,10 +96,25 @@ def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:
     return [names[number] for number in sorted(names, key=int)]
 
 
-def settings_of(configuration: ConfigurationManager) -> Settings:
-    """The settings in a configuration's `vit_mae` block; what it leaves out follows from patch and spacing."""
-    defaults = default_settings(configuration.patch_size, configuration.spacing, configuration.batch_size)
-    return _changed(defaults, configuration.configuration.get(BLOCK, {}))
+def settings_of(configuration: ConfigurationManager, *, contrasts: int | None = None) -> Settings:
+    """The settings in a configuration's `vit_mae` block; what it leaves out follows from patch and spacing.
+
+    With `contrasts`, what it leaves out is that of an adaptive network for so many.
+    """
+    patch, spacing, batch = configuration.patch_size, configuration.spacing, configuration.batch_size
+    defaults = default_settings(patch, spacing, batch, contrasts=contrasts)
+    return changed(defaults, configuration.configuration.get(BLOCK, {}))
+
+
+def settings_for(configuration: ConfigurationManager, contrasts: int, *, adaptive: bool) -> Settings:
+    """The settings of an adaptive network, or of one that stacks its channels, whichever the plans have in mind.
+
+    So both ways of AMAE (section 2.3) run on the same plans; an adaptive network's decoder is `unetr`.
+    """
+    if adaptive:
+        settings = settings_of(configuration, contrasts=contrasts)
+        return settings.updated({"network": {"adaptive": True, "decoder": "unetr"}})
+    return settings_of(configuration).updated({"network": {"adaptive": False}})
 
 
 def refuse_cascade(configuration: ConfigurationManager) -> None:
@@ -100,27 +126,47 @@ def refuse_cascade(configuration: ConfigurationManager) -> None:
         )
 
 
+def destination(network: Network, configuration: ConfigurationManager, dataset_json: Mapping[str, Any]) -> Destination:
+    """What an encoder has to fit."""
+    return Destination(
+        size=network.size,
+        token=list(network.token),
+        adaptive=network.adaptive,
+        modality_vectors=network.modality_vectors,
+        channel_names=channel_names(dataset_json),
+        normalization=list(configuration.normalization_schemes),
+        patch_size=list(configuration.patch_size),
+        spacing=list(configuration.spacing),
+    )
+
+
 def schedule_of(configuration: ConfigurationManager) -> Finetuning:
     """The fine-tuning part alone, which the U-Net baseline shares: it holds for 2D configurations too."""
-    return Settings.from_dict(configuration.configuration.get(BLOCK, {})).finetuning
+    block = configuration.configuration.get(BLOCK, {})
+    alone = {name: values if name == "finetuning" else {} for name, values in block.items()}
+    return Settings.from_dict(alone).finetuning
 
 
-def _changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
-    """Settings with changes; a token that comes without a decoder brings its default decoder."""
+def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """Settings with changes (a partial block).
+
+    A new token brings its default decoder, a new network its default taps, unless they are given too.
+    """
+    before, network = settings.network, changes.get("network", {})
+    if isinstance(network, Mapping) and network:
+        settings = settings.updated({"network": {"taps": ()}})
     settings = settings.updated(changes)
-    network = changes.get("network", {})
-    if "token" in network and "decoder" not in network:
-        settings = settings.updated({"network": {"decoder": default_decoder(settings.network.token)}})
+    now = settings.network
+    if "decoder" not in network and (now.token, now.adaptive) != (before.token, before.adaptive):
+        settings = settings.updated({"network": {"decoder": default_decoder(now.token, adaptive=now.adaptive)}})
     return settings
 
 
-def write_plans(source: Plan, name: str, changes: Mapping[str, Any]) -> tuple[Path, Settings]:
-    """Write plans `name`: the source's, with a `vit_mae` block in the source's configuration.
+def write_plans(source: Plan, name: str, settings: Settings) -> Path:
+    """Write plans `name`: the source's, with these settings in the source's configuration.
 
-    `changes` is a (partial) block, over the source's settings. Returns the file and its settings.
-    Raises `UserError` for bad changes, or when the name belongs to plans that are not ours to replace.
+    Raises `UserError` when the name belongs to plans that are not ours to replace.
     """
-    settings = _changed(source.settings, changes)
     file = source.dataset.plans_file(name)
     if not name.isidentifier() or name in NOT_FOR_PLANS:
         raise UserError(f"-o {name} is not a name for plans: use letters, digits and underscores, such as ViT_small.")
@@ -131,7 +177,7 @@ def write_plans(source: Plan, name: str, changes: Mapping[str, Any]) -> tuple[Pa
     plans["plans_name"] = name
     plans["configurations"][source.name][BLOCK] = settings.to_dict()
     write_json(plans, file)
-    return file, settings
+    return file
 
 
 def _is_ours(plans: Any) -> bool:
@@ -150,5 +196,8 @@ def read_recipe(name_or_file: str) -> dict[str, Any]:
     if not Path(name_or_file).is_file():
         raise UserError(f"There is no recipe {name_or_file}: name one of {', '.join(sorted(ours))}, or a JSON file.")
     recipe = read_json(Path(name_or_file))
-    Settings.from_dict(recipe)
+    if not isinstance(recipe, dict) or not all(isinstance(values, dict) for values in recipe.values()):
+        raise UserError(f"The recipe {name_or_file} must be an object of objects, such as {{'network': {{...}}}}.")
+    if "encoder" in recipe:
+        raise UserError(f"The recipe {name_or_file} names an encoder: give its file with --encoder, to be checked.")
     return recipe

@@ -17,7 +17,7 @@ import nibabel
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.files import read_json, replacing, write_json
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.plans import Plan, load_plan
@@ -121,7 +121,7 @@ def _preprocess_case(dataset: str, plans_name: str, configuration: str, case: st
         )
         _save(volume, plan, case)
     except Exception as error:  # noqa: BLE001
-        return f"cannot be preprocessed: {_first_line(error)}"
+        return f"cannot be preprocessed: {reader_reason(error)}"
     return None
 
 
@@ -183,11 +183,3 @@ def _stamp(plan: Plan) -> dict[str, Any]:
         "intensities": plan.plans.foreground_intensity_properties_per_channel,
     }
     return {key: plan.configuration.configuration[key] for key in keys} | of_plans
-
-
-def _first_line(error: Exception) -> str:
-    """The line of an error that says something; SimpleITK starts its messages with a line about its sources."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    informative = [line for line in lines if "Exception thrown in SimpleITK" not in line]
-    # nnU-Net's readers raise an error without a word when the files of a case do not fit each other
-    return (informative or lines or ["its files differ in size or spacing"])[0]

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
+from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.nnunet.cases import Case, pretraining_cases
 from nnunet_vit_mae.nnunet.folders import encoder_file
-from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade
+from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade, settings_for
 from nnunet_vit_mae.presets import Pretraining
 from nnunet_vit_mae.pretraining.run import STATE, Job, Result, run
 from nnunet_vit_mae.weights import Card, hashed_name, package_versions, save_encoder
@@ -28,21 +29,31 @@ def pretrain(
     seed: int,
     device: torch.device,
     resume: bool,
+    adaptive: bool = False,
 ) -> Path:
     """Pre-train on the cases of a fold (or `all`) and the unlabelled pool; gives the encoder's file.
 
-    `change` turns the plans' protocol into the one to use. An earlier run in the same place is moved aside, never
-    overwritten. Raises `UserError` for everything that the user can mend.
+    `change` turns the plans' protocol into the one to use; `adaptive` takes each contrast on its own even if the plans
+    do not say so. An earlier run in the same place is moved aside, never overwritten. Raises `UserError` for everything
+    that the user can mend.
     """
     refuse_cascade(plan.configuration)
+    settings = plan.settings
+    if adaptive or settings.network.adaptive:
+        settings = settings_for(plan.configuration, len(plan.channel_names), adaptive=True)
+    if settings.encoder.file:
+        raise UserError(
+            f"The plans {plan.plans.plans_name} start from the encoder {settings.encoder.file}, which is trained "
+            "already: go on with nnUNetv2_train, or write plans without --encoder to pre-train one."
+        )
     cases = pretraining_cases(plan, fold)
     job = Job(
         files=[case.file for case in cases],
         channel_names=plan.channel_names,
         patch_size=plan.patch_size,
         spacing=tuple(plan.configuration.spacing),
-        network=plan.settings.network,
-        protocol=change(plan.settings.pretraining),
+        network=settings.network,
+        protocol=change(settings.pretraining),
         seed=seed,
     )
     file = encoder_file(plan.dataset.results, plan.plans.plans_name, plan.name, fold)
@@ -65,6 +76,8 @@ def _card(plan: Plan, fold: str, job: Job, cases: list[Case], result: Result) ->
     return Card(
         size=job.network.size,
         token=list(job.network.token),
+        adaptive=job.network.adaptive,
+        modality_vectors=job.network.modality_vectors,
         channel_names=list(job.channel_names),
         dataset=plan.dataset.name,
         plans=plan.plans.plans_name,

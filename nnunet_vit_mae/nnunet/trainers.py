@@ -7,9 +7,10 @@ prediction from the plans and the trainer's name, so `build_network_architecture
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
@@ -19,11 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.segmenter import Segmenter
+from nnunet_vit_mae.nnunet.absence import keeping_absence
 from nnunet_vit_mae.nnunet.folders import dataset_id, encoder_file
-from nnunet_vit_mae.nnunet.plans import channel_names, refuse_cascade, schedule_of, settings_of
+from nnunet_vit_mae.nnunet.plans import channel_names, destination, refuse_cascade, schedule_of, settings_for
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
-from nnunet_vit_mae.presets import SIZES, Settings
-from nnunet_vit_mae.weights import Card, check_fit, load_encoder
+from nnunet_vit_mae.presets import SIZES, EncoderFile, Settings
+from nnunet_vit_mae.transfer import adapt_encoder
+from nnunet_vit_mae.weights import Card, file_hash, load_encoder
 
 CUDA = torch.device("cuda")
 VALIDATION_SHARE = 5  # nnU-Net's own 250 training iterations come with 50 of validation
@@ -51,22 +54,26 @@ class nnUNetTrainerBaseline(ScheduledTrainer):  # noqa: N801 (the names that use
 class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
     """The ViT from random weights."""
 
-    layer_decay = 1.0  # random blocks have nothing to keep: all of them learn at the full rate
+    adaptive = False  # all channels of a volume are stacked in its tokens
+    layer_decay = 1.0  # random blocks have nothing to keep: all of them learn at the full rate, from the start
+    freeze_epochs = 0
 
     @exit_on_user_error
     def __init__(
         self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.settings: Settings = settings_of(self.configuration_manager)
+        channels = len(channel_names(self.dataset_json))
+        self.settings: Settings = settings_for(self.configuration_manager, channels, adaptive=self.adaptive)
         self.enable_deep_supervision = False
         self.initial_lr = self.settings.finetuning.lr
         self.weight_decay = self.settings.finetuning.weight_decay
         self.save_every = 5  # nnU-Net's 50 lose a day on a slow machine
         self.grad_scaler = None  # fp16 only needs one, and the network runs in bf16
 
-    @staticmethod
+    @classmethod  # nnU-Net's own is static and is called on the class alike
     def build_network_architecture(
+        cls,
         plans_manager: PlansManager,
         configuration_manager: ConfigurationManager,
         num_input_channels: int,
@@ -74,7 +81,7 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
         enable_deep_supervision: bool = False,
     ) -> nn.Module:
         """The network that the plans describe; it has one output, at full resolution."""
-        settings = settings_of(configuration_manager)
+        settings = settings_for(configuration_manager, num_input_channels, adaptive=cls.adaptive)
         drop_path = settings.finetuning.drop_path
         return build_segmenter(settings.network, num_input_channels, num_output_channels, drop_path=drop_path)
 
@@ -90,7 +97,29 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
             depth=SIZES[self.settings.network.size].depth,
         )
         optimizer = torch.optim.AdamW(groups, lr=self.initial_lr, fused=self.device.type in ("cuda", "cpu"))
-        return optimizer, WarmupCosine(optimizer, self.initial_lr, self.settings.finetuning.warmup, self.num_epochs)
+        schedule = WarmupCosine(
+            optimizer,
+            self.initial_lr,
+            warmup=self.settings.finetuning.warmup,
+            epochs=self.num_epochs,
+            freeze_epochs=self.freeze_epochs,
+        )
+        return optimizer, schedule
+
+    def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
+        """nnU-Net's augmentation; contrasts that a case lacks stay zero."""
+        transform = nnUNetTrainer.get_training_transforms(*args, **kwargs)
+        return keeping_absence(transform, dropout=self.settings.finetuning.contrast_dropout)
+
+    def _do_i_compile(self) -> bool:
+        # shapes change with the number of contrasts, so that an adaptive network would be compiled over and over
+        return not self.adaptive and super()._do_i_compile()
+
+    def _build_loss(self) -> nn.Module:
+        loss = super()._build_loss()
+        if self.settings.finetuning.loss == "dice":
+            loss.weight_ce = 0
+        return loss
 
     def train_step(self, batch: dict) -> dict:
         """nnU-Net's step with the plans' gradient clipping, and without its fp16."""
@@ -99,7 +128,8 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(self.network(volume), target)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.segmenter.parameters(), self.settings.finetuning.gradient_clip)
+        moving = [p for group in self.optimizer.param_groups if group["lr"] > 0 for p in group["params"]]
+        nn.utils.clip_grad_norm_(moving, self.settings.finetuning.gradient_clip)
         self.optimizer.step()
         return {"loss": loss.detach().cpu().numpy()}
 
@@ -130,6 +160,11 @@ class nnUNetTrainerViTMAE(nnUNetTrainerViTScratch):  # noqa: N801
         """Pre-trained blocks keep more of what they know the earlier they come."""
         return self.settings.finetuning.layer_decay
 
+    @property
+    def freeze_epochs(self) -> int:
+        """In them the new decoder learns to read what the encoder gives, before it may change it."""
+        return self.settings.finetuning.freeze_epochs
+
     @exit_on_user_error
     def initialize(self) -> None:
         """Build the network as nnU-Net does, then put the encoder in."""
@@ -145,61 +180,94 @@ class nnUNetTrainerViTMAE(nnUNetTrainerViTScratch):  # noqa: N801
     def get_tr_and_val_datasets(self) -> tuple:
         """nnU-Net's datasets; says how many validation cases pre-training has seen."""
         training, validation = super().get_tr_and_val_datasets()
-        if self.encoder_card is not None:
-            seen, total = self.encoder_card.seen(validation.identifiers), len(validation.identifiers)
+        card = self.encoder_card
+        if card is not None and card.dataset != self.plans_manager.dataset_name:
+            self.print_to_log_file(f"The encoder is from {card.dataset}: if that shares patients, they may be in it.")
+        elif card is not None:
+            seen, total = card.seen(validation.identifiers), len(validation.identifiers)
             self.print_to_log_file(
                 f"The encoder has seen the images (not the labels) of {len(seen)} of the {total} validation cases."
             )
-            if seen and self.fold != "all" and self.encoder_card.fold != str(self.fold):
+            if seen and self.fold != "all" and card.fold != str(self.fold):
                 self.print_to_log_file(f"For a validation on unseen images, run mae3d_pretrain with -f {self.fold}.")
         return training, validation
 
     def _load_encoder(self) -> None:
         file = self._find_encoder()
         tensors, card = load_encoder(file)
-        expected = {
-            "size": self.settings.network.size,
-            "token": list(self.settings.network.token),
-            "channel_names": channel_names(self.dataset_json),
-            "normalization": self.configuration_manager.normalization_schemes,
-        }
-        check_fit(card, file, expected)
-        if card.spacing != list(self.configuration_manager.spacing):
-            spacing = self.configuration_manager.spacing
-            self.print_to_log_file(
-                f"The encoder was pre-trained at a spacing of {card.spacing} mm, this is {spacing} mm."
-            )
-        self.segmenter.encoder.load_state_dict(tensors)
+        place = destination(self.settings.network, self.configuration_manager, self.dataset_json)
+        try:
+            tensors, notes = adapt_encoder(tensors, card, place)
+        except UserError as error:
+            raise UserError(
+                f"The encoder {file} does not fit these plans ({error}): "
+                "pre-train with the same plans (mae3d_pretrain -p), or plan with its values (mae3d_plan --encoder)."
+            ) from None
+        own = self.segmenter.encoder.state_dict()
+        self.segmenter.encoder.load_state_dict(own | tensors)
         self.encoder_card = card
         self.print_to_log_file(
-            f"Loaded the encoder {file}: {len(tensors)} of {len(self.segmenter.encoder.state_dict())} tensors; "
+            f"Loaded the encoder {file}: {len(tensors)} of {len(own)} tensors; "
             f"pre-trained on {len(card.cases_seen)} cases of {card.dataset} for {card.epochs} epochs, "
             f"last loss {card.loss:.4f}."
         )
+        for note in notes:
+            self.print_to_log_file(note)
 
     def _find_encoder(self) -> Path:
-        """The encoder of this fold, or else the one that has seen all training images."""
+        """The plans' own encoder; without one, that of this fold, or else the one that has seen all training images."""
         refuse_cascade(self.configuration_manager)
+        if self.settings.encoder.file:
+            return _unchanged(self.settings.encoder)
         results = Path(self.output_folder_base).parent
         dataset, plans_name = self.plans_manager.dataset_name, self.plans_manager.plans_name
         for fold in dict.fromkeys((str(self.fold), "all")):
             file = encoder_file(results, plans_name, self.configuration_name, fold)
             if file.is_file():
                 return file
+        command = f"mae3d_pretrain -d {dataset_id(dataset)} -c {self.configuration_name} -p {plans_name}"
+        scratch = nnUNetTrainerViTScratch
+        if self.adaptive:
+            command, scratch = f"{command} --adaptive", nnUNetTrainerAMAEScratch
         raise UserError(
             f"There is no pre-trained encoder for {dataset}, plans {plans_name}, {self.configuration_name}: "
-            f"run mae3d_pretrain -d {dataset_id(dataset)} -c {self.configuration_name} -p {plans_name} first, "
-            "or train from random weights with -tr nnUNetTrainerViTScratch."
+            f"run {command} first, or train from random weights with -tr {scratch.__name__}."
         )
+
+
+class nnUNetTrainerAMAE(nnUNetTrainerViTMAE):  # noqa: N801
+    """Any number of contrasts per case: the adaptive UNETR of AMAE (section 2.3) from a pre-trained encoder."""
+
+    adaptive = True
+
+
+class nnUNetTrainerAMAEScratch(nnUNetTrainerViTScratch):  # noqa: N801
+    """The adaptive UNETR from random weights."""
+
+    adaptive = True
+
+
+def _unchanged(encoder: EncoderFile) -> Path:
+    """The file that the plans name. Raises `UserError` when it is missing, or not the one that was planned with."""
+    file = Path(encoder.file)
+    if not file.is_file():
+        raise UserError(f"The encoder {file}, which the plans name, is missing: put it back, or run mae3d_plan again.")
+    if file_hash(file) != encoder.sha256:
+        raise UserError(f"The encoder {file} has changed since the plans were written: run mae3d_plan again.")
+    return file
 
 
 class WarmupCosine:
     """The schedule of fine-tuning: a function of the epoch alone, so that `--c` goes on where it was."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, lr: float, warmup: float, epochs: int):
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, lr: float, *, warmup: float, epochs: int, freeze_epochs: int = 0
+    ):
         self.optimizer, self.lr, self.warmup, self.epochs = optimizer, lr, warmup, epochs
+        self.freeze_epochs = freeze_epochs
 
     def step(self, epoch: int) -> None:
         """Set the rates of an epoch, counted from 0; neither the first nor the last one has a rate of 0."""
         progress = (epoch + 1) / (self.epochs + 1)
-        set_learning_rate(self.optimizer, self.lr * warmup_cosine(progress, self.warmup))
+        lr = self.lr * warmup_cosine(progress, self.warmup)
+        set_learning_rate(self.optimizer, lr, freeze_encoder=epoch < self.freeze_epochs)

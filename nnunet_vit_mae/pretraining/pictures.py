@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from nnunet_vit_mae.networks.mae import MaskedAutoencoder, statistics
+from nnunet_vit_mae.networks.build import Autoencoder
+from nnunet_vit_mae.networks.mae import statistics
 from nnunet_vit_mae.networks.masking import take
 from nnunet_vit_mae.networks.precision import autocast
 from nnunet_vit_mae.networks.tokenizer import Triple, grid_of, patchify, unpatchify, voxels_inside
@@ -29,41 +30,48 @@ class Views(NamedTuple):
 
 @torch.no_grad()
 def rebuild(
-    network: MaskedAutoencoder, volume: Float[Tensor, "1 c z y x"], noise: Float[Tensor, "1 n"], *, norm_pix: bool
+    network: Autoencoder, volume: Float[Tensor, "1 c z y x"], noise: Float[Tensor, "1 n"], *, norm_pix: bool
 ) -> Views:
-    """Mask a crop and rebuild it; visible tokens are shown as they are.
+    """Mask a crop and rebuild it; visible tokens are shown as they are. An adaptive network shows present contrasts.
 
     With norm-pix the network predicts hidden tokens without their brightness and contrast. These two are interpolated
     from the visible tokens around, never taken from the hidden ones: the picture leaks nothing of what was hidden.
     """
     token = network.encoder.token
-    grid, patches = grid_of(volume, token), patchify(volume, token)
+    targets = network.targets(volume)
+    grid, patches = grid_of(targets, token), patchify(targets, token)
     with autocast(volume.device):
         predicted, visible, hidden = network(volume, noise)
     predicted = predicted.float()
     if norm_pix:
-        mean, deviation = statistics(patches, voxels_inside(volume, token))
+        inside = voxels_inside(targets, token).expand(len(patches), -1, -1, -1)
+        mean, deviation = statistics(patches, inside)
         predicted = predicted * take(interpolated(deviation, visible, grid), hidden)
         predicted = predicted + take(interpolated(mean, visible, grid), hidden)
 
     masked, rebuilt = patches.clone(), patches.clone()
-    masked[0, hidden[0]] = torch.nan
-    rebuilt[0, hidden[0]] = predicted[0]
+    every = torch.arange(len(patches))[:, None]
+    masked[every, hidden] = torch.nan
+    rebuilt[every, hidden] = predicted
     z, y, x = volume.shape[2:]
-    views = (unpatchify(view, grid, token)[0, :, :z, :y, :x] for view in (patches, masked, rebuilt))
+    views = (unpatchify(view, grid, token)[..., :z, :y, :x].flatten(0, 1) for view in (patches, masked, rebuilt))
     return Views(*(view.cpu().numpy() for view in views))
 
 
 def interpolated(
-    values: Float[Tensor, "1 n c 1"], visible: Int[Tensor, "1 k"], grid: Triple
-) -> Float[Tensor, "1 n c 1"]:
+    values: Float[Tensor, "s n c 1"], visible: Int[Tensor, "s k"], grid: Triple
+) -> Float[Tensor, "s n c 1"]:
     """One value per token and channel, as a Gaussian-weighted mean over the visible tokens alone."""
+    return torch.stack([_interpolated(*series, grid) for series in zip(values, visible, strict=True)])
+
+
+def _interpolated(values: Float[Tensor, "n c 1"], visible: Int[Tensor, " k"], grid: Triple) -> Float[Tensor, "n c 1"]:
     known = np.zeros(grid)
-    known.reshape(-1)[visible[0].cpu()] = 1
+    known.reshape(-1)[visible.cpu()] = 1
     weight = gaussian_filter(known, REACH, mode="constant") + FALLBACK
     fields = []
-    for field in values[0, :, :, 0].cpu().double().numpy().T:
+    for field in values[:, :, 0].cpu().double().numpy().T:
         field = field.reshape(grid)
         summed = gaussian_filter(field * known, REACH, mode="constant") + FALLBACK * field[known > 0].mean()
         fields.append((summed / weight).reshape(-1))
-    return torch.from_numpy(np.stack(fields, axis=1)[None, :, :, None]).to(values)
+    return torch.from_numpy(np.stack(fields, axis=1)[:, :, None]).to(values)

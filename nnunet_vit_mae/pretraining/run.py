@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,15 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import read_json, replacing, write_json
-from nnunet_vit_mae.networks.build import build_autoencoder
-from nnunet_vit_mae.networks.mae import MaskedAutoencoder, reconstruction_loss
+from nnunet_vit_mae.networks.adaptive import present_contrasts
+from nnunet_vit_mae.networks.build import Autoencoder, build_autoencoder
+from nnunet_vit_mae.networks.mae import reconstruction_loss
 from nnunet_vit_mae.networks.masking import count_visible
 from nnunet_vit_mae.networks.precision import autocast
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
 from nnunet_vit_mae.planning import token_grid
-from nnunet_vit_mae.plots import plot_progress, plot_views
-from nnunet_vit_mae.presets import Network, Pretraining
+from nnunet_vit_mae.plots import plot_contrasts, plot_progress, plot_views
+from nnunet_vit_mae.presets import Network, Pretraining, to_json_types
 from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, RandomCrops
 from nnunet_vit_mae.pretraining.pictures import rebuild
 
@@ -57,8 +58,9 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a crop."""
-        return math.prod(token_grid(self.patch_size, self.network.token))
+        """Tokens of a crop, in all its series."""
+        series = self.network.series(len(self.channel_names))
+        return series * math.prod(token_grid(self.patch_size, self.network.token))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -77,8 +79,8 @@ class Job:
             "channel_names": list(self.channel_names),
             "patch_size": list(self.patch_size),
             "spacing": list(self.spacing),
-            "network": asdict(self.network) | {"token": list(self.network.token)},
-            "pretraining": asdict(self.protocol),
+            "network": to_json_types(self.network),
+            "pretraining": to_json_types(self.protocol),
             "seed": self.seed,
         }
 
@@ -87,7 +89,7 @@ class Job:
 class Result:
     """A finished run."""
 
-    network: MaskedAutoencoder
+    network: Autoencoder
     losses: list[float]  # mean of each epoch
 
 
@@ -117,7 +119,7 @@ def run(job: Job, output: Path, *, device: torch.device, resume: bool) -> Result
 def _train(
     job: Job,
     output: Path,
-    network: MaskedAutoencoder,
+    network: Autoencoder,
     optimizer: torch.optim.Optimizer,
     losses: list[float],
     device: torch.device,
@@ -156,13 +158,11 @@ def _train(
                 _draw(job, output, network, losses, *sample)
 
 
-def _step(
-    job: Job, network: MaskedAutoencoder, optimizer: torch.optim.Optimizer, volume: Tensor, noise: Tensor
-) -> Tensor:
+def _step(job: Job, network: Autoencoder, optimizer: torch.optim.Optimizer, volume: Tensor, noise: Tensor) -> Tensor:
     """One step on a batch; the loss stays on the device, so that a GPU is not waited for."""
     with autocast(volume.device):
         rebuilt = network(volume, noise)
-        loss = reconstruction_loss(volume, rebuilt, job.network.token, norm_pix=job.protocol.norm_pix)
+        loss = reconstruction_loss(network.targets(volume), rebuilt, job.network.token, norm_pix=job.protocol.norm_pix)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(network.parameters(), job.protocol.gradient_clip)
@@ -221,10 +221,12 @@ def _announce(job: Job, network: nn.Module, device: torch.device, *, done: int) 
     logger.info(
         "cases %d, channels %s, crops of %s voxels (z y x)", len(job.files), list(job.channel_names), job.patch_size
     )
+    series = job.network.series(len(job.channel_names))
+    visible = series * count_visible(job.tokens // series, protocol.mask_ratio)
     logger.info(
-        "size %s (%.1f M parameters), token %s: %d tokens, %d of them visible (mask ratio %s)",
-        job.network.size, millions, job.network.token, job.tokens,
-        count_visible(job.tokens, protocol.mask_ratio), protocol.mask_ratio,
+        "size %s (%.1f M parameters), token %s: %s%d tokens, %d of them visible (mask ratio %s)",
+        job.network.size, millions, job.network.token, "with all contrasts " if job.network.adaptive else "",
+        job.tokens, visible, protocol.mask_ratio,
     )  # fmt: skip
     logger.info(
         "%d epochs of %d steps, batch %d, learning rate %.2e (base rate %.2e x batch / 256), on %s",
@@ -241,17 +243,20 @@ def _announce(job: Job, network: nn.Module, device: torch.device, *, done: int) 
         logger.info("going on after epoch %d of %d", done, protocol.epochs)
 
 
-def _draw(
-    job: Job, output: Path, network: MaskedAutoencoder, losses: list[float], volume: Tensor, noise: Tensor
-) -> None:
+def _draw(job: Job, output: Path, network: Autoencoder, losses: list[float], volume: Tensor, noise: Tensor) -> None:
     rates = [_learning_rate(job, (epoch + 1) * job.steps_per_epoch - 1) for epoch in range(len(losses))]
     plot_progress(losses, rates, output / "progress.png")
     views = rebuild(network, volume, noise, norm_pix=job.protocol.norm_pix)
-    title = f"{job.channel_names[0]}, epoch {len(losses)}, loss {losses[-1]:.4f}"
+    title = f"epoch {len(losses)}, loss {losses[-1]:.4f}"
     if job.protocol.norm_pix:
         title += "\nhidden tokens: predicted pattern, brightness and contrast interpolated from visible tokens"
+    shown = present_contrasts(volume)[0] if job.network.adaptive else range(len(job.channel_names))
+    names = [job.channel_names[channel] for channel in shown]
     file = output / "reconstructions" / f"epoch_{len(losses):04d}.png"
-    plot_views([view[0] for view in views], views._fields, job.spacing, title, file)
+    if len(names) > 1:
+        plot_contrasts(views._asdict(), names, job.spacing, title, file)
+    else:
+        plot_views([view[0] for view in views], views._fields, job.spacing, f"{names[0]}, {title}", file)
 
 
 @contextmanager

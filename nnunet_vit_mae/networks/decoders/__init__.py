@@ -1,4 +1,5 @@
-"""Segmentation decoders, one per file: tokens of the encoder in, logits at full resolution out.
+"""Segmentation decoders, one per file: `Encoded` in, logits at full resolution out.
 
-A decoder takes tokens (b n d) and their grid, and gives (b classes z y x) for the whole grid, padding included.
+A decoder gives (b classes z y x) for the whole token grid, padding included. Its `stages` are
+the steps on the way from tokens to voxels, coarse to fine.
 """

@@ -7,6 +7,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nnunet_vit_mae.networks.encoder import Encoded
 from nnunet_vit_mae.networks.positions import sine_cosine_positions
 from nnunet_vit_mae.networks.tokenizer import Triple, unpatchify
 from nnunet_vit_mae.networks.transformer import Transformer
@@ -39,11 +40,14 @@ class TokenDecoder(nn.Module):
 class MAEDecoder(nn.Module):
     """The pre-training decoder for segmentation: no mask token, and a last layer with an output per voxel and class."""
 
+    stages = ()  # there are no steps between tokens and voxels
+
     def __init__(self, decoder: TokenDecoder, *, token: Triple, classes: int):
         super().__init__()
         self.decoder = decoder
         self.token, self.classes = token, classes
 
-    def forward(self, tokens: Float[Tensor, "b n d"], grid: Triple) -> Float[Tensor, "b classes z y x"]:
-        logits = self.decoder(tokens, sine_cosine_positions(grid, self.decoder.width, tokens.device))
-        return unpatchify(rearrange(logits, "b n (c v) -> b n c v", c=self.classes), grid, self.token)
+    def forward(self, encoded: Encoded) -> Float[Tensor, "b classes z y x"]:
+        positions = sine_cosine_positions(encoded.grid, self.decoder.width, encoded.tokens.device)
+        logits = self.decoder(encoded.tokens, positions)
+        return unpatchify(rearrange(logits, "b n (c v) -> b n c v", c=self.classes), encoded.grid, self.token)

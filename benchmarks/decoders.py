@@ -1,0 +1,104 @@
+"""What each decoder costs: parameters, floating-point operations, memory, and time of a training step.
+
+Times are ratios to the `upscale` decoder (nearest) at the same token, steps taken in turn in this one process.
+
+    python benchmarks/decoders.py          # prints the table of docs/decoders.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from nnunet_vit_mae.networks.build import build_segmenter
+from nnunet_vit_mae.networks.memory import finetuning_memory, segmentation_loss
+from nnunet_vit_mae.presets import Network
+
+VARIANTS = [
+    ("unetr", "nearest"),
+    ("unetr", "transposed"),
+    ("sfpn", "nearest"),
+    ("sfpn", "transposed"),
+    ("upscale", "nearest"),
+    ("upscale", "transposed"),
+    ("mae", "nearest"),
+]
+REFERENCE = ("upscale", "nearest")
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="S")
+    parser.add_argument("--side", type=int, default=48, help="of the cubic patch")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    patch = (arguments.side,) * 3
+
+    shape = f"{arguments.side}^3 patch, one channel, two classes"
+    print(f"Size {arguments.size}, {shape}, {torch.get_num_threads()} thread.\n")
+    print(
+        "| token | decoder | upsampling | decoder's parameters (M) | forward GFLOP | GPU memory, batch 4 (GB) | time |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for side in arguments.tokens:
+        networks = {
+            (decoder, kind): Network(size=arguments.size, token=(side,) * 3, decoder=decoder, upsampling=kind)
+            for decoder, kind in VARIANTS
+        }
+        seconds = time_in_turn({key: step_of(network, patch) for key, network in networks.items()}, arguments.rounds)
+        for (decoder, kind), network in networks.items():
+            model = build_segmenter(network, 1, 2, drop_path=0.1)
+            parameters = sum(p.numel() for p in model.decoder.parameters()) / 1e6
+            memory = finetuning_memory(network, patch, 1, 2, 4) / 2**30
+            ratio = seconds[decoder, kind] / seconds[REFERENCE]
+            shown = kind if decoder != "mae" else ""
+            print(
+                f"| {side} | {decoder} | {shown} | {parameters:.2f} | {gigaflops(model, patch):.1f} | {memory:.2f} "
+                f"| {ratio:.2f} |",
+                flush=True,
+            )
+
+
+def step_of(network: Network, patch: tuple[int, ...]) -> Callable[[], None]:
+    """A whole training step on one random patch."""
+    model = build_segmenter(network, 1, 2, drop_path=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    volume, target = torch.randn(1, 1, *patch), torch.randint(2, (1, *patch))
+
+    def step() -> None:
+        loss = segmentation_loss(model(volume), target)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def time_in_turn(steps: dict, rounds: int) -> dict:
+    """Median seconds of each step: one of each per round, so that a slow moment of the machine meets all alike."""
+    seconds = {key: [] for key in steps}
+    for number in range(rounds + 1):
+        for key, step in steps.items():
+            started = time.perf_counter()
+            step()
+            if number:  # the first round warms up
+                seconds[key].append(time.perf_counter() - started)
+    return {key: statistics.median(values) for key, values in seconds.items()}
+
+
+def gigaflops(model: torch.nn.Module, patch: tuple[int, ...]) -> float:
+    """Of a forward pass of encoder and decoder on one patch, two per multiplication and addition."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.randn(1, 1, *patch))
+    return counter.get_total_flops() / 1e9
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""From the token grid towards voxels: what all convolutional decoders share (ViTiac, section 2.4)."""
+
+from __future__ import annotations
+
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nnunet_vit_mae.networks.tokenizer import Triple
+
+
+def doublings(token: Triple) -> list[Triple]:
+    """The factor of each stage, coarse to fine; a short side is doubled first, the longest ones go on to the end."""
+    steps = [side.bit_length() - 1 for side in token]
+    z, y, x = ([2] * n + [1] * (max(steps) - n) for n in steps)
+    return list(zip(z, y, x, strict=True))
+
+
+def stage_widths(narrowest: int, stages: int) -> list[int]:
+    """Channels of each stage, coarse to fine: the last one has the narrowest, each one before it twice as many."""
+    return [narrowest << level for level in reversed(range(stages))]
+
+
+def narrowest_width(encoder_width: int) -> int:
+    """A sixteenth of the encoder's width, in steps of eight channels."""
+    return max(8, 8 * round(encoder_width / 128))
+
+
+def as_map(tokens: Float[Tensor, "b n d"], grid: Triple) -> Float[Tensor, "b d z y x"]:
+    """Tokens at their places in the grid."""
+    z, y, x = grid
+    return rearrange(tokens, "b (z y x) d -> b d z y x", z=z, y=y, x=x)
+
+
+def upsampling(kind: str, in_width: int, out_width: int, factor: Triple) -> nn.Module:
+    """A layer (b in z y x) -> (b out z' y' x') that makes a map larger by a factor of 1 or 2 along each axis.
+
+    `nearest`: nearest-neighbour interpolation and a 3x3x3 convolution, which treats all voxels alike. `transposed`: the
+    usual transposed convolution with kernel and stride equal to the factor, where neighbours come from different
+    weights: that is the checkerboard of figure 6.
+    """
+    if kind == "transposed":
+        return nn.ConvTranspose3d(in_width, out_width, kernel_size=factor, stride=factor)
+    return nn.Sequential(
+        nn.Upsample(scale_factor=factor, mode="nearest"), nn.Conv3d(in_width, out_width, kernel_size=3, padding=1)
+    )
+
+
+def normalised(width: int) -> list[nn.Module]:
+    """InstanceNorm and LeakyReLU as in nnU-Net, for the paper names neither."""
+    return [nn.InstanceNorm3d(width, affine=True), nn.LeakyReLU(0.01, inplace=True)]

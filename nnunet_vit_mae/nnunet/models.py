@@ -1,0 +1,60 @@
+"""Trained models in nnU-Net's results, of any trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.files import read_json
+from nnunet_vit_mae.nnunet.folders import Dataset
+from nnunet_vit_mae.nnunet.plans import Plan
+
+
+@dataclass(frozen=True)
+class Model:
+    """What `nnUNetv2_train` made, with the plans as they were then."""
+
+    plan: Plan
+    trainer: str
+    folds: tuple[str, ...]  # of several, nnU-Net averages the predictions
+    checkpoint: str
+
+    @property
+    def folder(self) -> Path:
+        """Where nnU-Net keeps it."""
+        return self.plan.dataset.results / f"{self.trainer}__{self.plan.plans.plans_name}__{self.plan.name}"
+
+    @property
+    def files(self) -> list[Path]:
+        """A checkpoint for each fold."""
+        return [self.folder / f"fold_{fold}" / self.checkpoint for fold in self.folds]
+
+    def command(self, images: Path, output: Path, device: str) -> list[str]:
+        """What a user types to predict a folder."""
+        plan = self.plan
+        chosen = ["-d", plan.dataset.name, "-c", plan.name, "-p", plan.plans.plans_name, "-tr", self.trainer]
+        chosen += ["-f", *self.folds, "-chk", self.checkpoint, "-device", device]
+        return ["nnUNetv2_predict", "-i", str(images), "-o", str(output), *chosen]
+
+
+def find_model(
+    dataset: Dataset, plans_name: str, configuration: str, *, trainer: str, folds: Sequence[str], checkpoint: str
+) -> Model:
+    """The model that these flags name. Raises `UserError` when a checkpoint is missing, and for a cascade."""
+    folder = dataset.results / f"{trainer}__{plans_name}__{configuration}"
+    for fold in folds:
+        file = folder / f"fold_{fold}" / checkpoint
+        if not file.is_file():
+            raise UserError(
+                f"There is no checkpoint {file}: run nnUNetv2_train {dataset.id} {configuration} {fold} "
+                f"-p {plans_name} -tr {trainer} first, or name another file of that folder with -chk."
+            )
+    plans, dataset_json = PlansManager(read_json(folder / "plans.json")), read_json(folder / "dataset.json")
+    plan = Plan(dataset, plans, configuration, dataset_json)
+    if plan.configuration.previous_stage_name is not None:
+        raise UserError(f"-c {configuration} needs the segmentation of another stage: choose one without with -c.")
+    return Model(plan, trainer, tuple(folds), checkpoint)

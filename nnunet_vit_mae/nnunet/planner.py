@@ -1,0 +1,157 @@
+"""What `mae3d_plan` decides: settings from flags, recipe, encoder and memory, each with its reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.networks.memory import finetuning_memory, pretraining_memory
+from nnunet_vit_mae.nnunet.plans import Plan, changed, destination, settings_of
+from nnunet_vit_mae.planning import GB, TOKEN_BUDGET, Memory, fit_to_memory, in_gb, token_grid
+from nnunet_vit_mae.presets import DECODERS, UPSAMPLINGS, Network, Settings
+from nnunet_vit_mae.transfer import adapt_encoder
+from nnunet_vit_mae.weights import Card, file_hash, load_encoder
+
+RESERVED = 1 * GB  # of a GPU: CUDA itself, workspaces of convolutions, fragmentation
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A row of the table that `mae3d_plan` prints."""
+
+    name: str
+    value: str
+    reason: str
+
+
+class Start(NamedTuple):
+    """An encoder from elsewhere."""
+
+    file: Path
+    tensors: dict[str, Tensor]
+    card: Card
+
+
+def choose_settings(
+    source: Plan, changes: Mapping[str, Any], *, encoder: Path | None = None, memory_target: float | None = None
+) -> tuple[Settings, list[Choice]]:
+    """The source's settings with `changes` (a partial block), for an encoder file and a GPU memory (GB) if given.
+
+    An encoder that the source names is taken as if it were given. Raises `UserError` for bad changes, for an encoder
+    that does not fit, or when nothing fits the memory.
+    """
+    start = _find_start(source, encoder)
+    network, contrasts = dict(changes.get("network", {})), None
+    if start is not None:
+        network = {"size": start.card.size, "token": start.card.token, "adaptive": start.card.adaptive} | network
+    if network.get("adaptive"):
+        contrasts, network = len(source.channel_names), {"decoder": "unetr"} | network
+    origins = {("network", key): "as the encoder" for key in network}
+    origins |= {(section, key): "as given" for section, values in changes.items() for key in values}
+
+    settings = changed(settings_of(source.configuration, contrasts=contrasts), {**changes, "network": network})
+    choices = []
+    if start is not None:
+        settings, choices = _starting_from(source, settings, start)
+    estimate, fitted = _estimator(source, settings), settings
+    if memory_target is not None:
+        fitted = fit_to_memory(
+            settings,
+            source.patch_size,
+            source.configuration.spacing,
+            fixed=origins,
+            target=max(0, int(memory_target * GB) - RESERVED),
+            estimate=estimate,
+        )
+    return fitted, _explain(source, fitted, settings, origins, estimate(fitted)) + choices
+
+
+def _find_start(source: Plan, encoder: Path | None) -> Start | None:
+    if encoder is None and source.settings.encoder.file:
+        encoder = Path(source.settings.encoder.file)
+    return None if encoder is None else Start(encoder.resolve(), *load_encoder(encoder))
+
+
+def _starting_from(source: Plan, settings: Settings, start: Start) -> tuple[Settings, list[Choice]]:
+    """The settings with a foreign encoder in them, if it fits."""
+    file, tensors, card = start
+    place = destination(settings.network, source.configuration, source.dataset_json)
+    try:
+        _, notes = adapt_encoder(tensors, card, place)
+    except UserError as error:
+        raise UserError(f"The encoder {file} does not fit here ({error}): choose others, or another encoder.") from None
+    settings = settings.updated({"encoder": {"file": str(file), "sha256": file_hash(file)}})
+    origin = f"pre-trained on {len(card.cases_seen)} cases of {card.dataset}"
+    return settings, [Choice("encoder", file.name, origin), *(Choice("", "", note) for note in notes)]
+
+
+def _estimator(source: Plan, settings: Settings) -> Callable[[Settings], Memory]:
+    """Memory of a step with other networks and batches; each is rehearsed once, for that takes a second or two."""
+    patch, channels, classes = source.patch_size, len(source.channel_names), source.classes
+
+    @cache
+    def finetuning(network: Network, batch: int) -> int:
+        return finetuning_memory(network, patch, channels, classes, batch)
+
+    @cache
+    def pretraining(network: Network, batch: int) -> int:
+        return pretraining_memory(network, settings.pretraining, patch, channels, batch)
+
+    def estimate(chosen: Settings) -> Memory:
+        network = chosen.network
+        return Memory(
+            finetuning(network, chosen.finetuning.batch_size), pretraining(network, chosen.pretraining.batch_size)
+        )
+
+    return estimate
+
+
+def _explain(
+    source: Plan, settings: Settings, unfitted: Settings, origins: Mapping[tuple[str, str], str], memory: Memory
+) -> list[Choice]:
+    network, before = settings.network, unfitted.network
+
+    def origin(section: str, key: str) -> str:
+        default = f"as in {source.plans.plans_name}" if source.has_block else "default"
+        return origins.get((section, key), default)
+
+    def batch(section: str) -> str:
+        chosen, first = getattr(settings, section).batch_size, getattr(unfitted, section).batch_size
+        return origin(section, "batch_size") if chosen == first else f"{first} halved to fit the memory"
+
+    tokens = f"{math.prod(token_grid(source.patch_size, network.token))} tokens in a patch of {_by(source.patch_size)}"
+    if network.adaptive:
+        tokens += f", for each of up to {len(source.channel_names)} contrasts"
+    token_origin = origin("network", "token")
+    if network.token != before.token:
+        token_origin = "the smallest that fits the memory"
+    elif token_origin == "default":
+        token_origin = f"the smallest of 4, 8, 16 (fewer in thick slices) within {TOKEN_BUDGET} tokens"
+    upsampling = UPSAMPLINGS[network.upsampling] if network.decoder != "mae" else "not used by this decoder"
+    choices = [
+        Choice("size", network.size, origin("network", "size")),
+        Choice("token", _by(network.token), f"{token_origin}: {tokens}"),
+        Choice("decoder", network.decoder, DECODERS[network.decoder]),
+        Choice("upsampling", network.upsampling, upsampling),
+        Choice("batch, fine-tuning", str(settings.finetuning.batch_size), batch("finetuning")),
+        Choice("batch, pre-training", str(settings.pretraining.batch_size), batch("pretraining")),
+    ]
+    if network.tapped_blocks:
+        choices.insert(4, Choice("taps", _by(network.tapped_blocks, ", "), "blocks whose output the decoder takes too"))
+    why = "estimated peak of a step on a GPU, beside about 1 GB for CUDA itself"
+    return [
+        *choices,
+        Choice("memory, fine-tuning", f"{in_gb(memory.finetuning)} GB", why),
+        Choice("memory, pre-training", f"{in_gb(memory.pretraining)} GB", why),
+    ]
+
+
+def _by(numbers: tuple[int, ...], separator: str = " x ") -> str:
+    return separator.join(map(str, numbers))

@@ -1,0 +1,135 @@
+"""An encoder in a place it was not pre-trained for: what fits, what is adapted and said, what is refused.
+
+Positions belong to no checkpoint, so patch size and spacing may differ. Size and token must be equal: they decide the
+shape of every weight. Channels are matched by name. Between an adaptive network (AMAE) and one that stacks its channels
+the tokenizer stays behind (AMAE, section 2.3, second approach).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.presets import contrast
+from nnunet_vit_mae.weights import Card
+
+STANDARDISED = {"CTNormalization", "ZScoreNormalization"}  # both give about mean 0 and deviation 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Destination:
+    """The network and the data that an encoder is to be used with; entries as in its card."""
+
+    size: str
+    token: list[int]
+    adaptive: bool
+    modality_vectors: str
+    channel_names: list[str]
+    normalization: list[str]
+    patch_size: list[int]
+    spacing: list[float]
+
+
+def adapt_encoder(
+    tensors: Mapping[str, Tensor], card: Card, destination: Destination
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors for the destination, and a sentence for everything that differs there.
+
+    What the destination has and the result has not keeps its own weights.
+    Raises `UserError`, with all reasons, when the encoder cannot be used there.
+    """
+    refused = [
+        f"{name} {getattr(card, name)} there, {getattr(destination, name)} here"
+        for name in ("size", "token")
+        if getattr(card, name) != getattr(destination, name)
+    ]
+    there, here = set(card.normalization), set(destination.normalization)
+    if there != here and not there | here <= STANDARDISED:
+        refused.append(f"intensities normalised by {_list(sorted(there))} there, {_list(sorted(here))} here")
+    if card.adaptive and destination.adaptive and card.modality_vectors != destination.modality_vectors:
+        refused.append(f"modality vectors {card.modality_vectors} there, {destination.modality_vectors} here")
+    if refused:
+        raise UserError("; ".join(refused))
+
+    notes = [
+        f"{name} {getattr(card, key)} there, {getattr(destination, key)} here{consequence}."
+        for key, name, consequence in (
+            ("patch_size", "Patch", ": positions are rebuilt for it"),
+            ("spacing", "Spacing (mm)", ": a token has another length"),
+        )
+        if getattr(card, key) != getattr(destination, key)
+    ]
+    if there != here:
+        notes.append(f"Intensities were normalised by {_list(sorted(there))}, here by {_list(sorted(here))}.")
+    adapted = dict(tensors)
+    if card.adaptive != destination.adaptive:
+        adapted = {name: tensor for name, tensor in tensors.items() if not name.startswith("tokenizer.")}
+        way = "takes one contrast at a time" if card.adaptive else "stacks all contrasts"
+        notes.append(f"Tokenizer: the pre-trained one {way}, this network does not, so it starts with a new one.")
+    elif card.channel_names != destination.channel_names:
+        match = _match_modality_vectors if card.adaptive else _match_channels
+        changed, note = match(tensors, card.channel_names, destination.channel_names)
+        adapted |= changed
+        notes.append(
+            f"Tokenizer: made for {_list(card.channel_names)}, used for {_list(destination.channel_names)}{note}."
+        )
+    return adapted, notes
+
+
+def _match_channels(
+    tensors: Mapping[str, Tensor], there: Sequence[str], here: Sequence[str]
+) -> tuple[dict[str, Tensor], str]:
+    """A stacking tokenizer's weight (width, channels x voxels) for other channels.
+
+    With new channels the whole is scaled by old / new number, so that a token's embedding stays about as large.
+    """
+    weight = tensors["tokenizer.projection.weight"]
+    kernels, new, note = _by_name(rearrange(weight, "width (c voxels) -> c width voxels", c=len(there)), there, here)
+    if new and len(there) != len(here):
+        kernels = kernels * (len(there) / len(here))
+        note += f", all scaled by {len(there)}/{len(here)}"
+    matched = rearrange(kernels, "c width voxels -> width (c voxels)").contiguous()
+    return {"tokenizer.projection.weight": matched}, note
+
+
+def _match_modality_vectors(
+    tensors: Mapping[str, Tensor], there: Sequence[str], here: Sequence[str]
+) -> tuple[dict[str, Tensor], str]:
+    """An adaptive tokenizer's learned vectors, or the columns that one-hot vectors choose, for other contrasts."""
+    if "tokenizer.vectors.table" in tensors:
+        table, _, note = _by_name(tensors["tokenizer.vectors.table"], there, here)
+        return {"tokenizer.vectors.table": table}, note
+    columns, _, note = _by_name(tensors["tokenizer.factors.weight"].T, there, here)
+    return {"tokenizer.factors.weight": columns.T.contiguous()}, note
+
+
+def _by_name(entries: Tensor, there: Sequence[str], here: Sequence[str]) -> tuple[Tensor, list[str], str]:
+    """Entries (first axis: contrasts) for other contrasts, which of them are new, and both as text.
+
+    An entry of the same name (see `presets.contrast`) is kept; a new one is the mean over all.
+    """
+    slots = {key: number for number, key in enumerate(_keys(there))}
+    matches = [slots.get(key) for key in _keys(here)]
+    mean = entries.mean(dim=0)
+    chosen = torch.stack([mean if slot is None else entries[slot] for slot in matches])
+    known = [name for name, slot in zip(here, matches, strict=True) if slot is not None]
+    new = [name for name, slot in zip(here, matches, strict=True) if slot is None]
+    note = f"; {_list(known)} by name" if known else ""
+    if new:
+        note += f"; {_list(new)} from the mean over its channels"
+    return chosen, new, note
+
+
+def _keys(names: Sequence[str]) -> list[tuple[str, int]]:
+    """What channels are matched by: the name, and which of those that share it."""
+    called = [contrast(name) for name in names]
+    return [(name, called[:number].count(name)) for number, name in enumerate(called)]
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names)

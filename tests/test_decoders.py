@@ -1,0 +1,357 @@
+"""Segmentation decoders and the segmenter: shapes, places, what feeds what, and that every weight learns."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
+from nnunet_vit_mae.networks.decoders.upscale import UpscaleDecoder
+from nnunet_vit_mae.networks.encoder import Encoded
+from nnunet_vit_mae.networks.segmenter import Segmenter
+from nnunet_vit_mae.networks.tokenizer import Triple, padded
+from nnunet_vit_mae.networks.upsampling import as_map, doublings, narrowest_width, stage_widths, upsampling
+from nnunet_vit_mae.presets import DECODERS, SIZES, TOKEN_SIDES, UPSAMPLINGS, Network
+
+TOKEN, SIDES = (2, 4, 8), (7, 5, 17)
+VOLUMES = {  # for each token three unequal sides that it does not divide; unequal numbers of tokens but for the largest
+    (4, 4, 4): (3, 5, 9),
+    (8, 8, 8): (5, 9, 19),
+    (16, 16, 16): (5, 9, 19),
+    (2, 8, 8): (5, 9, 3),
+    (8, 4, 2): (5, 9, 3),
+    (1, 1, 1): (3, 5, 7),
+}
+FEW_TOKENS = {TOKEN: SIDES, (32, 4, 2): (5, 7, 9), (1, 1, 1): (3, 5, 7)}
+
+kinds = st.sampled_from(sorted(UPSAMPLINGS))
+decoders = st.sampled_from(sorted(DECODERS))
+tokens = st.tuples(*[st.sampled_from((1, 2, 4, 8))] * 3)
+factors = st.tuples(*[st.sampled_from((1, 2))] * 3)
+unequal_sides = st.lists(st.integers(1, 13), min_size=3, max_size=3, unique=True)
+few = settings(max_examples=25, deadline=None)
+
+
+def random_volume(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def segmenter(
+    decoder: str, token: Triple = TOKEN, channels: int = 2, classes: int = 3, *, drop_path=0.0, seed=0, **choices
+) -> Segmenter:
+    torch.manual_seed(seed)
+    network = Network(size="XS", token=token, decoder=decoder, **choices)
+    return build_segmenter(network, channels, classes, drop_path=drop_path)
+
+
+def encoded(token: Triple, grid: Triple, *, width: int = 96, taps: int = 0) -> Encoded:
+    """What an encoder could have given for two samples with two channels, in double precision."""
+    states = random_volume(1 + taps, 2, math.prod(grid), width).double()
+    volume = random_volume(2, 2, *(side * n for side, n in zip(token, grid, strict=True)), seed=1).double()
+    return Encoded(states[0], list(states[1:]), volume, grid)
+
+
+# ---------- from the token grid towards voxels
+
+
+@few
+@given(token=st.tuples(*[st.sampled_from(TOKEN_SIDES)] * 3))
+def test_doublings_end_at_the_voxels_and_are_as_many_as_the_longest_side_needs(token):
+    steps = doublings(token)
+    assert tuple(math.prod(factor[axis] for factor in steps) for axis in range(3)) == token
+    assert 2 ** len(steps) == max(token)
+
+
+def test_doublings_take_short_sides_first():
+    assert doublings((2, 8, 4)) == [(2, 2, 2), (1, 2, 2), (1, 2, 1)]
+
+
+def test_stages_halve_their_width_down_to_the_narrowest():
+    assert stage_widths(16, 4) == [128, 64, 32, 16]
+    assert stage_widths(8, 1) == [8]
+    assert stage_widths(8, 0) == []
+
+
+@pytest.mark.parametrize(("size", "width"), [("XS", 8), ("S", 16), ("M", 32), ("B", 48), ("L", 64)])
+def test_the_narrowest_width_is_a_sixteenth_of_the_encoders_in_steps_of_eight(size, width):
+    assert narrowest_width(SIZES[size].width) == width
+
+
+@few
+@given(grid=st.tuples(*[st.integers(1, 4)] * 3))
+def test_a_map_has_its_tokens_in_the_order_z_y_x(grid):
+    states = random_volume(2, math.prod(grid), 3)
+    places = as_map(states, grid)
+    assert places.shape == (2, 3, *grid)
+    for number, (z, y, x) in enumerate(itertools.product(*map(range, grid))):
+        assert torch.equal(places[:, :, z, y, x], states[:, number])
+
+
+@few
+@given(kind=kinds, factor=factors, sides=st.tuples(*[st.integers(1, 4)] * 3))
+def test_upsampling_multiplies_the_sides_by_the_factor(kind, factor, sides):
+    larger = upsampling(kind, 3, 5, factor)(random_volume(2, 3, *sides))
+    assert larger.shape == (2, 5, *(n * side for n, side in zip(factor, sides, strict=True)))
+
+
+def unevenness(kind: str, factor: Triple) -> float:
+    """How far the voxels of a constant map, upsampled, are apart away from its border."""
+    torch.manual_seed(0)
+    constant = random_volume(2, 3, 1, 1, 1).double().expand(2, 3, 3, 4, 5)
+    inside = upsampling(kind, 3, 5, factor).double()(constant)[:, :, 1:-1, 1:-1, 1:-1].flatten(2)
+    return (inside.amax(2) - inside.amin(2)).max().item()
+
+
+@pytest.mark.parametrize("factor", [(2, 2, 2), (1, 2, 2), (2, 1, 1)])
+def test_only_transposed_convolutions_lay_a_checkerboard_over_a_constant_map(factor):
+    assert unevenness("nearest", factor) < 1e-12
+    assert unevenness("transposed", factor) > 0.1
+
+
+# ---------- decoders
+
+REACH = [  # convolutions that a change passes on each level of resolution
+    ("upscale", "nearest", "tokens", 1),
+    ("upscale", "transposed", "tokens", 0),
+    ("sfpn", "nearest", "tokens", 3),
+    ("sfpn", "transposed", "tokens", 2),
+    ("unetr", "nearest", "tokens", 3),
+    ("unetr", "nearest", "hidden", 3),
+    ("unetr", "transposed", "tokens", 2),
+    ("unetr", "transposed", "hidden", 2),
+]
+
+
+def touched(decoder: nn.Module, first: Encoded, second: Encoded) -> torch.Tensor:
+    """Where logits differ (b z y x), without the norms, which look at the whole volume."""
+    for module in list(decoder.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.InstanceNorm3d):
+                setattr(module, name, nn.Identity())
+    with torch.no_grad():
+        return (decoder.double()(first) != decoder.double()(second)).any(1)
+
+
+@pytest.mark.parametrize(("decoder", "kind", "part", "convolutions"), REACH)
+def test_a_token_changes_its_own_voxels_and_those_that_convolutions_reach(decoder, kind, part, convolutions):
+    token, grid = (1, 2, 4), (15, 9, 7)
+    given = encoded(token, grid, taps=decoder == "unetr")
+    nudge = torch.zeros_like(given.tokens)
+    nudge[1, (7 * 9 + 4) * 7 + 3] = 1.0  # token (7, 4, 3) of sample 1
+    nudged = {"tokens": given.tokens + nudge, "hidden": [state + nudge for state in given.hidden]}
+    z, y, x = (convolutions * cells for cells in (1 + 1, 1 + 1, 2 + 1))  # cells of 1 x 1 x 2 and 1 x 1 x 1 voxels
+    expected = torch.zeros(2, 15, 18, 28, dtype=torch.bool)
+    expected[1, 7 - z : 8 + z, 8 - y : 10 + y, 12 - x : 16 + x] = True
+    decode = segmenter(decoder, token, upsampling=kind).decoder
+    assert torch.equal(touched(decode, given, given._replace(**{part: nudged[part]})), expected)
+
+
+def test_a_voxel_of_the_image_changes_the_logits_around_it_in_unetr():
+    given = encoded((2, 4, 4), (5, 3, 4), taps=1)
+    other = given._replace(volume=given.volume.clone())
+    other.volume[1, 0, 5, 6, 7] += 1.0
+    expected = torch.zeros(2, 10, 12, 16, dtype=torch.bool)
+    expected[1, 1:10, 2:11, 3:12] = True  # four convolutions of width 3
+    assert torch.equal(touched(segmenter("unetr", (2, 4, 4)).decoder, given, other), expected)
+
+
+@pytest.mark.parametrize("decoder", sorted(DECODERS.keys() - {"unetr"}))
+def test_other_decoders_build_on_the_last_tokens_alone(decoder):
+    network = segmenter(decoder)
+    given = encoded(TOKEN, (4, 2, 3))
+    other = given._replace(hidden=[given.tokens + 1] * 2, volume=given.volume + 1)
+    decode = network.decoder.double()
+    assert network.taps == ()
+    assert torch.equal(decode(given), decode(other))
+
+
+def recorded(network: Segmenter, volume: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """First input and output of every module."""
+    seen = {}
+    for name, module in network.named_modules():
+        module.register_forward_hook(lambda _, given, output, name=name: seen.update({name: (given[0], output)}))
+    with torch.no_grad():
+        network(volume)
+    return seen
+
+
+@pytest.mark.parametrize(("taps", "early", "late"), [((), 2, 4), ((1, 3), 1, 3), ((2, 2), 2, 2)])
+def test_unetr_feeds_the_image_to_the_finest_skip_and_later_blocks_to_coarser_ones(taps, early, late):
+    volume = random_volume(2, 2, *SIDES)
+    seen = recorded(segmenter("unetr", taps=taps), volume)
+    blocks = {n: as_map(seen[f"encoder.transformer.blocks.{n - 1}"][1], (4, 2, 3)) for n in (1, 2, 3, 4)}
+    assert torch.equal(seen["decoder.expand"][0], as_map(seen["encoder.transformer.norm"][1], (4, 2, 3)))
+    assert torch.equal(seen["decoder.skips.0"][0], blocks[late])
+    assert torch.equal(seen["decoder.skips.1"][0], blocks[early])
+    assert torch.equal(seen["decoder.stem"][0], padded(volume, TOKEN))
+    shapes = [tuple(seen[f"decoder.{name}"][1].shape[1:]) for name in ("skips.0", "skips.1", "stem")]
+    assert shapes == [(64, 8, 4, 6), (32, 8, 8, 12), (16, 8, 8, 24)]
+    assert [seen[f"decoder.expand.stages.{i}.block"][1].shape[1:] for i in range(3)] == shapes
+
+
+def test_sfpn_makes_a_level_for_every_stage_from_the_last_map():
+    seen = recorded(segmenter("sfpn"), random_volume(2, 2, *SIDES))
+    last = as_map(seen["encoder.transformer.norm"][1], (4, 2, 3))
+    assert all(torch.equal(seen[f"decoder.{name}"][0], last) for name in ("expand", "pyramid.0", "pyramid.1"))
+    assert torch.equal(seen["decoder.pyramid.2"][0], last)
+    shapes = [tuple(seen[f"decoder.pyramid.{i}"][1].shape[1:]) for i in range(3)]
+    assert shapes == [(32, 8, 4, 6), (16, 8, 8, 12), (8, 8, 8, 24)]
+    assert [seen[f"decoder.expand.stages.{i}.block"][1].shape[1:] for i in range(3)] == shapes
+
+
+def test_upscale_ends_at_a_sixteenth_of_the_width_and_halves_towards_it():
+    decoder = UpscaleDecoder(240, token=(2, 8, 4), classes=3, kind="nearest")
+    convolutions = [module for module in decoder.modules() if isinstance(module, nn.Conv3d)]
+    assert [c.in_channels for c in convolutions] == [240, 64, 32, 16]
+
+
+def test_without_doublings_the_logits_of_upscale_come_from_the_voxels_own_token():
+    decoder = UpscaleDecoder(6, token=(1, 1, 1), classes=3, kind="nearest").double()
+    given, logits = encoded((1, 1, 1), (2, 3, 4), width=6), torch.empty(2, 3, 2, 3, 4, dtype=torch.float64)
+    weight, bias = decoder.head.weight.detach().flatten(1), decoder.head.bias.detach()
+    for b, z, y, x in itertools.product(range(2), range(2), range(3), range(4)):
+        logits[b, :, z, y, x] = weight @ given.tokens[b, (z * 3 + y) * 4 + x] + bias
+    assert torch.allclose(decoder(given), logits)
+
+
+def test_the_outputs_of_mae_are_classes_then_voxels():
+    decoder = segmenter("mae").decoder.double()
+    with torch.no_grad():
+        decoder.decoder.head.weight.zero_()
+        decoder.decoder.head.bias.copy_(torch.arange(3 * 64))
+        logits = decoder(encoded(TOKEN, (1, 2, 3)))
+    # voxel (1, 6, 21) is in token (0, 1, 2), at (1, 2, 5): (1 * 4 + 2) * 8 + 5 = 53
+    assert logits[:, :, 1, 6, 21].tolist() == [[53, 64 + 53, 128 + 53]] * 2
+
+
+# ---------- segmenter
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("token", VOLUMES, ids=str)
+@pytest.mark.parametrize(
+    ("decoder", "kind"), [pair for pair in itertools.product(DECODERS, UPSAMPLINGS) if pair != ("mae", "transposed")]
+)
+def test_a_segmenter_trains_all_its_parameters_and_predicts_the_same_when_reloaded(
+    decoder, kind, token, channels, classes
+):
+    chosen = {"upsampling": kind, "drop_path": 0.1}
+    network = segmenter(decoder, token, channels, classes, **chosen).train()
+    volume = random_volume(2, channels, *VOLUMES[token])
+    logits = network(volume)
+    assert logits.shape == (2, classes, *VOLUMES[token])
+    assert logits.dtype == torch.float32
+    logits.square().mean().backward()
+    unused = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert unused == []
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        fresh = segmenter(decoder, token, channels, classes, seed=1, **chosen).eval()
+        fresh.load_state_dict(network.state_dict())
+        assert torch.equal(fresh(volume), network.eval()(volume))
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_segmenter_trains_in_distributed_processes(decoder):
+    network = DistributedDataParallel(segmenter(decoder, drop_path=0.1).train(), find_unused_parameters=False)
+    optimizer = torch.optim.AdamW(network.parameters())
+    for _ in range(2):  # the second step finds parameters that the first one left out
+        optimizer.zero_grad()
+        network(random_volume(2, 2, *SIDES)).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", UPSAMPLINGS)
+@pytest.mark.parametrize("token", FEW_TOKENS, ids=str)
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_every_weight_of_a_segmenter_matters(decoder, token, kind):
+    network = segmenter(decoder, token, upsampling=kind)
+    logits = network(random_volume(2, 2, *FEW_TOKENS[token]))
+    (logits * random_volume(*logits.shape, seed=1)).sum().backward()
+    idle = [name for name, p in network.named_parameters() if p.ndim > 1 and not p.grad.any()]
+    assert idle == []
+
+
+@few
+@given(sides=unequal_sides, token=tokens, decoder=decoders, kind=kinds)
+def test_a_segmenter_takes_any_volume_and_its_decoder_covers_whole_tokens(sides, token, decoder, kind):
+    network = segmenter(decoder, token, upsampling=kind).eval()
+    volume = random_volume(2, 2, *sides)
+    with torch.no_grad():
+        logits = network(volume)
+        whole = network.decoder(network.encoder.encode(volume, network.taps))
+    z, y, x = sides
+    assert whole.shape == (2, 3, *padded(volume, token).shape[2:])
+    assert torch.equal(logits, whole[:, :, :z, :y, :x])
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", UPSAMPLINGS)
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_segmenter_treats_each_sample_for_itself(decoder, kind):
+    network = segmenter(decoder, drop_path=0.5, upsampling=kind).double().eval()
+    volume = random_volume(3, 2, *SIDES).double()
+    with torch.no_grad():
+        one_by_one = torch.cat([network(sample[None]) for sample in volume])
+        assert torch.allclose(network(volume), one_by_one, atol=1e-6)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_segmenter_stores_nothing_but_its_parameters(decoder):
+    network = segmenter(decoder)
+    assert set(network.state_dict()) == {name for name, _ in network.named_parameters()}
+    assert not any("position" in name for name in network.state_dict())
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_an_outer_autocast_does_not_lower_the_precision(decoder):
+    network = segmenter(decoder).eval()
+    volume = random_volume(2, 2, *SIDES)
+    with torch.no_grad():
+        plain = network(volume)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(network(volume), plain)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_logits_are_float32_in_whatever_precision_the_network_works(decoder):
+    network = segmenter(decoder).double().eval()
+    assert network(random_volume(2, 2, *SIDES).double()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_pretrained_encoder_fits_the_segmenter(decoder):
+    network = Network(size="XS", token=TOKEN, decoder=decoder)
+    pretrained = build_autoencoder(network, 2, mask_ratio=0.5).encoder.state_dict()
+    segmenter(decoder).encoder.load_state_dict(pretrained, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "steps", "lr"), [("unetr", 30, 3e-3), ("sfpn", 45, 1e-2), ("upscale", 60, 5e-3), ("mae", 100, 1e-3)]
+)
+def test_a_segmenter_can_overfit_a_batch(decoder, steps, lr):
+    network = segmenter(decoder).train()
+    volume = random_volume(2, 2, *SIDES)
+    labels = torch.zeros(2, *SIDES, dtype=torch.long)
+    labels[0, 1:5, 1:4, 3:12] = 1
+    labels[1, 3:, 2:, :6] = 2
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lr)
+    losses = []
+    for _ in range(steps):
+        loss = functional.cross_entropy(network(volume), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+    predicted = network(volume).argmax(1)
+    assert (predicted == labels)[labels > 0].float().mean() > 0.8

@@ -1,0 +1,161 @@
+"""The commands for studies with any number of contrasts, typed one after the other on a tiny data set."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from conftest import Workspace, blob, write_case
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_vit_mae.nnunet.plans import settings_for, settings_of
+from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerAMAE
+from nnunet_vit_mae.weights import load_encoder
+
+pytestmark = pytest.mark.slow
+
+DATASET = "Dataset902_Contrasts"
+NAMES = {"0": "T1", "1": "FLAIR", "2": "T2"}
+WITHOUT_T2 = {"train_1", "train_4", "test_1", "pool_0"}
+TRAIN = ("902", "3d_fullres", "0", "-device", "cpu", "-p")
+
+
+class Studies(Workspace):
+    """The same kind of workspace with the other data set in it."""
+
+    dataset = DATASET
+
+
+def write_study(folder, case, seed):
+    channels, label = blob(seed)
+    channels.append(channels[0] + 0.5 * channels[1])
+    kept = channels[:2] if case in WITHOUT_T2 else channels
+    write_case(folder, case, kept, None if folder.name == "imagesUn" else label)
+
+
+@pytest.fixture(scope="module")
+def typed(tmp_path_factory):
+    studies = Studies(tmp_path_factory.mktemp("studies") / "nnunet")
+    for number in range(6):
+        write_study(studies.raw / "imagesTr", f"train_{number}", number)
+    for number in range(2):
+        write_study(studies.raw / "imagesUn", f"pool_{number}", 10 + number)
+        write_study(studies.raw / "imagesTs", f"test_{number}", 20 + number)
+    description = {
+        "channel_names": NAMES,
+        "labels": {"background": 0, "blob": 1},
+        "numTraining": 6,
+        "file_ending": ".nii.gz",
+    }
+    (studies.raw / "dataset.json").write_text(json.dumps(description))
+    studies.type(*"mae3d_fill_contrasts -d 902".split())
+    studies.type(*"nnUNetv2_plan_and_preprocess -d 902 -c 3d_fullres -np 1 -npfp 1".split())
+    studies.type(*"mae3d_preprocess -d 902 -np 1".split())
+    flags = "--recipe quick --adaptive --token 4 --epochs 1 --iterations 2 --batch_size 2"
+    studies.type(*f"mae3d_plan -d 902 -o Any {flags} --decoder unetr".split())
+    return studies
+
+
+def log_of(studies, trainer):
+    folder = studies.results / f"{trainer}__Any__3d_fullres" / "fold_0"
+    return "\n".join(file.read_text() for file in sorted(folder.glob("training_log*.txt")))
+
+
+def predict(studies, trainer, output):
+    arguments = f"-i {studies.raw / 'imagesTs'} -o {output} -d 902 -c 3d_fullres -f 0 -p Any -device cpu"
+    studies.type("nnUNetv2_predict", *arguments.split(), "-tr", trainer)
+    return {file.name: sitk.GetArrayFromImage(sitk.ReadImage(str(file))) for file in output.glob("*.nii.gz")}
+
+
+def test_without_an_encoder_training_names_the_command_that_makes_an_adaptive_one(typed):
+    done = typed.type("nnUNetv2_train", *TRAIN, "Any", "-tr", "nnUNetTrainerAMAE", code=2)
+    assert "mae3d_pretrain -d 902 -c 3d_fullres -p Any --adaptive first" in done.stderr
+    assert "-tr nnUNetTrainerAMAEScratch" in done.stderr
+
+
+def test_adaptive_pretraining_writes_an_encoder_that_knows_its_contrasts(typed):
+    typed.type(*"mae3d_pretrain -d 902 -p Any --epochs 2 --batch_size 4 -device cpu".split())
+    folder = typed.results / "mae3d_pretrain__Any__3d_fullres" / "fold_all"
+    tensors, card = load_encoder(folder / "encoder.safetensors")
+    assert card.adaptive
+    assert card.channel_names == ["T1", "FLAIR", "T2"]
+    assert tensors["tokenizer.factors.weight"].shape == (2 * 96, 3)
+    assert len(list((folder / "reconstructions").iterdir())) == 2
+
+
+def test_the_flag_alone_makes_pretraining_adaptive(typed):
+    typed.type(*"mae3d_plan -d 902 -o Plain --recipe quick --token 4".split())
+    typed.type(*"mae3d_pretrain -d 902 -p Plain --adaptive --epochs 1 --batch_size 4 -device cpu".split())
+    folder = typed.results / "mae3d_pretrain__Plain__3d_fullres" / "fold_all"
+    assert load_encoder(folder / "encoder.safetensors")[1].adaptive
+
+
+def test_both_routes_start_from_the_same_encoder(typed, tmp_path):
+    typed.type("nnUNetv2_train", *TRAIN, "Any", "-tr", "nnUNetTrainerAMAE")
+    assert "tensors; pre-trained on 8 cases" in log_of(typed, "nnUNetTrainerAMAE")
+    typed.type("nnUNetv2_train", *TRAIN, "Any", "-tr", "nnUNetTrainerViTMAE")
+    log = log_of(typed, "nnUNetTrainerViTMAE")
+    assert "the pre-trained one takes one contrast at a time, this network does not" in log
+    assert "50 of 52 tensors" in log
+    for trainer in ("nnUNetTrainerAMAE", "nnUNetTrainerViTMAE"):
+        predictions = predict(typed, trainer, tmp_path / trainer)
+        assert set(predictions) == {"test_0.nii.gz", "test_1.nii.gz"}  # the second one lacks a contrast
+
+
+def test_the_adaptive_network_trains_from_random_weights_too(typed):
+    typed.type("nnUNetv2_train", *TRAIN, "Any", "-tr", "nnUNetTrainerAMAEScratch")
+    folder = typed.results / "nnUNetTrainerAMAEScratch__Any__3d_fullres" / "fold_0"
+    assert (folder / "checkpoint_final.pth").is_file()
+
+
+def test_a_trained_network_does_not_mind_the_order_of_the_contrasts(typed):
+    """Channels and modality vectors in another order: the same segmentation of the same study."""
+    folder = typed.results / "nnUNetTrainerAMAE__Any__3d_fullres"
+    plans = PlansManager(json.loads((folder / "plans.json").read_text()))
+    configuration = plans.get_configuration("3d_fullres")
+    weights = torch.load(folder / "fold_0" / "checkpoint_final.pth", weights_only=False)["network_weights"]
+    order = [2, 0, 1]
+    shuffled = {name: tensor[:, order] if "factors.weight" in name else tensor for name, tensor in weights.items()}
+    volume = torch.randn(2, 3, *configuration.patch_size)
+    volume[1, 2] = 0
+    logits = []
+    for state, images in ((weights, volume), (shuffled, volume[:, order])):
+        network = nnUNetTrainerAMAE.build_network_architecture(plans, configuration, 3, 2, False).double().eval()
+        network.load_state_dict(state)
+        with torch.no_grad():
+            logits.append(network(images.double()))
+    assert any(not torch.equal(weights[name], shuffled[name]) for name in weights)
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
+    assert torch.equal(logits[0].argmax(1), logits[1].argmax(1))
+
+
+def test_a_task_with_fewer_and_other_contrasts_starts_from_the_encoder(typed, tmp_path):
+    encoder = typed.results / "mae3d_pretrain__Any__3d_fullres" / "fold_all" / "encoder.safetensors"
+    copy = tmp_path / "nnunet"
+    shutil.copytree(typed.root, copy)
+    other = Studies(copy)
+    shutil.rmtree(other.results)
+    file = other.preprocessed / "dataset.json"
+    description = json.loads(file.read_text())
+    file.write_text(json.dumps(description | {"channel_names": {"0": "flair", "1": "T1w", "2": "SWI"}}))
+    done = other.type(
+        *"mae3d_plan -d 902 -o From --epochs 1 --iterations 1 --batch_size 2 --encoder".split(), str(encoder)
+    )
+    assert "flair, T1w by name; SWI from the mean" in done.stdout
+    other.type(*"nnUNetv2_train 902 3d_fullres 0 -p From -device cpu -tr nnUNetTrainerAMAE".split())
+    folder = other.results / "nnUNetTrainerAMAE__From__3d_fullres" / "fold_0"
+    assert "SWI from the mean" in next(folder.glob("training_log*.txt")).read_text()
+
+
+def test_pretraining_and_fine_tuning_agree_on_plans_that_say_nothing(typed):
+    configuration = PlansManager(json.loads((typed.preprocessed / "nnUNetPlans.json").read_text())).get_configuration(
+        "3d_fullres"
+    )
+    adaptive, stacked = (settings_for(configuration, 3, adaptive=choice).network for choice in (True, False))
+    assert (adaptive.adaptive, adaptive.decoder) == (True, "unetr")
+    protocol = settings_for(configuration, 3, adaptive=True).pretraining
+    assert (protocol.mask_ratio, protocol.norm_pix) == (0.7, False)  # AMAE, section 2.4
+    assert stacked == settings_of(configuration).network
+    assert np.prod(adaptive.token) >= np.prod(stacked.token)

@@ -1,0 +1,87 @@
+"""The planner's estimate of training memory: against the memory that real steps take, and against arithmetic."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nnunet_vit_mae.networks.build import build_segmenter
+from nnunet_vit_mae.networks.memory import finetuning_memory, pretraining_memory
+from nnunet_vit_mae.networks.positions import sine_cosine_positions
+from nnunet_vit_mae.presets import DECODERS, Network, Pretraining
+
+PATCH = (14, 18, 22)
+BYTES_PER_PARAMETER = 16  # weight, gradient and two moments of AdamW, in fp32
+
+
+def load_benchmark():
+    file = Path(__file__).parent.parent / "benchmarks" / "memory.py"
+    specification = importlib.util.spec_from_file_location("memory_benchmark", file)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+benchmark = load_benchmark()
+MEASURED = [
+    benchmark.Case("finetuning", "S", (8, 8, 8), "upscale", "nearest", 2),
+    benchmark.Case("finetuning", "S", (8, 8, 8), "sfpn", "transposed", 2),
+    benchmark.Case("finetuning", "S", (2, 8, 8), "unetr", "nearest", 1),
+    benchmark.Case("finetuning", "S", (4, 4, 4), "mae", "nearest", 1),
+    benchmark.Case("finetuning", "M", (16, 16, 16), "unetr", "nearest", 2),
+    benchmark.Case("pretraining", "S", (8, 8, 8), "mae", "nearest", 8),
+    benchmark.Case("pretraining", "M", (8, 8, 8), "mae", "nearest", 4),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
+@pytest.mark.parametrize("case", MEASURED, ids=lambda case: f"{case.phase}-{case.size}-{case.token[2]}-{case.decoder}")
+def test_the_estimate_is_within_a_quarter_of_what_a_step_takes(case):
+    ((_, sizes),) = benchmark.compare([case])
+    assert sizes.estimated == pytest.approx(sizes.measured, rel=0.25)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_memory_grows_with_the_batch_from_what_weights_and_moments_take(decoder, on_gpu):
+    network = Network(size="XS", token=(4, 4, 8), decoder=decoder)
+    one, two, three = (finetuning_memory(network, PATCH, 2, 3, batch, on_gpu=on_gpu) for batch in (1, 2, 3))
+    parameters = sum(p.numel() for p in build_segmenter(network, 2, 3, drop_path=0.0).parameters())
+    assert one > BYTES_PER_PARAMETER * parameters
+    assert two > one
+    assert three - two == pytest.approx(two - one, rel=0.2)
+
+
+def test_half_precision_takes_less_but_not_less_than_half():
+    network = Network(size="XS", token=(4, 4, 8), decoder="unetr")
+    half, full = (finetuning_memory(network, (28, 36, 44), 1, 2, 4, on_gpu=on_gpu) for on_gpu in (True, False))
+    assert 0.5 * full < half < 0.9 * full
+
+
+def test_hidden_tokens_cost_less_than_visible_ones():
+    network = Network(size="S", token=(4, 4, 4))
+    few, many = (pretraining_memory(network, Pretraining(mask_ratio=ratio), PATCH, 1, 8) for ratio in (0.9, 0.25))
+    assert few < many
+
+
+def test_smaller_tokens_take_more():
+    small, large = (
+        finetuning_memory(Network(size="XS", token=token, decoder="mae"), (28, 36, 44), 1, 2, 4)
+        for token in ((2, 4, 4), (4, 8, 8))
+    )
+    assert small > 2 * large
+
+
+def test_a_rehearsal_leaves_nothing_behind():
+    network = Network(size="XS", token=(4, 4, 8), decoder="mae")
+    positions = sine_cosine_positions((4, 5, 3), 96, torch.device("cpu")).clone()
+    before = torch.random.get_rng_state()
+    finetuning_memory(network, PATCH, 2, 3, 2)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(sine_cosine_positions((4, 5, 3), 96, torch.device("cpu")), positions)
+    logits = build_segmenter(network, 2, 3, drop_path=0.0)(torch.randn(1, 2, *PATCH))
+    assert logits.isfinite().all()
