@@ -371,6 +371,8 @@ def test_an_absent_contrast_gets_no_gradient_and_all_others_do(kind):
     assert [[c for c in range(3) if of_study[c].any()] for of_study in volume.grad] == MIXED
 
 
+# on some processors the gradient of a 1 x 1 x 1 convolution has other strides than its weight; its values are the same
+@pytest.mark.filterwarnings("ignore:Grad strides do not match bucket view strides")
 @pytest.mark.usefixtures("one_process")
 @both_kinds
 def test_a_segmenter_trains_in_distributed_processes_whatever_contrasts_a_batch_has(kind):
