@@ -1,4 +1,4 @@
-"""Figures: arrays in, PNG files out. Built without pyplot: nothing global is touched and no screen is needed."""
+"""Figures: arrays in, PNG or SVG files out. Built without pyplot: nothing global is touched and no screen is needed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -16,9 +17,10 @@ PLANES = ("z", "y", "x")
 
 
 def save_figure(figure: Figure, file: Path, dpi: int = 120) -> None:
-    """Write a PNG that is whole or not there."""
-    with replacing(file) as temporary:
-        figure.savefig(temporary, dpi=dpi)
+    """Write a PNG or an SVG, by its suffix, that is whole or not there. An equal figure gives an equal file."""
+    metadata = {"Date": None} if file.suffix == ".svg" else None
+    with replacing(file) as temporary, rc_context({"svg.hashsalt": file.stem}):
+        figure.savefig(temporary, dpi=dpi, metadata=metadata)
 
 
 def plot_progress(losses: Sequence[float], rates: Sequence[float], file: Path) -> None:

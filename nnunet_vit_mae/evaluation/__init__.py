@@ -1,0 +1,1 @@
+"""Segmentations against references: measures, statistics, clinical groups, figures and a report."""

@@ -1,0 +1,464 @@
+"""Figures of an evaluation: one function each, an `Evaluation` and a label in, a matplotlib figure out.
+
+A model has one colour and one marker in all of them. The colours are Okabe and Ito's, which colour-blind people tell
+apart; the markers do the same in grey.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ParamSpec
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+from nnunet_vit_mae.evaluation.results import MEASURES, Bin, Evaluation, Risk
+from nnunet_vit_mae.plots import save_figure
+
+P = ParamSpec("P")
+
+STYLE = {
+    "font.family": "DejaVu Sans",  # matplotlib has it, so that a figure looks the same everywhere
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.fontsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555555",
+    "axes.axisbelow": True,
+    "grid.color": "#e3e3e3",
+    "grid.linewidth": 0.6,
+    "text.parse_math": False,  # names come from users and may hold a dollar
+}
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")  # not as many as colours: no two of 56 models look the same
+LINE = "#555555"
+WIDTH = 8.0  # inches: a page's width
+PER_ROW = 3  # panels
+TITLES = {"reference_mm3": "Annotated volume", "slice_thickness_mm": "Slice thickness"} | {
+    measure.column: measure.title for measure in MEASURES
+}
+UNITS = {"reference_mm3": "mm³", "slice_thickness_mm": "mm"} | {measure.column: measure.unit for measure in MEASURES}
+
+
+def save_both(figure: Figure, file: Path) -> list[Path]:
+    """Write a PNG to print from and an SVG that stays sharp; `file` has no suffix."""
+    files = [file.with_name(f"{file.name}.{suffix}") for suffix in ("png", "svg")]
+    for path in files:
+        save_figure(figure, path, dpi=200)
+    return files
+
+
+def styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Draw with our style and leave matplotlib's settings as they were."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with rc_context(STYLE):
+            figure = function(*args, **kwargs)
+            figure.draw_without_rendering()  # ticks are made when first drawn, by the settings of that moment
+            return figure
+
+    return wrapped
+
+
+# ---------- measures
+
+
+@styled
+def measures_figure(evaluation: Evaluation, label: str) -> Figure:
+    """Dice and absolute volume difference: a box and a point per case for each model, lines join the same case."""
+    figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr]
+    for axes, column in zip(figure.subplots(1, 2), ("dice", "absolute_difference_mm3"), strict=True):
+        table = _pivot(evaluation, label, column)
+        scale = Scale.around(table) if column != "dice" else None
+        for offset, values in zip(_offsets(len(table)), table, strict=True):
+            axes.plot(np.arange(len(values)) + 0.22 + offset, values, color="#b5b5b5", linewidth=0.5, zorder=1)
+        for place, (model, look) in enumerate(looks(evaluation.models).items()):
+            values = table[:, place]
+            _box(axes, values, place - 0.14, 0.26, look)
+            axes.scatter(place + 0.22 + _offsets(len(values)), values, **look.points(16), zorder=3)
+        axes.set_xticks(range(len(evaluation.models)), [_wrapped(model, 15) for model in evaluation.models])
+        axes.set_xlim(-0.5, len(evaluation.models) - 0.5)
+        axes.grid(axis="y")
+        _name_axis(axes, "y", column, scale)
+    return figure
+
+
+# ---------- volumes
+
+
+@styled
+def bland_altman_figure(evaluation: Evaluation, label: str) -> Figure:
+    """Predicted minus annotated volume over the mean of both, with bias and limits of agreement (ViTiac, figure 4)."""
+    agreements = {entry.model: entry for entry in evaluation.agreements if entry.label == label}
+    figure, panels = _panels(evaluation.models, height=3.3)
+    middles, differences = [], []
+    for axes, (model, look) in zip(panels, looks(evaluation.models).items(), strict=True):
+        annotated, predicted = _volumes(evaluation, model, label)
+        middles.extend((annotated + predicted) / 2)
+        differences.extend(predicted - annotated)
+        axes.scatter((annotated + predicted) / 2, predicted - annotated, **look.points(20), zorder=3)
+        axes.set_title(_wrapped(model, 26), fontweight="bold")
+        axes.set_xlabel("Mean of annotated and predicted (mm³)")
+    lines = [[agreements[m].upper, agreements[m].bias, agreements[m].lower] for m in agreements]
+    low, high = _range([*differences, *(value for three in lines for value in three), 0.0])
+    for number, (axes, model) in enumerate(zip(panels, evaluation.models, strict=True)):
+        axes.axhline(0, color="#c8c8c8", linewidth=0.8, zorder=0)
+        axes.set(xlim=_range([0.0, *middles]), ylim=(low, high))
+        axes.xaxis.set_major_formatter(FuncFormatter(_plain))
+        axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+        axes.locator_params(axis="x", nbins=4)
+        if number % PER_ROW == 0:
+            axes.set_ylabel("Predicted − annotated (mm³)")
+        if model in agreements:
+            entry = agreements[model]
+            named = {"+1.96 SD": entry.upper, "bias": entry.bias, "−1.96 SD": entry.lower}
+            _name_lines(axes, {name: value for name, value in named.items() if math.isfinite(value)}, (low, high))
+    return figure
+
+
+def _name_lines(axes: Axes, values: dict[str, float], limits: tuple[float, float]) -> None:
+    """Draw horizontal lines and write what they are to their right, apart from each other where they are close."""
+    places = _apart(list(values.values()), 0.13 * (limits[1] - limits[0]), limits)
+    for (name, value), place in zip(values.items(), places, strict=True):
+        axes.axhline(value, color="black", linewidth=1.1, linestyle="-" if name == "bias" else "--", zorder=2)
+        weight = "bold" if name == "bias" else "normal"
+        inside = {"xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": False}
+        axes.annotate(f"{name}\n{volume(value)}", (1.03, place), **inside, fontsize=8, fontweight=weight)
+
+
+def _apart(values: Sequence[float], gap: float, limits: tuple[float, float]) -> list[float]:
+    """Descending values moved as little as needed to lie `gap` apart, and within the limits."""
+    middle = len(values) // 2
+    places = list(values)
+    for index in range(middle - 1, -1, -1):
+        places[index] = max(places[index], places[index + 1] + gap)
+    for index in range(middle + 1, len(places)):
+        places[index] = min(places[index], places[index - 1] - gap)
+    shift = max(limits[0] - places[-1], 0.0) - max(places[0] - limits[1], 0.0) if places else 0.0
+    return [place + shift for place in places]
+
+
+@styled
+def scatter_figure(evaluation: Evaluation, label: str) -> Figure:
+    """Predicted over annotated volume with the line of identity; squares are where both are in the same risk group."""
+    risks = {entry.model: entry for entry in evaluation.risks if entry.label == label}
+    pairs = {model: _volumes(evaluation, model, label) for model in evaluation.models}
+    scale = Scale.around(np.concatenate([np.concatenate(pair) for pair in pairs.values()]))
+    figure, panels = _panels(evaluation.models, height=3.2)
+    for number, (axes, (model, look)) in enumerate(zip(panels, looks(evaluation.models).items(), strict=True)):
+        scale.apply(axes, "x")
+        scale.apply(axes, "y")
+        low, high = scale.limits
+        axes.plot([low, high], [low, high], color=LINE, linewidth=1, zorder=2)
+        edges = [low, *(risks[model].cutoffs if model in risks else ()), high]
+        for start, end in zip(edges[:-1], edges[1:], strict=True):
+            if len(edges) > 2:
+                axes.fill_between([start, end], start, end, color="#ececec", linewidth=0, zorder=0)
+        for cutoff in edges[1:-1]:
+            axes.axvline(cutoff, color="#9a9a9a", linewidth=0.7, linestyle=":", zorder=1)
+            axes.axhline(cutoff, color="#9a9a9a", linewidth=0.7, linestyle=":", zorder=1)
+        axes.scatter(*pairs[model], **look.points(20), zorder=3)
+        axes.set_title(_wrapped(model, 26), fontweight="bold")
+        axes.set_box_aspect(1)
+        axes.set_xlabel(f"Annotated volume (mm³{scale.note})")
+        if number % PER_ROW == 0:
+            axes.set_ylabel(f"Predicted volume (mm³{scale.note})")
+    return figure
+
+
+@styled
+def risk_figure(evaluation: Evaluation, label: str) -> Figure:
+    """Risk groups by annotated volume (rows) and by predicted volume (columns) for each model."""
+    risks = {entry.model: entry for entry in evaluation.risks if entry.label == label}
+    models = [model for model in evaluation.models if model in risks]
+    figure, panels = _panels(models, height=3.3)
+    for number, (axes, model) in enumerate(zip(panels, models, strict=True)):
+        risk = risks[model]
+        _confusion(axes, np.array(risk.confusion, dtype=float).reshape(len(risk.groups), len(risk.groups)))
+        names = [_wrapped(group, 12) for group in risk.groups]
+        upright = max(map(len, risk.groups)) * len(names) > 34
+        axes.set_xticks(range(len(names)), names, rotation=90 if upright else 0)
+        axes.set_yticks(range(len(names)), names if number % PER_ROW == 0 else [""] * len(names))
+        axes.set_xlabel("Group by predicted volume")
+        if number % PER_ROW == 0:
+            axes.set_ylabel("Group by annotated volume")
+        axes.set_title(f"{_wrapped(model, 26)}\n", fontweight="bold")
+        axes.annotate(correct(risk), (0.5, 1.02), xycoords="axes fraction", ha="center", va="bottom")
+    return figure
+
+
+def correct(risk: Risk) -> str:
+    """How many cases are in the right group."""
+    share = f" ({risk.correct / risk.n:.0%})" if risk.n else ""
+    return f"{risk.correct} of {risk.n} correct{share}" + ("" if risk.kappa is None else f", κ = {signed(risk.kappa)}")
+
+
+def _confusion(axes: Axes, counts: np.ndarray) -> None:
+    rows = counts.sum(axis=1, keepdims=True)
+    shares = np.divide(counts, rows, out=np.zeros_like(counts), where=rows > 0)
+    axes.pcolormesh(shares, cmap="Blues", vmin=0, vmax=1.15, edgecolors="white", linewidth=1.5)
+    for row, column in np.ndindex(counts.shape):
+        dark, right = shares[row, column] > 0.55, row == column
+        axes.text(
+            column + 0.5,
+            row + 0.5,
+            f"{counts[row, column]:.0f}",
+            ha="center",
+            va="center",
+            color="white" if dark else "black",
+            fontsize=11,
+            fontweight="bold" if right else "normal",
+        )
+    axes.set(xlim=(0, len(counts)), ylim=(len(counts), 0), aspect="equal")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.xaxis.set_major_formatter(FuncFormatter(_plain))
+
+
+# ---------- bins
+
+
+def bin_pairs(evaluation: Evaluation, label: str) -> list[tuple[str, str]]:
+    """What was looked at by what: (measure, quantity) in the order of the evaluation."""
+    return list(dict.fromkeys((entry.measure, entry.quantity) for entry in evaluation.bins if entry.label == label))
+
+
+@styled
+def bins_figure(evaluation: Evaluation, label: str) -> Figure:
+    """Dice by slice thickness, volume difference by annotated volume: boxes (ViTiac, supplementary figure 2)."""
+    pairs = bin_pairs(evaluation, label)
+    figure = Figure(figsize=(WIDTH, 3.2 * len(pairs) + 0.4), layout="constrained")
+    figure.get_layout_engine().set(hspace=0.08)  # type: ignore[union-attr]
+    for axes, (measure, quantity) in zip(figure.subplots(len(pairs), squeeze=False)[:, 0], pairs, strict=True):
+        bins = [b for b in evaluation.bins if (b.label, b.measure, b.quantity) == (label, measure, quantity)]
+        _bins_panel(axes, evaluation, bins)
+    handles = [
+        figure.axes[0].scatter([], [], **look.points(28), label=_wrapped(model, 30))
+        for model, look in looks(evaluation.models).items()
+    ]
+    if len(evaluation.models) > 1:
+        figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)), frameon=False)
+    return figure
+
+
+def _bins_panel(axes: Axes, evaluation: Evaluation, bins: Sequence[Bin]) -> None:
+    measure, quantity = bins[0].measure, bins[0].quantity
+    ranges = sorted({(entry.low, entry.high) for entry in bins})
+    rows = evaluation.cases[evaluation.cases["label"] == bins[0].label]
+    scale = Scale.around(rows[measure].to_numpy(dtype=float)) if measure.endswith("difference_mm3") else None
+    step = 0.8 / len(evaluation.models)
+    for place, (low, high) in enumerate(ranges):
+        if place % 2:
+            axes.axvspan(place - 0.5, place + 0.5, color="#f6f6f6", linewidth=0, zorder=0)
+        for number, (model, look) in enumerate(looks(evaluation.models).items()):
+            size = rows[quantity].to_numpy(dtype=float)
+            inside = (size <= high) & ((size >= low) if place == 0 else (size > low))
+            values = rows[measure].to_numpy(dtype=float)[inside & (rows["model"] == model).to_numpy()]
+            centre = place + (number - (len(evaluation.models) - 1) / 2) * step
+            _box(axes, values, centre, 0.78 * step, look)
+            axes.scatter(centre + step * _offsets(len(values)), values, **look.points(12), zorder=3)
+    counts = {edges: max(entry.n for entry in bins if (entry.low, entry.high) == edges) for edges in ranges}
+    axes.set_xticks(
+        range(len(ranges)),
+        [f"{interval(*edges, first=not place)}\nn = {counts[edges]}" for place, edges in enumerate(ranges)],
+    )
+    axes.set_xlim(-0.5, len(ranges) - 0.5)
+    axes.tick_params(axis="x", length=0)
+    axes.set_xlabel(f"{TITLES.get(quantity, quantity)} ({UNITS.get(quantity, '')})".replace(" ()", ""))
+    axes.grid(axis="y")
+    _name_axis(axes, "y", measure, scale)
+
+
+def interval(low: float, high: float, first: bool) -> str:
+    """A bin in words; all but the first do not hold their lower end."""
+    if low == high:
+        return volume(low)
+    if math.isinf(high):
+        return f"> {volume(low)}"
+    return f"≤ {volume(high)}" if first else f"> {volume(low)} to {volume(high)}"
+
+
+# ---------- parts
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a model is drawn."""
+
+    colour: str
+    marker: str
+
+    def points(self, size: float) -> dict:
+        """Arguments of `scatter`."""
+        return {"s": size, "marker": self.marker, "facecolor": self.colour, "alpha": 0.75, "linewidth": 0}
+
+
+def looks(models: Iterable[str]) -> dict[str, Look]:
+    """A colour and a marker for each model."""
+    return {
+        model: Look(COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)])
+        for number, model in enumerate(models)
+    }
+
+
+@dataclass(frozen=True)
+class Scale:
+    """An axis from zero: linear, or logarithmic above `threshold` where some values dwarf the others."""
+
+    top: float
+    threshold: float | None = None
+
+    @classmethod
+    def around(cls, values: np.ndarray) -> Scale:
+        """Logarithmic when the largest is above eight times the middle."""
+        positive = values[np.isfinite(values) & (values > 0)]
+        if not len(positive):
+            return cls(1.0)
+        top = float(positive.max())
+        if top <= 8 * float(np.median(positive)):
+            return cls(top)
+        lowest = 10.0 ** math.floor(math.log10(np.percentile(positive, 5)))
+        return cls(top, max(lowest, 10.0 ** (math.floor(math.log10(top)) - 3)))  # four powers of ten are enough
+
+    @property
+    def note(self) -> str:
+        return "" if self.threshold is None else ", log scale"
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        if self.threshold is None:
+            return -0.04 * self.top, 1.06 * self.top
+        return -0.25 * self.threshold, 1.4 * self.top
+
+    @property
+    def ticks(self) -> list[float]:
+        assert self.threshold is not None
+        powers = range(round(math.log10(self.threshold)), math.floor(math.log10(self.top)) + 1)
+        steps = (1,) if len(powers) > 2 else (1, 2, 5)
+        ticks = [step * 10.0**power for power in powers for step in steps]
+        return [0.0, *(tick for tick in ticks if tick <= self.limits[1])]
+
+    def apply(self, axes: Axes, axis: str) -> None:
+        """Give the axis x or y this scale."""
+        if self.threshold is not None:
+            getattr(axes, f"set_{axis}scale")("symlog", linthresh=self.threshold, linscale=0.5)
+            getattr(axes, f"set_{axis}ticks")(self.ticks, minor=False)
+            getattr(axes, f"set_{axis}ticks")([], minor=True)
+        getattr(axes, f"{axis}axis").set_major_formatter(FuncFormatter(_plain))
+        getattr(axes, f"set_{axis}lim")(*self.limits)
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """A number with a real minus."""
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def digits_of(value: float) -> int:
+    """Decimals with which a volume has three digits, and never more than three decimals."""
+    if not math.isfinite(value) or value == 0:
+        return 0
+    return min(3, max(0, 2 - math.floor(math.log10(abs(value)))))
+
+
+def volume(value: float) -> str:
+    """A number of mm or mm³ for people: 1,234, 56.7 or 0.12, without zeros that say nothing."""
+    text = f"{value:,.{digits_of(value)}f}"
+    return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", "−")
+
+
+def _plain(value: float, _position: int | None = None) -> str:
+    return f"{value:,.6g}".replace("-", "−")
+
+
+def _name_axis(axes: Axes, axis: str, column: str, scale: Scale | None) -> None:
+    note = ", ".join(filter(None, [UNITS.get(column, ""), scale.note.strip(", ") if scale else ""]))
+    title = "|Volume difference| / annotated volume" if column == "relative_difference" else TITLES.get(column, column)
+    getattr(axes, f"set_{axis}label")(f"{title} ({note})" if note else title)
+    if scale:
+        scale.apply(axes, axis)
+    elif column == "relative_difference":
+        getattr(axes, f"{axis}axis").set_major_formatter(PercentFormatter(1.0, decimals=0))
+        getattr(axes, f"set_{axis}lim")(bottom=0)
+    else:
+        getattr(axes, f"set_{axis}lim")(-0.03, 1.03)
+
+
+def _box(axes: Axes, values: np.ndarray, place: float, width: float, look: Look) -> None:
+    """Median, quartiles, whiskers to 1.5 times their distance, and the mean; of fewer than five values nothing."""
+    values = values[np.isfinite(values)]
+    if len(values) < 5:
+        return
+    axes.boxplot(
+        [values],
+        positions=[place],
+        widths=width,
+        showfliers=False,  # the points are drawn anyway
+        patch_artist=True,
+        manage_ticks=False,
+        showmeans=True,
+        boxprops={"facecolor": f"{look.colour}40", "edgecolor": look.colour, "linewidth": 1},
+        medianprops={"color": "black", "linewidth": 1.4},
+        whiskerprops={"color": look.colour, "linewidth": 1},
+        capprops={"color": look.colour, "linewidth": 1},
+        meanprops={"marker": "D", "markersize": 4.5, "markerfacecolor": "white", "markeredgecolor": "black"},
+        zorder=2,
+    )
+
+
+def _panels(names: Sequence[str], height: float) -> tuple[Figure, list[Axes]]:
+    """A panel of the same size for each name, three in a row."""
+    columns = min(PER_ROW, max(1, len(names)))
+    rows = max(1, math.ceil(len(names) / columns))
+    width = WIDTH if columns == PER_ROW else (4.4 if columns == 1 else 7.2)
+    figure = Figure(figsize=(width, height * rows + (0.6 if columns < PER_ROW else 0)), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
+    return figure, panels[: len(names)]
+
+
+def _pivot(evaluation: Evaluation, label: str, column: str) -> np.ndarray:
+    """A row for each case, a column for each model; NaN where there is no value."""
+    rows = evaluation.cases[evaluation.cases["label"] == label]
+    table = rows.pivot(index="case", columns="model", values=column).reindex(columns=list(evaluation.models))
+    return table.to_numpy(dtype=float)
+
+
+def _volumes(evaluation: Evaluation, model: str, label: str) -> tuple[np.ndarray, np.ndarray]:
+    """Annotated and predicted volume of each case."""
+    rows = evaluation.cases[(evaluation.cases["label"] == label) & (evaluation.cases["model"] == model)]
+    annotated = rows["reference_mm3"].to_numpy(dtype=float)
+    predicted = annotated + rows["difference_mm3"].to_numpy(dtype=float)
+    known = np.isfinite(annotated) & np.isfinite(predicted)
+    return annotated[known], predicted[known]
+
+
+def _range(values: Iterable[float]) -> tuple[float, float]:
+    finite = [float(value) for value in values if math.isfinite(value)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    margin = 0.06 * (high - low) or 1.0
+    return low - margin, high + margin
+
+
+def _offsets(number: int) -> np.ndarray:
+    """Places within ±0.11 that keep neighbours apart and are the same each time."""
+    return (np.arange(number) * 0.6180339887 % 1 - 0.5) * 0.22
+
+
+def _wrapped(name: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(name, width)) or name
+
