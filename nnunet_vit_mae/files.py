@@ -40,3 +40,9 @@ def read_json(file: Path) -> Any:
         raise UserError(f"{file} is a folder, but a JSON file is expected there.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not valid JSON ({error}).") from None
+
+
+def refuse_in_use(folder: Path) -> None:
+    """Raise `UserError` for a folder that has something in it."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} is in use: give a new folder with -o, or remove it.")

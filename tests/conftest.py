@@ -32,8 +32,8 @@ class Workspace:
     @property
     def environment(self) -> Mapping[str, str]:
         folders = {f"nnUNet_{name}": str(self.root / name) for name in ("raw", "preprocessed", "results")}
-        few = {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1", "nnUNet_compile": "f", "OMP_NUM_THREADS": "1"}
-        return os.environ | folders | few | {"nnUNet_extTrainer": str(trainers_folder())}
+        few = {f"nnUNet_{name}": "1" for name in ("n_proc_DA", "def_n_proc", "npp", "nps")} | {"OMP_NUM_THREADS": "1"}
+        return os.environ | folders | few | {"nnUNet_compile": "f"} | {"nnUNet_extTrainer": str(trainers_folder())}
 
     @property
     def raw(self) -> Path:

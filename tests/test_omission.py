@@ -22,8 +22,9 @@ from nnunet_vit_mae.cli import omit as omit_command
 from nnunet_vit_mae.installation import trainers_folder
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.models import find_model
-from nnunet_vit_mae.nnunet.omission import Case, Study, find_channels, link, write_images
+from nnunet_vit_mae.nnunet.omission import Study, find_channels, write_images
 from nnunet_vit_mae.nnunet.omission_table import Row, table
+from nnunet_vit_mae.nnunet.prediction import Case, link
 from nnunet_vit_mae.statistics import compare
 
 few = settings(max_examples=50, deadline=None)
@@ -172,7 +173,7 @@ def oblique_image(file: Path) -> Path:
 @pytest.mark.parametrize("ending", [".nii.gz", ".nrrd"])
 def test_the_second_images_are_zeros_in_the_same_place_and_links(tmp_path, ending):
     images = tuple(oblique_image(tmp_path / "given" / f"a_{number:04d}{ending}") for number in range(3))
-    write_images([Study(Case("a", images, tmp_path / "a"), omitted=(1,), others=True)], tmp_path / "new" / "images")
+    write_images([Study(Case("a", images), tmp_path / "a", omitted=(1,), others=True)], tmp_path / "new" / "images")
     first, zeros, last = (tmp_path / "new" / "images" / image.name for image in images)
     assert first.samefile(images[0])
     assert last.samefile(images[2])
@@ -416,7 +417,7 @@ def test_zeros_are_zeros_after_nnunets_preprocessing(trained, tmp_path, masked):
     channels, _ = blob(20)
     write_case(tmp_path / "images", "a", [channels[0] * (channels[0] > 90), channels[1]])
     images = tuple(sorted((tmp_path / "images").iterdir()))
-    write_images([Study(Case("a", images, tmp_path), omitted=(1,), others=True)], tmp_path / "zeros")
+    write_images([Study(Case("a", images), tmp_path, omitted=(1,), others=True)], tmp_path / "zeros")
     preprocessor = plan.configuration.preprocessor_class(verbose=False)
     files = [str(file) for file in sorted((tmp_path / "zeros").iterdir())]
     volume, *_ = preprocessor.run_case(files, None, plan.plans, plan.configuration, plan.dataset_json)

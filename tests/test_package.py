@@ -47,6 +47,8 @@ FLAGS = {
     "mae3d_features": PLAN_FLAGS | {"-tr", "-f", "-chk", "--case", "-o", "-device"},
     "mae3d_fill_contrasts": {"-h", "--help", "-d"},
     "mae3d_omit": PLAN_FLAGS | {"-tr", "-f", "-chk", "-i", "-r", "--omit", "-o", "-device"},
+    "mae3d_evaluate": {"-h", "--help", "-r", "-p", "-i", "-o", "--cutoffs", "--thickness_bins", "--tolerance"}
+    | {"--min_lesion_voxels", "--resamples", "--seed", "--calibration", "-np"},
     "mae3d_demo": {"-h", "--help", "-o", "--seed"},
     "mae3d_trainers": {"-h", "--help"},
 }
@@ -66,6 +68,7 @@ LAYERS = {
     "datasets": 1,
     "statistics": 1,
     "pretraining": 2,
+    "evaluation": 2,
     "nnunet": 3,
     "demonstration": 3,
     "cli": 4,
@@ -171,8 +174,8 @@ def test_command_line_is_frozen(command, capsys):
 def test_commands_answer_without_torch():
     """`--help` must not take seconds."""
     modules = [entry.module for entry in entry_points(group="console_scripts") if entry.name in FLAGS]
-    heavy = imported_by(*modules) & {"torch", "nnunetv2", "matplotlib"}
-    assert not heavy
+    slow = {"torch", "nnunetv2", "matplotlib", "pandas", "monai", "statsmodels", "sklearn", "scipy"}
+    assert not imported_by(*modules) & slow
 
 
 def test_networks_need_neither_nnunet_nor_files():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nnunet_vit_mae.cli.arguments import add_device_argument, add_plan_arguments, parser_for, usable_device
 from nnunet_vit_mae.errors import exit_on_user_error
+from nnunet_vit_mae.files import refuse_in_use
 
 
 @exit_on_user_error
@@ -32,12 +33,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = usable_device(args.device).type
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     images, references, output = (path.resolve() for path in (args.images, args.references, args.output))
-    omission.refuse_in_use(output)
+    refuse_in_use(output)
     chosen = {"trainer": args.trainer, "folds": args.folds, "checkpoint": args.checkpoint}
     model = find_model(find_dataset(args.dataset), args.plans, args.configuration, **chosen)
     channels = omission.find_channels(model.plan, args.omit)
-    cases = omission.find_cases(model.plan, images, references)
-    studies = omission.look_into(model.plan, cases, channels)
+    studies = omission.look_into(model.plan, images, references, channels)
     print(omission.summary(model.plan, studies, channels), flush=True)
     rows = omission.omit(model, studies, channels, images=images, output=output, device=device)
     print(omission_table.table(rows, [model.plan.channel_names[channel] for channel in channels]))

@@ -11,8 +11,9 @@ import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import numpy as np
 from matplotlib import rc_context
@@ -20,12 +21,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from nnunet_vit_mae.evaluation.results import MEASURES, Bin, Evaluation, Risk
+from nnunet_vit_mae.evaluation.results import Bin, Evaluation
+from nnunet_vit_mae.evaluation.words import MINUS, TITLES, UNITS, correct, interval, number, rows_of, tick
 from nnunet_vit_mae.plots import save_figure
 
 P = ParamSpec("P")
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # matplotlib has it, so that a figure looks the same everywhere
     "font.size": 9,
     "axes.titlesize": 9,
@@ -46,10 +48,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")  # not as many as colours: no
 LINE = "#555555"
 WIDTH = 8.0  # inches: a page's width
 PER_ROW = 3  # panels
-TITLES = {"reference_mm3": "Annotated volume", "slice_thickness_mm": "Slice thickness"} | {
-    measure.column: measure.title for measure in MEASURES
-}
-UNITS = {"reference_mm3": "mm³", "slice_thickness_mm": "mm"} | {measure.column: measure.unit for measure in MEASURES}
 
 
 def save_both(figure: Figure, file: Path) -> list[Path]:
@@ -86,7 +84,7 @@ def measures_figure(evaluation: Evaluation, label: str) -> Figure:
         scale = Scale.around(table) if column != "dice" else None
         for offset, values in zip(_offsets(len(table)), table, strict=True):
             axes.plot(np.arange(len(values)) + 0.22 + offset, values, color="#b5b5b5", linewidth=0.5, zorder=1)
-        for place, (model, look) in enumerate(looks(evaluation.models).items()):
+        for place, look in enumerate(looks(evaluation.models).values()):
             values = table[:, place]
             _box(axes, values, place - 0.14, 0.26, look)
             axes.scatter(place + 0.22 + _offsets(len(values)), values, **look.points(16), zorder=3)
@@ -112,20 +110,21 @@ def bland_altman_figure(evaluation: Evaluation, label: str) -> Figure:
         differences.extend(predicted - annotated)
         axes.scatter((annotated + predicted) / 2, predicted - annotated, **look.points(20), zorder=3)
         axes.set_title(_wrapped(model, 26), fontweight="bold")
-        axes.set_xlabel("Mean of annotated and predicted (mm³)")
+        axes.set_xlabel("Mean of both volumes (mm³)")
     lines = [[agreements[m].upper, agreements[m].bias, agreements[m].lower] for m in agreements]
     low, high = _range([*differences, *(value for three in lines for value in three), 0.0])
-    for number, (axes, model) in enumerate(zip(panels, evaluation.models, strict=True)):
+    for place, (axes, model) in enumerate(zip(panels, evaluation.models, strict=True)):
         axes.axhline(0, color="#c8c8c8", linewidth=0.8, zorder=0)
         axes.set(xlim=_range([0.0, *middles]), ylim=(low, high))
-        axes.xaxis.set_major_formatter(FuncFormatter(_plain))
-        axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+        axes.xaxis.set_major_formatter(FuncFormatter(_tick))
+        axes.yaxis.set_major_formatter(FuncFormatter(_tick))
         axes.locator_params(axis="x", nbins=4)
-        if number % PER_ROW == 0:
-            axes.set_ylabel("Predicted − annotated (mm³)")
+        axes.tick_params(labelleft=place % PER_ROW == 0)
+        if place % PER_ROW == 0:
+            axes.set_ylabel(f"Predicted {MINUS} annotated (mm³)")
         if model in agreements:
             entry = agreements[model]
-            named = {"+1.96 SD": entry.upper, "bias": entry.bias, "−1.96 SD": entry.lower}
+            named = {"+1.96 SD": entry.upper, "bias": entry.bias, f"{MINUS}1.96 SD": entry.lower}
             _name_lines(axes, {name: value for name, value in named.items() if math.isfinite(value)}, (low, high))
     return figure
 
@@ -133,11 +132,12 @@ def bland_altman_figure(evaluation: Evaluation, label: str) -> Figure:
 def _name_lines(axes: Axes, values: dict[str, float], limits: tuple[float, float]) -> None:
     """Draw horizontal lines and write what they are to their right, apart from each other where they are close."""
     places = _apart(list(values.values()), 0.13 * (limits[1] - limits[0]), limits)
-    for (name, value), place in zip(values.items(), places, strict=True):
+    texts = number("difference_mm3", *values.values())
+    for (name, value), place, text in zip(values.items(), places, texts, strict=True):
         axes.axhline(value, color="black", linewidth=1.1, linestyle="-" if name == "bias" else "--", zorder=2)
         weight = "bold" if name == "bias" else "normal"
         inside = {"xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": False}
-        axes.annotate(f"{name}\n{volume(value)}", (1.03, place), **inside, fontsize=8, fontweight=weight)
+        axes.annotate(f"{name}\n{text}", (1.03, place), **inside, fontsize=8, fontweight=weight)
 
 
 def _apart(values: Sequence[float], gap: float, limits: tuple[float, float]) -> list[float]:
@@ -158,14 +158,14 @@ def scatter_figure(evaluation: Evaluation, label: str) -> Figure:
     risks = {entry.model: entry for entry in evaluation.risks if entry.label == label}
     pairs = {model: _volumes(evaluation, model, label) for model in evaluation.models}
     scale = Scale.around(np.concatenate([np.concatenate(pair) for pair in pairs.values()]))
-    figure, panels = _panels(evaluation.models, height=3.2)
-    for number, (axes, (model, look)) in enumerate(zip(panels, looks(evaluation.models).items(), strict=True)):
+    figure, panels = _panels(evaluation.models, height=3.0)
+    for place, (axes, (model, look)) in enumerate(zip(panels, looks(evaluation.models).items(), strict=True)):
         scale.apply(axes, "x")
         scale.apply(axes, "y")
         low, high = scale.limits
         axes.plot([low, high], [low, high], color=LINE, linewidth=1, zorder=2)
         edges = [low, *(risks[model].cutoffs if model in risks else ()), high]
-        for start, end in zip(edges[:-1], edges[1:], strict=True):
+        for start, end in pairwise(edges):
             if len(edges) > 2:
                 axes.fill_between([start, end], start, end, color="#ececec", linewidth=0, zorder=0)
         for cutoff in edges[1:-1]:
@@ -174,9 +174,10 @@ def scatter_figure(evaluation: Evaluation, label: str) -> Figure:
         axes.scatter(*pairs[model], **look.points(20), zorder=3)
         axes.set_title(_wrapped(model, 26), fontweight="bold")
         axes.set_box_aspect(1)
-        axes.set_xlabel(f"Annotated volume (mm³{scale.note})")
-        if number % PER_ROW == 0:
-            axes.set_ylabel(f"Predicted volume (mm³{scale.note})")
+        axes.set_xlabel(f"Annotated (mm³{scale.note})")
+        axes.tick_params(labelleft=place % PER_ROW == 0)
+        if place % PER_ROW == 0:
+            axes.set_ylabel(f"Predicted (mm³{scale.note})")
     return figure
 
 
@@ -185,26 +186,21 @@ def risk_figure(evaluation: Evaluation, label: str) -> Figure:
     """Risk groups by annotated volume (rows) and by predicted volume (columns) for each model."""
     risks = {entry.model: entry for entry in evaluation.risks if entry.label == label}
     models = [model for model in evaluation.models if model in risks]
-    figure, panels = _panels(models, height=3.3)
-    for number, (axes, model) in enumerate(zip(panels, models, strict=True)):
+    figure, panels = _panels(models, height=3.2)
+    for place, (axes, model) in enumerate(zip(panels, models, strict=True)):
         risk = risks[model]
         _confusion(axes, np.array(risk.confusion, dtype=float).reshape(len(risk.groups), len(risk.groups)))
         names = [_wrapped(group, 12) for group in risk.groups]
         upright = max(map(len, risk.groups)) * len(names) > 34
-        axes.set_xticks(range(len(names)), names, rotation=90 if upright else 0)
-        axes.set_yticks(range(len(names)), names if number % PER_ROW == 0 else [""] * len(names))
+        places = np.arange(len(names)) + 0.5
+        axes.set_xticks(places, names, rotation=90 if upright else 0)
+        axes.set_yticks(places, names if place % PER_ROW == 0 else [""] * len(names))
         axes.set_xlabel("Group by predicted volume")
-        if number % PER_ROW == 0:
+        if place % PER_ROW == 0:
             axes.set_ylabel("Group by annotated volume")
         axes.set_title(f"{_wrapped(model, 26)}\n", fontweight="bold")
         axes.annotate(correct(risk), (0.5, 1.02), xycoords="axes fraction", ha="center", va="bottom")
     return figure
-
-
-def correct(risk: Risk) -> str:
-    """How many cases are in the right group."""
-    share = f" ({risk.correct / risk.n:.0%})" if risk.n else ""
-    return f"{risk.correct} of {risk.n} correct{share}" + ("" if risk.kappa is None else f", κ = {signed(risk.kappa)}")
 
 
 def _confusion(axes: Axes, counts: np.ndarray) -> None:
@@ -212,7 +208,7 @@ def _confusion(axes: Axes, counts: np.ndarray) -> None:
     shares = np.divide(counts, rows, out=np.zeros_like(counts), where=rows > 0)
     axes.pcolormesh(shares, cmap="Blues", vmin=0, vmax=1.15, edgecolors="white", linewidth=1.5)
     for row, column in np.ndindex(counts.shape):
-        dark, right = shares[row, column] > 0.55, row == column
+        dark, right = shares[row, column] > 0.65, row == column
         axes.text(
             column + 0.5,
             row + 0.5,
@@ -226,7 +222,6 @@ def _confusion(axes: Axes, counts: np.ndarray) -> None:
     axes.set(xlim=(0, len(counts)), ylim=(len(counts), 0), aspect="equal")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    axes.xaxis.set_major_formatter(FuncFormatter(_plain))
 
 
 # ---------- bins
@@ -258,17 +253,17 @@ def bins_figure(evaluation: Evaluation, label: str) -> Figure:
 def _bins_panel(axes: Axes, evaluation: Evaluation, bins: Sequence[Bin]) -> None:
     measure, quantity = bins[0].measure, bins[0].quantity
     ranges = sorted({(entry.low, entry.high) for entry in bins})
-    rows = evaluation.cases[evaluation.cases["label"] == bins[0].label]
+    rows = rows_of(evaluation, bins[0].label)
     scale = Scale.around(rows[measure].to_numpy(dtype=float)) if measure.endswith("difference_mm3") else None
     step = 0.8 / len(evaluation.models)
     for place, (low, high) in enumerate(ranges):
         if place % 2:
             axes.axvspan(place - 0.5, place + 0.5, color="#f6f6f6", linewidth=0, zorder=0)
-        for number, (model, look) in enumerate(looks(evaluation.models).items()):
+        for index, (model, look) in enumerate(looks(evaluation.models).items()):
             size = rows[quantity].to_numpy(dtype=float)
             inside = (size <= high) & ((size >= low) if place == 0 else (size > low))
             values = rows[measure].to_numpy(dtype=float)[inside & (rows["model"] == model).to_numpy()]
-            centre = place + (number - (len(evaluation.models) - 1) / 2) * step
+            centre = place + (index - (len(evaluation.models) - 1) / 2) * step
             _box(axes, values, centre, 0.78 * step, look)
             axes.scatter(centre + step * _offsets(len(values)), values, **look.points(12), zorder=3)
     counts = {edges: max(entry.n for entry in bins if (entry.low, entry.high) == edges) for edges in ranges}
@@ -281,15 +276,6 @@ def _bins_panel(axes: Axes, evaluation: Evaluation, bins: Sequence[Bin]) -> None
     axes.set_xlabel(f"{TITLES.get(quantity, quantity)} ({UNITS.get(quantity, '')})".replace(" ()", ""))
     axes.grid(axis="y")
     _name_axis(axes, "y", measure, scale)
-
-
-def interval(low: float, high: float, first: bool) -> str:
-    """A bin in words; all but the first do not hold their lower end."""
-    if low == high:
-        return volume(low)
-    if math.isinf(high):
-        return f"> {volume(low)}"
-    return f"≤ {volume(high)}" if first else f"> {volume(low)} to {volume(high)}"
 
 
 # ---------- parts
@@ -358,30 +344,12 @@ class Scale:
             getattr(axes, f"set_{axis}scale")("symlog", linthresh=self.threshold, linscale=0.5)
             getattr(axes, f"set_{axis}ticks")(self.ticks, minor=False)
             getattr(axes, f"set_{axis}ticks")([], minor=True)
-        getattr(axes, f"{axis}axis").set_major_formatter(FuncFormatter(_plain))
+        getattr(axes, f"{axis}axis").set_major_formatter(FuncFormatter(_tick))
         getattr(axes, f"set_{axis}lim")(*self.limits)
 
 
-def signed(value: float, digits: int = 2) -> str:
-    """A number with a real minus."""
-    return f"{value:.{digits}f}".replace("-", "−")
-
-
-def digits_of(value: float) -> int:
-    """Decimals with which a volume has three digits, and never more than three decimals."""
-    if not math.isfinite(value) or value == 0:
-        return 0
-    return min(3, max(0, 2 - math.floor(math.log10(abs(value)))))
-
-
-def volume(value: float) -> str:
-    """A number of mm or mm³ for people: 1,234, 56.7 or 0.12, without zeros that say nothing."""
-    text = f"{value:,.{digits_of(value)}f}"
-    return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", "−")
-
-
-def _plain(value: float, _position: int | None = None) -> str:
-    return f"{value:,.6g}".replace("-", "−")
+def _tick(value: float, _position: int | None = None) -> str:
+    return tick(value)
 
 
 def _name_axis(axes: Axes, axis: str, column: str, scale: Scale | None) -> None:
@@ -433,16 +401,16 @@ def _panels(names: Sequence[str], height: float) -> tuple[Figure, list[Axes]]:
 
 def _pivot(evaluation: Evaluation, label: str, column: str) -> np.ndarray:
     """A row for each case, a column for each model; NaN where there is no value."""
-    rows = evaluation.cases[evaluation.cases["label"] == label]
+    rows = rows_of(evaluation, label)
     table = rows.pivot(index="case", columns="model", values=column).reindex(columns=list(evaluation.models))
     return table.to_numpy(dtype=float)
 
 
 def _volumes(evaluation: Evaluation, model: str, label: str) -> tuple[np.ndarray, np.ndarray]:
     """Annotated and predicted volume of each case."""
-    rows = evaluation.cases[(evaluation.cases["label"] == label) & (evaluation.cases["model"] == model)]
+    rows = rows_of(evaluation, label, model)
     annotated = rows["reference_mm3"].to_numpy(dtype=float)
-    predicted = annotated + rows["difference_mm3"].to_numpy(dtype=float)
+    predicted = rows["predicted_mm3"].to_numpy(dtype=float)
     known = np.isfinite(annotated) & np.isfinite(predicted)
     return annotated[known], predicted[known]
 
@@ -461,4 +429,3 @@ def _offsets(number: int) -> np.ndarray:
 
 def _wrapped(name: str, width: int) -> str:
     return "\n".join(textwrap.wrap(name, width)) or name
-

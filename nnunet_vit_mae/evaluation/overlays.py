@@ -12,12 +12,15 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
+from nnunet_vit_mae.datasets.volumes import without_warnings_of_itk
 from nnunet_vit_mae.errors import UserError, reader_reason
+from nnunet_vit_mae.evaluation.cases import Labels, read_labels
 from nnunet_vit_mae.evaluation.figures import WIDTH, styled
 from nnunet_vit_mae.evaluation.results import Evaluation
+from nnunet_vit_mae.evaluation.words import rows_of
 
 # green light and wide, red dark and thin on top of it: they differ without colours, and where they agree both are seen
-REFERENCE, PREDICTION = ("#3ee08f", 2.6), ("#e8112d", 1.1)
+REFERENCE, PREDICTION = ("#3ee08f", 3.0), ("#f5152f", 1.2)
 SMALLEST_VIEW = 40.0  # mm: enough around a small lesion to see where it is
 
 
@@ -46,10 +49,9 @@ class Slice:
 
 def choose_examples(evaluation: Evaluation, label: str) -> list[list[Example]]:
     """For each model its worst, median and best case; fewer when there are fewer cases with a Dice."""
-    rows = evaluation.cases[(evaluation.cases["label"] == label) & evaluation.cases["dice"].notna()]
     chosen = []
     for model in evaluation.models:
-        own = rows[rows["model"] == model].sort_values(["dice", "case"])
+        own = rows_of(evaluation, label, model).dropna(subset=["dice"]).sort_values(by=["dice", "case"])
         picks = {"worst": 0, "median": len(own) // 2, "best": len(own) - 1}
         if len(own) < 3:
             picks = {"worst": 0, "best": 1} if len(own) == 2 else {"only case": 0}
@@ -60,52 +62,81 @@ def choose_examples(evaluation: Evaluation, label: str) -> list[list[Example]]:
     return [examples for examples in chosen if examples]
 
 
+def labels_of(labels: Sequence[str], references: Path, predictions: Mapping[str, Path]) -> Labels:
+    """Which values of a segmentation each label has; a label that no `dataset.json` describes is its own number.
+
+    Raises `UserError` for a name that is neither.
+    """
+    found = read_labels(references, [*predictions.values()])
+    values = dict(found.values) if found else {}
+    values |= {label: (int(label),) for label in labels if label not in values and label.isdigit()}
+    for label in labels:
+        if label not in values:
+            raise UserError(f"No dataset.json beside the predictions or the references has the label {label}.")
+    return Labels(values, found.ignore if found else None)
+
+
 def cut(
-    example: Example, values: Sequence[int], references: Path, predictions: Mapping[str, Path], images: Path | None
+    example: Example, labels: Labels, references: Path, predictions: Mapping[str, Path], images: Path | None
 ) -> Slice:
-    """Read an example; `values` are those of its label in the segmentations. Without an image the masks remain."""
-    reference = read_upright(find_file(references, example.case))
-    prediction = read_upright(find_file(predictions[example.model], example.case))
-    masks = [np.isin(sitk.GetArrayViewFromImage(image), values) for image in (reference, prediction)]
-    file = None if images is None else find_file(images, f"{example.case}_0000", missing_ok=True)
-    volume = None if file is None else sitk.GetArrayFromImage(read_upright(file)).astype(np.float32)
-    for array, source in ((masks[1], predictions[example.model]), (volume, file)):
-        if array is not None and array.shape != masks[0].shape:
-            raise UserError(
-                f"Case {example.case} in {source} has {array.shape} voxels (z y x), but its reference {masks[0].shape}."
-            )
-    union = masks[0] | masks[1]
-    counts = union.reshape(len(union), -1).sum(axis=1)
-    z = int(counts.argmax()) if counts.any() else len(union) // 2
-    window = (0.0, 1.0) if volume is None else robust_window(volume[z])
-    spacing = reference.GetSpacing()
-    image = None if volume is None else volume[z]
-    return Slice(example, image, masks[0][z], masks[1][z], (spacing[1], spacing[0]), window)
+    """Read an example. Without an image the masks remain."""
+    file = needed_file(references, example.case)
+    reference = read(file)
+    others = [needed_file(predictions[example.model], example.case)]
+    image = None if images is None else find_file(images, f"{example.case}_0000")
+    upright = [_upright(entry) for entry in (reference, *(_on_grid_of(reference, o) for o in [*others, image] if o))]
+    spacing = upright[0].GetSpacing()
+    arrays = [sitk.GetArrayFromImage(entry) for entry in upright]
+    counted = arrays[0] != labels.ignore if labels.ignore is not None else np.True_
+    masks = [np.isin(array, labels.values[example.label]) & counted for array in arrays[:2]]
+    counts = (masks[0] | masks[1]).reshape(len(masks[0]), -1).sum(axis=1)
+    z = int(counts.argmax()) if counts.any() else len(counts) // 2
+    shown = arrays[2][z].astype(np.float32) if image else None
+    return Slice(example, shown, masks[0][z], masks[1][z], (spacing[1], spacing[0]), robust_window(shown))
 
 
-def robust_window(image: np.ndarray) -> tuple[float, float]:
+def robust_window(image: np.ndarray | None) -> tuple[float, float]:
     """Grey values from black to white; single bright voxels (metal, say) do not darken everything."""
-    finite = image[np.isfinite(image)]
+    finite = np.zeros(0) if image is None else image[np.isfinite(image)]
     low, high = np.percentile(finite, (0.5, 99.5)) if len(finite) else (0.0, 1.0)
     return float(low), float(max(high, low + 1e-6))
 
 
-def find_file(folder: Path, name: str, missing_ok: bool = False) -> Path | None:
-    """The file of that name with whatever ending; raises `UserError` when there is none, unless that is fine."""
-    files = sorted(file for file in folder.glob(f"{_literal(name)}.*") if file.suffix not in (".json", ".npz", ".pkl"))
-    if files or missing_ok:
-        return files[0] if files else None
-    raise UserError(f"{folder} has no file of case {name}.")
+def find_file(folder: Path, name: str) -> Path | None:
+    """The volume of that name with whatever ending: of `a.nii.gz` and `a.b.nii.gz` the first is that of `a`."""
+    files = [file for file in folder.glob(f"{_literal(name)}.*") if file.suffix not in (".json", ".npz", ".pkl")]
+    return min(files, key=lambda file: (len(file.name), file.name), default=None)
 
 
-def read_upright(file: Path | None) -> sitk.Image:
-    """Read a volume; one of axial slices is turned so that the patient's right is on the left, as radiologists look."""
+def needed_file(folder: Path, name: str) -> Path:
+    """As `find_file`, but raises `UserError` when there is none."""
+    file = find_file(folder, name)
+    if file is None:
+        raise UserError(f"{folder} has no file of case {name}.")
+    return file
+
+
+def read(file: Path) -> sitk.Image:
+    """Read a volume; raises `UserError` when that is not possible."""
     try:
-        image = sitk.ReadImage(str(file))
+        with without_warnings_of_itk():
+            return sitk.ReadImage(str(file))
     except RuntimeError as error:
-        raise UserError(f"{file} cannot be read ({reader_reason(error)}).") from None
-    if image.GetDimension() == 2:
-        return sitk.JoinSeries(image)
+        raise UserError(f"{file} cannot be read ({reader_reason(error)}): repair or replace it.") from None
+
+
+def _on_grid_of(reference: sitk.Image, file: Path) -> sitk.Image:
+    """Read what is compared voxel by voxel with a reference, whatever its own header says of place and direction."""
+    image = read(file)
+    if image.GetSize() != reference.GetSize():
+        sizes = " and ".join(" x ".join(map(str, entry.GetSize())) for entry in (image, reference))
+        raise UserError(f"{file} does not fit its reference: they have {sizes} voxels; resample one to the other.")
+    image.CopyInformation(reference)
+    return image
+
+
+def _upright(image: sitk.Image) -> sitk.Image:
+    """Turn axial slices so that the patient's right is on the left, as radiologists look; leave others as they are."""
     direction = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
     return sitk.DICOMOrient(image, "LPS") if direction[2] in "SI" else image
 
@@ -145,7 +176,7 @@ def _draw(axes: Axes, entry: Slice) -> None:
         axes.imshow(fill, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0), interpolation="nearest")
     for mask, (colour, line) in ((entry.reference, REFERENCE), (entry.prediction, PREDICTION)):
         edges = outline(mask, entry.spacing)
-        axes.add_collection(LineCollection(edges, colors=colour, linewidths=line, capstyle="projecting"))
+        axes.add_collection(LineCollection(list(edges), colors=colour, linewidths=line, capstyle="projecting"))
     left, right, bottom, top = view(entry.reference | entry.prediction, entry.spacing)
     axes.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[], aspect="equal")
     axes.spines[:].set_visible(False)
@@ -183,7 +214,7 @@ def view(mask: np.ndarray, spacing: tuple[float, float]) -> tuple[float, float, 
 
 
 def _scale_bar(axes: Axes, side: float) -> None:
-    length = max(step for step in (1, 2, 5, 10, 20, 50, 100) if step <= max(1.0, side / 3))
+    length = max(step for step in (1, 2, 5, 10, 20, 50, 100) if step <= max(1.0, side / 4))
     share = length / side
     axes.plot([0.95 - share, 0.95], [0.05, 0.05], transform=axes.transAxes, color="white", linewidth=2.5)
     axes.text(

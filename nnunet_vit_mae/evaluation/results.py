@@ -36,6 +36,19 @@ MEASURES = (
 
 
 @dataclass(frozen=True)
+class Options:
+    """What can be chosen; the report states it."""
+
+    tolerance_mm: float = 1.0  # of the surface Dice
+    min_lesion_voxels: int = 1
+    cutoffs_mm3: tuple[float, ...] | None = None  # None: quartiles of the annotated volumes
+    thickness_bins_mm: tuple[float, ...] | None = None  # None: quartiles
+    resamples: int = 1000
+    confidence: float = 0.95
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Mean:
     """A measure of one model and label over the cases in which it is defined; NaN when there are none."""
 

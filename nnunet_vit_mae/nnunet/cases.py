@@ -38,14 +38,18 @@ def pretraining_cases(plan: Plan, fold: str) -> list[Case]:
             f"There are no preprocessed cases in {plan.preprocessed_folder}: "
             f"run nnUNetv2_preprocess -d {plan.dataset.id} -c {plan.name} first."
         )
-    if fold != "all":
-        training = set(training_names(plan, fold, [case.name for case in labelled]))
-        labelled = [case for case in labelled if case.name in training]
+    training = set(training_names(plan, fold, [case.name for case in labelled]))
+    labelled = [case for case in labelled if case.name in training]
     return labelled + _unlabelled_pool(plan)
 
 
 def training_names(plan: Plan, fold: str, names: list[str]) -> list[str]:
-    """Training cases of a fold in `splits_final.json`, which is made as nnU-Net makes it when it is not there."""
+    """Training cases of a fold; all of `names` for `all`."""
+    return names if fold == "all" else split_of(plan, fold, names)["train"]
+
+
+def split_of(plan: Plan, fold: str, names: list[str]) -> dict[str, list[str]]:
+    """`train` and `val` of a fold in `splits_final.json`, which is made as nnU-Net makes it when it is not there."""
     file = plan.dataset.preprocessed / "splits_final.json"
     if not file.is_file():
         if len(names) < FOLDS:
@@ -54,7 +58,7 @@ def training_names(plan: Plan, fold: str, names: list[str]) -> list[str]:
     splits = read_json(file)
     if fold not in map(str, range(len(splits))):
         raise UserError(f"-f {fold} is neither 'all' nor one of the {len(splits)} folds in {file} (counted from 0).")
-    return splits[int(fold)]["train"]
+    return splits[int(fold)]
 
 
 def _unlabelled_pool(plan: Plan) -> list[Case]:

@@ -26,26 +26,35 @@ class Model:
     @property
     def folder(self) -> Path:
         """Where nnU-Net keeps it."""
-        return self.plan.dataset.results / f"{self.trainer}__{self.plan.plans.plans_name}__{self.plan.name}"
+        return model_folder(self.plan.dataset, self.trainer, self.plan.plans.plans_name, self.plan.name)
 
     @property
     def files(self) -> list[Path]:
         """A checkpoint for each fold."""
         return [self.folder / f"fold_{fold}" / self.checkpoint for fold in self.folds]
 
+    @property
+    def flags(self) -> list[str]:
+        """What names it on a command line, but for folds and checkpoint."""
+        plan = self.plan
+        return ["-d", plan.dataset.name, "-c", plan.name, "-p", plan.plans.plans_name, "-tr", self.trainer]
+
     def command(self, images: Path, output: Path, device: str) -> list[str]:
         """What a user types to predict a folder."""
-        plan = self.plan
-        chosen = ["-d", plan.dataset.name, "-c", plan.name, "-p", plan.plans.plans_name, "-tr", self.trainer]
-        chosen += ["-f", *self.folds, "-chk", self.checkpoint, "-device", device]
-        return ["nnUNetv2_predict", "-i", str(images), "-o", str(output), *chosen]
+        chosen = ["-f", *self.folds, "-chk", self.checkpoint, "-device", device]
+        return ["nnUNetv2_predict", "-i", str(images), "-o", str(output), *self.flags, *chosen]
+
+
+def model_folder(dataset: Dataset, trainer: str, plans_name: str, configuration: str) -> Path:
+    """Where nnU-Net keeps a model, whether it is there or not."""
+    return dataset.results / f"{trainer}__{plans_name}__{configuration}"
 
 
 def find_model(
     dataset: Dataset, plans_name: str, configuration: str, *, trainer: str, folds: Sequence[str], checkpoint: str
 ) -> Model:
     """The model that these flags name. Raises `UserError` when a checkpoint is missing, and for a cascade."""
-    folder = dataset.results / f"{trainer}__{plans_name}__{configuration}"
+    folder = model_folder(dataset, trainer, plans_name, configuration)
     for fold in folds:
         file = folder / f"fold_{fold}" / checkpoint
         if not file.is_file():

@@ -8,17 +8,9 @@ nothing about a contrast.
 
 from __future__ import annotations
 
-import logging
 import math
-import os
 import re
-import shlex
-import shutil
-import subprocess
-import sysconfig
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,22 +24,12 @@ from tqdm import tqdm
 from nnunet_vit_mae.datasets.contrasts import ENDINGS
 from nnunet_vit_mae.datasets.volumes import write_zeros
 from nnunet_vit_mae.errors import UserError, reader_reason
-from nnunet_vit_mae.installation import trainers_folder
+from nnunet_vit_mae.files import refuse_in_use
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.omission_table import EMPTY_REFERENCE, NOTHING_LEFT, NOTHING_TO_OMIT, Row, write_csv
 from nnunet_vit_mae.nnunet.plans import Plan
+from nnunet_vit_mae.nnunet.prediction import Case, find_cases, find_reference, link, predict
 from nnunet_vit_mae.presets import contrast
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A test case: its images in the order of their channel numbers, and its reference segmentation."""
-
-    name: str
-    images: tuple[Path, ...]
-    reference: Path
 
 
 @dataclass(frozen=True)
@@ -55,6 +37,7 @@ class Study:
     """A test case that has been looked into."""
 
     case: Case
+    reference: Path
     omitted: tuple[int, ...]  # the channels to omit that hold anything but zeros
     others: bool  # whether any other channel does
 
@@ -89,33 +72,18 @@ def find_channels(plan: Plan, names: Sequence[str]) -> list[int]:
     return channels
 
 
-def find_cases(plan: Plan, images: Path, references: Path) -> list[Case]:
-    """The cases in a folder named as nnU-Net wants it, sorted by name.
+def look_into(plan: Plan, images: Path, references: Path, channels: Sequence[int]) -> list[Study]:
+    """Find the cases, and see which contrasts each has.
 
-    Raises `UserError` when there are none, or when one lacks a channel or its reference.
+    Raises `UserError` for files that are missing, cannot be read or do not fit each other, and when no case can be
+    compared.
     """
-    ending = plan.dataset_json["file_ending"]
-    found: dict[str, dict[str, Path]] = defaultdict(dict)
-    for file in sorted(images.glob(f"*{ending}")):
-        match = re.fullmatch(rf"(.+)_([0-9]{{4}}){re.escape(ending)}", file.name)
-        if not match:
-            raise UserError(f"{file} is not named as nnU-Net wants it (CASE_0000{ending}): rename or remove it.")
-        found[match[1]][match[2]] = file
-    if not found:
-        raise UserError(f"There are no images such as CASE_0000{ending} in {images}: check -i.")
-    return [_case(plan, name, files, references / f"{name}{ending}") for name, files in sorted(found.items())]
-
-
-def look_into(plan: Plan, cases: Sequence[Case], channels: Sequence[int]) -> list[Study]:
-    """See which contrasts each case has.
-
-    Raises `UserError` for files that cannot be read or do not fit each other, and when no case can be compared.
-    """
+    cases = [(case, find_reference(plan, case.name, references)) for case in find_cases(plan, images)]
     studies = []
-    for case in tqdm(cases, unit="case", desc="looking"):
-        present = _present(plan, case)
+    for case, reference in tqdm(cases, unit="case", desc="looking"):
+        present = _present(plan, case, reference)
         omitted = tuple(channel for channel in channels if present[channel])
-        studies.append(Study(case, omitted, any(np.delete(present, channels))))
+        studies.append(Study(case, reference, omitted, any(np.delete(present, channels))))
     names = _list([plan.channel_names[channel] for channel in channels])
     if not any(study.omitted for study in studies):
         raise UserError(f"None of the {len(studies)} cases has {names}, only zeros: there is nothing to omit.")
@@ -142,19 +110,14 @@ def omit(
         raise UserError(f"{output} cannot be written to ({error}): choose another place with -o.") from None
 
     folders = [(images, output / "with_all" / "predictions"), (fewer / "images", fewer / "predictions")]
-    for (source, predictions), total in zip(folders, (len(studies), len(again)), strict=True):
-        _predict(model.command(source, predictions, device), predictions, log, total)
+    for (source, predictions), predicted in zip(folders, (studies, again), strict=True):
+        command = model.command(source, predictions, device)
+        predict(command, [predictions / study.reference.name for study in predicted], log)
     rows = []
     for study in tqdm(studies, unit="case", desc="evaluating"):
         rows += _rows(plan, study, *(predictions for _, predictions in folders))
     write_csv(rows, output / "omission.csv")
     return rows
-
-
-def refuse_in_use(folder: Path) -> None:
-    """Raise `UserError` for a folder that has something in it."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} is in use: give a new folder with -o, or remove it.")
 
 
 def write_images(studies: Sequence[Study], folder: Path) -> None:
@@ -166,16 +129,6 @@ def write_images(studies: Sequence[Study], folder: Path) -> None:
                 write_zeros(folder / image.name, image)
             else:
                 link(image, folder / image.name)
-
-
-def link(source: Path, file: Path) -> None:
-    """Put a file into another folder, without a copy of its content where the system allows it."""
-    source = source.resolve()
-    for linked in (file.symlink_to, file.hardlink_to):
-        with suppress(OSError, NotImplementedError):
-            return linked(source)
-    shutil.copyfile(source, file)
-    return None
 
 
 def summary(plan: Plan, studies: Sequence[Study], channels: Sequence[int]) -> str:
@@ -203,72 +156,27 @@ def _zeros_stay_zeros(plan: Plan, channel: int) -> bool:
     return not scheme(plan.configuration.use_mask_for_norm[channel], intensities).run(zeros.copy(), zeros).any()
 
 
-def _case(plan: Plan, name: str, files: Mapping[str, Path], reference: Path) -> Case:
-    expected = [f"{number:04d}" for number in range(len(plan.channel_names))]
-    if list(files) != expected:
-        raise UserError(
-            f"The case {name} has the channels {_list(files)}, but {plan.dataset.name} has {_list(expected)} "
-            f"({_list(plan.channel_names)}): write zeros for what was not acquired, as mae3d_fill_contrasts does."
-        )
-    if not reference.is_file():
-        raise UserError(f"The case {name} has no reference segmentation {reference}: add it, or check -r.")
-    return Case(name, tuple(files.values()), reference)
-
-
-def _present(plan: Plan, case: Case) -> list[bool]:
+def _present(plan: Plan, case: Case, file: Path) -> list[bool]:
     """Which channels hold anything but zeros, as nnU-Net reads them."""
     reader = plan.plans.image_reader_writer_class()
     try:
         volume, _ = reader.read_images([str(image) for image in case.images])  # c z y x
-        reference, _ = reader.read_seg(str(case.reference))
+        reference, _ = reader.read_seg(str(file))
     except Exception as error:  # noqa: BLE001 (each reader has errors of its own; the reason goes to the user)
         raise UserError(f"The case {case.name} cannot be read ({reader_reason(error)}): repair or remove it.") from None
     if reference.shape[1:] != volume.shape[1:]:
         sizes = [" x ".join(map(str, array.shape[1:])) for array in (reference, volume)]
-        raise UserError(f"{case.reference} has {sizes[0]} voxels (z y x), but the images of that case have {sizes[1]}.")
+        raise UserError(f"{file} has {sizes[0]} voxels (z y x), but the images of that case have {sizes[1]}.")
     return [bool(channel.any()) for channel in volume]
-
-
-def _predict(command: Sequence[str], predictions: Path, log: Path, total: int) -> None:
-    """Type `nnUNetv2_predict`, and count the cases as they come."""
-    logger.info("$ %s", shlex.join(command))
-    program = Path(sysconfig.get_path("scripts")) / command[0]
-    environment = dict(os.environ)
-    own, others = str(trainers_folder()), environment.get("nnUNet_extTrainer", "")
-    environment["nnUNet_extTrainer"] = os.pathsep.join(dict.fromkeys([*filter(None, others.split(os.pathsep)), own]))
-    with log.open("a", encoding="utf-8") as stream, tqdm(total=total, unit="case", desc="predicting") as bar:
-        stream.write(f"$ {shlex.join(command)}\n")
-        stream.flush()
-        process = subprocess.Popen([program, *command[1:]], env=environment, stdout=stream, stderr=stream)
-        try:
-            while _still_runs(process):
-                if new := _count(predictions) - bar.n:  # a bar in a job's log is a line for each update
-                    bar.update(new)
-        finally:
-            process.terminate()
-            process.wait()
-        bar.update(_count(predictions) - bar.n)
-    if process.returncode or _count(predictions) < total:
-        raise UserError(
-            f"{command[0]} gave {_count(predictions)} of {total} predictions and exit code {process.returncode}: "
-            f"the reason is in {log}; mend it, and remove {log.parent} or give another -o."
-        )
-
-
-def _still_runs(process: subprocess.Popen) -> bool:
-    """Whether a process has not ended after another second."""
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=1)
-    return process.returncode is None
 
 
 def _rows(plan: Plan, study: Study, complete: Path, without: Path) -> list[Row]:
     """A row for each label or region of a case."""
     names = {_values(label): name for name, label in plan.dataset_json["labels"].items()}
-    first = _metrics(plan, study.case, complete)
+    first = _metrics(plan, study.reference, complete)
     # the same images give the same prediction; of no images there is none
     same = first if not study.omitted else {}
-    second = _metrics(plan, study.case, without) if study.predicted_again else same
+    second = _metrics(plan, study.reference, without) if study.predicted_again else same
     rows = []
     for label, metrics in first.items():
         dice = metrics["Dice"], second[label]["Dice"] if second else math.nan
@@ -286,13 +194,13 @@ def _rows(plan: Plan, study: Study, complete: Path, without: Path) -> list[Row]:
     return rows
 
 
-def _metrics(plan: Plan, case: Case, predictions: Path) -> dict[Any, dict[str, float]]:
+def _metrics(plan: Plan, reference: Path, predictions: Path) -> dict[Any, dict[str, float]]:
     """nnU-Net's metrics of each label or region, with the ignore label left out."""
     manager = plan.plans.get_label_manager(plan.dataset_json)
     labels = manager.foreground_regions if manager.has_regions else manager.foreground_labels
     reader = plan.plans.image_reader_writer_class()
-    prediction = predictions / case.reference.name
-    return compute_metrics(str(case.reference), str(prediction), reader, labels, manager.ignore_label)["metrics"]
+    prediction = predictions / reference.name
+    return compute_metrics(str(reference), str(prediction), reader, labels, manager.ignore_label)["metrics"]
 
 
 def _why_left_out(study: Study, *, empty: bool) -> str:
@@ -310,10 +218,6 @@ def _why_left_out(study: Study, *, empty: bool) -> str:
 def _values(label: Any) -> tuple[int, ...]:
     """A label, or a region of several, in the same form."""
     return tuple(int(value) for value in np.atleast_1d(label))
-
-
-def _count(predictions: Path) -> int:
-    return sum(file.name.endswith(ENDINGS) for file in predictions.glob("*"))
 
 
 def _list(names: Sequence[str] | Mapping[str, Any]) -> str:

@@ -1,0 +1,53 @@
+"""Find the decision threshold with the smallest volume difference, and write calibrated checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from nnunet_vit_mae.cli.arguments import add_device_argument, add_plan_arguments, parser_for, usable_device
+from nnunet_vit_mae.errors import UserError, exit_on_user_error
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `mae3d_calibrate`."""
+    parser = parser_for("mae3d_calibrate", __doc__)
+    add_plan_arguments(parser)
+    parser.add_argument("-tr", dest="trainer", default="nnUNetTrainerViTMAE", metavar="NAME", help="any trainer")
+    parser.add_argument("-f", dest="folds", nargs="+", default=["0"], metavar="FOLD", help="folds that were trained")
+    parser.add_argument("-chk", dest="checkpoint", default="checkpoint_final.pth", metavar="FILE", help="checkpoint")
+    parser.add_argument("--objective", choices=("volume", "dice"), default="volume", help="volume difference, or Dice")
+    parser.add_argument("-i", dest="images", type=Path, metavar="FOLDER", help="images of a development set, with -l")
+    parser.add_argument("-l", dest="labels", type=Path, metavar="FOLDER", help="its labels, with -i")
+    parser.add_argument(
+        "--allow_training_cases", action="store_true", help="calibrate on cases that the model was trained on"
+    )
+    add_device_argument(parser, "cuda")
+    args = parser.parse_args(argv)
+    if (args.images is None) != (args.labels is None):
+        raise UserError("-i and -l go together: give the images and the labels of a development set, or neither.")
+
+    from nnunet_vit_mae.nnunet import calibration
+    from nnunet_vit_mae.nnunet.folders import find_dataset
+    from nnunet_vit_mae.nnunet.models import find_model
+
+    device = usable_device(args.device).type
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    chosen = {"trainer": args.trainer, "folds": args.folds, "checkpoint": args.checkpoint}
+    calibration.refuse_calibrated(args.checkpoint)
+    model = find_model(find_dataset(args.dataset), args.plans, args.configuration, **chosen)
+    allow = args.allow_training_cases
+    if args.images is not None:
+        images, labels = args.images.resolve(), args.labels.resolve()
+        cases = calibration.separate_cases(model, images, labels, device, allow_training_cases=allow)
+    elif allow:
+        cases = calibration.training_cases(model, device)
+    else:
+        cases = calibration.validation_cases(model, device)
+    found = calibration.fit(model, cases, args.objective)
+    written = calibration.write(model, cases, found, args.objective)
+    print(calibration.table(found))
+    print(f"Wrote {', '.join(map(str, written))}.")
+    print(f"Predict with nnUNetv2_predict ... -tr {args.trainer} -chk {calibration.CALIBRATED}.")

@@ -1,0 +1,54 @@
+"""Segment a folder of scans, and write a table of volumes with what a reader should look at."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from nnunet_vit_mae.cli.arguments import (
+    add_device_argument,
+    add_plan_arguments,
+    parser_for,
+    positive_float,
+    positive_int,
+    usable_device,
+    whole_number,
+)
+from nnunet_vit_mae.errors import exit_on_user_error
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `mae3d_quantify`."""
+    parser = parser_for("mae3d_quantify", __doc__)
+    parser.add_argument("-i", dest="images", required=True, type=Path, metavar="FOLDER", help="images, as for nnU-Net")
+    parser.add_argument("-o", dest="table", required=True, type=Path, metavar="TABLE.csv", help="table to write")
+    add_plan_arguments(parser)
+    parser.add_argument("-tr", dest="trainer", default="nnUNetTrainerViTMAE", metavar="NAME", help="any trainer")
+    parser.add_argument("-f", dest="folds", nargs="+", default=["0"], metavar="FOLD", help="folds that were trained")
+    parser.add_argument("-chk", dest="checkpoint", metavar="FILE", help="checkpoint (default: the calibrated one)")
+    parser.add_argument(
+        "--cutoffs", nargs="+", type=positive_float, metavar="MM3", help="between risk groups (default: quartiles)"
+    )
+    parser.add_argument("-num_parts", type=positive_int, default=1, metavar="N", help="processes that share the work")
+    parser.add_argument("-part_id", type=whole_number, default=0, metavar="K", help="which of them this is, from 0")
+    add_device_argument(parser, "cuda")
+    args = parser.parse_args(argv)
+
+    from nnunet_vit_mae.nnunet.folders import find_dataset
+    from nnunet_vit_mae.nnunet.models import find_model, model_folder
+    from nnunet_vit_mae.nnunet.quantification import Part, best_checkpoint, quantify
+
+    device = usable_device(args.device).type
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    part = Part(args.part_id, args.num_parts)
+    dataset = find_dataset(args.dataset)
+    folder = model_folder(dataset, args.trainer, args.plans, args.configuration)
+    checkpoint = args.checkpoint or best_checkpoint(folder, args.folds)
+    chosen = {"trainer": args.trainer, "folds": args.folds, "checkpoint": checkpoint}
+    model = find_model(dataset, args.plans, args.configuration, **chosen)
+    cutoffs = sorted(args.cutoffs) if args.cutoffs else None
+    images, table = args.images.resolve(), args.table.resolve()
+    written = quantify(model, images, table, part, cutoffs=cutoffs, device=device)
+    print(f"Wrote {' and '.join(map(str, written))} with {checkpoint}; segmentations in {table.stem}_segmentations.")

@@ -1,0 +1,77 @@
+"""Intervals and Holm's correction, against scipy, a literal reference and by hand; `compare` is in test_omission."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nnunet_vit_mae.statistics import holm, mean_interval
+
+few = settings(max_examples=40, deadline=None)
+finite = st.floats(-1e6, 1e6, width=32)
+
+
+@few
+@given(values=st.lists(finite, min_size=2, max_size=30), seed=st.integers(0, 99))
+def test_the_interval_is_that_of_literal_resamples(values, seed):
+    """The same draws by the same generator, the mean of each, and two percentiles."""
+    random = np.random.default_rng(seed)
+    drawn = np.array(values)[random.integers(0, len(values), (200, len(values)))]
+    expected = np.percentile(drawn.mean(1), [2.5, 97.5])
+    found = mean_interval(values, resamples=200, seed=seed)
+    assert found == pytest.approx(tuple(expected), rel=1e-9, abs=1e-6)
+    assert min(values) - 1e-6 <= found[0] <= found[1] <= max(values) + 1e-6
+
+
+def test_the_interval_covers_a_known_mean_as_often_as_it_says():
+    random = np.random.default_rng(0)
+    draws = random.normal(3, 2, (300, 60))
+    inside = sum(low <= 3 <= high for low, high in (mean_interval(draw, resamples=300) for draw in draws))
+    assert 0.9 < inside / 300 < 0.98
+    low, high = mean_interval(draws[0], resamples=2000)
+    normal = scipy.stats.norm.interval(0.95, draws[0].mean(), draws[0].std() / math.sqrt(60))
+    assert (low, high) == pytest.approx(normal, abs=0.1)
+
+
+def test_an_interval_repeats_itself_and_narrows_with_less_confidence():
+    values = np.random.default_rng(1).uniform(size=25).tolist()
+    assert mean_interval(values) == mean_interval(values)
+    assert mean_interval(values) != mean_interval(values, seed=1)
+    low, high = mean_interval(values, confidence=0.5)
+    wide = mean_interval(values)
+    assert wide[0] < low < high < wide[1]
+
+
+def test_equal_values_have_an_interval_and_a_single_one_has_none():
+    assert mean_interval([0.1] * 7) == (0.1, 0.1)
+    for values in ([], [0.5]):
+        assert all(math.isnan(end) for end in mean_interval(values))
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="finite"):
+            mean_interval([0.5, wrong])
+
+
+def test_holm_by_hand():
+    """The smallest of four times 4, the next times 3, and none below the one before."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.5]) == pytest.approx([1.0, 1.0])
+
+
+def test_what_has_no_p_takes_no_part():
+    assert holm([None, 0.02, None, 0.03]) == [None, pytest.approx(0.04), None, pytest.approx(0.04)]
+    assert holm([None]) == [None]
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 12])
+def test_holm_is_its_definition(n):
+    values = np.random.default_rng(n).uniform(0, 0.5, n).round(2).tolist()
+    order = np.argsort(values)
+    expected, highest = [0.0] * len(values), 0.0
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(values) - rank) * values[index]))
+        expected[index] = highest
+    assert holm(values) == pytest.approx(expected)
