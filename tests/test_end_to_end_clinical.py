@@ -1,5 +1,6 @@
 """From trained models to a report: calibrate, predict, evaluate and quantify, typed on a tiny data set."""
 
+import csv
 import json
 import math
 import shutil
@@ -56,6 +57,20 @@ def test_calibration_writes_what_it_says(trained, trainer):
     assert str(folder / "fold_1" / "checkpoint_calibrated.pth") in done.stdout
 
 
+def test_only_the_heads_bias_is_shifted(trained):
+    folder = folder_of(trained, TRAINERS[0]) / "fold_0"
+    plain, calibrated = (
+        torch.load(folder / f"checkpoint_{name}.pth", weights_only=False)["network_weights"]
+        for name in ("final", "calibrated")
+    )
+    threshold = json.loads((folder.parent / "calibration.json").read_text())["thresholds"]["blob"]
+    (name,) = [name for name in plain if not torch.equal(plain[name], calibrated[name])]
+    change = (calibrated[name] - plain[name]).reshape(2, -1)
+    assert name.endswith("head.bias")
+    assert change[0].abs().max() == 0
+    assert torch.allclose(change[1], torch.tensor(-math.log(threshold / (1 - threshold))), atol=1e-6)
+
+
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_the_calibrated_checkpoint_thresholds_the_averaged_probabilities(trained, trainer, tmp_path):
     """nnU-Net's own command, with mirroring and two folds, at a threshold that parts the voxels of these cases."""
@@ -80,15 +95,67 @@ def test_the_calibrated_checkpoint_thresholds_the_averaged_probabilities(trained
     assert changed > 20 * differing  # the threshold does something
 
 
-def test_only_the_heads_bias_is_shifted(trained):
-    folder = folder_of(trained, TRAINERS[0]) / "fold_0"
-    plain, calibrated = (
-        torch.load(folder / f"checkpoint_{name}.pth", weights_only=False)["network_weights"]
-        for name in ("final", "calibrated")
-    )
-    threshold = json.loads((folder.parent / "calibration.json").read_text())["thresholds"]["blob"]
-    (name,) = [name for name in plain if not torch.equal(plain[name], calibrated[name])]
-    change = (calibrated[name] - plain[name]).reshape(2, -1)
-    assert name.endswith("head.bias")
-    assert change[0].abs().max() == 0
-    assert torch.allclose(change[1], torch.tensor(-math.log(threshold / (1 - threshold))), atol=1e-6)
+@pytest.fixture(scope="module")
+def predictions(trained, tmp_path_factory):
+    """Of the test cases, by both trainers, with whatever threshold is in force by now."""
+    root = tmp_path_factory.mktemp("predictions")
+    for trainer, name in zip(TRAINERS, ("ViT", "U-Net"), strict=True):
+        command = f"nnUNetv2_predict -i {trained.raw / 'imagesTs'} -o {root / name} {MODEL} {trainer} -f 0"
+        trained.type(*command.split(), "-chk", "checkpoint_calibrated.pth")
+    return root
+
+
+def test_evaluation_writes_tables_and_a_report(trained, predictions, tmp_path):
+    raw, models = trained.raw, [f"-p {name}={predictions / name}" for name in ("ViT", "U-Net")]
+    calibration = f"--calibration ViT={folder_of(trained, TRAINERS[0])}"
+    command = f"mae3d_evaluate -r {raw / 'labelsTs'} {' '.join(models)} -i {raw / 'imagesTs'} {calibration}"
+    done = trained.type(*command.split(), "-o", str(tmp_path / "report"))
+    with (tmp_path / "report" / "cases.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["model"], row["case"]) for row in rows] == [
+        (model, case) for model in ("ViT", "U-Net") for case in ("test_0", "test_1")
+    ]
+    for row in rows:
+        mask = read(predictions / row["model"] / f"{row['case']}.nii.gz") == 1
+        assert float(row["predicted_mm3"]) == pytest.approx(1.5 * mask.sum())
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "Calibration" in page
+    assert str(tmp_path / "report" / "index.html") in done.stdout
+
+
+def test_quantification_gives_volumes_and_warnings_and_goes_on(trained, predictions, tmp_path):
+    """A scan with thick slices is marked, one that cannot be read stops nothing, and nothing is predicted twice."""
+    images = tmp_path / "scans"
+    shutil.copytree(trained.raw / "imagesTs", images)
+    for channel in range(2):
+        file = f"test_1_000{channel}.nii.gz"
+        thick = sitk.ReadImage(str(images / file))
+        thick.SetSpacing((1, 1, 5))
+        sitk.WriteImage(thick, str(images / file))
+        shutil.copy(images / f"test_0_000{channel}.nii.gz", images / f"broken_000{channel}.nii.gz")
+    content = (images / "broken_0001.nii.gz").read_bytes()
+    (images / "broken_0001.nii.gz").write_bytes(content[: len(content) // 2])
+
+    table = tmp_path / "out" / "volumes.csv"
+    command = f"mae3d_quantify -i {images} -o {table} {MODEL} {TRAINERS[0]} -f 0 --cutoffs 100 -num_parts 2".split()
+    trained.type(*command, "-part_id", "1")
+    assert not table.exists()
+    trained.type(*command, "-part_id", "0")
+    with table.open() as stream:
+        rows = {row["case"]: row for row in csv.DictReader(stream)}
+    assert list(rows) == ["broken", "test_0", "test_1"]
+    assert rows["broken"]["volume_mm3"] == ""
+    assert "broken_0001.nii.gz cannot be read" in rows["broken"]["warnings"]
+    mask = read(predictions / "ViT" / "test_0.nii.gz") == 1
+    assert float(rows["test_0"]["volume_mm3"]) == pytest.approx(1.5 * mask.sum())
+    assert rows["test_0"]["risk_group"] == f"group {1 + (1.5 * mask.sum() > 100)}"
+    assert "slice thickness" not in rows["test_0"]["warnings"]
+    assert "slice thickness 5 mm, trained on 1.5 to 1.5 mm" in rows["test_1"]["warnings"]
+    assert len({row["model"] for row in rows.values()}) == 1
+
+    segmentation = table.with_name("volumes_segmentations") / "test_0.nii.gz"
+    before = segmentation.stat().st_mtime_ns
+    trained.type(*command, "-part_id", "1")
+    assert segmentation.stat().st_mtime_ns == before
+    message = trained.type(*command, "-part_id", "1", "-chk", "checkpoint_final.pth", code=2).stderr
+    assert "segmentations of another model" in message

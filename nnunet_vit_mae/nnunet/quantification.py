@@ -51,7 +51,7 @@ class Part:
     def __post_init__(self) -> None:
         if not 0 <= self.number < self.of:
             raise UserError(
-                f"-part_id {self.number} is not among 0 to {self.of - 1}, the parts of -num_parts {self.of}."
+                f"-part_id {self.number} is not among the parts 0 to {self.of - 1} of -num_parts {self.of}."
             )
 
     def table(self, table: Path) -> Path:
@@ -67,6 +67,8 @@ def quantify(
     Segmentations go to `TABLE_segmentations` beside the table. Raises `UserError` for a folder without images, for
     segmentations of another model there, and when the prediction fails.
     """
+    if table.is_dir() or table.suffix != ".csv":
+        raise UserError(f"-o {table} is no file that ends in .csv: name the table to write.")
     seen, work = look_back(model), table.with_name(f"{table.stem}_segmentations")
     identity = model_hash(model)
     _refuse_other_model(work, identity)
