@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,27 +16,52 @@ from nnunet_vit_mae.nnunet.calibration import shift_checkpoint
 
 pytestmark = pytest.mark.slow
 
-MODEL = "-d 901 -c 3d_fullres -p Tiny -device cpu -tr"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "reproduce.md"
+MODEL = "-d 901 -c 3d_fullres -p S4 -device cpu -tr"
 TRAINERS = ("nnUNetTrainerViTScratch", "nnUNetTrainerBaseline")
-BORDER = 3  # voxels: there nnU-Net's weights of a window underflow in half precision, see docs/explanation.md
+BORDER = 3  # voxels: there nnU-Net's weights of a window underflow in half precision, see docs/evaluation.md
+
+# what makes the documented commands short enough, and lets them run without a GPU
+SMALLER = {
+    "--recipe vitiac --size S --token 4 --decoder mae": "--recipe quick --token 4 --epochs 1 --iterations 12 --lr 1e-3"
+}
+ON_A_CPU = ("mae3d_pretrain", "mae3d_calibrate", "nnUNetv2_train", "nnUNetv2_predict")
+
+
+def documented(heading: str) -> list[str]:
+    """The commands in the first block below the line of docs/reproduce.md that starts so."""
+    text = DOCUMENT.read_text()
+    return text[text.index(heading) :].split("```")[1].strip().splitlines()
 
 
 @pytest.fixture(scope="module")
-def trained(planned, tmp_path_factory):
-    """Two folds of the ViT and of nnU-Net's own U-Net; only the U-Net's have kept their probabilities."""
+def output(tmp_path_factory):
+    return tmp_path_factory.mktemp("out")
+
+
+@pytest.fixture(scope="module")
+def trained(planned, output, tmp_path_factory):
+    """A workspace after the documented commands, and with a second fold of two trainers."""
     root = tmp_path_factory.mktemp("clinical") / "nnunet"
     shutil.copytree(planned.root, root)
     workspace = Workspace(root)
-    workspace.type(*"mae3d_plan -d 901 -o Tiny --recipe quick --token 4 --epochs 1 --iterations 12 --lr 1e-3".split())
+    places = {"501": "901", "RAW": str(workspace.raw), "OUT": str(output), **SMALLER}
+    _, *common = documented("Common to everything")  # the fixture is planned and preprocessed already
+    for line in [*common, *documented("## ViTiac, table 2")]:
+        command = line
+        for old, new in places.items():
+            command = command.replace(old, new)
+        words = command.split()
+        more = ["-device", "cpu"] if words[0] in ON_A_CPU else []
+        more += ["--epochs", "1"] if words[0] == "mae3d_pretrain" else []
+        workspace.type(*words, *more)
     for trainer in TRAINERS:
-        for fold in "01":
-            command = f"nnUNetv2_train 901 3d_fullres {fold} -p Tiny -device cpu -tr {trainer}".split()
-            workspace.type(*command, *(["--npz"] if trainer.endswith("Baseline") else []))
+        workspace.type(*f"nnUNetv2_train 901 3d_fullres 1 -p S4 -device cpu -tr {trainer}".split())
     return workspace
 
 
 def folder_of(workspace, trainer):
-    return workspace.results / f"{trainer}__Tiny__3d_fullres"
+    return workspace.results / f"{trainer}__S4__3d_fullres"
 
 
 def read(file):
@@ -91,39 +117,25 @@ def test_the_calibrated_checkpoint_thresholds_the_averaged_probabilities(trained
         assert np.array_equal(found[inner], expected[inner])
         differing += np.count_nonzero(found != expected)
         changed += np.count_nonzero(expected != (averaged > 0.5))
-    assert differing < 0.01 * averaged.size
+    assert differing < 0.02 * sum(averaged.size for averaged in averages.values())  # all of them at the border
     assert changed > 20 * differing  # the threshold does something
 
 
-@pytest.fixture(scope="module")
-def predictions(trained, tmp_path_factory):
-    """Of the test cases, by both trainers, with whatever threshold is in force by now."""
-    root = tmp_path_factory.mktemp("predictions")
-    for trainer, name in zip(TRAINERS, ("ViT", "U-Net"), strict=True):
-        command = f"nnUNetv2_predict -i {trained.raw / 'imagesTs'} -o {root / name} {MODEL} {trainer} -f 0"
-        trained.type(*command.split(), "-chk", "checkpoint_calibrated.pth")
-    return root
-
-
-def test_evaluation_writes_tables_and_a_report(trained, predictions, tmp_path):
-    raw, models = trained.raw, [f"-p {name}={predictions / name}" for name in ("ViT", "U-Net")]
-    calibration = f"--calibration ViT={folder_of(trained, TRAINERS[0])}"
-    command = f"mae3d_evaluate -r {raw / 'labelsTs'} {' '.join(models)} -i {raw / 'imagesTs'} {calibration}"
-    done = trained.type(*command.split(), "-o", str(tmp_path / "report"))
-    with (tmp_path / "report" / "cases.csv").open() as stream:
+def test_the_documented_commands_end_in_a_report(trained, output):
+    models = ("nnU-Net", "scratch", "uncalibrated", "calibrated")
+    with (output / "report" / "cases.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [(row["model"], row["case"]) for row in rows] == [
-        (model, case) for model in ("ViT", "U-Net") for case in ("test_0", "test_1")
+        (model, case) for model in models for case in ("test_0", "test_1")
     ]
     for row in rows:
-        mask = read(predictions / row["model"] / f"{row['case']}.nii.gz") == 1
+        mask = read(output / row["model"] / f"{row['case']}.nii.gz") == 1
         assert float(row["predicted_mm3"]) == pytest.approx(1.5 * mask.sum())
-    page = (tmp_path / "report" / "index.html").read_text()
-    assert "Calibration" in page
-    assert str(tmp_path / "report" / "index.html") in done.stdout
+    page = (output / "report" / "index.html").read_text()
+    assert all(model in page for model in models)
 
 
-def test_quantification_gives_volumes_and_warnings_and_goes_on(trained, predictions, tmp_path):
+def test_quantification_gives_volumes_and_warnings_and_goes_on(trained, output, tmp_path):
     """A scan with thick slices is marked, one that cannot be read stops nothing, and nothing is predicted twice."""
     images = tmp_path / "scans"
     shutil.copytree(trained.raw / "imagesTs", images)
@@ -137,7 +149,9 @@ def test_quantification_gives_volumes_and_warnings_and_goes_on(trained, predicti
     (images / "broken_0001.nii.gz").write_bytes(content[: len(content) // 2])
 
     table = tmp_path / "out" / "volumes.csv"
-    command = f"mae3d_quantify -i {images} -o {table} {MODEL} {TRAINERS[0]} -f 0 --cutoffs 100 -num_parts 2".split()
+    command = (
+        f"mae3d_quantify -i {images} -o {table} {MODEL} nnUNetTrainerViTMAE -f 0 --cutoffs 100 -num_parts 2".split()
+    )
     trained.type(*command, "-part_id", "1")
     assert not table.exists()
     trained.type(*command, "-part_id", "0")
@@ -146,7 +160,7 @@ def test_quantification_gives_volumes_and_warnings_and_goes_on(trained, predicti
     assert list(rows) == ["broken", "test_0", "test_1"]
     assert rows["broken"]["volume_mm3"] == ""
     assert "broken_0001.nii.gz cannot be read" in rows["broken"]["warnings"]
-    mask = read(predictions / "ViT" / "test_0.nii.gz") == 1
+    mask = read(output / "calibrated" / "test_0.nii.gz") == 1
     assert float(rows["test_0"]["volume_mm3"]) == pytest.approx(1.5 * mask.sum())
     assert rows["test_0"]["risk_group"] == f"group {1 + (1.5 * mask.sum() > 100)}"
     assert "slice thickness" not in rows["test_0"]["warnings"]

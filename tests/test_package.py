@@ -49,6 +49,9 @@ FLAGS = {
     "mae3d_omit": PLAN_FLAGS | {"-tr", "-f", "-chk", "-i", "-r", "--omit", "-o", "-device"},
     "mae3d_evaluate": {"-h", "--help", "-r", "-p", "-i", "-o", "--cutoffs", "--thickness_bins", "--tolerance"}
     | {"--min_lesion_voxels", "--resamples", "--seed", "--calibration", "-np"},
+    "mae3d_calibrate": PLAN_FLAGS
+    | {"-tr", "-f", "-chk", "--objective", "-i", "-l", "--allow_training_cases", "-device"},
+    "mae3d_quantify": PLAN_FLAGS | {"-i", "-o", "-tr", "-f", "-chk", "--cutoffs", "-num_parts", "-part_id", "-device"},
     "mae3d_demo": {"-h", "--help", "-o", "--seed"},
     "mae3d_trainers": {"-h", "--help"},
 }
@@ -67,6 +70,7 @@ LAYERS = {
     "plots": 1,
     "datasets": 1,
     "statistics": 1,
+    "calibration": 1,
     "pretraining": 2,
     "evaluation": 2,
     "nnunet": 3,
@@ -169,6 +173,25 @@ def test_command_line_is_frozen(command, capsys):
     assert stop.value.code == 0
     usage = capsys.readouterr().out
     assert set(re.findall(r"(?<![\w-])(--?[a-z]\w*)", usage.split("options:")[1])) == FLAGS[command]
+
+
+def commands_in(document: Path) -> list[list[str]]:
+    """Command lines in the blocks of a document, without comments."""
+    blocks = document.read_text().split("```")[1::2]
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [part.split() for line in lines for part in re.split(r"[;&]", line) if re.match(r"(mae3d|nnUNetv2)_", part)]
+
+
+@pytest.mark.parametrize(
+    "document", [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")], ids=lambda f: f.name
+)
+def test_documented_commands_exist_with_these_flags(document):
+    scripts = {entry.name for entry in entry_points(group="console_scripts")}
+    for name, *arguments in commands_in(document):
+        assert name in scripts, name
+        if name in FLAGS:
+            flags = {word for word in arguments if re.fullmatch(r"--?[a-z]\w*", word)}
+            assert flags <= FLAGS[name], (name, arguments)
 
 
 def test_commands_answer_without_torch():

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="NAME=PATH",
         help=f"what mae3d_calibrate wrote for a model: {CALIBRATION}, or the folder that it is in",
     )
-    add("-np", dest="processes", type=positive_int, default=4, metavar="N", help="processes")
+    add("-np", dest="processes", type=positive_int, metavar="N", help="processes (default: one for 20 cases, up to 4)")
     args = parser.parse_args(argv)
 
     predictions = _named(args.predictions, "-p")
@@ -79,7 +79,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{args.output} cannot be made ({error}): choose another place with -o.") from None
-    table, notes = measure_cases(study, options, args.processes)
+    # a process takes as long to start as several cases take to measure
+    processes = args.processes or min(4, 1 + len(study.cases) // 20)
+    table, notes = measure_cases(study, options, processes)
     evaluation = evaluate(table, study.models, list(study.labels.values), options, [*study.notes, *notes])
     write_tables(evaluation, args.output)
     print(headline(evaluation), flush=True)

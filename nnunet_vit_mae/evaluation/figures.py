@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter
 
 from nnunet_vit_mae.evaluation.results import Bin, Evaluation
 from nnunet_vit_mae.evaluation.words import MINUS, TITLES, UNITS, correct, interval, number, rows_of, tick
@@ -88,7 +88,9 @@ def measures_figure(evaluation: Evaluation, label: str) -> Figure:
             values = table[:, place]
             _box(axes, values, place - 0.14, 0.26, look)
             axes.scatter(place + 0.22 + _offsets(len(values)), values, **look.points(16), zorder=3)
-        axes.set_xticks(range(len(evaluation.models)), [_wrapped(model, 15) for model in evaluation.models])
+        crowded = len(evaluation.models) > 4
+        names = [_wrapped(model, 20 if crowded else 15) for model in evaluation.models]
+        axes.set_xticks(range(len(names)), names, rotation=90 if crowded else 0)
         axes.set_xlim(-0.5, len(evaluation.models) - 0.5)
         axes.grid(axis="y")
         _name_axis(axes, "y", column, scale)
@@ -254,7 +256,9 @@ def _bins_panel(axes: Axes, evaluation: Evaluation, bins: Sequence[Bin]) -> None
     measure, quantity = bins[0].measure, bins[0].quantity
     ranges = sorted({(entry.low, entry.high) for entry in bins})
     rows = rows_of(evaluation, bins[0].label)
-    scale = Scale.around(rows[measure].to_numpy(dtype=float)) if measure.endswith("difference_mm3") else None
+    scale = None
+    if measure.endswith("difference"):  # a small volume may be wrong by many times itself
+        scale = Scale.around(rows[measure].to_numpy(dtype=float), ratio=25)
     step = 0.8 / len(evaluation.models)
     for place, (low, high) in enumerate(ranges):
         if place % 2:
@@ -309,13 +313,13 @@ class Scale:
     threshold: float | None = None
 
     @classmethod
-    def around(cls, values: np.ndarray) -> Scale:
-        """Logarithmic when the largest is above eight times the middle."""
+    def around(cls, values: np.ndarray, ratio: float = 8) -> Scale:
+        """Logarithmic when the largest is above `ratio` times the middle."""
         positive = values[np.isfinite(values) & (values > 0)]
         if not len(positive):
             return cls(1.0)
         top = float(positive.max())
-        if top <= 8 * float(np.median(positive)):
+        if top <= ratio * float(np.median(positive)):
             return cls(top)
         lowest = 10.0 ** math.floor(math.log10(np.percentile(positive, 5)))
         return cls(top, max(lowest, 10.0 ** (math.floor(math.log10(top)) - 3)))  # four powers of ten are enough
@@ -352,15 +356,18 @@ def _tick(value: float, _position: int | None = None) -> str:
     return tick(value)
 
 
+def _percent_tick(value: float, _position: int | None = None) -> str:
+    return f"{tick(100 * value)}%"
+
+
 def _name_axis(axes: Axes, axis: str, column: str, scale: Scale | None) -> None:
     note = ", ".join(filter(None, [UNITS.get(column, ""), scale.note.strip(", ") if scale else ""]))
     title = "|Volume difference| / annotated volume" if column == "relative_difference" else TITLES.get(column, column)
     getattr(axes, f"set_{axis}label")(f"{title} ({note})" if note else title)
     if scale:
         scale.apply(axes, axis)
-    elif column == "relative_difference":
-        getattr(axes, f"{axis}axis").set_major_formatter(PercentFormatter(1.0, decimals=0))
-        getattr(axes, f"set_{axis}lim")(bottom=0)
+        if column == "relative_difference":
+            getattr(axes, f"{axis}axis").set_major_formatter(FuncFormatter(_percent_tick))
     else:
         getattr(axes, f"set_{axis}lim")(-0.03, 1.03)
 

@@ -35,6 +35,7 @@ class Picture:
     source: str
     caption: str
     alt: str
+    inches: float  # wide
 
 
 @dataclass(frozen=True)
@@ -113,12 +114,12 @@ class Gallery:
         stem = name if len(labels) == 1 else f"{name}_{labels.index(label) + 1}_{slug(label)}"
         files = figures.save_both(figure, self.folder / stem)
         self.written += files
-        return self.embed(next(file for file in files if file.suffix == suffix), caption, alt)
+        return self.embed(next(file for file in files if file.suffix == suffix), caption, alt, figure.get_figwidth())
 
-    def embed(self, file: Path, caption: str, alt: str) -> Picture:
+    def embed(self, file: Path, caption: str, alt: str, inches: float = figures.WIDTH) -> Picture:
         """Take a file into the page."""
         data = base64.b64encode(file.read_bytes()).decode()
-        return Picture(next(self.numbers), f"data:{MIME[file.suffix]};base64,{data}", caption, alt)
+        return Picture(next(self.numbers), f"data:{MIME[file.suffix]};base64,{data}", caption, alt, inches)
 
 
 def slug(name: str) -> str:
@@ -180,7 +181,7 @@ def _label_context(evaluation: Evaluation, label: str, slices: list[list[Slice]]
         "name": label,
         "highlights": words.highlights(evaluation, label, _confidence(evaluation)),
         "headline": headline(evaluation, label),
-        "tests": tests(evaluation, label),
+        "tests": comparisons(evaluation, label),
         "agreements": agreements(evaluation, label),
         "risks": [_risk_row(entry) for entry in risks],
         "groups": words.groups_in_words(risks[0]) if risks else [],
@@ -243,7 +244,7 @@ def headline(evaluation: Evaluation, label: str) -> list[dict[str, Any]]:
     return rows
 
 
-def tests(evaluation: Evaluation, label: str) -> list[dict[str, Any]]:
+def comparisons(evaluation: Evaluation, label: str) -> list[dict[str, Any]]:
     """The paired tests of each measure."""
     own = [test for test in evaluation.tests if test.label == label]
     groups = []
@@ -380,7 +381,7 @@ def _setting(value: object) -> str:
         return ", ".join(f"{key}: {_setting(entry)}" for key, entry in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(map(_setting, value))
-    return words.NOTHING if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return "not given" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _environment() -> Environment:

@@ -70,9 +70,9 @@ def quantify(
     if table.is_dir() or table.suffix != ".csv":
         raise UserError(f"-o {table} is no file that ends in .csv: name the table to write.")
     seen, work = look_back(model), table.with_name(f"{table.stem}_segmentations")
+    cases = find_cases(model.plan, images)[part.number :: part.of]
     identity = model_hash(model)
     _refuse_other_model(work, identity)
-    cases = find_cases(model.plan, images)[part.number :: part.of]
     checked = {case.name: _check(case) for case in tqdm(cases, unit="case", desc="checking")}
     readable = [case for case in cases if isinstance(checked[case.name], Geometry)]
     _predict(model, readable, work, part, device)

@@ -1,0 +1,320 @@
+"""Calibration and quantification of models in nnU-Net's folders, with predictions that are made here."""
+
+import csv
+import json
+import math
+import os
+import shutil
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from conftest import SHAPE, SPACING, blob, write_case
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from torch import nn
+
+from nnunet_vit_mae.calibration import segment
+from nnunet_vit_mae.cli import calibrate as calibrate_command
+from nnunet_vit_mae.cli import quantify as quantify_command
+from nnunet_vit_mae.datasets.volumes import Geometry
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.networks.build import build_segmenter
+from nnunet_vit_mae.nnunet.calibration import classes_of, shift_head
+from nnunet_vit_mae.nnunet.folders import find_dataset
+from nnunet_vit_mae.nnunet.models import find_model
+from nnunet_vit_mae.nnunet.quantification import Seen, model_hash, warnings_of
+from nnunet_vit_mae.presets import DECODERS, Network
+
+TRAINER = "nnUNetTrainerBaseline"
+VOXEL = math.prod(SPACING)
+
+
+# ---------- the head
+
+
+def u_net() -> nn.Module:
+    sizes = {"features_per_stage": (4, 8), "kernel_sizes": 3, "strides": (1, 2), "n_conv_per_stage": 1}
+    return PlainConvUNet(
+        2, 2, **sizes, conv_op=nn.Conv3d, num_classes=3, n_conv_per_stage_decoder=1, conv_bias=True, nonlin=nn.ReLU
+    )
+
+
+@pytest.mark.parametrize("kind", [*DECODERS, "adaptive", "U-Net"])
+def test_shifting_the_head_shifts_every_logit(kind):
+    """Also for a head with an output for each voxel of a token, whose sides are unequal."""
+    torch.manual_seed(0)
+    if kind == "U-Net":
+        network = u_net()
+    else:
+        adaptive = kind == "adaptive"
+        chosen = Network(size="XS", token=(2, 4, 8), decoder="unetr" if adaptive else kind, adaptive=adaptive)
+        network = build_segmenter(chosen, 2, 3, drop_path=0.0)
+    network.eval()
+    shifts = [0.0, -2.5, 1.25]
+    volume = torch.randn(2, 2, 8, 12, 16)
+    with torch.no_grad():
+        before = network(volume)
+        network.load_state_dict(shift_head(network.state_dict(), shifts))
+        torch.testing.assert_close(network(volume) - before, torch.tensor(shifts).view(3, 1, 1, 1).expand_as(before))
+
+
+def test_a_network_with_another_head_is_refused():
+    with pytest.raises(UserError, match="last layer is none that mae3d_calibrate knows"):
+        shift_head({"up.head.weight": torch.zeros(2), "classifier.bias": torch.zeros(2)}, [0, 1])
+
+
+# ---------- a model whose predictions are made up
+
+
+LABELS = {
+    "binary": {"background": 0, "blob": 1},
+    "several": {"background": 0, "blob": 1, "rim": 2},
+    "regions": {"background": 0, "whole": [1, 2], "core": 2},
+}
+
+
+@pytest.fixture
+def model(in_workspace, request):
+    """Fold 0 and 1 of a model with probabilities of their validation cases; a case has core and rim if asked for."""
+    kind = getattr(request, "param", "binary")
+    folder = in_workspace.results / f"{TRAINER}__nnUNetPlans__3d_fullres"
+    description = json.loads((in_workspace.preprocessed / "dataset.json").read_text()) | {"labels": LABELS[kind]}
+    if kind == "regions":
+        description["regions_class_order"] = [1, 2]
+    folder.mkdir(parents=True)
+    (folder / "dataset.json").write_text(json.dumps(description))
+    shutil.copy(in_workspace.preprocessed / "nnUNetPlans.json", folder / "plans.json")
+    channels = {"binary": 2, "several": 3, "regions": 2}[kind]
+    splits = [{"train": ["train_2", "train_3", "train_4", "train_5"], "val": ["train_0", "train_1"]}]
+    splits.append({"train": ["train_0", "train_1", "train_4", "train_5"], "val": ["train_2", "train_3"]})
+    (in_workspace.preprocessed / "splits_final.json").write_text(json.dumps(splits))
+    for fold, split in enumerate(splits):
+        weights = {"decoder.seg_layers.0.bias": torch.zeros(channels), "decoder.other.bias": torch.ones(2)}
+        (folder / f"fold_{fold}" / "validation").mkdir(parents=True)
+        torch.save(
+            {"network_weights": weights, "trainer_name": TRAINER, "optimizer_state": {"a": 1}},
+            folder / f"fold_{fold}" / "checkpoint_final.pth",
+        )
+        for name in split["val"]:
+            label = labels_of(in_workspace, name, kind)
+            np.savez_compressed(
+                folder / f"fold_{fold}" / "validation" / f"{name}.npz", probabilities=believed(label, channels, kind)
+            )
+    return folder
+
+
+def labels_of(workspace, name, kind):
+    """The reference of a case; a half of it becomes label 2 where there is one."""
+    file = workspace.preprocessed / "gt_segmentations" / f"{name}.nii.gz"
+    image = sitk.ReadImage(str(file))
+    label = sitk.GetArrayFromImage(image)
+    if kind != "binary":
+        label[: SHAPE[0] // 2] *= 2
+        changed = sitk.GetImageFromArray(label)
+        changed.CopyInformation(image)
+        sitk.WriteImage(changed, str(file))
+    return label
+
+
+def believed(label, channels, kind):
+    """Probabilities that are too low by the same factor of odds everywhere."""
+    random = np.random.default_rng(int(label.sum()))
+    logits = random.normal(-3, 1, (channels, *label.shape))
+    if kind == "regions":
+        logits[0] += 3 * (label > 0)
+        logits[1] += 2 * (label == 2)
+        return (1 / (1 + np.exp(-logits))).astype(np.float32)
+    logits[0] += 4
+    for value in range(1, channels):
+        logits[value] += 3 * (label == value)
+    return (np.exp(logits) / np.exp(logits).sum(axis=0)).astype(np.float32)
+
+
+def calibrate(*flags):
+    calibrate_command.main(["-d", "901", "-tr", TRAINER, "-f", "0", "1", "-device", "cpu", *flags])
+
+
+@pytest.mark.parametrize("model", LABELS, indirect=True)
+@pytest.mark.parametrize("objective", ["volume", "dice"])
+def test_the_record_says_what_thresholds_do(model, objective, capsys):
+    calibrate("--objective", objective)
+    record = json.loads((model / "calibration.json").read_text())
+    dataset = find_dataset("901")
+    found = find_model(
+        dataset, "nnUNetPlans", "3d_fullres", trainer=TRAINER, folds=["0"], checkpoint="checkpoint_final.pth"
+    )
+    classes = classes_of(found.plan)
+    assert list(record["thresholds"]) == list(classes.names)
+    shifts = [record["shifts"][name] for name in classes.names]
+    by_case = {(row["case"], row["label"]): row for row in record["cases"]}
+    assert {row["fold"] for row in record["cases"]} == {"0", "1"}
+    for fold, name in (("0", "train_1"), ("1", "train_2")):
+        probabilities = np.load(model / f"fold_{fold}" / "validation" / f"{name}.npz")["probabilities"]
+        for label, mask in zip(classes.names, segment(probabilities, classes, shifts), strict=True):
+            assert by_case[name, label]["after_mm3"] == pytest.approx(mask.sum() * VOXEL)
+            assert by_case[name, label]["fold"] == fold
+    key = {"volume": "absolute_difference_mm3", "dice": "dice"}[objective]
+    before, after = (np.mean([record[when][name][key] for name in classes.names]) for when in ("before", "after"))
+    assert after < before if objective == "volume" else after > before
+    assert "calibration.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", LABELS, indirect=True)
+def test_checkpoints_carry_the_shift_and_nothing_else_changes(model):
+    calibrate()
+    record = json.loads((model / "calibration.json").read_text())
+    shifts = [*record["shifts"].values()]
+    for fold in "01":
+        plain, calibrated = (
+            torch.load(model / f"fold_{fold}" / f"checkpoint_{name}.pth", weights_only=False)
+            for name in ("final", "calibrated")
+        )
+        bias = calibrated["network_weights"].pop("decoder.seg_layers.0.bias")
+        assert bias.tolist() == pytest.approx([0.0] * (len(bias) - len(shifts)) + shifts)
+        assert torch.equal(
+            calibrated["network_weights"]["decoder.other.bias"], plain["network_weights"]["decoder.other.bias"]
+        )
+        assert plain["optimizer_state"] == {"a": 1}
+        assert calibrated["optimizer_state"] is None
+
+
+def test_probabilities_of_an_older_checkpoint_are_not_taken(model, monkeypatch):
+    asked = []
+    monkeypatch.setattr("nnunet_vit_mae.nnunet.calibration.predict", lambda command, *_: asked.append(command))
+    checkpoint = model / "fold_1" / "checkpoint_final.pth"
+    newest = max(file.stat().st_mtime for file in (model / "fold_1" / "validation").iterdir())
+    os.utime(checkpoint, (newest + 10, newest + 10))
+    with pytest.raises(SystemExit):  # nothing was predicted, so there is nothing to read
+        calibrate()
+    (command,) = asked
+    assert command[command.index("-f") + 1 : command.index("-chk")] == ["1"]
+    assert "--save_probabilities" in command
+    images = model / "calibration_fold_1" / "images"
+    assert sorted(file.name for file in images.iterdir()) == [
+        f"train_{n}_000{c}.nii.gz" for n in (2, 3) for c in (0, 1)
+    ]
+
+
+def test_mistakes_in_calibrating_get_a_sentence(model, in_workspace, refused, tmp_path):
+    def refuse(*flags, folds=("0",)):
+        return refused(calibrate_command.main, *f"-d 901 -tr {TRAINER} -device cpu -f".split(), *folds, *flags)
+
+    assert "-i and -l go together" in refuse("-i", str(tmp_path))
+    assert "has a threshold already" in refuse("-chk", "checkpoint_calibrated.pth")
+    assert "There is no checkpoint" in refuse(folds=["3"])
+    (model / "fold_all").mkdir()
+    shutil.copy(model / "fold_0" / "checkpoint_final.pth", model / "fold_all")
+    assert "-f all was trained on every labelled case" in refuse(folds=["all"])
+    raw = in_workspace.raw
+    seen = refuse("-i", str(raw / "imagesTr"), "-l", str(raw / "labelsTr"))
+    assert "trained on 4 of the 6 cases (train_2, train_3, train_4...)" in seen
+    seen = refuse("-i", str(raw / "imagesTs"), "-l", str(tmp_path))
+    assert "The case test_0 has no reference segmentation" in seen
+    file = model / "fold_0" / "validation" / "train_0.npz"
+    np.savez(file, probabilities=np.zeros((2, 3, 4, 5), np.float32))
+    assert "has the shape (2, 3, 4, 5)" in refuse()
+    file.write_bytes(b"half a file")
+    assert "train_0.npz cannot be read" in refuse()
+    assert not (model / "calibration.json").exists()
+    assert not list(model.glob("fold_*/checkpoint_calibrated.pth"))
+
+
+# ---------- quantification
+
+
+SEEN = Seen(
+    spacings=np.sort([[3.0, 0.5, 0.5], [1.5, 0.4, 0.5]], axis=1), volumes={"blob": np.array([100.0, 200.0, 900.0])}
+)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "volume", "expected"),
+    [
+        ((0.5, 0.5, 2.0), 150, []),
+        ((0.5, 2.0, 0.5), 150, []),  # slices along another axis
+        ((0.5, 0.5, 5.0), 150, ["slice thickness 5 mm, trained on 1.5 to 3 mm"]),
+        ((0.5, 0.5, 3.001), 150, []),
+        ((0.9, 0.9, 2.0), 150, ["spacing 0.9 mm, trained on 0.4 to 0.5 mm"]),
+        ((0.5, 0.5, 2.0), 0, ["nothing found"]),
+        ((0.5, 0.5, 2.0), 1000, ["volume outside the 100 to 900 mm3 of the training cases"]),
+    ],
+)
+def test_warnings(spacing, volume, expected):
+    geometry = Geometry((9, 9, 9), spacing, (0, 0, 0), (1, 0, 0, 0, 1, 0, 0, 0, 1))
+    assert warnings_of(geometry, {"blob": volume}, SEEN) == {"blob": expected}
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """Four scans to quantify."""
+    for number in range(4):
+        write_case(tmp_path / "images", f"scan_{number}", blob(30 + number)[0])
+    return tmp_path / "images"
+
+
+def pretend_to_predict(table, scans):
+    """Put the segmentations where `mae3d_quantify` looks for them, as a run before left them."""
+    dataset = find_dataset("901")
+    found = find_model(
+        dataset, "nnUNetPlans", "3d_fullres", trainer=TRAINER, folds=["0"], checkpoint="checkpoint_final.pth"
+    )
+    work = table.with_name(f"{table.stem}_segmentations")
+    for number in range(len(list(scans.iterdir())) // 2):
+        write_case(table.parent / "images", f"scan_{number}", [], blob(30 + number)[1])
+    shutil.move(table.parent / "labels", work)
+    (work / "model.json").write_text(json.dumps({"model": model_hash(found)}))
+
+
+def quantify(scans, table, *flags):
+    quantify_command.main(["-d", "901", "-tr", TRAINER, "-device", "cpu", "-i", str(scans), "-o", str(table), *flags])
+
+
+def test_volumes_are_those_of_the_segmentations(model, in_workspace, scans, tmp_path):
+    table = tmp_path / "volumes.csv"
+    pretend_to_predict(table, scans)
+    quantify(scans, table)
+    with table.open() as stream:
+        rows = list(csv.DictReader(stream))
+    training = sorted(VOXEL * blob(number)[1].sum() for number in range(6))
+    for number, row in enumerate(rows):
+        volume = VOXEL * blob(30 + number)[1].sum()
+        assert row["case"] == f"scan_{number}"
+        assert float(row["volume_mm3"]) == pytest.approx(volume, abs=1e-3)
+        assert row["threshold"] == "0.5"
+        quartile = np.searchsorted(np.quantile(training, [0.25, 0.5, 0.75]), volume)
+        assert row["risk_group"] == ("no", "low", "moderate", "high")[quartile]
+        outside = not training[0] <= volume <= training[-1]
+        assert ("volume outside" in row["warnings"]) == outside
+    assert json.loads((model / "training_volumes.json").read_text())["blob"] == pytest.approx(
+        [VOXEL * blob(number)[1].sum() for number in range(6)]
+    )
+
+
+def test_parts_together_are_the_whole(model, in_workspace, scans, tmp_path):
+    table = tmp_path / "volumes.csv"
+    pretend_to_predict(table, scans)
+    quantify(scans, table)
+    whole = table.read_text()
+    table.unlink()
+    for part in "201":
+        assert not table.exists()
+        quantify(scans, table, "-num_parts", "3", "-part_id", part)
+    assert table.read_text() == whole
+
+
+def test_mistakes_in_quantifying_get_a_sentence(model, in_workspace, scans, refused, tmp_path):
+    def refuse(*flags, output="volumes.csv", images=scans):
+        call = f"-d 901 -tr {TRAINER} -device cpu -i {images} -o {tmp_path / output}"
+        return refused(quantify_command.main, *call.split(), *flags)
+
+    assert "is no file that ends in .csv" in refuse(output="volumes.xlsx")
+    assert "-part_id 2 is not among the parts 0 to 1" in refuse("-num_parts", "2", "-part_id", "2")
+    assert "There are no images" in refuse(images=tmp_path / "nowhere")
+    work = tmp_path / "volumes_segmentations"
+    assert not work.exists()
+    work.mkdir()
+    (work / "something").touch()
+    assert f"{work} is in use" in refuse()
+    (work / "model.json").write_text(json.dumps({"model": "another"}))
+    assert "segmentations of another model" in refuse()

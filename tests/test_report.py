@@ -1,0 +1,536 @@
+"""Figures and report page of an evaluation: from numbers that are made up, and in a real browser."""
+
+import base64
+import itertools
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.evaluation import figures, overlays, words
+from nnunet_vit_mae.evaluation.report import comparisons, headline, read_calibration, slug, write_report
+from nnunet_vit_mae.evaluation.results import (
+    MEASURES,
+    Agreement,
+    Bin,
+    Evaluation,
+    Mean,
+    PairedTest,
+    Risk,
+)
+
+SHAPE = (6, 20, 24)  # z y x: three unequal sides
+EVIL = "<script>alert(1)</script> $x_1$"
+MODELS = ("ViT", EVIL, "nnU-Net")
+LABELS = ("calcification & bone", "infarct")
+NAMES = {"measures", "volumes", "bland_altman", "risk_groups", "bins", "examples"}
+CALIBRATION = {
+    "thresholds": {LABELS[0]: 0.1834, LABELS[1]: 0.5},
+    "objective": "volume",
+    "folds": ["0", "1"],
+    "cases": [{"case": f"case_{number}", "fold": "0", "label": LABELS[0]} for number in range(7)],
+    "before": {LABELS[0]: {"absolute_difference_mm3": 123.4, "dice": 0.645}},
+    "after": {LABELS[0]: {"absolute_difference_mm3": 88.1, "dice": None}},
+    "versions": {"torch": "2.9"},
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """An evaluation and its files."""
+
+    evaluation: Evaluation
+    references: Path
+    predictions: Mapping[str, Path]
+    images: Path
+    calibration: Path
+
+    def write(self, output: Path, **changes) -> list[Path]:
+        given = {"references": self.references, "predictions": self.predictions, "images": self.images}
+        evaluation = changes.pop("evaluation", self.evaluation)
+        return write_report(evaluation, output, **{**given, "calibrations": {MODELS[1]: self.calibration}, **changes})
+
+
+def rows_of(models, labels, number: int) -> pd.DataFrame:
+    """A row for each model, case and label; the first case is rightly empty, so that most is not defined there."""
+    random = np.random.default_rng(0)
+    rows = []
+    for label in labels:
+        volumes = np.exp(random.normal(4, 1.5, number)) * (np.arange(number) > 0)
+        for model, case in itertools.product(models, range(number)):
+            dice = random.uniform(0.2, 1) if volumes[case] else math.nan
+            predicted = volumes[case] * random.uniform(0.5, 1.6)
+            shares = {measure.column: dice for measure in MEASURES}
+            key = {"model": model, "case": f"case_{case}", "label": label, "slice_thickness_mm": 1.0 + case % 4}
+            difference = predicted - volumes[case]
+            relative = abs(difference) / volumes[case] if volumes[case] else math.nan
+            sizes = {"reference_mm3": volumes[case], "predicted_mm3": predicted, "difference_mm3": difference}
+            rows.append(
+                key | shares | sizes | {"absolute_difference_mm3": abs(difference), "relative_difference": relative}
+            )
+    return pd.DataFrame(rows)
+
+
+def evaluation_of(models=MODELS, labels=LABELS, number: int = 12) -> Evaluation:
+    cases = rows_of(models, labels, number)
+    means, agreements, risks, bins, paired = [], [], [], [], []
+    for label, model in itertools.product(labels, models):
+        own = cases[(cases["label"] == label) & (cases["model"] == model)]
+        for measure in MEASURES:
+            known = own[measure.column].dropna()
+            low, high = (known.quantile([0.025, 0.975])) if len(known) > 1 else (math.nan, math.nan)
+            mean = known.mean() if len(known) else math.nan
+            means.append(Mean(model, label, measure.column, mean, low, high, len(known), number - len(known)))
+        bias, spread = own["difference_mm3"].mean(), 1.96 * own["difference_mm3"].std()
+        agreements.append(Agreement(model, label, number, bias, bias - spread, bias + spread))
+        if number > 1:
+            right = number - 2
+            risks.append(Risk(model, label, (60.0,), ("low", "high"), ((right - 2, 1), (1, 2)), number, right, 0.5))
+        for measure, quantity, edges in (
+            ("dice", "slice_thickness_mm", (1.0, 2.0, 4.0)),
+            ("relative_difference", "reference_mm3", (0.5, 40.0, 900.0)),
+        ):
+            bins += [
+                Bin(model, label, measure, quantity, low, high, number // 2, 0.5, 0.4)
+                for low, high in itertools.pairwise(edges)
+                if number > 1
+            ]
+    for first, second in itertools.combinations(models, 2):
+        paired += [
+            PairedTest(first, second, labels[0], "dice", 0.6, 0.7, 0.1, number - 1, number - 1, 0.0004, 0.0012),
+            PairedTest(first, second, labels[0], "hd95_mm", 4.0, 5.0, 1.0, 11, 11, 0.2, 0.4),
+            PairedTest(first, second, labels[0], "surface_dice", 0.6, 0.6, 0.0, 11, 0, None, None),
+        ]
+    return Evaluation(
+        models=tuple(models),
+        labels=tuple(labels),
+        cases=cases,
+        means=tuple(means),
+        tests=tuple(paired),
+        agreements=tuple(agreements),
+        risks=tuple(risks),
+        bins=tuple(bins),
+        settings={"resamples": 1000, "confidence": 0.95, "seed": 0, "tolerance_mm": 1.0, "cutoffs_mm3": None},
+        versions={"nnunet-vit-mae": "0.1.0", "numpy": np.__version__},
+        notes=(f"{EVIL}: a note on what is < 1.",),
+    )
+
+
+def write_volume(file: Path, array: np.ndarray) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing((0.5, 0.6, 3.0))
+    sitk.WriteImage(image, str(file))
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    root = tmp_path_factory.mktemp("report")
+    random = np.random.default_rng(0)
+    predictions = {model: root / f"predictions_{number}" for number, model in enumerate(MODELS)}
+    for case in range(12):
+        reference = np.zeros(SHAPE, np.uint8)
+        reference[2:4, 5:12, 6:15] = 1
+        reference[1:3, 14:17, 16:20] = 2
+        image = random.normal(100 * (reference > 0), 20).astype(np.float32)
+        write_volume(root / "labelsTs" / f"case_{case}.nii.gz", reference)
+        write_volume(root / "imagesTs" / f"case_{case}_0000.nii.gz", image)
+        for number, folder in enumerate(predictions.values()):
+            write_volume(folder / f"case_{case}.nii.gz", np.roll(reference, number, axis=2))
+    labels = {"background": 0, LABELS[0]: 1, LABELS[1]: [1, 2]}  # the second is a region
+    (root / "dataset.json").write_text(json.dumps({"labels": labels}))
+    calibration = root / "model"
+    calibration.mkdir()
+    (calibration / "calibration.json").write_text(json.dumps(CALIBRATION))
+    figures.save_figure(
+        figures.bland_altman_figure(evaluation_of(), LABELS[0]), calibration / "calibration_bland_altman.png"
+    )
+    return Study(evaluation_of(), root / "labelsTs", predictions, root / "imagesTs", calibration)
+
+
+@pytest.fixture(scope="module")
+def page(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return study.write(tmp_path_factory.mktemp("written"))[0]
+
+
+# ---------- words
+
+
+def test_numbers_for_people():
+    assert [words.volume(value) for value in (1234.4, 93.0, 56.78, 0.1234, 0, -12)] == [
+        "1,234",
+        "93",
+        "56.8",
+        "0.12",
+        "0",
+        f"{words.MINUS}12",
+    ]
+    assert words.number("difference_mm3", 148.2, -3.25, math.nan, sign=True) == [
+        "+148",
+        f"{words.MINUS}3",
+        words.NOTHING,
+    ]
+    assert words.number("dice", 0.81249, 1, -0.0001) == ["0.812", "1.000", "0.000"]
+    assert words.number("relative_difference", 0.2134) == ["21.3%"]
+    assert [words.p_value(p) for p in (None, 0.00004, 0.0312, 1)] == [words.NOTHING, "< 0.001", "0.031", "1.000"]
+    assert words.interval(1, 2, first=True) == "1 to 2"
+    assert words.interval(2, 5) == "> 2 to 5"
+    assert words.interval(5, math.inf) == "> 5"
+    risk = Risk("ViT", "a", (10.0, 25.0), ("low", "moderate", "high"), ((1, 0, 0),) * 3, 3, 1, None)
+    assert words.groups_in_words(risk) == [
+        "low (up to 10 mm³)",
+        "moderate (above 10 and up to 25 mm³)",
+        "high (above 25 mm³)",
+    ]
+    assert words.correct(risk) == "1 of 3 correct (33%)"
+
+
+def test_verdicts_say_who_is_better_and_no_more_than_that():
+    test = PairedTest("A", "B", "a", "dice", 0.6, 0.7, 0.1, 9, 9, 0.004, 0.012)
+    assert words.verdict(test) == "B is better"
+    assert words.verdict(replace(test, measure="hd95_mm")) == "A is better"  # lower is better
+    assert words.verdict(replace(test, measure="hd95_mm"), other=True) == "A is better than B"
+    assert words.verdict(replace(test, measure="difference_mm3")) == "They differ"
+    assert words.verdict(replace(test, p_holm=0.06)) == "No difference shown"
+    assert words.verdict(replace(test, p=None, p_holm=None)) == "Equal in every case"
+    assert words.verdict(replace(test, p=None, p_holm=None, n=0)) == "No case to compare"
+
+
+def test_best_is_bold_where_there_is_a_better():
+    rows = {row["measure"].column: row for row in headline(evaluation_of(), LABELS[0])}
+    assert len(rows) == len(MEASURES)
+    assert [cell.best for cell in rows["dice"]["cells"]].count(True) == 1
+    assert not any(cell.best for cell in rows["difference_mm3"]["cells"])
+    assert (rows["dice"]["cases"], rows["dice"]["left_out"]) == (11, 1)
+    alone = headline(evaluation_of(models=("ViT",)), LABELS[0])
+    assert not any(cell.best for row in alone for cell in row["cells"])
+
+
+def test_cells_say_their_own_number_of_cases_where_models_differ():
+    evaluation = evaluation_of()
+    means = [replace(m, n=9, left_out=3) if m.model == "ViT" else m for m in evaluation.means]
+    row = headline(replace(evaluation, means=tuple(means)), LABELS[0])[0]
+    assert (row["cases"], row["cells"][0].cases, row["cells"][1].cases) == (
+        "",
+        "n = 9, 3 left out",
+        "n = 11, 1 left out",
+    )
+
+
+def test_tests_are_grouped_by_measure():
+    groups = comparisons(evaluation_of(), LABELS[0])
+    assert [group["title"] for group in groups] == [
+        "Dice",
+        "95th percentile of the Hausdorff distance",
+        "Surface Dice",
+    ]
+    assert [len(group["rows"]) for group in groups] == [3, 3, 3]
+    assert groups[0]["rows"][0]["significant"]
+
+
+# ---------- figures
+
+
+def drawn(evaluation: Evaluation, label: str) -> dict:
+    return {
+        name: getattr(figures, f"{name}_figure")(evaluation, label)
+        for name in ("measures", "bland_altman", "scatter", "risk", "bins")
+    }
+
+
+def texts(figure) -> list[str]:
+    """What is written in a figure: text artists, titles, and labels of axes and ticks."""
+    return [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
+
+
+def test_models_have_a_colour_and_a_marker_each():
+    looks = figures.looks(tuple(map(str, range(50))))
+    assert len(set(looks.values())) == 50
+    assert all(sum(a != b for a, b in zip(vars(x).values(), vars(y).values(), strict=True)) == 2
+               for x, y in itertools.combinations(list(looks.values())[:7], 2))  # fmt: skip
+
+
+def test_agreement_is_labelled_in_mm3():
+    evaluation = evaluation_of()
+    found = texts(figures.bland_altman_figure(evaluation, LABELS[0]))
+    entry = evaluation.agreements[0]
+    upper, bias, lower = words.number("difference_mm3", entry.upper, entry.bias, entry.lower)
+    assert {f"+1.96 SD\n{upper}", f"bias\n{bias}", f"{words.MINUS}1.96 SD\n{lower}"} <= set(found)
+    panels = figures.bland_altman_figure(evaluation, LABELS[0]).axes
+    assert len({axes.get_ylim() for axes in panels}) == len({axes.get_xlim() for axes in panels}) == 1
+
+
+def test_labels_of_close_lines_are_moved_apart():
+    places = figures._apart([1.0, 0.5, 0.0], 10, (-50, 50))
+    assert places == [10.5, 0.5, -9.5]
+    assert figures._apart([1.0, 0.5, 0.0], 10, (0, 50)) == [20.0, 10.0, 0.0]
+    assert figures._apart([90, 0, -90], 10, (-99, 99)) == [90, 0, -90]
+
+
+@pytest.mark.parametrize(("models", "number"), [(("ViT",), 1), (("ViT",), 12), (("a", "b"), 2), (tuple("abcdefg"), 6)])
+def test_any_number_of_models_and_cases(models, number):
+    """Warnings are errors here: no logarithm of zero, no layout that fails."""
+    evaluation = evaluation_of(models, ("infarct",), number)
+    if number == 1:
+        evaluation = replace(evaluation, bins=())
+        assert figures.measures_figure(evaluation, "infarct")
+        assert figures.bland_altman_figure(evaluation, "infarct")
+        assert figures.scatter_figure(evaluation, "infarct")
+    else:
+        assert drawn(evaluation, "infarct")
+
+
+def test_settings_of_matplotlib_stay_as_they_were(tmp_path):
+    from matplotlib import rcParams
+
+    before = dict(rcParams)
+    figures.save_figure(figures.measures_figure(evaluation_of(), LABELS[0]), tmp_path / "a.svg")
+    assert dict(rcParams) == before
+
+
+def test_text_is_large_enough_to_read():
+    for figure in drawn(evaluation_of(), LABELS[0]).values():
+        sizes = [text.get_fontsize() for text in figure.findobj(lambda artist: hasattr(artist, "get_fontsize"))]
+        assert min(sizes) >= 8
+
+
+# ---------- overlays
+
+
+def test_worst_median_and_best_by_dice():
+    evaluation = evaluation_of()
+    chosen = overlays.choose_examples(evaluation, LABELS[1])
+    assert [[example.rank for example in row] for row in chosen] == [["worst", "median", "best"]] * 3
+    own = words.rows_of(evaluation, LABELS[1], "ViT")["dice"].dropna()
+    assert [example.dice for example in chosen[0]] == pytest.approx([own.min(), own.median(), own.max()])
+    assert overlays.choose_examples(evaluation_of(number=1), LABELS[1]) == []  # it has no Dice
+    assert [e.rank for e in overlays.choose_examples(evaluation_of(number=2), LABELS[1])[0]] == ["only case"]
+
+
+def test_an_outline_follows_the_sides_of_voxels():
+    mask = np.zeros((3, 4), bool)
+    mask[1, 2] = True
+    sides = overlays.outline(mask, (2.0, 0.5))
+    found = {tuple(sorted(map(tuple, side.tolist()))) for side in sides}
+    assert found == {
+        ((1.0, 2.0), (1.5, 2.0)),
+        ((1.0, 4.0), (1.5, 4.0)),
+        ((1.0, 2.0), (1.0, 4.0)),
+        ((1.5, 2.0), (1.5, 4.0)),
+    }
+    assert len(overlays.outline(np.ones((2, 3), bool), (1, 1))) == 10  # at the border of the image too
+    assert len(overlays.outline(np.zeros((2, 3), bool), (1, 1))) == 0
+
+
+def test_the_slice_with_most_of_both_and_the_values_of_a_region(study):
+    labels = overlays.labels_of(LABELS, study.references, study.predictions)
+    example = overlays.Example("nnU-Net", LABELS[1], "best", "case_3", 0.9)
+    entry = overlays.cut(example, labels, study.references, study.predictions, study.images)
+    assert entry.spacing == pytest.approx((0.6, 0.5))
+    assert entry.reference.sum() == 7 * 9 + 3 * 4  # slice 2 has both parts
+    assert entry.image is not None
+    assert entry.window[0] < 0 < 100 < entry.window[1]
+    assert overlays.cut(example, labels, study.references, study.predictions, None).image is None
+
+
+def test_axial_slices_are_shown_as_radiologists_look(tmp_path):
+    array = np.zeros(SHAPE, np.uint8)
+    array[2, 3, 4] = 1
+    image = sitk.GetImageFromArray(array)
+    image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))  # right to left and front to back: both are turned
+    turned = sitk.GetArrayFromImage(overlays._upright(image))
+    assert np.argwhere(turned).tolist() == [[2, SHAPE[1] - 1 - 3, SHAPE[2] - 1 - 4]]
+    image.SetDirection((0, 0, 1, 1, 0, 0, 0, 1, 0))  # sagittal slices stay
+    assert (sitk.GetArrayFromImage(overlays._upright(image)) == array).all()
+
+
+def test_files_are_found_by_their_whole_name(tmp_path):
+    for name in ("a.b.nii.gz", "a.nii.gz", "a.json", "a[1].nii.gz"):
+        (tmp_path / name).touch()
+    assert overlays.find_file(tmp_path, "a") == tmp_path / "a.nii.gz"
+    assert overlays.find_file(tmp_path, "a[1]") == tmp_path / "a[1].nii.gz"
+    with pytest.raises(UserError, match="has no file of case b"):
+        overlays.needed_file(tmp_path, "b")
+
+
+def test_images_that_do_not_fit_are_refused(study, tmp_path):
+    images = tmp_path / "imagesTs"
+    for case in range(12):
+        write_volume(images / f"case_{case}_0000.nii.gz", np.zeros((2, 3, 4), np.float32))
+    with pytest.raises(UserError, match="does not fit its reference: they have 4 x 3 x 2 and 24 x 20 x 6 voxels"):
+        study.write(tmp_path / "report", images=images)
+    assert not (tmp_path / "report").exists()
+
+
+# ---------- calibration
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "has no thresholds"),
+        ('{"thresholds": {"a": "high"}}', "has no thresholds"),
+        ('{"thresholds": {"a": 0.5}, "before": {"a": 3}}', "'before' is not a table"),
+    ],
+)
+def test_calibrations_that_are_none(text, reason, tmp_path):
+    (tmp_path / "calibration.json").write_text(text)
+    for path in (tmp_path, tmp_path / "calibration.json"):
+        with pytest.raises(UserError, match=reason):
+            read_calibration(path)
+
+
+def test_a_missing_calibration(tmp_path):
+    with pytest.raises(UserError, match="is missing"):
+        read_calibration(tmp_path)
+
+
+# ---------- the page as text
+
+
+def test_every_figure_as_png_and_svg(study, page):
+    folder = page.parent / "figures"
+    stems = {f"{name}_{number}_{slug(label)}" for name in NAMES for number, label in enumerate(LABELS, start=1)}
+    assert {file.name for file in folder.iterdir()} == {f"{stem}.{end}" for stem in stems for end in ("png", "svg")}
+    for file in folder.iterdir():
+        start = file.read_bytes()[:60]
+        assert start.startswith(b"\x89PNG") if file.suffix == ".png" else b"<?xml" in start
+
+
+def test_names_are_text_not_code(page):
+    text = page.read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; $x_1$" in text
+    assert "calcification &amp; bone" in text
+
+
+def test_the_page_says_it_all(page):
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page.read_text(encoding="utf-8")))
+    for words_in_it in (
+        "What to know before reading on",
+        "Equal in every case",
+        "No difference shown",
+        "One group off",
+        "fitted on 7 cases",
+        "0.183",
+        "nnU-Net: a self-configuring method",
+        "Masked autoencoders are scalable vision learners",
+        "arXiv:2507.01744",
+        "arXiv:2501.09096",
+        "0.1.0",
+    ):
+        assert words_in_it in text
+    assert "nan" not in re.findall(r"\w+", text.lower())
+    assert "None" not in text
+
+
+def test_the_page_needs_nothing_else(page):
+    text = page.read_text(encoding="utf-8")
+    sources = re.findall(r'(?:src|href)="([^"]*)"', text)
+    assert sources
+    assert all(source.startswith(("data:", "#")) for source in sources)
+    targets = {source[1:] for source in sources if source.startswith("#")}
+    ids = re.findall(r'id="([^"]+)"', text)
+    assert targets <= set(ids)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'aria-labelledby="([^"]+)"', text)) <= set(ids)
+    assert "url(" not in text
+    assert "@import" not in text
+
+
+def test_the_same_evaluation_gives_the_same_files(study, page, tmp_path):
+    again = study.write(tmp_path / "again")
+    for file in again:
+        assert file.read_bytes() == (page.parent / file.relative_to(tmp_path / "again")).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_one_model_and_a_case_or_two(study, number, tmp_path):
+    evaluation = evaluation_of(MODELS[:1], LABELS[1:], number)
+    page, *files = study.write(tmp_path / "report", evaluation=evaluation, images=tmp_path, calibrations={})
+    text = re.sub(r"\s+", " ", page.read_text(encoding="utf-8"))
+    assert f"in {number} case{'s' if number > 1 else ''}" in text
+    assert 'id="calibration"' not in text
+    assert ('id="risk"' in text) == (number > 1)
+    assert tmp_path / "report/figures/measures.svg" in files
+    assert ("so there is none to show" in text) == (number == 1)  # it has no Dice
+    assert ("Without an image: all" in text) == (number == 2)  # the folder has none
+
+
+def test_a_label_that_nobody_describes(study, tmp_path):
+    with pytest.raises(UserError, match="has the label unknown"):
+        study.write(tmp_path, evaluation=evaluation_of(labels=("unknown",)))
+
+
+# ---------- the page in a browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    driver = shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("no chromium or no chromedriver on PATH")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    profile = tmp_path_factory.mktemp("profile")
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--user-data-dir={profile}"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield chrome
+    chrome.quit()
+
+
+def set_width(browser, width: int) -> None:
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
+def test_the_page_in_a_browser(browser, page):
+    for width in (1280, 400):
+        set_width(browser, width)
+        browser.get(page.as_uri())
+        assert browser.execute_script("return window.innerWidth") == width
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.title == f"Evaluation: {', '.join(MODELS)}"
+    assert browser.execute_script("return document.documentElement.lang") == "en"
+    images = browser.execute_script(
+        "return [...document.images].map(i => [i.complete, i.naturalWidth, i.alt, i.getBoundingClientRect().width])"
+    )
+    assert len(images) == len(NAMES) * len(LABELS) + 1  # and one of the calibration
+    assert all(complete and width > 0 and alt and shown > 0 for complete, width, alt, shown in images)
+    drawings = "return [...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().width)"
+    assert all(width > 0 for width in browser.execute_script(drawings))
+    loaded = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert [name for name in loaded if not name.startswith("data:")] == []
+    assert browser.execute_script("return document.scripts.length") == 0
+    assert browser.get_log("browser") == []
+
+
+def test_the_console_would_tell(browser, tmp_path):
+    """The test above can fail: a picture that is not there is in the log."""
+    broken = tmp_path / "broken.html"
+    broken.write_text('<img src="nothing.png" alt="">')
+    browser.get(broken.as_uri())
+    assert browser.get_log("browser")
+
+
+def test_the_page_on_paper(browser, page):
+    browser.get(page.as_uri())
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    paper = base64.b64decode(browser.print_page())
+    assert paper.startswith(b"%PDF")
+    pages = len(re.findall(rb"/Type\s*/Page\b", paper))
+    assert 1 < pages < 40
