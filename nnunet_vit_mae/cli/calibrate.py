@@ -49,5 +49,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = calibration.fit(model, cases, args.objective)
     written = calibration.write(model, cases, found, args.objective)
     print(calibration.table(found))
-    print(f"Wrote {', '.join(map(str, written))}.")
+    names = [str(file.relative_to(model.folder)) for file in written]
+    print(f"Wrote to {model.folder}: {', '.join(names)}.")
     print(f"Predict with nnUNetv2_predict ... -tr {args.trainer} -chk {calibration.CALIBRATED}.")

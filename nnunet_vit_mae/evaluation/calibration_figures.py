@@ -27,14 +27,16 @@ def curve_figure(curves: Mapping[str, Curve], thresholds: Sequence[float]) -> Fi
     for axes, (label, curve), threshold in zip(rows, curves.items(), thresholds, strict=True):
         axes.plot(_log_odds(curve.thresholds), curve.difference_mm3, color=COLOURS[0])
         axes.set_ylabel("Mean absolute volume\ndifference (mm³)", color=COLOURS[0])
-        axes.set_ylim(bottom=0)
+        # everything above, where most of an image is called foreground, would flatten what matters
+        shown = np.interp([0.5, threshold, 1.0], curve.thresholds, curve.difference_mm3)
+        axes.set_ylim(0, 2 * max(shown.max(), 1e-6))
         right = axes.twinx()
         right.plot(_log_odds(curve.thresholds), curve.dice, color=COLOURS[1], linestyle="--")
         right.set_ylabel("Mean Dice (dashed)", color=COLOURS[1])
         right.set_ylim(0, 1)
         for place, name, style in ((0.5, "nnU-Net: 0.5", ":"), (threshold, f"calibrated: {threshold:.3g}", "-")):
             axes.axvline(_log_odds(place), color="black", linewidth=1, linestyle=style, label=name)
-        axes.legend(loc="upper center", fontsize=8)
+        axes.legend(loc="upper right", fontsize=8)
         axes.set_xticks(_log_odds(TICKS), [f"{tick:g}" for tick in TICKS])
         axes.set(xlim=(-LIMIT, LIMIT), xlabel="Threshold on the probability (axis in log odds)", title=label)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))

@@ -77,7 +77,8 @@ def styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
 @styled
 def measures_figure(evaluation: Evaluation, label: str) -> Figure:
     """Dice and absolute volume difference: a box and a point per case for each model, lines join the same case."""
-    figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
+    crowded = len(evaluation.models) > 4  # names stand upright then
+    figure = Figure(figsize=(WIDTH, 5.2 if crowded else 3.9), layout="constrained")
     figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr]
     for axes, column in zip(figure.subplots(1, 2), ("dice", "absolute_difference_mm3"), strict=True):
         table = _pivot(evaluation, label, column)
@@ -88,7 +89,6 @@ def measures_figure(evaluation: Evaluation, label: str) -> Figure:
             values = table[:, place]
             _box(axes, values, place - 0.14, 0.26, look)
             axes.scatter(place + 0.22 + _offsets(len(values)), values, **look.points(16), zorder=3)
-        crowded = len(evaluation.models) > 4
         names = [_wrapped(model, 20 if crowded else 15) for model in evaluation.models]
         axes.set_xticks(range(len(names)), names, rotation=90 if crowded else 0)
         axes.set_xlim(-0.5, len(evaluation.models) - 0.5)

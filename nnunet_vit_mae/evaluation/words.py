@@ -138,7 +138,9 @@ def _leader(evaluation: Evaluation, label: str, column: str, confidence: str) ->
     if not means:
         return f"Mean {title}: not defined in any case."
     best = (max if BY_COLUMN[column].higher_is_better else min)(means, key=lambda entry: entry.mean)
-    mean, low, high = number(column, best.mean, best.low, best.high)
+    start = 3 * means.index(best)
+    # as many decimals as in the table of all models
+    mean, low, high = number(column, *(v for m in means for v in (m.mean, m.low, m.high)))[start : start + 3]
     known = f"{confidence} confidence interval {low} to {high}, " if math.isfinite(best.low) else ""
     found = f"{mean}{unit_of(column)} ({known}{best.n} case{'s' if best.n != 1 else ''})"
     if len(evaluation.models) == 1:
