@@ -13,9 +13,15 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
+from hypothesis import settings
 from torch import distributed
 
 from nnunet_vit_mae.installation import trainers_folder
+
+settings.register_profile("any machine", deadline=None)  # times differ too much from one to the next
+settings.load_profile("any machine")
+torch.set_num_threads(1)  # there are as many processes as cores
 
 DATASET = "Dataset901_Tiny"
 SHAPE = (14, 18, 22)  # z y x: three unequal sides

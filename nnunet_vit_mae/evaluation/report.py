@@ -20,9 +20,9 @@ from nnunet_vit_mae.evaluation.overlays import Slice, choose_examples, cut, labe
 from nnunet_vit_mae.evaluation.results import MEASURES, Evaluation, PairedTest, Risk
 from nnunet_vit_mae.files import read_json, replacing
 
-CURVES = {
+CURVES = {  # patterns: with several labels there is a plot of agreement for each
     "calibration_curve.png": "Volume difference and Dice on the cases of the calibration for each threshold.",
-    "calibration_bland_altman.png": "Agreement of volumes on the cases of the calibration, before and after.",
+    "calibration_bland_altman*.png": "Agreement of volumes on the cases of the calibration, before and after.",
 }
 MIME = {".png": "image/png", ".svg": "image/svg+xml"}
 
@@ -350,9 +350,9 @@ def _calibration_context(name: str, found: Calibration, gallery: Gallery) -> dic
     }
     cases = content.get("cases", [])
     pictures = [
-        gallery.embed(found.folder / file, f"{name}: {caption}", f"{name}: {caption}")
-        for file, caption in CURVES.items()
-        if (found.folder / file).is_file()
+        gallery.embed(file, f"{name}: {caption}", f"{name}: {caption}")
+        for pattern, caption in CURVES.items()
+        for file in sorted(found.folder.glob(pattern))
     ]
     return {
         "name": name,
