@@ -235,6 +235,7 @@ SEEN = Seen(
         ((0.5, 2.0, 0.5), 150, []),  # slices along another axis
         ((0.5, 0.5, 5.0), 150, ["slice thickness 5 mm, trained on 1.5 to 3 mm"]),
         ((0.5, 0.5, 3.001), 150, []),
+        ((5.0, 0.5, 5.0), 150, ["slice thickness 5 mm, trained on 1.5 to 3 mm"]),
         ((0.9, 0.9, 2.0), 150, ["spacing 0.9 mm, trained on 0.4 to 0.5 mm"]),
         ((0.5, 0.5, 2.0), 0, ["nothing found"]),
         ((0.5, 0.5, 2.0), 1000, ["volume outside the 100 to 900 mm3 of the training cases"]),

@@ -127,7 +127,7 @@ def warnings_of(geometry: Geometry, volumes: Mapping[str, float], seen: Seen) ->
     if _outside(thickness, seen.spacings[:, -1]):
         common.append(f"slice thickness {thickness:.3g} mm, trained on {_range(seen.spacings[:, -1])} mm")
     for axis, spacing in enumerate(fine):
-        if _outside(spacing, seen.spacings[:, axis]):
+        if spacing != thickness and _outside(spacing, seen.spacings[:, axis]):
             common.append(f"spacing {spacing:.3g} mm, trained on {_range(seen.spacings[:, axis])} mm")
             break
     found = {}
@@ -215,7 +215,7 @@ def _rows(
             "label": label,
             "volume_mm3": round(volume, 3),
             "risk_group": _group(volume, seen.volumes[label], cutoffs),
-            "threshold": thresholds[label],
+            "threshold": round(thresholds[label], 6),
             "slice_thickness_mm": round(max(checked.spacing), 4),
             "warnings": "; ".join(warnings[label]),
         }
