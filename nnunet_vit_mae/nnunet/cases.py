@@ -9,6 +9,7 @@ from pathlib import Path
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
+from nnunet_vit_mae.datasets.patients import separation_warning
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import read_json, write_json
 from nnunet_vit_mae.nnunet.plans import Plan
@@ -39,8 +40,12 @@ def pretraining_cases(plan: Plan, fold: str) -> list[Case]:
             f"run nnUNetv2_preprocess -d {plan.dataset.id} -c {plan.name} first."
         )
     training = set(training_names(plan, fold, [case.name for case in labelled]))
-    labelled = [case for case in labelled if case.name in training]
-    return labelled + _unlabelled_pool(plan)
+    seen = [case for case in labelled if case.name in training] + _unlabelled_pool(plan)
+    if fold != "all":
+        validation = split_of(plan, fold, [case.name for case in labelled])["val"]
+        if warning := separation_warning(plan.dataset.preprocessed, [case.name for case in seen], validation):
+            logger.warning(warning)
+    return seen
 
 
 def training_names(plan: Plan, fold: str, names: list[str]) -> list[str]:

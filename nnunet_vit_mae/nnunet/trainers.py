@@ -17,6 +17,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunet_vit_mae.datasets.patients import separation_warning
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.segmenter import Segmenter
@@ -45,6 +46,15 @@ class ScheduledTrainer(nnUNetTrainer):
         self.num_epochs = schedule.epochs
         self.num_iterations_per_epoch = schedule.iterations
         self.num_val_iterations_per_epoch = max(1, self.num_iterations_per_epoch // VALIDATION_SHARE)
+
+    @exit_on_user_error
+    def get_tr_and_val_datasets(self) -> tuple:
+        """nnU-Net's datasets; says so when cases of one patient are in both."""
+        training, validation = super().get_tr_and_val_datasets()
+        folder = Path(self.preprocessed_dataset_folder_base)
+        if self.fold != "all" and (warning := separation_warning(folder, training.identifiers, validation.identifiers)):
+            self.print_to_log_file(f"WARNING: {warning}")
+        return training, validation
 
 
 class nnUNetTrainerBaseline(ScheduledTrainer):  # noqa: N801 (the names that users type follow nnU-Net)

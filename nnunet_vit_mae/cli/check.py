@@ -1,0 +1,148 @@
+"""Check a raw data set before training: files, labels, copies, outliers and leaks, in a table, a JSON and a picture."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nnunet_vit_mae.cli.arguments import parser_for, positive_int
+from nnunet_vit_mae.errors import UserError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from nnunet_vit_mae.datasets.quality import Finding, Look
+
+SHOWN = 10  # cases of each kind that are printed; check.json has all
+LEVELS = ("error", "warning")
+EMPTY = "empty_labels.txt"
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `mae3d_check`; the exit code is 2 when there are errors."""
+    parser = parser_for("mae3d_check", __doc__)
+    add = parser.add_argument
+    add("-d", dest="dataset", required=True, metavar="ID", help="data set number or name, e.g. 501")
+    add("-o", dest="output", type=Path, metavar="FOLDER", help="for the results, else DATASET_check here")
+    add("--csv", type=Path, metavar="FILE", help="table with patients; looked for here, then in the raw data set")
+    add("--case", metavar="COLUMN", help="its column of cases, else the one in which they occur")
+    add("--patient", default="patient", metavar="COLUMN", help="its column of patients")
+    add("--list_empty", action="store_true", help=f"name empty labels in {EMPTY}, for mae3d_split --leave_out")
+    add("-np", dest="processes", type=positive_int, default=4, metavar="N", help="processes")
+    args = parser.parse_args(argv)
+
+    from tqdm import tqdm
+
+    from nnunet_vit_mae.cli.split import table_file
+    from nnunet_vit_mae.datasets.comparisons import compare, empty_labels, thickness_histogram
+    from nnunet_vit_mae.datasets.quality import find_tasks, look_at_all
+    from nnunet_vit_mae.files import replacing, write_json
+    from nnunet_vit_mae.nnunet.folders import find_dataset
+
+    dataset = find_dataset(args.dataset)
+    output = args.output or Path(f"{dataset.name}_check")
+    _make(output)
+    tasks, channels, labels, findings = find_tasks(dataset.raw)
+    csv_file = table_file(args.csv, dataset.raw)
+    patients = _patients(csv_file, args.case, args.patient, [task.name for task in tasks], dataset.preprocessed)
+    looks = look_at_all(
+        tasks, labels, args.processes, lambda looks: tqdm(looks, total=len(tasks), unit="case", desc="looking")
+    )
+    findings += [finding for look in looks for finding in look.findings]
+    findings += compare(looks, channels, labels, patients)
+    errors, warnings = ([finding for finding in findings if finding.level == level] for level in LEVELS)
+    thickness = thickness_histogram(looks)
+    content = {
+        "dataset": dataset.name,
+        "errors": [_json(finding) for finding in errors],
+        "warnings": [_json(finding) for finding in warnings],
+        "slice_thickness": thickness,
+        "cases": {str(look): _case(look, channels.names) for look in looks},
+    }
+    write_json(content, output / "check.json")
+    _picture(looks, channels, labels, output / "check.png")
+    print(table(findings))
+    print("Slice thickness: " + ", ".join(f"{name} in {count}" for name, count in thickness.items()) + ".")
+    if args.list_empty:
+        empty = empty_labels(looks, labels)
+        with replacing(output / EMPTY) as temporary:
+            temporary.write_text("".join(f"{name}\n" for name in empty), encoding="utf-8")
+        print(empty_note(len(empty), output / EMPTY))
+    print(
+        f"Cases: {len(looks)}, errors: {len(errors)}, warnings: {len(warnings)}; check.json and check.png are in "
+        f"{output}."
+    )
+    if errors:
+        sys.exit(2)
+
+
+def table(findings: Iterable[Finding]) -> str:
+    """Errors, then warnings, by kind, with the first cases of each."""
+    lines = []
+    listed = list(findings)
+    for level in LEVELS:
+        kinds = dict.fromkeys(finding.kind for finding in listed if finding.level == level)
+        for kind in kinds:
+            same = [finding for finding in listed if (finding.level, finding.kind) == (level, kind)]
+            lines.append(f"{level.capitalize()}: {kind} ({len(same)})")
+            lines += [f"  {finding.case} {finding.text}".replace("   ", "  ") for finding in same[:SHOWN]]
+            lines += [f"  and {len(same) - SHOWN} more in check.json"] if len(same) > SHOWN else []
+    return "\n".join(lines) or "Nothing stands out."
+
+
+def empty_note(number: int, file: Path) -> str:
+    """What empty labels do to the measures, and how to leave them out."""
+    if not number:
+        return f"No label in labelsTr is empty; {file} is."
+    return (
+        f"{file} names the training cases without foreground ({number}). Their Dice is undefined for an empty prediction "
+        "(nnU-Net leaves such cases out of its mean) and 0 for a single wrong voxel, so that a mean says little of "
+        "them: they teach where nothing is and measure false alarms. mae3d_split --leave_out FILE keeps them out of "
+        "every fold."
+    )
+
+
+def _make(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output} cannot be made ({error}): choose another place with -o.") from None
+
+
+def _patients(
+    csv_file: Path | None, case: str | None, patient: str, cases: Sequence[str], preprocessed: Path
+) -> dict[str, str]:
+    """Of the table, or of `mae3d_split`; empty when nobody has said who is who."""
+    from nnunet_vit_mae.datasets.patients import PATIENTS, read_patients, read_table, some
+
+    if csv_file is None:
+        file = preprocessed / PATIENTS
+        return read_patients(file) if file.is_file() else {}
+    patients = read_table(csv_file, case, cases).patients(patient)
+    if unknown := [name for name in cases if name not in patients]:
+        print(f"{csv_file} has no row for {some(unknown)}: nobody knows whose they are.")
+    return patients
+
+
+def _json(finding: Finding) -> dict[str, str]:
+    return {name: value for name, value in asdict(finding).items() if name != "level"}
+
+
+def _case(look: Look, names: Sequence[str]) -> dict[str, Any]:
+    return {
+        "size": look.geometry and look.geometry.size,
+        "spacing_mm": look.geometry and look.geometry.spacing,
+        "orientation": look.geometry and look.orientation,
+        "intensities": {names[number]: asdict(channel) for number, channel in look.channels.items()},
+        "label_mm3": look.volumes,
+    }
+
+
+def _picture(looks: Sequence[Look], channels: Any, labels: Any, file: Path) -> None:
+    from nnunet_vit_mae.datasets.comparisons import outliers_by_channel
+    from nnunet_vit_mae.datasets.quality_figure import draw
+    from nnunet_vit_mae.plots import save_figure
+
+    save_figure(draw(looks, channels, labels, outliers_by_channel(looks, channels)), file)

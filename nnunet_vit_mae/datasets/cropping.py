@@ -1,0 +1,342 @@
+"""From a folder of scans to an nnU-Net raw data set of crops, with all that a reader needs to check them.
+
+`qc.csv` is the memory: a case is done when it has a row there without a problem, made of the same files in the same
+way, and everything that was written for it is still there. So a call that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+from tqdm import tqdm
+
+from nnunet_vit_mae.datasets.contact_sheet import thumbnail, write_sheets, write_thumbnail
+from nnunet_vit_mae.datasets.quality_table import (
+    DONE,
+    FAILED,
+    REJECTED,
+    TABLE,
+    Row,
+    caption,
+    read_table,
+    worst_first,
+    write_table,
+)
+from nnunet_vit_mae.datasets.region_of_interest import (
+    Region,
+    crop,
+    displacement,
+    find_box,
+    geometry_of,
+    name_of,
+    read_region,
+    resample,
+)
+from nnunet_vit_mae.datasets.registration import (
+    Alignment,
+    RegistrationError,
+    Similarity,
+    one_thread,
+    register,
+    rotation_degrees,
+    scale,
+    similarity,
+)
+from nnunet_vit_mae.datasets.scans import ENDING, Scan, ScanError, read_scan, write_image
+from nnunet_vit_mae.datasets.workers import each
+from nnunet_vit_mae.errors import UserError, reader_reason
+from nnunet_vit_mae.files import read_json, replacing, write_json
+
+PAUSE = 5.0  # seconds between two writes of the table: it may have thousands of rows
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How all cases are cropped; templates and regions are paired."""
+
+    output: Path
+    templates: list[Path]
+    regions: list[Path]
+    margin: float = 0.0  # mm
+    resample: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case, the numbers of the templates it may be registered to, and its checksum."""
+
+    scan: Scan
+    settings: Settings
+    candidates: list[int]
+    made_of: str
+
+
+@dataclass(frozen=True)
+class Cropping:
+    """What a call did: rows of all cases, worst first, names of those cropped now, and the sheets."""
+
+    rows: list[Row]
+    cropped: list[str] = field(default_factory=list)
+    sheets: list[Path] = field(default_factory=list)
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Problems by case."""
+        return {row.case: row.problem for row in self.rows if row.status == FAILED}
+
+
+def crop_scans(
+    scans: Sequence[Scan], settings: Settings, template_of: Mapping[str, str] | None, processes: int
+) -> Cropping:
+    """Crop all that is not done yet; `template_of` names the template of each case, else the most similar is taken.
+
+    A scan that cannot be cropped has its reason in `qc.csv` and is tried again by the next call. Raises `UserError`
+    when templates and regions do not fit, or the folder is in use by something else.
+    """
+    if len(settings.templates) != len(settings.regions):
+        raise UserError(f"{len(settings.templates)} templates and {len(settings.regions)} regions: give one for each.")
+    names = [name_of(template) for template in settings.templates]
+    if len(set(names)) < len(names):
+        raise UserError(f"Templates are named {', '.join(names)}: give each a name of its own.")
+    for template, region in zip(settings.templates, settings.regions, strict=True):
+        read_region(template, region)
+    rows = {row.case: row for row in read_table(settings.output)}
+    jobs = []
+    for scan in scans:
+        try:
+            candidates = _candidates(scan, names, template_of)
+        except ScanError as error:
+            rows[scan.name] = Row(scan.name, problem=str(error))
+            continue
+        job = Job(scan, settings, candidates, _checksum(scan, settings, candidates))
+        if not _is_done(rows.get(scan.name), job):
+            jobs.append(job)
+    cropped = _crop_all(jobs, rows, settings.output, processes)
+    return Cropping(worst_first(rows.values()), cropped)
+
+
+def finish(cropping: Cropping, output: Path, describe: Mapping[str, Any]) -> Cropping:
+    """Write the table, dataset.json and the contact sheets; `describe` has channel_names and labels where known."""
+    rows = cropping.rows
+    write_table(rows, output)
+    done = [row for row in rows if row.status == DONE]
+    values = sorted({int(value) for row in done for value in row.label_values.split()} - {0})
+    channels = sorted({number for row in done for number in row.channels.split()}, key=int)
+    content = {
+        "channel_names": {number: f"channel_{number}" for number in channels or ["0"]},
+        "labels": {"background": 0} | {f"label_{value}": value for value in values},
+    }
+    former = read_json(output / "dataset.json") if (output / "dataset.json").exists() else {}
+    if "channel_names" in former:  # of a call with --contrasts
+        content["channel_names"] |= former["channel_names"]
+    counts = {"numTraining": sum(row.folder == "imagesTr" for row in done), "file_ending": ENDING}
+    write_json(content | dict(describe) | counts, output / "dataset.json")
+    pictures = [(output / "thumbnails" / f"{row.case}.png", caption(row)) for row in done]
+    templates = sorted((output / "thumbnails").glob("template.*.png"))
+    pictures = [
+        (file, "TEMPLATE " + file.name.removeprefix("template.").removesuffix(".png")) for file in templates
+    ] + pictures
+    return Cropping(rows, cropping.cropped, write_sheets(pictures, output))
+
+
+def reject(output: Path, decisions: Path) -> Cropping:
+    """Move the cases that a list names (one a line) to `rejected`, and say so in the table; nothing is deleted."""
+    try:
+        names = [line.strip() for line in decisions.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{decisions} cannot be read ({error}): give a text file with one case a line.") from None
+    rows = {row.case: row for row in read_table(output)}
+    for name in (names := [name for name in names if name and not name.startswith("#")]):
+        if name not in rows:
+            raise UserError(f"{decisions} names {name}, which is no case in {output / TABLE}: correct the name.")
+    for name in names:
+        for file in _files(rows[name], output):
+            if file.exists():
+                target = output / REJECTED / file.relative_to(output)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(target)
+        rows[name] = replace(rows[name], status=REJECTED)
+    return Cropping(worst_first(rows.values()))
+
+
+def describe_like(images: Path, names: Sequence[str] | None) -> dict[str, Any]:
+    """Channel names and labels of the data set that `images` belongs to, as far as there is one; `names` come first."""
+    source = images.absolute().parent / "dataset.json"
+    content = read_json(source) if source.exists() else {}
+    known: dict[str, Any] = {key: content[key] for key in ("channel_names", "labels") if key in content}
+    return known | ({"channel_names": {str(number): name for number, name in enumerate(names)}} if names else {})
+
+
+# ---------- one case, in a process of its own
+
+
+def crop_case(job: Job) -> Row:
+    """Register, crop and write one case; a failure is a row too."""
+    try:
+        with one_thread():
+            return _crop_case(job)
+    except (ScanError, RegistrationError) as error:
+        return _failed(job, str(error))
+    except Exception as error:  # noqa: BLE001  one scan must not stop thousands
+        return _failed(job, f"{type(error).__name__}: {reader_reason(error)}")
+
+
+def _crop_case(job: Job) -> Row:
+    scan, settings = job.scan, job.settings
+    images = {number: read_scan(path) for number, path in scan.channels.items()}
+    first = next((image for image in images.values() if sitk.GetArrayViewFromImage(image).any()), None)
+    if first is None:
+        raise ScanError("all its images are zeros")
+    label = read_scan(scan.label) if scan.label else None
+    _check_grids(first, images, label)
+    region, alignment = max(
+        ((region, register(region.template, first, affine=True)) for region in map(_region, *_pairs(job))),
+        key=lambda found: found[1].similarity.mutual_information,
+    )
+    box = find_box(region, alignment.transform, first, settings.margin)
+    folder = settings.output / ("imagesTr" if label is not None else "imagesUn")
+    for number, image in images.items():
+        cut = _cut(image, region, alignment, job, label=False) if settings.resample else crop(image, box)
+        write_image(cut, folder / f"{scan.name}_{number:04d}{ENDING}")
+    values = np.zeros(0, int)
+    if label is not None:
+        cut = _cut(label, region, alignment, job, label=True) if settings.resample else crop(label, box)
+        write_image(cut, settings.output / "labelsTr" / f"{scan.name}{ENDING}")
+        values = np.unique(sitk.GetArrayViewFromImage(cut)).astype(int)
+    write_thumbnail(thumbnail(region, first, alignment.transform), settings.output / "thumbnails" / f"{scan.name}.png")
+    with replacing(settings.output / "transforms" / f"{scan.name}.tfm") as temporary:
+        sitk.WriteTransform(alignment.transform, str(temporary))
+    near = _similarity_near(region, first, alignment.transform)
+    return Row(
+        scan.name,
+        DONE,
+        folder.name,
+        region.name,
+        near.correlation,
+        near.mutual_information,
+        alignment.similarity.correlation,
+        alignment.similarity.mutual_information,
+        displacement(region, alignment.transform),
+        rotation_degrees(alignment.transform),
+        scale(alignment.transform),
+        box.coverage,
+        " ".join(map(str, images)),
+        " ".join(map(str, values)),
+        "",
+        job.made_of,
+    )
+
+
+def _pairs(job: Job) -> tuple[list[Path], list[Path]]:
+    settings = job.settings
+    return [settings.templates[i] for i in job.candidates], [settings.regions[i] for i in job.candidates]
+
+
+@lru_cache(maxsize=16)
+def _region(template: Path, region: Path) -> Region:
+    return read_region(template, region)
+
+
+def _check_grids(first: sitk.Image, images: Mapping[int, sitk.Image], label: sitk.Image | None) -> None:
+    others = {f"channel {number:04d}": image for number, image in images.items()}
+    for name, image in (others | ({"label": label} if label is not None else {})).items():
+        if difference := geometry_of(first).difference(geometry_of(image)):
+            raise ScanError(f"its {name} differs from the first channel in {difference}: resample one to the other")
+
+
+def _cut(image: sitk.Image, region: Region, alignment: Alignment, job: Job, *, label: bool) -> sitk.Image:
+    return resample(image, region, alignment.transform, job.settings.margin, label=label)
+
+
+def _similarity_near(region: Region, scan: sitk.Image, transform: sitk.Transform) -> Similarity:
+    """In the box of the region and half its sides around: whether this place fits, not the head as a whole."""
+    extent = float(np.ptp(region.points, axis=0).mean())
+    identity = sitk.Transform(3, sitk.sitkIdentity)
+    place = crop(region.template, find_box(region, identity, region.template, extent / 2))
+    try:
+        return similarity(place, scan, transform)
+    except RegistrationError:  # a sliver of it is in the scan
+        return Similarity(0.0, 0.0)
+
+
+def _failed(job: Job, problem: str) -> Row:
+    return Row(job.scan.name, problem=problem, made_of=job.made_of)
+
+
+# ---------- what is done, and what is to do
+
+
+def _candidates(scan: Scan, names: Sequence[str], template_of: Mapping[str, str] | None) -> list[int]:
+    if template_of is None:
+        return list(range(len(names)))
+    if scan.name not in template_of:
+        raise ScanError("it has no row in the table of templates")
+    wanted = name_of(Path(template_of[scan.name]))
+    if wanted not in names:
+        raise ScanError(f"its template {wanted or 'in the table'} was not given with -t")
+    return [names.index(wanted)]
+
+
+def _crop_all(jobs: list[Job], rows: dict[str, Row], output: Path, processes: int) -> list[str]:
+    """Do the jobs and keep `rows` and the table up to date; gives the names of those that went well."""
+    for job in jobs:  # what an earlier call made of other files or settings must not stay beside the new
+        for file in _files(rows[job.scan.name], output) if job.scan.name in rows else ():
+            file.unlink(missing_ok=True)
+        rows.pop(job.scan.name, None)
+    _thumbnails_of_templates(jobs, output)
+    cropped, written = [], time.monotonic()
+    try:
+        for job, row in tqdm(each(crop_case, jobs, processes), total=len(jobs), unit="case", disable=not jobs):
+            rows[job.scan.name] = row or _failed(job, "its process was killed: give more memory or a smaller -np")
+            cropped += [job.scan.name] * (rows[job.scan.name].status == DONE)
+            if time.monotonic() - written > PAUSE:
+                write_table(rows.values(), output)
+                written = time.monotonic()
+    finally:  # Ctrl+C too
+        write_table(rows.values(), output)
+    return cropped
+
+
+def _thumbnails_of_templates(jobs: list[Job], output: Path) -> None:
+    """What all others are compared with."""
+    if jobs:
+        for template, region in zip(jobs[0].settings.templates, jobs[0].settings.regions, strict=True):
+            of_template = _region(template, region)
+            picture = thumbnail(of_template, of_template.template, sitk.Transform(3, sitk.sitkIdentity))
+            write_thumbnail(picture, output / "thumbnails" / f"template.{of_template.name}.png")
+
+
+def _is_done(row: Row | None, job: Job) -> bool:
+    if row is None or row.status == FAILED:
+        return False
+    if row.status == REJECTED:  # a reader's decision holds, whatever the settings are
+        return True
+    return row.made_of == job.made_of and all(file.exists() for file in _files(row, job.settings.output))
+
+
+def _files(row: Row, output: Path) -> list[Path]:
+    """All that is written for a case."""
+    if not row.folder:
+        return []
+    images = [output / row.folder / f"{row.case}_{int(number):04d}{ENDING}" for number in row.channels.split()]
+    labels = [output / "labelsTr" / f"{row.case}{ENDING}"] if row.folder == "imagesTr" else []
+    return [*images, *labels, output / "transforms" / f"{row.case}.tfm", output / "thumbnails" / f"{row.case}.png"]
+
+
+def _checksum(scan: Scan, settings: Settings, candidates: Sequence[int]) -> str:
+    """Of names, sizes and dates of all files that a case is made of, and of the settings."""
+    paths = [*scan.channels.values(), *([scan.label] if scan.label else [])]
+    paths += [pair[number] for number in candidates for pair in (settings.templates, settings.regions)]
+    parts = [f"{settings.margin:g} {settings.resample}"]
+    for path in paths:
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        parts += [f"{file.absolute()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

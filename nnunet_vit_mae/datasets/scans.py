@@ -1,0 +1,101 @@
+"""Scans as hospitals and tools leave them: NIfTI, NRRD, MHA, or a folder with one DICOM series."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import SimpleITK as sitk
+
+from nnunet_vit_mae.datasets.dicom import SeriesError, find_series, read_series
+from nnunet_vit_mae.datasets.volumes import NIFTI, read_geometry, without_warnings_of_itk
+from nnunet_vit_mae.errors import UserError, reader_reason
+from nnunet_vit_mae.files import replacing
+
+ENDINGS = (*NIFTI, ".nrrd", ".nhdr", ".mha", ".mhd")
+ENDING = ".nii.gz"  # of everything that is written
+
+
+class ScanError(ValueError):
+    """An image that cannot be used; the message says why, without a full stop."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Channels of one case by number, each a file or the folder of a DICOM series, and its label."""
+
+    name: str
+    channels: dict[int, Path] = field(default_factory=dict)
+    label: Path | None = None
+
+
+def find_scans(images: Path, labels: Path | None) -> list[Scan]:
+    """Cases in `images`, by name; CASE_0000 and so on are channels, any other name is a case of one channel.
+
+    Raises `UserError` for a folder without scans, two files for one channel, and labels that fit no case.
+    """
+    scans: dict[str, Scan] = {}
+    for path in _entries(images, folders=True):
+        match = re.fullmatch(r"(.+)_([0-9]{4})", _stem(path))
+        name, number = (match[1], int(match[2])) if match else (_stem(path), 0)
+        channels = scans.setdefault(name, Scan(name)).channels
+        if number in channels:
+            raise UserError(f"{path} and {channels[number]} are the same channel of one case: remove one of them.")
+        channels[number] = path
+    if not scans:
+        raise UserError(
+            f"There are no scans in {images}: put NIfTI, NRRD or MHA files there, or a folder of DICOM files each."
+        )
+    of_case = {_stem(path): path for path in _entries(labels, folders=False)} if labels else {}
+    if unknown := sorted(set(of_case) - set(scans)):
+        raise UserError(f"{of_case[unknown[0]]} is the label of no scan in {images}: name it like its scan.")
+    return [Scan(name, dict(sorted(scan.channels.items())), of_case.get(name)) for name, scan in sorted(scans.items())]
+
+
+def read_scan(path: Path) -> sitk.Image:
+    """A volume with its geometry and no other header; raises `ScanError` when it is none, damaged or cut off."""
+    try:
+        with without_warnings_of_itk():
+            if path.is_dir():
+                series = find_series(path)
+                if len(series) != 1:
+                    raise ScanError(f"{path.name} has {len(series)} DICOM series, but one is needed")
+                image = read_series(series[0])
+            else:
+                read_geometry(path)
+                image = sitk.ReadImage(str(path))
+    except SeriesError as error:
+        raise ScanError(f"{path.name} {error}") from None
+    except ScanError:
+        raise
+    except Exception as error:  # noqa: BLE001  readers raise many kinds
+        raise ScanError(f"{path.name} cannot be read: {reader_reason(error)}") from None
+    if image.GetDimension() != 3 or min(image.GetSize()) < 4:
+        raise ScanError(f"{path.name} is no volume, it has {'x'.join(map(str, image.GetSize()))} voxels")
+    return without_header(image)
+
+
+def without_header(image: sitk.Image) -> sitk.Image:
+    """The same image, of which only voxels and geometry are written."""
+    for key in image.GetMetaDataKeys():
+        image.EraseMetaData(key)
+    return image
+
+
+def write_image(image: sitk.Image, file: Path) -> None:
+    """Write an image that is whole or not there, without any header but its geometry."""
+    with replacing(file) as temporary, without_warnings_of_itk():
+        sitk.WriteImage(without_header(image), str(temporary), useCompression=True)
+
+
+def _entries(folder: Path, *, folders: bool) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: give the folder that the scans are in.")
+    visible = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    return [path for path in visible if (folders and path.is_dir()) or path.name.lower().endswith(ENDINGS)]
+
+
+def _stem(path: Path) -> str:
+    """The name without the ending of an image; folders keep their dots."""
+    return path.name if path.is_dir() else re.sub(rf"({'|'.join(map(re.escape, ENDINGS))})$", "", path.name, flags=re.I)

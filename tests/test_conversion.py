@@ -1,0 +1,226 @@
+"""From DICOM and BIDS to a raw data set: names that all know, one grid, and nothing of the patient."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from test_region_of_interest import grid, moved, scan
+
+from nnunet_vit_mae.cli.convert import main
+from nnunet_vit_mae.datasets.dicom import SeriesError, find_series, read_series
+
+NAME, NUMBER, BIRTH = "Musterfrau^Erika", "PID-4711", "19631224"
+SCANNER = {"0008|0070": "SIEMENS", "0008|1090": "Sensation 64", "0018|1210": "H31s", "0018|0050": "3.0"}
+SMALL = {"size": (40, 44, 26), "spacing": (2.2, 2.1, 3.4)}
+COARSE = {"size": (20, 24, 9), "spacing": (4, 3.5, 9)}
+
+
+def write_series(folder: Path, image: sitk.Image, description: str, uid: str, study="1.2.1", patient=NUMBER, skip=()):
+    """One file for each slice, in names that sort otherwise than the slices."""
+    folder.mkdir(parents=True, exist_ok=True)
+    direction = np.array(image.GetDirection()).reshape(3, 3)
+    tags = {"0010|0010": NAME, "0010|0020": patient, "0010|0030": BIRTH, "0008|0020": "20200101", "0008|0060": "CT"}
+    tags |= SCANNER | {"0008|103e": description, "0020|000d": study, "0020|000e": uid}
+    tags["0020|0037"] = "\\".join(f"{x:.8f}" for x in direction.T[:2].ravel())
+    image = sitk.Cast(image, sitk.sitkInt16)
+    count = image.GetSize()[2]
+    for number in set(range(count)) - set(skip):
+        one = image[:, :, number]
+        position = "\\".join(f"{x:.6f}" for x in image.TransformIndexToPhysicalPoint((0, 0, number)))
+        for key, value in (tags | {"0020|0032": position, "0008|0018": f"{uid}.{number + 1}"}).items():
+            one.SetMetaData(key, value)
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetFileName(str(folder / f"{number * 17 % count:03d}_{uid}.dcm"))
+        writer.Execute(one)
+
+
+def write(image: sitk.Image, file: Path, **sidecar) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image.SetMetaData("ITK_FileNotes", NAME)
+    sitk.WriteImage(image, str(file))
+    if sidecar:
+        file.with_name(file.name.replace(".nii.gz", ".json")).write_text(json.dumps(sidecar))
+
+
+def table(file: Path) -> list[dict[str, str]]:
+    with file.open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def array_of(image: sitk.Image) -> np.ndarray:
+    return sitk.GetArrayFromImage(image)
+
+
+def names_nobody(folder: Path) -> bool:
+    """Whether no byte of any file, compressed or not, and no file's name tells who it is."""
+    for file in folder.rglob("*"):
+        content = b"" if file.is_dir() else file.read_bytes()
+        content = gzip.decompress(content) if file.name.endswith(".gz") else content
+        if any(word.encode() in content + str(file.name).encode() for word in ("Muster", NUMBER, BIRTH, "sub-")):
+            return False
+    return True
+
+
+@pytest.fixture
+def folders(tmp_path):
+    (tmp_path / "source").mkdir()
+    return tmp_path / "source", tmp_path / "Dataset902_Head"
+
+
+# ---------- DICOM
+
+
+@pytest.mark.parametrize("turn", [(0.0, 0.0, 0.0), (0.3, -0.2, 0.1)])
+@pytest.mark.parametrize("flip", [(1, 1, 1), (1, -1, -1)])
+def test_slices_are_sorted_by_position(tmp_path, turn, flip):
+    image = sitk.Cast(scan(moved(shift=(5, 6, 7)), **COARSE, turn=turn, flip=flip)[0], 2)
+    write_series(tmp_path / "a", image, "head", "1.2.3")
+    got = read_series(find_series(tmp_path)[0])
+    assert got.GetSize() == image.GetSize()
+    assert got.GetSpacing() == pytest.approx(image.GetSpacing(), abs=1e-4)
+    there = sitk.Resample(image, got, sitk.Transform(), sitk.sitkNearestNeighbor, -9999)
+    assert np.array_equal(sitk.GetArrayFromImage(there), sitk.GetArrayFromImage(got))
+
+
+def test_a_series_that_is_no_stack_says_why(tmp_path):
+    image = scan(moved(), **COARSE)[0]
+    write_series(tmp_path / "gap", image, "gap", "1.1", skip=(4,))
+    write_series(tmp_path / "mixed", image, "mixed", "1.2")
+    write_series(tmp_path / "mixed/more", scan(moved(), turn=(0.5, 0, 0), **COARSE)[0], "mixed", "1.2")
+    write_series(tmp_path / "twice", image, "twice", "1.3")
+    write_series(tmp_path / "twice/again", image, "twice", "1.3")
+    write_series(tmp_path / "one", image, "one", "1.4", skip=range(1, 9))
+    write_series(tmp_path / "cut", image, "cut", "1.5")
+    file = next((tmp_path / "cut").iterdir())
+    file.write_bytes(file.read_bytes()[:-300])
+    reasons = {}
+    for series in find_series(tmp_path):
+        with pytest.raises(SeriesError) as error:
+            read_series(series)
+        reasons[series.tag("0008|103e")] = str(error.value)
+    assert "9.00 to 18.00 mm apart" in reasons["gap"]
+    assert "mixed orientation" in reasons["mixed"]
+    assert "at one position" in reasons["twice"]
+    assert "one slice only" in reasons["one"]
+    assert "copy it again" in reasons["cut"]
+
+
+def test_dicom_to_a_data_set_without_a_name(folders, tmp_path, refused):
+    source, output = folders
+    write_series(source / "disc" / NAME, scan(moved(), **SMALL)[0], "Head soft H31s", "1.1")
+    write_series(
+        source / "disc" / NAME, scan(moved(), size=(20, 24, 9), spacing=(4, 4, 9))[0], "Head soft thick", "1.2"
+    )
+    write_series(source / "second", scan(moved(shift=(9, 0, 0)), **SMALL)[0], "HEAD SOFT", "2.1", study="1.2.2")
+    write_series(source / "other", scan(moved(), **SMALL)[0], "head soft", "3.1", "1.2.3", "PID-9", skip=(7, 8))
+    (source / "readme.txt").write_text(NAME)
+    assert "descriptions in" in refused(main, "-i", str(source), "-o", str(output), "-np", "1")
+    key = tmp_path / "key.csv"
+    arguments = ["-i", str(source), "-o", str(output), "--contrast", "CT=*soft*", "--key", str(key), "-np", "1"]
+    inside = [*arguments[:-4], "--key", str(output / "key.csv")]
+    assert "inside of the data set" in refused(main, *inside)
+    message = refused(main, *arguments)
+    assert "P0002_1 CT: has a gap" in message
+    assert "PID" not in message
+
+    assert sorted(file.name for file in (output / "imagesUn").iterdir()) == [
+        "P0001_1_0000.nii.gz",
+        "P0001_2_0000.nii.gz",
+    ]
+    assert names_nobody(output)
+    first, second = table(output / "scans.csv")
+    assert (first["patient"], first["session"], second["session"]) == ("P0001", "1", "2")
+    assert (first["manufacturer"], first["model"], first["kernel"]) == ("SIEMENS", "Sensation 64", "H31s")
+    assert float(first["slice_thickness_mm"]) == 3
+    assert first["CT_spacing_mm"] == "2.2 2.1 3.4"  # of the series with most slices
+    assert table(key)[0] == {"case": "P0001_1", "patient": NUMBER, "session": "1.2.1"}
+    again = output.with_name("Dataset903_Again")  # the key keeps the numbers
+    key.write_text(key.read_text().replace("P0001_", "P0007_"))
+    refused(main, *[str(again) if one == str(output) else one for one in arguments])
+    assert (again / "imagesUn" / "P0007_2_0000.nii.gz").exists()
+
+
+# ---------- BIDS
+
+
+def test_bids_with_a_missing_contrast_and_other_grids(folders, refused):
+    source, output = folders
+    sidecar = {"Manufacturer": "Philips", "ManufacturersModelName": "Ingenia", "SliceThickness": 3.4}
+    to_other = moved((0.1, -0.08, 0.12), (6, -5, 4))  # the patient moved between the contrasts
+    flair, label = scan(moved(), **SMALL)
+    t1 = scan(to_other, noise=3, size=(44, 46, 30), spacing=(2, 2, 2.8))[0]
+    write(flair, source / "sub-01/anat/sub-01_FLAIR.nii.gz", **sidecar)
+    write(t1, source / "sub-01/anat/sub-01_T1w.nii.gz", **sidecar)
+    write(label, source / "derivatives/manual/sub-01/anat/sub-01_space-FLAIR_dseg.nii.gz")
+    write(label, source / "derivatives/bet/sub-01/anat/sub-01_desc-brain_mask.nii.gz")
+    write(scan(moved(), noise=4, **SMALL)[0], source / "sub-02/ses-a/anat/sub-02_ses-a_FLAIR.nii.gz")
+    broken = source / "sub-03/anat/sub-03_FLAIR.nii.gz"
+    write(flair, broken)
+    broken.write_bytes(broken.read_bytes()[:5000])
+    message = refused(main, "-i", str(source), "-o", str(output), "-np", "1")
+    assert "P0003_1 FLAIR: cannot be read" in message
+    assert "sub-" not in message
+
+    description = json.loads((output / "dataset.json").read_text())
+    assert description["channel_names"] == {"0": "FLAIR", "1": "T1"}
+    assert description["labels"] == {"background": 0, "label_1": 1}
+    assert description["numTraining"] == 1
+    record = json.loads((output / "contrasts.json").read_text())
+    assert record["imagesTr"]["P0001_1"] == {"present": ["FLAIR", "T1"], "filled": [], "blank": []}
+    assert record["imagesUn"]["P0002_1"] == {"present": ["FLAIR"], "filled": ["T1"], "blank": []}
+    assert not sitk.GetArrayFromImage(sitk.ReadImage(str(output / "imagesUn" / "P0002_1_0001.nii.gz"))).any()
+    images = [sitk.ReadImage(str(output / "imagesTr" / f"P0001_1_000{n}.nii.gz")) for n in (0, 1)]
+    assert images[0].GetSize() == images[1].GetSize() == flair.GetSize()
+    middle = tuple(slice(5, -5) for _ in range(3))
+    arrays = [sitk.GetArrayFromImage(image)[middle].ravel() for image in images]
+    assert np.corrcoef(*arrays)[0, 1] > 0.93  # without registration it is below 0.8
+    mask = sitk.ReadImage(str(output / "labelsTr" / "P0001_1.nii.gz"))
+    assert np.array_equal(sitk.GetArrayFromImage(mask), sitk.GetArrayFromImage(label))
+    row = table(output / "scans.csv")[0]
+    assert (row["contrasts"], row["reference"], row["model"]) == ("FLAIR;T1", "FLAIR", "Ingenia")
+    assert float(row["T1_mutual_information"]) > 0.3
+    assert names_nobody(output)
+
+
+def test_patterns_reference_and_labels_can_be_chosen(folders, refused):
+    source, output = folders
+    flair, label = scan(moved(), **SMALL)
+    t1 = scan(moved(), noise=3, size=(44, 46, 30), spacing=(2, 2, 2.8))[0]
+    for run in (1, 2):
+        write(flair, source / f"sub-01/anat/sub-01_run-{run}_FLAIR.nii.gz")
+        write(label, source / f"derivatives/sub-01_run-{run}_mask.nii.gz")
+    write(t1, source / "sub-01/anat/sub-01_ce-gadolinium_T1w.nii.gz")
+    arguments = ["-i", str(source), "-o", str(output), "-np", "1"]
+    assert "has 2 labels" in refused(main, *arguments)
+    second = output.with_name("Dataset904_Chosen")
+    chosen = ["--contrast", "t1w=*T1w*", "--contrast", "flair=*run-2_FLAIR*", "--reference", "T1"]
+    arguments[3] = str(second)
+    assert "none of the contrasts" in refused(main, *arguments, "--reference", "T2")
+    assert "is not NAME=PATTERN" in refused(main, *arguments, "--contrast", "T1")
+    main([*arguments, *chosen, "--labels", "derivatives/*run-2_mask.nii.gz"])
+    assert json.loads((second / "dataset.json").read_text())["channel_names"] == {"0": "T1", "1": "FLAIR"}
+    mask = sitk.ReadImage(str(second / "labelsTr" / "P0001_1.nii.gz"))
+    assert mask.GetSize() == t1.GetSize()
+    centre = np.mean(
+        [mask.TransformIndexToPhysicalPoint(i[::-1]) for i in np.argwhere(array_of(mask)).tolist()], axis=0
+    )
+    assert centre == pytest.approx((0, 8, 0), abs=1)
+    assert array_of(mask).sum() * np.prod(mask.GetSpacing()) == pytest.approx(3900, rel=0.3)  # mm3
+    description = json.loads((output / "dataset.json").read_text())
+    assert description["channel_names"] == {"0": "FLAIR", "1": "T1POST"}
+
+
+def test_mistakes_are_one_sentence(folders, refused):
+    source, output = folders
+    assert "is no folder" in refused(main, "-i", str(source / "none"), "-o", str(output))
+    assert "no DICOM images" in refused(main, "-i", str(source), "-o", str(output))
+    write(grid(), source / "sub-01/anat/sub-01_T1w.nii.gz")
+    assert "fits --contrast" in refused(main, "-i", str(source), "-o", str(output), "--contrast", "T2=*T2w*")
+    output.mkdir()
+    (output / "something").touch()
+    assert "is in use" in refused(main, "-i", str(source), "-o", str(output))

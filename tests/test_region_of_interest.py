@@ -1,0 +1,366 @@
+"""Cropping a region that is drawn on a template: known transforms are found again, and voxels stay where they are."""
+
+import csv
+import json
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from nnunet_vit_mae.cli.crop_roi import main
+from nnunet_vit_mae.datasets import cropping as module
+from nnunet_vit_mae.datasets.region_of_interest import continuous_index, physical_points, read_region
+from nnunet_vit_mae.datasets.registration import RegistrationError, map_points, register, rotation_degrees
+from nnunet_vit_mae.datasets.workers import each
+
+REAL = Path(__file__).parent.parent.parent / "shared" / "data" / "Dataset506_MSLesions"
+SIZE, SPACING = (44, 52, 30), (2.0, 1.8, 3.0)  # x y z: three unequal sides, 88 x 94 x 90 mm
+CORNERS = np.array(list(product((-14, 14), (-6, 22), (-12, 12))), float)  # of the region, in mm
+THICK = {"size": (60, 64, 20), "spacing": (1.5, 1.6, 5.0)}
+WIDE = {"size": (40, 44, 40), "spacing": (2.4, 2.3, 2.5)}
+
+
+def head(points: np.ndarray) -> np.ndarray:
+    """Grey values at points (n, 3; x y z in mm): a skull, a brain with texture, and unequal dark and bright parts."""
+
+    def inside(centre, axes):
+        return (((points - centre) / axes) ** 2).sum(1) < 1
+
+    x, y, z = points.T
+    texture = 12 * np.sin(x / 5) * np.cos(y / 7 + 1) + 10 * np.sin(z / 6 + x / 9)
+    values = np.zeros(len(points))
+    values[inside((0, 0, 0), (36, 42, 38))] = 200
+    brain = inside((0, 0, 0), (32, 38, 34))
+    values[brain] = (100 + texture)[brain]
+    values[inside((0, 8, 0), (8, 13, 9))] = 30
+    values[inside((16, -16, 6), (7, 6, 9))] = 160
+    values[inside((-12, -10, -14), (9, 5, 5))] = 60
+    return values
+
+
+def grid(size=SIZE, spacing=SPACING, turn=(0.0, 0.0, 0.0), flip=(1, 1, 1), centre=(0.0, 0.0, 0.0)) -> sitk.Image:
+    """An empty image round `centre`, its axes turned and flipped."""
+    image = sitk.Image(size, sitk.sitkFloat32)
+    image.SetSpacing(spacing)
+    rotation = sitk.Euler3DTransform()
+    rotation.SetRotation(*turn)
+    image.SetDirection((np.array(rotation.GetMatrix()).reshape(3, 3) * np.array(flip)).ravel().tolist())
+    middle = physical_points(image, (np.array([size], float) - 1) / 2)[0]
+    image.SetOrigin((np.array(centre) - middle).tolist())
+    return image
+
+
+def voxel_points(image: sitk.Image) -> np.ndarray:
+    index = np.indices(image.GetSize()[::-1]).reshape(3, -1).T[:, ::-1]
+    return physical_points(image, index.astype(float))
+
+
+def filled(image: sitk.Image, values: np.ndarray) -> sitk.Image:
+    result = sitk.GetImageFromArray(values.reshape(image.GetSize()[::-1]))
+    result.CopyInformation(image)
+    return result
+
+
+def scan(to_scan: sitk.Transform, noise: int = 0, **geometry) -> tuple[sitk.Image, sitk.Image]:
+    """The head where `to_scan` takes it, in a grid round it, and a label: the dark part in its middle."""
+    centre = to_scan.TransformPoint((0.0, 0.0, 0.0))
+    image = grid(**{"centre": centre} | geometry)
+    points = map_points(to_scan.GetInverse(), voxel_points(image))
+    values = head(points) + np.random.default_rng(noise).normal(0, 3, len(points))
+    label = (((points - (0, 8, 0)) / (8, 13, 9)) ** 2).sum(1) < 1
+    return filled(image, values.astype(np.float32)), filled(image, label.astype(np.uint8))
+
+
+def moved(turn=(0.0, 0.0, 0.0), shift=(0.0, 0.0, 0.0), scales=(1.0, 1.0, 1.0)) -> sitk.AffineTransform:
+    rotation = sitk.Euler3DTransform()
+    rotation.SetRotation(*turn)
+    transform = sitk.AffineTransform(3)
+    transform.SetMatrix((np.array(rotation.GetMatrix()).reshape(3, 3) * scales).ravel().tolist())
+    transform.SetTranslation(shift)
+    return transform
+
+
+TRANSFORMS = {
+    "tilted": (moved((0.25, -0.1, 0.2), (20, -35, 60)), THICK | {"turn": (0.2, 0.1, -0.3)}),
+    "smaller": (moved((-0.3, 0.1, 0.0), (-150, 40, 300), (0.9, 0.95, 1.05)), WIDE | {"flip": (-1, -1, 1)}),
+    "mirrored axes": (moved((0.0, 0.2, -0.3), (5, 8, -9)), {"flip": (1, -1, -1), "turn": (0.0, 0.4, 0.1)}),
+}
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("template")
+    image = scan(moved(), noise=99)[0]
+    points = voxel_points(image)
+    region = np.all((points >= CORNERS.min(0)) & (points <= CORNERS.max(0)), axis=1)
+    sitk.WriteImage(image, str(folder / "young.nii.gz"))
+    sitk.WriteImage(filled(image, region.astype(np.uint8)), str(folder / "region.nii.gz"))
+    return folder / "young.nii.gz", folder / "region.nii.gz"
+
+
+@pytest.fixture
+def command(tmp_path, template):
+    """Folders for scans and labels, and the command on them."""
+
+    class Command:
+        images, labels, output = tmp_path / "scans", tmp_path / "labels", tmp_path / "Dataset901_Region"
+
+        def __init__(self):
+            self.images.mkdir()
+            self.labels.mkdir()
+
+        def add(self, name, transform, ending=".nii.gz", label=True, **geometry):
+            image, mask = scan(transform, **geometry)
+            sitk.WriteImage(image, str(self.images / f"{name}{ending}"))
+            if label:
+                sitk.WriteImage(mask, str(self.labels / f"{name.removesuffix('_0000')}{ending}"))
+            return image
+
+        def arguments(self, *more):
+            folders = ["-i", str(self.images), "-l", str(self.labels), "-o", str(self.output), "-np", "1"]
+            return [*folders, "-t", str(template[0]), "-r", str(template[1]), *more]
+
+        def run(self, *more):
+            main(self.arguments(*more))
+
+        def rows(self):
+            with (self.output / "qc.csv").open() as stream:
+                return {row["case"]: row for row in csv.DictReader(stream)}
+
+    return Command()
+
+
+# ---------- registration
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_known_transform_is_found_to_less_than_a_voxel(template, name):
+    to_scan, geometry = TRANSFORMS[name]
+    image = scan(to_scan, **geometry)[0]
+    found = register(sitk.ReadImage(str(template[0])), image, affine=True)
+    error = np.abs(
+        continuous_index(image, map_points(found.transform, CORNERS))
+        - continuous_index(image, map_points(to_scan, CORNERS))
+    )
+    assert error.max() < 1
+    assert abs(rotation_degrees(found.transform) - rotation_degrees(to_scan)) < 2
+    assert found.similarity.correlation > 0.8
+
+
+def test_the_same_numbers_on_every_call(template):
+    to_scan, geometry = TRANSFORMS["tilted"]
+    reference, image = sitk.ReadImage(str(template[0])), scan(to_scan, **geometry)[0]
+    once, again = (register(reference, image, affine=False).transform.GetParameters() for _ in range(2))
+    assert once == again
+
+
+def test_what_cannot_be_registered_says_why(template):
+    reference = sitk.ReadImage(str(template[0]))
+    with pytest.raises(RegistrationError, match="one grey value"):
+        register(reference, grid(), affine=True)
+
+
+# ---------- crops
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_the_crop_holds_the_region_and_its_voxels_are_the_scans(command, template, name):
+    to_scan, geometry = TRANSFORMS[name]
+    source = command.add("case_0000", to_scan, **geometry)
+    command.run("--margin", "4")
+    image = sitk.ReadImage(str(command.output / "imagesTr" / "case_0000.nii.gz"))
+    label = sitk.ReadImage(str(command.output / "labelsTr" / "case.nii.gz"))
+
+    index = continuous_index(image, map_points(to_scan, read_region(*template).points))
+    assert np.all(index > -0.5)
+    assert np.all(index < np.array(image.GetSize()) - 0.5)
+    assert image.GetNumberOfPixels() < source.GetNumberOfPixels()
+    points = voxel_points(image)
+    where = continuous_index(source, points)
+    assert np.abs(where - where.round()).max() < 1e-3
+    x, y, z = where.round().astype(int).T
+    assert np.array_equal(sitk.GetArrayFromImage(source)[z, y, x], sitk.GetArrayFromImage(image).ravel())
+    mask = sitk.GetArrayFromImage(label).ravel() > 0
+    dark = map_points(to_scan.GetInverse(), points[mask]) - (0, 8, 0)
+    assert mask.any()
+    assert ((dark / (8, 13, 9)) ** 2).sum(1).max() < 1.01
+    assert label.GetSize() == image.GetSize()
+
+    stored = sitk.ReadTransform(str(command.output / "transforms" / "case.tfm"))
+    assert np.abs(map_points(stored, CORNERS) - map_points(to_scan, CORNERS)).max() < 4
+    row = command.rows()["case"]
+    assert row["status"] == "done"
+    assert float(row["coverage"]) == 1
+    assert (
+        abs(
+            float(row["displacement_mm"]) - np.linalg.norm(map_points(to_scan, CORNERS.mean(0)[None]) - CORNERS.mean(0))
+        )
+        < 3
+    )
+
+
+def test_resampled_crops_lie_on_the_templates_grid(command, template):
+    to_scan, geometry = TRANSFORMS["tilted"]
+    command.add("case_0000", to_scan, **geometry)
+    command.run("--resample", "--margin", "0")
+    image = sitk.ReadImage(str(command.output / "imagesTr" / "case_0000.nii.gz"))
+    reference = sitk.ReadImage(str(template[0]))
+    assert image.GetSpacing() == pytest.approx(SPACING)
+    assert image.GetDirection() == pytest.approx(reference.GetDirection())
+    there = sitk.Resample(reference, image, sitk.Transform(), sitk.sitkLinear)
+    values = [sitk.GetArrayFromImage(one).ravel() for one in (image, there)]
+    assert np.corrcoef(*values)[0, 1] > 0.9
+
+
+# ---------- the data set
+
+
+def test_bad_scans_stop_no_other_and_nothing_is_done_twice(command, refused, monkeypatch):
+    command.add("a", moved(shift=(10, 0, 0)), ".mha")
+    command.add("b", moved(shift=(0, 9, 0)), ".nrrd", label=False)
+    whole = command.images / "cut_0000.nii.gz"
+    command.add("cut_0000", moved(shift=(0, 0, 8)), label=False)
+    good = whole.read_bytes()
+    whole.write_bytes(good[: len(good) // 2])
+    (command.images / "text.nii.gz").write_text("no image")
+    sitk.WriteImage(grid(), str(command.images / "zeros.nii.gz"))
+    message = refused(main, *command.arguments("--contrasts", "CT"))
+    assert all(name in message for name in ("cut: ", "text: ", "zeros: all its images are zeros"))
+
+    rows = command.rows()
+    assert {name for name, row in rows.items() if row["status"] == "done"} == {"a", "b"}
+    assert "cut off" in rows["cut"]["problem"]
+    assert (command.output / "imagesTr" / "a_0000.nii.gz").exists()
+    assert (command.output / "imagesUn" / "b_0000.nii.gz").exists()
+    description = json.loads((command.output / "dataset.json").read_text())
+    assert description["channel_names"] == {"0": "CT"}
+    assert description["numTraining"] == 1
+    assert description["labels"] == {"background": 0, "label_1": 1}
+    assert (command.output / "contact_sheet_01.png").stat().st_size > 1000
+
+    dates = {file: file.stat().st_mtime_ns for file in command.output.rglob("[ab]*.*") if file.is_file()}
+    whole.write_bytes(good)  # mended
+    (command.images / "text.nii.gz").unlink()
+    done = []
+    monkeypatch.setattr(
+        module, "crop_case", lambda job, real=module.crop_case: (done.append(job.scan.name), real(job))[1]
+    )
+    refused(main, *command.arguments())
+    assert done == ["cut", "zeros"]
+    assert command.rows()["cut"]["status"] == "done"
+    assert {file: file.stat().st_mtime_ns for file in dates if "imagesTr" in str(file)} == {
+        file: date for file, date in dates.items() if "imagesTr" in str(file)
+    }
+    (command.output / "transforms" / "a.tfm").unlink()  # not complete any more
+    refused(main, *command.arguments())
+    assert done[2:] == ["a", "zeros"]
+
+
+def test_rejected_cases_are_moved_and_stay_so(command, tmp_path, refused):
+    command.add("a", moved(shift=(10, 0, 0)))
+    command.add("b", moved(shift=(0, 9, 0)))
+    command.run()
+    decisions = tmp_path / "reject.txt"
+    decisions.write_text("b\n\n")
+    main(["-o", str(command.output), "--reject", str(decisions)])
+    assert not list(command.output.glob("*Tr/b*"))
+    assert not list(command.output.glob("transforms/b*"))
+    assert (command.output / "rejected" / "imagesTr" / "b_0000.nii.gz").exists()
+    assert (command.output / "rejected" / "labelsTr" / "b.nii.gz").exists()
+    assert json.loads((command.output / "dataset.json").read_text())["numTraining"] == 1
+    command.run()
+    assert command.rows()["b"]["status"] == "rejected"
+    assert not list(command.output.glob("imagesTr/b*"))
+    decisions.write_text("c")
+    assert "names c" in refused(main, "-o", str(command.output), "--reject", str(decisions))
+
+
+def test_templates_by_column_or_by_similarity(command, template, tmp_path, refused):
+    old = tmp_path / "old.nii.gz"
+    image = sitk.ReadImage(str(template[0]))
+    values = head(voxel_points(image)[:, [1, 0, 2]] * (1, 1, -1))  # other anatomy, which no affine map makes the same
+    noise = np.random.default_rng(1).normal(0, 3, len(values))
+    sitk.WriteImage(filled(image, (values + noise).astype(np.float32)), str(old))
+    command.add("a", moved(shift=(10, 0, 0)), label=False)
+    both = ["-t", str(template[0]), str(old), "-r", str(template[1]), str(template[1])]
+    command.run(*both)
+    assert command.rows()["a"]["template"] == "young"
+    table = tmp_path / "table.csv"
+    table.write_text("scan,age_group\na,old.nii.gz\nc,young\n")
+    (command.images / "b.nii.gz").write_text("never read")
+    arguments = command.arguments(*both, "--csv", str(table), "--case", "scan", "--template_column", "age_group")
+    assert "b: it has no row in the table" in refused(main, *arguments)
+    assert command.rows()["a"]["template"] == "old"
+
+
+def test_a_dicom_folder_and_channels_of_one_grid(command):
+    command.add("a_0000", moved(shift=(10, 0, 0)), label=False)
+    sitk.WriteImage(scan(moved(shift=(10, 0, 0)), noise=5)[0], str(command.images / "a_0001.nii.gz"))
+    folder = command.images / "series"
+    folder.mkdir()
+    volume = sitk.Cast(scan(moved(shift=(0, 12, 0)))[0], sitk.sitkInt16)
+    for number in range(volume.GetSize()[2]):
+        one = volume[:, :, number]
+        tags = {"0020|000e": "1.2.3", "0020|000d": "1.2", "0008|0060": "CT", "0020|0013": str(number)}
+        tags["0020|0032"] = "\\".join(f"{x:.4f}" for x in volume.TransformIndexToPhysicalPoint((0, 0, number)))
+        tags["0020|0037"] = "1\\0\\0\\0\\1\\0"
+        for key, value in tags.items():
+            one.SetMetaData(key, value)
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetFileName(str(folder / f"{number * 7 % 30:03d}.dcm"))
+        writer.Execute(one)
+    command.run()
+    first, second = (sitk.ReadImage(str(command.output / "imagesUn" / f"a_000{n}.nii.gz")) for n in (0, 1))
+    assert first.GetSize() == second.GetSize()
+    assert first.GetOrigin() == second.GetOrigin()
+    assert command.rows()["series"]["status"] == "done"
+
+
+def test_mistakes_are_one_sentence(command, template, tmp_path, refused):
+    assert "Dataset501_Skull" in refused(main, "-o", str(tmp_path / "crops"))
+    assert "give -i, -t and -r" in refused(main, "-o", str(command.output))
+    assert "no scans" in refused(main, *command.arguments())
+    command.add("a", moved(), label=False)
+    assert "2 templates and 1 regions" in refused(main, *command.arguments("-t", str(template[0]), "old.nii.gz"))
+    assert "go together" in refused(main, *command.arguments("--csv", "x.csv"))
+    assert "is empty" in refused(main, *command.arguments("-r", write_empty(tmp_path, template[0])))
+
+
+def write_empty(folder: Path, like: Path) -> str:
+    sitk.WriteImage(sitk.ReadImage(str(like)) < -1e6, str(folder / "empty.nii.gz"))
+    return str(folder / "empty.nii.gz")
+
+
+def doubled(number: int) -> int:
+    if number == 1:
+        import os
+
+        os._exit(1)  # as when memory is out
+    return 2 * number
+
+
+def test_a_process_that_is_killed_stops_no_other():
+    assert dict(each(doubled, [0, 1, 2], 2)) == {0: 0, 1: None, 2: 4}
+
+
+# ---------- real images
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.exists(), reason="needs the MS data set beside the repository")
+@pytest.mark.parametrize("case", ["LJ19_1", "P39_1"])
+def test_known_moves_of_real_images_are_found(case):
+    """The same image twice, once with a header that is turned and moved: both must be found at the same place."""
+    reference = sitk.ReadImage(str(REAL / "imagesTr" / "LJ07_1_0000.nii.gz"))
+    image = sitk.ReadImage(str(REAL / "imagesTr" / f"{case}_0000.nii.gz"))
+    move = moved((0.3, -0.2, 0.25), (40, -70, 90))
+    elsewhere = sitk.Image(image)
+    rotation = np.array(move.GetMatrix()).reshape(3, 3)
+    elsewhere.SetDirection((rotation @ np.array(image.GetDirection()).reshape(3, 3)).ravel().tolist())
+    elsewhere.SetOrigin(move.TransformPoint(image.GetOrigin()))
+    corners = np.array(list(product((-35, 35), (-40, 45), (-5, 35))), float)
+    before, after = (map_points(register(reference, one, affine=True).transform, corners) for one in (image, elsewhere))
+    assert np.abs(map_points(move, before) - after).max() < 2  # mm, a voxel

@@ -1,0 +1,362 @@
+"""Splits by patient: nobody on two sides, everybody validated once, nested few, and files that are never lost."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SHAPE, write_case
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from nnunet_vit_mae.cli.split import main
+from nnunet_vit_mae.datasets.patients import on_both_sides, read_table, separation_warning
+from nnunet_vit_mae.datasets.splits import Series, Wishes, make_splits, strata, verify
+from nnunet_vit_mae.errors import UserError
+
+cohorts = st.lists(st.tuples(st.integers(1, 6), st.sampled_from("AB"), st.integers(0, 2)), min_size=1, max_size=14)
+
+
+def series_of(cohort) -> list[Series]:
+    """A patient for each entry: number of cases, scanner, volume class of the last one."""
+    return [
+        Series(f"{patient:02d}_{case}", f"P{patient}", f"{scanner}{volume if case == cases - 1 else 0}")
+        for patient, (cases, scanner, volume) in enumerate(cohort)
+        for case in range(cases)
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(cohort=cohorts, folds=st.integers(2, 6), seed=st.integers(0, 99), one=st.booleans(), order=st.randoms())
+def test_cross_validation_by_patient(cohort, folds, seed, one, order):
+    series = series_of(cohort)
+    wishes = Wishes(folds, one_per_patient=one, seed=seed)
+    if len(cohort) < folds:
+        with pytest.raises(UserError, match="too few for --folds"):
+            make_splits(series, wishes)
+        return
+    splits = make_splits(series, wishes)
+    patients = {entry.case: entry.patient for entry in series}
+    chosen = {entry.case for entry in series} - {*splits.left_out}
+    assert len(splits.folds) == folds
+    assert sorted(case for fold in splits.folds for case in fold["val"]) == sorted(chosen)
+    for fold in splits.folds:
+        assert fold["train"]
+        assert fold["val"]
+        assert not on_both_sides(patients, fold["train"], fold["val"])
+        assert {*fold["train"], *fold["val"]} == chosen
+    assert not verify(splits.folds, patients, list(patients), splits.left_out)
+    if one:
+        assert len(chosen) == len(cohort)
+    shuffled = list(series)
+    order.shuffle(shuffled)
+    assert make_splits(shuffled, wishes) == splits
+
+
+@settings(max_examples=40, deadline=None)
+@given(cohort=cohorts, few=st.sets(st.integers(1, 5), min_size=1), seed=st.integers(0, 99))
+def test_few_are_nested_and_validate_on_the_same_cases(cohort, few, seed):
+    assume(len(cohort) >= 3)
+    series, folds = series_of(cohort), 3
+    patients = {entry.case: entry.patient for entry in series}
+    base = make_splits(series, Wishes(folds, seed=seed))
+    smallest = min(len({patients[case] for case in fold["train"]}) for fold in base.folds)
+    wishes = Wishes(folds, few=tuple(few), seed=seed)
+    if max(few) > smallest:
+        with pytest.raises(UserError, match="has only"):
+            make_splits(series, wishes)
+        return
+    splits = make_splits(series, wishes)
+    assert splits.folds[:folds] == base.folds
+    larger = base.folds
+    for step, number in reversed(list(enumerate(sorted(few), 1))):
+        block = splits.folds[step * folds : (step + 1) * folds]
+        for fold, above in zip(block, larger, strict=True):
+            assert fold["val"] == above["val"]
+            assert {*fold["train"]} <= {*above["train"]}
+            taken = {patients[case] for case in fold["train"]}
+            assert len(taken) == number
+            assert {case for case in base.folds[block.index(fold)]["train"] if patients[case] in taken} == {
+                *fold["train"]
+            }
+        larger = block
+    assert splits.meanings[folds] == f"{min(few)} training patients of fold 0"
+
+
+@settings(max_examples=40, deadline=None)
+@given(cohort=cohorts, seed=st.integers(0, 99), development=st.sampled_from([0.0, 0.15, 0.4]))
+def test_a_test_share_is_in_no_fold(cohort, seed, development):
+    assume(len(cohort) >= 5)
+    series = series_of(cohort)
+    patients = {entry.case: entry.patient for entry in series}
+    splits = make_splits(series, Wishes(3, development=development, test=0.15, seed=seed))
+    assert splits.test
+    assert len(splits.folds) == (1 if development else 3)
+    for fold in splits.folds:
+        seen = [*fold["train"], *fold["val"]]
+        assert not on_both_sides(patients, seen, splits.test)
+        assert sorted([*seen, *splits.test]) == sorted(patients)
+        assert not on_both_sides(patients, fold["train"], fold["val"])
+
+
+def test_strata_are_kept_in_proportion():
+    series = [Series(f"c{n:02d}", f"p{n:02d}", "rare" if n % 5 == 0 else "common") for n in range(60)]
+    rare = {one.case for one in series if one.stratum == "rare"}
+    splits = make_splits(series, Wishes(4, few=(5, 10, 20), test=0.2))
+    assert len(rare & {*splits.test}) in (2, 3)
+    assert all(len(rare & {*fold["val"]}) in (2, 3) for fold in splits.folds[:4])
+    for fold, meaning in zip(splits.folds[4:], splits.meanings[4:], strict=True):
+        wanted = int(meaning.split()[0]) / 5
+        assert abs(len(rare & {*fold["train"]}) - wanted) <= 1
+
+
+def test_many_numbers_become_thirds_and_few_stay_classes():
+    cases = [f"c{n}" for n in range(10)]
+    volume = {case: str(n * 1.5) for n, case in enumerate(cases)}
+    field = {case: "3" if n % 2 else "1.5" for n, case in enumerate(cases[:-1])}
+    made = strata([volume, field], cases)
+    assert made["c0"] == "none / 1.5"
+    assert [made[f"c{n}"].split(" / ")[0] for n in range(1, 10)] == ["low"] * 3 + ["middle"] * 3 + ["high"] * 3
+    assert made["c9"] == "high / unknown"
+    assert set(strata([], cases).values()) == {""}
+
+
+def test_a_small_stratum_cannot_stop_a_split_and_is_mentioned_when_it_matters():
+    series = [Series(f"c{n}", f"p{n}", f"s{n}") for n in range(7)]
+    splits = make_splits(series, Wishes(3, test=0.2))
+    assert len(splits.notes) == 2
+
+
+# ---------- tables
+
+
+def test_tables_of_hospitals(tmp_path):
+    file = tmp_path / "sessions.csv"
+    file.write_text("\ufeffname;scan;patient;vendor\nx;a_1;A;GE, old\ny;a_2;A;Philips\nz;b_1;B;GE\n", encoding="utf-8")
+    table = read_table(file, None, ["a_1", "a_2", "b_1"])
+    assert table.patients("patient") == {"a_1": "A", "a_2": "A", "b_1": "B"}
+    assert table.column("vendor", "--stratify")["a_1"] == "GE, old"
+    assert read_table(file, "name", ["a_1"]).patients("patient") == {"x": "A", "y": "A", "z": "B"}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("", "has no rows"),
+        ("case,patient\n", "has no rows"),
+        ("case,case\na,b\n", "two columns of one name"),
+        ("case,patient\nc0,A,1\n", "has 3 fields in row 2"),
+        ("case,patient\nc0,A\nc0,B\n", "two different rows for c0"),
+        ("case,patient\nx,A\ny,B\n", "no column with names of cases such as c0"),
+        ("case,patient\nc0,A\n", "has no row for c1, c2, c3 and 5 more"),
+        ("case,patient\n" + "".join(f"c{n},\n" for n in range(9)), "has no patient for c0, c1, c2 and 6 more"),
+        ("case,person\n" + "".join(f"c{n},{n}\n" for n in range(9)), "no column patient, only case, person"),
+        (b"\xff\xfe\x00case", "cannot be read as text"),
+    ],
+)
+def test_mistakes_in_a_table(data, tmp_path, refused, content, sentence):
+    file = tmp_path / "table.csv"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = refused(main, "-d", "905", "--csv", str(file))
+    assert sentence in message
+    assert message.count("\n") == 1
+
+
+# ---------- the command
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch) -> Path:
+    """Nine labelled cases of five patients, P4 with one; gives the folder that nnU-Net reads splits from."""
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    raw = tmp_path / "raw" / "Dataset905_Cohort"
+    rows = ["case,patient,vendor"]
+    for number in range(9):
+        label = np.zeros(SHAPE, np.uint8)
+        label[2, 3, :number] = 1
+        write_case(raw / "imagesTr", f"c{number}", [np.ones(SHAPE)], label)
+        rows.append(f"c{number},P{number // 2},{'AB'[number // 2 % 2]}")
+    (raw / "sessions.csv").write_text("\n".join(rows))
+    (raw / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "x": 1}, "file_ending": ".nii.gz"}))
+    return tmp_path / "preprocessed" / "Dataset905_Cohort"
+
+
+def typed(*arguments: str) -> None:
+    main(["-d", "905", "--csv", "sessions.csv", *arguments])
+
+
+def test_the_command_writes_what_nnunet_reads(data, capsys):
+    typed("--folds", "3", "--stratify", "vendor", "--stratify_volume", "--few", "2", "1")
+    said = capsys.readouterr().out
+    folds = json.loads((data / "splits_final.json").read_text())
+    assert len(folds) == 9
+    assert "6  2 training patients of fold 0" in said
+    assert json.loads((data / "patients.json").read_text())["c8"] == "P4"
+    assert json.loads((data / "split.json").read_text())["folds"][8] == "2 training patients of fold 2"
+    main(["-d", "905", "--verify"])
+    assert "9 folds of 9 cases of 5 patients, none on two sides" in capsys.readouterr().out
+
+
+def test_other_splits_are_refused_and_then_moved_aside(data, refused, capsys):
+    typed("--folds", "3")
+    first = (data / "splits_final.json").read_text()
+    typed("--folds", "3")  # the same ones are no loss
+    assert "--overwrite" in refused(lambda _: typed("--folds", "4"))
+    assert (data / "splits_final.json").read_text() == first
+    typed("--folds", "4", "--overwrite")
+    (aside,) = data.glob("splits_final_until_*.json")
+    assert aside.read_text() == first
+    assert f"Moved aside: {aside}" in capsys.readouterr().out
+
+
+def test_development_test_and_one_per_patient(data, tmp_path, capsys):
+    out = tmp_path / "elsewhere"
+    typed("--development", "0.2", "--test", "0.2", "--one_per_patient", "-o", str(out))
+    (fold,) = json.loads((out / "splits_final.json").read_text())
+    record = json.loads((out / "split.json").read_text())
+    assert [len(side) for side in (fold["train"], fold["val"], record["test"], record["left_out"])] == [3, 1, 1, 4]
+    assert "1 for testing, 4 left out" in capsys.readouterr().out
+    assert not data.exists()
+    typed("--verify", "-o", str(out))
+
+
+def test_cases_can_be_left_out(data, tmp_path, refused):
+    (tmp_path / "empty.txt").write_text("c0\n\n")
+    typed("--folds", "2", "--leave_out", str(tmp_path / "empty.txt"))
+    assert json.loads((data / "split.json").read_text())["left_out"] == ["c0"]
+    typed("--verify")
+    (tmp_path / "empty.txt").write_text("c99\n")
+    assert "names c99" in refused(lambda _: typed("--leave_out", str(tmp_path / "empty.txt")))
+    assert "check --leave_out" in refused(lambda _: typed("--leave_out", str(tmp_path / "nowhere.txt")))
+
+
+def test_without_a_table_each_case_is_a_patient_or_those_of_a_former_call(data, capsys):
+    main(["-d", "905", "--folds", "9"])
+    assert "every case counts as a patient of its own" in capsys.readouterr().out
+    typed("--folds", "3", "--overwrite")
+    main(["-d", "905", "--folds", "2", "--overwrite"])
+    assert "Patients are taken from" in capsys.readouterr().out
+    assert json.loads((data / "patients.json").read_text())["c8"] == "P4"
+
+
+def test_labels_of_the_preprocessed_data_set_do(data, tmp_path):
+    raw = tmp_path / "raw" / "Dataset905_Cohort"
+    data.mkdir(parents=True)
+    (raw / "labelsTr").rename(data / "gt_segmentations")
+    (raw / "dataset.json").rename(data / "dataset.json")
+    typed("--folds", "2")
+    assert (data / "splits_final.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("folds", "sentence"),
+    [
+        ([{"train": ["c0", "c2"], "val": ["c1"]}], "fold 0 has patient P0 in train and in val"),
+        ([{"train": ["c0"], "val": ["c0"]}], "fold 0 has c0 in train and in val"),
+        ([{"train": ["c0"], "val": ["c99"]}], "fold 0 has c99, without a label"),
+        ([{"train": ["c0"], "val": ["c2"]}], "c1, c3, c4 and 4 more are in no fold"),
+        ([{"train": ["c0", "c0"], "val": []}], "fold 0 has no cases in val"),
+        ([{"train": ["c0", "c0"], "val": ["c2"]}], "fold 0 lists c0 twice in train"),
+        ([{"train": ["c0"]}], "is not a list of folds"),
+        ({}, "is not a list of folds"),
+        (None, "splits_final.json is missing"),
+    ],
+)
+def test_verify_finds(data, refused, folds, sentence):
+    data.mkdir(parents=True)
+    if folds is not None:
+        (data / "splits_final.json").write_text(json.dumps(folds))
+    assert sentence in refused(lambda _: typed("--verify"))
+
+
+def test_verify_finds_a_test_case_in_a_fold(data, refused):
+    typed("--folds", "2", "--test", "0.2")
+    (held,) = {tuple(json.loads((data / "split.json").read_text())["test"])}
+    folds = json.loads((data / "splits_final.json").read_text())
+    folds[1]["train"] += held
+    (data / "splits_final.json").write_text(json.dumps(folds))
+    assert f"fold 1 has {held[0]}" in refused(lambda _: typed("--verify"))
+    (data / "split.json").write_text("[]")
+    assert "is not a record of mae3d_split" in refused(lambda _: typed("--verify"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--folds 6", "5 patients are too few for --folds 6"),
+        ("--folds 1", "give 2 or more"),
+        ("--folds 4 --test 0.3", "too few for --test 0.3 and --folds 4"),
+        ("--development 0.5 --test 0.5", "leave nothing to train on"),
+        ("--development 0.45 --test 0.54", "too few for --test 0.54 and --development 0.45"),
+        ("--folds 3 --few 4", "--few 4: fold"),
+        ("--stratify scanner", "no column scanner, only case, patient, vendor: check --stratify"),
+        ("--case name", "no column name, only case, patient, vendor: check --case"),
+        ("--patient who", "no column who"),
+        ("--csv nowhere.csv", "nowhere.csv is missing: check --csv"),
+    ],
+)
+def test_mistakes_get_one_sentence(data, refused, arguments, sentence):
+    message = refused(lambda _: typed(*arguments.split()))
+    assert sentence in message
+    assert message.count("\n") == 1
+    assert not data.exists()
+
+
+def test_mistakes_before_any_table(data, tmp_path, refused):
+    assert "give it with --csv" in refused(main, "-d", "905", "--stratify", "vendor")
+    assert "is not between 0 and 1" in refused(main, "-d", "905", "--test", "2")
+    (tmp_path / "raw" / "Dataset905_Cohort" / "labelsTr" / "c3.nii.gz").write_bytes(b"broken")
+    assert "c3.nii.gz cannot be read" in refused(lambda _: typed("--folds", "2", "--stratify_volume"))
+    (tmp_path / "raw" / "Dataset905_Cohort" / "labelsTr").rename(tmp_path / "gone")
+    assert "There are no labels" in refused(lambda _: typed("--folds", "2"))
+    (tmp_path / "file").touch()
+    (tmp_path / "gone").rename(tmp_path / "raw" / "Dataset905_Cohort" / "labelsTr")
+    assert "cannot be written to" in refused(lambda _: typed("--folds", "2", "-o", str(tmp_path / "file")))
+
+
+# ---------- warnings where splits are used
+
+
+def test_the_warning_needs_patients_that_are_known(tmp_path, refused):
+    assert separation_warning(tmp_path, ["a"], ["b"]) is None
+    (tmp_path / "patients.json").write_text('{"a": "P", "b": "P", "c": "Q"}')
+    assert separation_warning(tmp_path, ["a", "z"], ["c", "y"]) is None
+    assert "(P)" in str(separation_warning(tmp_path, ["a", "c"], ["b"]))
+    (tmp_path / "patients.json").write_text("[]")
+    with pytest.raises(UserError, match="does not map cases to patients"):
+        separation_warning(tmp_path, ["a"], ["b"])
+
+
+@pytest.mark.slow
+def test_pretraining_and_training_warn_of_separated_patients(in_workspace, caplog):
+    import torch
+
+    from nnunet_vit_mae.nnunet.cases import pretraining_cases
+    from nnunet_vit_mae.nnunet.folders import find_dataset
+    from nnunet_vit_mae.nnunet.plans import load_plan
+    from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerBaseline
+
+    folder = in_workspace.preprocessed
+    names = [f"train_{number}" for number in range(6)]
+    (folder / "splits_final.json").write_text(json.dumps([{"train": names[:4], "val": names[4:]}]))
+    plan = load_plan(find_dataset("901"), "nnUNetPlans", "3d_fullres")
+
+    def trained() -> str:
+        plans = json.loads((folder / "nnUNetPlans.json").read_text()) | {"continue_training": False}
+        description = json.loads((folder / "dataset.json").read_text())
+        trainer = nnUNetTrainerBaseline(plans, "3d_fullres", 0, description, torch.device("cpu"))
+        trainer.get_tr_and_val_datasets()
+        return Path(trainer.log_file).read_text()
+
+    with caplog.at_level(logging.WARNING):
+        pretraining_cases(plan, "0")
+    assert "validated on" not in caplog.text + trained()
+    (folder / "patients.json").write_text(json.dumps({"train_3": "P", "train_4": "P"}))
+    with caplog.at_level(logging.WARNING):
+        pretraining_cases(plan, "all")
+        assert "validated on" not in caplog.text
+        pretraining_cases(plan, "0")
+    assert "seen in training too (P)" in caplog.text
+    assert "seen in training too (P)" in trained()
