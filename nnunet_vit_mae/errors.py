@@ -2,11 +2,13 @@
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+FEW = 3  # names that a sentence lists
 
 
 class UserError(ValueError):
@@ -37,3 +39,10 @@ def reader_reason(error: Exception) -> str:
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or ["its files differ in size or spacing"])[-1].removeprefix("sitk::ERROR: ").rstrip(".")
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - FEW} more" if len(listed) > FEW else ""
+    return ", ".join(listed[:FEW]) + more

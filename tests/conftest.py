@@ -1,6 +1,7 @@
 """A tiny nnU-Net data set, planned and preprocessed once per session by nnU-Net's own commands."""
 
 import json
+import locale
 import os
 import shutil
 import subprocess
@@ -26,6 +27,14 @@ torch.set_num_threads(1)  # there are as many processes as cores
 DATASET = "Dataset901_Tiny"
 SHAPE = (14, 18, 22)  # z y x: three unequal sides
 SPACING = (1.5, 1.0, 1.0)
+
+
+@pytest.fixture(autouse=True)
+def _same_locale() -> Iterator[None]:
+    """ITK sets the locale to C when it writes DICOM, after which Python takes text files for ASCII."""
+    before = locale.setlocale(locale.LC_CTYPE)
+    yield
+    locale.setlocale(locale.LC_CTYPE, before)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,15 @@ FLAGS = {
     "mae3d_calibrate": PLAN_FLAGS
     | {"-tr", "-f", "-chk", "--objective", "-i", "-l", "--allow_training_cases", "-device"},
     "mae3d_quantify": PLAN_FLAGS | {"-i", "-o", "-tr", "-f", "-chk", "--cutoffs", "-num_parts", "-part_id", "-device"},
+    "mae3d_check": {"-h", "--help", "-d", "-o", "--csv", "--case", "--patient", "--list_empty", "-np"},
+    "mae3d_convert": {"-h", "--help", "-i", "-o", "--contrast", "--reference", "--labels", "--key", "-np"},
+    "mae3d_crop_roi": {"-h", "--help", "-i", "-l", "-o", "-t", "-r", "--margin", "--csv", "--case", "--template_column"}
+    | {"--resample", "--contrasts", "--reject", "-np"},
+    "mae3d_refine_labels": {"-h", "--help", "-d", "-i", "-l", "-o", "--threshold", "--min_voxels", "--connectivity"}
+    | {"--labels", "--channel"},
+    "mae3d_split": {"-h", "--help", "-d", "-o", "--csv", "--case", "--patient", "--folds", "--development", "--test"}
+    | {"--stratify", "--stratify_volume", "--few", "--one_per_patient", "--leave_out", "--seed", "--overwrite"}
+    | {"--verify"},
     "mae3d_demo": {"-h", "--help", "-o", "--seed"},
     "mae3d_trainers": {"-h", "--help"},
 }

@@ -11,8 +11,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nnunet_vit_mae.cli.split import main
-from nnunet_vit_mae.datasets.patients import on_both_sides, read_table, separation_warning
+from nnunet_vit_mae.datasets.patients import on_both_sides, separation_warning
 from nnunet_vit_mae.datasets.splits import Series, Wishes, make_splits, strata, verify
+from nnunet_vit_mae.datasets.tables import read_table
 from nnunet_vit_mae.errors import UserError
 
 cohorts = st.lists(st.tuples(st.integers(1, 6), st.sampled_from("AB"), st.integers(0, 2)), min_size=1, max_size=14)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunet_vit_mae.cli.arguments import parser_for, positive_int
-from nnunet_vit_mae.errors import UserError, exit_on_user_error
+from nnunet_vit_mae.errors import UserError, exit_on_user_error, some
 
 if TYPE_CHECKING:
     from nnunet_vit_mae.datasets.quality import Finding, Look
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--csv", type=Path, metavar="FILE", help="table with patients; looked for here, then in the raw data set")
     add("--case", metavar="COLUMN", help="its column of cases, else the one in which they occur")
     add("--patient", default="patient", metavar="COLUMN", help="its column of patients")
-    add("--list_empty", action="store_true", help=f"name empty labels in {EMPTY}, for mae3d_split --leave_out")
+    add("--list_empty", action="store_true", help=f"name empty labels in {EMPTY}, which mae3d_split can leave out")
     add("-np", dest="processes", type=positive_int, default=4, metavar="N", help="processes")
     args = parser.parse_args(argv)
 
@@ -47,9 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     tasks, channels, labels, findings = find_tasks(dataset.raw)
     csv_file = table_file(args.csv, dataset.raw)
     patients = _patients(csv_file, args.case, args.patient, [task.name for task in tasks], dataset.preprocessed)
-    looks = look_at_all(
-        tasks, labels, args.processes, lambda looks: tqdm(looks, total=len(tasks), unit="case", desc="looking")
-    )
+    found = tqdm(look_at_all(tasks, labels, args.processes), total=len(tasks), unit="case", desc="looking")
+    looks = sorted(found, key=lambda look: (look.folder, look.name))
     findings += [finding for look in looks for finding in look.findings]
     findings += compare(looks, channels, labels, patients)
     errors, warnings = ([finding for finding in findings if finding.level == level] for level in LEVELS)
@@ -97,10 +96,10 @@ def empty_note(number: int, file: Path) -> str:
     if not number:
         return f"No label in labelsTr is empty; {file} is."
     return (
-        f"{file} names the training cases without foreground ({number}). Their Dice is undefined for an empty prediction "
-        "(nnU-Net leaves such cases out of its mean) and 0 for a single wrong voxel, so that a mean says little of "
-        "them: they teach where nothing is and measure false alarms. mae3d_split --leave_out FILE keeps them out of "
-        "every fold."
+        f"{file} names the training cases without foreground ({number}). Their Dice is undefined for an empty "
+        "prediction (nnU-Net leaves such cases out of its mean) and 0 for a single wrong voxel, so that a mean says "
+        "little of them: they teach where nothing is and measure false alarms. mae3d_split --leave_out FILE keeps them "
+        "out of every fold."
     )
 
 
@@ -115,7 +114,8 @@ def _patients(
     csv_file: Path | None, case: str | None, patient: str, cases: Sequence[str], preprocessed: Path
 ) -> dict[str, str]:
     """Of the table, or of `mae3d_split`; empty when nobody has said who is who."""
-    from nnunet_vit_mae.datasets.patients import PATIENTS, read_patients, read_table, some
+    from nnunet_vit_mae.datasets.patients import PATIENTS, read_patients
+    from nnunet_vit_mae.datasets.tables import read_table
 
     if csv_file is None:
         file = preprocessed / PATIENTS

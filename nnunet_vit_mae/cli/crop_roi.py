@@ -33,11 +33,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from nnunet_vit_mae.datasets.cropping import Settings, crop_scans, describe_like, finish, reject
     from nnunet_vit_mae.datasets.scans import find_scans
+    from nnunet_vit_mae.datasets.tables import read_table
 
     scans = find_scans(args.images, args.labels)
     if output.absolute() in args.images.absolute().parents:
         raise UserError(f"{output} holds the scans themselves: give another data set with -o.")
-    template_of = read_column(args.csv, args.case, args.column) if args.csv else None
+    template_of = None
+    if args.csv:
+        table = read_table(args.csv, args.case, [scan.name for scan in scans])
+        template_of = table.column(args.column, "--template_column")
     settings = Settings(output, args.templates, args.regions, args.margin, args.resample)
     cropping = crop_scans(scans, settings, template_of, args.processes)
     if args.reject:
@@ -50,20 +54,6 @@ def checked_output(output: Path) -> Path:
     if not re.fullmatch(r"Dataset[0-9]{3}_.+", output.name):
         raise UserError(f"{output} is not named as nnU-Net wants it: give a folder such as Dataset501_Skull with -o.")
     return output
-
-
-def read_column(table: Path, case: str, column: str) -> dict[str, str]:
-    """A column of a CSV by case, as text; raises `UserError` when it cannot be read or lacks a column."""
-    import pandas
-
-    try:
-        content = pandas.read_csv(table, dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
-        raise UserError(f"{table} cannot be read ({str(error).strip()}): give a CSV with a header.") from None
-    for name in (case, column):
-        if name not in content:
-            raise UserError(f"{table} has no column {name}, but {', '.join(content)}: correct the name.")
-    return dict(zip(content[case], content[column], strict=True))
 
 
 def report(cropping: Cropping, output: Path) -> None:
@@ -102,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-r", dest="regions", type=Path, nargs="+", default=[], metavar="FILE", help="region on each template")
     add("--margin", type=_millimetres, default=5.0, metavar="MM", help="kept around the region")
     add("--csv", type=Path, metavar="FILE", help="table with the template of each case")
-    add("--case", default="case", metavar="COLUMN", help="column of the case in --csv")
+    add("--case", metavar="COLUMN", help="its column of cases, else the one in which they occur")
     help_ = "column of the template in --csv; without, the most similar template is taken"
     add("--template_column", dest="column", metavar="COLUMN", help=help_)
     add("--resample", action="store_true", help="crop on the template's grid instead of the scan's own voxels")

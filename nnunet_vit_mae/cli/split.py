@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunet_vit_mae.cli.arguments import parser_for, positive_int, whole_number
-from nnunet_vit_mae.errors import UserError, exit_on_user_error
+from nnunet_vit_mae.errors import UserError, exit_on_user_error, some
 
 if TYPE_CHECKING:
-    from nnunet_vit_mae.datasets.patients import Table
     from nnunet_vit_mae.datasets.split_files import Labelled
     from nnunet_vit_mae.datasets.splits import Splits
+    from nnunet_vit_mae.datasets.tables import Table
 
 
 @exit_on_user_error
@@ -82,7 +82,8 @@ def _patients(
     csv_file: Path | None, case: str | None, patient: str, labelled: Labelled, folder: Path
 ) -> tuple[Table | None, dict[str, str]]:
     """The table if there is one, and patients by case: of the table, of a former call, or each case for itself."""
-    from nnunet_vit_mae.datasets.patients import PATIENTS, read_patients, read_table, some
+    from nnunet_vit_mae.datasets.patients import PATIENTS, read_patients
+    from nnunet_vit_mae.datasets.tables import read_table
 
     table = read_table(csv_file, case, labelled.files) if csv_file else None
     if table:
@@ -139,8 +140,8 @@ def _split(
         print(note)
     if splits.test or splits.left_out:
         print(
-            f"Cases in no fold: {len(splits.test)} for testing, {len(splits.left_out)} left out. Training with fold all "
-            "takes every case of imagesTr: move test cases to imagesTs before that."
+            f"Cases in no fold: {len(splits.test)} for testing, {len(splits.left_out)} left out. Training with fold "
+            "all takes every case of imagesTr: move test cases to imagesTs before that."
         )
     for file in moved:
         print(f"Moved aside: {file}.")

@@ -7,12 +7,9 @@ numbers of each, so that memory does not grow with the data set. Volumes are z y
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ import SimpleITK as sitk
 from nnunet_vit_mae.datasets.contrasts import Channels, find_cases, read_channels, read_contrasts
 from nnunet_vit_mae.datasets.labels import Labels, cases_in, read_labels, read_volume, whole_numbers
 from nnunet_vit_mae.datasets.volumes import NIFTI, Geometry, read_geometry, without_warnings_of_itk
+from nnunet_vit_mae.datasets.workers import each
 from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.files import read_json
 
@@ -240,18 +238,8 @@ def _label(
     return {value: count * voxel for value, count in found.items() if value}
 
 
-def look_at_all(
-    tasks: list[Task], labels: Labels, processes: int, progress: Callable[[Iterator[Look]], Iterable[Look]]
-) -> list[Look]:
-    """Look at every case, in `processes`; raises `UserError` when one of them dies."""
-    one = partial(look, known=frozenset(labels.known))
-    if min(processes, len(tasks)) == 1:
-        return list(progress(map(one, tasks)))
-    # a fork would not survive the threads of ITK
-    with ProcessPoolExecutor(min(processes, len(tasks)), mp_context=get_context("spawn")) as pool:
-        try:
-            return list(progress(pool.map(one, tasks)))
-        except BrokenProcessPool:
-            raise UserError(
-                f"A process ended without a word, most often for lack of memory: give fewer than -np {processes}."
-            ) from None
+def look_at_all(tasks: Sequence[Task], labels: Labels, processes: int) -> Iterator[Look]:
+    """Look at every case, as they are done; one that its process did not survive has that as its finding."""
+    for task, found in each(partial(look, known=frozenset(labels.known)), tasks, processes):
+        lost = task.finding(ERROR, "unreadable", "needs more memory than there is: give a smaller -np")
+        yield found or Look(task.folder, task.name, findings=(lost,))

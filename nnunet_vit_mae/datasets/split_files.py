@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_vit_mae.datasets.labels import cases_in, read_labels, read_volume
-from nnunet_vit_mae.datasets.patients import PATIENTS, some
+from nnunet_vit_mae.datasets.patients import PATIENTS
 from nnunet_vit_mae.datasets.splits import Split, Splits, Wishes
 from nnunet_vit_mae.datasets.volumes import without_warnings_of_itk
-from nnunet_vit_mae.errors import UserError, reader_reason
+from nnunet_vit_mae.errors import UserError, reader_reason, some
 from nnunet_vit_mae.files import read_json, write_json
 
 SPLITS, RECORD = "splits_final.json", "split.json"

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nnunet_vit_mae.datasets.patients import on_both_sides, some
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.datasets.patients import on_both_sides
+from nnunet_vit_mae.errors import UserError, some
 
 Split = dict[str, list[str]]  # train and val, as in splits_final.json
 THIRDS = ("low", "middle", "high")

@@ -192,7 +192,7 @@ def read_recipe(name_or_file: str) -> dict[str, Any]:
         if entry.name.endswith(".json")
     }
     if name_or_file in ours:
-        return json.loads(ours[name_or_file].read_text())
+        return json.loads(ours[name_or_file].read_text(encoding="utf-8"))
     if not Path(name_or_file).is_file():
         raise UserError(f"There is no recipe {name_or_file}: name one of {', '.join(sorted(ours))}, or a JSON file.")
     recipe = read_json(Path(name_or_file))
