@@ -198,11 +198,16 @@ def test_verdicts_say_who_is_better_and_no_more_than_that():
     test = PairedTest("A", "B", "a", "dice", 0.6, 0.7, 0.1, 9, 9, 0.004, 0.012)
     assert words.verdict(test) == "B is better"
     assert words.verdict(replace(test, measure="hd95_mm")) == "A is better"  # lower is better
-    assert words.verdict(replace(test, measure="hd95_mm"), other=True) == "A is better than B"
+    assert words.better_and_worse(replace(test, measure="hd95_mm")) == ("A", "B")
+    assert words.better_and_worse(replace(test, p_holm=0.06)) is None
     assert words.verdict(replace(test, measure="difference_mm3")) == "They differ"
     assert words.verdict(replace(test, p_holm=0.06)) == "No difference shown"
     assert words.verdict(replace(test, p=None, p_holm=None)) == "Equal in every case"
     assert words.verdict(replace(test, p=None, p_holm=None, n=0)) == "No case to compare"
+
+
+def test_names_are_listed_as_in_a_sentence():
+    assert [words.listed("ABC"[:n]) for n in (1, 2, 3)] == ["A", "A and B", "A, B and C"]
 
 
 def test_best_is_bold_where_there_is_a_better():

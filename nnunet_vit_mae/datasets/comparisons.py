@@ -14,7 +14,7 @@ from nnunet_vit_mae.datasets.quality import ERROR, WARNING, Finding, Look
 
 OUTLIER = 3.5  # modified z-score (Iglewicz and Hoaglin, How to Detect and Handle Outliers, 1993)
 UNIT = 0.02  # of the usual range from the 1st to the 99th percentile: what differs less than that is alike
-FEWEST = 5  # cases without which nothing stands out
+FEWEST = 8  # cases without which nothing stands out
 BIN = 0.5  # mm of the histogram of slice thickness
 
 

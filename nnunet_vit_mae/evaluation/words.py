@@ -149,15 +149,21 @@ def _leader(evaluation: Evaluation, label: str, column: str, confidence: str) ->
 
 
 def _beyond_chance(evaluation: Evaluation, label: str) -> Iterator[str]:
-    """Which differences in the leading measures are significant."""
+    """Which differences in the leading measures are significant, by the better model."""
     for column in LEADING:
         tests = [test for test in evaluation.tests if (test.label, test.measure) == (label, column)]
-        better = [verdict(test, other=True) for test in tests if significant(test)]
+        worse: dict[str, list[str]] = {}
+        for better, other in filter(None, map(better_and_worse, tests)):
+            worse.setdefault(better, []).append(other)
+        found = "; ".join(f"{better} is better than {listed(others)}" for better, others in worse.items())
         title = BY_COLUMN[column].title
         name = f"In {title if column == 'dice' else title.lower()}"
         if tests:
-            found = "; ".join(better) if better else "no difference between models is shown beyond chance"
-            yield f"{name}, {found}{f' (corrected p < {SIGNIFICANT})' if better else ''}."
+            yield (
+                f"{name}, {found} (corrected p < {SIGNIFICANT})."
+                if found
+                else f"{name}, no difference between models is shown beyond chance."
+            )
 
 
 def _right_groups(evaluation: Evaluation, label: str) -> Iterator[str]:
@@ -167,19 +173,29 @@ def _right_groups(evaluation: Evaluation, label: str) -> Iterator[str]:
         yield f"Cases in the right risk group: {', '.join(shares)}."
 
 
-def verdict(test: PairedTest, other: bool = False) -> str:
-    """What a paired test says; a difference that was not shown is not an absence of one. `other`: and than which."""
+def listed(names: Sequence[str]) -> str:
+    """Names as in a sentence."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def better_and_worse(test: PairedTest) -> tuple[str, str] | None:
+    """The models of a paired test that tells them apart; None where it does not, or the measure has no better."""
+    higher = BY_COLUMN[test.measure].higher_is_better if test.measure in BY_COLUMN else None
+    if higher is None or not test.difference or not significant(test):
+        return None
+    return (test.second, test.first) if (test.difference > 0) == higher else (test.first, test.second)
+
+
+def verdict(test: PairedTest) -> str:
+    """What a paired test says; a difference that was not shown is not an absence of one."""
     if not test.n:
         return "No case to compare"
     if test.p is None:
         return "Equal in every case"
     if not significant(test):
         return "No difference shown"
-    higher = BY_COLUMN[test.measure].higher_is_better if test.measure in BY_COLUMN else None
-    if higher is None or not test.difference:
-        return "They differ"
-    better, worse = (test.second, test.first) if (test.difference > 0) == higher else (test.first, test.second)
-    return f"{better} is better{f' than {worse}' if other else ''}"
+    pair = better_and_worse(test)
+    return f"{pair[0]} is better" if pair else "They differ"
 
 
 def significant(test: PairedTest) -> bool:
