@@ -200,7 +200,7 @@ def _channel(task: Task, number: int, array: np.ndarray, findings: list[Finding]
     if low == high:
         if low == 0 and number in task.blank:
             return None
-        what = "all zeros, and contrasts.json does not say that it is filled" if low == 0 else f"{low:g} everywhere"
+        what = "all zeros; if it was not acquired, mae3d_fill_contrasts says so" if low == 0 else f"{low:g} everywhere"
         findings.append(task.finding(ERROR, "constant", f"{name} is {what}"))
         return None
     sample = values[:: max(1, values.size // SAMPLE)]
