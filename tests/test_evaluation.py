@@ -245,7 +245,7 @@ def test_folders_that_do_not_fit_are_refused(data, refused):
 
     assert "is not a folder: check -r." in reason(references="nowhere")
     (data / "empty").mkdir()
-    assert "There are no segmentations (.nii.gz," in reason(references="empty")
+    assert "but has none: check -r." in reason(references="empty")
     assert "labelsTs is in use: give a new folder with -o" in reason(out="labelsTs")
     file = data / "unet" / "case_4.nii.gz"
     assert f"{file}/report cannot be made" in reason(out="unet/case_4.nii.gz/report")
@@ -257,7 +257,7 @@ def test_folders_that_do_not_fit_are_refused(data, refused):
     (data / "unet" / "case_4.nrrd").unlink()
     assert f"nnU-Net has no prediction of the case case_4: predict it to {file}" in reason()
     write(data / "labelsTs" / "case_7.nrrd", volume(1))
-    assert "end in .nii.gz and .nrrd: convert them to one format" in reason()
+    assert "but has .nii.gz and .nrrd: check -r." in reason()
 
 
 @pytest.mark.parametrize(

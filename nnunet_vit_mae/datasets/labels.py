@@ -15,7 +15,7 @@ from nnunet_vit_mae.datasets.volumes import Geometry, read_geometry
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import read_json
 
-BACKGROUND, IGNORE = "background", "ignore"
+IGNORE = "ignore"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def read_labels(file: Path) -> Labels:
     except (AttributeError, TypeError, ValueError):
         raise UserError(f'{file} has no labels as nnU-Net writes them, such as "labels": {{"tumour": 1}}.') from None
     ignore = values.pop(IGNORE, (None,))[0]
-    return Labels({name: numbers for name, numbers in values.items() if name != BACKGROUND}, ignore)
+    return Labels({name: numbers for name, numbers in values.items() if set(numbers) != {0}}, ignore)
 
 
 def ending_in(folder: Path, flag: str) -> str:

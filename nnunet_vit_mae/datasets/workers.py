@@ -12,31 +12,36 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
-def each(function: Callable[[Job], Result], jobs: Iterable[Job], processes: int) -> Iterator[tuple[Job, Result | None]]:
+def each(
+    function: Callable[[Job], Result],
+    jobs: Iterable[Job],
+    processes: int,
+    initializer: Callable[[], None] | None = None,
+) -> Iterator[tuple[Job, Result | None]]:
     """Every job with its result as it is done, or with None when its process died (out of memory, most often).
 
-    `function` handles its own errors: what it raises is an error of ours and ends everything.
+    What `function` raises ends everything. `initializer` is called once in each process, unless there is only this one.
     """
     jobs = list(jobs)
     if processes == 1:
         yield from ((job, function(job)) for job in jobs)
         return
     suspects = []
-    for job, result, lost in _pooled(function, jobs, processes):
+    for job, result, lost in _pooled(function, jobs, processes, initializer):
         if lost:
             suspects.append(job)  # the pool does not say whose process it was
         else:
             yield job, result
     for suspect in suspects:
-        for job, result, _ in _pooled(function, [suspect], 1):
+        for job, result, _ in _pooled(function, [suspect], 1, initializer):
             yield job, result
 
 
 def _pooled(
-    function: Callable[[Job], Result], jobs: list[Job], processes: int
+    function: Callable[[Job], Result], jobs: list[Job], processes: int, initializer: Callable[[], None] | None
 ) -> Iterator[tuple[Job, Result | None, bool]]:
     context = get_context("spawn")  # ITK has threads, which a fork does not survive
-    with ProcessPoolExecutor(min(processes, max(1, len(jobs))), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(processes, max(1, len(jobs))), context, initializer) as pool:
         futures = {pool.submit(function, job): job for job in jobs}
         try:
             for future in as_completed(futures):

@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import SimpleITK as sitk
 import torch
 from tqdm import tqdm
 
 from nnunet_vit_mae.datasets.contrasts import ENDINGS
+from nnunet_vit_mae.datasets.labels import (
+    Labels,
+    cases_in,
+    ending_in,
+    read_labels,
+    read_volume,
+    whole_numbers,
+)
 from nnunet_vit_mae.datasets.volumes import Geometry, read_geometry, without_warnings_of_itk
-from nnunet_vit_mae.errors import UserError, reader_reason
+from nnunet_vit_mae.datasets.workers import each
+from nnunet_vit_mae.errors import UserError, reader_reason, some
 from nnunet_vit_mae.evaluation.measures import measure
 from nnunet_vit_mae.evaluation.results import Options
-from nnunet_vit_mae.files import read_json
 
-T = TypeVar("T")
 DESCRIPTION = "dataset.json"
-FEW = 5  # names that a sentence lists
 THICKNESS_DIGITS = 4  # of mm: headers hold single precision, and 5.0000002 mm is 5 mm
-
-
-@dataclass(frozen=True)
-class Labels:
-    """Label values by name, several for a region; `ignore` marks voxels that count nowhere."""
-
-    values: Mapping[str, tuple[int, ...]]
-    ignore: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,27 +60,27 @@ def find_study(references: Path, predictions: Mapping[str, Path], images: Path |
 
     Raises `UserError` for folders or files that are missing, of different formats, or described differently.
     """
-    for flag, folder in [("-r", references), *(("-p", folder) for folder in predictions.values())]:
+    ending = ending_in(references, "-r")
+    for folder in predictions.values():
         if not folder.is_dir():
-            raise UserError(f"{folder} is not a folder: check {flag}.")
+            raise UserError(f"{folder} is not a folder: check -p.")
     if images is not None and not images.is_dir():
         raise UserError(f"{images} is not a folder: check -i.")
-    ending = _ending(references)
-    names = sorted(file.name.removesuffix(ending) for file in _files(references) if file.name.endswith(ending))
+    names = list(cases_in(references, ending))
     cases = tuple(_case(name, ending, references, predictions, images) for name in names)
-    labels = read_labels(references, list(predictions.values()))
+    labels = described_labels(references, list(predictions.values()))
     if labels is None:
         labels = labels_in([case.reference for case in cases])
     return Study(tuple(predictions), labels, cases, tuple(_surplus(names, ending, predictions)))
 
 
-def read_labels(references: Path, predictions: Sequence[Path]) -> Labels | None:
+def described_labels(references: Path, predictions: Sequence[Path]) -> Labels | None:
     """Labels from the `dataset.json` that nnU-Net puts beside predictions, or that of the data set; None without any.
 
     Raises `UserError` when models were trained for different labels.
     """
     files = [folder / DESCRIPTION for folder in predictions if (folder / DESCRIPTION).is_file()]
-    found = [_labels_of(file) for file in files]
+    found = [_foreground(file) for file in files]
     for file, labels in zip(files, found, strict=True):
         if labels != found[0]:
             raise UserError(f"{file} and {files[0]} have different labels: compare models that segment the same.")
@@ -95,7 +88,7 @@ def read_labels(references: Path, predictions: Sequence[Path]) -> Labels | None:
         return found[0]
     for folder in (references, references.resolve().parent):
         if (folder / DESCRIPTION).is_file():
-            return _labels_of(folder / DESCRIPTION)
+            return _foreground(folder / DESCRIPTION)
     return None
 
 
@@ -116,33 +109,11 @@ def labels_in(references: Sequence[Path]) -> Labels:
     return Labels({str(value): (value,) for value in sorted(values)})
 
 
-def _labels_of(file: Path) -> Labels:
-    """The labels and regions of a `dataset.json`, without the background."""
-    description = read_json(file)
-    labels: Any = description.get("labels") if isinstance(description, dict) else None
-    try:
-        values = {str(name): tuple(int(number) for number in np.atleast_1d(value)) for name, value in labels.items()}
-    except (AttributeError, TypeError, ValueError):
-        raise UserError(f'{file} has no labels as nnU-Net writes them, such as "labels": {{"tumour": 1}}.') from None
-    ignore = values.pop("ignore", None)
-    foreground = {name: numbers for name, numbers in values.items() if set(numbers) != {0}}
-    if not foreground:
+def _foreground(file: Path) -> Labels:
+    labels = read_labels(file)
+    if not labels.values:
         raise UserError(f"{file} names no label besides the background.")
-    return Labels(foreground, None if ignore is None else ignore[0])
-
-
-def _ending(references: Path) -> str:
-    found = {ending for file in _files(references) for ending in ENDINGS if file.name.endswith(ending)}
-    if not found:
-        raise UserError(f"There are no segmentations ({', '.join(ENDINGS)}) in {references}: check -r.")
-    if len(found) > 1:
-        raise UserError(f"The files in {references} end in {' and '.join(sorted(found))}: convert them to one format.")
-    return found.pop()
-
-
-def _files(folder: Path) -> list[Path]:
-    """What is neither hidden nor a folder: copies by macOS leave files such as ._case.nii.gz."""
-    return sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    return labels
 
 
 def _case(name: str, ending: str, references: Path, predictions: Mapping[str, Path], images: Path | None) -> Case:
@@ -161,9 +132,8 @@ def _case(name: str, ending: str, references: Path, predictions: Mapping[str, Pa
 
 def _surplus(names: Sequence[str], ending: str, predictions: Mapping[str, Path]) -> Iterator[str]:
     for model, folder in predictions.items():
-        cases = [file.name.removesuffix(ending) for file in _files(folder) if file.name.endswith(ending)]
-        if extra := [case for case in cases if case not in set(names)]:
-            yield f"{model}: predictions without a reference are left out ({_some(extra)})."
+        if extra := sorted({*cases_in(folder, ending)} - {*names}):
+            yield f"{model}: predictions without a reference are left out ({some(extra)})."
 
 
 # ---------- what is in them
@@ -182,18 +152,28 @@ def measure_cases(study: Study, options: Options, processes: int = 1) -> tuple[p
 
     Raises `UserError` for files that cannot be read, do not fit each other, or hold other labels.
     """
-    job = partial(_measure_case, labels=study.labels, options=options)
-    with _mapping(processes, len(study.cases)) as mapping:
-        done = list(tqdm(mapping(job, study.cases), total=len(study.cases), unit="case", desc="measuring"))
+    measure_case = partial(_measure_case, labels=study.labels, options=options)
+    jobs = each(measure_case, study.cases, processes, initializer=one_thread)
+    measured = {}
+    for case, found in tqdm(jobs, total=len(study.cases), unit="case", desc="measuring"):
+        if found is None:
+            raise UserError(f"The case {case.name} needs more memory than there is: give fewer than -np {processes}.")
+        measured[case.name] = found
+    done = [measured[case.name] for case in study.cases]
     rows = [row for model in study.models for found in done for row in found.rows if row["model"] == model]
     notes = []
     for model in study.models:
-        if cases := [case.name for case, found in zip(study.cases, done, strict=True) if model in found.elsewhere]:
+        if cases := [case.name for case in study.cases if model in measured[case.name].elsewhere]:
             notes.append(
                 f"{model}: predictions have another origin or direction than their references, but are compared voxel "
-                f"by voxel, as nnU-Net does ({_some(cases)})."
+                f"by voxel, as nnU-Net does ({some(cases)})."
             )
     return pd.DataFrame(rows), notes
+
+
+def one_thread() -> None:
+    """There are as many processes as cores."""
+    torch.set_num_threads(1)
 
 
 def read_mask(file: Path) -> np.ndarray:
@@ -203,17 +183,12 @@ def read_mask(file: Path) -> np.ndarray:
 
 def _read(file: Path) -> tuple[np.ndarray, Geometry]:
     try:
-        geometry = read_geometry(file)
-        array = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+        array, geometry = read_volume(file)
     except Exception as error:  # noqa: BLE001 (SimpleITK and nibabel have errors of their own; the reason goes on)
         raise UserError(f"{file} cannot be read ({reader_reason(error)}): repair or replace it.") from None
-    if array.ndim != 3:
-        raise UserError(f"{file} has {array.ndim} dimensions, but three are needed.")
-    if array.dtype.kind == "f":
-        if not np.array_equal(array, np.rint(array)):  # NaN is not equal to itself
-            raise UserError(f"{file} holds numbers that are not integers: give segmentations, not probabilities.")
-        array = array.astype(np.int32)
-    return array, geometry
+    if not whole_numbers(array):
+        raise UserError(f"{file} holds numbers that are not integers: give segmentations, not probabilities.")
+    return array.astype(np.int32) if array.dtype.kind == "f" else array, geometry
 
 
 def _measure_case(case: Case, labels: Labels, options: Options) -> _Measured:
@@ -262,42 +237,14 @@ def _refuse_other_grid(file: Path, geometry: Geometry, other_file: Path, other: 
 
 
 def _refuse_other_labels(file: Path, array: np.ndarray, labels: Labels) -> None:
-    known = {0, *(value for values in labels.values.values() for value in values)}
-    known |= set() if labels.ignore is None else {labels.ignore}
-    unknown = np.unique(array[~np.isin(array, list(known))])
+    unknown = np.unique(array[~np.isin(array, list(labels.known))])
     if len(unknown):
+        known = ", ".join(map(str, sorted(labels.known)))
         raise UserError(
-            f"{file} holds the label {_some(map(str, unknown))}, but only {_some(map(str, sorted(known)))} are known: "
+            f"{file} holds the label {some(map(str, unknown))}, but only {known} are known: "
             f"correct the file, or the labels in {DESCRIPTION}."
         )
 
 
 def _mask(array: np.ndarray, values: Sequence[int]) -> np.ndarray:
     return np.logical_or.reduce([array == value for value in values])
-
-
-@contextmanager
-def _mapping(processes: int, cases: int) -> Iterator[Callable[[Callable[[Any], T], Iterable[Any]], Iterator[T]]]:
-    """`map`, with processes where there are several; results come in the order of the cases."""
-    if min(processes, cases) == 1:
-        yield map
-        return
-    context = multiprocessing.get_context("spawn")  # torch and ITK have threads, which a fork does not survive
-    pool = ProcessPoolExecutor(
-        min(processes, cases), mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
-    )
-    try:
-        yield pool.map
-    except BrokenProcessPool:
-        raise UserError(
-            f"A process ended without a word, most often for lack of memory: give fewer than -np {processes}."
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first few, and how many more there are."""
-    listed = list(names)
-    more = f" and {len(listed) - FEW} more" if len(listed) > FEW else ""
-    return ", ".join(listed[:FEW]) + more

@@ -12,9 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
+from nnunet_vit_mae.datasets.labels import Labels
 from nnunet_vit_mae.datasets.volumes import without_warnings_of_itk
 from nnunet_vit_mae.errors import UserError, reader_reason
-from nnunet_vit_mae.evaluation.cases import Labels, read_labels
+from nnunet_vit_mae.evaluation.cases import described_labels
 from nnunet_vit_mae.evaluation.figures import WIDTH, styled
 from nnunet_vit_mae.evaluation.results import Evaluation
 from nnunet_vit_mae.evaluation.words import rows_of
@@ -67,7 +68,7 @@ def labels_of(labels: Sequence[str], references: Path, predictions: Mapping[str,
 
     Raises `UserError` for a name that is neither.
     """
-    found = read_labels(references, [*predictions.values()])
+    found = described_labels(references, [*predictions.values()])
     values = dict(found.values) if found else {}
     values |= {label: (int(label),) for label in labels if label not in values and label.isdigit()}
     for label in labels:
