@@ -64,6 +64,7 @@ CONTRASTS = {
 }
 
 LOSSES = ("dice_ce", "dice")
+AUGMENTATIONS = ("loader", "device")
 
 
 def contrast(name: str) -> str:
@@ -174,6 +175,7 @@ class Finetuning:
     drop_path: float = 0.1
     contrast_dropout: float = 0.0  # probability of each contrast to be taken away, never the last one of a sample
     loss: str = "dice_ce"  # nnU-Net's sum of Dice and cross-entropy, or its Dice alone
+    augmentation: str = "loader"  # nnU-Net's, in the workers of its loader, or on the `device` that trains
     gradient_clip: float = 1.0
 
     def __post_init__(self) -> None:
@@ -181,6 +183,8 @@ class Finetuning:
         _require(self.freeze_epochs >= 0, "finetuning.freeze_epochs", self.freeze_epochs, "0 or more")
         _require(0 < self.layer_decay <= 1, "finetuning.layer_decay", self.layer_decay, "above 0 and at most 1")
         _require(self.loss in LOSSES, "finetuning.loss", self.loss, f"one of {', '.join(LOSSES)}")
+        places = f"one of {', '.join(AUGMENTATIONS)}"
+        _require(self.augmentation in AUGMENTATIONS, "finetuning.augmentation", self.augmentation, places)
         _require(
             0 <= self.contrast_dropout < 1,
             "finetuning.contrast_dropout",

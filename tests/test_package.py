@@ -74,6 +74,7 @@ LAYERS = {
     "planning": 0,
     "networks": 1,
     "optimisation": 1,
+    "augmentation": 1,
     "weights": 1,
     "transfer": 1,
     "plots": 1,

@@ -20,6 +20,16 @@ def keeping_absence(transform: BasicTransform, *, dropout: float) -> BasicTransf
     return ComposeTransforms([NoteAbsence(dropout), transform, ClearAbsent()])
 
 
+def kept_contrasts(present: np.ndarray, dropout: float) -> np.ndarray:
+    """Which of the present contrasts (bools) a sample keeps: one at least, if there is any."""
+    # a generator of its own each time: nnU-Net's workers are forked, and would all draw the same numbers
+    random = np.random.default_rng()
+    kept = present & (random.random(len(present)) >= dropout)
+    if present.any() and not kept.any():
+        kept[random.choice(np.flatnonzero(present))] = True
+    return kept
+
+
 class NoteAbsence(BasicTransform):
     """Note which channels of the image (c z y x) are zero, and with dropout some more, but never all of them."""
 
@@ -29,11 +39,7 @@ class NoteAbsence(BasicTransform):
 
     def apply(self, data_dict: dict, **params: Any) -> dict:
         present = data_dict["image"].flatten(1).any(dim=1).numpy()
-        # a generator of its own each time: nnU-Net's workers are forked, and would all draw the same numbers
-        kept = present & (np.random.default_rng().random(len(present)) >= self.dropout)
-        if not kept.any():
-            kept = present & (np.arange(len(present)) == _any_of(present))
-        return {**data_dict, KEY: ~kept}
+        return {**data_dict, KEY: ~kept_contrasts(present, self.dropout)}
 
 
 class ClearAbsent(BasicTransform):
@@ -42,8 +48,3 @@ class ClearAbsent(BasicTransform):
     def apply(self, data_dict: dict, **params: Any) -> dict:
         data_dict["image"][data_dict.pop(KEY)] = 0
         return data_dict
-
-
-def _any_of(present: np.ndarray) -> int:
-    """One of the present channels at random, or the first when there is none."""
-    return int(np.random.default_rng().choice(np.flatnonzero(present))) if present.any() else 0

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
@@ -22,6 +23,7 @@ from nnunet_vit_mae.errors import UserError, exit_on_user_error
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.nnunet.absence import keeping_absence
+from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation
 from nnunet_vit_mae.nnunet.folders import dataset_id, encoder_file
 from nnunet_vit_mae.nnunet.plans import channel_names, destination, refuse_cascade, schedule_of, settings_for
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
@@ -79,6 +81,7 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
         self.initial_lr = self.settings.finetuning.lr
         self.weight_decay = self.settings.finetuning.weight_decay
         self.save_every = 5  # nnU-Net's 50 lose a day on a slow machine
+        self.augment: BatchAugmentation | None = None
         self.grad_scaler = None  # fp16 only needs one, and the network runs in bf16
 
     @classmethod  # nnU-Net's own is static and is called on the class alike
@@ -117,9 +120,15 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
         return optimizer, schedule
 
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
-        """nnU-Net's augmentation; contrasts that a case lacks stay zero."""
+        """nnU-Net's augmentation, or nothing where `train_step` does it; contrasts that a case lacks stay zero."""
         transform = nnUNetTrainer.get_training_transforms(*args, **kwargs)
-        return keeping_absence(transform, dropout=self.settings.finetuning.contrast_dropout)
+        dropout = self.settings.finetuning.contrast_dropout
+        if self.settings.finetuning.augmentation == "loader":
+            return keeping_absence(transform, dropout=dropout)
+        manager = self.label_manager
+        labels = [*manager.all_labels, *([manager.ignore_label] if manager.has_ignore_label else [])]
+        self.augment = BatchAugmentation(transform, labels, contrast_dropout=dropout)
+        return ComposeTransforms([])
 
     def _do_i_compile(self) -> bool:
         # shapes change with the number of contrasts, so that an adaptive network would be compiled over and over
@@ -135,6 +144,8 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
         """nnU-Net's step with the plans' gradient clipping, and without its fp16."""
         volume = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"].to(self.device, non_blocking=True)
+        if self.augment:
+            volume, target = self.augment(volume, target)
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(self.network(volume), target)
         loss.backward()

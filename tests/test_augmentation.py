@@ -1,0 +1,146 @@
+"""Augmentation of batches against nnU-Net's own, with the same random numbers, and each function row by row."""
+
+import numpy as np
+import pytest
+import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from hypothesis import given
+from hypothesis import strategies as st
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from scipy import ndimage, stats
+
+from nnunet_vit_mae import augmentation
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation
+
+PATCH, ENLARGED = (16, 20, 24), (24, 29, 35)
+FLAT_PATCH, FLAT_ENLARGED = (6, 20, 24), (6, 29, 35)  # thick slices: turned and scaled in their plane only
+ROTATION = (-np.pi / 6, np.pi / 6)
+LABELS = (0, 1, 2)
+
+
+def transforms(patch=PATCH, flat=False, **more):
+    return nnUNetTrainer.get_training_transforms(patch, ROTATION, None, (0, 1, 2), flat, **more)
+
+
+def sample(seed: int, shape=ENLARGED, channels=2):
+    """Smooth images and blobs of labels, with a corner outside of the image."""
+    random = np.random.default_rng(seed)
+    image = ndimage.gaussian_filter(random.normal(size=(channels, *shape)), (0, 2, 2, 2)) * 8
+    segmentation = np.digitize(ndimage.gaussian_filter(random.normal(size=shape), 3), [0.02, 0.06])[None]
+    segmentation[:, :4, :5, :6] = -1
+    return torch.from_numpy(image).float(), torch.from_numpy(segmentation).to(torch.int16)
+
+
+def seed_everything(seed: int) -> None:
+    np.random.seed(seed)  # noqa: NPY002 (nnU-Net's transforms draw from it)
+    torch.manual_seed(seed)
+
+
+@pytest.mark.parametrize(
+    ("patch", "enlarged", "more"),
+    [
+        (PATCH, ENLARGED, {}),
+        (FLAT_PATCH, FLAT_ENLARGED, {"flat": True}),
+        (PATCH, ENLARGED, {"use_mask_for_norm": [False, True]}),
+        (PATCH, ENLARGED, {"regions": [(1, 2), 2], "ignore_label": 3}),
+    ],
+)
+def test_one_sample_is_augmented_as_by_nnunet(patch, enlarged, more):
+    """With a batch of one both draw the same numbers in the same order, so that every transform can be compared."""
+    theirs = transforms(patch, **more)
+    ours = BatchAugmentation(theirs, LABELS, contrast_dropout=0)
+    changed = 0
+    for seed in range(40):
+        image, segmentation = sample(seed, enlarged)
+        seed_everything(seed)
+        expected = theirs(image=image.clone(), segmentation=segmentation.clone())
+        seed_everything(seed)
+        found, target = ours(image[None].clone(), segmentation[None].clone())
+        assert found.shape[2:] == patch
+        assert torch.allclose(found[0], expected["image"], atol=2e-4 * float(image.abs().max()))
+        assert target.dtype == expected["segmentation"].dtype
+        assert (target[0] != expected["segmentation"]).float().mean() < 1e-3  # ties, which half precision rounds
+        changed += not torch.equal(expected["image"], augmentation.centre_crop(image[None], patch)[0])
+    assert changed > 30
+
+
+def test_a_batch_is_augmented_sample_by_sample():
+    """Statistics of many draws: what a batch gives is distributed as what nnU-Net gives for its samples."""
+    theirs = transforms()
+    ours = BatchAugmentation(theirs, LABELS, contrast_dropout=0)
+    image, segmentation = sample(0)
+    seed_everything(0)
+    batches = [ours(image[None].repeat(6, 1, 1, 1, 1), segmentation[None].repeat(6, 1, 1, 1, 1)) for _ in range(40)]
+    found = [(volume, target) for batch in batches for volume, target in zip(*batch, strict=True)]
+    done = [theirs(image=image.clone(), segmentation=segmentation.clone()) for _ in range(240)]
+    expected = [(one["image"], one["segmentation"]) for one in done]
+    for statistic in (
+        lambda volume, target: float(volume[0].mean()),
+        lambda volume, target: float(volume[1].std()),
+        lambda volume, target: float(volume[0].diff(dim=0).abs().mean()),
+        lambda volume, target: float((volume[0, :8] - volume[0, 8:]).mean()),
+        lambda volume, target: float((target == 2).sum()),
+        lambda volume, target: float((target[:, :, :10] == 1).sum()),
+    ):
+        ours_, theirs_ = ([statistic(*one) for one in side] for side in (found, expected))
+        assert stats.ks_2samp(ours_, theirs_).pvalue > 1e-4
+
+
+def rows_of(seed: int, count: int, shape=(7, 9, 11)) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=(count, *shape))).float()
+
+
+@given(seed=st.integers(0, 99), count=st.integers(1, 4))
+def test_rows_do_not_meet(seed, count):
+    rows = rows_of(seed, count)
+    random = np.random.default_rng(seed + 1)
+
+    def numbers(low: float, high: float, *more: int) -> torch.Tensor:
+        return torch.from_numpy(random.uniform(low, high, (count, *more)))
+
+    flags = torch.from_numpy(random.random((2, count)) < 0.5)
+    for function, parameters in (
+        (augmentation.brightness, [numbers(0.5, 1.5)]),
+        (augmentation.blur, [numbers(0.5, 1, 3)]),
+        (lambda *given: augmentation.contrast(*given, preserve_range=True), [numbers(0.5, 1.5)]),
+        (augmentation.gamma, [numbers(0.7, 1.5), *flags]),
+        (augmentation.lower_resolution, [numbers(0.5, 1, 3)]),
+    ):
+        alone = [function(rows[n : n + 1], *(one[n : n + 1] for one in parameters)) for n in range(count)]
+        assert torch.allclose(function(rows, *parameters), torch.cat(alone), atol=1e-5)
+
+
+def test_turning_a_ramp_turns_its_gradient():
+    """A quarter turn in the plane of y and x, twice as large along z."""
+    z, y, x = torch.meshgrid(*(torch.arange(size) - (size - 1) / 2 for size in ENLARGED), indexing="ij")
+    affine = torch.tensor([[2.0, 0, 0], [0, 0, -1], [0, 1, 0]])[None]
+    patch = (10, 20, 20)
+    found = augmentation.resample(torch.stack([z, y, x])[None], affine, patch)[0]
+    own = torch.meshgrid(*(torch.arange(size) - (size - 1) / 2 for size in patch), indexing="ij")
+    for turned, expected in zip(found, (2 * own[0], -own[2], own[1]), strict=True):
+        assert torch.allclose(turned, expected, atol=1e-4)
+
+
+def test_absent_contrasts_stay_absent_and_some_are_taken_away():
+    ours = BatchAugmentation(transforms(), LABELS, contrast_dropout=0.5)
+    image, segmentation = sample(0, channels=3)
+    image[1] = 0
+    taken = set()
+    for _ in range(20):
+        found, _ = ours(image[None].repeat(2, 1, 1, 1, 1), segmentation[None].repeat(2, 1, 1, 1, 1))
+        for one in found:
+            present = tuple(one.flatten(1).any(dim=1).tolist())
+            assert present[1] is False
+            assert any(present)
+            taken.add(present)
+    assert len(taken) == 3
+
+
+def test_a_transform_without_counterpart_is_named():
+    class NewTransform(BasicTransform):
+        pass
+
+    with pytest.raises(UserError, match="NewTransform has no counterpart"):
+        BatchAugmentation(ComposeTransforms([NewTransform()]), LABELS, contrast_dropout=0)
