@@ -1,5 +1,7 @@
 """Augmentation of batches against nnU-Net's own, with the same random numbers, and each function row by row."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from scipy import ndimage, stats
 
 from nnunet_vit_mae import augmentation
+from nnunet_vit_mae.cli import plan as plan_command
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation
+from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerViTScratch
 
 PATCH, ENLARGED = (16, 20, 24), (24, 29, 35)
 FLAT_PATCH, FLAT_ENLARGED = (6, 20, 24), (6, 29, 35)  # thick slices: turned and scaled in their plane only
@@ -144,3 +148,26 @@ def test_a_transform_without_counterpart_is_named():
 
     with pytest.raises(UserError, match="NewTransform has no counterpart"):
         BatchAugmentation(ComposeTransforms([NewTransform()]), LABELS, contrast_dropout=0)
+
+
+def test_the_trainer_augments_where_the_plans_say(in_workspace, monkeypatch):
+    """The loader gives enlarged patches as they are, and the step gets augmented ones of the planned size."""
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    recipe = in_workspace.root / "device.json"
+    recipe.write_text(json.dumps({"finetuning": {"augmentation": "device", "batch_size": 2}}))
+    plan_command.main(["-d", "901", "-o", "Device", "--recipe", str(recipe), "--size", "XS", "--token", "8"])
+    plans = json.loads((in_workspace.preprocessed / "Device.json").read_text()) | {"continue_training": False}
+    description = json.loads((in_workspace.preprocessed / "dataset.json").read_text())
+    trainer = nnUNetTrainerViTScratch(plans, "3d_fullres", 0, description, torch.device("cpu"))
+    trainer.initialize()
+    patch = tuple(trainer.configuration_manager.patch_size)
+    training, validation = trainer.get_dataloaders()
+    batch = next(training)
+    assert all(large >= small for large, small in zip(batch["data"].shape[2:], patch, strict=True))
+    assert batch["data"].shape[2:] != patch
+    assert next(validation)["data"].shape[2:] == patch
+    seen = []
+    trainer.network.register_forward_pre_hook(lambda network, inputs: seen.append(inputs[0]))
+    trainer.network.train()
+    assert np.isfinite(trainer.train_step(batch)["loss"])
+    assert seen[0].shape == (2, 2, *patch)
