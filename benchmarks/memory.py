@@ -11,15 +11,19 @@ import argparse
 import dataclasses
 import json
 import math
-import os
-import subprocess
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+
+import torch
+from measuring import MEBIBYTE, peak_memory, printed_apart
+
+from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
+from nnunet_vit_mae.networks.mae import reconstruction_loss
+from nnunet_vit_mae.networks.memory import finetuning_memory, pretraining_memory, segmentation_loss
+from nnunet_vit_mae.planning import token_grid
+from nnunet_vit_mae.presets import Network, Pretraining
 
 PATCH = (40, 48, 56)
-MEGABYTE = 2**20
 
 
 @dataclass(frozen=True)
@@ -60,48 +64,37 @@ CASES = [
 
 def compare(cases: Iterable[Case]) -> Iterator[tuple[Case, Sizes]]:
     """Measure and estimate each case."""
-    # without these, glibc keeps freed blocks and the process looks larger than its tensors
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     for case in cases:
-        command = [sys.executable, str(Path(__file__)), "--case", json.dumps(dataclasses.asdict(case))]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        yield case, Sizes(**json.loads(done.stdout))
+        yield case, Sizes(**json.loads(printed_apart(__file__, "--case", json.dumps(dataclasses.asdict(case)))))
 
 
 def run(case: Case) -> Sizes:
     """The step itself, in a process that has done nothing else."""
-    import torch
-    from torch.nn import functional
-
-    from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
-    from nnunet_vit_mae.networks.mae import reconstruction_loss
-    from nnunet_vit_mae.networks.memory import finetuning_memory, pretraining_memory, segmentation_loss
-    from nnunet_vit_mae.planning import token_grid
-    from nnunet_vit_mae.presets import Network, Pretraining
-
     network = Network(size=case.size, token=case.token, decoder=case.decoder, upsampling=case.upsampling)
     protocol = Pretraining(batch_size=case.batch)
-    functional.conv3d(torch.randn(1, 1, 8, 8, 8), torch.randn(2, 1, 3, 3, 3))  # libraries allocate on first use
-    before = resident("VmRSS")
 
-    volume = torch.randn(case.batch, 1, *case.patch)
-    if case.phase == "finetuning":
-        model = build_segmenter(network, 1, 2, drop_path=0.1)
-        target = torch.zeros(case.batch, *case.patch, dtype=torch.long)
-    else:
-        model = build_autoencoder(network, 1, mask_ratio=protocol.mask_ratio)
-        target = torch.rand(case.batch, math.prod(token_grid(case.patch, case.token)))
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    for _ in range(2):
+    def prepare() -> Callable[[], None]:
+        volume = torch.randn(case.batch, 1, *case.patch)
         if case.phase == "finetuning":
-            loss = segmentation_loss(model(volume), target)
+            model = build_segmenter(network, 1, 2, drop_path=0.1)
+            target = torch.zeros(case.batch, *case.patch, dtype=torch.long)
         else:
-            loss = reconstruction_loss(volume, model(volume, target), case.token, norm_pix=protocol.norm_pix)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        del loss
-    measured = resident("VmHWM") - before
+            model = build_autoencoder(network, 1, mask_ratio=protocol.mask_ratio)
+            target = torch.rand(case.batch, math.prod(token_grid(case.patch, case.token)))
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+        def step() -> None:
+            if case.phase == "finetuning":
+                loss = segmentation_loss(model(volume), target)
+            else:
+                loss = reconstruction_loss(volume, model(volume, target), case.token, norm_pix=protocol.norm_pix)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+        return step
+
+    measured = peak_memory(prepare)
 
     def estimate(*, on_gpu: bool) -> int:
         if case.phase == "finetuning":
@@ -109,12 +102,6 @@ def run(case: Case) -> Sizes:
         return pretraining_memory(network, protocol, case.patch, 1, case.batch, on_gpu=on_gpu)
 
     return Sizes(measured, estimate(on_gpu=False), estimate(on_gpu=True))
-
-
-def resident(entry: str) -> int:
-    """Bytes in memory, now (`VmRSS`) or at the peak (`VmHWM`; `getrusage` would count the parent's before the fork)."""
-    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status[entry].split()[0]) * 1024
 
 
 def main() -> None:
@@ -131,7 +118,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     for case, sizes in compare(CASES):
         token = " x ".join(map(str, case.token))
-        megabytes = [round(size / MEGABYTE) for size in (sizes.measured, sizes.estimated, sizes.on_gpu)]
+        megabytes = [round(size / MEBIBYTE) for size in (sizes.measured, sizes.estimated, sizes.on_gpu)]
         print(
             f"| {case.phase} | {case.size} | {token} | {case.decoder} | {case.upsampling} | {case.batch} "
             f"| {megabytes[0]} | {megabytes[1]} | {sizes.estimated / sizes.measured:.2f} | {megabytes[2]} |",

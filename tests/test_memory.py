@@ -1,9 +1,8 @@
 """The planner's estimate of training memory: against the memory that real steps take, and against arithmetic."""
 
-import importlib.util
 import sys
-from pathlib import Path
 
+import memory as benchmark
 import pytest
 import torch
 
@@ -16,16 +15,6 @@ PATCH = (14, 18, 22)
 BYTES_PER_PARAMETER = 16  # weight, gradient and two moments of AdamW, in fp32
 
 
-def load_benchmark():
-    file = Path(__file__).parent.parent / "benchmarks" / "memory.py"
-    specification = importlib.util.spec_from_file_location("memory_benchmark", file)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
-
-
-benchmark = load_benchmark()
 MEASURED = [
     benchmark.Case("finetuning", "S", (8, 8, 8), "upscale", "nearest", 2),
     benchmark.Case("finetuning", "S", (8, 8, 8), "sfpn", "transposed", 2),

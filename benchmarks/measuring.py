@@ -1,0 +1,69 @@
+"""Time and memory of steps on a machine that others use too: figures are ratios of what was measured in turn."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+MEBIBYTE = 2**20
+
+
+def taken_in_turn(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step, round after round (all steps in each round), after a round that does not count."""
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of peers, about their own code
+        for number in range(rounds + 1):
+            for name, step in steps.items():
+                started = time.perf_counter()
+                step()
+                if torch.cuda.is_initialized():
+                    torch.cuda.synchronize()
+                if number:
+                    taken[name].append(time.perf_counter() - started)
+    return taken
+
+
+def printed_apart(script: str, *arguments: str) -> str:
+    """What a script prints in a fresh process, whose memory holds nothing else."""
+    # without these, glibc keeps freed blocks and the process looks larger than its tensors
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+def peak_memory(prepare: Callable[[], Callable[[], object]], times: int = 2) -> int:
+    """Bytes of a step at its peak, above those before it was prepared; for a process that has done nothing else."""
+    image, kernel = torch.randn(1, 1, 8, 8, 8), torch.randn(2, 1, 3, 3, 3)
+    torch.nn.functional.conv3d(image, kernel)  # libraries allocate on first use
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
+    step = prepare()
+    for _ in range(times):
+        step()
+    return resident("VmHWM") - before
+
+
+def resident(entry: str) -> int:
+    """Bytes in memory, now (`VmRSS`) or at the peak (`VmHWM`; `getrusage` would count the parent's before the fork)."""
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[entry].split()[0]) * 1024
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """Of the power law through the last two points: 1 is linear, 2 is quadratic growth."""
+    return math.log(values[-1] / values[-2]) / math.log(sizes[-1] / sizes[-2])

@@ -1,0 +1,142 @@
+"""One step of masked autoencoding against MONAI's, side by side: forward, norm-pix loss, backward, clipping, AdamW.
+
+The same sizes (ViTiac's S, mask ratio 0.9), the same data and optimiser, steps taken in turn. fp32 on one CPU thread,
+or with `--device cuda` on a GPU, where both run in bf16. Memory: the peak of a step in a process of its own, above what
+the process held before the network was built. MONAI's network differs as its class does: it embeds all tokens, then
+drops the hidden ones, has a class token, stores attention scores, and predicts visible tokens too.
+
+    python benchmarks/pretraining_step.py      # prints the tables of docs/speed.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from measuring import MEBIBYTE, peak_memory, printed_apart, taken_in_turn
+from monai.networks.nets.masked_autoencoder_vit import MaskedAutoEncoderViT
+from torch import Tensor, nn
+
+from nnunet_vit_mae.networks.build import build_autoencoder
+from nnunet_vit_mae.networks.mae import normalised, reconstruction_loss
+from nnunet_vit_mae.networks.tokenizer import patchify
+from nnunet_vit_mae.presets import SIZES, Network
+
+RATIO = 0.9
+NAMES = ("ours", "MONAI")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Cubic patches and tokens."""
+
+    side: int
+    token: int
+    batch: int
+
+    @property
+    def tokens(self) -> int:
+        return (self.side // self.token) ** 3
+
+    def __str__(self) -> str:
+        return f"{self.side}^3, token {self.token}, batch {self.batch}"
+
+
+CASES = [Case(48, 8, 4), Case(96, 8, 1)]
+
+
+def main() -> None:
+    """Print a row for each case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="S")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory_of", nargs=2, metavar=("NAME", "CASE"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        name, case = arguments.memory_of
+        print(peak_memory(partial(step_of, name, CASES[int(case)], arguments.size, torch.device("cpu"))))
+        return
+    print("| case | ours, ms | MONAI, ms | ratio | ours, MiB | MONAI, MiB | ratio |\n|---|---|---|---|---|---|---|")
+    for number, case in enumerate(CASES):
+        ours, monai, ratio = compare(case, arguments.size, arguments.rounds, torch.device(arguments.device))
+        flags = ("--size", arguments.size, "--memory_of")
+        peaks = [int(printed_apart(__file__, *flags, name, str(number))) / MEBIBYTE for name in NAMES]
+        memory = f"{peaks[0]:.0f} | {peaks[1]:.0f} | {peaks[0] / peaks[1]:.2f}"
+        print(f"| {case} | {1e3 * ours:.0f} | {1e3 * monai:.0f} | {ratio:.2f} | {memory} |", flush=True)
+
+
+def compare(case: Case, size: str, rounds: int, device: torch.device) -> tuple[float, float, float]:
+    """Median seconds of both, and the median of the ratios of steps that follow each other."""
+    ours, monai = taken_in_turn({name: step_of(name, case, size, device) for name in NAMES}, rounds).values()
+    ratio = statistics.median(a / b for a, b in zip(ours, monai, strict=True))
+    return statistics.median(ours), statistics.median(monai), ratio
+
+
+def step_of(name: str, case: Case, size: str, device: torch.device) -> Callable[[], None]:
+    """A training step, ready to be repeated."""
+    torch.manual_seed(0)
+    volume = torch.randn(case.batch, 1, *(case.side,) * 3, device=device)
+    model = (our_model if name == "ours" else monai_model)(case, size).to(device).train()
+    loss_of = our_loss if name == "ours" else monai_loss
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
+            loss = loss_of(model, volume, case)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def our_model(case: Case, size: str) -> nn.Module:
+    """As `mae3d_pretrain` builds it."""
+    return build_autoencoder(Network(size=size, token=(case.token,) * 3), 1, mask_ratio=RATIO)
+
+
+def our_loss(model: nn.Module, volume: Tensor, case: Case) -> Tensor:
+    """As `mae3d_pretrain` computes it."""
+    noise = torch.rand(case.batch, case.tokens, device=volume.device)
+    return reconstruction_loss(volume, model(volume, noise), (case.token,) * 3, norm_pix=True)
+
+
+def monai_model(case: Case, size: str) -> nn.Module:
+    """MONAI's class with the sizes of ours."""
+    sizes = SIZES[size]
+    return MaskedAutoEncoderViT(
+        in_channels=1,
+        img_size=case.side,
+        patch_size=case.token,
+        hidden_size=sizes.width,
+        mlp_dim=4 * sizes.width,
+        num_layers=sizes.depth,
+        num_heads=sizes.heads,
+        masking_ratio=RATIO,
+        decoder_hidden_size=sizes.decoder_width,
+        decoder_mlp_dim=4 * sizes.decoder_width,
+        decoder_num_layers=sizes.decoder_depth,
+        decoder_num_heads=sizes.decoder_heads,
+        qkv_bias=True,
+    )
+
+
+def monai_loss(model: nn.Module, volume: Tensor, case: Case) -> Tensor:
+    """The same loss on what MONAI predicts."""
+    predicted, mask = model(volume)
+    target = patchify(volume, (case.token,) * 3)
+    target = normalised(target, torch.ones_like(target[:1]))[:, :, 0]
+    error = (predicted.float() - target).square().mean(dim=-1)
+    return (error * mask).sum() / mask.sum()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
