@@ -1,8 +1,8 @@
 """How time and memory of pre-training grow with tokens, cases and contrasts, and with which exponents.
 
-Tokens: a step of size `--size` on volumes of more and more tokens (token 4, batch 1); cases: making the list of samples
-and drawing from it, for data sets of 10 to 100,000 files; contrasts: a step of the adaptive network with 1 to 8 contrasts
-per study. One CPU thread, fp32; memory as in measuring.py, in fresh processes. An exponent is that of the last two rows.
+Tokens: a step of size `--size` on volumes of more and more tokens (token 4, batch 1); cases: making the list of
+samples and drawing from it, for data sets of 10 to 100,000 files; contrasts: a step of the adaptive network with 1 to 8
+contrasts per study. One CPU thread, fp32; memory in fresh processes. An exponent is that of the last two rows.
 
     python benchmarks/growth.py            # prints the tables of docs/speed.md; the largest steps take minutes
 """

@@ -1,7 +1,7 @@
 """nnU-Net's sliding window with the ViT against the U-Net, on the same windows of the same plans: time and memory.
 
-Weights are random, for they change no time. A volume of `--windows` windows along each axis is predicted by nnU-Net's own
-predictor, with its mirroring, in turns. Memory as in measuring.py, in fresh processes.
+Weights are random, for they change no time. A volume of `--windows` windows along each axis is predicted by nnU-Net's
+own predictor, with its mirroring, in turns. Memory in fresh processes.
 
     python benchmarks/prediction.py -d 505                       # prints the table of docs/speed.md
 """
