@@ -80,7 +80,7 @@ def folders(tmp_path):
 def test_slices_are_sorted_by_position(tmp_path, turn, flip):
     image = sitk.Cast(scan(moved(shift=(5, 6, 7)), **COARSE, turn=turn, flip=flip)[0], 2)
     write_series(tmp_path / "a", image, "head", "1.2.3")
-    got = read_series(find_series(tmp_path)[0])
+    got = read_series(find_series(tmp_path)[0][0])
     assert got.GetSize() == image.GetSize()
     assert got.GetSpacing() == pytest.approx(image.GetSpacing(), abs=1e-4)
     there = sitk.Resample(image, got, sitk.Transform(), sitk.sitkNearestNeighbor, -9999)
@@ -93,13 +93,13 @@ def test_a_series_that_is_no_stack_says_why(tmp_path):
     write_series(tmp_path / "mixed", image, "mixed", "1.2")
     write_series(tmp_path / "mixed/more", scan(moved(), turn=(0.5, 0, 0), **COARSE)[0], "mixed", "1.2")
     write_series(tmp_path / "twice", image, "twice", "1.3")
-    write_series(tmp_path / "twice/again", image, "twice", "1.3")
+    write_series(tmp_path / "twice/again", image + 1, "twice", "1.3")
     write_series(tmp_path / "one", image, "one", "1.4", skip=range(1, 9))
     write_series(tmp_path / "cut", image, "cut", "1.5")
     file = next((tmp_path / "cut").iterdir())
     file.write_bytes(file.read_bytes()[:-300])
     reasons = {}
-    for series in find_series(tmp_path):
+    for series in find_series(tmp_path)[0]:
         with pytest.raises(SeriesError) as error:
             read_series(series)
         reasons[series.tag("0008|103e")] = str(error.value)
@@ -163,7 +163,7 @@ def test_bids_with_a_missing_contrast_and_other_grids(folders, refused):
     write(flair, broken)
     broken.write_bytes(broken.read_bytes()[:5000])
     message = refused(main, "-i", str(source), "-o", str(output), "-np", "1")
-    assert "P0003_1 FLAIR: cannot be read" in message
+    assert "P0003_1 FLAIR: the file is cut off or damaged, copy it again" in message
     assert "sub-" not in message
 
     description = json.loads((output / "dataset.json").read_text())
