@@ -72,7 +72,7 @@ def read_scan(path: Path, name: str | None = None) -> sitk.Image:
     except ScanError:
         raise
     except Exception as error:  # noqa: BLE001  readers raise many kinds
-        reason = "" if name else f": {reader_reason(error)}"
+        reason = " by SimpleITK" if name else f": {reader_reason(error)}"
         raise ScanError(f"{called} cannot be read{reason}") from None
     return checked_volume(image, called)
 
