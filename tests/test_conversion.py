@@ -13,6 +13,7 @@ from test_region_of_interest import grid, moved, scan
 
 from nnunet_vit_mae.cli.convert import main
 from nnunet_vit_mae.datasets.dicom import SeriesError, find_series, read_series
+from nnunet_vit_mae.datasets.scans import ScanError, read_scan
 
 NAME, NUMBER, BIRTH = "Musterfrau^Erika", "PID-4711", "19631224"
 SCANNER = {"0008|0070": "SIEMENS", "0008|1090": "Sensation 64", "0018|1210": "H31s", "0018|0050": "3.0"}
@@ -163,6 +164,8 @@ def test_damaged_files_are_counted_and_those_without_an_image_are_not(folders, r
     message = refused(main, *arguments)
     assert "unknown study: 12 files cannot be read" in message
     assert not any(word in message for word in (NAME, "PID", "early", "1.2.2"))
+    with pytest.raises(ScanError, match="source has 12 DICOM files that cannot be read"):
+        read_scan(source)  # as other commands read a folder
     assert [(row["case"], row["image"]) for row in table(output / "problems.csv")] == [("unknown", "study")]
     assert names_nobody(output)
 
