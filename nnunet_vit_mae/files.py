@@ -42,6 +42,14 @@ def read_json(file: Path) -> Any:
         raise UserError(f"{file} is not valid JSON ({error}).") from None
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder that is written to; raises `UserError` when that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}): choose another place with -o.") from None
+
+
 def refuse_in_use(folder: Path) -> None:
     """Raise `UserError` for a folder that has something in it."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):

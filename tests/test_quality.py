@@ -216,12 +216,22 @@ def test_copies_are_worse_on_the_test_side(data, found):
     data.write("imagesTr/a3_0000", data.array("imagesTr/a2_0000"))
     data.write("imagesTr/a4_0000", data.array("imagesTr/a4_0001"))
     findings = found()
-    assert findings["errors"] == {("imagesTs/t", "duplicate"): "has an image with the voxels of one of imagesTr/a0"}
+    assert findings["errors"] == {("imagesTr/a0", "duplicate"): "has an image with the voxels of one of imagesTs/t"}
     assert set(findings["warnings"]) == {
         ("imagesUn/u", "duplicate"),
         ("imagesTr/a3", "duplicate"),
         ("imagesTr/a4", "duplicate"),
     }
+
+
+def test_many_copies_do_not_hide_the_one_that_is_tested_on(data, found):
+    for number in range(12):
+        for channel in range(2):
+            data.write(f"imagesUn/u{number}_{channel:04d}", data.array(f"imagesTr/a0_{channel:04d}"))
+    data.write("imagesTs/t_0000", data.array("imagesTr/a0_0000"))
+    findings = found()
+    cases = {case for case, kind in findings["errors"] if kind == "duplicate"}
+    assert cases == {"imagesTr/a0", *(f"imagesUn/u{number}" for number in range(12))}
 
 
 def test_patients_on_two_sides(data, found, tmp_path, capsys):
@@ -273,6 +283,7 @@ def test_the_picture_is_drawn_for_any_number_of_cases(data, cases, tmp_path):
 
 def test_empty_labels_are_listed_for_the_split(data, found, capsys):
     data.write("labelsTr/a5", np.zeros(SIZE[::-1], np.uint8))
+    data.write("labelsTr/a4", np.full(SIZE[::-1], 9, np.uint8))  # not in dataset.json: an error, but not empty
     assert "1 of 6 labels" in found()["warnings"]["", "empty label"]
     found("--list_empty")
     assert Path("Dataset906_Checked_check/empty_labels.txt").read_text() == "a5\n"

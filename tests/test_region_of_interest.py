@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from itertools import product
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import SimpleITK as sitk
 
 from nnunet_vit_mae.cli.crop_roi import main
 from nnunet_vit_mae.datasets import cropping as module
-from nnunet_vit_mae.datasets.region_of_interest import continuous_index, physical_points, read_region
+from nnunet_vit_mae.datasets.region_of_interest import continuous_index, find_box, physical_points, read_region
 from nnunet_vit_mae.datasets.registration import RegistrationError, map_points, register, rotation_degrees
+from nnunet_vit_mae.datasets.scans import find_scans
 from nnunet_vit_mae.datasets.workers import each
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data" / "Dataset506_MSLesions"
@@ -277,6 +279,104 @@ def test_rejected_cases_are_moved_and_stay_so(command, tmp_path, refused):
     assert "names c" in refused(main, "-o", str(command.output), "--reject", str(decisions))
 
 
+def test_lists_of_windows_are_read_and_a_wrong_folder_stays_as_it_is(command, tmp_path, refused):
+    command.add("a", moved(shift=(10, 0, 0)))
+    decisions = tmp_path / "reject.txt"
+    decisions.write_text("\ufeffa\r\n# the only one\r\n", encoding="utf-8")
+    assert "has no qc.csv" in refused(main, "-o", str(command.output), "--reject", str(decisions))
+    assert not command.output.exists()
+    command.run("--reject", str(decisions))
+    assert command.rows()["a"]["status"] == "rejected"
+
+
+def test_another_scan_of_the_same_name_takes_no_place(command, tmp_path, refused):
+    command.add("a", moved(shift=(10, 0, 0)))
+    command.run()
+    other = tmp_path / "other"
+    command.images.rename(other)
+    command.images.mkdir()
+    (other / "a.nii.gz").rename(command.images / "a.nii.gz")
+    sitk.WriteImage(scan(moved(shift=(0, 9, 0)))[0], str(other / "a.nii.gz"))
+    arguments = command.arguments()
+    arguments[1] = str(other)
+    assert "would be one case, a" in refused(main, *arguments)
+    assert (command.output / "labelsTr" / "a.nii.gz").exists()
+
+
+def test_years_and_running_numbers_are_names_where_nothing_is_named_like_a_channel(tmp_path):
+    for name in ("CT_2019.nii.gz", "CT_2020.nii.gz", "pat_0001.nrrd"):
+        (tmp_path / name).touch()
+    assert [scan.name for scan in find_scans(tmp_path, None)] == ["CT_2019", "CT_2020", "pat_0001"]
+    (tmp_path / "a_0000.nii.gz").touch()
+    (tmp_path / "b_0001.nii.gz").touch()  # its first contrast was not acquired
+    channels = {scan.name: list(scan.channels) for scan in find_scans(tmp_path, None)}
+    assert channels == {"a": [0], "b": [1], "CT": [2019, 2020], "pat": [1]}
+
+
+def test_coverage_is_the_share_of_the_region_in_view(template):
+    region = read_region(*template)
+    identity = sitk.Transform(3, sitk.sitkIdentity)
+    mask = sitk.GetArrayViewFromImage(region.mask)
+    x = np.flatnonzero(mask.any(axis=(0, 1)))
+    for size in (4, len(x) - 1):  # of the region, from its first voxel on; the last voxels of every row lie outside
+        narrow = sitk.RegionOfInterest(region.template, (int(x[0]) + size, *SIZE[1:]), (0, 0, 0))
+        assert find_box(region, identity, narrow, 0).coverage == pytest.approx(size / len(x))
+    middle = sitk.RegionOfInterest(region.template, (len(x) - 2, *SIZE[1:]), (int(x[0]) + 1, 0, 0))
+    assert find_box(region, identity, middle, 0).coverage == pytest.approx(1 - 2 / len(x))
+
+
+def test_names_of_labels_outlive_another_call(command, tmp_path):
+    command.add("a", moved(shift=(10, 0, 0)))
+    labels = {"background": 0, "dark": 1, "ignore": 2}
+    source = tmp_path / "dataset.json"
+    source.write_text(json.dumps({"labels": labels, "regions_class_order": [1], "channel_names": {"0": "CT"}}))
+    command.run()
+    source.unlink()
+    mask = sitk.ReadImage(str(command.labels / "a.nii.gz"))
+    command.add("b", moved(shift=(0, 9, 0)))
+    sitk.WriteImage(sitk.Cast(mask, sitk.sitkUInt8) * 5, str(command.labels / "b.nii.gz"))
+    sitk.WriteImage(sitk.ReadImage(str(command.images / "a.nii.gz")), str(command.images / "b.nii.gz"))
+    command.run()
+    content = json.loads((command.output / "dataset.json").read_text())
+    assert content["labels"] == labels | {"label_5": 5}
+    assert content["channel_names"] == {"0": "CT"}
+    assert content["regions_class_order"] == [1]
+
+
+def test_a_case_that_fails_leaves_nothing_behind(command, template, tmp_path, refused):
+    command.add("a", moved(shift=(10, 0, 0)))
+    table = tmp_path / "table.csv"
+    table.write_text("case,group\na,young\nb,young\n")
+    flags = ("--csv", str(table), "--template_column", "group")
+    command.run(*flags)
+    table.write_text("case,group\na,elsewhere\nb,young\n")
+    assert "elsewhere was not given" in refused(main, *command.arguments(*flags))
+    assert not list(command.output.glob("*Tr/a*"))
+
+
+def test_labels_must_be_whole_numbers_and_the_crop_says_what_it_cuts_off(command, refused, capsys):
+    command.add("half", moved(shift=(10, 0, 0)))
+    image = command.add("wide", moved(shift=(10, 0, 0)))
+    sitk.WriteImage(image * 0 + 0.5, str(command.labels / "half.nii.gz"))
+    sitk.WriteImage(sitk.Cast(image * 0 + 1, sitk.sitkUInt8), str(command.labels / "wide.nii.gz"))
+    assert "half: its label has values that are not whole numbers" in refused(main, *command.arguments())
+    assert not list(command.output.glob("*Tr/half*"))
+    cropped = sitk.ReadImage(str(command.output / "labelsTr" / "wide.nii.gz"))
+    share = cropped.GetNumberOfPixels() / image.GetNumberOfPixels()
+    assert float(command.rows()["wide"]["label_inside"]) == pytest.approx(share, abs=1e-4)
+
+
+def test_voxels_beside_a_header_are_part_of_a_scan(command):
+    image = command.add("a", moved(shift=(10, 0, 0)), ending=".mhd", label=False)
+    command.run()
+    before = command.rows()["a"]["made_of"]
+    header = (command.images / "a.mhd").stat()
+    sitk.WriteImage(image + 1, str(command.images / "a.mhd"))
+    os.utime(command.images / "a.mhd", ns=(header.st_atime_ns, header.st_mtime_ns))
+    command.run()
+    assert command.rows()["a"]["made_of"] != before
+
+
 def test_templates_by_column_or_by_similarity(command, template, tmp_path, refused):
     old = tmp_path / "old.nii.gz"
     image = sitk.ReadImage(str(template[0]))
@@ -327,6 +427,9 @@ def test_mistakes_are_one_sentence(command, template, tmp_path, refused):
     assert "2 templates and 1 regions" in refused(main, *command.arguments("-t", str(template[0]), "old.nii.gz"))
     assert "go together" in refused(main, *command.arguments("--csv", "x.csv"))
     assert "is empty" in refused(main, *command.arguments("-r", write_empty(tmp_path, template[0])))
+    (tmp_path / "file").touch()
+    nowhere = ["-o", str(tmp_path / "file" / "Dataset901_Region")]
+    assert "cannot be made" in refused(main, *command.arguments(*nowhere))
 
 
 def write_empty(folder: Path, like: Path) -> str:
@@ -336,8 +439,6 @@ def write_empty(folder: Path, like: Path) -> str:
 
 def doubled(number: int) -> int:
     if number == 1:
-        import os
-
         os._exit(1)  # as when memory is out
     return 2 * number
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nnunet_vit_mae.cli.split import main
 from nnunet_vit_mae.datasets.patients import on_both_sides, separation_warning
-from nnunet_vit_mae.datasets.splits import Series, Wishes, make_splits, strata, verify
+from nnunet_vit_mae.datasets.splits import Series, Wishes, alike_names, make_splits, strata, verify
 from nnunet_vit_mae.datasets.tables import read_table
 from nnunet_vit_mae.errors import UserError
 
@@ -141,6 +141,12 @@ def test_tables_of_hospitals(tmp_path):
     assert read_table(file, "name", ["a_1"]).patients("patient") == {"x": "A", "y": "A", "z": "B"}
 
 
+def test_tables_as_spreadsheets_leave_them(tmp_path):
+    file = tmp_path / "table.csv"
+    file.write_text('case;"patient, id";;\r\na;A;;\r\n;B;;\r\n;C;;\r\n', encoding="utf-8")
+    assert read_table(file, None, ["a"]).columns == {"case": {"a": "a"}, "patient, id": {"a": "A"}}
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -194,6 +200,7 @@ def test_the_command_writes_what_nnunet_reads(data, capsys):
     folds = json.loads((data / "splits_final.json").read_text())
     assert len(folds) == 9
     assert "6  2 training patients of fold 0" in said
+    assert "give -f 0 1 2." in said
     assert json.loads((data / "patients.json").read_text())["c8"] == "P4"
     assert json.loads((data / "split.json").read_text())["folds"][8] == "2 training patients of fold 2"
     main(["-d", "905", "--verify"])
@@ -204,6 +211,7 @@ def test_other_splits_are_refused_and_then_moved_aside(data, refused, capsys):
     typed("--folds", "3")
     first = (data / "splits_final.json").read_text()
     typed("--folds", "3")  # the same ones are no loss
+    assert not list(data.glob("*_until_*"))
     assert "--overwrite" in refused(lambda _: typed("--folds", "4"))
     assert (data / "splits_final.json").read_text() == first
     typed("--folds", "4", "--overwrite")
@@ -218,9 +226,14 @@ def test_development_test_and_one_per_patient(data, tmp_path, capsys):
     (fold,) = json.loads((out / "splits_final.json").read_text())
     record = json.loads((out / "split.json").read_text())
     assert [len(side) for side in (fold["train"], fold["val"], record["test"], record["left_out"])] == [3, 1, 1, 4]
-    assert "1 for testing, 4 left out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 for testing, 4 left out" in said
+    patients = json.loads((out / "patients.json").read_text())
+    siblings = [case for case in record["left_out"] if patients[case] == patients[record["test"][0]]]
+    assert all(f"and {case} too, which are of the same patients" in said for case in siblings)
     assert not data.exists()
     typed("--verify", "-o", str(out))
+    assert "1 folds of 4 cases of 4 patients" in capsys.readouterr().out
 
 
 def test_cases_can_be_left_out(data, tmp_path, refused):
@@ -231,6 +244,14 @@ def test_cases_can_be_left_out(data, tmp_path, refused):
     (tmp_path / "empty.txt").write_text("c99\n")
     assert "names c99" in refused(lambda _: typed("--leave_out", str(tmp_path / "empty.txt")))
     assert "check --leave_out" in refused(lambda _: typed("--leave_out", str(tmp_path / "nowhere.txt")))
+
+
+def test_names_that_a_spreadsheet_has_changed_are_mentioned(data, tmp_path, capsys):
+    assert alike_names({"007", "7", "7.0", "70", "Ab1", "aB1", "b"}) == [["007", "7", "7.0"], ["Ab1", "aB1"]]
+    table = tmp_path / "table.csv"
+    table.write_text("case,patient\n" + "".join(f"c{n},{'0' * (n % 2)}{n // 2}\n" for n in range(9)))
+    main(["-d", "905", "--csv", str(table), "--folds", "2"])
+    assert "Are these patients different ones? 0, 00; 01, 1;" in capsys.readouterr().out
 
 
 def test_without_a_table_each_case_is_a_patient_or_those_of_a_former_call(data, capsys):
@@ -270,6 +291,13 @@ def test_verify_finds(data, refused, folds, sentence):
     if folds is not None:
         (data / "splits_final.json").write_text(json.dumps(folds))
     assert sentence in refused(lambda _: typed("--verify"))
+
+
+def test_seeds_and_patients_that_cannot_be(data, refused):
+    assert "--patient needs a table" in refused(main, "-d", "905", "--patient", "person")
+    with pytest.raises(SystemExit) as stop:
+        typed("--seed", "5000000000")
+    assert stop.value.code == 2
 
 
 def test_verify_finds_a_test_case_in_a_fold(data, refused):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunet_vit_mae.errors import UserError
@@ -40,6 +42,26 @@ def usable_device(name: str) -> torch.device:
             "-device cuda was asked for, but torch finds no GPU here: use -device cpu, or repair the driver."
         )
     return torch.device(name)
+
+
+def checked_output(output: Path) -> Path:
+    """A raw data set to write; raises `UserError` when nnU-Net would not find it by that name."""
+    if not re.fullmatch(r"Dataset[0-9]{3}_.+", output.name):
+        raise UserError(f"{output} is not named as nnU-Net wants it: give a folder such as Dataset501_Skull with -o.")
+    return output
+
+
+def table_file(given: Path | None, raw: Path) -> Path | None:
+    """Where `--csv` is: a name that is no file here may be one in the raw data set."""
+    return given if given is None or given.exists() or not (raw / given).exists() else raw / given
+
+
+def seed(text: str) -> int:
+    """An argparse type: what scikit-learn takes for one."""
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to {2**32 - 1}")
+    return number
 
 
 def positive_int(text: str) -> int:

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_vit_mae.cli.arguments import parser_for, positive_int
-from nnunet_vit_mae.errors import UserError, exit_on_user_error, some
+from nnunet_vit_mae.cli.arguments import parser_for, positive_int, table_file
+from nnunet_vit_mae.errors import exit_on_user_error, some
 
 if TYPE_CHECKING:
     from nnunet_vit_mae.datasets.quality import Finding, Look
@@ -35,15 +35,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from tqdm import tqdm
 
-    from nnunet_vit_mae.cli.split import table_file
     from nnunet_vit_mae.datasets.comparisons import compare, empty_labels, thickness_histogram
     from nnunet_vit_mae.datasets.quality import find_tasks, look_at_all
-    from nnunet_vit_mae.files import replacing, write_json
+    from nnunet_vit_mae.files import make_folder, replacing, write_json
     from nnunet_vit_mae.nnunet.folders import find_dataset
 
     dataset = find_dataset(args.dataset)
     output = args.output or Path(f"{dataset.name}_check")
-    _make(output)
+    make_folder(output)
     tasks, channels, labels, findings = find_tasks(dataset.raw)
     csv_file = table_file(args.csv, dataset.raw)
     patients = _patients(csv_file, args.case, args.patient, [task.name for task in tasks], dataset.preprocessed)
@@ -101,13 +100,6 @@ def empty_note(number: int, file: Path) -> str:
         "little of them: they teach where nothing is and measure false alarms. mae3d_split --leave_out FILE keeps them "
         "out of every fold."
     )
-
-
-def _make(output: Path) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{output} cannot be made ({error}): choose another place with -o.") from None
 
 
 def _patients(

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunet_vit_mae.cli.arguments import parser_for, positive_int
-from nnunet_vit_mae.cli.crop_roi import checked_output
+from nnunet_vit_mae.cli.arguments import checked_output, parser_for, positive_int
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
 from nnunet_vit_mae.files import refuse_in_use
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunet_vit_mae.cli.arguments import parser_for, positive_int
+from nnunet_vit_mae.cli.arguments import checked_output, parser_for, positive_int
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
+from nnunet_vit_mae.files import make_folder
 
 if TYPE_CHECKING:
     from nnunet_vit_mae.datasets.cropping import Cropping
@@ -43,17 +44,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         table = read_table(args.csv, args.case, [scan.name for scan in scans])
         template_of = table.column(args.column, "--template_column")
     settings = Settings(output, args.templates, args.regions, args.margin, args.resample)
-    cropping = crop_scans(scans, settings, template_of, args.processes)
+    make_folder(output)
+    describe = describe_like(args.images, args.contrasts)
+    cropping = finish(crop_scans(scans, settings, template_of, args.processes), output, describe)
     if args.reject:
-        cropping = reject(output, args.reject)
-    report(finish(cropping, output, describe_like(args.images, args.contrasts)), output)
-
-
-def checked_output(output: Path) -> Path:
-    """A data set's folder; raises `UserError` when nnU-Net would not find it by that name."""
-    if not re.fullmatch(r"Dataset[0-9]{3}_.+", output.name):
-        raise UserError(f"{output} is not named as nnU-Net wants it: give a folder such as Dataset501_Skull with -o.")
-    return output
+        rows = reject(output, args.reject).rows
+        cropping = finish(replace(cropping, rows=rows), output, describe)
+    report(cropping, output)
 
 
 def report(cropping: Cropping, output: Path) -> None:
@@ -69,6 +66,8 @@ def report(cropping: Cropping, output: Path) -> None:
     partly = [row.case for row in of_status[DONE] if row.coverage is not None and row.coverage < 0.999]
     if partly:
         print(f"The region reaches beyond the field of view of {len(partly)}: see coverage in {output / TABLE}.")
+    if cut := [row.case for row in of_status[DONE] if row.label_inside is not None and row.label_inside < 1]:
+        print(f"The crop cuts labelled voxels off in {len(cut)}: see label_inside in {output / TABLE}, and --margin.")
     if cropping.sheets:
         print(
             f"Look at {cropping.sheets[0]} from the top, worst first, until all fit; write the cases that do not, one "

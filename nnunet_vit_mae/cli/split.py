@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunet_vit_mae.cli.arguments import parser_for, positive_int, whole_number
+from nnunet_vit_mae.cli.arguments import parser_for, positive_int, seed, table_file
 from nnunet_vit_mae.errors import UserError, exit_on_user_error, some
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--few", type=positive_int, nargs="+", default=[], metavar="N", help="further folds with N training patients")
     add("--one_per_patient", action="store_true", help="one case of each patient, at random")
     add("--leave_out", type=Path, metavar="FILE", help="names of cases to leave out, one a line")
-    add("--seed", type=whole_number, default=0, metavar="N", help="seed of all that is random")
+    add("--seed", type=seed, default=0, metavar="N", help="seed of all that is random")
     add("--overwrite", action="store_true", help="move splits that are there aside")
     add("--verify", action="store_true", help="only verify the splits that are there")
     args = parser.parse_args(argv)
@@ -64,14 +64,11 @@ def share(text: str) -> float:
     return number
 
 
-def table_file(given: Path | None, raw: Path) -> Path | None:
-    """Where `--csv` is: a name that is no file here may be one in the raw data set."""
-    return given if given is None or given.exists() or not (raw / given).exists() else raw / given
-
-
 def _refuse_contradictions(args: argparse.Namespace) -> None:
     if args.stratify and not args.csv:
         raise UserError("--stratify needs a table with that column: give it with --csv.")
+    if args.patient != "patient" and not args.csv:
+        raise UserError("--patient needs a table with that column: give it with --csv.")
     if not args.development and args.folds < 2:
         raise UserError(f"--folds {args.folds}: give 2 or more, or a share for --development.")
     if args.development + args.test >= 1:
@@ -112,17 +109,19 @@ def _verify(labelled: Labelled, patients: Mapping[str, str], folder: Path) -> No
         print(f"Error: {file}: {problem}.", file=sys.stderr)
     if problems:
         sys.exit(2)
-    number = len({patients[case] for case in labelled.files})
-    print(f"{file}: {len(folds)} folds of {len(labelled.files)} cases of {number} patients, none on two sides.")
+    cases = {case for fold in folds for side in ("train", "val") for case in fold[side]}
+    number = len({patients[case] for case in cases})
+    print(f"{file}: {len(folds)} folds of {len(cases)} cases of {number} patients, none on two sides.")
 
 
 def _split(
     args: argparse.Namespace, labelled: Labelled, table: Table | None, patients: Mapping[str, str], folder: Path
 ) -> None:
-    from nnunet_vit_mae.datasets.split_files import SPLITS, label_volumes, read_names, write_splits
-    from nnunet_vit_mae.datasets.splits import Series, Wishes, make_splits, strata, verify
+    from nnunet_vit_mae.datasets.split_files import SPLITS, label_volumes, write_splits
+    from nnunet_vit_mae.datasets.splits import Series, Wishes, alike_names, make_splits, strata, verify
+    from nnunet_vit_mae.datasets.tables import read_names
 
-    left_out = read_names(args.leave_out, labelled.files) if args.leave_out else set()
+    left_out = set(read_names(args.leave_out, labelled.files, "--leave_out") if args.leave_out else ())
     columns = [table.column(name, "--stratify") for name in args.stratify] if table else []
     columns += [label_volumes(labelled)] if args.stratify_volume else []
     cases = [case for case in labelled.files if case not in left_out]
@@ -139,10 +138,19 @@ def _split(
     for note in splits.notes:
         print(note)
     if splits.test or splits.left_out:
+        print(f"Cases in no fold: {len(splits.test)} for testing, {len(splits.left_out)} left out.")
+    if splits.test:
+        of_test = {patients[case] for case in splits.test}
+        siblings = [case for case in splits.left_out if patients[case] in of_test]
         print(
-            f"Cases in no fold: {len(splits.test)} for testing, {len(splits.left_out)} left out. Training with fold "
-            "all takes every case of imagesTr: move test cases to imagesTs before that."
+            "Training and pre-training with fold all take every case of imagesTr: move the test cases to imagesTs "
+            f"before that{f', and {some(siblings)} too, which are of the same patients' if siblings else ''}."
         )
+    if alike := alike_names({patients[case] for case in cases}):
+        print(f"Are these patients different ones? {'; '.join(map(', '.join, alike))}.")
+    if wishes.few:
+        regular = " ".join(str(fold) for fold in range(len(splits.folds) // (1 + len(wishes.few))))
+        print(f"Without -f nnU-Net predicts with folds 0 to 4, few labels or not: give -f {regular}.")
     for file in moved:
         print(f"Moved aside: {file}.")
     print(f"Wrote {folder / SPLITS}; train a line of the table with nnUNetv2_train {args.dataset} 3d_fullres FOLD.")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import SimpleITK as sitk
 from tqdm import tqdm
 
 from nnunet_vit_mae.datasets.contact_sheet import thumbnail, write_sheets, write_thumbnail
+from nnunet_vit_mae.datasets.labels import whole_numbers
 from nnunet_vit_mae.datasets.quality_table import (
     DONE,
     FAILED,
@@ -51,10 +53,12 @@ from nnunet_vit_mae.datasets.registration import (
     similarity,
 )
 from nnunet_vit_mae.datasets.scans import ENDING, Scan, ScanError, read_scan, write_image
+from nnunet_vit_mae.datasets.tables import read_names
 from nnunet_vit_mae.datasets.workers import each
 from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.files import read_json, replacing, write_json
 
+KEPT = ("channel_names", "labels", "regions_class_order")  # of the dataset.json beside the scans
 PAUSE = 5.0  # seconds between two writes of the table: it may have thousands of rows
 
 
@@ -114,8 +118,11 @@ def crop_scans(
         try:
             candidates = _candidates(scan, names, template_of)
         except ScanError as error:
-            rows[scan.name] = Row(scan.name, problem=str(error))
+            if scan.name in rows:
+                _remove(rows[scan.name], settings.output)
+            rows[scan.name] = Row(scan.name, problem=str(error), source=_source(scan))
             continue
+        _refuse_other_case(rows.get(scan.name), scan)
         job = Job(scan, settings, candidates, _checksum(scan, settings, candidates))
         if not _is_done(rows.get(scan.name), job):
             jobs.append(job)
@@ -128,18 +135,11 @@ def finish(cropping: Cropping, output: Path, describe: Mapping[str, Any]) -> Cro
     rows = cropping.rows
     write_table(rows, output)
     done = [row for row in rows if row.status == DONE]
-    values = sorted({int(value) for row in done for value in row.label_values.split()} - {0})
-    channels = sorted({number for row in done for number in row.channels.split()}, key=int)
-    content = {
-        "channel_names": {number: f"channel_{number}" for number in channels or ["0"]},
-        "labels": {"background": 0} | {f"label_{value}": value for value in values},
-    }
     former = read_json(output / "dataset.json") if (output / "dataset.json").exists() else {}
-    if "channel_names" in former:  # of a call with --contrasts
-        content["channel_names"] |= former["channel_names"]
     counts = {"numTraining": sum(row.folder == "imagesTr" for row in done), "file_ending": ENDING}
-    write_json(content | dict(describe) | counts, output / "dataset.json")
+    write_json(_with_defaults({**former, **describe}, done) | counts, output / "dataset.json")
     pictures = [(output / "thumbnails" / f"{row.case}.png", caption(row)) for row in done]
+    pictures = [(file, text) for file, text in pictures if file.exists()]
     templates = sorted((output / "thumbnails").glob("template.*.png"))
     pictures = [
         (file, "TEMPLATE " + file.name.removeprefix("template.").removesuffix(".png")) for file in templates
@@ -147,17 +147,28 @@ def finish(cropping: Cropping, output: Path, describe: Mapping[str, Any]) -> Cro
     return Cropping(rows, cropping.cropped, write_sheets(pictures, output))
 
 
+def _with_defaults(known: dict[str, Any], done: Sequence[Row]) -> dict[str, Any]:
+    """Channels and labels that occur, with the names that are known for them."""
+    labels = known.get("labels", {"background": 0})
+    named = {int(value) for values in labels.values() for value in np.atleast_1d(values)}
+    values = sorted({int(value) for row in done for value in row.label_values.split()} - named)
+    channels = sorted({number for row in done for number in row.channels.split()} or {"0"}, key=int)
+    return {
+        **known,
+        "channel_names": {number: f"channel_{number}" for number in channels} | known.get("channel_names", {}),
+        "labels": labels | {f"label_{value}": value for value in values},
+    }
+
+
 def reject(output: Path, decisions: Path) -> Cropping:
-    """Move the cases that a list names (one a line) to `rejected`, and say so in the table; nothing is deleted."""
-    try:
-        names = [line.strip() for line in decisions.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{decisions} cannot be read ({error}): give a text file with one case a line.") from None
+    """Move the cases that a list names (one a line) to `rejected`, and say so in the table; nothing is deleted.
+
+    Raises `UserError` when the folder has no cropped cases, or not those.
+    """
+    if not (output / TABLE).exists():
+        raise UserError(f"{output} has no {TABLE}: check -o.")
     rows = {row.case: row for row in read_table(output)}
-    for name in (names := [name for name in names if name and not name.startswith("#")]):
-        if name not in rows:
-            raise UserError(f"{decisions} names {name}, which is no case in {output / TABLE}: correct the name.")
-    for name in names:
+    for name in read_names(decisions, rows, "--reject"):
         for file in _files(rows[name], output):
             if file.exists():
                 target = output / REJECTED / file.relative_to(output)
@@ -171,7 +182,7 @@ def describe_like(images: Path, names: Sequence[str] | None) -> dict[str, Any]:
     """Channel names and labels of the data set that `images` belongs to, as far as there is one; `names` come first."""
     source = images.absolute().parent / "dataset.json"
     content = read_json(source) if source.exists() else {}
-    known: dict[str, Any] = {key: content[key] for key in ("channel_names", "labels") if key in content}
+    known: dict[str, Any] = {key: content[key] for key in KEPT if key in content}
     return known | ({"channel_names": {str(number): name for number, name in enumerate(names)}} if names else {})
 
 
@@ -179,14 +190,16 @@ def describe_like(images: Path, names: Sequence[str] | None) -> dict[str, Any]:
 
 
 def crop_case(job: Job) -> Row:
-    """Register, crop and write one case; a failure is a row too."""
+    """Register, crop and write one case; a failure is a row too, and leaves no files."""
     try:
         with one_thread():
             return _crop_case(job)
     except (ScanError, RegistrationError) as error:
-        return _failed(job, str(error))
+        row = _failed(job, str(error))
     except Exception as error:  # noqa: BLE001  one scan must not stop thousands
-        return _failed(job, f"{type(error).__name__}: {reader_reason(error)}")
+        row = _failed(job, f"{type(error).__name__}: {reader_reason(error)}")
+    _remove(row, job.settings.output)
+    return row
 
 
 def _crop_case(job: Job) -> Row:
@@ -197,6 +210,7 @@ def _crop_case(job: Job) -> Row:
         raise ScanError("all its images are zeros")
     label = read_scan(scan.label) if scan.label else None
     _check_grids(first, images, label)
+    _check_values(label)
     region, alignment = max(
         ((region, register(region.template, first, affine=True)) for region in map(_region, *_pairs(job))),
         key=lambda found: found[1].similarity.mutual_information,
@@ -206,8 +220,9 @@ def _crop_case(job: Job) -> Row:
     for number, image in images.items():
         cut = _cut(image, region, alignment, job, label=False) if settings.resample else crop(image, box)
         write_image(cut, folder / f"{scan.name}_{number:04d}{ENDING}")
-    values = np.zeros(0, int)
+    values, label_inside = np.zeros(0, int), None
     if label is not None:
+        label_inside = _labelled(crop(label, box)) / max(1, _labelled(label))
         cut = _cut(label, region, alignment, job, label=True) if settings.resample else crop(label, box)
         write_image(cut, settings.output / "labelsTr" / f"{scan.name}{ENDING}")
         values = np.unique(sitk.GetArrayViewFromImage(cut)).astype(int)
@@ -228,10 +243,12 @@ def _crop_case(job: Job) -> Row:
         rotation_degrees(alignment.transform),
         scale(alignment.transform),
         box.coverage,
+        label_inside,
         " ".join(map(str, images)),
         " ".join(map(str, values)),
         "",
         job.made_of,
+        _source(scan),
     )
 
 
@@ -252,6 +269,17 @@ def _check_grids(first: sitk.Image, images: Mapping[int, sitk.Image], label: sit
             raise ScanError(f"its {name} differs from the first channel in {difference}: resample one to the other")
 
 
+def _check_values(label: sitk.Image | None) -> None:
+    if label is not None:
+        array = sitk.GetArrayViewFromImage(label)
+        if not whole_numbers(array) or array.min() < 0:
+            raise ScanError("its label has values that are not whole numbers from 0 on")
+
+
+def _labelled(label: sitk.Image) -> int:
+    return int(np.count_nonzero(sitk.GetArrayViewFromImage(label)))
+
+
 def _cut(image: sitk.Image, region: Region, alignment: Alignment, job: Job, *, label: bool) -> sitk.Image:
     return resample(image, region, alignment.transform, job.settings.margin, label=label)
 
@@ -268,7 +296,10 @@ def _similarity_near(region: Region, scan: sitk.Image, transform: sitk.Transform
 
 
 def _failed(job: Job, problem: str) -> Row:
-    return Row(job.scan.name, problem=problem, made_of=job.made_of)
+    scan = job.scan
+    folder, channels = "imagesTr" if scan.label else "imagesUn", " ".join(map(str, scan.channels))
+    row = Row(scan.name, folder=folder, channels=channels, problem=problem)
+    return replace(row, made_of=job.made_of, source=_source(scan))
 
 
 # ---------- what is done, and what is to do
@@ -288,9 +319,8 @@ def _candidates(scan: Scan, names: Sequence[str], template_of: Mapping[str, str]
 def _crop_all(jobs: list[Job], rows: dict[str, Row], output: Path, processes: int) -> list[str]:
     """Do the jobs and keep `rows` and the table up to date; gives the names of those that went well."""
     for job in jobs:  # what an earlier call made of other files or settings must not stay beside the new
-        for file in _files(rows[job.scan.name], output) if job.scan.name in rows else ():
-            file.unlink(missing_ok=True)
-        rows.pop(job.scan.name, None)
+        if row := rows.pop(job.scan.name, None):
+            _remove(row, output)
     _thumbnails_of_templates(jobs, output)
     cropped, written = [], time.monotonic()
     try:
@@ -331,12 +361,30 @@ def _files(row: Row, output: Path) -> list[Path]:
     return [*images, *labels, output / "transforms" / f"{row.case}.tfm", output / "thumbnails" / f"{row.case}.png"]
 
 
+def _remove(row: Row, output: Path) -> None:
+    for file in _files(row, output):
+        file.unlink(missing_ok=True)
+
+
+def _source(scan: Scan) -> str:
+    """Where the scan came from: another scan of the same name is another case."""
+    return str(next(iter(scan.channels.values())).absolute())
+
+
+def _refuse_other_case(row: Row | None, scan: Scan) -> None:
+    if row and row.source and row.source != _source(scan) and Path(row.source).exists():
+        raise UserError(
+            f"{_source(scan)} and {row.source} would be one case, {scan.name}: rename one of them, or give another -o."
+        )
+
+
 def _checksum(scan: Scan, settings: Settings, candidates: Sequence[int]) -> str:
     """Of names, sizes and dates of all files that a case is made of, and of the settings."""
     paths = [*scan.channels.values(), *([scan.label] if scan.label else [])]
     paths += [pair[number] for number in candidates for pair in (settings.templates, settings.regions)]
     parts = [f"{settings.margin:g} {settings.resample}"]
     for path in paths:
-        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        siblings = path.parent.glob(f"{escape(path.stem)}.*") if path.suffix in (".mhd", ".nhdr") else [path]
+        files = sorted(file for file in (path.rglob("*") if path.is_dir() else siblings) if file.is_file())
         parts += [f"{file.absolute()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

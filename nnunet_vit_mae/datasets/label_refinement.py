@@ -26,7 +26,7 @@ from nnunet_vit_mae.datasets.labels import (
 )
 from nnunet_vit_mae.datasets.volumes import without_warnings_of_itk
 from nnunet_vit_mae.errors import UserError, reader_reason
-from nnunet_vit_mae.files import replacing
+from nnunet_vit_mae.files import make_folder, replacing
 
 REPORT = "refinement.csv"
 CONNECTIVITIES = ("2d", "3d")
@@ -151,7 +151,7 @@ def refine_all(
     pairs: list[Pair], rule: Rule, values: tuple[int, ...] | None, output: Path
 ) -> Iterator[tuple[Pair, list[Change], str | None]]:
     """Refine one case after another: the changes, or the problem that left a case out."""
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     with without_warnings_of_itk():
         for pair in pairs:
             try:

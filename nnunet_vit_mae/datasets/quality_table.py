@@ -31,10 +31,12 @@ class Row:
     rotation_degrees: float | None = None
     scale: float | None = None  # above 1: the scan's head is larger than the template's
     coverage: float | None = None  # share of the region that the scan's field of view holds
+    label_inside: float | None = None  # share of the labelled voxels that the crop holds
     channels: str = ""  # their numbers
     label_values: str = ""
     problem: str = ""
     made_of: str = ""  # files and settings, as a checksum
+    source: str = ""  # the file or folder of its first channel
 
 
 def read_table(output: Path) -> list[Row]:

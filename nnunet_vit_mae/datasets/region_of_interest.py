@@ -20,15 +20,21 @@ from nnunet_vit_mae.datasets.scans import ScanError, read_scan
 from nnunet_vit_mae.datasets.volumes import Geometry
 from nnunet_vit_mae.errors import UserError
 
+CENTRES = 50_000  # voxels that the share of a region is counted with
+
 
 @dataclass(frozen=True)
 class Region:
-    """A template, the region (0 and 1) on its grid, and the region's outermost points (n, 3; x y z in mm)."""
+    """A template, the region (0 and 1) on its grid, and points of it (n, 3; x y z in mm).
+
+    `points` are the outermost corners of its voxels, `centres` the centres of all voxels, or of many if there are more.
+    """
 
     name: str
     template: sitk.Image
     mask: sitk.Image
     points: np.ndarray
+    centres: np.ndarray
 
     @property
     def centre(self) -> np.ndarray:
@@ -38,7 +44,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Box:
-    """First index and size (x y z) in the grid of a scan, and the share of the region's points that lie in the scan."""
+    """First index and size (x y z) in the grid of a scan, and the share of the region that lies in the scan."""
 
     start: tuple[int, ...]
     size: tuple[int, ...]
@@ -56,7 +62,9 @@ def read_region(template: Path, region: Path) -> Region:
     mask = sitk.Cast(mask != 0, sitk.sitkUInt8)
     if not sitk.GetArrayViewFromImage(mask).any():
         raise UserError(f"{region} is empty: draw the region on {template}.")
-    return Region(name_of(template), image, mask, _outermost_points(mask))
+    index = np.argwhere(sitk.GetArrayViewFromImage(mask))[:, ::-1]
+    centres = physical_points(mask, index[:: max(1, len(index) // CENTRES)])
+    return Region(name_of(template), image, mask, _outermost_points(mask), centres)
 
 
 def name_of(template: Path) -> str:
@@ -74,9 +82,10 @@ def find_box(region: Region, transform: sitk.Transform, scan: sitk.Image, margin
 
     `transform` takes points of the template to points of the scan.
     """
-    index = continuous_index(scan, map_points(transform, region.points))
     size = np.array(scan.GetSize())
-    inside = float(np.mean(np.all((index >= -0.5) & (index <= size - 0.5), axis=1)))
+    centres = continuous_index(scan, map_points(transform, region.centres))
+    inside = float(np.mean(np.all((centres >= -0.5) & (centres <= size - 0.5), axis=1)))
+    index = continuous_index(scan, map_points(transform, region.points))
     wider = margin / np.array(scan.GetSpacing())
     # voxel i reaches from i - 0.5 to i + 0.5; rounding of headers must not cost a whole voxel more
     first = np.floor(index.min(0) - wider + 0.5 + 1e-4).astype(int).clip(0)

@@ -27,13 +27,15 @@ class Scan:
 
 
 def find_scans(images: Path, labels: Path | None) -> list[Scan]:
-    """Cases in `images`, by name; CASE_0000 and so on are channels, any other name is a case of one channel.
+    """Cases in `images`, by name; where there is a CASE_0000, _0001 and so on are channels, otherwise part of a name.
 
     Raises `UserError` for a folder without scans, two files for one channel, and labels that fit no case.
     """
     scans: dict[str, Scan] = {}
-    for path in _entries(images, folders=True):
-        match = re.fullmatch(r"(.+)_([0-9]{4})", _stem(path))
+    entries = _entries(images, folders=True)
+    has_channels = any(_stem(path).endswith("_0000") for path in entries)  # else it may be a year
+    for path in entries:
+        match = re.fullmatch(r"(.+)_([0-9]{4})", _stem(path)) if has_channels else None
         name, number = (match[1], int(match[2])) if match else (_stem(path), 0)
         channels = scans.setdefault(name, Scan(name)).channels
         if number in channels:

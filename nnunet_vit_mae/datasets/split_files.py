@@ -6,6 +6,7 @@ lost: models may have been trained with it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -17,7 +18,7 @@ from nnunet_vit_mae.datasets.labels import cases_in, read_labels, read_volume
 from nnunet_vit_mae.datasets.patients import PATIENTS
 from nnunet_vit_mae.datasets.splits import Split, Splits, Wishes
 from nnunet_vit_mae.datasets.volumes import without_warnings_of_itk
-from nnunet_vit_mae.errors import UserError, reader_reason, some
+from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.files import read_json, write_json
 
 SPLITS, RECORD = "splits_final.json", "split.json"
@@ -58,17 +59,6 @@ def label_volumes(labelled: Labelled) -> dict[str, str]:
                 raise UserError(f"{file} cannot be read ({reader_reason(error)}): repair or replace it.") from None
             volumes[case] = f"{np.count_nonzero(np.isin(array, values)) * np.prod(geometry.spacing):.6g}"
     return volumes
-
-
-def read_names(file: Path, cases: Mapping[str, Path]) -> set[str]:
-    """Names of cases, one a line; raises `UserError` when one is not in the data set."""
-    try:
-        names = {line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()} - {""}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read ({error}): check --leave_out.") from None
-    if unknown := sorted(names - set(cases)):
-        raise UserError(f"{file} names {some(unknown)}, which has no label in the data set: correct the name.")
-    return names
 
 
 def read_splits(file: Path) -> list[Split]:
@@ -132,6 +122,6 @@ def write_splits(
 
 def _other(file: Path, content: object) -> bool:
     try:
-        return read_json(file) != content
+        return read_json(file) != json.loads(json.dumps(content))  # which has lists, and no tuples
     except UserError:  # not JSON: somebody's all the same
         return True

@@ -13,6 +13,7 @@ far as patients allow. The numbers of `--few` are patients too.
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -131,6 +132,14 @@ def verify(
     if missing := sorted({*cases} - listed - {*outside}):
         problems.append(f"{some(missing)} {'is' if len(missing) == 1 else 'are'} in no fold")
     return problems
+
+
+def alike_names(patients: Collection[str]) -> list[list[str]]:
+    """Names that differ only in capitals, leading zeros, or in `.0` of a number: spreadsheets change names so."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(patients):
+        groups[re.sub(r"\.0+$", "", re.sub(r"\b0+(?=.)", "", name.lower()))].append(name)
+    return [names for names in groups.values() if len(names) > 1]
 
 
 def _number(share: float, patients: int) -> int:

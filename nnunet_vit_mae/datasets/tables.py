@@ -1,8 +1,9 @@
-"""Tables that hospitals keep of their scans: a CSV file with a row for each case."""
+"""Tables and lists that people keep of their scans: a CSV file with a row for each case, or a name on each line."""
 
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +46,10 @@ def read_table(file: Path, case_column: str | None, cases: Collection[str]) -> T
         raise UserError(f"{file} is missing: check --csv.") from None
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"{file} cannot be read as text ({error}): save it as CSV in UTF-8.") from None
-    delimiter = max(DELIMITERS, key=(lines or [""])[0].count)
+    first_line = re.sub('"[^"]*"', "", (lines or [""])[0])
+    delimiter = max(DELIMITERS, key=first_line.count)
     header, *rows = [[field.strip() for field in row] for row in csv.reader(lines, delimiter=delimiter) if row] or [[]]
+    header, rows = _without_empty_columns(header, rows)
     if not rows:
         raise UserError(f"{file} has no rows: give a table with a header and a row for each case.")
     if len(set(header)) < len(header):
@@ -63,6 +66,18 @@ def read_table(file: Path, case_column: str | None, cases: Collection[str]) -> T
     return Table(file, _by_case(file, header, rows, header.index(case_column)))
 
 
+def read_names(file: Path, known: Collection[str], flag: str) -> list[str]:
+    """Names of cases, one a line, without lines that are empty or start with #; raises `UserError` for unknown ones."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read ({error}): check {flag}.") from None
+    names = [line for line in lines if line and not line.startswith("#")]
+    if unknown := sorted({*names} - {*known}):
+        raise UserError(f"{file} names {some(unknown)}, which is no case there: correct the name.")
+    return names
+
+
 def _column_of_cases(file: Path, header: list[str], rows: list[list[str]], cases: Collection[str]) -> str:
     found = {name: len(set(cases) & {row[number] for row in rows}) for number, name in enumerate(header)}
     best = max(found, key=lambda name: (found[name], name == "case"))  # the first one of equals
@@ -74,10 +89,15 @@ def _column_of_cases(file: Path, header: list[str], rows: list[list[str]], cases
     return best
 
 
+def _without_empty_columns(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """Spreadsheets end lines with delimiters of columns that nobody has filled."""
+    used = max((number + 1 for row in [header, *rows] for number, field in enumerate(row) if field), default=0)
+    return header[:used], [row[:used] for row in rows]
+
+
 def _by_case(file: Path, header: list[str], rows: list[list[str]], key: int) -> dict[str, dict[str, str]]:
     by_case: dict[str, list[str]] = {}
     for row in rows:
-        if by_case.setdefault(row[key], row) != row:
+        if row[key] and by_case.setdefault(row[key], row) != row:
             raise UserError(f"{file} has two different rows for {row[key]}: keep one of them.")
-    by_case.pop("", None)
     return {name: {case: row[number] for case, row in by_case.items()} for number, name in enumerate(header)}
