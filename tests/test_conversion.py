@@ -330,7 +330,7 @@ def test_mistakes_are_one_sentence(folders, refused):
     assert "is in use" in refused(main, "-i", str(source), "-o", str(output))
     (output.parent / "file").touch()
     inside = output.parent / "file" / output.name
-    assert "cannot be written to" in refused(main, "-i", str(source), "-o", str(inside))
+    assert "cannot be made" in refused(main, "-i", str(source), "-o", str(inside))
     absolute = str(source / "sub-01/anat/*.nii.gz")
     empty = output.with_name("Dataset905_Empty")
     assert "fits --labels" in refused(main, "-i", str(source), "-o", str(empty), "--labels", absolute)

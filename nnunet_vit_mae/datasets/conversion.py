@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import numpy as np
 import SimpleITK as sitk
@@ -25,7 +24,7 @@ from nnunet_vit_mae.datasets.studies import Study, read_source
 from nnunet_vit_mae.datasets.tables import read_table
 from nnunet_vit_mae.datasets.workers import each
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import replacing, write_json
+from nnunet_vit_mae.files import make_folder, replacing, write_json
 
 TABLE, PROBLEMS = "scans.csv", "problems.csv"
 LABEL, STUDY = "label", "study"  # what a problem can be of, beside a contrast
@@ -85,7 +84,7 @@ def convert(
     if key is not None and output.resolve() in key.resolve().parents:
         raise UserError(f"{key} is inside of the data set, which would go along with it: give --key another folder.")
     names = _pseudonyms(studies, key)
-    _check_access(output)
+    make_folder(output)
     if key is not None:
         _write_key(names, key)
     jobs = [Job(study, names[study.patient, study.session], list(contrasts), reference, output) for study in studies]
@@ -121,16 +120,6 @@ def _of_no_case(done: list[Done], contrasts: Sequence[str], lost: int) -> list[D
         Done(ALL, problems={name: zeros for name in contrasts if name not in found}),
         Done(UNKNOWN, problems={STUDY: files} if lost else {}),
     ]
-
-
-def _check_access(output: Path) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=output).close()
-    except OSError as error:
-        raise UserError(
-            f"{output} cannot be written to ({error.strerror}): give a folder with -o where you may write."
-        ) from None
 
 
 # ---------- one study, in a process of its own
