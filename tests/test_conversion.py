@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from test_region_of_interest import grid, moved, scan
 
 from nnunet_vit_mae.cli.convert import main
 from nnunet_vit_mae.datasets.dicom import SeriesError, find_series, read_series
+from nnunet_vit_mae.datasets.scans import ScanError, read_scan
 
 NAME, NUMBER, BIRTH = "Musterfrau^Erika", "PID-4711", "19631224"
 SCANNER = {"0008|0070": "SIEMENS", "0008|1090": "Sensation 64", "0018|1210": "H31s", "0018|0050": "3.0"}
@@ -80,7 +82,7 @@ def folders(tmp_path):
 def test_slices_are_sorted_by_position(tmp_path, turn, flip):
     image = sitk.Cast(scan(moved(shift=(5, 6, 7)), **COARSE, turn=turn, flip=flip)[0], 2)
     write_series(tmp_path / "a", image, "head", "1.2.3")
-    got = read_series(find_series(tmp_path)[0])
+    got = read_series(find_series(tmp_path)[0][0])
     assert got.GetSize() == image.GetSize()
     assert got.GetSpacing() == pytest.approx(image.GetSpacing(), abs=1e-4)
     there = sitk.Resample(image, got, sitk.Transform(), sitk.sitkNearestNeighbor, -9999)
@@ -93,13 +95,13 @@ def test_a_series_that_is_no_stack_says_why(tmp_path):
     write_series(tmp_path / "mixed", image, "mixed", "1.2")
     write_series(tmp_path / "mixed/more", scan(moved(), turn=(0.5, 0, 0), **COARSE)[0], "mixed", "1.2")
     write_series(tmp_path / "twice", image, "twice", "1.3")
-    write_series(tmp_path / "twice/again", image, "twice", "1.3")
+    write_series(tmp_path / "twice/again", image + 1, "twice", "1.3")
     write_series(tmp_path / "one", image, "one", "1.4", skip=range(1, 9))
     write_series(tmp_path / "cut", image, "cut", "1.5")
     file = next((tmp_path / "cut").iterdir())
     file.write_bytes(file.read_bytes()[:-300])
     reasons = {}
-    for series in find_series(tmp_path):
+    for series in find_series(tmp_path)[0]:
         with pytest.raises(SeriesError) as error:
             read_series(series)
         reasons[series.tag("0008|103e")] = str(error.value)
@@ -145,6 +147,108 @@ def test_dicom_to_a_data_set_without_a_name(folders, tmp_path, refused):
     assert (again / "imagesUn" / "P0007_2_0000.nii.gz").exists()
 
 
+def test_damaged_files_are_counted_and_those_without_an_image_are_not(folders, refused):
+    source, output = folders
+    thick = scan(moved(), **COARSE)[0]
+    write_series(source / "lost", thick, "head", "1.2", "1.2.2", "PID-9")
+    for file in (source / "lost").iterdir():
+        file.write_bytes(file.read_bytes()[:940])
+    arguments = ["-i", str(source), "-o", str(output), "--contrast", "CT=head", "-np", "1"]
+    assert "None of 9 DICOM files" in refused(main, *arguments)
+    write_series(source, thick, "head", "1.1")
+    start = (source / "000_1.1.dcm").read_bytes()
+    ends = {"empty": b"", "early.dcm": start[:60], "early": start[:300]}
+    other = start.replace(b".5.1.4.1.1.2\0", b".5.1.4.1.1.11")[:940]  # a presentation state
+    for name, content in (ends | {"other": other, "._001.dcm": b"macOS", "text": b"text"}).items():
+        (source / name).write_bytes(content)
+    message = refused(main, *arguments)
+    assert "unknown study: 12 files cannot be read" in message
+    assert not any(word in message for word in (NAME, "PID", "early", "1.2.2"))
+    with pytest.raises(ScanError, match="source has 12 DICOM files that cannot be read"):
+        read_scan(source)  # as other commands read a folder
+    assert [(row["case"], row["image"]) for row in table(output / "problems.csv")] == [("unknown", "study")]
+    assert names_nobody(output)
+
+
+def test_the_largest_series_has_most_slices_not_files(folders, tmp_path, refused):
+    source, output = folders
+    image = sitk.Cast(scan(moved(), **COARSE)[0], sitk.sitkInt16)
+    tags = {"0010|0020": NUMBER, "0020|000d": "1.2.1", "0020|000e": "1.1", "0008|103e": "head", "0008|0060": "MR"}
+    for key, value in tags.items():
+        image.SetMetaData(key, value)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    writer.SetFileName(str(source / "frames.dcm"))
+    writer.Execute(image)
+    write_series(source, image[:, :, :3], "head", "1.2")
+    arguments = ["-i", str(source), "--contrast", "T1=head", "-np", "1", "-o"]
+    main([*arguments, str(output)])
+    got = sitk.ReadImage(str(output / "imagesUn" / "P0001_1_0000.nii.gz"))
+    assert np.array_equal(array_of(got), array_of(image))
+    assert got.GetSpacing() == pytest.approx(image.GetSpacing())
+    (source / "frames.dcm").unlink()
+    assert "CT: the series is no volume, it has 20x24x3" in refused(
+        main, *arguments[:2], "--contrast", "CT=head", *arguments[4:], str(tmp_path / "Dataset903_Thin")
+    )
+
+
+def test_slices_with_scales_of_their_own_keep_their_values(tmp_path):
+    image = scan(moved(), **COARSE)[0]
+    write_series(tmp_path, image, "head", "1.1")
+    scales = [1.0] * 3 + [0.25] * 6
+    for file in tmp_path.iterdir():
+        number = int(sitk.ReadImage(str(file)).GetMetaData("0008|0018").rsplit(".", 1)[1]) - 1
+        start, tag, rest = file.read_bytes().partition(b"\x28\x00\x53\x10\x02\x00\x00\x00")
+        scale = f"{scales[number]:.2f}".encode()
+        file.write_bytes(start + tag[:4] + len(scale).to_bytes(4, "little") + scale + rest[2:])
+    expected = array_of(sitk.Cast(image, sitk.sitkInt16)) * np.array(scales)[:, None, None]
+    assert np.array_equal(array_of(read_series(find_series(tmp_path)[0][0])), expected)
+
+
+def test_a_second_copy_of_a_file_does_no_harm(tmp_path):
+    image = scan(moved(), **COARSE)[0]
+    write_series(tmp_path / "once", image, "head", "1.1")
+    copytree(tmp_path / "once", tmp_path / "again")
+    assert read_series(find_series(tmp_path)[0][0]).GetSize() == image.GetSize()
+
+
+def test_a_dicom_label_that_nothing_fits_is_a_mistake(folders, refused):
+    source, output = folders
+    write_series(source, scan(moved(), **COARSE)[0], "head", "1.1")
+    arguments = ["-i", str(source), "-o", str(output), "--contrast", "CT=head", "--labels", "nolabel*"]
+    assert "fits --labels nolabel*" in refused(main, *arguments)
+    assert not output.exists()
+
+
+# ---------- who is who
+
+
+def test_the_key_is_written_before_the_first_image(folders, tmp_path, refused, monkeypatch):
+    source, output = folders
+    write(grid(), source / "sub-01/anat/sub-01_T1w.nii.gz")
+    arguments = ["-i", str(source), "-o", str(output), "-np", "1", "--key"]
+    (tmp_path / "file").touch()
+    assert "cannot be written" in refused(main, *arguments, str(tmp_path / "file" / "key.csv"))
+    key = tmp_path / "key.csv"
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr("nnunet_vit_mae.datasets.conversion.convert_study", stop)
+        with pytest.raises(KeyboardInterrupt):
+            main([*arguments, str(key)])
+    assert table(key) == [{"case": "P0001_1", "patient": "sub-01", "session": ""}]
+    key.write_text("\ufeffcase;patient;session\nP0005_2;sub-01;\n", encoding="utf-8")  # as a spreadsheet saves it
+    main([*arguments, str(key)])
+    assert (output / "imagesUn" / "P0005_2_0000.nii.gz").exists()
+    key.write_text("case,patient,session\nfoo,sub-01,\n")
+    again = [str(output.with_name("Dataset903_Again")) if one == str(output) else one for one in arguments]
+    message = refused(main, *again, str(key))
+    assert "no key of an earlier conversion" in message
+    assert "sub-01" not in message
+
+
 # ---------- BIDS
 
 
@@ -163,7 +267,7 @@ def test_bids_with_a_missing_contrast_and_other_grids(folders, refused):
     write(flair, broken)
     broken.write_bytes(broken.read_bytes()[:5000])
     message = refused(main, "-i", str(source), "-o", str(output), "-np", "1")
-    assert "P0003_1 FLAIR: cannot be read" in message
+    assert "P0003_1 FLAIR: the file is cut off or damaged, copy it again" in message
     assert "sub-" not in message
 
     description = json.loads((output / "dataset.json").read_text())
@@ -224,3 +328,42 @@ def test_mistakes_are_one_sentence(folders, refused):
     output.mkdir()
     (output / "something").touch()
     assert "is in use" in refused(main, "-i", str(source), "-o", str(output))
+    (output.parent / "file").touch()
+    inside = output.parent / "file" / output.name
+    assert "cannot be made" in refused(main, "-i", str(source), "-o", str(inside))
+    absolute = str(source / "sub-01/anat/*.nii.gz")
+    empty = output.with_name("Dataset905_Empty")
+    assert "fits --labels" in refused(main, "-i", str(source), "-o", str(empty), "--labels", absolute)
+
+
+def test_bids_names_that_are_less_common(folders, refused):
+    source, output = folders
+    image = scan(moved(), **COARSE)[0]
+    write(image, source / "sub-01/ses-1/anat/sub-01_FLAIR.nii.gz")
+    write(image + 1, source / "sub-01/ses-2/anat/sub-01_FLAIR.nii.gz")
+    for suffix in ("defacemask", "dseg", "mask", "label-GM_probseg"):
+        write(image, source / f"sub-01/ses-1/anat/sub-01_{suffix}.nii.gz")
+    second = source / "sub-02/anat/sub-02_FLAIR.nii.gz"
+    write(image, second)
+    second.rename(second.with_name("sub-02_FLAIR.NII.GZ"))
+    (source / "sub-02/anat/sub-02_T2w.nii.gz").write_bytes(b"text")
+    message = refused(main, "-i", str(source), "-o", str(output), "-np", "1")
+    assert "P0002_1 T2: the file cannot be read by SimpleITK" in message
+    assert "all T2: is in no case, so that this channel is zeros" in message
+    assert json.loads((output / "dataset.json").read_text())["channel_names"] == {"0": "FLAIR", "1": "T2"}
+    means = [array_of(sitk.ReadImage(str(file))).mean() for file in sorted((output / "imagesUn").glob("*_0000.nii.gz"))]
+    assert means == pytest.approx([array_of(image).mean() + more for more in (0, 1, 0)])
+
+
+def test_a_lacking_ct_is_told_with_all_other_problems(folders, refused):
+    source, output = folders
+    image = scan(moved(), **COARSE)[0]
+    for subject in ("sub-01", "sub-02", "sub-03"):
+        write(image, source / subject / "anat" / f"{subject}_T1w.nii.gz")
+        write(image, source / subject / "ct" / f"{subject}_ct.nii.gz")
+    (source / "sub-02/ct/sub-02_ct.nii.gz").write_bytes(b"text")
+    message = refused(main, "-i", str(source), "-o", str(output), "-np", "1")
+    assert "P0002_1 CT: the file cannot be read" in message
+    assert "lacks CT" in message
+    assert "then run mae3d_fill_contrasts" in message
+    assert len(list((output / "imagesUn").iterdir())) == 5

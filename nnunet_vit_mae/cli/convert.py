@@ -39,22 +39,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nnunet_vit_mae.datasets.studies import dicom_studies
 
     patterns = _patterns(args.contrasts)
-    studies = (bids_studies if is_bids(args.source) else dicom_studies)(args.source, patterns, args.labels)
+    if is_bids(args.source):
+        studies, lost = bids_studies(args.source, patterns, args.labels), 0
+    else:
+        studies, lost = dicom_studies(args.source, patterns, args.labels)
     contrasts = _order(patterns, studies)
     reference = _canonical(args.reference) if args.reference else None
     if reference and reference not in contrasts:
         raise UserError(f"--reference {args.reference} is none of the contrasts {', '.join(contrasts)}: correct it.")
-    conversion = convert(studies, contrasts, reference, output, args.key, args.processes)
+    conversion = convert(studies, contrasts, reference, output, args.key, args.processes, lost)
     folders = [done.folder for done in conversion.done]
     print(
         f"{output} has {folders.count('imagesTr')} cases with labels and {folders.count('imagesUn')} without, of "
         f"{', '.join(contrasts)}; scanners are in {output / TABLE}."
     )
-    if problems := conversion.problems:
-        raise UserError(
-            f"{len(problems)} images or studies could not be converted ({'; '.join(problems)}): all others are done, "
-            f"the reasons are in {output / PROBLEMS}, and --key writes which case is whom."
-        )
+    unfinished = [conversion.unfilled] if conversion.unfilled else []
+    if problems := "; ".join(conversion.problems):
+        unfinished += [
+            f"Not all could be converted ({problems}): the rest is done, the reasons are in {output / PROBLEMS}, and "
+            "--key writes which case is whom."
+        ]
+    if unfinished:
+        raise UserError(" ".join(unfinished))
 
 
 def _patterns(texts: list[str]) -> list[Pattern]:

@@ -14,7 +14,7 @@ from nnunet_vit_mae.errors import UserError, exit_on_user_error
 from nnunet_vit_mae.files import make_folder
 
 if TYPE_CHECKING:
-    from nnunet_vit_mae.datasets.cropping import Cropping
+    from nnunet_vit_mae.datasets.cropped_dataset import Cropping
 
 
 @exit_on_user_error
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     output = checked_output(args.output)
     if args.reject and not args.images:
-        from nnunet_vit_mae.datasets.cropping import describe_like, finish, reject
+        from nnunet_vit_mae.datasets.cropped_dataset import describe_like, finish, reject
 
         report(finish(reject(output, args.reject), output, describe_like(output / "imagesTr", args.contrasts)), output)
         return
@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (args.csv is None) != (args.column is None):
         raise UserError("--csv and --template_column go together: give both, or neither.")
 
-    from nnunet_vit_mae.datasets.cropping import Settings, crop_scans, describe_like, finish, reject
+    from nnunet_vit_mae.datasets.cropped_dataset import describe_like, finish, reject
+    from nnunet_vit_mae.datasets.cropping import Settings, crop_scans
     from nnunet_vit_mae.datasets.scans import find_scans
     from nnunet_vit_mae.datasets.tables import read_table
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_vit_mae.datasets.studies import Pattern, Scanner, Source, Study
+from nnunet_vit_mae.datasets.volumes import NIFTI
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import read_json
 from nnunet_vit_mae.presets import contrast
 
-NIFTI = r"\.nii(\.gz)?$"
+LABELS = ("dseg", "mask")
+NO_CONTRASTS = (*LABELS, "defacemask", "probseg")
 KEYS = ("Manufacturer", "ManufacturersModelName", "ConvolutionKernel", "SliceThickness")
 
 
@@ -32,7 +34,7 @@ def bids_studies(folder: Path, patterns: Sequence[Pattern], label: str | None) -
     for subject in _subjects(folder):
         by_session: dict[str, list[Path]] = {}
         for file in _images(subject):
-            by_session.setdefault(_session(file.name), []).append(file)
+            by_session.setdefault(_session(file), []).append(file)
         studies += [
             _study(subject.name, session, files, patterns, labels) for session, files in sorted(by_session.items())
         ]
@@ -44,11 +46,11 @@ def bids_studies(folder: Path, patterns: Sequence[Pattern], label: str | None) -
 def _study(subject: str, session: str, files: list[Path], patterns: Sequence[Pattern], labels: list[Path]) -> Study:
     images: dict[str, Source] = {}
     for file in files:
-        names = [one.contrast for one in patterns if one.fits(file.name)] if patterns else [_contrast(file.name)]
+        names = [one.contrast for one in patterns if one.fits(file.name)] if patterns else [_contrast(file)]
         for name in names:
             images.setdefault(name, Source(file, _scanner(file)))
-    own = [file for file in labels if file.name.startswith(f"{subject}_") and _session(file.name) == session]
-    own = [file for file in own if "_dseg." in file.name] or own  # a segmentation says more than a mask
+    own = [file for file in labels if file.name.startswith(f"{subject}_") and _session(file) == session]
+    own = [file for file in own if _suffix(file) == "dseg"] or own  # a segmentation says more than a mask
     problems = {} if images else {"study": "has no image that fits --contrast"}
     if len(own) > 1:
         problems["label"] = f"has {len(own)} labels: choose one with --labels"
@@ -61,33 +63,48 @@ def _subjects(folder: Path) -> list[Path]:
 
 def _images(subject: Path) -> list[Path]:
     files = [*subject.glob("anat/*"), *subject.glob("ses-*/anat/*"), *subject.glob("ct/*"), *subject.glob("ses-*/ct/*")]
-    return sorted(file for file in files if re.search(NIFTI, file.name) and "_" in file.name)
+    return sorted(file for file in files if _is_nifti(file) and "_" in file.name and _suffix(file) not in NO_CONTRASTS)
 
 
 def _labels(folder: Path, pattern: str | None) -> list[Path]:
     if pattern:
-        found = sorted(file for file in folder.glob(pattern) if re.search(NIFTI, file.name))
+        try:
+            found = sorted(file for file in folder.glob(pattern) if _is_nifti(file))
+        except (NotImplementedError, ValueError):  # an absolute path, or no pattern
+            found = []
         if not found:
             raise UserError(f"No file in {folder} fits --labels {pattern}: give a pattern of paths below that folder.")
         return found
-    found = sorted(file for file in folder.glob("derivatives/**/*") if re.search(f"_(dseg|mask){NIFTI}", file.name))
+    found = sorted(file for file in folder.glob("derivatives/**/*") if _is_nifti(file) and _suffix(file) in LABELS)
     return [file for file in found if not re.search("desc-brain", file.name, flags=re.IGNORECASE)]
 
 
-def _session(name: str) -> str:
-    match = re.search(r"_(ses-[^_]+)_", name)
+def _is_nifti(file: Path) -> bool:
+    return file.name.lower().endswith(NIFTI)
+
+
+def _stem(file: Path) -> str:
+    return file.name[: file.name.lower().rindex(".nii")]
+
+
+def _suffix(file: Path) -> str:
+    return _stem(file).rsplit("_", 1)[-1]
+
+
+def _session(file: Path) -> str:
+    """As the name says it, else the folder."""
+    match = re.search(r"_(ses-[^_]+)_", file.name) or re.search(r"/sub-[^/]+/(ses-[^/]+)/", file.as_posix())
     return match[1] if match else ""
 
 
-def _contrast(name: str) -> str:
+def _contrast(file: Path) -> str:
     """The suffix as all that match contrasts call it."""
-    suffix = re.sub(NIFTI, "", name).rsplit("_", 1)[1]
-    return contrast(suffix) + ("POST" if "_ce-" in name else "")
+    return contrast(_suffix(file)) + ("POST" if "_ce-" in file.name else "")
 
 
 def _scanner(file: Path) -> Scanner:
     """Of the JSON file beside an image; a file that is no JSON says nothing."""
-    sidecar = file.with_name(re.sub(NIFTI, ".json", file.name))
+    sidecar = file.with_name(f"{_stem(file)}.json")
     try:
         content: Any = read_json(sidecar) if sidecar.exists() else {}
     except UserError:

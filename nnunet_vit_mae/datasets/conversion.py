@@ -7,6 +7,7 @@ are. Which number is whom is written only where `key` says, which must be outsid
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,12 +21,14 @@ from nnunet_vit_mae.datasets.region_of_interest import geometry_of
 from nnunet_vit_mae.datasets.registration import RegistrationError, one_thread, register
 from nnunet_vit_mae.datasets.scans import ENDING, ScanError, write_image
 from nnunet_vit_mae.datasets.studies import Study, read_source
+from nnunet_vit_mae.datasets.tables import read_table
 from nnunet_vit_mae.datasets.workers import each
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import replacing, write_json
+from nnunet_vit_mae.files import make_folder, replacing, write_json
 
 TABLE, PROBLEMS = "scans.csv", "problems.csv"
 LABEL, STUDY = "label", "study"  # what a problem can be of, beside a contrast
+ALL, UNKNOWN = "all", "unknown"  # whose it can be, beside a case
 KEY_FIELDS = ("case", "patient", "session")
 
 
@@ -53,10 +56,10 @@ class Done:
 
 @dataclass(frozen=True)
 class Conversion:
-    """Contrasts in the order of the channels, and all studies by case."""
+    """All studies by case, problems that are of no case, and what keeps absent contrasts from being filled."""
 
-    contrasts: list[str]
     done: list[Done]
+    unfilled: str = ""
 
     @property
     def problems(self) -> list[str]:
@@ -71,25 +74,28 @@ def convert(
     output: Path,
     key: Path | None,
     processes: int,
+    lost: int = 0,
 ) -> Conversion:
     """Write all studies to the new raw data set `output`; a study or image that is no use stops none of the others.
 
-    Absent contrasts are filled as `mae3d_fill_contrasts` does it. Raises `UserError` when nothing could be converted.
+    Absent contrasts are filled as `mae3d_fill_contrasts` does it. `lost` is the number of damaged files of no study.
+    Raises `UserError` when the data set or the key cannot be written, and when nothing could be converted.
     """
     if key is not None and output.resolve() in key.resolve().parents:
         raise UserError(f"{key} is inside of the data set, which would go along with it: give --key another folder.")
     names = _pseudonyms(studies, key)
+    make_folder(output)
+    if key is not None:
+        _write_key(names, key)
     jobs = [Job(study, names[study.patient, study.session], list(contrasts), reference, output) for study in studies]
     results = {}
     for job, done in tqdm(each(convert_study, jobs, processes), total=len(jobs), unit="study"):
         results[job.case] = done or Done(job.case, problems={STUDY: "needs more memory than there is: lower -np"})
-    done = [results[case] for case in sorted(results)]
+    done = [results[case] for case in sorted(results)] + _of_no_case(list(results.values()), contrasts, lost)
     _write_tables(done, contrasts, output)
-    if key is not None:
-        _write_rows([dict(zip(KEY_FIELDS, (case, *of), strict=True)) for of, case in names.items()], KEY_FIELDS, key)
     if not any(one.folder for one in done):
-        reasons = "; ".join(Conversion([], done).problems[:5])
-        raise UserError(f"None of {len(done)} studies could be converted ({reasons}): see {output / PROBLEMS}.")
+        reasons = "; ".join(Conversion(done).problems[:5])
+        raise UserError(f"None of {len(jobs)} studies could be converted ({reasons}): see {output / PROBLEMS}.")
     values = sorted({value for one in done for value in one.label_values} - {0})
     content = {
         "channel_names": {str(number): name for number, name in enumerate(contrasts)},
@@ -98,8 +104,22 @@ def convert(
         "file_ending": ENDING,
     }
     write_json(content, output / "dataset.json")
-    fill_contrasts(output)
-    return Conversion(list(contrasts), done)
+    try:
+        fill_contrasts(output)
+    except UserError as error:  # nothing has to be converted again
+        return Conversion(done, f"{str(error).rstrip('.')}, then run mae3d_fill_contrasts.")
+    return Conversion(done)
+
+
+def _of_no_case(done: list[Done], contrasts: Sequence[str], lost: int) -> list[Done]:
+    """Problems that only show when all studies are done."""
+    found = {name for one in done for name in one.row.get("contrasts", "").split(";")}
+    zeros = "is in no case, so that this channel is zeros everywhere"
+    files = f"{lost} files cannot be read and are of no series that can, copy them again: series may lack slices"
+    return [
+        Done(ALL, problems={name: zeros for name in contrasts if name not in found}),
+        Done(UNKNOWN, problems={STUDY: files} if lost else {}),
+    ]
 
 
 # ---------- one study, in a process of its own
@@ -246,15 +266,14 @@ def _write_rows(rows: Iterable[dict[str, str]], columns: Sequence[str], file: Pa
         writer.writerows(rows)
 
 
+# ---------- who is who
+
+
 def _pseudonyms(studies: Sequence[Study], key: Path | None) -> dict[tuple[str, str], str]:
     """Case by patient and session; those that an earlier key names keep their numbers, new ones come after them."""
     names: dict[tuple[str, str], str] = {}
     if key is not None and key.exists():
-        try:
-            with key.open(newline="", encoding="utf-8") as stream:
-                names = {(row["patient"], row["session"]): row["case"] for row in csv.DictReader(stream)}
-        except (KeyError, UnicodeDecodeError, OSError):
-            raise UserError(f"{key} is no key of an earlier conversion: give --key another file.") from None
+        names = _read_key(key)
     patients = {patient: case.split("_")[0] for (patient, _), case in names.items()}
     for study in studies:
         if (study.patient, study.session) in names:
@@ -264,3 +283,25 @@ def _pseudonyms(studies: Sequence[Study], key: Path | None) -> dict[tuple[str, s
         sessions = [int(case.split("_")[1]) for case in names.values() if case.split("_")[0] == patient]
         names[study.patient, study.session] = f"{patient}_{max(sessions, default=0) + 1}"
     return names
+
+
+def _read_key(key: Path) -> dict[tuple[str, str], str]:
+    no_key = UserError(f"{key} is no key of an earlier conversion: give --key another file.")
+    try:
+        columns = read_table(key, "case", ()).columns
+        names = {(columns["patient"][case], columns["session"][case]): case for case in columns["case"]}
+    except (KeyError, UserError):  # whose texts may hold names
+        raise no_key from None
+    if not all(re.fullmatch(r"P[0-9]{4,}_[0-9]+", case) for case in names.values()):
+        raise no_key
+    return names
+
+
+def _write_key(names: dict[tuple[str, str], str], key: Path) -> None:
+    """Before the first image is, so that whatever happens later, who is who is known."""
+    try:
+        _write_rows([dict(zip(KEY_FIELDS, (case, *of), strict=True)) for of, case in names.items()], KEY_FIELDS, key)
+    except OSError as error:
+        raise UserError(
+            f"{key} cannot be written ({error.strerror}): give a file with --key where you may write."
+        ) from None

@@ -9,26 +9,26 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from glob import escape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
-from nnunet_vit_mae.datasets.contact_sheet import thumbnail, write_sheets, write_thumbnail
+from nnunet_vit_mae.datasets.contact_sheet import thumbnail, write_thumbnail
+from nnunet_vit_mae.datasets.cropped_dataset import Cropping
 from nnunet_vit_mae.datasets.labels import whole_numbers
 from nnunet_vit_mae.datasets.quality_table import (
     DONE,
     FAILED,
     REJECTED,
-    TABLE,
     Row,
-    caption,
+    files_of,
     read_table,
+    remove,
     worst_first,
     write_table,
 )
@@ -53,12 +53,10 @@ from nnunet_vit_mae.datasets.registration import (
     similarity,
 )
 from nnunet_vit_mae.datasets.scans import ENDING, Scan, ScanError, read_scan, write_image
-from nnunet_vit_mae.datasets.tables import read_names
 from nnunet_vit_mae.datasets.workers import each
 from nnunet_vit_mae.errors import UserError, reader_reason
-from nnunet_vit_mae.files import read_json, replacing, write_json
+from nnunet_vit_mae.files import replacing
 
-KEPT = ("channel_names", "labels", "regions_class_order")  # of the dataset.json beside the scans
 PAUSE = 5.0  # seconds between two writes of the table: it may have thousands of rows
 
 
@@ -83,20 +81,6 @@ class Job:
     made_of: str
 
 
-@dataclass(frozen=True)
-class Cropping:
-    """What a call did: rows of all cases, worst first, names of those cropped now, and the sheets."""
-
-    rows: list[Row]
-    cropped: list[str] = field(default_factory=list)
-    sheets: list[Path] = field(default_factory=list)
-
-    @property
-    def failed(self) -> dict[str, str]:
-        """Problems by case."""
-        return {row.case: row.problem for row in self.rows if row.status == FAILED}
-
-
 def crop_scans(
     scans: Sequence[Scan], settings: Settings, template_of: Mapping[str, str] | None, processes: int
 ) -> Cropping:
@@ -119,7 +103,7 @@ def crop_scans(
             candidates = _candidates(scan, names, template_of)
         except ScanError as error:
             if scan.name in rows:
-                _remove(rows[scan.name], settings.output)
+                remove(rows[scan.name], settings.output)
             rows[scan.name] = Row(scan.name, problem=str(error), source=_source(scan))
             continue
         _refuse_other_case(rows.get(scan.name), scan)
@@ -128,62 +112,6 @@ def crop_scans(
             jobs.append(job)
     cropped = _crop_all(jobs, rows, settings.output, processes)
     return Cropping(worst_first(rows.values()), cropped)
-
-
-def finish(cropping: Cropping, output: Path, describe: Mapping[str, Any]) -> Cropping:
-    """Write the table, dataset.json and the contact sheets; `describe` has channel_names and labels where known."""
-    rows = cropping.rows
-    write_table(rows, output)
-    done = [row for row in rows if row.status == DONE]
-    former = read_json(output / "dataset.json") if (output / "dataset.json").exists() else {}
-    counts = {"numTraining": sum(row.folder == "imagesTr" for row in done), "file_ending": ENDING}
-    write_json(_with_defaults({**former, **describe}, done) | counts, output / "dataset.json")
-    pictures = [(output / "thumbnails" / f"{row.case}.png", caption(row)) for row in done]
-    pictures = [(file, text) for file, text in pictures if file.exists()]
-    templates = sorted((output / "thumbnails").glob("template.*.png"))
-    pictures = [
-        (file, "TEMPLATE " + file.name.removeprefix("template.").removesuffix(".png")) for file in templates
-    ] + pictures
-    return Cropping(rows, cropping.cropped, write_sheets(pictures, output))
-
-
-def _with_defaults(known: dict[str, Any], done: Sequence[Row]) -> dict[str, Any]:
-    """Channels and labels that occur, with the names that are known for them."""
-    labels = known.get("labels", {"background": 0})
-    named = {int(value) for values in labels.values() for value in np.atleast_1d(values)}
-    values = sorted({int(value) for row in done for value in row.label_values.split()} - named)
-    channels = sorted({number for row in done for number in row.channels.split()} or {"0"}, key=int)
-    return {
-        **known,
-        "channel_names": {number: f"channel_{number}" for number in channels} | known.get("channel_names", {}),
-        "labels": labels | {f"label_{value}": value for value in values},
-    }
-
-
-def reject(output: Path, decisions: Path) -> Cropping:
-    """Move the cases that a list names (one a line) to `rejected`, and say so in the table; nothing is deleted.
-
-    Raises `UserError` when the folder has no cropped cases, or not those.
-    """
-    if not (output / TABLE).exists():
-        raise UserError(f"{output} has no {TABLE}: check -o.")
-    rows = {row.case: row for row in read_table(output)}
-    for name in read_names(decisions, rows, "--reject"):
-        for file in _files(rows[name], output):
-            if file.exists():
-                target = output / REJECTED / file.relative_to(output)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                file.replace(target)
-        rows[name] = replace(rows[name], status=REJECTED)
-    return Cropping(worst_first(rows.values()))
-
-
-def describe_like(images: Path, names: Sequence[str] | None) -> dict[str, Any]:
-    """Channel names and labels of the data set that `images` belongs to, as far as there is one; `names` come first."""
-    source = images.absolute().parent / "dataset.json"
-    content = read_json(source) if source.exists() else {}
-    known: dict[str, Any] = {key: content[key] for key in KEPT if key in content}
-    return known | ({"channel_names": {str(number): name for number, name in enumerate(names)}} if names else {})
 
 
 # ---------- one case, in a process of its own
@@ -198,7 +126,7 @@ def crop_case(job: Job) -> Row:
         row = _failed(job, str(error))
     except Exception as error:  # noqa: BLE001  one scan must not stop thousands
         row = _failed(job, f"{type(error).__name__}: {reader_reason(error)}")
-    _remove(row, job.settings.output)
+    remove(row, job.settings.output)
     return row
 
 
@@ -320,7 +248,7 @@ def _crop_all(jobs: list[Job], rows: dict[str, Row], output: Path, processes: in
     """Do the jobs and keep `rows` and the table up to date; gives the names of those that went well."""
     for job in jobs:  # what an earlier call made of other files or settings must not stay beside the new
         if row := rows.pop(job.scan.name, None):
-            _remove(row, output)
+            remove(row, output)
     _thumbnails_of_templates(jobs, output)
     cropped, written = [], time.monotonic()
     try:
@@ -349,21 +277,7 @@ def _is_done(row: Row | None, job: Job) -> bool:
         return False
     if row.status == REJECTED:  # a reader's decision holds, whatever the settings are
         return True
-    return row.made_of == job.made_of and all(file.exists() for file in _files(row, job.settings.output))
-
-
-def _files(row: Row, output: Path) -> list[Path]:
-    """All that is written for a case."""
-    if not row.folder:
-        return []
-    images = [output / row.folder / f"{row.case}_{int(number):04d}{ENDING}" for number in row.channels.split()]
-    labels = [output / "labelsTr" / f"{row.case}{ENDING}"] if row.folder == "imagesTr" else []
-    return [*images, *labels, output / "transforms" / f"{row.case}.tfm", output / "thumbnails" / f"{row.case}.png"]
-
-
-def _remove(row: Row, output: Path) -> None:
-    for file in _files(row, output):
-        file.unlink(missing_ok=True)
+    return row.made_of == job.made_of and all(file.exists() for file in files_of(row, job.settings.output))
 
 
 def _source(scan: Scan) -> str:

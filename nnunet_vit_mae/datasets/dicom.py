@@ -1,25 +1,31 @@
 """DICOM series as volumes: sorted by position, and refused where slices are missing or do not belong together.
 
-Headers are read by ITK's GDCM. Nothing of a patient leaves this module but the `identity` of a series, by which
-studies are grouped: the volumes have a geometry and voxels, and no other header.
+Headers are read by ITK's GDCM. The tags of a slice have the patient's ID, by which studies are grouped, and are for
+nothing but grouping and the scanner: volumes leave this module with voxels and geometry, messages without a name.
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from filecmp import cmp
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+from tqdm import tqdm
 
-PATIENT, STUDY, SERIES = "0010|0020", "0020|000d", "0020|000e"
+PATIENT, STUDY, SERIES, INSTANCE = "0010|0020", "0020|000d", "0020|000e", "0008|0018"
 DATE, TIME = "0008|0020", "0008|0030"
 DESCRIPTION, NUMBER, MODALITY = "0008|103e", "0020|0011", "0008|0060"
 MANUFACTURER, MODEL, KERNEL, THICKNESS = "0008|0070", "0008|1090", "0018|1210", "0018|0050"
 POSITION, ORIENTATION = "0020|0032", "0020|0037"
+INTERCEPT, SLOPE = "0028|1052", "0028|1053"
 GAP = 0.02  # distances of slices may differ by this share, or by 0.1 mm: positions are written with few digits
+# SOP classes (DICOM part 4, annex B.5) without spectra, waveforms, presentation states, raw data, reports and plans
+NO_IMAGE = rb"4\.2$|(?:9|11|67|88|104)(?:\.|$)|66(?:$|\.(?!4$))|481\.(?!1$)"
+IMAGE = re.compile(rb"1\.2\.840\.10008\.5\.1\.4\.1\.1\.(?!" + NO_IMAGE + rb")")
 
 
 class SeriesError(ValueError):
@@ -48,17 +54,26 @@ class Series:
         return self.slices[0].tags.get(key, "")
 
 
-def find_series(folder: Path) -> list[Series]:
-    """All series in a tree of folders, by study and series number; files that are no images are passed over."""
+def find_series(folder: Path, *, progress: bool = False) -> tuple[list[Series], int]:
+    """All series in a tree of folders, by study and series number, and how many damaged files are of none of them.
+
+    Files that are no images are passed over, and so are second copies of a file.
+    """
     found: dict[tuple[str, str], list[Slice]] = defaultdict(list)
-    damaged = set()
-    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-        if one := _read_header(file):
+    originals: dict[str, Path] = {}
+    damaged: Counter[str | None] = Counter()
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    for file in tqdm(files, unit="file", desc="reading headers", disable=not progress):
+        if not (one := _read_header(file)):
+            damaged[_series_of_damaged(file)] += 1
+            continue
+        original = originals.setdefault(one.tags.get(INSTANCE, str(file)), file)
+        if original == file or not cmp(original, file, shallow=False):
             found[one.tags.get(STUDY, ""), one.tags.get(SERIES, "")].append(one)
-        else:
-            damaged.add(_series_of_damaged(file))
     series = [Series(slices, of[1] in damaged) for of, slices in found.items()]
-    return sorted(series, key=lambda series: (series.tag(STUDY), series.tag(NUMBER).zfill(9)))
+    known = {None, *(of[1] for of in found)}
+    lost = sum(count for of, count in damaged.items() if of not in known)
+    return sorted(series, key=lambda series: (series.tag(STUDY), series.tag(NUMBER).zfill(9))), lost
 
 
 def read_series(series: Series) -> sitk.Image:
@@ -66,11 +81,12 @@ def read_series(series: Series) -> sitk.Image:
     if series.is_damaged:  # the first or the last slice would be missed by nobody
         raise SeriesError("has a slice that cannot be read, copy it again")
     ordered, gap, axis = _stack(series.slices)
-    reader = sitk.ImageSeriesReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileNames([str(one.file) for one in ordered])
-    try:
-        image = reader.Execute()
+    files = [str(one.file) for one in ordered]
+    same_scale = len({(one.tags.get(SLOPE), one.tags.get(INTERCEPT)) for one in ordered}) == 1
+    # by the type of the first slice, often whole numbers, the values of the others would be cut off
+    kind = sitk.sitkUnknown if same_scale else sitk.sitkFloat32
+    try:  # a list of one file of many frames would be read as a volume over time
+        image = sitk.ReadImage(files[0] if axis is None else files, kind, "GDCMImageIO")
     except RuntimeError:  # its text names files, and these often name the patient
         raise SeriesError("has a slice that cannot be read, copy it again") from None
     if image.GetNumberOfComponentsPerPixel() > 1:
@@ -120,20 +136,27 @@ def _read_header(file: Path) -> Slice | None:
         reader.ReadImageInformation()
     except RuntimeError:  # a report, an index of the disc, a text file
         return None
-    wanted = (PATIENT, STUDY, SERIES, DATE, TIME, DESCRIPTION, NUMBER, MODALITY)
+    wanted = (PATIENT, STUDY, SERIES, INSTANCE, INTERCEPT, SLOPE, DATE, TIME, DESCRIPTION, NUMBER, MODALITY)
     wanted += (MANUFACTURER, MODEL, KERNEL, THICKNESS, POSITION, ORIENTATION)
     tags = {key: reader.GetMetaData(key).strip().strip("\0") for key in wanted if reader.HasMetaDataKey(key)}
     return Slice(file, tags, tuple(reader.GetSize()), tuple(reader.GetSpacing()))
 
 
 def _series_of_damaged(file: Path) -> str | None:
-    """The series that a file says it is of, which ends too early to be read; None for other kinds of files."""
+    """The series of an image that cannot be read, empty when the file ends before that; None for what is no image."""
     with file.open("rb") as stream:
         start = stream.read(2**16)
-    match = (
-        re.search(rb"\x20\x00\x0e\x00(?:UI)?[\x00-\xff]{2,4}?([0-9.]+)", start) if start[128:132] == b"DICM" else None
-    )
-    return match[1].decode() if match else None
+    if start[128:132] != b"DICM":
+        is_copy = (not start or file.suffix.lower() == ".dcm") and not file.name.startswith(".")  # macOS adds ._NAME
+        return "" if is_copy else None
+    kind, series = _uid(start, b"\x02\x00\x02\x00"), _uid(start, b"\x20\x00\x0e\x00")
+    return series.decode() if not kind or IMAGE.match(kind) else None
+
+
+def _uid(start: bytes, tag: bytes) -> bytes:
+    """What follows a tag with or without its type, and its length."""
+    match = re.search(re.escape(tag) + rb"(?:UI..|....)([0-9.]+)", start, flags=re.DOTALL)
+    return match[1] if match else b""
 
 
 def _numbers(one: Slice, key: str) -> np.ndarray:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from nnunet_vit_mae.datasets.scans import ENDING
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import replacing
 
@@ -84,3 +85,18 @@ def caption(row: Row) -> str:
         f"{row.case}: MI {row.region_mutual_information or 0:.2f}, r {row.region_correlation or 0:.2f}, "
         f"{row.displacement_mm or 0:.0f} mm, {row.rotation_degrees or 0:.0f}°, x{row.scale or 0:.2f}{partly}"
     )
+
+
+def files_of(row: Row, output: Path) -> list[Path]:
+    """All that is written for a case."""
+    if not row.folder:
+        return []
+    images = [output / row.folder / f"{row.case}_{int(number):04d}{ENDING}" for number in row.channels.split()]
+    labels = [output / "labelsTr" / f"{row.case}{ENDING}"] if row.folder == "imagesTr" else []
+    return [*images, *labels, output / "transforms" / f"{row.case}.tfm", output / "thumbnails" / f"{row.case}.png"]
+
+
+def remove(row: Row, output: Path) -> None:
+    """Delete what was written for a case."""
+    for file in files_of(row, output):
+        file.unlink(missing_ok=True)

@@ -9,16 +9,12 @@ from pathlib import Path
 import SimpleITK as sitk
 
 from nnunet_vit_mae.datasets.dicom import SeriesError, find_series, read_series
-from nnunet_vit_mae.datasets.volumes import NIFTI, read_geometry, without_warnings_of_itk
+from nnunet_vit_mae.datasets.volumes import NIFTI, ScanError, read_geometry, without_warnings_of_itk
 from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.files import replacing
 
 ENDINGS = (*NIFTI, ".nrrd", ".nhdr", ".mha", ".mhd")
 ENDING = ".nii.gz"  # of everything that is written
-
-
-class ScanError(ValueError):
-    """An image that cannot be used; the message says why, without a full stop."""
 
 
 @dataclass(frozen=True)
@@ -55,26 +51,38 @@ def find_scans(images: Path, labels: Path | None) -> list[Scan]:
     return [Scan(name, dict(sorted(scan.channels.items())), of_case.get(name)) for name, scan in sorted(scans.items())]
 
 
-def read_scan(path: Path) -> sitk.Image:
-    """A volume with its geometry and no other header; raises `ScanError` when it is none, damaged or cut off."""
+def read_scan(path: Path, name: str | None = None) -> sitk.Image:
+    """A volume with its geometry and no other header; raises `ScanError` when it is none, damaged or cut off.
+
+    The error calls it by `name` where its own is secret, and is silent on what ITK says, which has the path in it.
+    """
+    called = name or path.name
     try:
         with without_warnings_of_itk():
             if path.is_dir():
-                series = find_series(path)
+                series, lost = find_series(path)
+                if lost:
+                    raise ScanError(f"{called} has {lost} DICOM files that cannot be read, copy them again")
                 if len(series) != 1:
-                    raise ScanError(f"{path.name} has {len(series)} DICOM series, but one is needed")
+                    raise ScanError(f"{called} has {len(series)} DICOM series, but one is needed")
                 image = read_series(series[0])
             else:
-                read_geometry(path)
+                read_geometry(path, called)
                 image = sitk.ReadImage(str(path))
     except SeriesError as error:
-        raise ScanError(f"{path.name} {error}") from None
+        raise ScanError(f"{called} {error}") from None
     except ScanError:
         raise
     except Exception as error:  # noqa: BLE001  readers raise many kinds
-        raise ScanError(f"{path.name} cannot be read: {reader_reason(error)}") from None
+        reason = " by SimpleITK" if name else f": {reader_reason(error)}"
+        raise ScanError(f"{called} cannot be read{reason}") from None
+    return checked_volume(image, called)
+
+
+def checked_volume(image: sitk.Image, name: str) -> sitk.Image:
+    """The same image without its header; raises `ScanError` when it is too thin to be a volume."""
     if image.GetDimension() != 3 or min(image.GetSize()) < 4:
-        raise ScanError(f"{path.name} is no volume, it has {'x'.join(map(str, image.GetSize()))} voxels")
+        raise ScanError(f"{name} is no volume, it has {'x'.join(map(str, image.GetSize()))} voxels")
     return without_header(image)
 
 

@@ -11,7 +11,7 @@ import SimpleITK as sitk
 
 from nnunet_vit_mae.datasets import dicom
 from nnunet_vit_mae.datasets.dicom import Series, SeriesError, find_series, read_series
-from nnunet_vit_mae.datasets.scans import ScanError, read_scan, without_header
+from nnunet_vit_mae.datasets.scans import ScanError, checked_volume, read_scan
 from nnunet_vit_mae.errors import UserError
 
 
@@ -59,24 +59,22 @@ class Pattern:
 def read_source(source: Source) -> sitk.Image:
     """The volume without any header; raises `ScanError` with a reason that names neither file nor patient."""
     if isinstance(source.origin, Path):
-        try:
-            return read_scan(source.origin)
-        except ScanError as error:
-            reason = str(error).replace(source.origin.name, "").replace(str(source.origin.parent), "").strip()
-            raise ScanError(reason) from None
+        return read_scan(source.origin, "the file")
     try:
-        return without_header(read_series(source.origin))
+        return checked_volume(read_series(source.origin), "the series")
     except SeriesError as error:
         raise ScanError(str(error)) from None
 
 
-def dicom_studies(folder: Path, patterns: Sequence[Pattern], label: str | None) -> list[Study]:
+def dicom_studies(folder: Path, patterns: Sequence[Pattern], label: str | None) -> tuple[list[Study], int]:
     """Studies in a tree of DICOM files, by patient and date; `label` is the pattern of series that hold the label.
 
-    Of several series of one contrast the one with most slices is taken, which is the one of thinnest slices. Raises
-    `UserError` when there are no images, or none that fits a pattern.
+    Of several series of one contrast the one with most slices is taken, which is the one of thinnest slices. Also
+    gives how many damaged files are of no series. Raises `UserError` when there are no images, or none that fits.
     """
-    series = find_series(folder)
+    series, lost = find_series(folder, progress=True)
+    if not series and lost:
+        raise UserError(f"None of {lost} DICOM files in {folder} can be read: copy them again.")
     if not series:
         raise UserError(f"There are no DICOM images in {folder}: give the folder that they are in with -i.")
     if not patterns:
@@ -93,7 +91,9 @@ def dicom_studies(folder: Path, patterns: Sequence[Pattern], label: str | None) 
     studies = [_study(*key, grouped[key], patterns, label) for key in sorted(grouped, key=lambda key: key[0])]
     if not any(study.images for study in studies):
         raise UserError(f"No series in {folder} fits --contrast: compare the patterns with the series' descriptions.")
-    return studies
+    if label and not any(study.label for study in studies):
+        raise UserError(f"No series in {folder} fits --labels {label}: compare it with the series' descriptions.")
+    return studies, lost
 
 
 def _study(patient: str, session: str, series: list[Series], patterns: Sequence[Pattern], label: str | None) -> Study:
@@ -108,8 +108,8 @@ def _study(patient: str, session: str, series: list[Series], patterns: Sequence[
 
 
 def _largest(series: list[Series]) -> Series:
-    """The first of those with most slices."""
-    return max(series, key=lambda one: len(one.slices))
+    """The first of those with most slices, of which a file may have many."""
+    return max(series, key=lambda series: sum(one.size[2] for one in series.slices))
 
 
 def _source(series: Series) -> Source:

@@ -21,6 +21,10 @@ from nnunet_vit_mae.files import replacing
 NIFTI = (".nii.gz", ".nii")
 
 
+class ScanError(ValueError):
+    """An image that cannot be used; the message says why, without a full stop."""
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Size in voxels, spacing and origin in mm, and direction cosines, all x y z as in SimpleITK."""
@@ -47,13 +51,17 @@ class Geometry:
         return None
 
 
-def read_geometry(file: Path) -> Geometry:
-    """From the header alone; raises an error of some kind when the file is no image, several, or cut off."""
+def read_geometry(file: Path, name: str | None = None) -> Geometry:
+    """From the header alone; raises an error of some kind when the file is no image, several, or cut off.
+
+    A `ScanError` calls the file by `name`, else by its own; errors of any other kind may hold its path.
+    """
+    name = name or file.name
     reader = _header(file)
     if reader.GetDimension() > 3 or reader.GetNumberOfComponents() > 1:
-        raise ValueError(f"{file.name} holds more than one image, but every channel has a file of its own")
-    if file.name.endswith(NIFTI) and _is_cut_off(file):
-        raise ValueError(f"{file.name} is cut off or damaged, copy it again")
+        raise ScanError(f"{name} holds more than one image, but every channel has a file of its own")
+    if file.name.lower().endswith(NIFTI) and _is_cut_off(file):
+        raise ScanError(f"{name} is cut off or damaged, copy it again")
     return Geometry(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
 
 
@@ -80,7 +88,7 @@ def _is_cut_off(file: Path) -> bool:
     """
     image: Any = nibabel.load(file)
     expected = image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize
-    if not file.name.endswith(".gz"):
+    if not file.name.lower().endswith(".gz"):
         return file.stat().st_size < expected
     with file.open("rb") as stream:
         stream.seek(-4, SEEK_END)
