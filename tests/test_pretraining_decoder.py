@@ -132,6 +132,16 @@ def test_only_what_is_rebuilt_enters_the_decoder(adaptive, decoder, ratio, share
         assert context is None
 
 
+def test_blanks_and_their_context_know_where_they_are():
+    decoder, found = autoencoder(decoder="cross").decoder, []
+    decoder.transformer.blocks[0].register_forward_pre_hook(lambda _, given: found.append(given))
+    encoded, positions, blanks = (torch.randn(B, *shape) for shape in ((5, 96), (12, 48), (7, 48)))
+    decoder(encoded, positions, blanks)
+    ((tokens, context),) = found
+    assert torch.equal(tokens, blanks + positions[:, 5:])
+    assert torch.equal(context, decoder.embed(encoded) + positions[:, :5])
+
+
 @both_kinds
 @both_decoders
 def test_a_token_is_rebuilt_for_itself_by_cross_attention_alone(adaptive, decoder):
