@@ -4,7 +4,7 @@ A step is forward, loss, backward, clipping and AdamW in fp32 on one thread. All
 this one process; the ratios are medians over the rounds of CPU time, which other work on the machine moves little.
 Memory is the peak above what a fresh process held before it built the network. A third of each volume is empty.
 
-    python benchmarks/pretraining_decoder.py       # prints the tables of docs/explanation.md
+    python benchmarks/pretraining_decoder.py       # prints the table of docs/explanation.md
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SCENES = [(96, 8, 1), (48, 8, 4)]  # side of the cubic patch, token, batch
 
 
 def main() -> None:
-    """Print the tables, or (with `--memory`) measure the memory of one option in this process."""
+    """Print the table, or (with `--memory`) measure the memory of one option in this process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="S")
     parser.add_argument("--rounds", type=int, default=7)
@@ -56,23 +56,20 @@ def main() -> None:
         name, scene = arguments.memory
         print(peak_of(OPTIONS[name], arguments.size, *scene))
         return
+    cells = {name: [name] for name in OPTIONS}
     for scene in SCENES:
-        side, token, batch = scene
-        print(f"\nSize {arguments.size}, {side}^3 patch, token {token}, batch {batch}, mask ratio 0.9, one thread.\n")
-        print("| decoder | ms per step | time | memory (MiB) | memory |")
-        print("|---|---|---|---|---|")
         steps = {name: step_of(options, arguments.size, *scene) for name, options in OPTIONS.items()}
         seconds = time_in_turn(steps, arguments.rounds)
-        peaks = {
-            name: in_fresh_process("--size", arguments.size, "--memory", json.dumps([name, scene])) for name in OPTIONS
-        }
         for name, own in seconds.items():
+            peak = in_fresh_process("--size", arguments.size, "--memory", json.dumps([name, scene]))
             ratio = statistics.median(a / b for a, b in zip(own, seconds["plain"], strict=True))
-            print(
-                f"| {name} | {1000 * statistics.median(own):.0f} | {ratio:.2f} | {peaks[name] / 2**20:.0f} "
-                f"| {peaks[name] / peaks['plain']:.2f} |",
-                flush=True,
-            )
+            cells[name] += [f"{1000 * statistics.median(own):.0f}", f"{ratio:.2f}", f"{peak / 2**20:.0f}"]
+    scenes = [f"{side}^3, token {token}, batch {batch}" for side, token, batch in SCENES]
+    print(f"Size {arguments.size}, mask ratio 0.9, one thread.\n")
+    print(f"| decoder | {' | '.join(f'{scene}: ms per step | time | memory (MiB)' for scene in scenes)} |")
+    print("|---" * (1 + 3 * len(scenes)) + "|")
+    for row in cells.values():
+        print(f"| {' | '.join(row)} |")
 
 
 def step_of(options: Mapping[str, Any], size: str, side: int, token: int, batch: int) -> Callable[[], None]:
