@@ -17,7 +17,7 @@ import torch
 
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.mae import reconstruction_loss
-from nnunet_vit_mae.presets import Network
+from nnunet_vit_mae.presets import Network, Pretraining
 
 # contrasts per study: eight sessions of multiple sclerosis (data set 506), and AMAE's seven, each one present by chance
 MIXTURES = {"506": [4, 4, 4, 2, 3, 3, 2, 2], "1 to 7, alike": list(range(1, 8))}
@@ -49,7 +49,7 @@ def compare(mixture: list[int], arguments: argparse.Namespace) -> tuple[float, f
 
     contrasts = max(mixture)
     network = Network(size=arguments.size, token=(arguments.token,) * 3, decoder="unetr", adaptive=True)
-    model = build_autoencoder(network, contrasts, mask_ratio=0.7)
+    model = build_autoencoder(network, contrasts, Pretraining(mask_ratio=0.7))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     tokens = contrasts * (arguments.side // arguments.token) ** 3
 

@@ -20,7 +20,7 @@ from measuring import MEBIBYTE, exponent, peak_memory, printed_apart, taken_in_t
 
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.mae import reconstruction_loss
-from nnunet_vit_mae.presets import Network
+from nnunet_vit_mae.presets import Network, Pretraining
 from nnunet_vit_mae.pretraining.crops import RandomCrops
 
 # z y x in tokens: 64, 512, 4,096 and 32,768 of them, and twice as many between
@@ -114,7 +114,7 @@ def step_of_contrasts(size: str, row: int) -> Callable[[], None]:
 
 def step_of(network: Network, volume: torch.Tensor, tokens: int, *, ratio: float) -> Callable[[], None]:
     """Forward, loss, backward and AdamW, ready to be repeated."""
-    model = build_autoencoder(network, volume.shape[1], mask_ratio=ratio)
+    model = build_autoencoder(network, volume.shape[1], Pretraining(mask_ratio=ratio))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step() -> None:

@@ -79,7 +79,7 @@ def run(case: Case) -> Sizes:
             model = build_segmenter(network, 1, 2, drop_path=0.1)
             target = torch.zeros(case.batch, *case.patch, dtype=torch.long)
         else:
-            model = build_autoencoder(network, 1, mask_ratio=protocol.mask_ratio)
+            model = build_autoencoder(network, 1, protocol)
             target = torch.rand(case.batch, math.prod(token_grid(case.patch, case.token)))
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.mae import normalised, reconstruction_loss
 from nnunet_vit_mae.networks.tokenizer import patchify
-from nnunet_vit_mae.presets import SIZES, Network
+from nnunet_vit_mae.presets import SIZES, Network, Pretraining
 
 RATIO = 0.9
 NAMES = ("ours", "MONAI")
@@ -99,7 +99,7 @@ def step_of(name: str, case: Case, size: str, device: torch.device) -> Callable[
 
 def our_model(case: Case, size: str) -> nn.Module:
     """As `mae3d_pretrain` builds it."""
-    return build_autoencoder(Network(size=size, token=(case.token,) * 3), 1, mask_ratio=RATIO)
+    return build_autoencoder(Network(size=size, token=(case.token,) * 3), 1, Pretraining(mask_ratio=RATIO))
 
 
 def our_loss(model: nn.Module, volume: Tensor, case: Case) -> Tensor:

@@ -42,6 +42,11 @@ DECODERS = {
     "mae": "the pre-training decoder with new weights; best with small tokens (ViTiac, figure 5)",
 }
 
+PRETRAINING_DECODERS = {
+    "self": "visible and hidden tokens attend to one another (MAE)",
+    "cross": "hidden tokens attend to visible ones alone (CrossMAE)",
+}
+
 UPSAMPLINGS = {
     "nearest": "nearest-neighbour interpolation and a 3x3x3 convolution; leaves hardly any checkerboard (ViTiac, 2.4)",
     "transposed": "transposed convolutions",
@@ -138,6 +143,10 @@ class Pretraining:
     epochs: int = 800  # passes over the cases
     batch_size: int = 16
     mask_ratio: float = 0.9
+    decoder: str = "self"
+    decoder_heads: int = 0  # 0: those of the size; fewer and wider ones take less time
+    rebuilt_share: float = 1.0  # of the hidden tokens, drawn at random; the others never enter the decoder
+    skip_flat: bool = False  # tokens without content (air, zeros) are neither seen nor hidden
     base_lr: float = 4.8e-3  # per 256 samples: lr = base_lr * batch_size / 256, so 3e-4 at batch 16
     weight_decay: float = 0.05
     warmup: float = 0.05  # share of the schedule: 40 of 800 epochs
@@ -147,6 +156,11 @@ class Pretraining:
     def __post_init__(self) -> None:
         _require_positive(self, "pretraining", "epochs", "batch_size", "base_lr", "gradient_clip")
         _require(0 < self.mask_ratio < 1, "pretraining.mask_ratio", self.mask_ratio, "between 0 and 1, both excluded")
+        expected = f"one of {', '.join(PRETRAINING_DECODERS)}"
+        _require(self.decoder in PRETRAINING_DECODERS, "pretraining.decoder", self.decoder, expected)
+        _require(self.decoder_heads >= 0, "pretraining.decoder_heads", self.decoder_heads, "0 or more")
+        share = self.rebuilt_share
+        _require(0 < share <= 1, "pretraining.rebuilt_share", share, "a share above 0 and at most 1")
         _require(0 <= self.warmup < 1, "pretraining.warmup", self.warmup, "a share from 0 up to, but not, 1")
         _require(self.weight_decay >= 0, "pretraining.weight_decay", self.weight_decay, "0 or more")
 
@@ -215,6 +229,11 @@ class Settings:
     encoder: EncoderFile = field(default_factory=EncoderFile)
     pretraining: Pretraining = field(default_factory=Pretraining)
     finetuning: Finetuning = field(default_factory=Finetuning)
+
+    def __post_init__(self) -> None:
+        width, heads = SIZES[self.network.size].decoder_width, self.pretraining.decoder_heads
+        expected = f"0 or a divisor of {width}, the width of the decoder of size {self.network.size}"
+        _require(heads == 0 or width % heads == 0, "pretraining.decoder_heads", heads, expected)
 
     @classmethod
     def from_dict(cls, block: Mapping[str, Any]) -> Settings:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -45,8 +46,7 @@ class Card:
     epochs: int
     steps: int
     loss: float
-    mask_ratio: float
-    norm_pix: bool
+    pretraining: dict[str, Any]  # the protocol, as in the plans
     seed: int
     data_licence: str
     packages: dict[str, str]

@@ -26,7 +26,7 @@ from nnunet_vit_mae.networks.memory import finetuning_memory
 from nnunet_vit_mae.networks.positions import sine_cosine_positions
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.networks.tokenizer import Triple, padded, patchify
-from nnunet_vit_mae.presets import DECODERS, MODALITY_VECTORS, Network
+from nnunet_vit_mae.presets import DECODERS, MODALITY_VECTORS, Network, Pretraining
 
 CPU = torch.device("cpu")
 TOKEN, SIDES, GRID = (2, 4, 8), (7, 5, 17), (4, 2, 3)
@@ -387,7 +387,7 @@ def test_a_segmenter_trains_in_distributed_processes_whatever_contrasts_a_batch_
 @both_kinds
 def test_a_pretrained_encoder_fits_the_segmenter(kind):
     network = Network(size="XS", token=TOKEN, adaptive=True, modality_vectors=kind)
-    pretrained = build_autoencoder(network, 3, mask_ratio=0.5).encoder.state_dict()
+    pretrained = build_autoencoder(network, 3, Pretraining(mask_ratio=0.5)).encoder.state_dict()
     segmenter(kind).encoder.load_state_dict(pretrained, strict=True)
 
 

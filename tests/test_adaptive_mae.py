@@ -58,7 +58,7 @@ def autoencoder(
     """With other weights than at first, when modality vectors do not matter yet."""
     torch.manual_seed(seed)
     network = Network(size="XS", token=TOKEN, adaptive=True, modality_vectors=kind)
-    built = build_autoencoder(network, channels, mask_ratio=mask_ratio)
+    built = build_autoencoder(network, channels, Pretraining(mask_ratio=mask_ratio))
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -339,7 +339,7 @@ def test_an_autoencoder_stores_nothing_but_its_parameters(kind):
 def test_a_batch_of_studies_with_different_contrasts_can_be_overfitted(kind, norm_pix):
     torch.manual_seed(0)
     new = Network(size="XS", token=TOKEN, adaptive=True, modality_vectors=kind)
-    network, volume, noise = build_autoencoder(new, C, mask_ratio=0.6), studies_with(MIXED), noise_for(4)
+    network, volume, noise = build_autoencoder(new, C, Pretraining(mask_ratio=0.6)), studies_with(MIXED), noise_for(4)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     losses = []
     for _ in range(100):

@@ -17,7 +17,7 @@ from nnunet_vit_mae.networks.encoder import Encoded
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.networks.tokenizer import Triple, padded
 from nnunet_vit_mae.networks.upsampling import as_map, doublings, narrowest_width, stage_widths, upsampling
-from nnunet_vit_mae.presets import DECODERS, SIZES, TOKEN_SIDES, UPSAMPLINGS, Network
+from nnunet_vit_mae.presets import DECODERS, SIZES, TOKEN_SIDES, UPSAMPLINGS, Network, Pretraining
 
 TOKEN, SIDES = (2, 4, 8), (7, 5, 17)
 VOLUMES = {  # for each token three unequal sides that it does not divide; unequal numbers of tokens but for the largest
@@ -331,7 +331,7 @@ def test_logits_are_float32_in_whatever_precision_the_network_works(decoder):
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_a_pretrained_encoder_fits_the_segmenter(decoder):
     network = Network(size="XS", token=TOKEN, decoder=decoder)
-    pretrained = build_autoencoder(network, 2, mask_ratio=0.5).encoder.state_dict()
+    pretrained = build_autoencoder(network, 2, Pretraining(mask_ratio=0.5)).encoder.state_dict()
     segmenter(decoder).encoder.load_state_dict(pretrained, strict=True)
 
 

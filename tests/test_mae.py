@@ -13,10 +13,10 @@ from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.decoders.mae import TokenDecoder
 from nnunet_vit_mae.networks.encoder import Encoder
 from nnunet_vit_mae.networks.mae import MaskedAutoencoder, Reconstruction, normalised, reconstruction_loss
-from nnunet_vit_mae.networks.masking import split_tokens, take
+from nnunet_vit_mae.networks.masking import Masking, split_tokens, take
 from nnunet_vit_mae.networks.tokenizer import Tokenizer, patchify, unpatchify, voxels_inside
 from nnunet_vit_mae.networks.transformer import Transformer
-from nnunet_vit_mae.presets import Network
+from nnunet_vit_mae.presets import Network, Pretraining
 
 B, C = 2, 3
 TOKEN = (2, 4, 8)
@@ -48,7 +48,7 @@ def autoencoder(channels: int = C, mask_ratio: float = 0.6) -> MaskedAutoencoder
     torch.manual_seed(0)
     encoder = Encoder(Tokenizer(channels, TOKEN, 30), Transformer(30, 2, 3), token=TOKEN, width=30)
     decoder = TokenDecoder(30, Transformer(20, 1, 2), width=20, outputs=channels * VOXELS)
-    return MaskedAutoencoder(encoder, decoder, mask_ratio=mask_ratio)
+    return MaskedAutoencoder(encoder, decoder, Masking(mask_ratio=mask_ratio))
 
 
 def token_of(z: int, y: int, x: int) -> int:
@@ -318,6 +318,6 @@ def test_a_batch_can_be_overfitted(norm_pix):
 
 @pytest.mark.parametrize("noise", [10, 30])
 def test_noise_for_another_grid_is_refused(noise):
-    network = build_autoencoder(Network(size="XS", token=(2, 4, 8)), 2, mask_ratio=0.5)
+    network = build_autoencoder(Network(size="XS", token=(2, 4, 8)), 2, Pretraining(mask_ratio=0.5))
     with pytest.raises(ValueError, match="27 tokens"):
         network(torch.rand(2, 2, 5, 9, 19), torch.rand(2, noise))

@@ -16,7 +16,7 @@ from nnunet_vit_mae.networks.masking import count_visible, split_tokens, take
 from nnunet_vit_mae.networks.positions import sine_cosine_positions
 from nnunet_vit_mae.networks.tokenizer import Tokenizer, grid_of, padded, patchify, unpatchify, voxels_inside
 from nnunet_vit_mae.networks.transformer import Attention, Block, Transformer
-from nnunet_vit_mae.presets import Network
+from nnunet_vit_mae.presets import Network, Pretraining
 
 CPU = torch.device("cpu")
 
@@ -167,7 +167,7 @@ def test_a_training_step_leaves_the_cached_positions_as_they_were():
 
 
 def test_an_autoencoder_stores_nothing_but_its_parameters():
-    network = build_autoencoder(Network(size="XS", token=(2, 4, 8)), 2, mask_ratio=0.5)
+    network = build_autoencoder(Network(size="XS", token=(2, 4, 8)), 2, Pretraining(mask_ratio=0.5))
     assert set(network.state_dict()) == {name for name, _ in network.named_parameters()}
     assert not any("position" in name for name in network.state_dict())
 
@@ -226,17 +226,18 @@ def test_take_equals_a_loop(b, n, k, rest):
 # ---------- transformer
 
 
-def literal_attention(attention: Attention, tokens: np.ndarray, heads: int) -> np.ndarray:
-    """One sample (n d), head by head and query by query."""
+def literal_attention(attention: Attention, tokens: np.ndarray, context: np.ndarray, heads: int) -> np.ndarray:
+    """One sample (n d) and its context (k d), head by head and query by query."""
     n, width = tokens.shape
     head = width // heads
-    qkv = tokens @ attention.qkv.weight.detach().numpy().T + attention.qkv.bias.detach().numpy()
+    weight, bias = attention.qkv.weight.detach().numpy(), attention.qkv.bias.detach().numpy()
+    queries, qkv = tokens @ weight.T + bias, context @ weight.T + bias
     mixed = np.zeros((n, width))
     for h in range(heads):
         part = slice(h * head, (h + 1) * head)
-        q, k, v = qkv[:, :width][:, part], qkv[:, width : 2 * width][:, part], qkv[:, 2 * width :][:, part]
+        q, k, v = queries[:, :width][:, part], qkv[:, width : 2 * width][:, part], qkv[:, 2 * width :][:, part]
         for i in range(n):
-            weights = np.exp([q[i] @ k[j] / math.sqrt(head) for j in range(n)])
+            weights = np.exp([q[i] @ k[j] / math.sqrt(head) for j in range(len(context))])
             mixed[i, part] = (weights / weights.sum()) @ v
     return mixed @ attention.out.weight.detach().numpy().T + attention.out.bias.detach().numpy()
 
@@ -245,9 +246,11 @@ def literal_attention(attention: Attention, tokens: np.ndarray, heads: int) -> n
 def test_attention_equals_a_literal_softmax(width, heads):
     torch.manual_seed(0)
     attention = Attention(width, heads).double()
-    batch = torch.randn(2, 7, width, dtype=torch.float64)
-    expected = np.stack([literal_attention(attention, sample.numpy(), heads) for sample in batch])
-    np.testing.assert_allclose(attention(batch).detach().numpy(), expected, rtol=0, atol=1e-12)
+    batch, other = (torch.randn(2, n, width, dtype=torch.float64) for n in (7, 4))
+    for context, parts in ((batch, (batch,)), (other, (batch, other))):
+        pairs = zip(batch.numpy(), context.numpy(), strict=True)
+        expected = np.stack([literal_attention(attention, *pair, heads) for pair in pairs])
+        np.testing.assert_allclose(attention(*parts).detach().numpy(), expected, rtol=0, atol=1e-12)
 
 
 def test_a_width_that_the_heads_do_not_divide_is_refused():
@@ -309,6 +312,16 @@ def test_hidden_states_are_what_the_tapped_blocks_gave_counted_from_one(taps):
     assert torch.equal(output, transformer.norm(last))
     assert torch.equal(output, transformer(batch))
     assert all(torch.equal(state, states[number - 1]) for number, state in zip(taps, hidden, strict=True))
+
+
+def test_a_transformer_with_a_context_mixes_no_tokens():
+    torch.manual_seed(0)
+    transformer = Transformer(12, 3, 2).double()
+    batch, context = (torch.randn(2, n, 12, dtype=torch.float64) for n in (5, 7))
+    together = transformer(batch, context)
+    alone = torch.cat([transformer(batch[:, i : i + 1], context) for i in range(5)], dim=1)
+    assert torch.allclose(together, alone, rtol=0, atol=1e-12)
+    assert not torch.allclose(together, transformer(batch, context.flip(0)), rtol=0, atol=1e-3)
 
 
 # ---------- encoder

@@ -12,7 +12,7 @@ from torch import nn
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
 from nnunet_vit_mae.nnunet.trainers import WarmupCosine
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
-from nnunet_vit_mae.presets import DECODERS, SIZES, Network
+from nnunet_vit_mae.presets import DECODERS, SIZES, Network, Pretraining
 
 DEPTH = SIZES["XS"].depth
 DECAY = 0.7
@@ -146,7 +146,7 @@ def test_the_first_group_is_the_head_in_whatever_order_the_parameters_come(layer
 
 
 def test_without_layer_decay_all_learn_at_one_rate_in_two_groups():
-    network = build_autoencoder(Network(size="XS", token=(2, 4, 8)), 2, mask_ratio=0.5)
+    network = build_autoencoder(Network(size="XS", token=(2, 4, 8)), 2, Pretraining(mask_ratio=0.5))
     groups = parameter_groups(network.named_parameters(), weight_decay=0.05)
     assert {group["lr_scale"] for group in groups} == {1.0}
     assert {group["weight_decay"] for group in groups} == {0.0, 0.05}
@@ -154,7 +154,7 @@ def test_without_layer_decay_all_learn_at_one_rate_in_two_groups():
 
 
 def test_the_mask_token_has_no_weight_decay():
-    network = build_autoencoder(Network(size="XS", token=(2, 4, 8)), 2, mask_ratio=0.5)
+    network = build_autoencoder(Network(size="XS", token=(2, 4, 8)), 2, Pretraining(mask_ratio=0.5))
     groups = parameter_groups(network.named_parameters(), weight_decay=0.05)
     assert group_of(groups, network.mask_token)["weight_decay"] == 0
 

@@ -20,7 +20,7 @@ from nnunet_vit_mae.nnunet.planner import choose_settings
 from nnunet_vit_mae.nnunet.plans import load_plan
 from nnunet_vit_mae.nnunet.trainers import _unchanged
 from nnunet_vit_mae.planning import token_grid
-from nnunet_vit_mae.presets import EncoderFile, Network
+from nnunet_vit_mae.presets import EncoderFile, Network, Pretraining
 from nnunet_vit_mae.weights import save_encoder
 
 pytestmark = pytest.mark.slow
@@ -91,7 +91,7 @@ def encoder_of(tmp_path):
         card = make_card(**(HERE | changes))
         torch.manual_seed(0)
         chosen = Network(size=card.size, token=tuple(card.token), adaptive=card.adaptive)
-        network = build_autoencoder(chosen, len(card.channel_names), mask_ratio=0.9)
+        network = build_autoencoder(chosen, len(card.channel_names), Pretraining(mask_ratio=0.9))
         save_encoder(network.encoder, card, tmp_path / "elsewhere" / "encoder.safetensors")
         return tmp_path / "elsewhere" / "encoder.safetensors"
 
@@ -346,7 +346,10 @@ def test_an_encoder_for_intensities_in_another_range_is_refused(not_planned, enc
         (lambda file: file.write_bytes(b""), "damaged"),
         (lambda file: file.write_bytes(file.read_bytes()[:-1]), "damaged"),
         (lambda file: file.write_bytes((2).to_bytes(8, "little") + b"{}"), "no card"),
-        (lambda file: file.write_bytes(file.read_bytes().replace(b"norm_pix", b"norm_pox")), "norm_pix, norm_pox"),
+        (
+            lambda file: file.write_bytes(file.read_bytes().replace(b"data_licence", b"data_license")),
+            "data_licence, data_license",
+        ),
     ],
 )
 def test_a_file_that_is_no_encoder_is_refused_by_name(not_planned, encoder_of, spoil, reason):

@@ -13,6 +13,7 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.presets import (
     DECODERS,
+    PRETRAINING_DECODERS,
     SIZES,
     TOKEN_SIDES,
     UPSAMPLINGS,
@@ -45,6 +46,10 @@ pretrainings = st.builds(
     epochs=counts,
     batch_size=counts,
     mask_ratio=st.floats(0, 1, exclude_min=True, exclude_max=True),
+    decoder=st.sampled_from(sorted(PRETRAINING_DECODERS)),
+    decoder_heads=st.sampled_from([0, 1, 2, 4, 8]),  # divisors of the widths of all sizes
+    rebuilt_share=st.floats(0, 1, exclude_min=True),
+    skip_flat=st.booleans(),
     base_lr=positive,
     weight_decay=st.floats(0, 10),
     warmup=shares,
@@ -138,9 +143,16 @@ def test_a_number_of_another_type_is_refused_by_name(section, key, value):
     assert refused(section, key, value) == f"{section}.{key} is {value!r}, but it must be of type float."
 
 
+@pytest.mark.parametrize("key", ["norm_pix", "skip_flat"])
 @pytest.mark.parametrize("value", [1, 0, "true", None])
-def test_a_switch_of_another_type_is_refused_by_name(value):
-    assert refused("pretraining", "norm_pix", value).startswith(f"pretraining.norm_pix is {value!r}, ")
+def test_a_switch_of_another_type_is_refused_by_name(key, value):
+    assert refused("pretraining", key, value).startswith(f"pretraining.{key} is {value!r}, ")
+
+
+def test_decoder_heads_that_do_not_divide_the_width_of_another_size_are_refused():
+    chosen = Settings.from_dict({"network": {"size": "S"}, "pretraining": {"decoder_heads": 3}})
+    with pytest.raises(UserError, match=r"decoder_heads is 3, .* 512, the width of the decoder of size B"):
+        chosen.updated({"network": {"size": "B"}})
 
 
 @pytest.mark.parametrize(
@@ -166,6 +178,11 @@ def test_a_switch_of_another_type_is_refused_by_name(value):
         ("pretraining", "batch_size", -1),
         ("pretraining", "mask_ratio", 0.0),
         ("pretraining", "mask_ratio", 1),
+        ("pretraining", "decoder", "both"),
+        ("pretraining", "decoder_heads", -1),
+        ("pretraining", "decoder_heads", 7),
+        ("pretraining", "rebuilt_share", 0.0),
+        ("pretraining", "rebuilt_share", 1.01),
         ("pretraining", "base_lr", 0.0),
         ("pretraining", "weight_decay", -0.1),
         ("pretraining", "warmup", 1.0),
@@ -287,7 +304,7 @@ def test_the_heads_divide_the_widths(size):
 @pytest.mark.parametrize(("size", "millions"), [("S", 9.94), ("M", 39.29), ("B", 111.33), ("L", 156.23)])
 def test_autoencoders_have_the_papers_numbers_of_parameters(size, millions):
     with torch.device("meta"):
-        network = build_autoencoder(Network(size=size, token=(8, 8, 8)), 1, mask_ratio=0.9)
+        network = build_autoencoder(Network(size=size, token=(8, 8, 8)), 1, Pretraining(mask_ratio=0.9))
     assert round(sum(p.numel() for p in network.parameters()) / 1e6, 2) == millions
 
 

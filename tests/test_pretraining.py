@@ -22,6 +22,7 @@ from nnunet_vit_mae.pretraining.pictures import interpolated, rebuild
 CPU = torch.device("cpu")
 PATCH = (8, 12, 10)
 NETWORK = Network(size="XS", token=(4, 4, 4))
+FASTEST = {"decoder": "cross", "decoder_heads": 2, "rebuilt_share": 0.25, "skip_flat": True}
 
 
 def write_volume(file, volume):
@@ -119,10 +120,20 @@ def test_the_loss_falls_and_everything_is_written(make_job, tmp_path):
     assert "cases 5" in log
     assert "18 tokens, 7 of them visible" in log
     assert log.count("epoch ") == 25
+    assert "attend to one another (MAE); in a step it rebuilds 11 of 11 hidden tokens" in log
+    assert "without content" not in log
 
 
-def test_a_run_that_was_killed_goes_on_to_the_digit(make_job, tmp_path, monkeypatch, saving_always):
-    job = make_job(epochs=5)
+def test_the_log_says_what_is_rebuilt_and_left_out(make_job, tmp_path):
+    loop.run(make_job(epochs=1, **FASTEST), tmp_path, device=CPU, resume=False)
+    log = (tmp_path / "log.txt").read_text()
+    assert "attend to visible ones alone (CrossMAE); in a step it rebuilds 3 of 11 hidden tokens" in log
+    assert "tokens without content (standard deviation below 0.001) are left out" in log
+
+
+@pytest.mark.parametrize("options", [{}, FASTEST], ids=["plain", "fastest"])
+def test_a_run_that_was_killed_goes_on_to_the_digit(make_job, tmp_path, monkeypatch, saving_always, options):
+    job = make_job(epochs=5, **options)
     unbroken = loop.run(job, tmp_path / "unbroken", device=CPU, resume=False)
 
     read = RandomCrops.__getitem__
@@ -144,10 +155,11 @@ def test_a_run_that_was_killed_goes_on_to_the_digit(make_job, tmp_path, monkeypa
     assert "going on after epoch 3 of 5" in (tmp_path / "broken" / "log.txt").read_text()
 
 
-def test_resuming_another_job_is_refused(make_job, tmp_path, saving_always):
+@pytest.mark.parametrize("other", [{"epochs": 2}, {"decoder": "cross"}, {"rebuilt_share": 0.5}, {"skip_flat": True}])
+def test_resuming_another_job_is_refused(make_job, tmp_path, saving_always, other):
     loop.run(make_job(epochs=1), tmp_path, device=CPU, resume=False)
     with pytest.raises(UserError, match="other pretraining"):
-        loop.run(make_job(epochs=2), tmp_path, device=CPU, resume=True)
+        loop.run(make_job(**{"epochs": 1} | other), tmp_path, device=CPU, resume=True)
     assert json.loads((tmp_path / "config.json").read_text())["pretraining"]["epochs"] == 1
 
 
@@ -165,7 +177,7 @@ def test_a_loss_that_is_no_number_stops_the_run(make_job, tmp_path, files, savin
 
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_a_picture_shows_nothing_of_what_was_hidden(norm_pix):
-    network = build_autoencoder(NETWORK, 2, mask_ratio=0.6)
+    network = build_autoencoder(NETWORK, 2, Pretraining(mask_ratio=0.6))
     volume, noise = torch.randn(1, 2, *PATCH), torch.rand(1, 18)
     views = rebuild(network, volume, noise, norm_pix=norm_pix)
     assert {view.shape for view in views} == {(2, *PATCH)}

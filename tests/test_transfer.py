@@ -14,7 +14,7 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.adaptive import DynamicTokenizer, ModalityVectors
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.tokenizer import Tokenizer, patchify
-from nnunet_vit_mae.presets import MODALITY_VECTORS, Network
+from nnunet_vit_mae.presets import MODALITY_VECTORS, Network, Pretraining
 from nnunet_vit_mae.transfer import Destination, adapt_encoder
 from nnunet_vit_mae.weights import Card
 
@@ -61,7 +61,7 @@ def embedded(holder: nn.Module, volume: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def tensors() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    return build_autoencoder(Network(size="XS", token=(2, 4, 8)), 2, mask_ratio=0.9).encoder.state_dict()
+    return build_autoencoder(Network(size="XS", token=(2, 4, 8)), 2, Pretraining(mask_ratio=0.9)).encoder.state_dict()
 
 
 # ---------- the same place, or another patch, spacing or normalisation
@@ -272,7 +272,7 @@ def test_tokens_are_the_same_when_the_channels_come_in_another_order(order):
 )
 def test_what_comes_out_loads_strictly_into_an_encoder_for_the_new_channels(tensors, here):
     adapted, _ = adapt_encoder(tensors, make_card(), destination_of(make_card(), channel_names=here))
-    encoder = build_autoencoder(Network(size="XS", token=(2, 4, 8)), len(here), mask_ratio=0.9).encoder
+    encoder = build_autoencoder(Network(size="XS", token=(2, 4, 8)), len(here), Pretraining(mask_ratio=0.9)).encoder
     assert not any(encoder.load_state_dict(adapted, strict=True))
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(tensor, tensors[name]) == (name != TOKENIZER)
@@ -324,17 +324,17 @@ def test_an_adaptive_tokenizer_treats_contrasts_as_it_treats_their_namesakes_and
 @pytest.mark.parametrize("kind", MODALITY_VECTORS)
 def test_an_adaptive_encoder_loads_strictly_for_other_contrasts(kind):
     network = Network(size="XS", token=(2, 4, 8), decoder="unetr", adaptive=True, modality_vectors=kind)
-    source = build_autoencoder(network, 2, mask_ratio=0.9).encoder.state_dict()
+    source = build_autoencoder(network, 2, Pretraining(mask_ratio=0.9)).encoder.state_dict()
     card = make_card(adaptive=True, modality_vectors=kind)
     adapted, _ = adapt_encoder(source, card, destination_of(card, channel_names=["PET", "CT", "MRI"]))
-    encoder = build_autoencoder(network, 3, mask_ratio=0.9).encoder
+    encoder = build_autoencoder(network, 3, Pretraining(mask_ratio=0.9)).encoder
     assert not any(encoder.load_state_dict(adapted, strict=True))
 
 
 @pytest.mark.parametrize(("adaptive", "way"), [(True, "takes one contrast at a time"), (False, "stacks all contrasts")])
 def test_between_adaptive_and_stacking_networks_only_the_tokenizer_stays_behind(adaptive, way):
     network = Network(size="XS", token=(2, 4, 8), adaptive=adaptive, modality_vectors="learned")
-    source = build_autoencoder(network, 2, mask_ratio=0.9).encoder.state_dict()
+    source = build_autoencoder(network, 2, Pretraining(mask_ratio=0.9)).encoder.state_dict()
     card = make_card(adaptive=adaptive, modality_vectors="learned")
     place = destination_of(card, adaptive=not adaptive, modality_vectors="one_hot", channel_names=["T1"])
     adapted, notes = adapt_encoder(source, card, place)

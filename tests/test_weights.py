@@ -16,7 +16,7 @@ from torch import nn
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.build import build_autoencoder
-from nnunet_vit_mae.presets import Network
+from nnunet_vit_mae.presets import Network, Pretraining
 from nnunet_vit_mae.weights import CARD_KEY, Card, file_hash, hashed_name, load_encoder, package_versions, save_encoder
 
 CASES = ["carotid_left_0017", "carotid_right_0042"]
@@ -41,8 +41,7 @@ def make_card(**changes) -> Card:
         epochs=800,
         steps=1600,
         loss=0.123456789,
-        mask_ratio=0.9,
-        norm_pix=True,
+        pretraining={"mask_ratio": 0.9, "decoder": "self", "norm_pix": True},
         seed=7,
         data_licence="CC0 1.0 — “phantoms”",
         packages=package_versions(),
@@ -53,7 +52,7 @@ def make_card(**changes) -> Card:
 @pytest.fixture(scope="module")
 def encoder() -> nn.Module:
     torch.manual_seed(0)
-    return build_autoencoder(Network(size="XS", token=(2, 4, 8)), 2, mask_ratio=0.9).encoder
+    return build_autoencoder(Network(size="XS", token=(2, 4, 8)), 2, Pretraining(mask_ratio=0.9)).encoder
 
 
 @pytest.fixture
@@ -110,7 +109,8 @@ def test_the_card_comes_back(file):
     norm_pix=st.booleans(),
 )
 def test_a_card_survives_json(dataset, loss, seed, names, norm_pix):
-    card = make_card(dataset=dataset, loss=loss, seed=seed, channel_names=names, norm_pix=norm_pix)
+    protocol = {"norm_pix": norm_pix}
+    card = make_card(dataset=dataset, loss=loss, seed=seed, channel_names=names, pretraining=protocol)
     assert Card.from_json(card.to_json()) == card
 
 

@@ -55,8 +55,8 @@ def groups(present: list[list[int]], device: torch.device) -> Iterator[Group]:
 
 
 def series_of(
-    volume: Float[Tensor, "b c z y x"], present: list[list[int]]
-) -> tuple[Float[Tensor, "s 1 z y x"], Int[Tensor, " s"]]:
+    volume: Float[Tensor, "b c *rest"], present: list[list[int]]
+) -> tuple[Float[Tensor, "s 1 *rest"], Int[Tensor, " s"]]:
     """The present contrasts of all studies, one after the other, and which contrast each of them is."""
     studies = [study for study, contrasts in enumerate(present) for _ in contrasts]
     contrasts = torch.tensor([contrast for own in present for contrast in own], device=volume.device)

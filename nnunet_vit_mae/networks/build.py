@@ -15,21 +15,27 @@ from nnunet_vit_mae.networks.decoders.unetr import NARROWEST, UNETRDecoder
 from nnunet_vit_mae.networks.decoders.upscale import UpscaleDecoder
 from nnunet_vit_mae.networks.encoder import Encoder
 from nnunet_vit_mae.networks.mae import MaskedAutoencoder
+from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.networks.tokenizer import Tokenizer
 from nnunet_vit_mae.networks.transformer import Transformer
-from nnunet_vit_mae.presets import SIZES, Network
+from nnunet_vit_mae.presets import SIZES, Network, Pretraining
 
 Autoencoder = MaskedAutoencoder | AdaptiveMaskedAutoencoder
 
 
-def build_autoencoder(network: Network, channels: int, *, mask_ratio: float) -> Autoencoder:
+def build_autoencoder(network: Network, channels: int, protocol: Pretraining) -> Autoencoder:
     """The network of pre-training."""
     encoder = _encoder(network, channels, drop_path=0.0)
+    heads, cross = protocol.decoder_heads, protocol.decoder == "cross"
+    outputs = 1 if network.adaptive else channels
+    decoder = _token_decoder(network, outputs_per_voxel=outputs, heads=heads, cross=cross)
+    masking = Masking(
+        mask_ratio=protocol.mask_ratio, rebuilt_share=protocol.rebuilt_share, skip_flat=protocol.skip_flat
+    )
     if isinstance(encoder, AdaptiveEncoder):
-        decoder = _token_decoder(network, outputs_per_voxel=1)
-        return AdaptiveMaskedAutoencoder(encoder, decoder, contrasts=channels, mask_ratio=mask_ratio)
-    return MaskedAutoencoder(encoder, _token_decoder(network, outputs_per_voxel=channels), mask_ratio=mask_ratio)
+        return AdaptiveMaskedAutoencoder(encoder, decoder, masking, contrasts=channels)
+    return MaskedAutoencoder(encoder, decoder, masking)
 
 
 def build_segmenter(network: Network, channels: int, classes: int, *, drop_path: float) -> Segmenter:
@@ -47,11 +53,11 @@ def _encoder(network: Network, channels: int, *, drop_path: float) -> Encoder | 
     return Encoder(Tokenizer(channels, token, size.width), transformer, token=token, width=size.width)
 
 
-def _token_decoder(network: Network, *, outputs_per_voxel: int) -> TokenDecoder:
+def _token_decoder(network: Network, *, outputs_per_voxel: int, heads: int = 0, cross: bool = False) -> TokenDecoder:
     size = SIZES[network.size]
-    transformer = Transformer(size.decoder_width, size.decoder_depth, size.decoder_heads)
+    transformer = Transformer(size.decoder_width, size.decoder_depth, heads or size.decoder_heads)
     outputs = outputs_per_voxel * math.prod(network.token)
-    return TokenDecoder(size.width, transformer, width=size.decoder_width, outputs=outputs)
+    return TokenDecoder(size.width, transformer, width=size.decoder_width, outputs=outputs, cross=cross)
 
 
 def _unetr(network: Network, channels: int, classes: int) -> nn.Module:

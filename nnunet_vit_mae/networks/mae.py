@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from nnunet_vit_mae.networks.decoders.mae import TokenDecoder
 from nnunet_vit_mae.networks.encoder import Encoder
-from nnunet_vit_mae.networks.masking import split_tokens, take
+from nnunet_vit_mae.networks.masking import Masking, flat_tokens, take
 from nnunet_vit_mae.networks.positions import sine_cosine_positions
-from nnunet_vit_mae.networks.tokenizer import grid_of, patchify, voxels_inside
+from nnunet_vit_mae.networks.tokenizer import grid_of, moments, patchify, voxels_inside
 
 EPSILON = 1e-6  # of the variance in norm-pix, as in the original
 
 
 class Reconstruction(NamedTuple):
-    """What the decoder made of the hidden tokens, and which tokens were visible and hidden."""
+    """Which tokens were visible, which hidden ones were rebuilt, and what the decoder made of these."""
 
     patches: Float[Tensor, "b m c v"]
     visible: Int[Tensor, "b k"]
@@ -31,46 +31,63 @@ class Reconstruction(NamedTuple):
 
 
 class MaskedAutoencoder(nn.Module):
-    """Encode a random share of the tokens and predict the others from them."""
+    """Encode a random share of the tokens and predict others from them."""
 
-    def __init__(self, encoder: Encoder, decoder: TokenDecoder, *, mask_ratio: float):
+    def __init__(self, encoder: Encoder, decoder: TokenDecoder, masking: Masking):
         super().__init__()
-        self.encoder, self.decoder = encoder, decoder
-        self.mask_ratio = mask_ratio
+        self.encoder, self.decoder, self.masking = encoder, decoder, masking
         self.mask_token = nn.Parameter(torch.empty(decoder.width).normal_(std=0.02))
 
     def targets(self, volume: Float[Tensor, "b c z y x"]) -> Float[Tensor, "b c z y x"]:
         """What is to be rebuilt."""
         return volume
 
-    def forward(self, volume: Float[Tensor, "b c z y x"], noise: Float[Tensor, "b n"]) -> Reconstruction:
-        """Hide the tokens with the highest noise and predict their voxels."""
-        grid = grid_of(volume, self.encoder.token)
+    def forward(
+        self, volume: Float[Tensor, "b c z y x"], noise: Float[Tensor, "b n"], *, everything: bool = False
+    ) -> Reconstruction:
+        """Hide the tokens with the highest noise and predict the voxels of those that are to be rebuilt.
+
+        With `everything`, all hidden tokens are rebuilt, as many at a time as in training.
+        """
+        token = self.encoder.token
+        grid = grid_of(volume, token)
         if noise.shape[1] != math.prod(grid):
             raise ValueError(
                 f"expected noise for the {math.prod(grid)} tokens of the grid {grid}, got {noise.shape[1]}"
             )
-        visible, hidden = split_tokens(noise, self.mask_ratio)
-        encoded = self.encoder(patchify(volume, self.encoder.token), grid, visible)
+        visible, hidden = self.masking.split(volume, token, noise)
+        encoded = self.encoder(patchify(volume, token), grid, visible)
 
         # visible tokens first, hidden ones behind them: attention has no order, so nothing is ever put back in place
-        positions = sine_cosine_positions(grid, self.decoder.width, volume.device)[torch.cat([visible, hidden], dim=1)]
-        blanks = self.mask_token.expand(*hidden.shape, -1)
-        predicted = self.decoder(encoded, positions, blanks)
-        return Reconstruction(rearrange(predicted, "b m (c v) -> b m c v", c=volume.shape[1]), visible, hidden)
+        positions = sine_cosine_positions(grid, self.decoder.width, volume.device)
+        rounds = self.masking.rounds(hidden, everything=everything)
+        predicted = [
+            self.decoder(encoded, positions[torch.cat([visible, part], dim=1)], self.mask_token.expand(*part.shape, -1))
+            for part in rounds
+        ]
+        patches = rearrange(torch.cat(predicted, dim=1), "b m (c v) -> b m c v", c=volume.shape[1])
+        return Reconstruction(patches, visible, torch.cat(rounds, dim=1))
 
 
 def reconstruction_loss(
-    volume: Float[Tensor, "b c z y x"], rebuilt: Reconstruction, token: tuple[int, int, int], *, norm_pix: bool
+    volume: Float[Tensor, "b c z y x"],
+    rebuilt: Reconstruction,
+    token: tuple[int, int, int],
+    *,
+    norm_pix: bool,
+    skip_flat: bool = False,
 ) -> Float[Tensor, ""]:
-    """Mean squared error over the hidden tokens' voxels that lie inside the volume.
+    """Mean squared error over the rebuilt tokens' voxels that lie inside the volume.
 
-    With `norm_pix` the target of each token and channel has mean 0 and (unbiased) variance 1 over those voxels.
+    With `norm_pix` the target of each token and channel has mean 0 and (unbiased) variance 1 over those voxels. With
+    `skip_flat` tokens without content, which fill up poor samples, do not count.
     """
     target = take(patchify(volume, token), rebuilt.hidden)
     inside = take(voxels_inside(volume, token).expand(volume.shape[0], -1, -1, -1), rebuilt.hidden)
     if norm_pix:
         target = normalised(target, inside)
+    if skip_flat:
+        inside = inside * take(~flat_tokens(volume, token), rebuilt.hidden)[:, :, None, None]
     error = (rebuilt.patches.float() - target).square() * inside
     return error.sum() / (inside.sum() * volume.shape[1]).clamp(min=1)
 
@@ -85,7 +102,5 @@ def statistics(
     patches: Float[Tensor, "b m c v"], inside: Float[Tensor, "b m 1 v"]
 ) -> tuple[Float[Tensor, "b m c 1"], Float[Tensor, "b m c 1"]]:
     """Mean and (unbiased) standard deviation of each token and channel over its voxels inside the volume."""
-    count = inside.sum(dim=-1, keepdim=True)
-    mean = (patches * inside).sum(dim=-1, keepdim=True) / count
-    variance = ((patches - mean).square() * inside).sum(dim=-1, keepdim=True) / (count - 1).clamp(min=1)
+    mean, variance = moments(patches, inside)
     return mean, (variance + EPSILON).sqrt()

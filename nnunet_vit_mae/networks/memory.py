@@ -55,14 +55,20 @@ def pretraining_memory(
     """Peak bytes of a pre-training step, likewise."""
 
     def prepare() -> tuple[nn.Module, Callable[[], Tensor]]:
-        autoencoder = build_autoencoder(network, channels, mask_ratio=protocol.mask_ratio)
+        autoencoder = build_autoencoder(network, channels, protocol)
         volume = torch.empty(batch, channels, *patch_size)
         tokens = network.series(channels) * math.prod(token_grid(patch_size, network.token))
         noise = torch.empty(batch, tokens)
 
         def loss() -> Tensor:
             rebuilt = autoencoder(volume, noise)
-            return reconstruction_loss(autoencoder.targets(volume), rebuilt, network.token, norm_pix=protocol.norm_pix)
+            return reconstruction_loss(
+                autoencoder.targets(volume),
+                rebuilt,
+                network.token,
+                norm_pix=protocol.norm_pix,
+                skip_flat=protocol.skip_flat,
+            )
 
         return autoencoder, loss
 

@@ -48,6 +48,15 @@ def voxels_inside(volume: Float[Tensor, "b c z y x"], token: Triple) -> Float[Te
     return patchify(torch.ones_like(volume[:1, :1]), token)
 
 
+def moments(
+    patches: Float[Tensor, "b n c v"], inside: Float[Tensor, "#b n 1 v"]
+) -> tuple[Float[Tensor, "b n c 1"], Float[Tensor, "b n c 1"]]:
+    """Mean and (unbiased) variance of each token and channel over its voxels inside the volume."""
+    count = inside.sum(dim=-1, keepdim=True)
+    mean = (patches * inside).sum(dim=-1, keepdim=True) / count
+    return mean, ((patches - mean).square() * inside).sum(dim=-1, keepdim=True) / (count - 1).clamp(min=1)
+
+
 class Tokenizer(nn.Module):
     """Embed tokens by one linear layer. It takes cut patches, so that only the visible ones cost anything."""
 

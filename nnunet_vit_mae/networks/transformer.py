@@ -23,8 +23,13 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.apply(_reset_linear)
 
-    def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        return self.with_hidden(tokens, ())[0]
+    def forward(
+        self, tokens: Float[Tensor, "b n d"], context: Float[Tensor, "b k d"] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        """The tokens attend to one another, or only to the tokens of `context`, which stay as they are."""
+        for block in self.blocks:
+            tokens = block(tokens, context)
+        return self.norm(tokens)
 
     def with_hidden(
         self, tokens: Float[Tensor, "b n d"], taps: Sequence[int]
@@ -49,8 +54,10 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, MLP_RATIO * width), nn.GELU(), nn.Linear(MLP_RATIO * width, width))
         self.drop_path = drop_path
 
-    def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        tokens = tokens + self._maybe_dropped(self.attention(self.attention_norm(tokens)))
+    def forward(
+        self, tokens: Float[Tensor, "b n d"], context: Float[Tensor, "b k d"] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        tokens = tokens + self._maybe_dropped(self.attention(self.attention_norm(tokens), context))
         return tokens + self._maybe_dropped(self.mlp(self.mlp_norm(tokens)))
 
     def _maybe_dropped(self, branch: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
@@ -62,7 +69,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, never with a stored score matrix."""
+    """Multi-head attention of tokens to themselves or to a context, never with a stored score matrix."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -73,12 +80,22 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        qkv = rearrange(self.qkv(tokens), "b n (three h w) -> three b h n w", three=3, h=self.heads)
-        # zeros add nothing to a scalar product and give zeros in the values: the same result, on a faster kernel
-        query, key, value = functional.pad(qkv, (0, -self.head_width % KERNEL_WIDTH))
+    def forward(
+        self, tokens: Float[Tensor, "b n d"], context: Float[Tensor, "b k d"] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        if context is None:
+            query, key, value = self._heads(self.qkv(tokens))
+        else:
+            width = tokens.shape[2]
+            (query,) = self._heads(functional.linear(tokens, self.qkv.weight[:width], self.qkv.bias[:width]))
+            key, value = self._heads(functional.linear(context, self.qkv.weight[width:], self.qkv.bias[width:]))
         mixed = functional.scaled_dot_product_attention(query, key, value, scale=self.head_width**-0.5)
         return self.out(rearrange(mixed[..., : self.head_width], "b h n w -> b n (h w)"))
+
+    def _heads(self, projected: Float[Tensor, "b n parts_d"]) -> Float[Tensor, "parts b h n padded"]:
+        heads = rearrange(projected, "b n (parts h w) -> parts b h n w", h=self.heads, w=self.head_width)
+        # zeros add nothing to a scalar product and give zeros in the values: the same result, on a faster kernel
+        return functional.pad(heads, (0, -self.head_width % KERNEL_WIDTH))
 
 
 def _reset_linear(module: nn.Module) -> None:

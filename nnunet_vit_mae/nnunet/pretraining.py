@@ -14,7 +14,7 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.nnunet.cases import Case, pretraining_cases
 from nnunet_vit_mae.nnunet.folders import encoder_file
 from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade, settings_for
-from nnunet_vit_mae.presets import Pretraining
+from nnunet_vit_mae.presets import Pretraining, to_json_types
 from nnunet_vit_mae.pretraining.run import STATE, Job, Result, run
 from nnunet_vit_mae.weights import Card, hashed_name, package_versions, save_encoder
 
@@ -91,8 +91,7 @@ def _card(plan: Plan, fold: str, job: Job, cases: list[Case], result: Result) ->
         epochs=job.protocol.epochs,
         steps=job.steps,
         loss=result.losses[-1],
-        mask_ratio=job.protocol.mask_ratio,
-        norm_pix=job.protocol.norm_pix,
+        pretraining=to_json_types(job.protocol),
         seed=job.seed,
         data_licence=plan.dataset_json.get("licence", plan.dataset_json.get("license", "not stated in dataset.json")),
         packages=package_versions(),

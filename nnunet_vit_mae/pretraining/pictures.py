@@ -21,7 +21,11 @@ FALLBACK = 1e-3  # weight of the mean over all visible tokens, where no visible 
 
 
 class Views(NamedTuple):
-    """Three views of one crop, each (c z y x); hidden voxels of `masked` are NaN."""
+    """Three views of one crop, each (c z y x).
+
+    What the encoder does not see is NaN in `masked`. What nobody predicts, which are tokens without content where the
+    protocol leaves them out, is NaN in `rebuilt` too.
+    """
 
     original: np.ndarray
     masked: np.ndarray
@@ -32,7 +36,10 @@ class Views(NamedTuple):
 def rebuild(
     network: Autoencoder, volume: Float[Tensor, "1 c z y x"], noise: Float[Tensor, "1 n"], *, norm_pix: bool
 ) -> Views:
-    """Mask a crop and rebuild it; visible tokens are shown as they are. An adaptive network shows present contrasts.
+    """Mask a crop and rebuild all that is hidden; visible tokens are shown as they are.
+
+    An adaptive network shows the present contrasts. Where a step of training rebuilds a share of the hidden tokens, as
+    many at a time are rebuilt here, one share after the other, so that each is predicted as in training.
 
     With norm-pix the network predicts hidden tokens without their brightness and contrast. These two are interpolated
     from the visible tokens around, never taken from the hidden ones: the picture leaks nothing of what was hidden.
@@ -41,7 +48,7 @@ def rebuild(
     targets = network.targets(volume)
     grid, patches = grid_of(targets, token), patchify(targets, token)
     with autocast(volume.device):
-        predicted, visible, hidden = network(volume, noise)
+        predicted, visible, hidden = network(volume, noise, everything=True)
     predicted = predicted.float()
     if norm_pix:
         inside = voxels_inside(targets, token).expand(len(patches), -1, -1, -1)
@@ -49,9 +56,9 @@ def rebuild(
         predicted = predicted * take(interpolated(deviation, visible, grid), hidden)
         predicted = predicted + take(interpolated(mean, visible, grid), hidden)
 
-    masked, rebuilt = patches.clone(), patches.clone()
-    every = torch.arange(len(patches))[:, None]
-    masked[every, hidden] = torch.nan
+    masked, every = torch.full_like(patches, torch.nan), torch.arange(len(patches))[:, None]
+    masked[every, visible] = take(patches, visible)
+    rebuilt = masked.clone()
     rebuilt[every, hidden] = predicted
     z, y, x = volume.shape[2:]
     views = (unpatchify(view, grid, token)[..., :z, :y, :x].flatten(0, 1) for view in (patches, masked, rebuilt))

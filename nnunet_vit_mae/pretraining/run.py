@@ -27,12 +27,12 @@ from nnunet_vit_mae.files import read_json, replacing, write_json
 from nnunet_vit_mae.networks.adaptive import present_contrasts
 from nnunet_vit_mae.networks.build import Autoencoder, build_autoencoder
 from nnunet_vit_mae.networks.mae import reconstruction_loss
-from nnunet_vit_mae.networks.masking import count_visible
+from nnunet_vit_mae.networks.masking import FLAT, count_rebuilt, count_visible
 from nnunet_vit_mae.networks.precision import autocast
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
 from nnunet_vit_mae.planning import token_grid
 from nnunet_vit_mae.plots import plot_contrasts, plot_progress, plot_views
-from nnunet_vit_mae.presets import Network, Pretraining, to_json_types
+from nnunet_vit_mae.presets import PRETRAINING_DECODERS, Network, Pretraining, to_json_types
 from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, RandomCrops
 from nnunet_vit_mae.pretraining.pictures import rebuild
 
@@ -100,7 +100,7 @@ def run(job: Job, output: Path, *, device: torch.device, resume: bool) -> Result
     when the loss is no longer a number (the last good state is kept).
     """
     torch.manual_seed(job.seed)
-    network = build_autoencoder(job.network, len(job.channel_names), mask_ratio=job.protocol.mask_ratio).to(device)
+    network = build_autoencoder(job.network, len(job.channel_names), job.protocol).to(device)
     groups = parameter_groups(network.named_parameters(), weight_decay=job.protocol.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
     losses: list[float] = []
@@ -159,13 +159,14 @@ def _train(
 
 
 def _step(job: Job, network: Autoencoder, optimizer: torch.optim.Optimizer, volume: Tensor, noise: Tensor) -> Tensor:
-    """One step on a batch; the loss stays on the device, so that a GPU is not waited for."""
+    """One step on a batch; the loss stays on the device, so that a GPU is not waited for (but to count flat tokens)."""
+    token, protocol = job.network.token, job.protocol
     with autocast(volume.device):
-        rebuilt = network(volume, noise)
-        loss = reconstruction_loss(network.targets(volume), rebuilt, job.network.token, norm_pix=job.protocol.norm_pix)
+        rebuilt, targets = network(volume, noise), network.targets(volume)
+        loss = reconstruction_loss(targets, rebuilt, token, norm_pix=protocol.norm_pix, skip_flat=protocol.skip_flat)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    nn.utils.clip_grad_norm_(network.parameters(), job.protocol.gradient_clip)
+    nn.utils.clip_grad_norm_(network.parameters(), protocol.gradient_clip)
     optimizer.step()
     return loss.detach()
 
@@ -222,12 +223,22 @@ def _announce(job: Job, network: nn.Module, device: torch.device, *, done: int) 
         "cases %d, channels %s, crops of %s voxels (z y x)", len(job.files), list(job.channel_names), job.patch_size
     )
     series = job.network.series(len(job.channel_names))
-    visible = series * count_visible(job.tokens // series, protocol.mask_ratio)
+    each = job.tokens // series
+    visible = count_visible(each, protocol.mask_ratio)
+    hidden = each - visible
     logger.info(
         "size %s (%.1f M parameters), token %s: %s%d tokens, %d of them visible (mask ratio %s)",
         job.network.size, millions, job.network.token, "with all contrasts " if job.network.adaptive else "",
-        job.tokens, visible, protocol.mask_ratio,
+        job.tokens, series * visible, protocol.mask_ratio,
     )  # fmt: skip
+    logger.info(
+        "decoder: %s; in a step it rebuilds %d of %d hidden tokens", PRETRAINING_DECODERS[protocol.decoder],
+        series * count_rebuilt(hidden, protocol.rebuilt_share), series * hidden,
+    )  # fmt: skip
+    if protocol.skip_flat:
+        logger.info(
+            "tokens without content (standard deviation below %s) are left out, so these numbers are the largest", FLAT
+        )
     logger.info(
         "%d epochs of %d steps, batch %d, learning rate %.2e (base rate %.2e x batch / 256), on %s",
         protocol.epochs, job.steps_per_epoch, protocol.batch_size, protocol.lr, protocol.base_lr, device,
@@ -250,6 +261,8 @@ def _draw(job: Job, output: Path, network: Autoencoder, losses: list[float], vol
     title = f"epoch {len(losses)}, loss {losses[-1]:.4f}"
     if job.protocol.norm_pix:
         title += "\nhidden tokens: predicted pattern, brightness and contrast interpolated from visible tokens"
+    if job.protocol.skip_flat:
+        title += "\nblank in the rebuilt image: tokens without content, left out"
     shown = present_contrasts(volume)[0] if job.network.adaptive else range(len(job.channel_names))
     names = [job.channel_names[channel] for channel in shown]
     file = output / "reconstructions" / f"epoch_{len(losses):04d}.png"

@@ -14,11 +14,15 @@ from nnunet_vit_mae.networks.transformer import Transformer
 
 
 class TokenDecoder(nn.Module):
-    """Encoded tokens (and blanks for those that were hidden) to one vector per token."""
+    """Encoded tokens (and blanks for those that were hidden) to one vector per token.
 
-    def __init__(self, in_width: int, transformer: Transformer, *, width: int, outputs: int):
+    All tokens attend to one another, as in the original; with `cross`, blanks attend to the encoded tokens alone
+    (CrossMAE, Fu et al. 2024, https://arxiv.org/abs/2401.14391), so that each is predicted whatever the others are.
+    """
+
+    def __init__(self, in_width: int, transformer: Transformer, *, width: int, outputs: int, cross: bool = False):
         super().__init__()
-        self.width = width
+        self.width, self.cross = width, cross
         self.embed = nn.Linear(in_width, width)
         self.transformer = transformer
         self.head = nn.Linear(width, outputs)
@@ -33,6 +37,9 @@ class TokenDecoder(nn.Module):
         tokens = self.embed(encoded)
         if blanks is None:
             return self.head(self.transformer(tokens + positions))
+        if self.cross:
+            of_tokens, of_blanks = positions.split([tokens.shape[1], blanks.shape[1]], dim=1)
+            return self.head(self.transformer(blanks + of_blanks, tokens + of_tokens))
         tokens = torch.cat([tokens, blanks.to(tokens.dtype)], dim=1) + positions
         return self.head(self.transformer(tokens)[:, encoded.shape[1] :])
 

@@ -1,0 +1,177 @@
+"""What the options of the pre-training decoder cost in quality: Dice after fine-tuning on few labels, paired by seed.
+
+For each seed (fold: the seed modulo 5) and option an encoder is pre-trained on the fold's training cases and the
+unlabelled pool, for the same number of passes over the cases and again for the time that the first option took.
+Each is fine-tuned on the same few labelled cases with the same crops, and tested on the fold's validation cases, which
+nothing has seen. Dice is the mean over cases of the mean over classes. Fine-tuning has flips and no other augmentation.
+
+    python benchmarks/decoder_quality.py -d 504 -p PLANS --epochs 200 --seeds 5 -o FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import torch
+from monai.inferers.utils import sliding_window_inference
+from pretraining_decoder import OPTIONS
+from torch import nn
+
+from nnunet_vit_mae.networks.build import build_segmenter
+from nnunet_vit_mae.networks.memory import segmentation_loss
+from nnunet_vit_mae.nnunet.cases import pretraining_cases, split_of
+from nnunet_vit_mae.nnunet.folders import find_dataset
+from nnunet_vit_mae.nnunet.plans import Plan, load_plan
+from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
+from nnunet_vit_mae.presets import SIZES
+from nnunet_vit_mae.pretraining.crops import random_crop
+from nnunet_vit_mae.pretraining.run import Job, run
+
+CANDIDATES = [
+    "plain",
+    "a quarter rebuilt, 4 heads",
+    "cross",
+    "cross, a quarter rebuilt",
+    "cross, a quarter rebuilt, flat tokens left out",
+]
+TRIES = 10  # for a crop with foreground
+
+
+def main() -> None:
+    """Print the table; a line for each run comes before it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-d", dest="dataset", required=True)
+    parser.add_argument("-c", dest="configuration", default="3d_fullres")
+    parser.add_argument("-p", dest="plans", default="nnUNetPlans")
+    parser.add_argument("-o", dest="output", type=Path, required=True, help="for what pre-training writes")
+    parser.add_argument("--epochs", type=int, default=200, help="of pre-training in the same steps")
+    parser.add_argument("--steps", type=int, default=1000, help="of fine-tuning")
+    parser.add_argument("--labelled", type=int, default=10, help="cases of fine-tuning")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--options", nargs="+", choices=OPTIONS, default=CANDIDATES, metavar="NAME")
+    parser.add_argument("-device", type=torch.device, default="cpu")
+    arguments = parser.parse_args()
+    plan = load_plan(find_dataset(arguments.dataset), arguments.plans, arguments.configuration)
+
+    ratios, dice = defaultdict(list), defaultdict(list)
+    for seed in range(arguments.seeds):
+        dice["no pre-training"].append(finetuned_dice(plan, None, seed, arguments))
+        first_seconds = None
+        for name in arguments.options:
+            encoder, seconds = pretrained(plan, name, arguments.epochs, seed, arguments)
+            first_seconds = first_seconds or seconds
+            ratios[name].append(seconds / first_seconds)
+            dice[name, "steps"].append(finetuned_dice(plan, encoder, seed, arguments))
+            dice[name, "time"].append(dice[name, "steps"][-1])
+            epochs = round(arguments.epochs * first_seconds / seconds)
+            if epochs != arguments.epochs:
+                encoder, _ = pretrained(plan, name, epochs, seed, arguments)
+                dice[name, "time"][-1] = finetuned_dice(plan, encoder, seed, arguments)
+            found = " and ".join(f"{dice[name, kind][-1]:.4f}" for kind in ("steps", "time"))
+            print(f"seed {seed}, {name}: time {ratios[name][-1]:.2f}, Dice {found}", flush=True)
+
+    reference = dice[arguments.options[0], "steps"]
+    first = f"against {arguments.options[0]}"
+    print(f"\n| decoder | time | Dice, same steps | {first} | Dice, same time | {first} |")
+    print("|---|---|---|---|---|---|")
+    untrained = np.mean(dice["no pre-training"])
+    print(f"| no pre-training | | {untrained:.3f} | {against(reference, dice['no pre-training'])} | | |")
+    for name in arguments.options:
+        cells = [f"{np.mean(own):.3f} | {against(reference, own)}" for own in (dice[name, "steps"], dice[name, "time"])]
+        print(f"| {name} | {np.median(ratios[name]):.2f} | {' | '.join(cells)} |")
+
+
+def against(reference: Sequence[float], own: Sequence[float]) -> str:
+    """The paired differences: their mean, the lowest and the highest."""
+    differences = np.subtract(own, reference)
+    return f"{differences.mean():+.3f} ({differences.min():+.3f} to {differences.max():+.3f})"
+
+
+def pretrained(plan: Plan, name: str, epochs: int, seed: int, arguments: argparse.Namespace) -> tuple[nn.Module, float]:
+    """An encoder, and the seconds that its pre-training took, pictures included (CPU time if it ran on a CPU)."""
+    settings = plan.settings
+    job = Job(
+        files=[case.file for case in pretraining_cases(plan, str(seed % 5))],
+        channel_names=plan.channel_names,
+        patch_size=plan.patch_size,
+        spacing=tuple(plan.configuration.spacing),
+        network=settings.network,
+        protocol=dataclasses.replace(settings.pretraining, epochs=epochs, **OPTIONS[name]),
+        seed=seed,
+    )
+    output = arguments.output / f"{name} {epochs} {seed}".replace(", ", "_").replace(" ", "_")
+    clock = time.process_time if arguments.device.type == "cpu" else time.perf_counter
+    started = clock()
+    network = run(job, output, device=arguments.device, resume=False).network
+    return network.encoder, clock() - started
+
+
+def finetuned_dice(plan: Plan, encoder: nn.Module | None, seed: int, arguments: argparse.Namespace) -> float:
+    """Mean Dice on the validation cases after fine-tuning on a few training cases, both of the seed's fold."""
+    settings, device, random = plan.settings, arguments.device, np.random.default_rng(seed)
+    protocol, network = settings.finetuning, settings.network
+    names = sorted(file.name[: -len("_seg.b2nd")] for file in plan.preprocessed_folder.glob("*_seg.b2nd"))
+    split = split_of(plan, str(seed % 5), names)
+    labelled = random.permutation(split["train"])[: arguments.labelled]
+
+    torch.manual_seed(seed)
+    model = build_segmenter(network, len(plan.channel_names), plan.classes, drop_path=protocol.drop_path).to(device)
+    if encoder is not None:
+        model.encoder.load_state_dict(encoder.state_dict())
+    groups = parameter_groups(
+        model.named_parameters(),
+        weight_decay=protocol.weight_decay,
+        layer_decay=protocol.layer_decay if encoder is not None else 1.0,
+        depth=SIZES[network.size].depth,
+    )
+    optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
+    for step in range(arguments.steps):
+        set_learning_rate(optimizer, protocol.lr * warmup_cosine((step + 1) / (arguments.steps + 1), protocol.warmup))
+        batch = [labelled_crop(plan, random.choice(labelled), random) for _ in range(protocol.batch_size)]
+        volume, target = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*batch, strict=True))
+        loss = segmentation_loss(model(volume), target[:, 0].long())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), protocol.gradient_clip)
+        optimizer.step()
+    model.eval()
+    return float(np.mean([dice_of(plan, model, name, device) for name in split["val"]]))
+
+
+def labelled_crop(plan: Plan, name: str, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Image (c z y x) and labels (1 z y x) of a flipped crop, with foreground if a few tries find any."""
+    for _ in range(TRIES):
+        place = random.integers(2**62)
+        labels = random_crop(labels_of(plan, name), plan.patch_size, np.random.default_rng(place)).clip(min=0)
+        if labels.any():
+            break
+    image = random_crop(plan.preprocessed_folder / f"{name}.b2nd", plan.patch_size, np.random.default_rng(place))
+    flipped = tuple(axis for axis in (1, 2, 3) if random.random() < 0.5)
+    return np.flip(image, flipped), np.flip(labels, flipped)
+
+
+@torch.no_grad()
+def dice_of(plan: Plan, model: nn.Module, name: str, device: torch.device) -> float:
+    """Mean over the classes that the reference holds."""
+    image = torch.from_numpy(blosc2.open(str(plan.preprocessed_folder / f"{name}.b2nd"))[:])[None].float().to(device)
+    reference = blosc2.open(str(labels_of(plan, name)))[0]
+    logits = sliding_window_inference(image, plan.patch_size, 4, model, overlap=0.5, mode="gaussian")
+    found = logits.argmax(dim=1)[0].cpu().numpy()
+    overlaps = [(found == label, reference == label) for label in np.unique(reference[reference > 0])]
+    return float(np.mean([2 * (a & b).sum() / (a.sum() + b.sum()) for a, b in overlaps]))
+
+
+def labels_of(plan: Plan, name: str) -> Path:
+    """nnU-Net's preprocessed labels."""
+    return plan.preprocessed_folder / f"{name}_seg.b2nd"
+
+
+if __name__ == "__main__":
+    main()
