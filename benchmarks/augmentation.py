@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from measuring import taken_in_turn
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from scipy.ndimage import gaussian_filter
 from scipy.stats import ks_2samp
@@ -113,17 +113,9 @@ def times(image: Tensor, segmentation: Tensor, arguments: argparse.Namespace, de
 
     def at_once() -> None:
         ours(*(one.clone().to(device) for one in batch))
-        if device.type == "cuda":
-            torch.cuda.synchronize()
 
-    taken: dict[str, list[float]] = {"nnU-Net, one CPU process": [], "ours": []}
-    one_by_one(), at_once()
-    for _ in range(arguments.rounds):
-        for name, function in zip(taken, (one_by_one, at_once), strict=True):
-            started = time.perf_counter()
-            function()
-            taken[name].append((time.perf_counter() - started) / arguments.batch)
-    return {name: 1000 * statistics.fmean(seconds) for name, seconds in taken.items()}
+    taken = taken_in_turn({"nnU-Net, one CPU process": one_by_one, "ours": at_once}, arguments.rounds)
+    return {name: 1000 * statistics.fmean(seconds) / arguments.batch for name, seconds in taken.items()}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """What the options of the pre-training decoder save: time and peak memory of a step, against the plain decoder.
 
 A step is forward, loss, backward, clipping and AdamW in fp32 on one thread. All options take their steps in turn in
-this one process; the ratios are medians over the rounds of CPU time, which other work on the machine moves little.
-Memory is the peak above what a fresh process held before it built the network. A third of each volume is empty.
+this one process, and ratios are medians over the rounds. A third of each volume is empty.
 
-    python benchmarks/pretraining_decoder.py       # prints the table of docs/explanation.md
+    python benchmarks/pretraining_decoder.py       # prints the table of docs/speed.md
 """
 
 from __future__ import annotations
@@ -12,17 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from memory import resident
+from measuring import MEBIBYTE, peak_memory, printed_apart, taken_in_turn
 
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.mae import reconstruction_loss
@@ -54,16 +49,16 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.memory:
         name, scene = arguments.memory
-        print(peak_of(OPTIONS[name], arguments.size, *scene))
+        print(peak_memory(partial(step_of, OPTIONS[name], arguments.size, *scene)))
         return
     cells = {name: [name] for name in OPTIONS}
     for scene in SCENES:
         steps = {name: step_of(options, arguments.size, *scene) for name, options in OPTIONS.items()}
-        seconds = time_in_turn(steps, arguments.rounds)
+        seconds = taken_in_turn(steps, arguments.rounds)
         for name, own in seconds.items():
-            peak = in_fresh_process("--size", arguments.size, "--memory", json.dumps([name, scene]))
+            peak = int(printed_apart(__file__, "--size", arguments.size, "--memory", json.dumps([name, scene])))
             ratio = statistics.median(a / b for a, b in zip(own, seconds["plain"], strict=True))
-            cells[name] += [f"{1000 * statistics.median(own):.0f}", f"{ratio:.2f}", f"{peak / 2**20:.0f}"]
+            cells[name] += [f"{1000 * statistics.median(own):.0f}", f"{ratio:.2f}", f"{peak / MEBIBYTE:.0f}"]
     scenes = [f"{side}^3, token {token}, batch {batch}" for side, token, batch in SCENES]
     print(f"Size {arguments.size}, mask ratio 0.9, one thread.\n")
     print(f"| decoder | {' | '.join(f'{scene}: ms per step | time | memory (MiB)' for scene in scenes)} |")
@@ -92,36 +87,6 @@ def step_of(options: Mapping[str, Any], size: str, side: int, token: int, batch:
         optimizer.step()
 
     return step
-
-
-def time_in_turn(steps: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each step: one of each per round, so that a slow moment of the machine meets all alike."""
-    seconds = {name: [] for name in steps}
-    for number in range(rounds + 1):
-        for name, step in steps.items():
-            started = time.process_time()
-            step()
-            if number:  # the first round warms up
-                seconds[name].append(time.process_time() - started)
-    return seconds
-
-
-def in_fresh_process(*arguments: str) -> int:
-    """What this script prints with other arguments, in a process that has done nothing else."""
-    # without these, glibc keeps freed blocks and the process looks larger than its tensors
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__)), *arguments]
-    return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
-
-
-def peak_of(options: Mapping[str, Any], size: str, side: int, token: int, batch: int) -> int:
-    """Peak bytes of two steps; from the second on AdamW's moments are there."""
-    torch.nn.Linear(8, 8)(torch.randn(8, 8)).sum().backward()  # libraries allocate on first use
-    before = resident("VmRSS")
-    step = step_of(options, size, side, token, batch)
-    for _ in range(2):
-        step()
-    return resident("VmHWM") - before
 
 
 if __name__ == "__main__":
