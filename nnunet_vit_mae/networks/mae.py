@@ -83,25 +83,23 @@ def reconstruction_loss(
     `skip_flat` tokens without content, which fill up poor samples, do not count.
     """
     target = take(patchify(volume, token), rebuilt.hidden)
-    inside = voxels_inside(volume, token)
-    if inside.shape[1] > 1:
-        inside = take(inside.expand(volume.shape[0], -1, -1, -1), rebuilt.hidden)
+    inside = take(voxels_inside(volume, token).expand(volume.shape[0], -1, -1, -1), rebuilt.hidden)
     if norm_pix:
         target = normalised(target, inside)
     if skip_flat:
         inside = inside * take(~flat_tokens(volume, token), rebuilt.hidden)[:, :, None, None]
     error = (rebuilt.patches.float() - target).square() * inside
-    return error.sum() / inside.expand_as(error).sum().clamp(min=1)
+    return error.sum() / (inside.sum() * volume.shape[1]).clamp(min=1)
 
 
-def normalised(patches: Float[Tensor, "b m c v"], inside: Float[Tensor, "#b #m 1 v"]) -> Float[Tensor, "b m c v"]:
+def normalised(patches: Float[Tensor, "b m c v"], inside: Float[Tensor, "b m 1 v"]) -> Float[Tensor, "b m c v"]:
     """Each token and channel shifted and scaled to mean 0 and variance 1."""
     mean, deviation = statistics(patches, inside)
     return (patches - mean) / deviation
 
 
 def statistics(
-    patches: Float[Tensor, "b m c v"], inside: Float[Tensor, "#b #m 1 v"]
+    patches: Float[Tensor, "b m c v"], inside: Float[Tensor, "b m 1 v"]
 ) -> tuple[Float[Tensor, "b m c 1"], Float[Tensor, "b m c 1"]]:
     """Mean and (unbiased) standard deviation of each token and channel over its voxels inside the volume."""
     mean, variance = moments(patches, inside)

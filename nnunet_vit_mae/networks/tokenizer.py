@@ -43,15 +43,13 @@ def unpatchify(patches: Float[Tensor, "b n c v"], grid: Triple, token: Triple) -
     return rearrange(patches, pattern, z=z, y=y, x=x, tz=tz, ty=ty, tx=tx)
 
 
-def voxels_inside(volume: Float[Tensor, "b c z y x"], token: Triple) -> Float[Tensor, "1 #n 1 v"]:
-    """One where a voxel of a token lies inside the volume, zero in the padding; without any, one token for all."""
-    if all(voxels % side == 0 for voxels, side in zip(volume.shape[2:], token, strict=True)):
-        return volume.new_ones(1, 1, 1, math.prod(token))
+def voxels_inside(volume: Float[Tensor, "b c z y x"], token: Triple) -> Float[Tensor, "1 n 1 v"]:
+    """One where a voxel of a token lies inside the volume, zero in the padding."""
     return patchify(torch.ones_like(volume[:1, :1]), token)
 
 
 def moments(
-    patches: Float[Tensor, "b n c v"], inside: Float[Tensor, "#b #n 1 v"]
+    patches: Float[Tensor, "b n c v"], inside: Float[Tensor, "#b n 1 v"]
 ) -> tuple[Float[Tensor, "b n c 1"], Float[Tensor, "b n c 1"]]:
     """Mean and (unbiased) variance of each token and channel over its voxels inside the volume."""
     count = inside.sum(dim=-1, keepdim=True)
