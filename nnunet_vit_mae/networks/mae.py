@@ -68,11 +68,18 @@ def reconstruction_loss(
     With `norm_pix` the target of each token and channel has mean 0 and (unbiased) variance 1 over those voxels.
     """
     target = take(patchify(volume, token), rebuilt.hidden)
-    inside = take(voxels_inside(volume, token).expand(volume.shape[0], -1, -1, -1), rebuilt.hidden)
+    inside = hidden_voxels(volume, rebuilt, token)
     if norm_pix:
         target = normalised(target, inside)
     error = (rebuilt.patches.float() - target).square() * inside
     return error.sum() / (inside.sum() * volume.shape[1]).clamp(min=1)
+
+
+def hidden_voxels(
+    volume: Float[Tensor, "b c z y x"], rebuilt: Reconstruction, token: tuple[int, int, int]
+) -> Float[Tensor, "b m 1 v"]:
+    """One where a voxel of a hidden token lies inside the volume, zero in the padding: what the loss is a mean over."""
+    return take(voxels_inside(volume, token).expand(volume.shape[0], -1, -1, -1), rebuilt.hidden)
 
 
 def normalised(patches: Float[Tensor, "b m c v"], inside: Float[Tensor, "b m 1 v"]) -> Float[Tensor, "b m c v"]:

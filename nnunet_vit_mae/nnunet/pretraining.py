@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.files import locked
 from nnunet_vit_mae.nnunet.cases import Case, pretraining_cases
 from nnunet_vit_mae.nnunet.folders import encoder_file
 from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade, settings_for
 from nnunet_vit_mae.presets import Pretraining
+from nnunet_vit_mae.pretraining import distributed
 from nnunet_vit_mae.pretraining.run import STATE, Job, Result, run
 from nnunet_vit_mae.weights import Card, hashed_name, package_versions, save_encoder
 
@@ -29,13 +33,14 @@ def pretrain(
     seed: int,
     device: torch.device,
     resume: bool,
+    processes: int = 1,
     adaptive: bool = False,
 ) -> Path:
     """Pre-train on the cases of a fold (or `all`) and the unlabelled pool; gives the encoder's file.
 
     `change` turns the plans' protocol into the one to use; `adaptive` takes each contrast on its own even if the plans
-    do not say so. An earlier run in the same place is moved aside, never overwritten. Raises `UserError` for everything
-    that the user can mend.
+    do not say so. Several `processes` divide each batch among them. An earlier run in the same place is moved aside,
+    never overwritten. Raises `UserError` for everything that the user can mend.
     """
     refuse_cascade(plan.configuration)
     settings = plan.settings
@@ -56,17 +61,30 @@ def pretrain(
         protocol=change(settings.pretraining),
         seed=seed,
     )
+    parts = max(processes, distributed.process_count())
+    if job.protocol.batch_size % parts:
+        raise UserError(
+            f"A batch of {job.protocol.batch_size} volumes cannot be divided among {parts} processes: "
+            f"give a --batch_size that is a multiple of {parts}, or start another number of processes."
+        )
     file = encoder_file(plan.dataset.results, plan.plans.plans_name, plan.name, fold)
-    output = file.parent
-    if not (resume and (output / STATE).is_file()):
-        _move_aside(output)
-    result = run(job, output, device=device, resume=resume)
-    save_encoder(result.network.encoder, _card(plan, fold, job, cases, result), file)
+    task = partial(_make_encoder, job, partial(_card, plan, fold, job, cases), file, resume=resume)
+    distributed.start(task, device, processes)
     return file
 
 
-def _move_aside(output: Path) -> None:
-    if output.exists():
+def _make_encoder(job: Job, card: Callable[[Result], Card], file: Path, device: torch.device, *, resume: bool) -> None:
+    """What each process does; the first one holds the folder and writes."""
+    with ExitStack() as held:
+        distributed.from_first(lambda: held.enter_context(locked(file.parent)))
+        distributed.from_first(lambda: _move_aside(file.parent, resume=resume))
+        result = run(job, file.parent, device=device, resume=resume)
+        if distributed.is_first():
+            save_encoder(result.network.encoder, card(result), file)
+
+
+def _move_aside(output: Path, *, resume: bool) -> None:
+    if output.exists() and not (resume and (output / STATE).is_file()):
         moved = output.with_name(f"{output.name}_until_{datetime.now():%Y-%m-%d_%H-%M-%S}")
         output.rename(moved)
         logger.warning("An earlier run was moved to %s (--c continues one that has a saved state).", moved)

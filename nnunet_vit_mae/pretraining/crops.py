@@ -47,14 +47,15 @@ class RandomCrops(Dataset):
 
 
 class ConsecutiveBatches(Sampler[list[int]]):
-    """The samples of steps `first` to `last` (excluded), a batch at a time."""
+    """The samples of steps `first` to `last` (excluded), a batch at a time: of each batch, one process's share."""
 
-    def __init__(self, first: int, last: int, batch_size: int):
+    def __init__(self, first: int, last: int, batch_size: int, *, rank: int = 0, processes: int = 1):
         self.first, self.last, self.batch_size = first, last, batch_size
+        self.rank, self.processes = rank, processes
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first, self.last):
-            yield list(range(step * self.batch_size, (step + 1) * self.batch_size))
+            yield list(range(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.processes))
 
     def __len__(self) -> int:
         return self.last - self.first
