@@ -261,7 +261,7 @@ class TestCommand:
         main("-d 901 -o Tiny --size XS --token 8".split())
 
     def test_torchrun_ends_where_one_process_does(self, in_workspace):
-        arguments = (*self.command, "-p", "Tiny")
+        arguments = (*self.command, "-p", "Tiny", "--cache", "0.1")
         folder = in_workspace.results / "mae3d_pretrain__Tiny__3d_fullres" / "fold_all"
         in_workspace.type("mae3d_pretrain", *arguments)
         folder.rename(folder.with_name("alone"))

@@ -37,6 +37,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "-num_gpus", type=positive_int, default=1, help="processes on this machine, which divide each batch among them"
     )
+    parser.add_argument(
+        "--cache",
+        type=positive_float,
+        metavar="GB",
+        help="memory to keep volumes in, in half precision (default: none)",
+    )
     args = parser.parse_args(argv)
 
     def change(protocol: Pretraining) -> Pretraining:
@@ -46,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from nnunet_vit_mae.nnunet.folders import find_dataset
     from nnunet_vit_mae.nnunet.plans import load_plan
-    from nnunet_vit_mae.nnunet.pretraining import pretrain
+    from nnunet_vit_mae.nnunet.pretraining import Machine, pretrain
     from nnunet_vit_mae.pretraining.distributed import is_first, log_to_screen
 
     device = usable_device(args.device)
@@ -57,9 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.fold,
         change=change,
         seed=args.seed,
-        device=device,
+        machine=Machine(device=device, processes=args.num_gpus, cache_bytes=round((args.cache or 0) * 1e9)),
         resume=args.resume,
-        processes=args.num_gpus,
         adaptive=args.adaptive,
     )
     if is_first():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -19,10 +20,20 @@ from nnunet_vit_mae.nnunet.folders import encoder_file
 from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade, settings_for
 from nnunet_vit_mae.presets import Pretraining
 from nnunet_vit_mae.pretraining import distributed
+from nnunet_vit_mae.pretraining.cache import Cache
 from nnunet_vit_mae.pretraining.run import STATE, Job, Result, run
 from nnunet_vit_mae.weights import Card, hashed_name, package_versions, save_encoder
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a pre-training may use."""
+
+    device: torch.device
+    processes: int = 1  # which divide each batch among them
+    cache_bytes: int = 0  # of memory for volumes
 
 
 def pretrain(
@@ -31,16 +42,15 @@ def pretrain(
     *,
     change: Callable[[Pretraining], Pretraining],
     seed: int,
-    device: torch.device,
+    machine: Machine,
     resume: bool,
-    processes: int = 1,
     adaptive: bool = False,
 ) -> Path:
     """Pre-train on the cases of a fold (or `all`) and the unlabelled pool; gives the encoder's file.
 
     `change` turns the plans' protocol into the one to use; `adaptive` takes each contrast on its own even if the plans
-    do not say so. Several `processes` divide each batch among them. An earlier run in the same place is moved aside,
-    never overwritten. Raises `UserError` for everything that the user can mend.
+    do not say so. An earlier run in the same place is moved aside, never overwritten. Raises `UserError` for everything
+    that the user can mend.
     """
     refuse_cascade(plan.configuration)
     settings = plan.settings
@@ -61,15 +71,19 @@ def pretrain(
         protocol=change(settings.pretraining),
         seed=seed,
     )
-    parts = max(processes, distributed.process_count())
+    parts = max(machine.processes, distributed.process_count())
     if job.protocol.batch_size % parts:
         raise UserError(
             f"A batch of {job.protocol.batch_size} volumes cannot be divided among {parts} processes: "
             f"give a --batch_size that is a multiple of {parts}, or start another number of processes."
         )
     file = encoder_file(plan.dataset.results, plan.plans.plans_name, plan.name, fold)
-    task = partial(_make_encoder, job, partial(_card, plan, fold, job, cases), file, resume=resume)
-    distributed.start(task, device, processes)
+    limit = machine.cache_bytes // distributed.local_process_count()
+    with Cache(job.files, limit) if limit else nullcontext() as cache:
+        task = partial(
+            _make_encoder, replace(job, cache=cache), partial(_card, plan, fold, job, cases), file, resume=resume
+        )
+        distributed.start(task, machine.device, machine.processes)
     return file
 
 

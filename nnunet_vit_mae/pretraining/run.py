@@ -35,6 +35,7 @@ from nnunet_vit_mae.planning import token_grid
 from nnunet_vit_mae.plots import plot_contrasts, plot_progress, plot_views
 from nnunet_vit_mae.presets import Network, Pretraining, to_json_types
 from nnunet_vit_mae.pretraining import distributed
+from nnunet_vit_mae.pretraining.cache import Cache
 from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, RandomCrops
 from nnunet_vit_mae.pretraining.pictures import rebuild
 
@@ -57,6 +58,7 @@ class Job:
     network: Network
     protocol: Pretraining
     seed: int
+    cache: Cache | None = None
 
     @property
     def tokens(self) -> int:
@@ -84,6 +86,7 @@ class Job:
             "network": to_json_types(self.network),
             "pretraining": to_json_types(self.protocol),
             "seed": self.seed,
+            "half_precision_crops": self.cache is not None,
         }
 
 
@@ -123,9 +126,9 @@ def _train(
     """The loop. `losses` grows by one entry per epoch."""
     is_first, model = distributed.is_first(), distributed.synchronised(network)
     first_step = len(losses) * job.steps_per_epoch
-    crops = RandomCrops(job.files, job.patch_size, job.tokens, job.seed)
+    crops = RandomCrops(job.files, job.patch_size, job.tokens, job.seed, job.cache)
     batches = iter(_batches(job, crops, first_step, device))
-    sample = [part[None].to(device) for part in crops[0]] if is_first else []
+    sample = [part[None].to(device).float() for part in crops[0]] if is_first else []
     saved = time.monotonic()
     network.train()
     with tqdm(total=job.steps, initial=first_step, unit="step", desc="pre-training", disable=not is_first) as bar:
@@ -134,7 +137,7 @@ def _train(
             epoch_losses = []
             for step in range(epoch * job.steps_per_epoch, (epoch + 1) * job.steps_per_epoch):
                 set_learning_rate(optimizer, _learning_rate(job, step))
-                volume, noise = (part.to(device, non_blocking=True) for part in next(batches))
+                volume, noise = (part.to(device, non_blocking=True).float() for part in next(batches))
                 epoch_losses.append(_step(job, network, model, optimizer, volume, noise))
                 bar.update()
             losses.append(_checked_mean(epoch_losses, epoch, output))
@@ -244,6 +247,8 @@ def _announce(job: Job, network: nn.Module, device: torch.device, *, done: int) 
     logger.info(
         "cases %d, channels %s, crops of %s voxels (z y x)", len(job.files), list(job.channel_names), job.patch_size
     )
+    if job.cache:
+        logger.info("%d of the cases in memory, all crops in half precision", len(job.cache))
     series = job.network.series(len(job.channel_names))
     visible = series * count_visible(job.tokens // series, protocol.mask_ratio)
     logger.info(
