@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from nnunet_vit_mae.errors import UserError
 
 
@@ -22,6 +24,31 @@ def replacing(file: Path) -> Iterator[Path]:
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes left behind that were killed within `replacing`; none may be writing to the folder."""
+    for file in folder.glob(".[0-9]*.*"):
+        file.unlink()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep all other processes out of this block for the same folder, which may be moved or not even be there.
+
+    The lock belongs to the process, on Linux, macOS and Windows: one that was killed leaves none behind. Raises
+    `UserError` when another process holds it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"Another process is writing to {folder}: wait for its end, or stop it.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_json(content: Any, file: Path) -> None:

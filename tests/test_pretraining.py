@@ -16,7 +16,7 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.presets import Network, Pretraining
 from nnunet_vit_mae.pretraining import run as loop
-from nnunet_vit_mae.pretraining.crops import RandomCrops, random_crop
+from nnunet_vit_mae.pretraining.crops import RandomCrops, open_volume, random_crop
 from nnunet_vit_mae.pretraining.pictures import interpolated, rebuild
 
 CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ def saving_always(monkeypatch):
 def test_a_crop_is_a_piece_of_the_volume_with_zeros_around_it(tmp_path_factory, shape, patch, seed):
     volume = np.arange(1, 1 + 2 * math.prod(shape), dtype=np.float32).reshape(2, *shape)
     file = write_volume(tmp_path_factory.mktemp("crop") / "case.b2nd", volume)
-    crop = random_crop(file, patch, np.random.default_rng(seed))
+    crop = random_crop(open_volume(file), patch, np.random.default_rng(seed))
     assert crop.shape == (2, *patch)
     inside = crop[0] > 0
     assert inside.sum() == math.prod(min(a, b) for a, b in zip(shape, patch, strict=True))
@@ -81,7 +81,7 @@ def test_a_crop_is_a_piece_of_the_volume_with_zeros_around_it(tmp_path_factory, 
 def test_crops_reach_every_place(files):
     random = np.random.default_rng(0)
     whole = blosc2.open(str(files[0]))[:]
-    corners = {float(random_crop(files[0], PATCH, random)[0, 0, 0, 0]) for _ in range(200)}
+    corners = {float(random_crop(open_volume(files[0]), PATCH, random)[0, 0, 0, 0]) for _ in range(200)}
     reachable = whole[0, : 9 - 8 + 1, : 15 - 12 + 1, : 11 - 10 + 1]
     assert corners == set(reachable.ravel().tolist())
 

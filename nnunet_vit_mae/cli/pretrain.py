@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 
 from nnunet_vit_mae.cli.arguments import (
@@ -35,6 +34,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=whole_number, default=0, help="of weights, crops and masks")
     parser.add_argument("--c", dest="resume", action="store_true", help="continue from the last saved state")
     add_device_argument(parser, "cuda")
+    parser.add_argument(
+        "-num_gpus", type=positive_int, default=1, help="processes on this machine, which divide each batch among them"
+    )
+    parser.add_argument(
+        "--cache",
+        type=positive_float,
+        metavar="GB",
+        help="memory to keep volumes in, in half precision (default: none)",
+    )
     args = parser.parse_args(argv)
 
     def change(protocol: Pretraining) -> Pretraining:
@@ -44,18 +52,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from nnunet_vit_mae.nnunet.folders import find_dataset
     from nnunet_vit_mae.nnunet.plans import load_plan
-    from nnunet_vit_mae.nnunet.pretraining import pretrain
+    from nnunet_vit_mae.nnunet.pretraining import Machine, pretrain
+    from nnunet_vit_mae.pretraining.distributed import is_first, log_to_screen
 
     device = usable_device(args.device)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_screen()
     plan = load_plan(find_dataset(args.dataset), args.plans, args.configuration)
     encoder = pretrain(
         plan,
         args.fold,
         change=change,
         seed=args.seed,
-        device=device,
+        machine=Machine(device=device, processes=args.num_gpus, cache_bytes=round((args.cache or 0) * 1e9)),
         resume=args.resume,
         adaptive=args.adaptive,
     )
-    print(f"Wrote {encoder}.")
+    if is_first():
+        print(f"Wrote {encoder}.")
+
+
+if __name__ == "__main__":
+    main()

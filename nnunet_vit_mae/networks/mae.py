@@ -83,13 +83,21 @@ def reconstruction_loss(
     `skip_flat` tokens without content, which fill up poor samples, do not count.
     """
     target = take(patchify(volume, token), rebuilt.hidden)
-    inside = take(voxels_inside(volume, token).expand(volume.shape[0], -1, -1, -1), rebuilt.hidden)
+    inside = hidden_voxels(volume, rebuilt, token)
     if norm_pix:
         target = normalised(target, inside)
     if skip_flat:
-        inside = inside * take(~flat_tokens(volume, token), rebuilt.hidden)[:, :, None, None]
+        inside = hidden_voxels(volume, rebuilt, token, skip_flat=True)
     error = (rebuilt.patches.float() - target).square() * inside
     return error.sum() / (inside.sum() * volume.shape[1]).clamp(min=1)
+
+
+def hidden_voxels(
+    volume: Float[Tensor, "b c z y x"], rebuilt: Reconstruction, token: tuple[int, int, int], *, skip_flat: bool = False
+) -> Float[Tensor, "b m 1 v"]:
+    """One where a voxel counts in the loss: inside the volume, and with `skip_flat` in a token with content."""
+    inside = take(voxels_inside(volume, token).expand(volume.shape[0], -1, -1, -1), rebuilt.hidden)
+    return inside * take(~flat_tokens(volume, token), rebuilt.hidden)[:, :, None, None] if skip_flat else inside
 
 
 def normalised(patches: Float[Tensor, "b m c v"], inside: Float[Tensor, "b m 1 v"]) -> Float[Tensor, "b m c v"]:

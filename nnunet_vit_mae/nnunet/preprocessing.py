@@ -18,7 +18,7 @@ import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 
 from nnunet_vit_mae.errors import UserError, reader_reason
-from nnunet_vit_mae.files import read_json, replacing, write_json
+from nnunet_vit_mae.files import read_json, remove_unfinished, replacing, write_json
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.plans import Plan, load_plan
 
@@ -56,8 +56,7 @@ def preprocess_unlabelled(plan: Plan, processes: int) -> tuple[int, Iterator[Out
             f"in {plan.dataset.raw / 'imagesUn'}: put the unlabelled images there, named as in imagesTr."
         )
     _forget_if_made_differently(plan)
-    for leftover in plan.unlabelled_folder.glob(".*"):  # of a process that was killed while it wrote
-        leftover.unlink()
+    remove_unfinished(plan.unlabelled_folder)
     to_do = {case: files for case, files in cases.items() if not _is_done(plan, case, files)}
     return len(to_do), _run(plan, to_do, processes)
 

@@ -5,20 +5,35 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.files import locked
 from nnunet_vit_mae.nnunet.cases import Case, pretraining_cases
 from nnunet_vit_mae.nnunet.folders import encoder_file
 from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade, settings_for
 from nnunet_vit_mae.presets import Pretraining, to_json_types
+from nnunet_vit_mae.pretraining import distributed
+from nnunet_vit_mae.pretraining.cache import Cache
 from nnunet_vit_mae.pretraining.run import STATE, Job, Result, run
 from nnunet_vit_mae.weights import Card, hashed_name, package_versions, save_encoder
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a pre-training may use."""
+
+    device: torch.device
+    processes: int = 1  # which divide each batch among them
+    cache_bytes: int = 0  # of memory for volumes
 
 
 def pretrain(
@@ -27,7 +42,7 @@ def pretrain(
     *,
     change: Callable[[Pretraining], Pretraining],
     seed: int,
-    device: torch.device,
+    machine: Machine,
     resume: bool,
     adaptive: bool = False,
 ) -> Path:
@@ -56,17 +71,34 @@ def pretrain(
         protocol=change(settings.pretraining),
         seed=seed,
     )
+    parts = max(machine.processes, distributed.process_count())
+    if job.protocol.batch_size % parts:
+        raise UserError(
+            f"A batch of {job.protocol.batch_size} volumes cannot be divided among {parts} processes: "
+            f"give a --batch_size that is a multiple of {parts}, or start another number of processes."
+        )
     file = encoder_file(plan.dataset.results, plan.plans.plans_name, plan.name, fold)
-    output = file.parent
-    if not (resume and (output / STATE).is_file()):
-        _move_aside(output)
-    result = run(job, output, device=device, resume=resume)
-    save_encoder(result.network.encoder, _card(plan, fold, job, cases, result), file)
+    limit = machine.cache_bytes // distributed.local_process_count()
+    with Cache(job.files, limit) if limit else nullcontext() as cache:
+        task = partial(
+            _make_encoder, replace(job, cache=cache), partial(_card, plan, fold, job, cases), file, resume=resume
+        )
+        distributed.start(task, machine.device, machine.processes)
     return file
 
 
-def _move_aside(output: Path) -> None:
-    if output.exists():
+def _make_encoder(job: Job, card: Callable[[Result], Card], file: Path, device: torch.device, *, resume: bool) -> None:
+    """What each process does; the first one holds the folder and writes."""
+    with ExitStack() as held:
+        distributed.from_first(lambda: held.enter_context(locked(file.parent)))
+        distributed.from_first(lambda: _move_aside(file.parent, resume=resume))
+        result = run(job, file.parent, device=device, resume=resume)
+        if distributed.is_first():
+            save_encoder(result.network.encoder, card(result), file)
+
+
+def _move_aside(output: Path, *, resume: bool) -> None:
+    if output.exists() and not (resume and (output / STATE).is_file()):
         moved = output.with_name(f"{output.name}_until_{datetime.now():%Y-%m-%d_%H-%M-%S}")
         output.rename(moved)
         logger.warning("An earlier run was moved to %s (--c continues one that has a saved state).", moved)

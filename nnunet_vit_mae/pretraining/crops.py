@@ -9,13 +9,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import blosc2
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
+
+if TYPE_CHECKING:
+    from nnunet_vit_mae.pretraining.cache import Cache
 
 MMAP: dict[str, Any] = {} if os.name == "nt" else {"mmap_mode": "r"}  # blosc2 cannot map files on Windows
 
@@ -24,19 +27,25 @@ class RandomCrops(Dataset):
     """An endless sequence of samples: pass after pass over the files, each pass in an order of its own.
 
     Sample `index` depends on the seed and the index alone: the same in any worker or process and after any restart.
+    With a cache all samples are in half precision, whether their volumes are in it or not.
     """
 
-    def __init__(self, files: Sequence[Path], patch_size: Sequence[int], tokens: int, seed: int):
+    def __init__(
+        self, files: Sequence[Path], patch_size: Sequence[int], tokens: int, seed: int, cache: Cache | None = None
+    ):
         self.files, self.patch_size, self.tokens, self.seed = list(files), tuple(patch_size), tokens, seed
+        self.cache = cache
         self._pass, self._order = -1, np.empty(0, dtype=int)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """A crop (c z y x) and the noise that decides which of its tokens stay visible (n)."""
         random = np.random.default_rng((self.seed, 1, index))
-        crop = random_crop(self.file_of(index), self.patch_size, random)
+        file = self.file_of(index)
+        kept = self.cache.get(file) if self.cache else None
+        crop = torch.from_numpy(random_crop(open_volume(file) if kept is None else kept, self.patch_size, random))
         flipped = tuple(axis for axis in (1, 2, 3) if random.random() < 0.5)
         noise = random.random(self.tokens, dtype=np.float32)
-        return torch.from_numpy(np.flip(crop, flipped).copy()), torch.from_numpy(noise)
+        return crop.to(torch.half if self.cache else torch.float).flip(flipped), torch.from_numpy(noise)
 
     def file_of(self, index: int) -> Path:
         """The file that a sample is cut from."""
@@ -47,30 +56,41 @@ class RandomCrops(Dataset):
 
 
 class ConsecutiveBatches(Sampler[list[int]]):
-    """The samples of steps `first` to `last` (excluded), a batch at a time."""
+    """The samples of steps `first` to `last` (excluded), a batch at a time: of each batch, one process's share."""
 
-    def __init__(self, first: int, last: int, batch_size: int):
+    def __init__(self, first: int, last: int, batch_size: int, *, rank: int = 0, processes: int = 1):
         self.first, self.last, self.batch_size = first, last, batch_size
+        self.rank, self.processes = rank, processes
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first, self.last):
-            yield list(range(step * self.batch_size, (step + 1) * self.batch_size))
+            yield list(range(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.processes))
 
     def __len__(self) -> int:
         return self.last - self.first
 
 
-def random_crop(file: Path, patch_size: Sequence[int], random: np.random.Generator) -> np.ndarray:
-    """A crop (c z y x) at a random place; where the volume is smaller than the crop, zeros stand around it."""
-    volume: Any = blosc2.open(urlpath=str(file), mode="r", dparams={"nthreads": 1}, **MMAP)
+def open_volume(file: Path, *, threads: int = 1) -> Any:
+    """A preprocessed volume (c z y x), to be read by slicing."""
+    return blosc2.open(urlpath=str(file), mode="r", dparams={"nthreads": threads}, **MMAP)
+
+
+def random_crop(volume: Any, patch_size: Sequence[int], random: np.random.Generator) -> np.ndarray:
+    """A crop (c z y x) at a random place; where the volume is smaller than the crop, zeros stand around it.
+
+    `volume` is an array or an open file; a crop of an array may be a view.
+    """
     starts = [_random_start(voxels, side, random) for voxels, side in zip(volume.shape[1:], patch_size, strict=True)]
     inside = [
         slice(max(0, start), min(voxels, start + side))
         for start, voxels, side in zip(starts, volume.shape[1:], patch_size, strict=True)
     ]
-    crop = np.zeros((volume.shape[0], *patch_size), dtype=np.float32)
+    piece = volume[(slice(None), *inside)]
+    if piece.shape[1:] == tuple(patch_size):
+        return piece
+    crop = np.zeros((volume.shape[0], *patch_size), dtype=piece.dtype)
     target = [slice(part.start - start, part.stop - start) for part, start in zip(inside, starts, strict=True)]
-    crop[:, *target] = volume[(slice(None), *inside)]
+    crop[:, *target] = piece
     return crop
 
 

@@ -1,7 +1,8 @@
 """Pre-training from the first crop to the encoder (He et al. 2022, appendix A.1; ViTiac, section 2.2).
 
 A run is a function of its job: samples depend on seed and index, the learning rate on the step. So a run that was
-killed and goes on (`resume`) has the same losses, to the digit on a CPU, as one that was never interrupted.
+killed and goes on (`resume`) has the same losses, to the digit on a CPU, as one that was never interrupted. The batch
+is what all processes read together (see `distributed`): with several of them the losses are the same but for rounding.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,18 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import read_json, replacing, write_json
+from nnunet_vit_mae.files import read_json, remove_unfinished, replacing, write_json
 from nnunet_vit_mae.networks.adaptive import present_contrasts
 from nnunet_vit_mae.networks.build import Autoencoder, build_autoencoder
-from nnunet_vit_mae.networks.mae import reconstruction_loss
+from nnunet_vit_mae.networks.mae import hidden_voxels, reconstruction_loss
 from nnunet_vit_mae.networks.masking import FLAT, count_rebuilt, count_visible
 from nnunet_vit_mae.networks.precision import autocast
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
 from nnunet_vit_mae.planning import token_grid
 from nnunet_vit_mae.plots import plot_contrasts, plot_progress, plot_views
 from nnunet_vit_mae.presets import PRETRAINING_DECODERS, Network, Pretraining, to_json_types
+from nnunet_vit_mae.pretraining import distributed
+from nnunet_vit_mae.pretraining.cache import Cache
 from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, RandomCrops
 from nnunet_vit_mae.pretraining.pictures import rebuild
 
@@ -55,6 +58,7 @@ class Job:
     network: Network
     protocol: Pretraining
     seed: int
+    cache: Cache | None = None
 
     @property
     def tokens(self) -> int:
@@ -82,6 +86,7 @@ class Job:
             "network": to_json_types(self.network),
             "pretraining": to_json_types(self.protocol),
             "seed": self.seed,
+            "half_precision_crops": self.cache is not None,
         }
 
 
@@ -103,14 +108,8 @@ def run(job: Job, output: Path, *, device: torch.device, resume: bool) -> Result
     network = build_autoencoder(job.network, len(job.channel_names), job.protocol).to(device)
     groups = parameter_groups(network.named_parameters(), weight_decay=job.protocol.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
-    losses: list[float] = []
-
-    output.mkdir(parents=True, exist_ok=True)
-    if resume and (output / STATE).is_file():
-        losses = _load_state(output, job, network, optimizer, device)
-    else:
-        write_json(job.to_dict(), output / "config.json")
-    with _logging_to(output / "log.txt"):
+    losses = _restore(distributed.from_first(lambda: _prepare(output, job, resume=resume)), network, optimizer)
+    with _logging_to(output / "log.txt") if distributed.is_first() else nullcontext():
         _announce(job, network, device, done=len(losses))
         _train(job, output, network, optimizer, losses, device)
     return Result(network, losses)
@@ -125,20 +124,21 @@ def _train(
     device: torch.device,
 ) -> None:
     """The loop. `losses` grows by one entry per epoch."""
+    is_first, model = distributed.is_first(), distributed.synchronised(network)
     first_step = len(losses) * job.steps_per_epoch
-    crops = RandomCrops(job.files, job.patch_size, job.tokens, job.seed)
+    crops = RandomCrops(job.files, job.patch_size, job.tokens, job.seed, job.cache)
     batches = iter(_batches(job, crops, first_step, device))
-    sample = [part[None].to(device) for part in crops[0]]
+    sample = [part[None].to(device).float() for part in crops[0]] if is_first else []
     saved = time.monotonic()
     network.train()
-    with tqdm(total=job.steps, initial=first_step, unit="step", desc="pre-training") as bar:
+    with tqdm(total=job.steps, initial=first_step, unit="step", desc="pre-training", disable=not is_first) as bar:
         for epoch in range(len(losses), job.protocol.epochs):
             started = time.monotonic()
             epoch_losses = []
             for step in range(epoch * job.steps_per_epoch, (epoch + 1) * job.steps_per_epoch):
                 set_learning_rate(optimizer, _learning_rate(job, step))
-                volume, noise = (part.to(device, non_blocking=True) for part in next(batches))
-                epoch_losses.append(_step(job, network, optimizer, volume, noise))
+                volume, noise = (part.to(device, non_blocking=True).float() for part in next(batches))
+                epoch_losses.append(_step(job, network, model, optimizer, volume, noise))
                 bar.update()
             losses.append(_checked_mean(epoch_losses, epoch, output))
 
@@ -150,6 +150,8 @@ def _train(
                 "epoch %d: loss %.6f, learning rate %.2e, %.1f s, %.1f volumes/s",
                 epoch + 1, losses[-1], rate, seconds, speed,
             )  # fmt: skip
+            if not is_first:
+                continue
             is_last = epoch + 1 == job.protocol.epochs
             if is_last or time.monotonic() - saved > SAVE_EVERY_SECONDS:
                 _save_state(output, network, optimizer, losses)
@@ -158,12 +160,25 @@ def _train(
                 _draw(job, output, network, losses, *sample)
 
 
-def _step(job: Job, network: Autoencoder, optimizer: torch.optim.Optimizer, volume: Tensor, noise: Tensor) -> Tensor:
-    """One step on a batch; the loss stays on the device, so that a GPU is not waited for (but to count flat tokens)."""
+def _step(
+    job: Job,
+    network: Autoencoder,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    volume: Tensor,
+    noise: Tensor,
+) -> Tensor:
+    """One step on a batch; the loss stays on the device, so that a GPU is not waited for (but to count flat tokens).
+
+    `model` is the network, or what averages its gradients over the processes.
+    """
     token, protocol = job.network.token, job.protocol
     with autocast(volume.device):
-        rebuilt, targets = network(volume, noise), network.targets(volume)
+        rebuilt, targets = model(volume, noise), network.targets(volume)
         loss = reconstruction_loss(targets, rebuilt, token, norm_pix=protocol.norm_pix, skip_flat=protocol.skip_flat)
+    if distributed.process_count() > 1:  # studies differ in their contrasts, and so do processes in their voxels
+        counted = hidden_voxels(targets, rebuilt, token, skip_flat=protocol.skip_flat).sum()
+        loss = distributed.part_of_joint_mean(loss, counted)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(network.parameters(), protocol.gradient_clip)
@@ -173,9 +188,11 @@ def _step(job: Job, network: Autoencoder, optimizer: torch.optim.Optimizer, volu
 
 def _batches(job: Job, crops: RandomCrops, first_step: int, device: torch.device) -> DataLoader:
     """Batches of all steps to come, in one go: workers start once. On a CPU the loop itself reads: cores are few."""
-    steps = ConsecutiveBatches(first_step, job.steps, job.protocol.batch_size)
+    place = {"rank": distributed.rank(), "processes": distributed.process_count()}
+    steps = ConsecutiveBatches(first_step, job.steps, job.protocol.batch_size, **place)
     on_gpu = device.type == "cuda"
-    workers = min(8, os.cpu_count() or 1) if on_gpu else 0
+    cores = (os.cpu_count() or 1) // distributed.local_process_count()
+    workers = max(1, min(8, cores)) if on_gpu else 0
     return DataLoader(crops, batch_sampler=steps, num_workers=workers, pin_memory=on_gpu)
 
 
@@ -185,7 +202,7 @@ def _learning_rate(job: Job, step: int) -> float:
 
 
 def _checked_mean(losses: list[Tensor], epoch: int, output: Path) -> float:
-    mean = float(torch.stack(losses).mean())
+    mean = float(distributed.averaged(torch.stack(losses).mean()))
     if not math.isfinite(mean):
         raise UserError(
             f"The loss is no longer a number in epoch {epoch + 1}; the last good state, if any, is kept in {output}: "
@@ -200,9 +217,13 @@ def _save_state(output: Path, network: nn.Module, optimizer: torch.optim.Optimiz
         torch.save(state, temporary)
 
 
-def _load_state(
-    output: Path, job: Job, network: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
-) -> list[float]:
+def _prepare(output: Path, job: Job, *, resume: bool) -> dict[str, Any] | None:
+    """Make the folder; gives the state to go on from, on the CPU, and None for a new run."""
+    output.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(output)
+    if not (resume and (output / STATE).is_file()):
+        write_json(job.to_dict(), output / "config.json")
+        return None
     before, now = read_json(output / "config.json"), job.to_dict()
     different = [name for name in now if before.get(name) != now[name]]
     if different:
@@ -210,7 +231,13 @@ def _load_state(
             f"The run in {output} cannot be continued, for it was started with other {', '.join(different)} "
             "(see its config.json): give the same flags and data, or start anew without --c."
         )
-    state = torch.load(output / STATE, map_location=device, weights_only=True)
+    return torch.load(output / STATE, map_location="cpu", weights_only=True)
+
+
+def _restore(state: dict[str, Any] | None, network: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+    """Load a state, if there is one; gives the losses up to it."""
+    if state is None:
+        return []
     network.load_state_dict(state["network"])
     optimizer.load_state_dict(state["optimizer"])
     return list(state["losses"])
@@ -222,6 +249,8 @@ def _announce(job: Job, network: nn.Module, device: torch.device, *, done: int) 
     logger.info(
         "cases %d, channels %s, crops of %s voxels (z y x)", len(job.files), list(job.channel_names), job.patch_size
     )
+    if job.cache:
+        logger.info("%d of the cases in memory, all crops in half precision", len(job.cache))
     series = job.network.series(len(job.channel_names))
     each = job.tokens // series
     visible = count_visible(each, protocol.mask_ratio)
@@ -240,8 +269,9 @@ def _announce(job: Job, network: nn.Module, device: torch.device, *, done: int) 
             "tokens without content (standard deviation below %s) are left out, so these numbers are the largest", FLAT
         )
     logger.info(
-        "%d epochs of %d steps, batch %d, learning rate %.2e (base rate %.2e x batch / 256), on %s",
-        protocol.epochs, job.steps_per_epoch, protocol.batch_size, protocol.lr, protocol.base_lr, device,
+        "%d epochs of %d steps, batch %d, learning rate %.2e (base rate %.2e x batch / 256), on %s%s",
+        protocol.epochs, job.steps_per_epoch, protocol.batch_size, protocol.lr, protocol.base_lr,
+        f"{distributed.process_count()} x " if distributed.process_count() > 1 else "", device.type,
     )  # fmt: skip
     logger.info(
         "loss: mean squared error on hidden tokens%s", ", normalised per token (norm-pix)" if protocol.norm_pix else ""

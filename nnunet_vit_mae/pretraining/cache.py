@@ -1,0 +1,74 @@
+"""Preprocessed volumes in memory, in half precision and not compressed: a crop is then a copy and nothing else."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.pretraining.crops import open_volume
+
+SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it; other systems have no limit of their own
+ITEM = np.dtype(np.float16).itemsize
+
+
+class Cache(AbstractContextManager):
+    """The first volumes, as many as fit into a limit, for all processes of this machine that get the cache.
+
+    The memory is freed at the end of the block, or when the process that made the cache is killed.
+    """
+
+    def __init__(self, files: Sequence[Path], limit: int):
+        """Read the volumes; `limit` is in bytes.
+
+        Raises `UserError` when there is less shared memory, or for voxels that half precision cannot hold.
+        """
+        self.places: dict[Path, tuple[int, tuple[int, ...]]] = {}
+        size = 0
+        for file in files:
+            shape = tuple(open_volume(file).shape)
+            if size + math.prod(shape) * ITEM > limit:
+                break
+            self.places[file] = (size, shape)
+            size += math.prod(shape) * ITEM
+        if SHARED_MEMORY.is_dir() and size > (free := shutil.disk_usage(SHARED_MEMORY).free):
+            raise UserError(
+                f"A cache of {size / 1e9:.1f} GB does not fit into {SHARED_MEMORY}, with {free / 1e9:.1f} GB free: "
+                "give a smaller --cache, or enlarge it (docker run --shm-size, for instance)."
+            )
+        self._memory = SharedMemory(create=True, size=max(1, size))
+        try:
+            for file in tqdm(self.places, desc="reading into memory", unit="volume"):
+                self._read(file)
+        except BaseException:
+            self._memory.unlink()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._memory.unlink()
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def get(self, file: Path) -> np.ndarray | None:
+        """The volume of a file (c z y x), not to be written to; None when it is not in the cache."""
+        if file not in self.places:
+            return None
+        start, shape = self.places[file]
+        return np.ndarray(shape, np.float16, self._memory.buf, start)
+
+    def _read(self, file: Path) -> None:
+        volume = open_volume(file, threads=os.cpu_count() or 1)[:]
+        if not np.abs(volume).max() <= np.finfo(np.float16).max:
+            raise UserError(f"{file} has voxels that half precision cannot hold: leave out --cache.")
+        place = self.get(file)
+        assert place is not None
+        place[...] = volume

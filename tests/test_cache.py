@@ -1,0 +1,158 @@
+"""Volumes in shared memory: the same crops, within the limit, and nothing left behind."""
+
+import pickle
+import subprocess
+import sys
+import time
+from functools import partial
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import pytest
+import torch
+
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.presets import Network, Pretraining
+from nnunet_vit_mae.pretraining import cache as module
+from nnunet_vit_mae.pretraining import distributed
+from nnunet_vit_mae.pretraining import run as loop
+from nnunet_vit_mae.pretraining.cache import Cache
+from nnunet_vit_mae.pretraining.crops import RandomCrops
+
+CPU = torch.device("cpu")
+PATCH = (8, 12, 10)
+SHAPES = [(9, 15, 11), (12, 13, 10), (8, 12, 10), (10, 9, 14)]
+BYTES = [2 * 2 * int(np.prod(shape)) for shape in SHAPES]
+PLENTY = sum(BYTES)
+
+
+@pytest.fixture
+def files(tmp_path):
+    random, written = np.random.default_rng(0), []
+    for number, shape in enumerate(SHAPES):
+        written.append(tmp_path / f"case_{number}.b2nd")
+        blosc2.asarray(random.normal(size=(2, *shape)).astype(np.float32), urlpath=str(written[-1]), mode="w")
+    return written
+
+
+def crops_of(files, cache):
+    return RandomCrops(files, PATCH, 18, 1, cache)
+
+
+def is_there(name: str) -> bool:
+    try:
+        SharedMemory(name).close()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def test_crops_are_those_of_the_files_in_half_precision(files):
+    with Cache(files, PLENTY) as cache:
+        assert len(cache) == len(files)
+        for index in range(12):
+            (crop, noise), (expected, same) = crops_of(files, cache)[index], crops_of(files, None)[index]
+            assert crop.dtype == torch.half
+            assert torch.equal(crop, expected.half())
+            assert torch.equal(noise, same)
+
+
+def test_the_limit_holds_and_changes_no_crop(files):
+    with Cache(files, sum(BYTES[:3]) - 1) as some, Cache(files, PLENTY) as every:
+        assert len(some) == 2
+        assert [some.get(file) is None for file in files] == [False, False, True, True]
+        for index in range(12):
+            assert torch.equal(crops_of(files, some)[index][0], crops_of(files, every)[index][0])
+
+
+def test_a_crop_is_no_view_of_the_volume(files):
+    with Cache(files, PLENTY) as cache:
+        crops = crops_of(files, cache)
+        for index in range(12):
+            crops[index][0].zero_()
+        assert all(np.count_nonzero(cache.get(file)) > 0.9 * np.size(cache.get(file)) for file in files)
+
+
+def test_more_than_there_is_is_refused(files, monkeypatch):
+    usage = module.shutil.disk_usage("/")._replace(free=PLENTY - 1)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match=r"does not fit into .*0\.0 GB free: give a smaller --cache"):
+        Cache(files, PLENTY)
+
+
+@pytest.mark.parametrize("value", [1e5, np.nan])
+def test_voxels_beyond_half_precision_are_refused(files, monkeypatch, value):
+    volume = np.full((2, *PATCH), value, dtype=np.float32)
+    blosc2.asarray(volume, urlpath=str(files[2]), mode="w")
+    made = []
+    monkeypatch.setattr(module, "SharedMemory", lambda **given: made.append(SharedMemory(**given)) or made[0])
+    with pytest.raises(UserError, match=r"case_2.b2nd has voxels .* leave out --cache"):
+        Cache(files, PLENTY)
+    assert not is_there(made[0].name)
+
+
+def test_the_memory_is_freed_at_the_end(files):
+    with Cache(files, PLENTY) as cache:
+        copy = pickle.loads(pickle.dumps(cache))
+        assert np.array_equal(copy.get(files[1]), cache.get(files[1]))
+        name = cache._memory.name
+        assert is_there(name)
+    assert not is_there(name)
+
+
+def test_the_memory_of_a_killed_process_is_freed(files):
+    script = (
+        "import pathlib, sys; from nnunet_vit_mae.pretraining.cache import Cache\n"
+        "with Cache([pathlib.Path(file) for file in sys.argv[1:]], 10**6) as cache: print(cache._memory.name); input()"
+    )
+    command = [sys.executable, "-u", "-c", script, *map(str, files)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as other:
+        assert other.stdout
+        name = other.stdout.readline().strip()
+        assert Path("/dev/shm", name.strip("/")).exists()
+        other.kill()
+    end = time.monotonic() + 60
+    while Path("/dev/shm", name.strip("/")).exists():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def job_of(files, cache, **protocol):
+    return loop.Job(
+        files=files,
+        channel_names=["T1", "FLAIR"],
+        patch_size=PATCH,
+        spacing=(1.5, 1.0, 1.0),
+        network=Network(size="XS", token=(4, 4, 4)),
+        protocol=Pretraining(**{"epochs": 3, "batch_size": 2, "mask_ratio": 0.6, "base_lr": 0.1} | protocol),
+        seed=3,
+        cache=cache,
+    )
+
+
+def train(job: loop.Job, output: Path, device: torch.device) -> None:
+    loop.run(job, output, device=device, resume=False)
+
+
+def test_processes_share_one_cache(files, tmp_path, capfd):
+    with Cache(files, PLENTY) as cache:
+        alone = loop.run(job_of(files, cache), tmp_path / "alone", device=CPU, resume=False)
+        distributed.start(partial(train, job_of(files, cache), tmp_path / "joint"), CPU, 2)
+    losses = torch.load(tmp_path / "joint" / "state.pt", weights_only=True)["losses"]
+    assert losses == pytest.approx(alone.losses, rel=1e-5)
+    assert "4 of the cases in memory" in (tmp_path / "joint" / "log.txt").read_text()
+    assert "resource_tracker" not in capfd.readouterr().err
+
+
+def test_the_loss_differs_by_rounding_only_and_goes_on_with_a_cache_alone(files, tmp_path):
+    direct = loop.run(job_of(files, None), tmp_path / "direct", device=CPU, resume=False)
+    with Cache(files, PLENTY) as cache:
+        cached = loop.run(job_of(files, cache), tmp_path / "cached", device=CPU, resume=False)
+        with pytest.raises(UserError, match="other half_precision_crops"):
+            loop.run(job_of(files, cache), tmp_path / "direct", device=CPU, resume=True)
+    assert cached.losses == pytest.approx(direct.losses, rel=2e-3)
+    assert cached.losses != direct.losses
