@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import time
+import re
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,14 +64,14 @@ def main() -> None:
     ratios, dice = defaultdict(list), defaultdict(list)
     for seed in range(arguments.seeds):
         dice["no pre-training"].append(finetuned_dice(plan, None, seed, arguments))
-        first_seconds = None
+        first_speed = None
         for name in arguments.options:
-            encoder, seconds = pretrained(plan, name, arguments.epochs, seed, arguments)
-            first_seconds = first_seconds or seconds
-            ratios[name].append(seconds / first_seconds)
+            encoder, speed = pretrained(plan, name, arguments.epochs, seed, arguments)
+            first_speed = first_speed or speed
+            ratios[name].append(first_speed / speed)
             dice[name, "steps"].append(finetuned_dice(plan, encoder, seed, arguments))
             dice[name, "time"].append(dice[name, "steps"][-1])
-            epochs = round(arguments.epochs * first_seconds / seconds)
+            epochs = round(arguments.epochs * speed / first_speed)
             if epochs != arguments.epochs:
                 encoder, _ = pretrained(plan, name, epochs, seed, arguments)
                 dice[name, "time"][-1] = finetuned_dice(plan, encoder, seed, arguments)
@@ -95,7 +96,7 @@ def against(reference: Sequence[float], own: Sequence[float]) -> str:
 
 
 def pretrained(plan: Plan, name: str, epochs: int, seed: int, arguments: argparse.Namespace) -> tuple[nn.Module, float]:
-    """An encoder, and the seconds that its pre-training took, pictures included (CPU time if it ran on a CPU)."""
+    """An encoder, and the volumes per second of its pre-training: the median over the epochs, without pictures."""
     settings = plan.settings
     job = Job(
         files=[case.file for case in pretraining_cases(plan, str(seed % 5))],
@@ -107,10 +108,9 @@ def pretrained(plan: Plan, name: str, epochs: int, seed: int, arguments: argpars
         seed=seed,
     )
     output = arguments.output / f"{name} {epochs} {seed}".replace(", ", "_").replace(" ", "_")
-    clock = time.process_time if arguments.device.type == "cpu" else time.perf_counter
-    started = clock()
     network = run(job, output, device=arguments.device, resume=False).network
-    return network.encoder, clock() - started
+    speeds = re.findall(r"([\d.]+) volumes/s", (output / "log.txt").read_text())
+    return network.encoder, statistics.median(map(float, speeds))
 
 
 def finetuned_dice(plan: Plan, encoder: nn.Module | None, seed: int, arguments: argparse.Namespace) -> float:
