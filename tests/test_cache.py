@@ -60,7 +60,7 @@ def test_crops_are_those_of_the_files_in_half_precision(files):
 
 
 def test_the_limit_holds_and_changes_no_crop(files):
-    with Cache(files, sum(BYTES[:3]) - 1) as some, Cache(files, PLENTY) as every:
+    with Cache(files, 3 * sum(BYTES[:3]) - 1, copies=3) as some, Cache(files, PLENTY) as every:
         assert len(some) == 2
         assert [some.get(file) is None for file in files] == [False, False, True, True]
         for index in range(12):
@@ -76,10 +76,12 @@ def test_a_crop_is_no_view_of_the_volume(files):
 
 
 def test_more_than_there_is_is_refused(files, monkeypatch):
-    usage = module.shutil.disk_usage("/")._replace(free=PLENTY - 1)
+    usage = module.shutil.disk_usage("/")._replace(free=PLENTY)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
+    with Cache(files, 2 * PLENTY) as cache:
+        assert len(cache) == len(files)
     with pytest.raises(UserError, match=r"does not fit into .*0\.0 GB free: give a smaller --cache"):
-        Cache(files, PLENTY)
+        Cache(files, 2 * PLENTY, copies=2)
 
 
 @pytest.mark.parametrize("value", [1e5, np.nan])

@@ -78,8 +78,8 @@ def pretrain(
             f"give a --batch_size that is a multiple of {parts}, or start another number of processes."
         )
     file = encoder_file(plan.dataset.results, plan.plans.plans_name, plan.name, fold)
-    limit = machine.cache_bytes // distributed.local_process_count()
-    with Cache(job.files, limit) if limit else nullcontext() as cache:
+    copies = distributed.local_process_count()  # torchrun's processes have no common memory
+    with Cache(job.files, machine.cache_bytes, copies=copies) if machine.cache_bytes else nullcontext() as cache:
         task = partial(
             _make_encoder, replace(job, cache=cache), partial(_card, plan, fold, job, cases), file, resume=resume
         )

@@ -26,8 +26,8 @@ class Cache(AbstractContextManager):
     The memory is freed at the end of the block, or when the process that made the cache is killed.
     """
 
-    def __init__(self, files: Sequence[Path], limit: int):
-        """Read the volumes; `limit` is in bytes.
+    def __init__(self, files: Sequence[Path], limit: int, *, copies: int = 1):
+        """Read the volumes; `limit` is in bytes, for as many `copies` of the cache as are made on this machine.
 
         Raises `UserError` when there is less shared memory, or for voxels that half precision cannot hold.
         """
@@ -35,13 +35,14 @@ class Cache(AbstractContextManager):
         size = 0
         for file in files:
             shape = tuple(open_volume(file).shape)
-            if size + math.prod(shape) * ITEM > limit:
+            if (size + math.prod(shape) * ITEM) * copies > limit:
                 break
             self.places[file] = (size, shape)
             size += math.prod(shape) * ITEM
-        if SHARED_MEMORY.is_dir() and size > (free := shutil.disk_usage(SHARED_MEMORY).free):
+        total = size * copies
+        if SHARED_MEMORY.is_dir() and total > (free := shutil.disk_usage(SHARED_MEMORY).free):
             raise UserError(
-                f"A cache of {size / 1e9:.1f} GB does not fit into {SHARED_MEMORY}, with {free / 1e9:.1f} GB free: "
+                f"A cache of {total / 1e9:.1f} GB does not fit into {SHARED_MEMORY}, with {free / 1e9:.1f} GB free: "
                 "give a smaller --cache, or enlarge it (docker run --shm-size, for instance)."
             )
         self._memory = SharedMemory(create=True, size=max(1, size))

@@ -165,7 +165,7 @@ def _supervise(task: Task, device: torch.device, processes: int) -> None:
 def _worker(number: int, task: Task, device: torch.device, processes: int, store: str) -> None:
     """What a process of `_supervise` does; it ends without a word when the user or the launcher stops it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    tqdm.set_lock(threading.RLock())  # its own one is a semaphore, which would be reported as lost at that end
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, reported as leaked when the process is stopped
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     place = {"init_method": store, "rank": number, "world_size": processes}
     exit_on_user_error(partial(_take_part, task, device, number, **place))()
