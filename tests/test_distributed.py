@@ -193,8 +193,12 @@ def test_ctrl_c_ends_all_processes(files, tmp_path, capfd):
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=press, daemon=True).start()
-    with pytest.raises(UserError, match=r"interrupted.* --c goes on"):
-        distributed.start(partial(train, make_job(files, epochs=100_000), tmp_path / "out"), CPU, 2)
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background Ctrl+C is ignored
+    try:
+        with pytest.raises(UserError, match=r"interrupted.* --c goes on"):
+            distributed.start(partial(train, make_job(files, epochs=100_000), tmp_path / "out"), CPU, 2)
+    finally:
+        signal.signal(signal.SIGINT, usual)
     assert not multiprocessing.active_children()
     assert "Traceback" not in capfd.readouterr().err
     assert len(state_of(tmp_path / "out")["losses"]) >= 1
