@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nnunet_vit_mae.cli.arguments import parser_for, positive_float, positive_int, whole_number
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
-from nnunet_vit_mae.files import refuse_in_use
+from nnunet_vit_mae.files import make_folder, refuse_in_use
 
 if TYPE_CHECKING:
     from nnunet_vit_mae.evaluation.results import Evaluation, Mean
@@ -75,10 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for file in calibrations.values():
         read_calibration(file)  # a mistake is better known before hours of measuring than after
     study = find_study(args.references, predictions, args.images)
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{args.output} cannot be made ({error}): choose another place with -o.") from None
+    make_folder(args.output)
     # a process takes as long to start as several cases take to measure
     processes = args.processes or min(4, 1 + len(study.cases) // 20)
     table, notes = measure_cases(study, options, processes)
