@@ -3,7 +3,7 @@
 The first table applies each transform always, many times, to the same volume, and compares two statistics of what comes
 out by the Kolmogorov-Smirnov test. The second one takes steps of both in turn. On a machine with a GPU ours runs there.
 
-    python benchmarks/augmentation.py      # prints the tables of docs/explanation.md
+    python benchmarks/augmentation.py      # prints the tables of docs/speed.md
 """
 
 from __future__ import annotations

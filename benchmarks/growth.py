@@ -4,7 +4,7 @@ Tokens: a step of size `--size` on volumes of more and more tokens (token 4, bat
 samples and drawing from it, for data sets of 10 to 100,000 files; contrasts: a step of the adaptive network with 1 to 8
 contrasts per study. One CPU thread, fp32; memory in fresh processes. An exponent is that of the last two rows.
 
-    python benchmarks/growth.py            # prints the tables of docs/speed.md; the largest steps take minutes
+    python benchmarks/growth.py            # prints the tables; the largest steps take minutes
 """
 
 from __future__ import annotations

@@ -33,6 +33,14 @@ def add_device_argument(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("-device", choices=("cuda", "cpu"), default=default, help="where to run")
 
 
+def add_patient_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--csv`, `--case` and `--patient`: who is who; see `table_file`."""
+    add = parser.add_argument
+    add("--csv", type=Path, metavar="FILE", help="table with patients; looked for here, then in the raw data set")
+    add("--case", metavar="COLUMN", help="its column of cases, else the one in which they occur")
+    add("--patient", default="patient", metavar="COLUMN", help="its column of patients")
+
+
 def usable_device(name: str) -> torch.device:
     """The device that was chosen; raises `UserError` when there is none."""
     import torch

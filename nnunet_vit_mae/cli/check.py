@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_vit_mae.cli.arguments import parser_for, positive_int, table_file
+from nnunet_vit_mae.cli.arguments import add_patient_arguments, parser_for, positive_int, table_file
 from nnunet_vit_mae.errors import exit_on_user_error, some
 
 if TYPE_CHECKING:
@@ -26,9 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("-d", dest="dataset", required=True, metavar="ID", help="data set number or name, e.g. 501")
     add("-o", dest="output", type=Path, metavar="FOLDER", help="for the results, else DATASET_check here")
-    add("--csv", type=Path, metavar="FILE", help="table with patients; looked for here, then in the raw data set")
-    add("--case", metavar="COLUMN", help="its column of cases, else the one in which they occur")
-    add("--patient", default="patient", metavar="COLUMN", help="its column of patients")
+    add_patient_arguments(parser)
     add("--list_empty", action="store_true", help=f"name empty labels in {EMPTY}, which mae3d_split can leave out")
     add("-np", dest="processes", type=positive_int, default=4, metavar="N", help="processes")
     args = parser.parse_args(argv)

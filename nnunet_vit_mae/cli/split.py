@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunet_vit_mae.cli.arguments import parser_for, positive_int, seed, table_file
+from nnunet_vit_mae.cli.arguments import add_patient_arguments, parser_for, positive_int, seed, table_file
 from nnunet_vit_mae.errors import UserError, exit_on_user_error, some
 
 if TYPE_CHECKING:
@@ -25,9 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("-d", dest="dataset", required=True, metavar="ID", help="data set number or name, e.g. 501")
     add("-o", dest="output", type=Path, metavar="FOLDER", help="where to write, else where nnU-Net looks")
-    add("--csv", type=Path, metavar="FILE", help="table with patients; looked for here, then in the raw data set")
-    add("--case", metavar="COLUMN", help="its column of cases, else the one in which they occur")
-    add("--patient", default="patient", metavar="COLUMN", help="its column of patients")
+    add_patient_arguments(parser)
     add("--folds", type=positive_int, default=5, metavar="N", help="folds of the cross-validation")
     add("--development", type=share, default=0.0, metavar="SHARE", help="share of patients; one fold instead of many")
     add("--test", type=share, default=0.0, metavar="SHARE", help="share of patients in no fold at all")
