@@ -18,7 +18,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-import blosc2
 import numpy as np
 import torch
 from monai.inferers.utils import sliding_window_inference
@@ -32,7 +31,7 @@ from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.plans import Plan, load_plan
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
 from nnunet_vit_mae.presets import SIZES
-from nnunet_vit_mae.pretraining.crops import random_crop
+from nnunet_vit_mae.pretraining.crops import open_volume, random_crop
 from nnunet_vit_mae.pretraining.run import Job, run
 
 CANDIDATES = [
@@ -147,21 +146,22 @@ def finetuned_dice(plan: Plan, encoder: nn.Module | None, seed: int, arguments: 
 
 def labelled_crop(plan: Plan, name: str, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Image (c z y x) and labels (1 z y x) of a flipped crop, with foreground if a few tries find any."""
+    image, reference = open_volume(plan.preprocessed_folder / f"{name}.b2nd"), open_volume(labels_of(plan, name))
     for _ in range(TRIES):
         place = random.integers(2**62)
-        labels = random_crop(labels_of(plan, name), plan.patch_size, np.random.default_rng(place)).clip(min=0)
+        labels = random_crop(reference, plan.patch_size, np.random.default_rng(place)).clip(min=0)
         if labels.any():
             break
-    image = random_crop(plan.preprocessed_folder / f"{name}.b2nd", plan.patch_size, np.random.default_rng(place))
+    crop = random_crop(image, plan.patch_size, np.random.default_rng(place))
     flipped = tuple(axis for axis in (1, 2, 3) if random.random() < 0.5)
-    return np.flip(image, flipped), np.flip(labels, flipped)
+    return np.flip(crop, flipped), np.flip(labels, flipped)
 
 
 @torch.no_grad()
 def dice_of(plan: Plan, model: nn.Module, name: str, device: torch.device) -> float:
     """Mean over the classes that the reference holds."""
-    image = torch.from_numpy(blosc2.open(str(plan.preprocessed_folder / f"{name}.b2nd"))[:])[None].float().to(device)
-    reference = blosc2.open(str(labels_of(plan, name)))[0]
+    image = torch.from_numpy(open_volume(plan.preprocessed_folder / f"{name}.b2nd")[:])[None].float().to(device)
+    reference = open_volume(labels_of(plan, name))[0]
     logits = sliding_window_inference(image, plan.patch_size, 4, model, overlap=0.5, mode="gaussian")
     found = logits.argmax(dim=1)[0].cpu().numpy()
     overlaps = [(found == label, reference == label) for label in np.unique(reference[reference > 0])]

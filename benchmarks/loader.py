@@ -124,7 +124,7 @@ def our_batches(plan: Plan, images: list[Path], patch: tuple[int, ...], cache: C
     series = plan.settings.network.series(len(plan.channel_names))
     tokens = series * math.prod(token_grid(patch, plan.settings.network.token))
     crops = RandomCrops(images, patch, tokens, 0, cache)
-    for volume, _ in DataLoader(crops, batch_sampler=ConsecutiveBatches(0, 10**9, BATCH)):
+    for volume, _ in DataLoader(crops, sampler=ConsecutiveBatches(0, 10**9, BATCH), batch_size=None):
         yield len(volume)
 
 

@@ -140,13 +140,15 @@ def _with_largest_batch(
     target: int,
     estimate: Callable[[Settings], Memory],
 ) -> Settings:
-    """The batch halved until the section's step fits, or until it is 2."""
+    """The batch halved until the section's step fits, or until it is 2, or the least that its reads allow."""
+    unit = settings.pretraining.samples_per_read if section == "pretraining" else 1
+    smallest = unit * math.ceil(SMALLEST_BATCH / unit)
     while (
         (section, "batch_size") not in fixed
-        and getattr(settings, section).batch_size > SMALLEST_BATCH
+        and getattr(settings, section).batch_size > smallest
         and getattr(estimate(settings), section) > target
     ):
-        half = max(SMALLEST_BATCH, getattr(settings, section).batch_size // 2)
+        half = max(smallest, getattr(settings, section).batch_size // 2 // unit * unit)
         settings = settings.updated({section: {"batch_size": half}})
     return settings
 

@@ -142,6 +142,8 @@ class Pretraining:
 
     epochs: int = 800  # passes over the cases
     batch_size: int = 16
+    crops_per_volume: int = 1  # cut from what is read at once, near one another
+    masks_per_crop: int = 1
     mask_ratio: float = 0.9
     decoder: str = "self"
     decoder_heads: int = 0  # 0: those of the size; fewer and wider ones take less time
@@ -155,6 +157,9 @@ class Pretraining:
 
     def __post_init__(self) -> None:
         _require_positive(self, "pretraining", "epochs", "batch_size", "base_lr", "gradient_clip")
+        _require_positive(self, "pretraining", "crops_per_volume", "masks_per_crop")
+        expected = f"a multiple of {self.samples_per_read}, crops_per_volume x masks_per_crop"
+        _require(self.batch_size % self.samples_per_read == 0, "pretraining.batch_size", self.batch_size, expected)
         _require(0 < self.mask_ratio < 1, "pretraining.mask_ratio", self.mask_ratio, "between 0 and 1, both excluded")
         expected = f"one of {', '.join(PRETRAINING_DECODERS)}"
         _require(self.decoder in PRETRAINING_DECODERS, "pretraining.decoder", self.decoder, expected)
@@ -163,6 +168,16 @@ class Pretraining:
         _require(0 < share <= 1, "pretraining.rebuilt_share", share, "a share above 0 and at most 1")
         _require(0 <= self.warmup < 1, "pretraining.warmup", self.warmup, "a share from 0 up to, but not, 1")
         _require(self.weight_decay >= 0, "pretraining.weight_decay", self.weight_decay, "0 or more")
+
+    @property
+    def samples_per_read(self) -> int:
+        """What a volume that is read once gives to a batch."""
+        return self.crops_per_volume * self.masks_per_crop
+
+    @property
+    def reads(self) -> int:
+        """Volumes that are read for a batch."""
+        return self.batch_size // self.samples_per_read
 
     @property
     def lr(self) -> float:

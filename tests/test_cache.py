@@ -37,8 +37,9 @@ def files(tmp_path):
     return written
 
 
-def crops_of(files, cache):
-    return RandomCrops(files, PATCH, 18, 1, cache)
+@pytest.fixture(params=[{}, {"crops_per_volume": 2, "masks_per_crop": 3}], ids=["one", "several"])
+def crops_of(request):
+    return lambda files, cache: RandomCrops(files, PATCH, 18, 1, cache, **request.param)
 
 
 def is_there(name: str) -> bool:
@@ -49,29 +50,25 @@ def is_there(name: str) -> bool:
     return True
 
 
-def test_crops_are_those_of_the_files_in_half_precision(files):
+def test_crops_are_those_of_the_files_in_half_precision(files, crops_of):
     with Cache(files, PLENTY) as cache:
         assert len(cache) == len(files)
-        for index in range(12):
-            (crop, noise), (expected, same) = crops_of(files, cache)[index], crops_of(files, None)[index]
-            assert crop.dtype == torch.half
-            assert torch.equal(crop, expected.half())
-            assert torch.equal(noise, same)
+        (crops, noise), (expected, same) = crops_of(files, cache)[range(12)], crops_of(files, None)[range(12)]
+        assert crops.dtype == torch.half
+        assert torch.equal(crops, expected.half())
+        assert torch.equal(noise, same)
 
 
-def test_the_limit_holds_and_changes_no_crop(files):
+def test_the_limit_holds_and_changes_no_crop(files, crops_of):
     with Cache(files, 3 * sum(BYTES[:3]) - 1, copies=3) as some, Cache(files, PLENTY) as every:
         assert len(some) == 2
         assert [some.get(file) is None for file in files] == [False, False, True, True]
-        for index in range(12):
-            assert torch.equal(crops_of(files, some)[index][0], crops_of(files, every)[index][0])
+        assert torch.equal(crops_of(files, some)[range(12)][0], crops_of(files, every)[range(12)][0])
 
 
-def test_a_crop_is_no_view_of_the_volume(files):
+def test_a_crop_is_no_view_of_the_volume(files, crops_of):
     with Cache(files, PLENTY) as cache:
-        crops = crops_of(files, cache)
-        for index in range(12):
-            crops[index][0].zero_()
+        crops_of(files, cache)[range(12)][0].zero_()
         assert all(np.count_nonzero(cache.get(file)) > 0.9 * np.size(cache.get(file)) for file in files)
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -71,16 +71,17 @@ def make_job(files: list[Path], *, adaptive: bool = False, epochs: int = 3) -> l
 def train(
     job: loop.Job, output: Path, device: torch.device, *, resume: bool = False, killed: tuple[int, int] | None = None
 ) -> None:
-    """Pre-train and note what each process reads and writes; `killed` is a process and the sample at which it dies."""
+    """Pre-train and note what each process reads and writes; `killed` is a process and the read at which it dies."""
     loop.SAVE_EVERY_SECONDS = 0.0
     notes = output.with_name(f"{output.name}_{distributed.rank()}.txt").open("a")
     read = RandomCrops.__getitem__
 
-    def noted(self: RandomCrops, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if killed == (distributed.rank(), index):
-            os.kill(os.getpid(), signal.SIGKILL)
-        print("read", index, file=notes, flush=True)
-        return read(self, index)
+    def noted(self: RandomCrops, reads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        for number in reads:
+            if killed == (distributed.rank(), number):
+                os.kill(os.getpid(), signal.SIGKILL)
+            print("read", number, file=notes, flush=True)
+        return read(self, reads)
 
     def audit(event: str, arguments: tuple) -> None:
         writes = event in ("os.mkdir", "os.rename") or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR))

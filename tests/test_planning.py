@@ -252,6 +252,15 @@ def test_a_batch_is_halved_no_more_than_it_must_and_never_below_2(situation):
                 assert getattr(situation.estimate(larger), section) > situation.target
 
 
+@pytest.mark.parametrize(("target", "batch"), [(18, 18), (17, 9), (8, 3), (3, 3)])
+def test_a_halved_batch_is_still_made_up_of_whole_reads(target, batch):
+    settings = Settings.from_dict({"pretraining": {"batch_size": 18, "crops_per_volume": 3}})
+    given = {"fixed": {("network", "token")}, "estimate": lambda chosen: Memory(0, chosen.pretraining.batch_size)}
+    assert fit_to_memory(settings, (32, 32, 32), (1, 1, 1), target=target, **given).pretraining.batch_size == batch
+    with pytest.raises(UserError, match="batch 3"):
+        fit_to_memory(settings, (32, 32, 32), (1, 1, 1), target=2, **given)
+
+
 @given(situation=situations())
 def test_the_token_grows_only_when_no_batch_of_2_fits(situation):
     chosen = situation.fitted()

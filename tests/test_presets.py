@@ -42,9 +42,13 @@ networks = st.builds(
     upsampling=st.sampled_from(sorted(UPSAMPLINGS)),
 ).flatmap(with_taps)
 pretrainings = st.builds(
-    Pretraining,
+    lambda reads, crops, masks, **others: Pretraining(
+        batch_size=reads * crops * masks, crops_per_volume=crops, masks_per_crop=masks, **others
+    ),
+    reads=counts,
+    crops=st.integers(1, 8),
+    masks=st.integers(1, 4),
     epochs=counts,
-    batch_size=counts,
     mask_ratio=st.floats(0, 1, exclude_min=True, exclude_max=True),
     decoder=st.sampled_from(sorted(PRETRAINING_DECODERS)),
     decoder_heads=st.sampled_from([0, 1, 2, 4, 8]),  # divisors of the widths of all sizes
@@ -149,6 +153,13 @@ def test_a_switch_of_another_type_is_refused_by_name(key, value):
     assert refused("pretraining", key, value).startswith(f"pretraining.{key} is {value!r}, ")
 
 
+def test_a_batch_that_its_reads_do_not_make_up_is_refused():
+    chosen = Settings.from_dict({"pretraining": {"crops_per_volume": 4, "masks_per_crop": 2}})
+    assert (chosen.pretraining.samples_per_read, chosen.pretraining.reads) == (8, 2)
+    with pytest.raises(UserError, match=r"batch_size is 12, .* a multiple of 8, crops_per_volume x masks_per_crop"):
+        chosen.updated({"pretraining": {"batch_size": 12}})
+
+
 def test_decoder_heads_that_do_not_divide_the_width_of_another_size_are_refused():
     chosen = Settings.from_dict({"network": {"size": "S"}, "pretraining": {"decoder_heads": 3}})
     with pytest.raises(UserError, match=r"decoder_heads is 3, .* 512, the width of the decoder of size B"):
@@ -176,6 +187,9 @@ def test_decoder_heads_that_do_not_divide_the_width_of_another_size_are_refused(
         ("network", "taps", [True, 9]),
         ("pretraining", "epochs", 0),
         ("pretraining", "batch_size", -1),
+        ("pretraining", "crops_per_volume", 0),
+        ("pretraining", "masks_per_crop", -2),
+        ("pretraining", "masks_per_crop", 1.5),
         ("pretraining", "mask_ratio", 0.0),
         ("pretraining", "mask_ratio", 1),
         ("pretraining", "decoder", "both"),

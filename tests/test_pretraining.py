@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import re
 
 import blosc2
 import numpy as np
@@ -15,6 +16,7 @@ from scipy.ndimage import gaussian_filter
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.presets import Network, Pretraining
+from nnunet_vit_mae.pretraining import crops as module
 from nnunet_vit_mae.pretraining import run as loop
 from nnunet_vit_mae.pretraining.crops import RandomCrops, open_volume, random_crop
 from nnunet_vit_mae.pretraining.pictures import interpolated, rebuild
@@ -22,7 +24,7 @@ from nnunet_vit_mae.pretraining.pictures import interpolated, rebuild
 CPU = torch.device("cpu")
 PATCH = (8, 12, 10)
 NETWORK = Network(size="XS", token=(4, 4, 4))
-FASTEST = {"decoder": "cross", "decoder_heads": 2, "rebuilt_share": 0.25, "skip_flat": True}
+FASTEST = {"decoder": "cross", "decoder_heads": 2, "rebuilt_share": 0.25, "skip_flat": True, "masks_per_crop": 2}
 
 
 def write_volume(file, volume):
@@ -86,12 +88,69 @@ def test_crops_reach_every_place(files):
     assert corners == set(reachable.ravel().tolist())
 
 
-def test_a_sample_depends_on_seed_and_index_alone(files):
-    first, second = (RandomCrops(files, PATCH, 18, seed=1) for _ in range(2))
-    list(map(first.__getitem__, range(7)))
-    for index in (11, 3, 4):
-        assert all(torch.equal(a, b) for a, b in zip(first[index], second[index], strict=True))
-    assert not torch.equal(first[3][1], RandomCrops(files, PATCH, 18, seed=2)[3][1])
+@pytest.mark.parametrize("several", [{}, {"crops_per_volume": 3, "masks_per_crop": 2}], ids=["one", "several"])
+def test_what_a_read_gives_depends_on_seed_and_number_alone(files, several):
+    first, second = (RandomCrops(files, PATCH, 18, seed=1, **several) for _ in range(2))
+    together = first[[11, 3, 4]]
+    alone = [second[[read]] for read in (11, 3, 4)]
+    for part, parts in zip(together, zip(*alone, strict=True), strict=True):
+        assert torch.equal(part, torch.cat(parts))
+    assert not torch.equal(alone[1][1], RandomCrops(files, PATCH, 18, seed=2, **several)[[3]][1])
+
+
+def numbered(tmp_path, shape):
+    """A file whose voxels have numbers of their own."""
+    return write_volume(tmp_path / "case.b2nd", np.arange(math.prod(shape), dtype=np.float32).reshape(1, *shape))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=st.tuples(*[st.integers(2, 30)] * 3), count=st.integers(2, 5), masks=st.integers(1, 3), read=st.integers(0, 9)
+)
+def test_several_crops_lie_near_one_another_inside_the_volume(tmp_path_factory, shape, count, masks, read):
+    file, patch = numbered(tmp_path_factory.mktemp("several"), shape), (6, 4, 9)
+    crops, noise = RandomCrops([file], patch, 18, 0, crops_per_volume=count, masks_per_crop=masks)[[read]]
+    assert crops.shape == (count, 1, *patch)
+    assert noise.shape == (count, masks, 18)
+    assert len(np.unique(noise.numpy().reshape(-1, 18), axis=0)) == count * masks
+    # zeros surround only a volume that is smaller than the crop: a region at the border adds none
+    full = math.prod(min(a, b) for a, b in zip(shape, patch, strict=True))
+    assert all(np.unique(crop[crop > 0]).size >= full - 1 for crop in crops.numpy())
+    places = np.stack(np.unravel_index(np.unique(crops.numpy()[crops.numpy() > 0]).astype(int), shape), axis=1)
+    assert all(np.ptp(places, axis=0) < [round(1.5 * side) for side in patch])
+
+
+def test_several_crops_of_a_volume_differ(tmp_path):
+    file = numbered(tmp_path, (20, 30, 25))
+    crops, _ = RandomCrops([file], (8, 8, 8), 18, 0, crops_per_volume=8)[[0]]
+    assert len(np.unique(crops.numpy().reshape(8, -1).max(axis=1))) > 4
+
+
+def test_a_region_is_read_once_for_several_crops(files, monkeypatch):
+    opened = []
+    monkeypatch.setattr(module, "open_volume", lambda file: opened.append(file) or open_volume(file))
+    RandomCrops(files, PATCH, 18, seed=1, crops_per_volume=4)[[0, 1]]
+    assert len(opened) == 2
+
+
+@pytest.mark.parametrize("several", [{"crops_per_volume": 2}, {"masks_per_crop": 2}])
+def test_a_batch_of_several_crops_or_masks_is_learned_from(make_job, tmp_path, several):
+    job = make_job(epochs=20, batch_size=4, norm_pix=False, **several)
+    result = loop.run(job, tmp_path, device=CPU, resume=False)
+    assert np.mean(result.losses[-5:]) < 0.5 * result.losses[0]
+    log = (tmp_path / "log.txt").read_text()
+    crops, masks = several.get("crops_per_volume", 1), several.get("masks_per_crop", 1)
+    assert f"2 volumes read for a batch, {crops} crops of each, {masks} masks of each crop" in log
+    assert "20 epochs of 2 steps, batch 4" in log
+
+
+def test_each_mask_of_a_crop_is_a_sample_of_the_batch():
+    crops, noise = torch.randn(2, 1, *PATCH), torch.rand(2, 3, 18)
+    volumes, flat = loop._samples((crops.half(), noise), CPU)
+    assert volumes.dtype == torch.float
+    for number in range(6):
+        assert torch.equal(volumes[number], crops[number // 3].half().float())
+        assert torch.equal(flat[number], noise[number // 3, number % 3])
 
 
 def test_each_pass_shows_every_case_once(files):
@@ -104,7 +163,7 @@ def test_each_pass_shows_every_case_once(files):
 def test_crops_reach_worker_processes_that_start_afresh(files):
     """As on Windows, where nothing is inherited: everything must be picklable."""
     copy = pickle.loads(pickle.dumps(RandomCrops(files, PATCH, 18, seed=1)))
-    assert torch.equal(copy[7][0], RandomCrops(files, PATCH, 18, seed=1)[7][0])
+    assert torch.equal(copy[[7]][0], RandomCrops(files, PATCH, 18, seed=1)[[7]][0])
 
 
 def test_the_loss_falls_and_everything_is_written(make_job, tmp_path):
@@ -120,6 +179,8 @@ def test_the_loss_falls_and_everything_is_written(make_job, tmp_path):
     assert "cases 5" in log
     assert "18 tokens, 7 of them visible" in log
     assert log.count("epoch ") == 25
+    assert all(0 < float(share) < 100 for share in re.findall(r"s \(([\d.]+)% waiting for crops\)", log))
+    assert log.count("waiting") == 25
     assert "attend to one another (MAE); in a step it rebuilds 11 of 11 hidden tokens" in log
     assert "without content" not in log
 
@@ -138,10 +199,10 @@ def test_a_run_that_was_killed_goes_on_to_the_digit(make_job, tmp_path, monkeypa
 
     read = RandomCrops.__getitem__
 
-    def killed(self, index):
-        if index == 3 * job.steps_per_epoch * 2 + 3:  # in the middle of the fourth epoch
+    def killed(self, reads):
+        if (3 * job.steps_per_epoch + 1) * job.protocol.reads in reads:  # in the middle of the fourth epoch
             raise KeyboardInterrupt
-        return read(self, index)
+        return read(self, reads)
 
     with monkeypatch.context() as patch:
         patch.setattr(RandomCrops, "__getitem__", killed)

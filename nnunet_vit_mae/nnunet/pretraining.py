@@ -72,10 +72,11 @@ def pretrain(
         seed=seed,
     )
     parts = max(machine.processes, distributed.process_count())
-    if job.protocol.batch_size % parts:
+    if job.protocol.reads % parts:
         raise UserError(
             f"A batch of {job.protocol.batch_size} volumes cannot be divided among {parts} processes: "
-            f"give a --batch_size that is a multiple of {parts}, or start another number of processes."
+            f"give a --batch_size that is a multiple of {parts * job.protocol.samples_per_read}, or start another number "
+            "of processes."
         )
     file = encoder_file(plan.dataset.results, plan.plans.plans_name, plan.name, fold)
     copies = distributed.local_process_count()  # torchrun's processes have no common memory

@@ -20,51 +20,74 @@ from torch.utils.data import Dataset, Sampler
 if TYPE_CHECKING:
     from nnunet_vit_mae.pretraining.cache import Cache
 
+REGION = 1.5  # sides of what is read for several crops, in sides of one: they differ, and share most of their blocks
 MMAP: dict[str, Any] = {} if os.name == "nt" else {"mmap_mode": "r"}  # blosc2 cannot map files on Windows
 
 
 class RandomCrops(Dataset):
-    """An endless sequence of samples: pass after pass over the files, each pass in an order of its own.
+    """An endless sequence of reads: pass after pass over the files, each pass in an order of its own.
 
-    Sample `index` depends on the seed and the index alone: the same in any worker or process and after any restart.
-    With a cache all samples are in half precision, whether their volumes are in it or not.
+    What a read gives depends on the seed and its number alone: the same in any worker or process and after any restart.
+    With a cache all crops are in half precision, whether their volumes are in it or not.
     """
 
     def __init__(
-        self, files: Sequence[Path], patch_size: Sequence[int], tokens: int, seed: int, cache: Cache | None = None
+        self,
+        files: Sequence[Path],
+        patch_size: Sequence[int],
+        tokens: int,
+        seed: int,
+        cache: Cache | None = None,
+        *,
+        crops_per_volume: int = 1,
+        masks_per_crop: int = 1,
     ):
         self.files, self.patch_size, self.tokens, self.seed = list(files), tuple(patch_size), tokens, seed
         self.cache = cache
+        self.crops_per_volume, self.masks_per_crop = crops_per_volume, masks_per_crop
         self._pass, self._order = -1, np.empty(0, dtype=int)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """A crop (c z y x) and the noise that decides which of its tokens stay visible (n)."""
-        random = np.random.default_rng((self.seed, 1, index))
-        file = self.file_of(index)
-        kept = self.cache.get(file) if self.cache else None
-        crop = torch.from_numpy(random_crop(open_volume(file) if kept is None else kept, self.patch_size, random))
-        flipped = tuple(axis for axis in (1, 2, 3) if random.random() < 0.5)
-        noise = random.random(self.tokens, dtype=np.float32)
-        return crop.to(torch.half if self.cache else torch.float).flip(flipped), torch.from_numpy(noise)
+    def __getitem__(self, reads: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """A batch: crops (b c z y x), and the noise that decides in each mask which tokens stay visible (b masks n)."""
+        crops, noise = [], []
+        for read in reads:
+            random = np.random.default_rng((self.seed, 1, read))
+            volume = self._volume(self.file_of(read), random)
+            for _ in range(self.crops_per_volume):
+                crop = random_crop(volume, self.patch_size, random)
+                crops.append(np.flip(crop, [axis for axis in (1, 2, 3) if random.random() < 0.5]))
+                noise.append(random.random((self.masks_per_crop, self.tokens), dtype=np.float32))
+        dtype = np.float16 if self.cache else np.float32
+        batch = np.stack(crops, dtype=dtype, casting="same_kind")  # the only copy: the crops are views
+        return torch.from_numpy(batch), torch.from_numpy(np.stack(noise))
 
-    def file_of(self, index: int) -> Path:
-        """The file that a sample is cut from."""
-        number, position = divmod(index, len(self.files))
-        if number != self._pass:  # neighbouring samples share a pass
+    def file_of(self, read: int) -> Path:
+        """The file that is read."""
+        number, position = divmod(read, len(self.files))
+        if number != self._pass:  # neighbouring reads share a pass
             self._pass, self._order = number, np.random.default_rng((self.seed, 0, number)).permutation(len(self.files))
         return self.files[self._order[position]]
 
+    def _volume(self, file: Path, random: np.random.Generator) -> Any:
+        """What the crops are cut from: for one, the volume, open; for several, a part of it that is read once."""
+        kept = self.cache.get(file) if self.cache else None
+        volume = open_volume(file) if kept is None else kept
+        if self.crops_per_volume == 1:
+            return volume
+        sides = [min(a, round(REGION * b)) for a, b in zip(volume.shape[1:], self.patch_size, strict=True)]
+        return random_crop(volume, sides, random)
+
 
 class ConsecutiveBatches(Sampler[list[int]]):
-    """The samples of steps `first` to `last` (excluded), a batch at a time: of each batch, one process's share."""
+    """The reads of steps `first` to `last` (excluded), a batch at a time: of each batch, one process's share."""
 
-    def __init__(self, first: int, last: int, batch_size: int, *, rank: int = 0, processes: int = 1):
-        self.first, self.last, self.batch_size = first, last, batch_size
+    def __init__(self, first: int, last: int, reads: int, *, rank: int = 0, processes: int = 1):
+        self.first, self.last, self.reads = first, last, reads
         self.rank, self.processes = rank, processes
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first, self.last):
-            yield list(range(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.processes))
+            yield list(range(step * self.reads + self.rank, (step + 1) * self.reads, self.processes))
 
     def __len__(self) -> int:
         return self.last - self.first

@@ -68,7 +68,10 @@ class Job:
 
     @property
     def steps_per_epoch(self) -> int:
-        """An epoch is a pass over the cases, rounded up to whole batches; the next one starts where it ended."""
+        """An epoch has a sample for each case, rounded up to whole batches; the next one starts where it ended.
+
+        With several samples per volume it reads only a part of the cases, and the next one others.
+        """
         return math.ceil(len(self.files) / self.protocol.batch_size)
 
     @property
@@ -126,19 +129,24 @@ def _train(
     """The loop. `losses` grows by one entry per epoch."""
     is_first, model = distributed.is_first(), distributed.synchronised(network)
     first_step = len(losses) * job.steps_per_epoch
-    crops = RandomCrops(job.files, job.patch_size, job.tokens, job.seed, job.cache)
+    crops = RandomCrops(
+        job.files, job.patch_size, job.tokens, job.seed, job.cache,
+        crops_per_volume=job.protocol.crops_per_volume, masks_per_crop=job.protocol.masks_per_crop,
+    )  # fmt: skip
     batches = iter(_batches(job, crops, first_step, device))
-    sample = [part[None].to(device).float() for part in crops[0]] if is_first else []
+    sample = [part[:1] for part in _samples(crops[[0]], device)] if is_first else []
     saved = time.monotonic()
     network.train()
     with tqdm(total=job.steps, initial=first_step, unit="step", desc="pre-training", disable=not is_first) as bar:
         for epoch in range(len(losses), job.protocol.epochs):
-            started = time.monotonic()
+            started, waited = time.monotonic(), 0.0
             epoch_losses = []
             for step in range(epoch * job.steps_per_epoch, (epoch + 1) * job.steps_per_epoch):
                 set_learning_rate(optimizer, _learning_rate(job, step))
-                volume, noise = (part.to(device, non_blocking=True).float() for part in next(batches))
-                epoch_losses.append(_step(job, network, model, optimizer, volume, noise))
+                asked = time.monotonic()
+                batch = next(batches)
+                waited += time.monotonic() - asked
+                epoch_losses.append(_step(job, network, model, optimizer, *_samples(batch, device)))
                 bar.update()
             losses.append(_checked_mean(epoch_losses, epoch, output))
 
@@ -147,8 +155,8 @@ def _train(
             speed = job.steps_per_epoch * job.protocol.batch_size / seconds
             bar.set_postfix(loss=f"{losses[-1]:.4f}", volumes_per_s=f"{speed:.1f}")
             logger.info(
-                "epoch %d: loss %.6f, learning rate %.2e, %.1f s, %.1f volumes/s",
-                epoch + 1, losses[-1], rate, seconds, speed,
+                "epoch %d: loss %.6f, learning rate %.2e, %.1f s (%.1f%% waiting for crops), %.1f volumes/s",
+                epoch + 1, losses[-1], rate, seconds, 100 * waited / seconds, speed,
             )  # fmt: skip
             if not is_first:
                 continue
@@ -186,14 +194,21 @@ def _step(
     return loss.detach()
 
 
+def _samples(batch: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Volumes (b c z y x) and noise (b n) on the device, where each crop is repeated for each of its masks."""
+    crops, noise = (part.to(device, non_blocking=True) for part in batch)
+    masks = noise.shape[1]
+    return (crops.repeat_interleave(masks, dim=0) if masks > 1 else crops).float(), noise.flatten(0, 1)
+
+
 def _batches(job: Job, crops: RandomCrops, first_step: int, device: torch.device) -> DataLoader:
     """Batches of all steps to come, in one go: workers start once. On a CPU the loop itself reads: cores are few."""
     place = {"rank": distributed.rank(), "processes": distributed.process_count()}
-    steps = ConsecutiveBatches(first_step, job.steps, job.protocol.batch_size, **place)
+    steps = ConsecutiveBatches(first_step, job.steps, job.protocol.reads, **place)
     on_gpu = device.type == "cuda"
     cores = (os.cpu_count() or 1) // distributed.local_process_count()
     workers = max(1, min(8, cores)) if on_gpu else 0
-    return DataLoader(crops, batch_sampler=steps, num_workers=workers, pin_memory=on_gpu)
+    return DataLoader(crops, sampler=steps, batch_size=None, num_workers=workers, pin_memory=on_gpu)
 
 
 def _learning_rate(job: Job, step: int) -> float:
@@ -251,6 +266,11 @@ def _announce(job: Job, network: nn.Module, device: torch.device, *, done: int) 
     )
     if job.cache:
         logger.info("%d of the cases in memory, all crops in half precision", len(job.cache))
+    if protocol.reads < protocol.batch_size:
+        logger.info(
+            "%d volumes read for a batch, %d crops of each, %d masks of each crop",
+            protocol.reads, protocol.crops_per_volume, protocol.masks_per_crop,
+        )  # fmt: skip
     series = job.network.series(len(job.channel_names))
     each = job.tokens // series
     visible = count_visible(each, protocol.mask_ratio)
