@@ -73,10 +73,10 @@ def pretrain(
     )
     parts = max(machine.processes, distributed.process_count())
     if job.protocol.reads % parts:
+        whole = parts * job.protocol.samples_per_read
         raise UserError(
             f"A batch of {job.protocol.batch_size} volumes cannot be divided among {parts} processes: "
-            f"give a --batch_size that is a multiple of {parts * job.protocol.samples_per_read}, or start another number "
-            "of processes."
+            f"give a --batch_size that is a multiple of {whole}, or start another number of processes."
         )
     file = encoder_file(plan.dataset.results, plan.plans.plans_name, plan.name, fold)
     copies = distributed.local_process_count()  # torchrun's processes have no common memory

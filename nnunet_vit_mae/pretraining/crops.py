@@ -55,7 +55,7 @@ class RandomCrops(Dataset):
             volume = self._volume(self.file_of(read), random)
             for _ in range(self.crops_per_volume):
                 crop = random_crop(volume, self.patch_size, random)
-                crops.append(np.flip(crop, [axis for axis in (1, 2, 3) if random.random() < 0.5]))
+                crops.append(np.flip(crop, tuple(axis for axis in (1, 2, 3) if random.random() < 0.5)))
                 noise.append(random.random((self.masks_per_crop, self.tokens), dtype=np.float32))
         dtype = np.float16 if self.cache else np.float32
         batch = np.stack(crops, dtype=dtype, casting="same_kind")  # the only copy: the crops are views
