@@ -1,4 +1,4 @@
-"""Crops per second of one worker: our reader and nnU-Net's augmenting loader in turn, on the same preprocessed files.
+"""Samples per second of one worker: our reader and nnU-Net's augmenting loader in turn, on the same preprocessed files.
 
 Without `-d`, on CT-like volumes that are made and preprocessed by nnU-Net for this. Cold: the files are dropped from
 the system's page cache before each turn (Linux only). CPU seconds count work alone; wall seconds also waiting for the
@@ -41,7 +41,9 @@ SYNTHETIC = "Dataset999_Volumes"
 SHAPE = (160, 224, 224)
 BATCH = 2
 TURN_SECONDS = 0.5
+CROPS, MASKS = 4, 2
 NNUNET, OURS, CACHED = "nnU-Net, its augmentation", "ours", "ours, `--cache`"
+SEVERAL = f"ours, {CROPS} crops per volume, {MASKS} masks per crop"
 
 
 @dataclass
@@ -100,6 +102,7 @@ def compare(arguments: argparse.Namespace) -> None:
         loaders = {
             NNUNET: nnunet_batches(plan, patch),
             OURS: our_batches(plan, images, patch),
+            SEVERAL: our_batches(plan, images, patch, crops_per_volume=CROPS, masks_per_crop=MASKS),
             CACHED: our_batches(plan, images, patch, cache),
         }
         times = {(loader, condition): Time() for condition in conditions for loader in loaders}
@@ -109,9 +112,12 @@ def compare(arguments: argparse.Namespace) -> None:
         for _ in range(arguments.rounds):
             for (loader, condition), total in times.items():
                 conditions[condition](files)
-                total.take(loaders[loader], len(images) if condition == "cold" else math.inf)
+                each = CROPS * MASKS if loader == SEVERAL else 1
+                total.take(loaders[loader], each * len(images) if condition == "cold" else math.inf)
 
-    print("| files | loader | crops / CPU second | ratio | crops / wall second | ratio |\n|---|---|---|---|---|---|")
+    print(
+        "| files | loader | samples / CPU second | ratio | samples / wall second | ratio |\n|---|---|---|---|---|---|"
+    )
     for (loader, condition), total in times.items():
         reference = times[NNUNET, condition]
         cpu, wall = (total.crops / seconds for seconds in (total.cpu, total.wall))
@@ -119,13 +125,15 @@ def compare(arguments: argparse.Namespace) -> None:
         print(f"| {condition} | {loader} | {cpu:.1f} | {ratios[0]:.1f} | {wall:.1f} | {ratios[1]:.1f} |")
 
 
-def our_batches(plan: Plan, images: list[Path], patch: tuple[int, ...], cache: Cache | None = None) -> Iterator[int]:
-    """As `mae3d_pretrain` reads on a CPU, and as each of its workers does for a GPU; yields the size of each batch."""
+def our_batches(
+    plan: Plan, images: list[Path], patch: tuple[int, ...], cache: Cache | None = None, **several: int
+) -> Iterator[int]:
+    """As `mae3d_pretrain` reads on a CPU, and as each of its workers does for a GPU; yields the samples of a batch."""
     series = plan.settings.network.series(len(plan.channel_names))
     tokens = series * math.prod(token_grid(patch, plan.settings.network.token))
-    crops = RandomCrops(images, patch, tokens, 0, cache)
-    for volume, _ in DataLoader(crops, sampler=ConsecutiveBatches(0, 10**9, BATCH), batch_size=None):
-        yield len(volume)
+    crops = RandomCrops(images, patch, tokens, 0, cache, **several)
+    for _, noise in DataLoader(crops, sampler=ConsecutiveBatches(0, 10**9, BATCH), batch_size=None):
+        yield noise.shape[0] * noise.shape[1]
 
 
 def nnunet_batches(plan: Plan, patch: tuple[int, ...]) -> Iterator[int]:
