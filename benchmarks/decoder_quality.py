@@ -3,8 +3,8 @@
 For each seed (fold: the seed modulo 5) and option an encoder is pre-trained on the fold's training cases and the
 unlabelled pool, for the same number of passes over the cases and again for the time that the first option took.
 Each is fine-tuned on the same few labelled cases with the same crops, and tested on the fold's validation cases, which
-nothing has seen. Dice is the mean over cases of the mean over classes. Fine-tuning has no augmentation but random crops:
-so few steps as a CPU can take do not suffice to learn what a flipped front looks like.
+nothing has seen. Dice is the mean over cases of the mean over classes. Fine-tuning has no augmentation but random
+crops: so few steps as a CPU can take do not suffice to learn what a flipped front looks like.
 
     python benchmarks/decoder_quality.py -d 504 -p PLANS --epochs 200 --seeds 5 -o FOLDER
 """
