@@ -6,7 +6,6 @@ autoencoding needs shifts and flips but no rotation. There is no intensity noise
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from nnunet_vit_mae.pretraining.cache import Cache
 
 REGION = 1.5  # sides of what is read for several crops, in sides of one: they differ, and share most of their blocks
-MMAP: dict[str, Any] = {} if os.name == "nt" else {"mmap_mode": "r"}  # blosc2 cannot map files on Windows
 
 
 class RandomCrops(Dataset):
@@ -95,7 +93,8 @@ class ConsecutiveBatches(Sampler[list[int]]):
 
 def open_volume(file: Path, *, threads: int = 1) -> Any:
     """A preprocessed volume (c z y x), to be read by slicing."""
-    return blosc2.open(urlpath=str(file), mode="r", dparams={"nthreads": threads}, **MMAP)
+    # not mapped: page faults cost more than reads where the file has to come from a disk
+    return blosc2.open(urlpath=str(file), mode="r", dparams={"nthreads": threads})
 
 
 def random_crop(volume: Any, patch_size: Sequence[int], random: np.random.Generator) -> np.ndarray:
