@@ -132,8 +132,8 @@ def our_batches(
     series = plan.settings.network.series(len(plan.channel_names))
     tokens = series * math.prod(token_grid(patch, plan.settings.network.token))
     crops = RandomCrops(images, patch, tokens, 0, cache, **several)
-    for _, noise in DataLoader(crops, sampler=ConsecutiveBatches(0, 10**9, BATCH), batch_size=None):
-        yield noise.shape[0] * noise.shape[1]
+    for batch in DataLoader(crops, sampler=ConsecutiveBatches(0, 10**9, BATCH), batch_size=None):
+        yield batch.noise.shape[0] * batch.noise.shape[1]
 
 
 def nnunet_batches(plan: Plan, patch: tuple[int, ...]) -> Iterator[int]:

@@ -53,22 +53,23 @@ def is_there(name: str) -> bool:
 def test_crops_are_those_of_the_files_in_half_precision(files, crops_of):
     with Cache(files, PLENTY) as cache:
         assert len(cache) == len(files)
-        (crops, noise), (expected, same) = crops_of(files, cache)[range(12)], crops_of(files, None)[range(12)]
-        assert crops.dtype == torch.half
-        assert torch.equal(crops, expected.half())
-        assert torch.equal(noise, same)
+        cached, direct = crops_of(files, cache)[range(12)], crops_of(files, None)[range(12)]
+        assert cached.crops.dtype == torch.half
+        assert torch.equal(cached.crops, direct.crops.half())
+        assert torch.equal(cached.flips, direct.flips)
+        assert torch.equal(cached.noise, direct.noise)
 
 
 def test_the_limit_holds_and_changes_no_crop(files, crops_of):
     with Cache(files, 3 * sum(BYTES[:3]) - 1, copies=3) as some, Cache(files, PLENTY) as every:
         assert len(some) == 2
         assert [some.get(file) is None for file in files] == [False, False, True, True]
-        assert torch.equal(crops_of(files, some)[range(12)][0], crops_of(files, every)[range(12)][0])
+        assert torch.equal(crops_of(files, some)[range(12)].crops, crops_of(files, every)[range(12)].crops)
 
 
 def test_a_crop_is_no_view_of_the_volume(files, crops_of):
     with Cache(files, PLENTY) as cache:
-        crops_of(files, cache)[range(12)][0].zero_()
+        crops_of(files, cache)[range(12)].crops.zero_()
         assert all(np.count_nonzero(cache.get(file)) > 0.9 * np.size(cache.get(file)) for file in files)
 
 

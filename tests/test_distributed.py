@@ -23,7 +23,7 @@ from nnunet_vit_mae.files import locked
 from nnunet_vit_mae.presets import Network, Pretraining
 from nnunet_vit_mae.pretraining import distributed
 from nnunet_vit_mae.pretraining import run as loop
-from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, RandomCrops
+from nnunet_vit_mae.pretraining.crops import Batch, ConsecutiveBatches, RandomCrops
 
 CPU = torch.device("cpu")
 PATCH = (8, 12, 10)  # tokens of 4 reach beyond it: a hidden token at the border has fewer voxels than another one
@@ -76,7 +76,7 @@ def train(
     notes = output.with_name(f"{output.name}_{distributed.rank()}.txt").open("a")
     read = RandomCrops.__getitem__
 
-    def noted(self: RandomCrops, reads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def noted(self: RandomCrops, reads: Sequence[int]) -> Batch:
         for number in reads:
             if killed == (distributed.rank(), number):
                 os.kill(os.getpid(), signal.SIGKILL)

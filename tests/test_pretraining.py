@@ -1,5 +1,6 @@
 """Crops, the pre-training loop and its pictures, on files written as nnU-Net writes them."""
 
+import itertools
 import json
 import math
 import pickle
@@ -18,7 +19,7 @@ from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.presets import Network, Pretraining
 from nnunet_vit_mae.pretraining import crops as module
 from nnunet_vit_mae.pretraining import run as loop
-from nnunet_vit_mae.pretraining.crops import RandomCrops, open_volume, random_crop
+from nnunet_vit_mae.pretraining.crops import Batch, RandomCrops, open_volume, random_crop
 from nnunet_vit_mae.pretraining.pictures import interpolated, rebuild
 
 CPU = torch.device("cpu")
@@ -108,7 +109,7 @@ def numbered(tmp_path, shape):
 @given(shape=st.tuples(*[st.integers(2, 30)] * 3), count=st.integers(2, 5), masks=st.integers(1, 3), seed=SEEDS)
 def test_several_crops_lie_near_one_another_inside_the_volume(tmp_path_factory, shape, count, masks, seed):
     file, patch = numbered(tmp_path_factory.mktemp("several"), shape), (6, 4, 9)
-    crops, noise = RandomCrops([file], patch, 18, seed, crops_per_volume=count, masks_per_crop=masks)[[0]]
+    crops, _, noise = RandomCrops([file], patch, 18, seed, crops_per_volume=count, masks_per_crop=masks)[[0]]
     assert crops.shape == (count, 1, *patch)
     assert noise.shape == (count, masks, 18)
     assert len(np.unique(noise.numpy().reshape(-1, 18), axis=0)) == count * masks
@@ -121,7 +122,7 @@ def test_several_crops_lie_near_one_another_inside_the_volume(tmp_path_factory, 
 
 def test_several_crops_of_a_volume_differ(tmp_path):
     file = numbered(tmp_path, (20, 30, 25))
-    crops, _ = RandomCrops([file], (8, 8, 8), 18, 0, crops_per_volume=8)[[0]]
+    crops = RandomCrops([file], (8, 8, 8), 18, 0, crops_per_volume=8)[[0]].crops
     assert len(np.unique(crops.numpy().reshape(8, -1).max(axis=1))) > 4
 
 
@@ -145,11 +146,24 @@ def test_a_batch_of_several_crops_or_masks_is_learned_from(make_job, tmp_path, s
 
 def test_each_mask_of_a_crop_is_a_sample_of_the_batch():
     crops, noise = torch.randn(2, 1, *PATCH), torch.rand(2, 3, 18)
-    volumes, flat = loop._samples((crops.half(), noise), CPU)
+    volumes, flat = Batch(crops.half(), torch.zeros(2, 3, dtype=torch.bool), noise).samples(CPU)
     assert volumes.dtype == torch.float
     for number in range(6):
         assert torch.equal(volumes[number], crops[number // 3].half().float())
         assert torch.equal(flat[number], noise[number // 3, number % 3])
+
+
+def test_each_crop_is_flipped_along_its_own_axes():
+    crops, flips = torch.randn(8, 2, *PATCH), torch.tensor(list(itertools.product([False, True], repeat=3)))
+    volumes, _ = Batch(crops, flips, torch.rand(8, 1, 18)).samples(CPU)
+    for crop, axes, volume in zip(crops, flips, volumes, strict=True):
+        assert torch.equal(volume, crop.flip([axis for axis in (1, 2, 3) if axes[axis - 1]]))
+
+
+def test_crops_are_flipped_half_of_the_time_along_each_axis(files):
+    flips = RandomCrops(files, PATCH, 18, seed=1)[range(400)].flips.float()
+    assert torch.allclose(flips.mean(dim=0), torch.tensor(0.5), atol=0.1)
+    assert torch.corrcoef(flips.T).fill_diagonal_(0).abs().max() < 0.2
 
 
 def test_each_pass_shows_every_case_once(files):
@@ -162,7 +176,7 @@ def test_each_pass_shows_every_case_once(files):
 def test_crops_reach_worker_processes_that_start_afresh(files):
     """As on Windows, where nothing is inherited: everything must be picklable."""
     copy = pickle.loads(pickle.dumps(RandomCrops(files, PATCH, 18, seed=1)))
-    assert torch.equal(copy[[7]][0], RandomCrops(files, PATCH, 18, seed=1)[[7]][0])
+    assert torch.equal(copy[[7]].crops, RandomCrops(files, PATCH, 18, seed=1)[[7]].crops)
 
 
 def test_the_loss_falls_and_everything_is_written(make_job, tmp_path):

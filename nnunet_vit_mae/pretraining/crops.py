@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import blosc2
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -20,6 +21,22 @@ if TYPE_CHECKING:
     from nnunet_vit_mae.pretraining.cache import Cache
 
 REGION = 1.5  # sides of what is read for several crops, in sides of one: they differ, and share most of their blocks
+
+
+class Batch(NamedTuple):
+    """What a worker hands over: crops as they lie in their volumes, and what is to be done where the network trains."""
+
+    crops: Float[Tensor, "b c z y x"]
+    flips: Bool[Tensor, "b 3"]  # along z y x
+    noise: Float[Tensor, "b masks n"]  # decides in each mask which tokens stay visible
+
+    def samples(self, device: torch.device) -> tuple[Float[Tensor, "s c z y x"], Float[Tensor, "s n"]]:
+        """Flipped crops and noise on the device; a crop with several masks is as many samples."""
+        crops, flips, noise = (part.to(device, non_blocking=True) for part in self)
+        for axis in range(3):
+            crops = torch.where(flips[:, axis, None, None, None, None], crops.flip(2 + axis), crops)
+        masks = noise.shape[1]
+        return (crops.repeat_interleave(masks, dim=0) if masks > 1 else crops).float(), noise.flatten(0, 1)
 
 
 class RandomCrops(Dataset):
@@ -45,19 +62,18 @@ class RandomCrops(Dataset):
         self.crops_per_volume, self.masks_per_crop = crops_per_volume, masks_per_crop
         self._pass, self._order = -1, np.empty(0, dtype=int)
 
-    def __getitem__(self, reads: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A batch: crops (b c z y x), and the noise that decides in each mask which tokens stay visible (b masks n)."""
-        crops, noise = [], []
+    def __getitem__(self, reads: Sequence[int]) -> Batch:
+        crops, flips, noise = [], [], []
         for read in reads:
             random = np.random.default_rng((self.seed, 1, read))
             volume = self._volume(self.file_of(read), random)
             for _ in range(self.crops_per_volume):
-                crop = random_crop(volume, self.patch_size, random)
-                crops.append(np.flip(crop, tuple(axis for axis in (1, 2, 3) if random.random() < 0.5)))
+                crops.append(random_crop(volume, self.patch_size, random))
+                flips.append(random.random(3) < 0.5)
                 noise.append(random.random((self.masks_per_crop, self.tokens), dtype=np.float32))
         dtype = np.float16 if self.cache else np.float32
-        batch = np.stack(crops, dtype=dtype, casting="same_kind")  # the only copy: the crops are views
-        return torch.from_numpy(batch), torch.from_numpy(np.stack(noise))
+        stacked = np.stack(crops, dtype=dtype, casting="same_kind")  # the only copy of cached crops, which are views
+        return Batch(*map(torch.from_numpy, (stacked, np.stack(flips), np.stack(noise))))
 
     def file_of(self, read: int) -> Path:
         """The file that is read."""

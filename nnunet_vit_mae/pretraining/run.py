@@ -134,7 +134,7 @@ def _train(
         crops_per_volume=job.protocol.crops_per_volume, masks_per_crop=job.protocol.masks_per_crop,
     )  # fmt: skip
     batches = iter(_batches(job, crops, first_step, device))
-    sample = [part[:1] for part in _samples(crops[[0]], device)] if is_first else []
+    sample = [part[:1] for part in crops[[0]].samples(device)] if is_first else []
     saved = time.monotonic()
     network.train()
     with tqdm(total=job.steps, initial=first_step, unit="step", desc="pre-training", disable=not is_first) as bar:
@@ -146,7 +146,7 @@ def _train(
                 asked = time.monotonic()
                 batch = next(batches)
                 waited += time.monotonic() - asked
-                epoch_losses.append(_step(job, network, model, optimizer, *_samples(batch, device)))
+                epoch_losses.append(_step(job, network, model, optimizer, *batch.samples(device)))
                 bar.update()
             losses.append(_checked_mean(epoch_losses, epoch, output))
 
@@ -192,13 +192,6 @@ def _step(
     nn.utils.clip_grad_norm_(network.parameters(), protocol.gradient_clip)
     optimizer.step()
     return loss.detach()
-
-
-def _samples(batch: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Volumes (b c z y x) and noise (b n) on the device, where each crop is repeated for each of its masks."""
-    crops, noise = (part.to(device, non_blocking=True) for part in batch)
-    masks = noise.shape[1]
-    return (crops.repeat_interleave(masks, dim=0) if masks > 1 else crops).float(), noise.flatten(0, 1)
 
 
 def _batches(job: Job, crops: RandomCrops, first_step: int, device: torch.device) -> DataLoader:
