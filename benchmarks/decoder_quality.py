@@ -1,10 +1,12 @@
-"""What the options of the pre-training decoder cost in quality: Dice after fine-tuning on few labels, paired by seed.
+"""What the options of the pre-training decoder cost in quality, paired by seed: fine-tuned Dice and a linear probe.
 
 For each seed (fold: the seed modulo 5) and option an encoder is pre-trained on the fold's training cases and the
 unlabelled pool, for the same number of passes over the cases and again for the time that the first option took.
 Each is fine-tuned on the same few labelled cases with the same crops, and tested on the fold's validation cases, which
 nothing has seen. Dice is the mean over cases of the mean over classes. Fine-tuning has no augmentation but random
-crops: so few steps as a CPU can take do not suffice to learn what a flipped front looks like.
+crops: so few steps as a CPU can take do not suffice to learn what a flipped front looks like. The probe asks the
+encoder as it is, which tells encoders apart after fewer steps: how well a linear map of a token's vector, learned on
+the labelled cases, finds each class's share of the token in the validation cases.
 
     python benchmarks/decoder_quality.py -d 504 -p PLANS --epochs 200 --seeds 5 -o FOLDER
 """
@@ -18,15 +20,21 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from monai.inferers.utils import sliding_window_inference
 from pretraining_decoder import OPTIONS
+from sklearn.linear_model import RidgeCV
+from sklearn.metrics import r2_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.memory import segmentation_loss
+from nnunet_vit_mae.networks.tokenizer import patchify
 from nnunet_vit_mae.nnunet.cases import pretraining_cases, split_of
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.plans import Plan, load_plan
@@ -61,33 +69,63 @@ def main() -> None:
     arguments = parser.parse_args()
     plan = load_plan(find_dataset(arguments.dataset), arguments.plans, arguments.configuration)
 
-    ratios, dice = defaultdict(list), defaultdict(list)
+    ratios, found = defaultdict(list), defaultdict(list)
     for seed in range(arguments.seeds):
-        dice["no pre-training"].append(finetuned_dice(plan, None, seed, arguments))
-        print(f"seed {seed}, no pre-training: Dice {dice['no pre-training'][-1]:.4f}", flush=True)
+        found["no pre-training", "steps"].append(measured(plan, None, seed, arguments))
+        print(f"seed {seed}, no pre-training: {found['no pre-training', 'steps'][-1]}", flush=True)
         first_speed = None
         for name in arguments.options:
             encoder, speed = pretrained(plan, name, arguments.epochs, seed, arguments)
             first_speed = first_speed or speed
             ratios[name].append(first_speed / speed)
-            dice[name, "steps"].append(finetuned_dice(plan, encoder, seed, arguments))
-            dice[name, "time"].append(dice[name, "steps"][-1])
+            found[name, "steps"].append(measured(plan, encoder, seed, arguments))
+            found[name, "time"].append(found[name, "steps"][-1])
             epochs = round(arguments.epochs * speed / first_speed)
             if epochs != arguments.epochs:
                 encoder, _ = pretrained(plan, name, epochs, seed, arguments)
-                dice[name, "time"][-1] = finetuned_dice(plan, encoder, seed, arguments)
-            found = " and ".join(f"{dice[name, kind][-1]:.4f}" for kind in ("steps", "time"))
-            print(f"seed {seed}, {name}: time {ratios[name][-1]:.2f}, Dice {found}", flush=True)
+                found[name, "time"][-1] = measured(plan, encoder, seed, arguments)
+            steps, time = found[name, "steps"][-1], found[name, "time"][-1]
+            print(f"seed {seed}, {name}: time {ratios[name][-1]:.2f}, {steps}, in the same time {time}", flush=True)
 
-    reference = dice[arguments.options[0], "steps"]
-    first = f"against {arguments.options[0]}"
-    print(f"\n| decoder | time | Dice, same steps | {first} | Dice, same time | {first} |")
-    print("|---|---|---|---|---|---|")
-    untrained = np.mean(dice["no pre-training"])
-    print(f"| no pre-training | | {untrained:.3f} | {against(reference, dice['no pre-training'])} | | |")
-    for name in arguments.options:
-        cells = [f"{np.mean(own):.3f} | {against(reference, own)}" for own in (dice[name, "steps"], dice[name, "time"])]
-        print(f"| {name} | {np.median(ratios[name]):.2f} | {' | '.join(cells)} |")
+    first = arguments.options[0]
+    print(f"\n| decoder | pre-trained for | time | Dice | against {first} | probe | against {first} |")
+    print("|---|---|---|---|---|---|---|")
+    for (name, kind), values in found.items():
+        if (name, kind) == (first, "time"):
+            continue
+        time = "" if name not in ratios else "1.00" if kind == "time" else f"{np.median(ratios[name]):.2f}"
+        cells = [
+            f"{np.mean(own):.3f} | {against(reference, own)}"
+            for reference, own in zip(zip(*found[first, "steps"], strict=True), zip(*values, strict=True), strict=True)
+        ]
+        print(f"| {name} | {f'the same {kind}' if name in ratios else ''} | {time} | {' | '.join(cells)} |")
+
+
+class Quality(NamedTuple):
+    """What an encoder is worth for a segmentation."""
+
+    dice: float  # after fine-tuning
+    probe: float  # of the frozen encoder
+
+    def __str__(self) -> str:
+        return f"Dice {self.dice:.4f}, probe {self.probe:.4f}"
+
+
+def measured(plan: Plan, encoder: nn.Module | None, seed: int, arguments: argparse.Namespace) -> Quality:
+    """Both measures on the validation cases of the seed's fold; without an encoder, with a new one."""
+    names = sorted(file.name[: -len("_seg.b2nd")] for file in plan.preprocessed_folder.glob("*_seg.b2nd"))
+    split = split_of(plan, str(seed % 5), names)
+    labelled = np.random.default_rng(seed).permutation(split["train"])[: arguments.labelled]
+    torch.manual_seed(seed)
+    settings = plan.settings
+    drop_path = settings.finetuning.drop_path
+    model = build_segmenter(settings.network, len(plan.channel_names), plan.classes, drop_path=drop_path)
+    model.to(arguments.device)
+    if encoder is not None:
+        model.encoder.load_state_dict(encoder.state_dict())
+    probe = probe_of(plan, model.encoder, labelled, split["val"], arguments.device)
+    finetune(plan, model, labelled, seed, arguments, layer_decay=settings.finetuning.layer_decay if encoder else 1.0)
+    return Quality(float(np.mean([dice_of(plan, model, name, arguments.device) for name in split["val"]])), probe)
 
 
 def against(reference: Sequence[float], own: Sequence[float]) -> str:
@@ -114,36 +152,59 @@ def pretrained(plan: Plan, name: str, epochs: int, seed: int, arguments: argpars
     return network.encoder, statistics.median(map(float, speeds))
 
 
-def finetuned_dice(plan: Plan, encoder: nn.Module | None, seed: int, arguments: argparse.Namespace) -> float:
-    """Mean Dice on the validation cases after fine-tuning on a few training cases, both of the seed's fold."""
-    settings, device, random = plan.settings, arguments.device, np.random.default_rng(seed)
-    protocol, network = settings.finetuning, settings.network
-    names = sorted(file.name[: -len("_seg.b2nd")] for file in plan.preprocessed_folder.glob("*_seg.b2nd"))
-    split = split_of(plan, str(seed % 5), names)
-    labelled = random.permutation(split["train"])[: arguments.labelled]
-
-    torch.manual_seed(seed)
-    model = build_segmenter(network, len(plan.channel_names), plan.classes, drop_path=protocol.drop_path).to(device)
-    if encoder is not None:
-        model.encoder.load_state_dict(encoder.state_dict())
+def finetune(
+    plan: Plan,
+    model: nn.Module,
+    labelled: Sequence[str],
+    seed: int,
+    arguments: argparse.Namespace,
+    *,
+    layer_decay: float,
+) -> None:
+    """Train on the labelled cases, as the plans say but for the number of steps."""
+    protocol, random = plan.settings.finetuning, np.random.default_rng(seed)
     groups = parameter_groups(
         model.named_parameters(),
         weight_decay=protocol.weight_decay,
-        layer_decay=protocol.layer_decay if encoder is not None else 1.0,
-        depth=SIZES[network.size].depth,
+        layer_decay=layer_decay,
+        depth=SIZES[plan.settings.network.size].depth,
     )
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
+    model.train()
     for step in range(arguments.steps):
         set_learning_rate(optimizer, protocol.lr * warmup_cosine((step + 1) / (arguments.steps + 1), protocol.warmup))
         batch = [labelled_crop(plan, random.choice(labelled), random) for _ in range(protocol.batch_size)]
-        volume, target = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*batch, strict=True))
+        volume, target = (torch.from_numpy(np.stack(p)).to(arguments.device) for p in zip(*batch, strict=True))
         loss = segmentation_loss(model(volume), target[:, 0].long())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), protocol.gradient_clip)
         optimizer.step()
     model.eval()
-    return float(np.mean([dice_of(plan, model, name, device) for name in split["val"]]))
+
+
+def probe_of(plan: Plan, encoder: nn.Module, labelled: Sequence[str], tested: Sequence[str], device: str) -> float:
+    """R2 on the tested cases, mean over classes, of a linear map from a token's vector to each class's share of it."""
+    encoder.eval()
+    seen, unseen = (
+        [
+            np.concatenate(parts)
+            for parts in zip(*(tokens_of(plan, encoder, name, device) for name in names), strict=True)
+        ]
+        for names in (labelled, tested)
+    )
+    probe = make_pipeline(StandardScaler(), RidgeCV(alphas=np.logspace(0, 5, 11))).fit(*seen)
+    return float(r2_score(unseen[1], probe.predict(unseen[0])))
+
+
+@torch.no_grad()
+def tokens_of(plan: Plan, encoder: nn.Module, name: str, device: str) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors of all tokens of a case (n d), and the share of each class in them (n classes, without background)."""
+    image = torch.from_numpy(open_volume(plan.preprocessed_folder / f"{name}.b2nd")[:])[None].to(device)
+    labels = torch.from_numpy(open_volume(labels_of(plan, name))[:])
+    classes = torch.arange(1, plan.classes)[:, None, None, None]
+    shares = patchify((labels == classes)[None].float(), plan.settings.network.token).mean(dim=3)
+    return encoder.encode(image, ()).tokens[0].cpu().numpy(), shares[0].numpy()
 
 
 def labelled_crop(plan: Plan, name: str, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
