@@ -1,7 +1,7 @@
 """What the options of the pre-training decoder cost in quality, paired by seed: fine-tuned Dice and a linear probe.
 
 For each seed (fold: the seed modulo 5) and option an encoder is pre-trained on the fold's training cases and the
-unlabelled pool, for the same number of passes over the cases and again for the time that the first option took.
+unlabelled pool, for the same number of epochs and again for the time that the first option took.
 Each is fine-tuned on the same few labelled cases with the same crops, and tested on the fold's validation cases, which
 nothing has seen. Dice is the mean over cases of the mean over classes. Fine-tuning has no augmentation but random
 crops: so few steps as a CPU can take do not suffice to learn what a flipped front looks like. The probe asks the
@@ -135,7 +135,7 @@ def against(reference: Sequence[float], own: Sequence[float]) -> str:
 
 
 def pretrained(plan: Plan, name: str, epochs: int, seed: int, arguments: argparse.Namespace) -> tuple[nn.Module, float]:
-    """An encoder, and the volumes per second of its pre-training: the median over the epochs, without pictures."""
+    """An encoder, and the samples per second of its pre-training: the median over the epochs, without pictures."""
     settings = plan.settings
     job = Job(
         files=[case.file for case in pretraining_cases(plan, str(seed % 5))],
@@ -148,7 +148,7 @@ def pretrained(plan: Plan, name: str, epochs: int, seed: int, arguments: argpars
     )
     output = arguments.output / f"{name} {epochs} {seed}".replace(", ", "_").replace(" ", "_")
     network = run(job, output, device=arguments.device, resume=False).network
-    speeds = re.findall(r"([\d.]+) volumes/s", (output / "log.txt").read_text())
+    speeds = re.findall(r"([\d.]+) samples/s", (output / "log.txt").read_text())
     return network.encoder, statistics.median(map(float, speeds))
 
 

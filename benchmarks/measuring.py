@@ -21,7 +21,7 @@ def taken_in_turn(steps: Mapping[str, Callable[[], object]], rounds: int) -> dic
 
     Without a GPU it is CPU time, which other work on the machine moves little.
     """
-    clock = time.perf_counter if torch.cuda.is_initialized() else time.process_time
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     taken: dict[str, list[float]] = {name: [] for name in steps}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of peers, about their own code

@@ -140,7 +140,7 @@ class Pretraining:
     batch 16 (see docs/explanation.md). The recipe `vitiac` has the original's.
     """
 
-    epochs: int = 800  # passes over the cases
+    epochs: int = 800  # each with as many samples as there are cases
     batch_size: int = 16
     crops_per_volume: int = 1  # cut from what is read at once, near one another
     masks_per_crop: int = 1
@@ -149,7 +149,7 @@ class Pretraining:
     decoder_heads: int = 0  # 0: those of the size; fewer and wider ones take less time
     rebuilt_share: float = 1.0  # of the hidden tokens, drawn at random; the others never enter the decoder
     skip_flat: bool = False  # tokens without content (air, zeros) are neither seen nor hidden
-    base_lr: float = 4.8e-3  # per 256 samples: lr = base_lr * batch_size / 256, so 3e-4 at batch 16
+    base_lr: float = 4.8e-3  # lr = base_lr * batch_size / 256, so 3e-4 at batch 16, for which it is meant
     weight_decay: float = 0.05
     warmup: float = 0.05  # share of the schedule: 40 of 800 epochs
     norm_pix: bool = True

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform
+from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from hypothesis import given
 from hypothesis import strategies as st
@@ -90,6 +91,31 @@ def test_a_batch_is_augmented_sample_by_sample():
     ):
         ours_, theirs_ = ([statistic(*one) for one in side] for side in (found, expected))
         assert stats.ks_2samp(ours_, theirs_).pvalue > 1e-4
+
+
+@pytest.mark.parametrize(("patch", "enlarged", "flat"), [(PATCH, ENLARGED, False), (FLAT_PATCH, FLAT_ENLARGED, True)])
+def test_image_and_labels_of_each_sample_move_together(patch, enlarged, flat):
+    """Images that show their own labels still do, in batches of samples that differ."""
+    ours = BatchAugmentation(transforms(patch, flat), (0, 1), contrast_dropout=0)
+    ours.steps = [step for step in ours.steps if not isinstance(step.transform, ImageOnlyTransform)]
+    moved = 0
+    for seed in range(10):
+        labels = torch.stack([(sample(8 * seed + n, enlarged)[1] > 0).to(torch.int16) for n in range(4)])
+        seed_everything(seed)
+        image, target = ours(labels.float(), labels.clone())
+        assert ((image > 0.5) != (target == 1)).float().mean() < 5e-3  # ties
+        still = augmentation.centre_crop(labels, patch)
+        moved += sum(not torch.equal(one, other) for one, other in zip(target, still, strict=True))
+    assert moved > 20
+
+
+@pytest.mark.parametrize(("name", "value"), [("p_elastic_deform", 0.2), ("random_crop", True), ("mode_seg", "nearest")])
+def test_a_spatial_setting_without_counterpart_is_refused(name, value):
+    theirs = transforms()
+    (spatial,) = (one for one in theirs.transforms if isinstance(one, SpatialTransform))
+    setattr(spatial, name, value)
+    with pytest.raises(UserError, match=rf"{name}.*augmentation \"loader\""):
+        BatchAugmentation(theirs, LABELS, contrast_dropout=0)
 
 
 def rows_of(seed: int, count: int, shape=(7, 9, 11)) -> torch.Tensor:

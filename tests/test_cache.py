@@ -73,13 +73,36 @@ def test_a_crop_is_no_view_of_the_volume(files, crops_of):
         assert all(np.count_nonzero(cache.get(file)) > 0.9 * np.size(cache.get(file)) for file in files)
 
 
-def test_more_than_there_is_is_refused(files, monkeypatch):
-    usage = module.shutil.disk_usage("/")._replace(free=PLENTY)
+@pytest.mark.parametrize(
+    ("free", "whole", "more", "fits"),
+    [
+        (PLENTY, PLENTY, {}, True),
+        (PLENTY, PLENTY, {"spare": 1}, False),
+        (PLENTY + 1, PLENTY + 1, {"spare": 1}, True),
+        (PLENTY, PLENTY, {"copies": 2}, False),
+        (PLENTY, 2 * PLENTY, {"copies": 2}, True),  # another copy has taken its part already
+        (PLENTY - 1, 2 * PLENTY, {}, False),
+    ],
+)
+def test_more_than_there_is_is_refused(files, monkeypatch, free, whole, more, fits):
+    usage = module.shutil.disk_usage("/")._replace(free=free, total=whole)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
-    with Cache(files, 2 * PLENTY) as cache:
-        assert len(cache) == len(files)
-    with pytest.raises(UserError, match=r"does not fit into .*0\.0 GB free: give a smaller --cache"):
-        Cache(files, 2 * PLENTY, copies=2)
+    if fits:
+        with Cache(files, 2 * PLENTY, **more) as cache:
+            assert len(cache) == len(files)
+    else:
+        with pytest.raises(UserError, match=r"do not fit into .*0\.0 GB free: give a smaller --cache"):
+            Cache(files, 2 * PLENTY, **more)
+
+
+def test_a_cache_without_room_for_a_volume_is_still_one(files, tmp_path):
+    """All crops are in half precision whether volumes are in it or not."""
+    with Cache(files, 1) as nothing, Cache(files, PLENTY) as every:
+        assert len(nothing) == 0
+        assert RandomCrops(files, PATCH, 18, 1, nothing)[[0]].crops.dtype == torch.half
+        few = loop.run(job_of(files, nothing), tmp_path / "run", device=CPU, resume=False)
+        assert few.losses == loop.run(job_of(files, every), tmp_path / "other", device=CPU, resume=False).losses
+    assert "0 of the cases in memory" in (tmp_path / "run" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("value", [1e5, np.nan])
@@ -154,5 +177,8 @@ def test_the_loss_differs_by_rounding_only_and_goes_on_with_a_cache_alone(files,
         cached = loop.run(job_of(files, cache), tmp_path / "cached", device=CPU, resume=False)
         with pytest.raises(UserError, match="other half_precision_crops"):
             loop.run(job_of(files, cache), tmp_path / "direct", device=CPU, resume=True)
+        assert loop.run(job_of(files, cache), tmp_path / "cached", device=CPU, resume=True).losses == cached.losses
+    with pytest.raises(UserError, match="other half_precision_crops"):
+        loop.run(job_of(files, None), tmp_path / "cached", device=CPU, resume=True)
     assert cached.losses == pytest.approx(direct.losses, rel=2e-3)
     assert cached.losses != direct.losses

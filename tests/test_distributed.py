@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import blosc2
 import numpy as np
@@ -56,14 +57,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return written
 
 
-def make_job(files: list[Path], *, adaptive: bool = False, epochs: int = 3) -> loop.Job:
+def make_job(files: list[Path], *, adaptive: bool = False, epochs: int = 3, **options: Any) -> loop.Job:
     return loop.Job(
         files=files,
         channel_names=["T1", "FLAIR"],
         patch_size=PATCH,
         spacing=(1.5, 1.0, 1.0),
         network=Network(size="XS", token=(4, 4, 4), decoder="unetr", adaptive=adaptive),
-        protocol=Pretraining(epochs=epochs, batch_size=4, mask_ratio=0.6, base_lr=0.1, norm_pix=not adaptive),
+        protocol=Pretraining(
+            epochs=epochs, batch_size=4, mask_ratio=0.6, base_lr=0.1, norm_pix=not adaptive, **options
+        ),
         seed=3,
     )
 
@@ -120,16 +123,20 @@ def assert_same_end(output: Path, expected: Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plain and an adaptive network, each trained in one process and in two."""
+    """A plain, an adaptive and a fast network, each trained in one process and in two."""
     folder = tmp_path_factory.mktemp("runs")
-    jobs = {"plain": make_job(files), "adaptive": make_job(files, adaptive=True)}
+    jobs = {
+        "plain": make_job(files),
+        "adaptive": make_job(files, adaptive=True),
+        "fast": make_job(files, decoder="cross", rebuilt_share=0.5, masks_per_crop=2),
+    }
     for processes in (1, 2):
         tasks = [partial(train, job, folder / f"{name}_{processes}") for name, job in jobs.items()]
         distributed.start(partial(train_all, tasks), CPU, processes)
     return folder
 
 
-@pytest.mark.parametrize("network", ["plain", "adaptive"])
+@pytest.mark.parametrize("network", ["plain", "adaptive", "fast"])
 def test_two_processes_end_where_one_does(runs, network):
     assert_same_end(runs / f"{network}_2", runs / f"{network}_1")
     assert "on 2 x cpu" in (runs / f"{network}_2" / "log.txt").read_text()

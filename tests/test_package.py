@@ -44,7 +44,7 @@ FLAGS = {
     "mae3d_preprocess": PLAN_FLAGS | {"-np"},
     "mae3d_pretrain": PLAN_FLAGS
     | {"-f", "--epochs", "--mask_ratio", "--batch_size", "--lr", "--adaptive", "--seed", "--c", "-device"}
-    | {"-num_gpus", "--cache"},
+    | {"-np", "-num_gpus", "--cache"},
     "mae3d_features": PLAN_FLAGS | {"-tr", "-f", "-chk", "--case", "-o", "-device"},
     "mae3d_fill_contrasts": {"-h", "--help", "-d"},
     "mae3d_omit": PLAN_FLAGS | {"-tr", "-f", "-chk", "-i", "-r", "--omit", "-o", "-device"},

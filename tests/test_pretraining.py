@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 import re
+import time
 
 import blosc2
 import numpy as np
@@ -192,10 +193,31 @@ def test_the_loss_falls_and_everything_is_written(make_job, tmp_path):
     assert "cases 5" in log
     assert "18 tokens, 7 of them visible" in log
     assert log.count("epoch ") == 25
-    assert all(0 < float(share) < 100 for share in re.findall(r"s \(([\d.]+)% waiting for crops\)", log))
-    assert log.count("waiting") == 25
     assert "attend to one another (MAE); in a step it rebuilds 11 of 11 hidden tokens" in log
     assert "without content" not in log
+
+
+@pytest.mark.parametrize(("seconds", "low", "high"), [(0.5, 50, 100), (0, 0, 50)])
+def test_the_log_says_how_long_a_run_waited(make_job, tmp_path, monkeypatch, seconds, low, high):
+    read = RandomCrops.__getitem__
+    monkeypatch.setattr(RandomCrops, "__getitem__", lambda self, reads: time.sleep(seconds) or read(self, reads))
+    loop.run(make_job(epochs=2), tmp_path, device=CPU, resume=False)
+    shares = re.findall(r"s \(([\d.]+)% waiting for crops\)", (tmp_path / "log.txt").read_text())
+    assert len(shares) == 2
+    assert low <= float(shares[1]) <= high
+
+
+def test_readers_change_nothing_but_the_time(make_job, tmp_path):
+    job = make_job(epochs=2, masks_per_crop=2)
+    alone = loop.run(job, tmp_path / "alone", device=CPU, resume=False)
+    assert loop.run(job, tmp_path / "read", device=CPU, resume=False, readers=1).losses == alone.losses
+
+
+@pytest.mark.parametrize(("lr", "word"), [(1e-6, "low"), (3e-4, None), (6e-3, "high")])
+def test_an_unusual_learning_rate_is_warned_about(make_job, tmp_path, lr, word):
+    loop.run(make_job(epochs=1, base_lr=lr * 256 / 2), tmp_path, device=CPU, resume=False)
+    warnings = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "WARNING" in line]
+    assert [f"is very {word}" in line for line in warnings] == ([True] if word else [])
 
 
 def test_the_log_says_what_is_rebuilt_and_left_out(make_job, tmp_path):

@@ -14,11 +14,15 @@ if TYPE_CHECKING:
     import torch
 
 
+class _WithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # "None" and "False" say nothing: what happens without the flag is in its help where it is not plain
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def parser_for(program: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser whose help shows every default."""
-    return argparse.ArgumentParser(
-        prog=program, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    """A parser whose help shows the defaults."""
+    return argparse.ArgumentParser(prog=program, description=description, formatter_class=_WithDefaults)
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:

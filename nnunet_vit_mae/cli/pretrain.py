@@ -24,9 +24,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_for("mae3d_pretrain", __doc__)
     add_plan_arguments(parser)
     parser.add_argument("-f", dest="fold", default="all", help="training cases of one fold (0 to 4), or all of them")
-    parser.add_argument("--epochs", type=positive_int, help="passes over the cases (default: the plans')")
+    parser.add_argument("--epochs", type=positive_int, help="as many samples each as there are cases (default: plans')")
     parser.add_argument("--mask_ratio", type=positive_float, help="share of hidden tokens (default: the plans')")
-    parser.add_argument("--batch_size", type=positive_int, help="volumes per step (default: the plans')")
+    parser.add_argument("--batch_size", type=positive_int, help="samples per step (default: the plans')")
     parser.add_argument(
         "--lr", type=positive_float, help="peak learning rate (default: the plans' base_lr x batch / 256)"
     )
@@ -38,11 +38,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "-num_gpus", type=positive_int, default=1, help="processes on this machine, which divide each batch among them"
     )
     parser.add_argument(
-        "--cache",
-        type=positive_float,
-        metavar="GB",
-        help="memory to keep volumes in, in half precision (default: none)",
+        "-np",
+        dest="readers",
+        type=whole_number,
+        metavar="N",
+        help="processes that read crops for each GPU (default: up to 8, on a CPU none beside the training itself)",
     )
+    parser.add_argument("--cache", type=positive_float, metavar="GB", help="memory for volumes, in half precision")
     args = parser.parse_args(argv)
 
     def change(protocol: Pretraining) -> Pretraining:
@@ -63,7 +65,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.fold,
         change=change,
         seed=args.seed,
-        machine=Machine(device=device, processes=args.num_gpus, cache_bytes=round((args.cache or 0) * 1e9)),
+        machine=Machine(
+            device=device,
+            processes=args.num_gpus,
+            readers=args.readers,
+            cache_bytes=round((args.cache or 0) * 1e9),
+        ),
         resume=args.resume,
         adaptive=args.adaptive,
     )

@@ -35,6 +35,15 @@ from nnunet_vit_mae import augmentation
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.nnunet.absence import kept_contrasts
 
+SPATIAL = {  # what ours does, beside the affine maps that are drawn
+    "p_elastic_deform": 0,
+    "random_crop": False,
+    "mode_image": "bilinear",
+    "mode_seg": "bilinear",
+    "padding_mode_image": "zeros",
+    "border_mode_seg": "constant",
+    "padding_value_seg": -1,
+}
 Drawn = Sequence[dict[str, Any] | None]  # parameters for each sample; None: it stays as it is
 
 
@@ -50,7 +59,7 @@ class Batch:
 class BatchAugmentation:
     """Augments a batch as nnU-Net's `transform` augments each of its samples; absent contrasts stay absent.
 
-    Raises `UserError` when nnU-Net has a transform that is not known here.
+    Raises `UserError` when nnU-Net has a transform, or a setting of its spatial one, that is not known here.
     """
 
     def __init__(self, transform: ComposeTransforms, labels: Sequence[int], *, contrast_dropout: float):
@@ -88,7 +97,14 @@ class _Step:
                 'finetuning.augmentation "loader".'
             )
         drawing = transform
-        if isinstance(transform, SpatialTransform):  # it would compute the place of every voxel, on the CPU
+        if isinstance(transform, SpatialTransform):
+            other = {name: now for name, does in SPATIAL.items() if (now := getattr(transform, name)) != does}
+            if other:
+                raise UserError(
+                    f"nnU-Net's SpatialTransform has settings without a counterpart for a batch ({other}): plan with "
+                    'finetuning.augmentation "loader".'
+                )
+            # the twin, for the transform itself would compute the place of every voxel, on the CPU
             drawing = copy(transform)
             drawing.patch_size = [1] * len(transform.patch_size)
         return cls(transform, drawing, probability)

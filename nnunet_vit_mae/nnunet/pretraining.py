@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
+import joblib
 import torch
 
 from nnunet_vit_mae.errors import UserError
@@ -20,8 +22,8 @@ from nnunet_vit_mae.nnunet.folders import encoder_file
 from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade, settings_for
 from nnunet_vit_mae.presets import Pretraining, to_json_types
 from nnunet_vit_mae.pretraining import distributed
-from nnunet_vit_mae.pretraining.cache import Cache
-from nnunet_vit_mae.pretraining.run import STATE, Job, Result, run
+from nnunet_vit_mae.pretraining.cache import ITEM, Cache
+from nnunet_vit_mae.pretraining.run import READY_BATCHES, STATE, Job, Result, run
 from nnunet_vit_mae.weights import Card, hashed_name, package_versions, save_encoder
 
 logger = logging.getLogger(__name__)
@@ -33,7 +35,25 @@ class Machine:
 
     device: torch.device
     processes: int = 1  # which divide each batch among them
+    readers: int | None = None  # of each process
     cache_bytes: int = 0  # of memory for volumes
+
+    @property
+    def local_processes(self) -> int:
+        """On this machine, under torchrun too."""
+        return max(self.processes, distributed.local_process_count())
+
+    @property
+    def all_processes(self) -> int:
+        """On all machines."""
+        return max(self.processes, distributed.process_count())
+
+    @property
+    def readers_of_each(self) -> int:
+        """As asked for, or else up to 8 for a GPU, and on a CPU, whose cores are few, none: the loop itself reads."""
+        if self.readers is not None:
+            return self.readers
+        return max(1, min(8, joblib.cpu_count() // self.local_processes)) if self.device.type == "cuda" else 0
 
 
 def pretrain(
@@ -71,29 +91,40 @@ def pretrain(
         protocol=change(settings.pretraining),
         seed=seed,
     )
-    parts = max(machine.processes, distributed.process_count())
+    parts = machine.all_processes
     if job.protocol.reads % parts:
         whole = parts * job.protocol.samples_per_read
         raise UserError(
-            f"A batch of {job.protocol.batch_size} volumes cannot be divided among {parts} processes: "
+            f"A batch of {job.protocol.batch_size} samples cannot be divided among {parts} processes: "
             f"give a --batch_size that is a multiple of {whole}, or start another number of processes."
         )
     file = encoder_file(plan.dataset.results, plan.plans.plans_name, plan.name, fold)
-    copies = distributed.local_process_count()  # torchrun's processes have no common memory
-    with Cache(job.files, machine.cache_bytes, copies=copies) if machine.cache_bytes else nullcontext() as cache:
+    with _cache(job, machine) if machine.cache_bytes else nullcontext() as cache:
         task = partial(
-            _make_encoder, replace(job, cache=cache), partial(_card, plan, fold, job, cases), file, resume=resume
-        )
+            _make_encoder, replace(job, cache=cache), partial(_card, plan, fold, job, cases), file, resume=resume,
+            readers=machine.readers_of_each,
+        )  # fmt: skip
         distributed.start(task, machine.device, machine.processes)
     return file
 
 
-def _make_encoder(job: Job, card: Callable[[Result], Card], file: Path, device: torch.device, *, resume: bool) -> None:
+def _cache(job: Job, machine: Machine) -> Cache:
+    """Beside it, shared memory has to hold the batches that readers have ready."""
+    copies = distributed.local_process_count()  # torchrun's processes have no common memory
+    crop = len(job.channel_names) * math.prod(job.patch_size) * ITEM
+    batch = job.protocol.reads * job.protocol.crops_per_volume // machine.all_processes * crop
+    ready = machine.local_processes * machine.readers_of_each * READY_BATCHES * batch
+    return Cache(job.files, machine.cache_bytes, copies=copies, spare=ready)
+
+
+def _make_encoder(
+    job: Job, card: Callable[[Result], Card], file: Path, device: torch.device, *, resume: bool, readers: int
+) -> None:
     """What each process does; the first one holds the folder and writes."""
     with ExitStack() as held:
         distributed.from_first(lambda: held.enter_context(locked(file.parent)))
         distributed.from_first(lambda: _move_aside(file.parent, resume=resume))
-        result = run(job, file.parent, device=device, resume=resume)
+        result = run(job, file.parent, device=device, resume=resume, readers=readers)
         if distributed.is_first():
             save_encoder(result.network.encoder, card(result), file)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
+import joblib
 import numpy as np
 from tqdm import tqdm
 
@@ -21,15 +21,16 @@ ITEM = np.dtype(np.float16).itemsize
 
 
 class Cache(AbstractContextManager):
-    """The first volumes, as many as fit into a limit, for all processes of this machine that get the cache.
+    """The first volumes, up to one that a limit leaves no room for, for all processes of this machine that get it.
 
-    The memory is freed at the end of the block, or when the process that made the cache is killed.
+    The memory is freed once the block has ended and nobody holds a volume, or the process that made it was killed.
     """
 
-    def __init__(self, files: Sequence[Path], limit: int, *, copies: int = 1):
+    def __init__(self, files: Sequence[Path], limit: int, *, copies: int = 1, spare: int = 0):
         """Read the volumes; `limit` is in bytes, for as many `copies` of the cache as are made on this machine.
 
-        Raises `UserError` when there is less shared memory, or for voxels that half precision cannot hold.
+        Beside it, `spare` bytes of shared memory stay free. Raises `UserError` when there is less shared memory, or for
+        voxels that half precision cannot hold.
         """
         self.places: dict[Path, tuple[int, tuple[int, ...]]] = {}
         size = 0
@@ -40,10 +41,13 @@ class Cache(AbstractContextManager):
             self.places[file] = (size, shape)
             size += math.prod(shape) * ITEM
         total = size * copies
-        if SHARED_MEMORY.is_dir() and total > (free := shutil.disk_usage(SHARED_MEMORY).free):
+        usage = shutil.disk_usage(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else None
+        # of what is free, another copy may have taken its part already
+        if usage and (total + spare > usage.total or size + spare > usage.free):
             raise UserError(
-                f"A cache of {total / 1e9:.1f} GB does not fit into {SHARED_MEMORY}, with {free / 1e9:.1f} GB free: "
-                "give a smaller --cache, or enlarge it (docker run --shm-size, for instance)."
+                f"A cache of {total / 1e9:.1f} GB, and {spare / 1e9:.1f} GB for batches, do not fit into "
+                f"{SHARED_MEMORY}, with {usage.free / 1e9:.1f} GB free: give a smaller --cache, or enlarge "
+                f"{SHARED_MEMORY} (docker run --shm-size, for instance)."
             )
         self._memory = SharedMemory(create=True, size=max(1, size))
         try:
@@ -67,7 +71,7 @@ class Cache(AbstractContextManager):
         return np.ndarray(shape, np.float16, self._memory.buf, start)
 
     def _read(self, file: Path) -> None:
-        volume = open_volume(file, threads=os.cpu_count() or 1)[:]
+        volume = open_volume(file, threads=joblib.cpu_count())[:]
         if not np.abs(volume).max() <= np.finfo(np.float16).max:
             raise UserError(f"{file} has voxels that half precision cannot hold: leave out --cache.")
         place = self.get(file)

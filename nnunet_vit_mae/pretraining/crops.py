@@ -71,7 +71,7 @@ class RandomCrops(Dataset):
                 crops.append(random_crop(volume, self.patch_size, random))
                 flips.append(random.random(3) < 0.5)
                 noise.append(random.random((self.masks_per_crop, self.tokens), dtype=np.float32))
-        dtype = np.float16 if self.cache else np.float32
+        dtype = np.float32 if self.cache is None else np.float16
         stacked = np.stack(crops, dtype=dtype, casting="same_kind")  # the only copy of cached crops, which are views
         return Batch(*map(torch.from_numpy, (stacked, np.stack(flips), np.stack(noise))))
 
@@ -84,7 +84,7 @@ class RandomCrops(Dataset):
 
     def _volume(self, file: Path, random: np.random.Generator) -> Any:
         """What the crops are cut from: for one, the volume, open; for several, a part of it that is read once."""
-        kept = self.cache.get(file) if self.cache else None
+        kept = None if self.cache is None else self.cache.get(file)
         volume = open_volume(file) if kept is None else kept
         if self.crops_per_volume == 1:
             return volume

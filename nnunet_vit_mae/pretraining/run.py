@@ -2,14 +2,14 @@
 
 A run is a function of its job: samples depend on seed and index, the learning rate on the step. So a run that was
 killed and goes on (`resume`) has the same losses, to the digit on a CPU, as one that was never interrupted. The batch
-is what all processes read together (see `distributed`): with several of them the losses are the same but for rounding.
+is what all processes read together (see `distributed`): with several of them the losses are the same but for
+rounding, and for flat tokens, which each of them counts by itself.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -42,9 +42,10 @@ from nnunet_vit_mae.pretraining.pictures import rebuild
 logger = logging.getLogger(__name__)
 
 STATE = "state.pt"
+READY_BATCHES = 2  # that each reader prepares, as torch has it
 PICTURES = 20  # over a whole run
 SAVE_EVERY_SECONDS = 120.0  # and after the last epoch
-TINY_LR = 1e-5
+TINY_LR, LARGE_LR = 1e-5, 5e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +102,10 @@ class Result:
     losses: list[float]  # mean of each epoch
 
 
-def run(job: Job, output: Path, *, device: torch.device, resume: bool) -> Result:
+def run(job: Job, output: Path, *, device: torch.device, resume: bool, readers: int = 0) -> Result:
     """Pre-train; writes `config.json`, `log.txt`, `progress.png`, `reconstructions/` and `state.pt` to `output`.
+
+    Crops are read by as many processes as `readers` says; with 0, by the loop itself between two steps.
 
     With `resume`, goes on from `state.pt` if there is one. Raises `UserError` when that belongs to a different job, or
     when the loss is no longer a number (the last good state is kept).
@@ -114,7 +117,7 @@ def run(job: Job, output: Path, *, device: torch.device, resume: bool) -> Result
     losses = _restore(distributed.from_first(lambda: _prepare(output, job, resume=resume)), network, optimizer)
     with _logging_to(output / "log.txt") if distributed.is_first() else nullcontext():
         _announce(job, network, device, done=len(losses))
-        _train(job, output, network, optimizer, losses, device)
+        _train(job, output, network, optimizer, losses, device, readers)
     return Result(network, losses)
 
 
@@ -125,6 +128,7 @@ def _train(
     optimizer: torch.optim.Optimizer,
     losses: list[float],
     device: torch.device,
+    readers: int,
 ) -> None:
     """The loop. `losses` grows by one entry per epoch."""
     is_first, model = distributed.is_first(), distributed.synchronised(network)
@@ -133,7 +137,7 @@ def _train(
         job.files, job.patch_size, job.tokens, job.seed, job.cache,
         crops_per_volume=job.protocol.crops_per_volume, masks_per_crop=job.protocol.masks_per_crop,
     )  # fmt: skip
-    batches = iter(_batches(job, crops, first_step, device))
+    batches = iter(_batches(job, crops, first_step, device, readers))
     sample = [part[:1] for part in crops[[0]].samples(device)] if is_first else []
     saved = time.monotonic()
     network.train()
@@ -153,9 +157,9 @@ def _train(
             rate = _learning_rate(job, (epoch + 1) * job.steps_per_epoch - 1)
             seconds = time.monotonic() - started
             speed = job.steps_per_epoch * job.protocol.batch_size / seconds
-            bar.set_postfix(loss=f"{losses[-1]:.4f}", volumes_per_s=f"{speed:.1f}")
+            bar.set_postfix(loss=f"{losses[-1]:.4f}", samples_per_s=f"{speed:.1f}")
             logger.info(
-                "epoch %d: loss %.6f, learning rate %.2e, %.1f s (%.1f%% waiting for crops), %.1f volumes/s",
+                "epoch %d: loss %.6f, learning rate %.2e, %.1f s (%.1f%% waiting for crops), %.1f samples/s",
                 epoch + 1, losses[-1], rate, seconds, 100 * waited / seconds, speed,
             )  # fmt: skip
             if not is_first:
@@ -176,7 +180,9 @@ def _step(
     volume: Tensor,
     noise: Tensor,
 ) -> Tensor:
-    """One step on a batch; the loss stays on the device, so that a GPU is not waited for (but to count flat tokens).
+    """One step on a batch; the loss stays on the device, so that a GPU is not waited for.
+
+    Where the shapes of a step depend on its voxels it is: to count flat tokens, and to see which contrasts there are.
 
     `model` is the network, or what averages its gradients over the processes.
     """
@@ -194,14 +200,11 @@ def _step(
     return loss.detach()
 
 
-def _batches(job: Job, crops: RandomCrops, first_step: int, device: torch.device) -> DataLoader:
-    """Batches of all steps to come, in one go: workers start once. On a CPU the loop itself reads: cores are few."""
+def _batches(job: Job, crops: RandomCrops, first_step: int, device: torch.device, readers: int) -> DataLoader:
+    """Batches of all steps to come, in one go: readers start once."""
     place = {"rank": distributed.rank(), "processes": distributed.process_count()}
     steps = ConsecutiveBatches(first_step, job.steps, job.protocol.reads, **place)
-    on_gpu = device.type == "cuda"
-    cores = (os.cpu_count() or 1) // distributed.local_process_count()
-    workers = max(1, min(8, cores)) if on_gpu else 0
-    return DataLoader(crops, sampler=steps, batch_size=None, num_workers=workers, pin_memory=on_gpu)
+    return DataLoader(crops, sampler=steps, batch_size=None, num_workers=readers, pin_memory=device.type == "cuda")
 
 
 def _learning_rate(job: Job, step: int) -> float:
@@ -257,7 +260,7 @@ def _announce(job: Job, network: nn.Module, device: torch.device, *, done: int) 
     logger.info(
         "cases %d, channels %s, crops of %s voxels (z y x)", len(job.files), list(job.channel_names), job.patch_size
     )
-    if job.cache:
+    if job.cache is not None:
         logger.info("%d of the cases in memory, all crops in half precision", len(job.cache))
     if protocol.reads < protocol.batch_size:
         logger.info(
@@ -292,6 +295,10 @@ def _announce(job: Job, network: nn.Module, device: torch.device, *, done: int) 
     if protocol.lr < TINY_LR:
         logger.warning(
             "The learning rate %.1e is very low: the base rate is meant for large batches, see --lr.", protocol.lr
+        )
+    if protocol.lr > LARGE_LR:
+        logger.warning(
+            "The learning rate %.1e is very high: the base rate is meant for smaller batches, see --lr.", protocol.lr
         )
     if done:
         logger.info("going on after epoch %d of %d", done, protocol.epochs)
