@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from measuring import taken_in_turn, training_step
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_vit_mae.networks.build import build_segmenter
@@ -52,7 +52,8 @@ def main() -> None:
             (decoder, kind): Network(size=arguments.size, token=(side,) * 3, decoder=decoder, upsampling=kind)
             for decoder, kind in VARIANTS
         }
-        seconds = time_in_turn({key: step_of(network, patch) for key, network in networks.items()}, arguments.rounds)
+        taken = taken_in_turn({key: step_of(network, patch) for key, network in networks.items()}, arguments.rounds)
+        seconds = {key: statistics.median(values) for key, values in taken.items()}
         for (decoder, kind), network in networks.items():
             model = build_segmenter(network, 1, 2, drop_path=0.1)
             parameters = sum(p.numel() for p in model.decoder.parameters()) / 1e6
@@ -69,28 +70,8 @@ def main() -> None:
 def step_of(network: Network, patch: tuple[int, ...]) -> Callable[[], None]:
     """A whole training step on one random patch."""
     model = build_segmenter(network, 1, 2, drop_path=0.1)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     volume, target = torch.randn(1, 1, *patch), torch.randint(2, (1, *patch))
-
-    def step() -> None:
-        loss = segmentation_loss(model(volume), target)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def time_in_turn(steps: dict, rounds: int) -> dict:
-    """Median seconds of each step: one of each per round, so that a slow moment of the machine meets all alike."""
-    seconds = {key: [] for key in steps}
-    for number in range(rounds + 1):
-        for key, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if number:  # the first round warms up
-                seconds[key].append(time.perf_counter() - started)
-    return {key: statistics.median(values) for key, values in seconds.items()}
+    return training_step(model, lambda: segmentation_loss(model(volume), target))
 
 
 def gigaflops(model: torch.nn.Module, patch: tuple[int, ...]) -> float:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measuring import MEBIBYTE, exponent, peak_memory, printed_apart, taken_in_turn
+from measuring import MEBIBYTE, exponent, peak_memory, printed_apart, taken_in_turn, training_step
 
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.mae import reconstruction_loss
@@ -113,18 +113,14 @@ def step_of_contrasts(size: str, row: int) -> Callable[[], None]:
 
 
 def step_of(network: Network, volume: torch.Tensor, tokens: int, *, ratio: float) -> Callable[[], None]:
-    """Forward, loss, backward and AdamW, ready to be repeated."""
+    """A step on the volume, with random masks."""
     model = build_autoencoder(network, volume.shape[1], Pretraining(mask_ratio=ratio))
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
-    def step() -> None:
+    def loss() -> torch.Tensor:
         rebuilt = model(volume, torch.rand(len(volume), tokens))
-        loss = reconstruction_loss(model.targets(volume), rebuilt, network.token, norm_pix=True)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        return reconstruction_loss(model.targets(volume), rebuilt, network.token, norm_pix=True)
 
-    return step
+    return training_step(model, loss)
 
 
 if __name__ == "__main__":

@@ -8,21 +8,38 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import Tensor, nn
 
 MEBIBYTE = 2**20
+Name = TypeVar("Name", bound=Hashable)
 
 
-def taken_in_turn(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def training_step(model: nn.Module, loss_of: Callable[[], Tensor]) -> Callable[[], None]:
+    """Forward, loss, backward, clipping and AdamW, ready to be repeated."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+
+    def step() -> None:
+        loss = loss_of()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def taken_in_turn(steps: Mapping[Name, Callable[[], object]], rounds: int) -> dict[Name, list[float]]:
     """Seconds of each step, round after round (all steps in each round), after a round that does not count.
 
     Without a GPU it is CPU time, which other work on the machine moves little.
     """
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    taken: dict[str, list[float]] = {name: [] for name in steps}
+    taken: dict[Name, list[float]] = {name: [] for name in steps}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of peers, about their own code
         for number in range(rounds + 1):

@@ -13,9 +13,10 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from measuring import MEBIBYTE, peak_memory, printed_apart
+from measuring import MEBIBYTE, peak_memory, printed_apart, training_step
 
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
 from nnunet_vit_mae.networks.mae import reconstruction_loss
@@ -78,21 +79,11 @@ def run(case: Case) -> Sizes:
         if case.phase == "finetuning":
             model = build_segmenter(network, 1, 2, drop_path=0.1)
             target = torch.zeros(case.batch, *case.patch, dtype=torch.long)
-        else:
-            model = build_autoencoder(network, 1, protocol)
-            target = torch.rand(case.batch, math.prod(token_grid(case.patch, case.token)))
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-
-        def step() -> None:
-            if case.phase == "finetuning":
-                loss = segmentation_loss(model(volume), target)
-            else:
-                loss = reconstruction_loss(volume, model(volume, target), case.token, norm_pix=protocol.norm_pix)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-
-        return step
+            return training_step(model, lambda: segmentation_loss(model(volume), target))
+        model = build_autoencoder(network, 1, protocol)
+        noise = torch.rand(case.batch, math.prod(token_grid(case.patch, case.token)))
+        loss = partial(reconstruction_loss, token=case.token, norm_pix=protocol.norm_pix)
+        return training_step(model, lambda: loss(volume, model(volume, noise)))
 
     measured = peak_memory(prepare)
 

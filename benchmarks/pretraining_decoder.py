@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from measuring import MEBIBYTE, peak_memory, printed_apart, taken_in_turn
+from measuring import MEBIBYTE, peak_memory, printed_apart, taken_in_turn, training_step
 
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.mae import reconstruction_loss
@@ -71,22 +71,17 @@ def step_of(options: Mapping[str, Any], size: str, side: int, token: int, batch:
     """A whole step on random volumes whose first third along z is empty; masks differ from step to step."""
     network, protocol = Network(size=size, token=(token,) * 3), Pretraining(batch_size=batch, **options)
     model = build_autoencoder(network, 1, protocol)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     volume = torch.randn(batch, 1, side, side, side)
     volume[:, :, : side // 3] = 0
     tokens = math.prod(token_grid(volume.shape[2:], network.token))
 
-    def step() -> None:
+    def loss() -> Tensor:
         rebuilt = model(volume, torch.rand(batch, tokens))
-        loss = reconstruction_loss(
+        return reconstruction_loss(
             volume, rebuilt, network.token, norm_pix=protocol.norm_pix, skip_flat=protocol.skip_flat
         )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), protocol.gradient_clip)
-        optimizer.step()
 
-    return step
+    return training_step(model, loss)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from measuring import MEBIBYTE, peak_memory, printed_apart, taken_in_turn
+from measuring import MEBIBYTE, peak_memory, printed_apart, taken_in_turn, training_step
 from monai.networks.nets.masked_autoencoder_vit import MaskedAutoEncoderViT
 from torch import Tensor, nn
 
@@ -84,17 +84,12 @@ def step_of(name: str, case: Case, size: str, device: torch.device) -> Callable[
     volume = torch.randn(case.batch, 1, *(case.side,) * 3, device=device)
     model = (our_model if name == "ours" else monai_model)(case, size).to(device).train()
     loss_of = our_loss if name == "ours" else monai_loss
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
 
-    def step() -> None:
+    def loss() -> Tensor:
         with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
-            loss = loss_of(model, volume, case)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+            return loss_of(model, volume, case)
 
-    return step
+    return training_step(model, loss)
 
 
 def our_model(case: Case, size: str) -> nn.Module:

@@ -24,7 +24,7 @@ REGION = 1.5  # sides of what is read for several crops, in sides of one: they d
 
 
 class Batch(NamedTuple):
-    """What a worker hands over: crops as they lie in their volumes, and what is to be done where the network trains."""
+    """What a reader hands over: crops as they lie in their volumes, and what is to be done where the network trains."""
 
     crops: Float[Tensor, "b c z y x"]
     flips: Bool[Tensor, "b 3"]  # along z y x
