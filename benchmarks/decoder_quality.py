@@ -8,7 +8,7 @@ crops: so few steps as a CPU can take do not suffice to learn what a flipped fro
 encoder as it is, which tells encoders apart after fewer steps: how well a linear map of a token's vector, learned on
 the labelled cases, finds each class's share of the token in the validation cases.
 
-    python benchmarks/decoder_quality.py -d 504 -p PLANS --epochs 200 --seeds 5 -o FOLDER
+    python benchmarks/decoder_quality.py -d 504 -p PLANS --epochs 200 --seeds 0 1 2 3 4 -o FOLDER
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=200, help="of pre-training in the same steps")
     parser.add_argument("--steps", type=int, default=1000, help="of fine-tuning")
     parser.add_argument("--labelled", type=int, default=10, help="cases of fine-tuning")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--same_time", action="store_true", help="pre-train again for as long as the first option took")
     parser.add_argument("--options", nargs="+", choices=OPTIONS, default=CANDIDATES, metavar="NAME")
     parser.add_argument("-device", type=torch.device, default="cpu")
@@ -72,7 +72,7 @@ def main() -> None:
     plan = load_plan(find_dataset(arguments.dataset), arguments.plans, arguments.configuration)
 
     ratios, found = defaultdict(list), defaultdict(list)
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         found["no pre-training", "steps"].append(measured(plan, None, seed, arguments))
         print(f"seed {seed}, no pre-training: {found['no pre-training', 'steps'][-1]}", flush=True)
         first_speed = None

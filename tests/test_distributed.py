@@ -203,7 +203,7 @@ def test_ctrl_c_ends_all_processes(files, tmp_path, capfd):
     threading.Thread(target=press, daemon=True).start()
     usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background Ctrl+C is ignored
     try:
-        with pytest.raises(UserError, match=r"interrupted.* --c goes on"):
+        with pytest.raises(UserError, match=r"interrupted.* --c goes on"), distributed.told_once():
             distributed.start(partial(train, make_job(files, epochs=100_000), tmp_path / "out"), CPU, 2)
     finally:
         signal.signal(signal.SIGINT, usual)
@@ -221,6 +221,17 @@ def fail(message: str, device: torch.device) -> None:
 def test_an_error_of_ours_is_shown_whole():
     with pytest.raises(Exception, match=r"(?s)Process 1 .*ZeroDivisionError: look here"):
         distributed.start(partial(fail, "look here"), CPU, 2)
+
+
+@pytest.mark.parametrize("error", [UserError("The disk is full."), KeyboardInterrupt()])
+def test_the_first_process_tells_for_all(monkeypatch, error):
+    expected = "The disk is full" if isinstance(error, UserError) else "was interrupted"
+    with pytest.raises(UserError, match=expected), distributed.told_once():
+        raise error
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "GRACE_SECONDS", 0.0)
+    with pytest.raises(SystemExit, match="2"), distributed.told_once():
+        raise error
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
@@ -282,7 +293,8 @@ class TestCommand:
         assert done.stdout.count("Wrote ") == 1
         assert_same_end(folder, folder.with_name("alone"))
         assert (folder / "encoder.safetensors").is_file()
-        assert "leave out -num_gpus" in in_workspace.type(*launcher, *arguments, "-num_gpus", "2", code=1).stderr
+        refused = in_workspace.type(*launcher, *arguments, "-num_gpus", "2", code=1).stderr
+        assert refused.count("Error: torchrun has set the number of processes already: leave out -num_gpus.") == 1
 
     def test_a_killed_process_gives_one_sentence(self, in_workspace):
         command = [Path(sys.executable).with_name("mae3d_pretrain"), *self.command, "-p", "Tiny", "-num_gpus", "2"]

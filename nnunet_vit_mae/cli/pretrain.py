@@ -55,25 +55,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nnunet_vit_mae.nnunet.folders import find_dataset
     from nnunet_vit_mae.nnunet.plans import load_plan
     from nnunet_vit_mae.nnunet.pretraining import Machine, pretrain
-    from nnunet_vit_mae.pretraining.distributed import is_first, log_to_screen
+    from nnunet_vit_mae.pretraining.distributed import is_first, log_to_screen, told_once
 
-    device = usable_device(args.device)
     log_to_screen()
-    plan = load_plan(find_dataset(args.dataset), args.plans, args.configuration)
-    encoder = pretrain(
-        plan,
-        args.fold,
-        change=change,
-        seed=args.seed,
-        machine=Machine(
-            device=device,
+    with told_once():
+        machine = Machine(
+            device=usable_device(args.device),
             processes=args.num_gpus,
             readers=args.readers,
             cache_bytes=round((args.cache or 0) * 1e9),
-        ),
-        resume=args.resume,
-        adaptive=args.adaptive,
-    )
+        )
+        encoder = pretrain(
+            load_plan(find_dataset(args.dataset), args.plans, args.configuration),
+            args.fold,
+            change=change,
+            seed=args.seed,
+            machine=machine,
+            resume=args.resume,
+            adaptive=args.adaptive,
+        )
     if is_first():
         print(f"Wrote {encoder}.")
 

@@ -13,7 +13,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,8 +36,8 @@ GRACE_SECONDS = 2.0  # for the launcher to see who ended first, before the other
 def start(task: Task, device: torch.device, processes: int) -> None:
     """Run a task in this process, in several of this machine, or as one of torchrun's, each with a device of its own.
 
-    A task for several processes has to be picklable. Raises `UserError` when there are too few GPUs, when a process
-    was killed, or after Ctrl+C; all processes have ended then.
+    A task for several processes has to be picklable. Raises `UserError` when there are too few GPUs or when a process
+    was killed; then, and after Ctrl+C, all processes have ended.
     """
     under_torchrun = _under_torchrun()
     if under_torchrun and processes > 1:
@@ -47,15 +48,29 @@ def start(task: Task, device: torch.device, processes: int) -> None:
             f"{local} processes on this machine need as many GPUs, but torch finds {torch.cuda.device_count()}: "
             "start fewer processes."
         )
+    if under_torchrun:
+        _take_part(task, device, int(os.environ["LOCAL_RANK"]))
+    elif processes > 1:
+        _supervise(task, device, processes)
+    else:
+        task(device)
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Of a `UserError` that all processes meet the first one tells, and the others end a moment later without a word.
+
+    Ctrl+C, which reaches all of them, becomes such an error.
+    """
     try:
-        if under_torchrun:
-            _take_part(task, device, int(os.environ["LOCAL_RANK"]))
-        elif processes > 1:
-            _supervise(task, device, processes)
-        else:
-            task(device)
-    except KeyboardInterrupt:
-        raise UserError(f"The pre-training was interrupted: {GO_ON}") from None
+        yield
+    except (UserError, KeyboardInterrupt) as error:
+        if not is_first():
+            time.sleep(GRACE_SECONDS)
+            sys.exit(2)
+        if isinstance(error, KeyboardInterrupt):
+            raise UserError(f"The pre-training was interrupted: {GO_ON}") from None
+        raise
 
 
 def process_count() -> int:
@@ -172,19 +187,17 @@ def _worker(number: int, task: Task, device: torch.device, processes: int, store
 
 
 def _take_part(task: Task, device: torch.device, local_rank: int, **place: Any) -> None:
-    """Run the task as one of several processes. A `UserError` in it is one of all processes: the first one tells it."""
+    """Run the task as one of several processes."""
     if device.type == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", **place)
     log_to_screen()
     try:
-        task(device)
-    except (UserError, KeyboardInterrupt):
-        if is_first():
-            raise
-        time.sleep(GRACE_SECONDS)
-        sys.exit(2)
+        with told_once():
+            task(device)
+    except UserError:
+        raise
     except Exception:
         time.sleep(GRACE_SECONDS)  # most often the connection to a process that was killed
         raise
