@@ -15,8 +15,8 @@ import time
 import numpy as np
 import torch
 
+from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder
-from nnunet_vit_mae.networks.mae import reconstruction_loss
 from nnunet_vit_mae.presets import Network, Pretraining
 
 # contrasts per study: eight sessions of multiple sclerosis (data set 506), and AMAE's seven, each one present by chance

@@ -35,13 +35,14 @@ from torch import nn
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.memory import segmentation_loss
 from nnunet_vit_mae.networks.tokenizer import patchify
-from nnunet_vit_mae.nnunet.cases import pretraining_cases, split_of
 from nnunet_vit_mae.nnunet.folders import find_dataset
+from nnunet_vit_mae.nnunet.folds import pretraining_cases, split_of
 from nnunet_vit_mae.nnunet.plans import Plan, load_plan
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
 from nnunet_vit_mae.presets import SIZES
-from nnunet_vit_mae.pretraining.crops import open_volume, random_crop
-from nnunet_vit_mae.pretraining.run import Job, run
+from nnunet_vit_mae.pretraining.crops import random_crop
+from nnunet_vit_mae.pretraining.run import PretrainingRun, run
+from nnunet_vit_mae.pretraining.volumes import open_volume
 
 CANDIDATES = [
     "plain",
@@ -136,7 +137,7 @@ def against(reference: Sequence[float], own: Sequence[float]) -> str:
 def pretrained(plan: Plan, name: str, epochs: int, seed: int, arguments: argparse.Namespace) -> tuple[nn.Module, float]:
     """An encoder, and the samples per second of its pre-training: the median over the epochs, without pictures."""
     settings = plan.settings
-    job = Job(
+    job = PretrainingRun(
         files=[case.file for case in pretraining_cases(plan, str(seed % 5))],
         channel_names=plan.channel_names,
         patch_size=plan.patch_size,

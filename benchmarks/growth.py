@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from measuring import MEBIBYTE, exponent, peak_memory, printed_apart, taken_in_turn, training_step
 
+from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder
-from nnunet_vit_mae.networks.mae import reconstruction_loss
 from nnunet_vit_mae.presets import Network, Pretraining
 from nnunet_vit_mae.pretraining.crops import RandomCrops
 

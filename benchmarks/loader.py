@@ -30,9 +30,9 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch.utils.data import DataLoader
 
-from nnunet_vit_mae.planning import token_grid
-from nnunet_vit_mae.pretraining.cache import Cache
+from nnunet_vit_mae.presets import token_grid
 from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, RandomCrops
+from nnunet_vit_mae.pretraining.volumes import Cache
 
 if TYPE_CHECKING:
     from nnunet_vit_mae.nnunet.plans import Plan
@@ -129,7 +129,7 @@ def our_batches(
     plan: Plan, images: list[Path], patch: tuple[int, ...], cache: Cache | None = None, **several: int
 ) -> Iterator[int]:
     """As `mae3d_pretrain` reads on a CPU, and as each of its workers does for a GPU; yields the samples of a batch."""
-    series = plan.settings.network.series(len(plan.channel_names))
+    series = plan.settings.network.token_sequences(len(plan.channel_names))
     tokens = series * math.prod(token_grid(patch, plan.settings.network.token))
     crops = RandomCrops(images, patch, tokens, 0, cache, **several)
     for batch in DataLoader(crops, sampler=ConsecutiveBatches(0, 10**9, BATCH), batch_size=None):

@@ -18,11 +18,10 @@ from functools import partial
 import torch
 from measuring import MEBIBYTE, peak_memory, printed_apart, training_step
 
+from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
-from nnunet_vit_mae.networks.mae import reconstruction_loss
 from nnunet_vit_mae.networks.memory import finetuning_memory, pretraining_memory, segmentation_loss
-from nnunet_vit_mae.planning import token_grid
-from nnunet_vit_mae.presets import Network, Pretraining
+from nnunet_vit_mae.presets import Network, Pretraining, token_grid
 
 PATCH = (40, 48, 56)
 

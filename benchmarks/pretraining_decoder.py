@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from measuring import MEBIBYTE, peak_memory, printed_apart, taken_in_turn, training_step
 
+from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder
-from nnunet_vit_mae.networks.mae import reconstruction_loss
-from nnunet_vit_mae.planning import token_grid
-from nnunet_vit_mae.presets import Network, Pretraining
+from nnunet_vit_mae.presets import Network, Pretraining, token_grid
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -33,8 +32,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cross, 4 heads": {"decoder": "cross", "decoder_heads": 4},
     "cross, a quarter rebuilt": {"decoder": "cross", "rebuilt_share": 0.25},
     "cross, a quarter rebuilt, 4 heads": {"decoder": "cross", "rebuilt_share": 0.25, "decoder_heads": 4},
-    "flat tokens left out": {"skip_flat": True},
-    "cross, a quarter rebuilt, flat tokens left out": {"decoder": "cross", "rebuilt_share": 0.25, "skip_flat": True},
+    "flat tokens left out": {"skip_background": True},
+    "cross, a quarter rebuilt, flat tokens left out": {
+        "decoder": "cross",
+        "rebuilt_share": 0.25,
+        "skip_background": True,
+    },
 }
 SCENES = [(96, 8, 1), (48, 8, 4)]  # side of the cubic patch, token, batch
 
@@ -78,7 +81,7 @@ def step_of(options: Mapping[str, Any], size: str, side: int, token: int, batch:
     def loss() -> Tensor:
         rebuilt = model(volume, torch.rand(batch, tokens))
         return reconstruction_loss(
-            volume, rebuilt, network.token, norm_pix=protocol.norm_pix, skip_flat=protocol.skip_flat
+            volume, rebuilt, network.token, norm_pix=protocol.norm_pix, skip_background=protocol.skip_background
         )
 
     return training_step(model, loss)

@@ -22,8 +22,8 @@ from measuring import MEBIBYTE, peak_memory, printed_apart, taken_in_turn, train
 from monai.networks.nets.masked_autoencoder_vit import MaskedAutoEncoderViT
 from torch import Tensor, nn
 
+from nnunet_vit_mae.networks.autoencoder import norm_pix_targets, reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder
-from nnunet_vit_mae.networks.mae import normalised, reconstruction_loss
 from nnunet_vit_mae.networks.tokenizer import patchify
 from nnunet_vit_mae.presets import SIZES, Network, Pretraining
 
@@ -127,7 +127,7 @@ def monai_loss(model: nn.Module, volume: Tensor, case: Case) -> Tensor:
     """The same loss on what MONAI predicts."""
     predicted, mask = model(volume)
     target = patchify(volume, (case.token,) * 3)
-    target = normalised(target, torch.ones_like(target[:1]))[:, :, 0]
+    target = norm_pix_targets(target, torch.ones_like(target[:1]))[:, :, 0]
     error = (predicted.float() - target).square().mean(dim=-1)
     return (error * mask).sum() / mask.sum()
 

@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_vit_mae.datasets.phantoms import write_phantom_dataset
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import replacing
 from nnunet_vit_mae.installation import trainers_folder
+from nnunet_vit_mae.phantoms.dataset import write_phantom_dataset
 from nnunet_vit_mae.plots import Segmented, plot_segmentations
 
-NUMBER = "900"
+DATASET_ID = "900"
 PLANS = "Quick"
 # small regions with large plaques: minutes on a CPU must be enough to learn something
 PHANTOMS = {"labelled": 40, "unlabelled": 60, "extent_mm": (24.0, 32.0, 32.0), "plaque_scale": 2.5}
@@ -53,21 +53,21 @@ def demonstrate(folder: Path, *, seed: int) -> list[Score]:
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} is in use: give a new folder with -o, or remove it.")
-    raw = write_phantom_dataset(folder / "raw", dataset_id=int(NUMBER), seed=seed, **PHANTOMS)
+    raw = write_phantom_dataset(folder / "raw", dataset_id=int(DATASET_ID), seed=seed, **PHANTOMS)
     print(f"Made {raw}: synthetic CT of the skull base, see its scans.csv", flush=True)
 
     shell = Shell(folder)
-    shell.type(f"nnUNetv2_plan_and_preprocess -d {NUMBER} -c 3d_fullres -np 2 -npfp 2".split())
-    shell.type(f"mae3d_preprocess -d {NUMBER} -np 2".split())
-    shell.type(f"mae3d_plan -d {NUMBER} -o {PLANS} --recipe quick".split())
-    shell.type(f"mae3d_pretrain -d {NUMBER} -p {PLANS} --seed {seed} -device cpu".split())
+    shell.type(f"nnUNetv2_plan_and_preprocess -d {DATASET_ID} -c 3d_fullres -np 2 -npfp 2".split())
+    shell.type(f"mae3d_preprocess -d {DATASET_ID} -np 2".split())
+    shell.type(f"mae3d_plan -d {DATASET_ID} -o {PLANS} --recipe quick".split())
+    shell.type(f"mae3d_pretrain -d {DATASET_ID} -p {PLANS} --seed {seed} -device cpu".split())
     scores = []
     for model, trainer in MODELS.items():
         output = folder / "predictions" / trainer
         common = f"-p {PLANS} -tr {trainer} -device cpu".split()
-        shell.type([*f"nnUNetv2_train {NUMBER} 3d_fullres 0".split(), *common])
+        shell.type([*f"nnUNetv2_train {DATASET_ID} 3d_fullres 0".split(), *common])
         folders = ["-i", str(raw / "imagesTs"), "-o", str(output)]
-        shell.type(["nnUNetv2_predict", *folders, *f"-d {NUMBER} -c 3d_fullres -f 0".split(), *common])
+        shell.type(["nnUNetv2_predict", *folders, *f"-d {DATASET_ID} -c 3d_fullres -f 0".split(), *common])
         scores += [score(model, reference, output) for reference in sorted((raw / "labelsTs").glob("*.nii.gz"))]
     _write_csv(scores, folder / "results.csv")
     _draw(raw, folder, scores)
@@ -113,7 +113,7 @@ def score(model: str, reference_file: Path, predictions: Path) -> Score:
     return Score(model, reference_file.name.removesuffix(".nii.gz"), overlap.GetDiceCoefficient(), *volumes)
 
 
-def table(scores: list[Score]) -> str:
+def score_table(scores: list[Score]) -> str:
     """Mean Dice and mean absolute volume difference of each model, as text."""
     lines = [f"{'model':20} {'Dice':>6} {'volume difference':>18}"]
     for model in MODELS:

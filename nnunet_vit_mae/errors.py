@@ -2,13 +2,14 @@
 
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-FEW = 3  # names that a sentence lists
+NAMES_SHOWN = 3  # names that a sentence lists
 
 
 class UserError(ValueError):
@@ -41,8 +42,19 @@ def reader_reason(error: Exception) -> str:
     return (lines or ["its files differ in size or spacing"])[-1].removeprefix("sitk::ERROR: ").rstrip(".")
 
 
-def some(names: Iterable[str]) -> str:
+@contextmanager
+def reading(what: object) -> Iterator[None]:
+    """Turn whatever an image reader raises in the block into a `UserError` that names `what` and gives the reason."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 (SimpleITK, nibabel and nnU-Net's readers all have errors of their own)
+        raise UserError(f"{what} cannot be read ({reader_reason(error)}): repair or replace it.") from None
+
+
+def abbreviated(names: Iterable[str]) -> str:
     """The first few, and how many more there are."""
     listed = list(names)
-    more = f" and {len(listed) - FEW} more" if len(listed) > FEW else ""
-    return ", ".join(listed[:FEW]) + more
+    more = f" and {len(listed) - NAMES_SHOWN} more" if len(listed) > NAMES_SHOWN else ""
+    return ", ".join(listed[:NAMES_SHOWN]) + more

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.presets import Finetuning, Network, Pretraining, Settings
+from nnunet_vit_mae.presets import Finetuning, Network, Pretraining, Settings, token_grid
 
 TOKEN_BUDGET = 4096  # 64^3 voxels at token 4, the paper's setting; a 128^3 patch at token 8
 THIN_TOKEN = 2
@@ -72,11 +72,6 @@ def default_decoder(token: Sequence[int], *, adaptive: bool = False) -> str:
     if adaptive:
         return "unetr"
     return "mae" if max(token) <= 4 else "upscale"
-
-
-def token_grid(patch_size: Sequence[int], token: Sequence[int]) -> tuple[int, ...]:
-    """Tokens along z y x; the last one of an axis may reach beyond the patch."""
-    return tuple(math.ceil(voxels / side) for voxels, side in zip(patch_size, token, strict=True))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,13 +72,18 @@ LOSSES = ("dice_ce", "dice")
 AUGMENTATIONS = ("loader", "device")
 
 
-def contrast(name: str) -> str:
+def canonical_contrast(name: str) -> str:
     """What a channel of a data set is called by all that match contrasts: its known name, or its own in capitals."""
     spellings = {other: known for known, others in CONTRASTS.items() for other in others}
     return spellings.get(name.lower(), name.upper())
 
 
 TOKEN_SIDES = (1, 2, 4, 8, 16, 32)  # convolutional decoders double their grid until it reaches the voxels
+
+
+def token_grid(patch_size: Sequence[int], token: Sequence[int]) -> tuple[int, ...]:
+    """Tokens along z y x; the last one of an axis may reach beyond the patch."""
+    return tuple(math.ceil(voxels / side) for voxels, side in zip(patch_size, token, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +117,7 @@ class Network:
         expected = f"{count} blocks from 1 to {depth}, ascending, with the decoder {self.decoder} and this token"
         _require(fit and list(self.taps) == sorted(self.taps), "network.taps", list(self.taps), expected)
 
-    def series(self, channels: int) -> int:
+    def token_sequences(self, channels: int) -> int:
         """Series of tokens that a volume is cut into at most: one, or one for each contrast."""
         return channels if self.adaptive else 1
 
@@ -148,7 +153,7 @@ class Pretraining:
     decoder: str = "self"
     decoder_heads: int = 0  # 0: those of the size; fewer and wider ones take less time
     rebuilt_share: float = 1.0  # of the hidden tokens, drawn at random; the others never enter the decoder
-    skip_flat: bool = False  # tokens without content (air, zeros) are neither seen nor hidden
+    skip_background: bool = False  # tokens without content (air, zeros) are neither seen nor hidden
     base_lr: float = 4.8e-3  # lr = base_lr * batch_size / 256, so 3e-4 at batch 16, for which it is meant
     weight_decay: float = 0.05
     warmup: float = 0.05  # share of the schedule: 40 of 800 epochs

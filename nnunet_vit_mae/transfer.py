@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.presets import contrast
+from nnunet_vit_mae.presets import canonical_contrast
 from nnunet_vit_mae.weights import Card
 
 STANDARDISED = {"CTNormalization", "ZScoreNormalization"}  # both give about mean 0 and deviation 1
@@ -127,7 +127,7 @@ def _by_name(entries: Tensor, there: Sequence[str], here: Sequence[str]) -> tupl
 
 def _keys(names: Sequence[str]) -> list[tuple[str, int]]:
     """What channels are matched by: the name, and which of those that share it."""
-    called = [contrast(name) for name in names]
+    called = [canonical_contrast(name) for name in names]
     return [(name, called[:number].count(name)) for number, name in enumerate(called)]
 
 

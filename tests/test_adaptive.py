@@ -19,7 +19,7 @@ from nnunet_vit_mae.networks.adaptive import (
     ModalityVectors,
     groups,
     present_contrasts,
-    series_of,
+    split_contrasts,
 )
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
 from nnunet_vit_mae.networks.memory import finetuning_memory
@@ -185,7 +185,7 @@ def test_all_studies_of_a_batch_are_in_one_group_with_all_their_contrasts(presen
 @given(present=batches)
 def test_series_are_the_contrasts_of_one_study_after_the_other(present):
     volume = studies_with(present, (3, 2, 5), channels=4)
-    series, contrasts = series_of(volume, present)
+    series, contrasts = split_contrasts(volume, present)
     expected = [(volume[study, contrast], contrast) for study, own in enumerate(present) for contrast in own]
     assert series.shape == (len(expected), 1, 3, 2, 5)
     assert contrasts.tolist() == [contrast for _, contrast in expected]

@@ -1,207 +1,322 @@
-"""The exact search for thresholds, against all thresholds tried one by one."""
+"""Calibration and quantification of models in nnU-Net's folders, with predictions that are made here."""
 
+import csv
+import json
 import math
+import os
+import shutil
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import SimpleITK as sitk
+import torch
+from conftest import SHAPE, SPACING, blob, write_case
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from torch import nn
 
-from nnunet_vit_mae import calibration
-from nnunet_vit_mae.calibration import Case, Classes, calibrate, segment
+from nnunet_vit_mae.cli import calibrate as calibrate_command
+from nnunet_vit_mae.cli import quantify as quantify_command
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.imaging.volumes import Geometry
+from nnunet_vit_mae.networks.build import build_segmenter
+from nnunet_vit_mae.nnunet.calibration import shift_head
+from nnunet_vit_mae.nnunet.folders import find_dataset
+from nnunet_vit_mae.nnunet.models import find_model
+from nnunet_vit_mae.nnunet.plans import classes_of
+from nnunet_vit_mae.nnunet.quantification import TrainingRange, model_hash, warnings_of
+from nnunet_vit_mae.presets import DECODERS, Network
+from nnunet_vit_mae.thresholds import segment
 
-SHAPE = (3, 5, 7)
-BINARY = Classes(("blob",), ((1,),))
-THREE = Classes(("a", "b", "c"), ((1,), (2,), (3,)))
-REGIONS = Classes(("whole", "core"), ((1, 2), (2,)), regions=True)
-
-few_seeds = settings(max_examples=20, deadline=None)
-seeds = st.integers(0, 2**32 - 1)
-
-
-def cases_of(
-    seed: int, classes: Classes, *, number: int = 3, bias: float = 0.0, digits: int | None = None
-) -> list[Case]:
-    """Probabilities that know something about the labels; few digits make equal probabilities."""
-    random = np.random.default_rng(seed)
-    cases = []
-    for index in range(number):
-        labels = random.integers(0, max(max(values) for values in classes.values) + 1, SHAPE)
-        logits = random.normal(bias, 1.5, (len(classes.names) + (not classes.regions), *SHAPE))
-        for channel, values in enumerate(classes.values, start=not classes.regions):
-            logits[channel] += 1.5 * np.isin(labels, values)
-        odds = np.exp(logits)
-        probabilities = odds / (1 + odds) if classes.regions else odds / odds.sum(axis=0)
-        if digits is not None:
-            probabilities = probabilities.round(digits)
-        probabilities = probabilities.astype(np.float32)
-        cases.append(Case(f"case_{index}", random.uniform(0.3, 4), lambda p=probabilities, y=labels: (p, y)))
-    return cases
+TRAINER = "nnUNetTrainerBaseline"
+VOXEL = math.prod(SPACING)
 
 
-def loss_of(cases: list[Case], classes: Classes, shifts: list[float], objective: str) -> float:
-    """The objective, literally."""
-    losses = []
-    for case in cases:
-        probabilities, labels = case.read()
-        counted = labels != classes.ignore
-        for mask, values in zip(segment(probabilities, classes, shifts), classes.values, strict=True):
-            predicted, annotated = mask & counted, np.isin(labels, values) & counted
-            total = predicted.sum() + annotated.sum()
-            dice = 2 * (predicted & annotated).sum() / total if total else 1.0
-            volume = abs(int(predicted.sum()) - int(annotated.sum())) * case.voxel_mm3
-            losses.append(volume if objective == "volume" else 1 - dice)
-    return float(np.mean(losses))
+# ---------- the head
 
 
-def best_of_all(cases: list[Case], classes: Classes, objective: str) -> float:
-    """The smallest loss over a threshold at, above and below every probability of the only class."""
-    values = np.unique(np.concatenate([case.read()[0][-1].ravel() for case in cases])).astype(np.float64)
-    values = values[(values > calibration.LOWEST) & (values < 1 - calibration.LOWEST)]
-    tried = np.concatenate([values, (values[1:] + values[:-1]) / 2, [calibration.LOWEST, 1 - calibration.LOWEST]])
-    return min(loss_of(cases, classes, [-math.log(t / (1 - t))], objective) for t in tried)
-
-
-@few_seeds
-@given(seeds, st.sampled_from(["volume", "dice"]), st.sampled_from([-3.0, 0.0, 2.0]), st.sampled_from([1, 2, None]))
-def test_no_threshold_is_better_than_the_one_found(seed, objective, bias, digits):
-    cases = cases_of(seed, BINARY, digits=digits)
-    if bias:
-        cases = [Case(c.name, c.voxel_mm3, lambda c=c: (biased(c.read()[0], bias), c.read()[1])) for c in cases]
-    fitted = calibrate(cases, BINARY, objective)
-    assert loss_of(cases, BINARY, list(fitted.shifts), objective) == pytest.approx(
-        best_of_all(cases, BINARY, objective)
+def u_net() -> nn.Module:
+    sizes = {"features_per_stage": (4, 8), "kernel_sizes": 3, "strides": (1, 2), "n_conv_per_stage": 1}
+    return PlainConvUNet(
+        2, 2, **sizes, conv_op=nn.Conv3d, num_classes=3, n_conv_per_stage_decoder=1, conv_bias=True, nonlin=nn.ReLU
     )
 
 
-def biased(probabilities: np.ndarray, bias: float) -> np.ndarray:
-    odds = np.exp(np.log(np.maximum(probabilities, 1e-6)) + np.reshape([0, bias], (2, 1, 1, 1)))
-    return (odds / odds.sum(axis=0)).astype(np.float32)
+@pytest.mark.parametrize("kind", [*DECODERS, "adaptive", "U-Net"])
+def test_shifting_the_head_shifts_every_logit(kind):
+    """Also for a head with an output for each voxel of a token, whose sides are unequal."""
+    torch.manual_seed(0)
+    if kind == "U-Net":
+        network = u_net()
+    else:
+        adaptive = kind == "adaptive"
+        chosen = Network(size="XS", token=(2, 4, 8), decoder="unetr" if adaptive else kind, adaptive=adaptive)
+        network = build_segmenter(chosen, 2, 3, drop_path=0.0)
+    network.eval()
+    shifts = [0.0, -2.5, 1.25]
+    volume = torch.randn(2, 2, 8, 12, 16)
+    with torch.no_grad():
+        before = network(volume)
+        network.load_state_dict(shift_head(network.state_dict(), shifts))
+        torch.testing.assert_close(network(volume) - before, torch.tensor(shifts).view(3, 1, 1, 1).expand_as(before))
 
 
-@few_seeds
-@given(seeds, st.sampled_from(["volume", "dice"]))
-def test_each_region_gets_the_best_threshold_of_its_own(seed, objective):
-    cases = cases_of(seed, REGIONS)
-    fitted = calibrate(cases, REGIONS, objective)
-    for index, name in enumerate(REGIONS.names):
-        alone = Classes((name,), (REGIONS.values[index],), regions=True)
-        own = [Case(c.name, c.voxel_mm3, lambda c=c, i=index: (c.read()[0][i : i + 1], c.read()[1])) for c in cases]
-        found = loss_of(own, alone, [fitted.shifts[index]], objective)
-        assert found == pytest.approx(best_of_all(own, alone, objective))
+def test_a_network_with_another_head_is_refused():
+    with pytest.raises(UserError, match="last layer is none that mae3d_calibrate knows"):
+        shift_head({"up.head.weight": torch.zeros(2), "classifier.bias": torch.zeros(2)}, [0, 1])
 
 
-@few_seeds
-@given(seeds, st.sampled_from(["volume", "dice"]))
-def test_with_several_classes_no_single_shift_can_be_bettered(seed, objective):
-    cases = cases_of(seed, THREE)
-    fitted = calibrate(cases, THREE, objective)
-    found = loss_of(cases, THREE, list(fitted.shifts), objective)
-    assert found <= loss_of(cases, THREE, [0, 0, 0], objective)
-    for index in range(3):
-        for other in np.linspace(-calibration.LIMIT, calibration.LIMIT, 101):
-            shifts = list(fitted.shifts)
-            shifts[index] = other
-            assert found <= loss_of(cases, THREE, shifts, objective) + 1e-9
+# ---------- a model whose predictions are made up
 
 
-@few_seeds
-@given(seeds)
-def test_small_blocks_give_the_same(seed):
-    cases = cases_of(seed, THREE)
-    whole = calibrate(cases, THREE, "volume")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibration, "BLOCK", 17)
-        assert calibrate(cases, THREE, "volume").shifts == whole.shifts
+LABELS = {
+    "binary": {"background": 0, "blob": 1},
+    "several": {"background": 0, "blob": 1, "rim": 2},
+    "regions": {"background": 0, "whole": [1, 2], "core": 2},
+}
 
 
-def test_a_thin_structure_gets_its_low_threshold():
-    """A line that the network believes in by 2% only, and noise below it."""
-    probabilities = np.full((2, 9, 10, 11), 0.01, np.float32)
-    labels = np.zeros((9, 10, 11), int)
-    labels[4, :, 5] = 1
-    probabilities[1, 4, :, 5] = 0.02
-    probabilities[0] = 1 - probabilities[1]
-    fitted = calibrate([Case("line", 0.5, lambda: (probabilities, labels))], BINARY, "volume")
-    assert 0.01 < fitted.thresholds[0] < 0.02
-    (volumes,) = fitted.volumes
-    assert (volumes.reference_mm3, volumes.before_mm3, volumes.after_mm3) == (5, 0, 5)
-    assert (volumes.before_dice, volumes.after_dice) == (0, 1)
+@pytest.fixture
+def model(in_workspace, request):
+    """Fold 0 and 1 of a model with probabilities of their validation cases; a case has core and rim if asked for."""
+    kind = getattr(request, "param", "binary")
+    folder = in_workspace.results / f"{TRAINER}__nnUNetPlans__3d_fullres"
+    description = json.loads((in_workspace.preprocessed / "dataset.json").read_text()) | {"labels": LABELS[kind]}
+    if kind == "regions":
+        description["regions_class_order"] = [1, 2]
+    folder.mkdir(parents=True)
+    (folder / "dataset.json").write_text(json.dumps(description))
+    shutil.copy(in_workspace.preprocessed / "nnUNetPlans.json", folder / "plans.json")
+    channels = {"binary": 2, "several": 3, "regions": 2}[kind]
+    splits = [{"train": ["train_2", "train_3", "train_4", "train_5"], "val": ["train_0", "train_1"]}]
+    splits.append({"train": ["train_0", "train_1", "train_4", "train_5"], "val": ["train_2", "train_3"]})
+    (in_workspace.preprocessed / "splits_final.json").write_text(json.dumps(splits))
+    for fold, split in enumerate(splits):
+        weights = {"decoder.seg_layers.0.bias": torch.zeros(channels), "decoder.other.bias": torch.ones(2)}
+        (folder / f"fold_{fold}" / "validation").mkdir(parents=True)
+        torch.save(
+            {"network_weights": weights, "trainer_name": TRAINER, "optimizer_state": {"a": 1}},
+            folder / f"fold_{fold}" / "checkpoint_final.pth",
+        )
+        for name in split["val"]:
+            label = labels_of(in_workspace, name, kind)
+            np.savez_compressed(
+                folder / f"fold_{fold}" / "validation" / f"{name}.npz", probabilities=believed(label, channels, kind)
+            )
+    return folder
 
 
-def test_the_search_is_finer_than_any_grid():
-    """All probabilities lie within a hundredth of a step of the grid, and no two are equal."""
-    size = 400
-    probabilities = np.empty((2, 1, 1, size), np.float32)
-    probabilities[1] = 0.02 + 1e-7 * np.arange(size)
-    probabilities[0] = 1 - probabilities[1]
-    labels = np.zeros((1, 1, size), int)
-    labels[0, 0, 123:] = 1
-    assert len(np.unique(probabilities[1])) == size
-    for objective in calibration.OBJECTIVES:
-        fitted = calibrate([Case("close", 1, lambda: (probabilities, labels))], BINARY, objective)
-        assert fitted.volumes[0].after_mm3 == size - 123
-        assert fitted.volumes[0].after_dice == 1
+def labels_of(workspace, name, kind):
+    """The reference of a case; a half of it becomes label 2 where there is one."""
+    file = workspace.preprocessed / "gt_segmentations" / f"{name}.nii.gz"
+    image = sitk.ReadImage(str(file))
+    label = sitk.GetArrayFromImage(image)
+    if kind != "binary":
+        label[: SHAPE[0] // 2] *= 2
+        changed = sitk.GetImageFromArray(label)
+        changed.CopyInformation(image)
+        sitk.WriteImage(changed, str(file))
+    return label
 
 
-def test_what_is_right_already_stays():
-    labels = np.zeros(SHAPE, int)
-    labels[1] = 1
-    probabilities = np.stack([0.9 - 0.8 * labels, 0.1 + 0.8 * labels]).astype(np.float32)
-    fitted = calibrate([Case("right", 1, lambda: (probabilities, labels))], BINARY, "volume")
-    assert fitted.shifts == (0,)
-    assert fitted.thresholds == (0.5,)
+def believed(label, channels, kind):
+    """Probabilities that are too low by the same factor of odds everywhere."""
+    random = np.random.default_rng(int(label.sum()))
+    logits = random.normal(-3, 1, (channels, *label.shape))
+    if kind == "regions":
+        logits[0] += 3 * (label > 0)
+        logits[1] += 2 * (label == 2)
+        return (1 / (1 + np.exp(-logits))).astype(np.float32)
+    logits[0] += 4
+    for value in range(1, channels):
+        logits[value] += 3 * (label == value)
+    return (np.exp(logits) / np.exp(logits).sum(axis=0)).astype(np.float32)
 
 
-def test_the_curve_shows_what_a_threshold_gives():
-    cases = cases_of(3, BINARY)
-    (curve,) = calibrate(cases, BINARY, "volume").curves
-    assert curve.thresholds[0] == pytest.approx(calibration.LOWEST)
-    assert 0.5 in curve.thresholds
-    for threshold, difference, dice in list(zip(curve.thresholds, curve.difference_mm3, curve.dice, strict=True))[::40]:
-        shift = [-math.log(threshold / (1 - threshold))]
-        assert difference == pytest.approx(loss_of(cases, BINARY, shift, "volume"))
-        assert 1 - dice == pytest.approx(loss_of(cases, BINARY, shift, "dice"))
+def calibrate(*flags):
+    calibrate_command.main(["-d", "901", "-tr", TRAINER, "-f", "0", "1", "-device", "cpu", *flags])
 
 
-@few_seeds
-@given(seeds)
-def test_ignored_voxels_change_nothing(seed):
-    cases = cases_of(seed, BINARY)
-    random = np.random.default_rng(seed)
-
-    def spoilt(case: Case):
-        probabilities, labels = case.read()
-        top = random.random((2, 2, *SHAPE[1:])).astype(np.float32)
-        return np.concatenate([probabilities, top], axis=1), np.concatenate([labels, np.full((2, *SHAPE[1:]), 9)])
-
-    ignoring = Classes(BINARY.names, BINARY.values, ignore=9)
-    changed = [Case(c.name, c.voxel_mm3, lambda c=c: spoilt(c)) for c in cases]
-    assert calibrate(changed, ignoring, "volume").shifts == calibrate(cases, BINARY, "volume").shifts
-
-
-def test_certain_voxels_and_voxels_outside_the_crop_are_never_moved():
-    """nnU-Net gives exactly 0 outside the part of an image that it looked at; float32 rounds others to 1."""
-    labels = np.zeros(SHAPE, int)
-    labels[0] = 1
-    foreground = np.zeros(SHAPE, np.float32)
-    foreground[0], foreground[1, 0] = 1, 0.3
-    probabilities = np.stack([1 - foreground, foreground])
-    fitted = calibrate([Case("certain", 1, lambda: (probabilities, labels))], BINARY, "dice")
-    assert fitted.volumes[0].after_dice == 1
-    for shift in (-9.0, 9.0):
-        assert segment(probabilities, BINARY, [shift])[0][0].all()
-        assert not segment(probabilities, BINARY, [shift])[0][2].any()
+@pytest.mark.parametrize("model", LABELS, indirect=True)
+@pytest.mark.parametrize("objective", ["volume", "dice"])
+def test_the_record_says_what_thresholds_do(model, objective, capsys):
+    calibrate("--objective", objective)
+    record = json.loads((model / "calibration.json").read_text())
+    dataset = find_dataset("901")
+    found = find_model(
+        dataset, "nnUNetPlans", "3d_fullres", trainer=TRAINER, folds=["0"], checkpoint="checkpoint_final.pth"
+    )
+    classes = classes_of(found.plan)
+    assert list(record["thresholds"]) == list(classes.names)
+    shifts = [record["shifts"][name] for name in classes.names]
+    by_case = {(row["case"], row["label"]): row for row in record["cases"]}
+    assert {row["fold"] for row in record["cases"]} == {"0", "1"}
+    for fold, name in (("0", "train_1"), ("1", "train_2")):
+        probabilities = np.load(model / f"fold_{fold}" / "validation" / f"{name}.npz")["probabilities"]
+        for label, mask in zip(classes.names, segment(probabilities, classes, shifts), strict=True):
+            assert by_case[name, label]["after_mm3"] == pytest.approx(mask.sum() * VOXEL)
+            assert by_case[name, label]["fold"] == fold
+    key = {"volume": "absolute_difference_mm3", "dice": "dice"}[objective]
+    before, after = (np.mean([record[when][name][key] for name in classes.names]) for when in ("before", "after"))
+    assert after < before if objective == "volume" else after > before
+    assert "calibration.json" in capsys.readouterr().out
 
 
-def test_a_case_without_annotation_counts():
-    """It wants a threshold at which nothing is found in it."""
-    empty = np.zeros(SHAPE, int)
-    probabilities = np.full((2, *SHAPE), 0.4, np.float32)
-    probabilities[1, 0, 0, 0] = 0.6
-    probabilities[0] = 1 - probabilities[1]
-    for objective in calibration.OBJECTIVES:
-        fitted = calibrate([Case("empty", 1, lambda: (probabilities, empty))], BINARY, objective)
-        assert fitted.thresholds[0] > 0.6
-        assert fitted.volumes[0].after_mm3 == 0
-        assert (fitted.volumes[0].before_dice, fitted.volumes[0].after_dice) == (0, 1)
+@pytest.mark.parametrize("model", LABELS, indirect=True)
+def test_checkpoints_carry_the_shift_and_nothing_else_changes(model):
+    calibrate()
+    record = json.loads((model / "calibration.json").read_text())
+    shifts = [*record["shifts"].values()]
+    for fold in "01":
+        plain, calibrated = (
+            torch.load(model / f"fold_{fold}" / f"checkpoint_{name}.pth", weights_only=False)
+            for name in ("final", "calibrated")
+        )
+        bias = calibrated["network_weights"].pop("decoder.seg_layers.0.bias")
+        assert bias.tolist() == pytest.approx([0.0] * (len(bias) - len(shifts)) + shifts)
+        assert torch.equal(
+            calibrated["network_weights"]["decoder.other.bias"], plain["network_weights"]["decoder.other.bias"]
+        )
+        assert plain["optimizer_state"] == {"a": 1}
+        assert calibrated["optimizer_state"] is None
+
+
+def test_probabilities_of_an_older_checkpoint_are_not_taken(model, monkeypatch):
+    asked = []
+    monkeypatch.setattr("nnunet_vit_mae.nnunet.calibration.predict", lambda command, *_: asked.append(command))
+    checkpoint = model / "fold_1" / "checkpoint_final.pth"
+    newest = max(file.stat().st_mtime for file in (model / "fold_1" / "validation").iterdir())
+    os.utime(checkpoint, (newest + 10, newest + 10))
+    with pytest.raises(SystemExit):  # nothing was predicted, so there is nothing to read
+        calibrate()
+    (command,) = asked
+    assert command[command.index("-f") + 1 : command.index("-chk")] == ["1"]
+    assert "--save_probabilities" in command
+    images = model / "calibration_fold_1" / "images"
+    assert sorted(file.name for file in images.iterdir()) == [
+        f"train_{n}_000{c}.nii.gz" for n in (2, 3) for c in (0, 1)
+    ]
+
+
+def test_mistakes_in_calibrating_get_a_sentence(model, in_workspace, refused, tmp_path):
+    def refuse(*flags, folds=("0",)):
+        return refused(calibrate_command.main, *f"-d 901 -tr {TRAINER} -device cpu -f".split(), *folds, *flags)
+
+    assert "-i and -l go together" in refuse("-i", str(tmp_path))
+    assert "has a threshold already" in refuse("-chk", "checkpoint_calibrated.pth")
+    assert "There is no checkpoint" in refuse(folds=["3"])
+    (model / "fold_all").mkdir()
+    shutil.copy(model / "fold_0" / "checkpoint_final.pth", model / "fold_all")
+    assert "-f all was trained on every labelled case" in refuse(folds=["all"])
+    raw = in_workspace.raw
+    seen = refuse("-i", str(raw / "imagesTr"), "-l", str(raw / "labelsTr"))
+    assert "trained on 4 of the 6 cases (train_2, train_3, train_4...)" in seen
+    seen = refuse("-i", str(raw / "imagesTs"), "-l", str(tmp_path))
+    assert "The case test_0 has no reference segmentation" in seen
+    file = model / "fold_0" / "validation" / "train_0.npz"
+    np.savez(file, probabilities=np.zeros((2, 3, 4, 5), np.float32))
+    assert "has the shape (2, 3, 4, 5)" in refuse()
+    file.write_bytes(b"half a file")
+    assert "train_0.npz cannot be read" in refuse()
+    assert not (model / "calibration.json").exists()
+    assert not list(model.glob("fold_*/checkpoint_calibrated.pth"))
+
+
+# ---------- quantification
+
+
+SEEN = TrainingRange(
+    spacings=np.sort([[3.0, 0.5, 0.5], [1.5, 0.4, 0.5]], axis=1), volumes={"blob": np.array([100.0, 200.0, 900.0])}
+)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "volume", "expected"),
+    [
+        ((0.5, 0.5, 2.0), 150, []),
+        ((0.5, 2.0, 0.5), 150, []),  # slices along another axis
+        ((0.5, 0.5, 5.0), 150, ["slice thickness 5 mm, trained on 1.5 to 3 mm"]),
+        ((0.5, 0.5, 3.001), 150, []),
+        ((5.0, 0.5, 5.0), 150, ["slice thickness 5 mm, trained on 1.5 to 3 mm"]),
+        ((0.9, 0.9, 2.0), 150, ["spacing 0.9 mm, trained on 0.4 to 0.5 mm"]),
+        ((0.5, 0.5, 2.0), 0, ["nothing found"]),
+        ((0.5, 0.5, 2.0), 1000, ["volume outside the 100 to 900 mm3 of the training cases"]),
+    ],
+)
+def test_warnings(spacing, volume, expected):
+    geometry = Geometry((9, 9, 9), spacing, (0, 0, 0), (1, 0, 0, 0, 1, 0, 0, 0, 1))
+    assert warnings_of(geometry, {"blob": volume}, SEEN) == {"blob": expected}
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """Four scans to quantify."""
+    for number in range(4):
+        write_case(tmp_path / "images", f"scan_{number}", blob(30 + number)[0])
+    return tmp_path / "images"
+
+
+def pretend_to_predict(table, scans):
+    """Put the segmentations where `mae3d_quantify` looks for them, as a run before left them."""
+    dataset = find_dataset("901")
+    found = find_model(
+        dataset, "nnUNetPlans", "3d_fullres", trainer=TRAINER, folds=["0"], checkpoint="checkpoint_final.pth"
+    )
+    work = table.with_name(f"{table.stem}_segmentations")
+    for number in range(len(list(scans.iterdir())) // 2):
+        write_case(table.parent / "images", f"scan_{number}", [], blob(30 + number)[1])
+    shutil.move(table.parent / "labels", work)
+    (work / "model.json").write_text(json.dumps({"model": model_hash(found)}))
+
+
+def quantify(scans, table, *flags):
+    quantify_command.main(["-d", "901", "-tr", TRAINER, "-device", "cpu", "-i", str(scans), "-o", str(table), *flags])
+
+
+def test_volumes_are_those_of_the_segmentations(model, in_workspace, scans, tmp_path):
+    table = tmp_path / "volumes.csv"
+    pretend_to_predict(table, scans)
+    quantify(scans, table)
+    with table.open() as stream:
+        rows = list(csv.DictReader(stream))
+    training = sorted(VOXEL * blob(number)[1].sum() for number in range(6))
+    for number, row in enumerate(rows):
+        volume = VOXEL * blob(30 + number)[1].sum()
+        assert row["case"] == f"scan_{number}"
+        assert float(row["volume_mm3"]) == pytest.approx(volume, abs=1e-3)
+        assert row["threshold"] == "0.5"
+        quartile = np.searchsorted(np.quantile(training, [0.25, 0.5, 0.75]), volume)
+        assert row["risk_group"] == ("no", "low", "moderate", "high")[quartile]
+        outside = not training[0] <= volume <= training[-1]
+        assert ("volume outside" in row["warnings"]) == outside
+    assert json.loads((model / "training_volumes.json").read_text())["blob"] == pytest.approx(
+        [VOXEL * blob(number)[1].sum() for number in range(6)]
+    )
+
+
+def test_parts_together_are_the_whole(model, in_workspace, scans, tmp_path):
+    table = tmp_path / "volumes.csv"
+    pretend_to_predict(table, scans)
+    quantify(scans, table)
+    whole = table.read_text()
+    table.unlink()
+    for part in "201":
+        assert not table.exists()
+        quantify(scans, table, "-num_parts", "3", "-part_id", part)
+    assert table.read_text() == whole
+
+
+def test_mistakes_in_quantifying_get_a_sentence(model, in_workspace, scans, refused, tmp_path):
+    def refuse(*flags, output="volumes.csv", images=scans):
+        call = f"-d 901 -tr {TRAINER} -device cpu -i {images} -o {tmp_path / output}"
+        return refused(quantify_command.main, *call.split(), *flags)
+
+    assert "is no file that ends in .csv" in refuse(output="volumes.xlsx")
+    assert "-part_id 2 is not among the parts 0 to 1" in refuse("-num_parts", "2", "-part_id", "2")
+    assert "There are no images" in refuse(images=tmp_path / "nowhere")
+    work = tmp_path / "volumes_segmentations"
+    assert not work.exists()
+    work.mkdir()
+    (work / "something").touch()
+    assert f"{work} is in use" in refuse()
+    (work / "model.json").write_text(json.dumps({"model": "another"}))
+    assert "segmentations of another model" in refuse()

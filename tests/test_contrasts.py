@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from nnunet_vit_mae.cli import fill_contrasts as command
 from nnunet_vit_mae.datasets import contrasts as module
 from nnunet_vit_mae.datasets.contrasts import fill_contrasts
-from nnunet_vit_mae.datasets.volumes import only_zeros, read_geometry
+from nnunet_vit_mae.imaging.volumes import only_zeros, read_geometry
 
 NAMES = ["FLAIR", "T1", "T2"]
 SIZE = (5, 4, 3)  # x y z
@@ -443,7 +443,7 @@ def test_the_table_counts_cases(data):
     data.write("b", 1)
     data.write("c", 2, "imagesUn")
     data.write("c", 0, "imagesUn", value=0)
-    rows = [line.split() for line in command.table(data.fill()).splitlines()]
+    rows = [line.split() for line in command.contrast_table(data.fill()).splitlines()]
     assert rows == [
         ["contrast", "folder", "present", "filled", "blank"],
         ["FLAIR", "imagesTr", "2", "0", "0"],

@@ -12,8 +12,8 @@ import SimpleITK as sitk
 from test_region_of_interest import grid, moved, scan
 
 from nnunet_vit_mae.cli.convert import main
-from nnunet_vit_mae.datasets.dicom import SeriesError, find_series, read_series
-from nnunet_vit_mae.datasets.scans import ScanError, read_scan
+from nnunet_vit_mae.imaging.dicom import SeriesError, find_series, read_series
+from nnunet_vit_mae.imaging.scans import ScanError, read_scan
 
 NAME, NUMBER, BIRTH = "Musterfrau^Erika", "PID-4711", "19631224"
 SCANNER = {"0008|0070": "SIEMENS", "0008|1090": "Sensation 64", "0018|1210": "H31s", "0018|0050": "3.0"}
@@ -235,7 +235,7 @@ def test_the_key_is_written_before_the_first_image(folders, tmp_path, refused, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as context:
-        context.setattr("nnunet_vit_mae.datasets.conversion.convert_study", stop)
+        context.setattr("nnunet_vit_mae.datasets.convert.conversion.convert_study", stop)
         with pytest.raises(KeyboardInterrupt):
             main([*arguments, str(key)])
     assert table(key) == [{"case": "P0001_1", "patient": "sub-01", "session": ""}]

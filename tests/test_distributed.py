@@ -24,7 +24,7 @@ from nnunet_vit_mae.files import locked
 from nnunet_vit_mae.presets import Network, Pretraining
 from nnunet_vit_mae.pretraining import distributed
 from nnunet_vit_mae.pretraining import run as loop
-from nnunet_vit_mae.pretraining.crops import Batch, ConsecutiveBatches, RandomCrops
+from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, CropBatch, RandomCrops
 
 CPU = torch.device("cpu")
 PATCH = (8, 12, 10)  # tokens of 4 reach beyond it: a hidden token at the border has fewer voxels than another one
@@ -57,8 +57,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return written
 
 
-def make_job(files: list[Path], *, adaptive: bool = False, epochs: int = 3, **options: Any) -> loop.Job:
-    return loop.Job(
+def make_job(files: list[Path], *, adaptive: bool = False, epochs: int = 3, **options: Any) -> loop.PretrainingRun:
+    return loop.PretrainingRun(
         files=files,
         channel_names=["T1", "FLAIR"],
         patch_size=PATCH,
@@ -72,14 +72,19 @@ def make_job(files: list[Path], *, adaptive: bool = False, epochs: int = 3, **op
 
 
 def train(
-    job: loop.Job, output: Path, device: torch.device, *, resume: bool = False, killed: tuple[int, int] | None = None
+    job: loop.PretrainingRun,
+    output: Path,
+    device: torch.device,
+    *,
+    resume: bool = False,
+    killed: tuple[int, int] | None = None,
 ) -> None:
     """Pre-train and note what each process reads and writes; `killed` is a process and the read at which it dies."""
     loop.SAVE_EVERY_SECONDS = 0.0
     notes = output.with_name(f"{output.name}_{distributed.rank()}.txt").open("a")
     read = RandomCrops.__getitem__
 
-    def noted(self: RandomCrops, reads: Sequence[int]) -> Batch:
+    def noted(self: RandomCrops, reads: Sequence[int]) -> CropBatch:
         for number in reads:
             if killed == (distributed.rank(), number):
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -203,7 +208,7 @@ def test_ctrl_c_ends_all_processes(files, tmp_path, capfd):
     threading.Thread(target=press, daemon=True).start()
     usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background Ctrl+C is ignored
     try:
-        with pytest.raises(UserError, match=r"interrupted.* --c goes on"), distributed.told_once():
+        with pytest.raises(UserError, match=r"interrupted.* --c goes on"), distributed.reported_once():
             distributed.start(partial(train, make_job(files, epochs=100_000), tmp_path / "out"), CPU, 2)
     finally:
         signal.signal(signal.SIGINT, usual)
@@ -226,11 +231,11 @@ def test_an_error_of_ours_is_shown_whole():
 @pytest.mark.parametrize("error", [UserError("The disk is full."), KeyboardInterrupt()])
 def test_the_first_process_tells_for_all(monkeypatch, error):
     expected = "The disk is full" if isinstance(error, UserError) else "was interrupted"
-    with pytest.raises(UserError, match=expected), distributed.told_once():
+    with pytest.raises(UserError, match=expected), distributed.reported_once():
         raise error
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     monkeypatch.setattr(distributed, "GRACE_SECONDS", 0.0)
-    with pytest.raises(SystemExit, match="2"), distributed.told_once():
+    with pytest.raises(SystemExit, match="2"), distributed.reported_once():
         raise error
 
 

@@ -15,9 +15,9 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunet_vit_mae.cli import evaluate as command
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.evaluation.cases import find_study, labels_in, measure_cases, read_mask
+from nnunet_vit_mae.evaluation.cases import find_evaluation_set, labels_in, measure_cases, read_mask
 from nnunet_vit_mae.evaluation.results import MEASURES, Options
-from nnunet_vit_mae.evaluation.summary import Table, evaluate, paired_tests, write_tables
+from nnunet_vit_mae.evaluation.summary import Measurements, evaluate, paired_tests, write_tables
 
 SHAPE = (6, 11, 13)  # z y x
 LABELS = {"background": 0, "core": 1, "rim": 2}
@@ -136,7 +136,7 @@ def test_dice_is_nnunets_with_regions_and_the_ignore_label(data):
 
     for number in range(6):
         rewrite(data / "labelsTs" / f"case_{number}.nii.gz", ignore)
-    study = find_study(data / "labelsTs", {"ViT": data / "vit"})
+    study = find_evaluation_set(data / "labelsTs", {"ViT": data / "vit"})
     table, _ = measure_cases(study, Options())
     for row in table.to_dict("records"):
         files = [str(data / folder / f"{row['case']}.nii.gz") for folder in ("labelsTs", "vit")]
@@ -148,7 +148,7 @@ def test_dice_is_nnunets_with_regions_and_the_ignore_label(data):
 
 @pytest.mark.slow
 def test_several_processes_give_the_same_table(data):
-    study = find_study(data / "labelsTs", {"ViT": data / "vit", "U": data / "unet"}, data / "imagesTs")
+    study = find_evaluation_set(data / "labelsTs", {"ViT": data / "vit", "U": data / "unet"}, data / "imagesTs")
     pd.testing.assert_frame_equal(measure_cases(study, Options(), 2)[0], measure_cases(study, Options(), 1)[0])
 
 
@@ -192,10 +192,10 @@ def test_surplus_predictions_and_other_origins_are_noted(data, capsys, no_report
 def test_without_a_description_labels_are_those_of_the_references(data):
     for folder in ("vit", "unet"):
         (data / folder / "dataset.json").unlink()
-    study = find_study(data / "labelsTs", {"ViT": data / "vit"})
+    study = find_evaluation_set(data / "labelsTs", {"ViT": data / "vit"})
     assert study.labels.values == {"1": (1,), "2": (2,)}
     (data / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "core": 1, "rim": 2}}))
-    assert find_study(data / "labelsTs", {"ViT": data / "vit"}).labels.values == {"core": (1,), "rim": (2,)}
+    assert find_evaluation_set(data / "labelsTs", {"ViT": data / "vit"}).labels.values == {"core": (1,), "rim": (2,)}
     with pytest.raises(UserError, match="are empty"):
         labels_in([data / "labelsTs" / "case_0.nii.gz"])
 
@@ -328,7 +328,7 @@ def test_tests_are_scipys_with_holms_correction_by_hand():
     values = {model: random.uniform(size=14).tolist() for model in "abc"}
     values["b"][3] = math.nan
     values["c"] = [value + 0.3 for value in values["c"]]
-    tests = paired_tests(Table(table_of(values), list("abc"), ["blob"]), "dice")
+    tests = paired_tests(Measurements(table_of(values), list("abc"), ["blob"]), "dice")
     assert [(test.first, test.second, test.n) for test in tests] == [("a", "b", 13), ("a", "c", 14), ("b", "c", 13)]
     kept = [number for number in range(14) if number != 3]
     first, second = (np.array(values[model])[kept] for model in "ab")
@@ -359,13 +359,13 @@ def test_one_case_has_means_and_no_more(tmp_path):
     assert summary["means"][0]["low"] is None
     assert summary["agreements"][0]["lower"] is None
     assert rows_in(tmp_path)["a", "0", "blob"]["reference_group"] == ""
-    assert "0.500  " in command.headline(found)
+    assert "0.500  " in command.headline_text(found)
 
 
 def test_a_measure_that_is_nowhere_defined_is_a_dash_and_null(tmp_path):
     found = evaluate(table_of({"a": [math.nan] * 5}), ["a"], ["blob"], Options())
     assert {(mean.n, mean.left_out) for mean in found.means} == {(0, 5)}
-    assert command.headline(found).splitlines()[1].split() == ["blob", "a", "5", "-", "-", "-"]
+    assert command.headline_text(found).splitlines()[1].split() == ["blob", "a", "5", "-", "-", "-"]
     write_tables(found, tmp_path)
     assert {mean["mean"] for mean in json.loads((tmp_path / "summary.json").read_text())["means"]} == {None}
 

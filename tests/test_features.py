@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from nnunet_vit_mae.cli import features as features_command
 from nnunet_vit_mae.networks.build import build_segmenter
-from nnunet_vit_mae.networks.features import checkerboard, feature_maps, inner
+from nnunet_vit_mae.networks.checkerboard import checkerboard, feature_maps, inner
 from nnunet_vit_mae.nnunet.features import read_patch
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.plans import load_plan

@@ -9,7 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunet_vit_mae.networks.masking import FLAT, Masking, count_rebuilt, count_visible, flat_tokens
+from nnunet_vit_mae.networks.masking import (
+    BACKGROUND_DEVIATION,
+    Masking,
+    background_tokens,
+    count_rebuilt,
+    count_visible,
+)
 
 B, C = 3, 2
 TOKEN = (2, 4, 8)
@@ -58,18 +64,20 @@ def noise_for(samples: int = B, seed: int = 0) -> torch.Tensor:
 @few
 @given(content=contents)
 def test_a_token_has_content_when_any_channel_varies_inside_the_volume(content):
-    flat = flat_tokens(volume_with(content), TOKEN)
+    flat = background_tokens(volume_with(content), TOKEN)
     for sample, token in itertools.product(range(B), range(TOKENS)):
         assert flat[sample, token].item() == (token not in varying(content[sample]))
 
 
-@pytest.mark.parametrize(("deviation", "expected"), [(0.0, True), (0.9 * FLAT, True), (1.1 * FLAT, False)])
+@pytest.mark.parametrize(
+    ("deviation", "expected"), [(0.0, True), (0.9 * BACKGROUND_DEVIATION, True), (1.1 * BACKGROUND_DEVIATION, False)]
+)
 @pytest.mark.parametrize("level", [0.0, 3.0, -20.0])
 def test_ripples_below_the_threshold_are_flat(deviation, expected, level):
     pattern = torch.tensor([-1.0, 1.0]).repeat(32) * math.sqrt(63 / 64)  # unbiased variance 1
     volume = torch.full((1, C, *TOKEN), level)
     volume[0, 1] += deviation * pattern.reshape(TOKEN)
-    assert flat_tokens(volume, TOKEN).tolist() == [[expected]]
+    assert background_tokens(volume, TOKEN).tolist() == [[expected]]
 
 
 # ---------- which tokens take part
@@ -78,7 +86,7 @@ def test_ripples_below_the_threshold_are_flat(deviation, expected, level):
 @few
 @given(content=contents, ratio=st.floats(0.05, 0.95), seed=seeds)
 def test_a_sample_alone_goes_on_with_exactly_its_tokens_with_content(content, ratio, seed):
-    masking = Masking(mask_ratio=ratio, skip_flat=True)
+    masking = Masking(mask_ratio=ratio, skip_background=True)
     tokens = varying(content[0])
     visible, hidden = masking.split(volume_with(content[:1]), TOKEN, noise_for(1, seed))
     assert visible.shape == (1, count_visible(max(1, len(tokens)), ratio))
@@ -92,7 +100,7 @@ def test_a_batch_goes_on_with_the_content_of_its_average_sample(content, ratio, 
     noise = noise_for(seed=seed)
     own = [varying(tokens) for tokens in content]
     count = max(1, round(sum(map(len, own)) / B))
-    visible, hidden = Masking(mask_ratio=ratio, skip_flat=True).split(volume_with(content), TOKEN, noise)
+    visible, hidden = Masking(mask_ratio=ratio, skip_background=True).split(volume_with(content), TOKEN, noise)
     assert visible.shape == (B, count_visible(count, ratio))
     assert hidden.shape == (B, count - visible.shape[1])
     for sample, tokens in enumerate(own):
@@ -107,7 +115,9 @@ def test_a_batch_goes_on_with_the_content_of_its_average_sample(content, ratio, 
 @given(ratio=st.floats(0.05, 0.95), seed=seeds)
 def test_where_nothing_is_flat_leaving_flat_tokens_out_changes_nothing(ratio, seed):
     volume, noise = torch.randn(B, C, 4, 8, 24, generator=seeded(seed)), noise_for(seed=seed)[:, :12]
-    plain, other = (Masking(mask_ratio=ratio, skip_flat=skip).split(volume, TOKEN, noise) for skip in (False, True))
+    plain, other = (
+        Masking(mask_ratio=ratio, skip_background=skip).split(volume, TOKEN, noise) for skip in (False, True)
+    )
     assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
 
 

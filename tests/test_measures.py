@@ -15,7 +15,7 @@ from nnunetv2.evaluation.evaluate_predictions import compute_metrics
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from scipy.ndimage import binary_erosion
 
-from nnunet_vit_mae.evaluation.measures import crop, lesions, measure, surface_dice, surfaces
+from nnunet_vit_mae.evaluation.measures import crop_to_union, lesions, measure, surface_dice, surfaces
 
 several = settings(max_examples=60, deadline=None)
 few = settings(max_examples=20, deadline=None)
@@ -213,7 +213,7 @@ def test_what_is_far_away_changes_nothing(seed, spacing, before, after):
     pair = masks(seed)
     wide = [np.pad(mask, ((before, after), (after, 4), (1, before))) for mask in pair]
     assert measure(*wide, spacing) == pytest.approx(measure(*pair, spacing))
-    assert all(cut.shape[0] <= mask.shape[0] + 2 for cut, mask in zip(crop(*pair), pair, strict=True))
+    assert all(cut.shape[0] <= mask.shape[0] + 2 for cut, mask in zip(crop_to_union(*pair), pair, strict=True))
 
 
 @few
@@ -308,5 +308,5 @@ def test_wrong_masks_are_refused():
     for other in (mask[1:], mask.astype(np.uint8)):
         with pytest.raises(ValueError, match="Masks have to be"):
             measure(mask, other, (1, 1, 1))
-    assert surfaces(*crop(mask, mask), (3, 0.5, 1), 1.0) == {"hd95_mm": 0, "surface_dice": 1}
-    assert surface_dice(*crop(mask, mask), (3.0, 0.5, 1.0), 0.0) == 1
+    assert surfaces(*crop_to_union(mask, mask), (3, 0.5, 1), 1.0) == {"hd95_mm": 0, "surface_dice": 1}
+    assert surface_dice(*crop_to_union(mask, mask), (3.0, 0.5, 1.0), 0.0) == 1

@@ -13,8 +13,8 @@ from nnunet_vit_mae.cli import plan as plan_command
 from nnunet_vit_mae.cli import preprocess as preprocess_command
 from nnunet_vit_mae.cli import pretrain as pretrain_command
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.nnunet.cases import pretraining_cases
 from nnunet_vit_mae.nnunet.folders import find_dataset
+from nnunet_vit_mae.nnunet.folds import pretraining_cases
 from nnunet_vit_mae.nnunet.plans import load_plan, read_recipe, schedule_of, settings_of
 from nnunet_vit_mae.presets import Settings
 

@@ -22,9 +22,9 @@ from nnunet_vit_mae.cli import omit as omit_command
 from nnunet_vit_mae.installation import trainers_folder
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.models import find_model
-from nnunet_vit_mae.nnunet.omission import Study, find_channels, write_images
-from nnunet_vit_mae.nnunet.omission_table import Row, table
-from nnunet_vit_mae.nnunet.prediction import Case, link
+from nnunet_vit_mae.nnunet.omission import OmissionCase, find_channels, write_images
+from nnunet_vit_mae.nnunet.omission_table import OmissionRow, omission_table
+from nnunet_vit_mae.nnunet.prediction import PredictionCase, link
 from nnunet_vit_mae.statistics import compare
 
 few = settings(max_examples=50, deadline=None)
@@ -110,11 +110,11 @@ def test_without_pairs_or_differences_there_is_no_p():
 
 def rows_of(*pairs, label="blob", left_out=""):
     numbers = count()
-    return [Row(f"{left_out} {next(numbers)}", label, a, b, b - a, "FLAIR", left_out) for a, b in pairs]
+    return [OmissionRow(f"{left_out} {next(numbers)}", label, a, b, b - a, "FLAIR", left_out) for a, b in pairs]
 
 
 def lines_of(rows):
-    return table(rows, ["FLAIR"]).splitlines()
+    return omission_table(rows, ["FLAIR"]).splitlines()
 
 
 def test_the_table_tests_only_cases_from_which_something_was_taken():
@@ -173,7 +173,10 @@ def oblique_image(file: Path) -> Path:
 @pytest.mark.parametrize("ending", [".nii.gz", ".nrrd"])
 def test_the_second_images_are_zeros_in_the_same_place_and_links(tmp_path, ending):
     images = tuple(oblique_image(tmp_path / "given" / f"a_{number:04d}{ending}") for number in range(3))
-    write_images([Study(Case("a", images), tmp_path / "a", omitted=(1,), others=True)], tmp_path / "new" / "images")
+    write_images(
+        [OmissionCase(PredictionCase("a", images), tmp_path / "a", omitted=(1,), others=True)],
+        tmp_path / "new" / "images",
+    )
     first, zeros, last = (tmp_path / "new" / "images" / image.name for image in images)
     assert first.samefile(images[0])
     assert last.samefile(images[2])
@@ -417,7 +420,7 @@ def test_zeros_are_zeros_after_nnunets_preprocessing(trained, tmp_path, masked):
     channels, _ = blob(20)
     write_case(tmp_path / "images", "a", [channels[0] * (channels[0] > 90), channels[1]])
     images = tuple(sorted((tmp_path / "images").iterdir()))
-    write_images([Study(Case("a", images), tmp_path, omitted=(1,), others=True)], tmp_path / "zeros")
+    write_images([OmissionCase(PredictionCase("a", images), tmp_path, omitted=(1,), others=True)], tmp_path / "zeros")
     preprocessor = plan.configuration.preprocessor_class(verbose=False)
     files = [str(file) for file in sorted((tmp_path / "zeros").iterdir())]
     volume, *_ = preprocessor.run_case(files, None, plan.plans, plan.configuration, plan.dataset_json)

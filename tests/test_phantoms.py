@@ -9,19 +9,19 @@ import pytest
 import SimpleITK as sitk
 from scipy import ndimage
 
-from nnunet_vit_mae.datasets import phantoms
-from nnunet_vit_mae.datasets.phantom_anatomy import draw_anatomy, render
-from nnunet_vit_mae.datasets.phantom_scanner import (
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.phantoms import dataset as phantoms
+from nnunet_vit_mae.phantoms.anatomy import draw_anatomy, render
+from nnunet_vit_mae.phantoms.dataset import write_phantom_dataset
+from nnunet_vit_mae.phantoms.scanner import (
     KERNELS,
     SCANNERS,
-    Scan,
+    PhantomScan,
     draw_examination,
     fine_points,
     make_scan,
     sample,
 )
-from nnunet_vit_mae.datasets.phantoms import write_phantom_dataset
-from nnunet_vit_mae.errors import UserError
 
 TOUCHING = np.ones((3, 3, 3))
 LABELLED, UNLABELLED, TEST = 2, 4, 1
@@ -29,7 +29,7 @@ IMAGE_FOLDERS = {"labelled": "imagesTr", "unlabelled": "imagesUn", "test": "imag
 
 
 @pytest.fixture(scope="module")
-def scans() -> list[Scan]:
+def scans() -> list[PhantomScan]:
     return [make_scan(patient, 100 + patient) for patient in range(10)]
 
 

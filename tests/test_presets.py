@@ -53,7 +53,7 @@ pretrainings = st.builds(
     decoder=st.sampled_from(sorted(PRETRAINING_DECODERS)),
     decoder_heads=st.sampled_from([0, 1, 2, 4, 8]),  # divisors of the widths of all sizes
     rebuilt_share=st.floats(0, 1, exclude_min=True),
-    skip_flat=st.booleans(),
+    skip_background=st.booleans(),
     base_lr=positive,
     weight_decay=st.floats(0, 10),
     warmup=shares,
@@ -147,7 +147,7 @@ def test_a_number_of_another_type_is_refused_by_name(section, key, value):
     assert refused(section, key, value) == f"{section}.{key} is {value!r}, but it must be of type float."
 
 
-@pytest.mark.parametrize("key", ["norm_pix", "skip_flat"])
+@pytest.mark.parametrize("key", ["norm_pix", "skip_background"])
 @pytest.mark.parametrize("value", [1, 0, "true", None])
 def test_a_switch_of_another_type_is_refused_by_name(key, value):
     assert refused("pretraining", key, value).startswith(f"pretraining.{key} is {value!r}, ")

@@ -20,14 +20,15 @@ from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.presets import Network, Pretraining
 from nnunet_vit_mae.pretraining import crops as module
 from nnunet_vit_mae.pretraining import run as loop
-from nnunet_vit_mae.pretraining.crops import Batch, RandomCrops, open_volume, random_crop
+from nnunet_vit_mae.pretraining.crops import CropBatch, RandomCrops, random_crop
 from nnunet_vit_mae.pretraining.pictures import interpolated, rebuild
+from nnunet_vit_mae.pretraining.volumes import open_volume
 
 CPU = torch.device("cpu")
 PATCH = (8, 12, 10)
 SEEDS = st.integers(0, 99)
 NETWORK = Network(size="XS", token=(4, 4, 4))
-FASTEST = {"decoder": "cross", "decoder_heads": 2, "rebuilt_share": 0.25, "skip_flat": True, "masks_per_crop": 2}
+FASTEST = {"decoder": "cross", "decoder_heads": 2, "rebuilt_share": 0.25, "skip_background": True, "masks_per_crop": 2}
 
 
 def write_volume(file, volume):
@@ -50,7 +51,7 @@ def files(tmp_path):
 def make_job(files):
     def make(**protocol):
         settings = {"epochs": 4, "batch_size": 2, "mask_ratio": 0.6, "base_lr": 0.1} | protocol
-        return loop.Job(
+        return loop.PretrainingRun(
             files=files,
             channel_names=["T1", "FLAIR"],
             patch_size=PATCH,
@@ -147,7 +148,7 @@ def test_a_batch_of_several_crops_or_masks_is_learned_from(make_job, tmp_path, s
 
 def test_each_mask_of_a_crop_is_a_sample_of_the_batch():
     crops, noise = torch.randn(2, 1, *PATCH), torch.rand(2, 3, 18)
-    volumes, flat = Batch(crops.half(), torch.zeros(2, 3, dtype=torch.bool), noise).samples(CPU)
+    volumes, flat = CropBatch(crops.half(), torch.zeros(2, 3, dtype=torch.bool), noise).samples(CPU)
     assert volumes.dtype == torch.float
     for number in range(6):
         assert torch.equal(volumes[number], crops[number // 3].half().float())
@@ -156,7 +157,7 @@ def test_each_mask_of_a_crop_is_a_sample_of_the_batch():
 
 def test_each_crop_is_flipped_along_its_own_axes():
     crops, flips = torch.randn(8, 2, *PATCH), torch.tensor(list(itertools.product([False, True], repeat=3)))
-    volumes, _ = Batch(crops, flips, torch.rand(8, 1, 18)).samples(CPU)
+    volumes, _ = CropBatch(crops, flips, torch.rand(8, 1, 18)).samples(CPU)
     for crop, axes, volume in zip(crops, flips, volumes, strict=True):
         assert torch.equal(volume, crop.flip([axis for axis in (1, 2, 3) if axes[axis - 1]]))
 
@@ -251,7 +252,9 @@ def test_a_run_that_was_killed_goes_on_to_the_digit(make_job, tmp_path, monkeypa
     assert "going on after epoch 3 of 5" in (tmp_path / "broken" / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("other", [{"epochs": 2}, {"decoder": "cross"}, {"rebuilt_share": 0.5}, {"skip_flat": True}])
+@pytest.mark.parametrize(
+    "other", [{"epochs": 2}, {"decoder": "cross"}, {"rebuilt_share": 0.5}, {"skip_background": True}]
+)
 def test_resuming_another_job_is_refused(make_job, tmp_path, saving_always, other):
     loop.run(make_job(epochs=1), tmp_path, device=CPU, resume=False)
     with pytest.raises(UserError, match="other pretraining"):

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunet_vit_mae.networks.autoencoder import Reconstruction, reconstruction_loss
 from nnunet_vit_mae.networks.build import Autoencoder, build_autoencoder
-from nnunet_vit_mae.networks.mae import Reconstruction, reconstruction_loss
 from nnunet_vit_mae.networks.masking import count_rebuilt, count_visible
 from nnunet_vit_mae.networks.memory import pretraining_memory
 from nnunet_vit_mae.networks.tokenizer import patchify
@@ -25,7 +25,7 @@ few = settings(max_examples=12, deadline=None)
 seeds = st.integers(0, 999)
 both_kinds = pytest.mark.parametrize("adaptive", [False, True], ids=["stacked", "adaptive"])
 both_decoders = pytest.mark.parametrize("decoder", ["self", "cross"])
-FASTEST = {"decoder": "cross", "rebuilt_share": 0.25, "decoder_heads": 2, "skip_flat": True}
+FASTEST = {"decoder": "cross", "rebuilt_share": 0.25, "decoder_heads": 2, "skip_background": True}
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -200,7 +200,7 @@ def test_a_hidden_token_changes_no_prediction_and_the_loss_only_if_it_is_rebuilt
 @both_kinds
 @both_decoders
 def test_air_is_neither_seen_nor_rebuilt_nor_in_the_loss(adaptive, decoder):
-    network = autoencoder(adaptive, decoder=decoder, skip_flat=True)
+    network = autoencoder(adaptive, decoder=decoder, skip_background=True)
     noise, air = noise_for(adaptive, samples=1), random_volume(samples=1)
     brighter = air.clone()
     air[:, :, AIR], brighter[:, :, AIR] = -1.0, 9.0
@@ -208,13 +208,13 @@ def test_air_is_neither_seen_nor_rebuilt_nor_in_the_loss(adaptive, decoder):
         first, second = network(air, noise), network(brighter, noise)
     assert torch.equal(first.patches, second.patches)
     assert min(first.visible.min(), first.hidden.min()) >= 12
-    losses = [loss_of(network, v, first, norm_pix=False, skip_flat=True) for v in (air, brighter)]
+    losses = [loss_of(network, v, first, norm_pix=False, skip_background=True) for v in (air, brighter)]
     assert torch.equal(*losses)
 
 
 @both_kinds
 def test_the_loss_is_the_mean_over_the_rebuilt_tokens_with_content(adaptive):
-    network, volume = autoencoder(adaptive, skip_flat=True), with_air(random_volume())
+    network, volume = autoencoder(adaptive, skip_background=True), with_air(random_volume())
     with torch.no_grad():
         rebuilt = network(volume, noise_for(adaptive))
     targets = network.targets(volume)
@@ -226,7 +226,7 @@ def test_the_loss_is_the_mean_over_the_rebuilt_tokens_with_content(adaptive):
             if patches[sample, token][within].unique().numel() > 1:
                 errors.append((rebuilt.patches[sample, row] - patches[sample, token])[within])
     expected = torch.cat(errors).square().mean()
-    counted = loss_of(network, volume, rebuilt, norm_pix=False, skip_flat=True)
+    counted = loss_of(network, volume, rebuilt, norm_pix=False, skip_background=True)
     assert torch.allclose(counted, expected, rtol=1e-5)
     assert not torch.allclose(loss_of(network, volume, rebuilt, norm_pix=False), expected, rtol=1e-2)
 
@@ -235,8 +235,8 @@ def test_the_loss_is_the_mean_over_the_rebuilt_tokens_with_content(adaptive):
 @both_decoders
 @pytest.mark.parametrize("volume", [torch.zeros(B, C, *SHAPE), with_air(random_volume())], ids=["nothing", "some"])
 def test_crops_of_air_give_finite_losses_and_gradients(adaptive, decoder, volume):
-    network = autoencoder(adaptive, decoder=decoder, rebuilt_share=0.25, skip_flat=True)
-    loss = loss_of(network, volume, network(volume, noise_for(adaptive)), skip_flat=True)
+    network = autoencoder(adaptive, decoder=decoder, rebuilt_share=0.25, skip_background=True)
+    loss = loss_of(network, volume, network(volume, noise_for(adaptive)), skip_background=True)
     loss.backward()
     assert loss.isfinite()
     assert (loss.item() == 0) == (not volume.any())
@@ -265,7 +265,7 @@ def test_an_autoencoder_trains_in_distributed_processes_whatever_is_flat(adaptiv
     optimizer = torch.optim.AdamW(network.parameters())
     for volume in (random_volume(), torch.zeros(B, C, *SHAPE), with_air(random_volume())):
         optimizer.zero_grad()
-        loss_of(network.module, volume, network(volume, noise_for(adaptive)), skip_flat=True).backward()
+        loss_of(network.module, volume, network(volume, noise_for(adaptive)), skip_background=True).backward()
         optimizer.step()
 
 
@@ -275,7 +275,7 @@ def test_a_batch_can_be_overfitted(adaptive, options):
     network, volume, noise = autoencoder(adaptive, **options), random_volume(), noise_for(adaptive)
     optimizer, losses = torch.optim.AdamW(network.parameters(), lr=2e-3), []
     for _ in range(200):
-        loss = loss_of(network, volume, network(volume, noise), skip_flat=True)
+        loss = loss_of(network, volume, network(volume, noise), skip_background=True)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -293,14 +293,14 @@ def test_the_planner_sees_that_fewer_tokens_take_less_memory(adaptive):
     plain = memory()
     assert memory(rebuilt_share=0.25) < memory(rebuilt_share=0.5) < plain
     assert memory(decoder="cross", rebuilt_share=0.25) < memory(decoder="cross") < plain
-    assert memory(skip_flat=True) >= plain  # the largest step is one in which nothing is flat
+    assert memory(skip_background=True) >= plain  # the largest step is one in which nothing is flat
 
 
 @both_kinds
 @both_decoders
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_a_picture_shows_all_that_was_hidden_and_leaves_blank_what_took_no_part(adaptive, decoder, norm_pix):
-    network = autoencoder(adaptive, decoder=decoder, rebuilt_share=0.25, skip_flat=True)
+    network = autoencoder(adaptive, decoder=decoder, rebuilt_share=0.25, skip_background=True)
     volume, noise = random_volume(samples=1), noise_for(adaptive, samples=1)
     volume[:, :, AIR] = -1.0
     original, masked, rebuilt = rebuild(network, volume, noise, norm_pix=norm_pix)

@@ -11,11 +11,11 @@ import pytest
 import SimpleITK as sitk
 
 from nnunet_vit_mae.cli.crop_roi import main
-from nnunet_vit_mae.datasets import cropping as module
-from nnunet_vit_mae.datasets.region_of_interest import continuous_index, find_box, physical_points, read_region
-from nnunet_vit_mae.datasets.registration import RegistrationError, map_points, register, rotation_degrees
-from nnunet_vit_mae.datasets.scans import find_scans
-from nnunet_vit_mae.datasets.workers import each
+from nnunet_vit_mae.datasets.crop import cropping as module
+from nnunet_vit_mae.datasets.crop.region import continuous_index, find_box, physical_points, read_region
+from nnunet_vit_mae.imaging.registration import RegistrationError, map_points, register, rotation_degrees
+from nnunet_vit_mae.imaging.scans import find_scans
+from nnunet_vit_mae.workers import run_each
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data" / "Dataset506_MSLesions"
 SIZE, SPACING = (44, 52, 30), (2.0, 1.8, 3.0)  # x y z: three unequal sides, 88 x 94 x 90 mm
@@ -444,7 +444,7 @@ def doubled(number: int) -> int:
 
 
 def test_a_process_that_is_killed_stops_no_other():
-    assert dict(each(doubled, [0, 1, 2], 2)) == {0: 0, 1: None, 2: 4}
+    assert dict(run_each(doubled, [0, 1, 2], 2)) == {0: 0, 1: None, 2: 4}
 
 
 # ---------- real images

@@ -17,7 +17,7 @@ import SimpleITK as sitk
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation import figures, overlays, words
-from nnunet_vit_mae.evaluation.report import comparisons, headline, read_calibration, slug, write_report
+from nnunet_vit_mae.evaluation.report import comparisons, headline_table, read_calibration, slug, write_report
 from nnunet_vit_mae.evaluation.results import (
     MEASURES,
     Agreement,
@@ -211,19 +211,19 @@ def test_names_are_listed_as_in_a_sentence():
 
 
 def test_best_is_bold_where_there_is_a_better():
-    rows = {row["measure"].column: row for row in headline(evaluation_of(), LABELS[0])}
+    rows = {row["measure"].column: row for row in headline_table(evaluation_of(), LABELS[0])}
     assert len(rows) == len(MEASURES)
     assert [cell.best for cell in rows["dice"]["cells"]].count(True) == 1
     assert not any(cell.best for cell in rows["difference_mm3"]["cells"])
     assert (rows["dice"]["cases"], rows["dice"]["left_out"]) == (11, 1)
-    alone = headline(evaluation_of(models=("ViT",)), LABELS[0])
+    alone = headline_table(evaluation_of(models=("ViT",)), LABELS[0])
     assert not any(cell.best for row in alone for cell in row["cells"])
 
 
 def test_cells_say_their_own_number_of_cases_where_models_differ():
     evaluation = evaluation_of()
     means = [replace(m, n=9, left_out=3) if m.model == "ViT" else m for m in evaluation.means]
-    row = headline(replace(evaluation, means=tuple(means)), LABELS[0])[0]
+    row = headline_table(replace(evaluation, means=tuple(means)), LABELS[0])[0]
     assert (row["cases"], row["cells"][0].cases, row["cells"][1].cases) == (
         "",
         "n = 9, 3 left out",
@@ -258,7 +258,7 @@ def texts(figure) -> list[str]:
 
 
 def test_models_have_a_colour_and_a_marker_each():
-    looks = figures.looks(tuple(map(str, range(50))))
+    looks = figures.model_styles(tuple(map(str, range(50))))
     assert len(set(looks.values())) == 50
     assert all(sum(a != b for a, b in zip(vars(x).values(), vars(y).values(), strict=True)) == 2
                for x, y in itertools.combinations(list(looks.values())[:7], 2))  # fmt: skip

@@ -11,18 +11,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nnunet_vit_mae.cli.split import main
-from nnunet_vit_mae.datasets.patients import on_both_sides, separation_warning
-from nnunet_vit_mae.datasets.splits import Series, Wishes, alike_names, make_splits, strata, verify
-from nnunet_vit_mae.datasets.tables import read_table
+from nnunet_vit_mae.datasets.split.patients import on_both_sides, separation_warning
+from nnunet_vit_mae.datasets.split.splits import LabelledCase, SplitOptions, alike_names, make_splits, strata, verify
+from nnunet_vit_mae.datasets.tables import read_case_table
 from nnunet_vit_mae.errors import UserError
 
 cohorts = st.lists(st.tuples(st.integers(1, 6), st.sampled_from("AB"), st.integers(0, 2)), min_size=1, max_size=14)
 
 
-def series_of(cohort) -> list[Series]:
+def series_of(cohort) -> list[LabelledCase]:
     """A patient for each entry: number of cases, scanner, volume class of the last one."""
     return [
-        Series(f"{patient:02d}_{case}", f"P{patient}", f"{scanner}{volume if case == cases - 1 else 0}")
+        LabelledCase(f"{patient:02d}_{case}", f"P{patient}", f"{scanner}{volume if case == cases - 1 else 0}")
         for patient, (cases, scanner, volume) in enumerate(cohort)
         for case in range(cases)
     ]
@@ -32,7 +32,7 @@ def series_of(cohort) -> list[Series]:
 @given(cohort=cohorts, folds=st.integers(2, 6), seed=st.integers(0, 99), one=st.booleans(), order=st.randoms())
 def test_cross_validation_by_patient(cohort, folds, seed, one, order):
     series = series_of(cohort)
-    wishes = Wishes(folds, one_per_patient=one, seed=seed)
+    wishes = SplitOptions(folds, one_per_patient=one, seed=seed)
     if len(cohort) < folds:
         with pytest.raises(UserError, match="too few for --folds"):
             make_splits(series, wishes)
@@ -61,9 +61,9 @@ def test_few_are_nested_and_validate_on_the_same_cases(cohort, few, seed):
     assume(len(cohort) >= 3)
     series, folds = series_of(cohort), 3
     patients = {entry.case: entry.patient for entry in series}
-    base = make_splits(series, Wishes(folds, seed=seed))
+    base = make_splits(series, SplitOptions(folds, seed=seed))
     smallest = min(len({patients[case] for case in fold["train"]}) for fold in base.folds)
-    wishes = Wishes(folds, few=tuple(few), seed=seed)
+    wishes = SplitOptions(folds, few=tuple(few), seed=seed)
     if max(few) > smallest:
         with pytest.raises(UserError, match="has only"):
             make_splits(series, wishes)
@@ -91,7 +91,7 @@ def test_a_test_share_is_in_no_fold(cohort, seed, development):
     assume(len(cohort) >= 5)
     series = series_of(cohort)
     patients = {entry.case: entry.patient for entry in series}
-    splits = make_splits(series, Wishes(3, development=development, test=0.15, seed=seed))
+    splits = make_splits(series, SplitOptions(3, development=development, test=0.15, seed=seed))
     assert splits.test
     assert len(splits.folds) == (1 if development else 3)
     for fold in splits.folds:
@@ -102,9 +102,9 @@ def test_a_test_share_is_in_no_fold(cohort, seed, development):
 
 
 def test_strata_are_kept_in_proportion():
-    series = [Series(f"c{n:02d}", f"p{n:02d}", "rare" if n % 5 == 0 else "common") for n in range(60)]
+    series = [LabelledCase(f"c{n:02d}", f"p{n:02d}", "rare" if n % 5 == 0 else "common") for n in range(60)]
     rare = {one.case for one in series if one.stratum == "rare"}
-    splits = make_splits(series, Wishes(4, few=(5, 10, 20), test=0.2))
+    splits = make_splits(series, SplitOptions(4, few=(5, 10, 20), test=0.2))
     assert len(rare & {*splits.test}) in (2, 3)
     assert all(len(rare & {*fold["val"]}) in (2, 3) for fold in splits.folds[:4])
     for fold, meaning in zip(splits.folds[4:], splits.meanings[4:], strict=True):
@@ -124,8 +124,8 @@ def test_many_numbers_become_thirds_and_few_stay_classes():
 
 
 def test_a_small_stratum_cannot_stop_a_split_and_is_mentioned_when_it_matters():
-    series = [Series(f"c{n}", f"p{n}", f"s{n}") for n in range(7)]
-    splits = make_splits(series, Wishes(3, test=0.2))
+    series = [LabelledCase(f"c{n}", f"p{n}", f"s{n}") for n in range(7)]
+    splits = make_splits(series, SplitOptions(3, test=0.2))
     assert len(splits.notes) == 2
 
 
@@ -135,16 +135,16 @@ def test_a_small_stratum_cannot_stop_a_split_and_is_mentioned_when_it_matters():
 def test_tables_of_hospitals(tmp_path):
     file = tmp_path / "sessions.csv"
     file.write_text("\ufeffname;scan;patient;vendor\nx;a_1;A;GE, old\ny;a_2;A;Philips\nz;b_1;B;GE\n", encoding="utf-8")
-    table = read_table(file, None, ["a_1", "a_2", "b_1"])
+    table = read_case_table(file, None, ["a_1", "a_2", "b_1"])
     assert table.patients("patient") == {"a_1": "A", "a_2": "A", "b_1": "B"}
     assert table.column("vendor", "--stratify")["a_1"] == "GE, old"
-    assert read_table(file, "name", ["a_1"]).patients("patient") == {"x": "A", "y": "A", "z": "B"}
+    assert read_case_table(file, "name", ["a_1"]).patients("patient") == {"x": "A", "y": "A", "z": "B"}
 
 
 def test_tables_as_spreadsheets_leave_them(tmp_path):
     file = tmp_path / "table.csv"
     file.write_text('case;"patient, id";;\r\na;A;;\r\n;B;;\r\n;C;;\r\n', encoding="utf-8")
-    assert read_table(file, None, ["a"]).columns == {"case": {"a": "a"}, "patient, id": {"a": "A"}}
+    assert read_case_table(file, None, ["a"]).columns == {"case": {"a": "a"}, "patient, id": {"a": "A"}}
 
 
 @pytest.mark.parametrize(
@@ -362,8 +362,8 @@ def test_the_warning_needs_patients_that_are_known(tmp_path, refused):
 def test_pretraining_and_training_warn_of_separated_patients(in_workspace, caplog):
     import torch
 
-    from nnunet_vit_mae.nnunet.cases import pretraining_cases
     from nnunet_vit_mae.nnunet.folders import find_dataset
+    from nnunet_vit_mae.nnunet.folds import pretraining_cases
     from nnunet_vit_mae.nnunet.plans import load_plan
     from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerBaseline
 

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cases = calibration.validation_cases(model, device)
     found = calibration.fit(model, cases, args.objective)
     written = calibration.write(model, cases, found, args.objective)
-    print(calibration.table(found))
+    print(calibration.threshold_table(found))
     names = [str(file.relative_to(model.folder)) for file in written]
     print(f"Wrote to {model.folder}: {', '.join(names)}.")
     print(f"Predict with nnUNetv2_predict ... -tr {args.trainer} -chk {calibration.CALIBRATED}.")

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunet_vit_mae.cli.arguments import add_patient_arguments, parser_for, positive_int, table_file
-from nnunet_vit_mae.errors import exit_on_user_error, some
+from nnunet_vit_mae.errors import abbreviated, exit_on_user_error
 
 if TYPE_CHECKING:
-    from nnunet_vit_mae.datasets.quality import Finding, Look
+    from nnunet_vit_mae.datasets.check.inspection import CaseSummary, Finding
 
 SHOWN = 10  # cases of each kind that are printed; check.json has all
 LEVELS = ("error", "warning")
@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from tqdm import tqdm
 
-    from nnunet_vit_mae.datasets.comparisons import compare, empty_labels, thickness_histogram
-    from nnunet_vit_mae.datasets.quality import find_tasks, look_at_all
+    from nnunet_vit_mae.datasets.check.across_cases import empty_labels, findings_across_cases, thickness_histogram
+    from nnunet_vit_mae.datasets.check.inspection import find_tasks, inspect_all
     from nnunet_vit_mae.files import make_folder, replacing, write_json
     from nnunet_vit_mae.nnunet.folders import find_dataset
 
@@ -44,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     tasks, channels, labels, findings = find_tasks(dataset.raw)
     csv_file = table_file(args.csv, dataset.raw)
     patients = _patients(csv_file, args.case, args.patient, [task.name for task in tasks], dataset.preprocessed)
-    found = tqdm(look_at_all(tasks, labels, args.processes), total=len(tasks), unit="case", desc="looking")
+    found = tqdm(inspect_all(tasks, labels, args.processes), total=len(tasks), unit="case", desc="looking")
     looks = sorted(found, key=lambda look: (look.folder, look.name))
     findings += [finding for look in looks for finding in look.findings]
-    findings += compare(looks, channels, labels, patients)
+    findings += findings_across_cases(looks, channels, labels, patients)
     errors, warnings = ([finding for finding in findings if finding.level == level] for level in LEVELS)
     thickness = thickness_histogram(looks)
     content = {
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     write_json(content, output / "check.json")
     _picture(looks, channels, labels, output / "check.png")
-    print(table(findings))
+    print(findings_table(findings))
     print("Slice thickness: " + ", ".join(f"{name} in {count}" for name, count in thickness.items()) + ".")
     if args.list_empty:
         empty = empty_labels(looks, labels)
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
-def table(findings: Iterable[Finding]) -> str:
+def findings_table(findings: Iterable[Finding]) -> str:
     """Errors, then warnings, by kind, with the first cases of each."""
     lines = []
     listed = list(findings)
@@ -104,15 +104,15 @@ def _patients(
     csv_file: Path | None, case: str | None, patient: str, cases: Sequence[str], preprocessed: Path
 ) -> dict[str, str]:
     """Of the table, or of `mae3d_split`; empty when nobody has said who is who."""
-    from nnunet_vit_mae.datasets.patients import PATIENTS, read_patients
-    from nnunet_vit_mae.datasets.tables import read_table
+    from nnunet_vit_mae.datasets.split.patients import PATIENTS, read_patients
+    from nnunet_vit_mae.datasets.tables import read_case_table
 
     if csv_file is None:
         file = preprocessed / PATIENTS
         return read_patients(file) if file.is_file() else {}
-    patients = read_table(csv_file, case, cases).patients(patient)
+    patients = read_case_table(csv_file, case, cases).patients(patient)
     if unknown := [name for name in cases if name not in patients]:
-        print(f"{csv_file} has no row for {some(unknown)}: nobody knows whose they are.")
+        print(f"{csv_file} has no row for {abbreviated(unknown)}: nobody knows whose they are.")
     return patients
 
 
@@ -120,7 +120,7 @@ def _json(finding: Finding) -> dict[str, str]:
     return {name: value for name, value in asdict(finding).items() if name != "level"}
 
 
-def _case(look: Look, names: Sequence[str]) -> dict[str, Any]:
+def _case(look: CaseSummary, names: Sequence[str]) -> dict[str, Any]:
     return {
         "size": look.geometry and look.geometry.size,
         "spacing_mm": look.geometry and look.geometry.spacing,
@@ -130,9 +130,9 @@ def _case(look: Look, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _picture(looks: Sequence[Look], channels: Any, labels: Any, file: Path) -> None:
-    from nnunet_vit_mae.datasets.comparisons import outliers_by_channel
-    from nnunet_vit_mae.datasets.quality_figure import draw
+def _picture(looks: Sequence[CaseSummary], channels: Any, labels: Any, file: Path) -> None:
+    from nnunet_vit_mae.datasets.check.across_cases import outliers_by_channel
+    from nnunet_vit_mae.datasets.check.figure import draw
     from nnunet_vit_mae.plots import save_figure
 
     save_figure(draw(looks, channels, labels, outliers_by_channel(looks, channels)), file)

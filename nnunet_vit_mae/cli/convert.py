@@ -11,7 +11,7 @@ from nnunet_vit_mae.errors import UserError, exit_on_user_error
 from nnunet_vit_mae.files import refuse_in_use
 
 if TYPE_CHECKING:
-    from nnunet_vit_mae.datasets.studies import Pattern, Study
+    from nnunet_vit_mae.datasets.convert.studies import Pattern, Study
 
 
 @exit_on_user_error
@@ -34,9 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.source.is_dir():
         raise UserError(f"{args.source} is no folder: give the one with the DICOM files, or the root of a BIDS folder.")
 
-    from nnunet_vit_mae.datasets.bids import bids_studies, is_bids
-    from nnunet_vit_mae.datasets.conversion import PROBLEMS, TABLE, convert
-    from nnunet_vit_mae.datasets.studies import dicom_studies
+    from nnunet_vit_mae.datasets.convert.bids import bids_studies, is_bids
+    from nnunet_vit_mae.datasets.convert.conversion import PROBLEMS, SCANS_TABLE, convert
+    from nnunet_vit_mae.datasets.convert.studies import dicom_studies
 
     patterns = _patterns(args.contrasts)
     if is_bids(args.source):
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders = [done.folder for done in conversion.done]
     print(
         f"{output} has {folders.count('imagesTr')} cases with labels and {folders.count('imagesUn')} without, of "
-        f"{', '.join(contrasts)}; scanners are in {output / TABLE}."
+        f"{', '.join(contrasts)}; scanners are in {output / SCANS_TABLE}."
     )
     unfinished = [conversion.unfilled] if conversion.unfilled else []
     if problems := "; ".join(conversion.problems):
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _patterns(texts: list[str]) -> list[Pattern]:
-    from nnunet_vit_mae.datasets.studies import Pattern
+    from nnunet_vit_mae.datasets.convert.studies import Pattern
 
     patterns = []
     for text in texts:
@@ -84,6 +84,6 @@ def _order(patterns: list[Pattern], studies: list[Study]) -> list[str]:
 
 
 def _canonical(name: str) -> str:
-    from nnunet_vit_mae.presets import contrast
+    from nnunet_vit_mae.presets import canonical_contrast
 
-    return contrast(name)
+    return canonical_contrast(name)

@@ -14,7 +14,7 @@ from nnunet_vit_mae.errors import UserError, exit_on_user_error
 from nnunet_vit_mae.files import make_folder
 
 if TYPE_CHECKING:
-    from nnunet_vit_mae.datasets.cropped_dataset import Cropping
+    from nnunet_vit_mae.datasets.crop.dataset import Cropping
 
 
 @exit_on_user_error
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     output = checked_output(args.output)
     if args.reject and not args.images:
-        from nnunet_vit_mae.datasets.cropped_dataset import describe_like, finish, reject
+        from nnunet_vit_mae.datasets.crop.dataset import describe_like, finish, reject
 
         report(finish(reject(output, args.reject), output, describe_like(output / "imagesTr", args.contrasts)), output)
         return
@@ -32,19 +32,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (args.csv is None) != (args.column is None):
         raise UserError("--csv and --template_column go together: give both, or neither.")
 
-    from nnunet_vit_mae.datasets.cropped_dataset import describe_like, finish, reject
-    from nnunet_vit_mae.datasets.cropping import Settings, crop_scans
-    from nnunet_vit_mae.datasets.scans import find_scans
-    from nnunet_vit_mae.datasets.tables import read_table
+    from nnunet_vit_mae.datasets.crop.cropping import CropSettings, crop_scans
+    from nnunet_vit_mae.datasets.crop.dataset import describe_like, finish, reject
+    from nnunet_vit_mae.datasets.tables import read_case_table
+    from nnunet_vit_mae.imaging.scans import find_scans
 
     scans = find_scans(args.images, args.labels)
     if output.absolute() in args.images.absolute().parents:
         raise UserError(f"{output} holds the scans themselves: give another data set with -o.")
     template_of = None
     if args.csv:
-        table = read_table(args.csv, args.case, [scan.name for scan in scans])
+        table = read_case_table(args.csv, args.case, [scan.name for scan in scans])
         template_of = table.column(args.column, "--template_column")
-    settings = Settings(output, args.templates, args.regions, args.margin, args.resample)
+    settings = CropSettings(output, args.templates, args.regions, args.margin, args.resample)
     make_folder(output)
     describe = describe_like(args.images, args.contrasts)
     cropping = finish(crop_scans(scans, settings, template_of, args.processes), output, describe)
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def report(cropping: Cropping, output: Path) -> None:
     """Say what is there now and what to look at; raises `UserError` when a scan has failed."""
-    from nnunet_vit_mae.datasets.quality_table import DONE, REJECTED, TABLE
+    from nnunet_vit_mae.datasets.crop.qc_table import DONE, QC_TABLE, REJECTED
 
     of_status = {status: [row for row in cropping.rows if row.status == status] for status in (DONE, REJECTED)}
     labelled = sum(row.folder == "imagesTr" for row in of_status[DONE])
@@ -66,9 +66,11 @@ def report(cropping: Cropping, output: Path) -> None:
     )
     partly = [row.case for row in of_status[DONE] if row.coverage is not None and row.coverage < 0.999]
     if partly:
-        print(f"The region reaches beyond the field of view of {len(partly)}: see coverage in {output / TABLE}.")
+        print(f"The region reaches beyond the field of view of {len(partly)}: see coverage in {output / QC_TABLE}.")
     if cut := [row.case for row in of_status[DONE] if row.label_inside is not None and row.label_inside < 1]:
-        print(f"The crop cuts labelled voxels off in {len(cut)}: see label_inside in {output / TABLE}, and --margin.")
+        print(
+            f"The crop cuts labelled voxels off in {len(cut)}: see label_inside in {output / QC_TABLE}, and --margin."
+        )
     if cropping.sheets:
         print(
             f"Look at {cropping.sheets[0]} from the top, worst first, until all fit; write the cases that do not, one "

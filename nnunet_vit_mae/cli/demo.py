@@ -17,8 +17,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=whole_number, default=0, help="of the phantoms and of pre-training")
     args = parser.parse_args(argv)
 
-    from nnunet_vit_mae.demonstration import demonstrate, table
+    from nnunet_vit_mae.demonstration import demonstrate, score_table
 
     scores = demonstrate(args.output.resolve(), seed=args.seed)
-    print(table(scores))
+    print(score_table(scores))
     print(f"Wrote results.csv, results.png and everything else to {args.output}; rebuilt slices are in its results/.")

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"{flag} {' '.join(f'{value:g}' for value in values)}: give ascending numbers.")
     refuse_in_use(args.output)
 
-    from nnunet_vit_mae.evaluation.cases import find_study, measure_cases
+    from nnunet_vit_mae.evaluation.cases import find_evaluation_set, measure_cases
     from nnunet_vit_mae.evaluation.report import read_calibration, write_report
     from nnunet_vit_mae.evaluation.results import Options
     from nnunet_vit_mae.evaluation.summary import evaluate, write_tables
@@ -74,14 +74,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     for file in calibrations.values():
         read_calibration(file)  # a mistake is better known before hours of measuring than after
-    study = find_study(args.references, predictions, args.images)
+    study = find_evaluation_set(args.references, predictions, args.images)
     make_folder(args.output)
     # a process takes as long to start as several cases take to measure
     processes = args.processes or min(4, 1 + len(study.cases) // 20)
     table, notes = measure_cases(study, options, processes)
     evaluation = evaluate(table, study.models, list(study.labels.values), options, [*study.notes, *notes])
     write_tables(evaluation, args.output)
-    print(headline(evaluation), flush=True)
+    print(headline_text(evaluation), flush=True)
     write_report(
         evaluation,
         args.output,
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"Wrote index.html, cases.csv, summary.json and figures to {args.output}.")
 
 
-def headline(evaluation: Evaluation) -> str:
+def headline_text(evaluation: Evaluation) -> str:
     """Three means of each model and label with their intervals, what two models differ by, and the notes, as text."""
     rows = [["label", "model", "cases", *(title for title, _ in HEADLINE.values())]]
     means = {(mean.label, mean.model, mean.measure): mean for mean in evaluation.means}

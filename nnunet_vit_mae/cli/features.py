@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_device_argument(parser, "cpu")
     args = parser.parse_args(argv)
 
-    from nnunet_vit_mae.nnunet.features import draw_features, refuse_without_features, table
+    from nnunet_vit_mae.nnunet.features import checkerboard_table, draw_features, refuse_without_features
     from nnunet_vit_mae.nnunet.folders import find_dataset
     from nnunet_vit_mae.nnunet.models import find_model
 
@@ -34,5 +34,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = {"trainer": args.trainer, "folds": [args.fold], "checkpoint": args.checkpoint}
     runs = [find_model(dataset, name, args.configuration, **chosen) for name in dict.fromkeys(args.plans)]
     shares = draw_features(runs, args.case, args.output, device)
-    print(table(shares))
+    print(checkerboard_table(shares))
     print(f"Wrote {args.output} and {args.output.with_suffix('.csv')}.")

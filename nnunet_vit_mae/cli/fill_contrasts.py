@@ -21,24 +21,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-d", dest="dataset", required=True, metavar="ID", help="data set number or name, e.g. 501")
     args = parser.parse_args(argv)
 
-    from nnunet_vit_mae.datasets.contrasts import RECORD, fill_contrasts
+    from nnunet_vit_mae.datasets.contrasts import CONTRAST_RECORD, fill_contrasts
     from nnunet_vit_mae.nnunet.folders import find_dataset
 
     raw = find_dataset(args.dataset).raw
     filling = fill_contrasts(raw)
-    print(table(filling))
+    print(contrast_table(filling))
     for contrast in filling.replaced:
         print(f"{contrast} was filled before and is an image now: it counts as present.")
     if any(contrasts.blank for cases in filling.record.values() for contrasts in cases.values()):
         print("Blank images were given as all zeros: they count as absent and are left as they are.")
-    print(f"Wrote {len(filling.written)} images of zeros; what is present is in {raw / RECORD}.")
+    print(f"Wrote {len(filling.written)} images of zeros; what is present is in {raw / CONTRAST_RECORD}.")
     for case, problem in filling.problems.items():
         print(f"Not filled: {case} {problem}.", file=sys.stderr)
     if filling.problems:
         sys.exit(2)
 
 
-def table(filling: Filling) -> str:
+def contrast_table(filling: Filling) -> str:
     """In how many cases of each folder a contrast is present, filled and blank: a row for each contrast."""
     kinds = ("present", "filled", "blank")
     rows = [f"{'contrast':16}  {'folder':8}" + "".join(f"  {kind:>7}" for kind in kinds)]

@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = {"trainer": args.trainer, "folds": args.folds, "checkpoint": args.checkpoint}
     model = find_model(find_dataset(args.dataset), args.plans, args.configuration, **chosen)
     channels = omission.find_channels(model.plan, args.omit)
-    studies = omission.look_into(model.plan, images, references, channels)
+    studies = omission.find_omission_cases(model.plan, images, references, channels)
     print(omission.summary(model.plan, studies, channels), flush=True)
     rows = omission.omit(model, studies, channels, images=images, output=output, device=device)
-    print(omission_table.table(rows, [model.plan.channel_names[channel] for channel in channels]))
+    print(omission_table.omission_table(rows, [model.plan.channel_names[channel] for channel in channels]))
     print(f"Wrote omission.csv, log.txt and both predictions to {args.output}.")

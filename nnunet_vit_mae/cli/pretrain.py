@@ -55,10 +55,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nnunet_vit_mae.nnunet.folders import find_dataset
     from nnunet_vit_mae.nnunet.plans import load_plan
     from nnunet_vit_mae.nnunet.pretraining import Machine, pretrain
-    from nnunet_vit_mae.pretraining.distributed import is_first, log_to_screen, told_once
+    from nnunet_vit_mae.pretraining.distributed import is_rank_0, log_to_console, reported_once
 
-    log_to_screen()
-    with told_once():
+    log_to_console()
+    with reported_once():
         machine = Machine(
             device=usable_device(args.device),
             processes=args.num_gpus,
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             resume=args.resume,
             adaptive=args.adaptive,
         )
-    if is_first():
+    if is_rank_0():
         print(f"Wrote {encoder}.")
 
 

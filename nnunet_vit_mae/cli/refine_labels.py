@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         find_pairs,
         refine_all,
         values_to_refine,
-        write_report,
+        write_changes,
     )
 
     images, labels = args.images, args.labels_folder
@@ -65,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         changes += of_case
         problems += [problem] if problem else []
-    write_report(changes, args.output / REPORT)
-    print(table(changes))
+    write_changes(changes, args.output / REPORT)
+    print(refinement_table(changes))
     print(f"Wrote {len(pairs) - len(problems)} labels and {REPORT} to {args.output}.")
     for problem in problems:
         print(f"Not refined: {problem}", file=sys.stderr)
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
-def table(changes: Sequence[Change]) -> str:
+def refinement_table(changes: Sequence[Change]) -> str:
     """Voxels of each case and label that has changed, and the sums; cases left without the label are named."""
     header = f"{'case':24}  label   before  below threshold  in small components    after"
     row = "{:24}  {:5}  {:7}  {:15}  {:19}  {:7}".format

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunet_vit_mae.cli.arguments import add_patient_arguments, parser_for, positive_int, seed, table_file
-from nnunet_vit_mae.errors import UserError, exit_on_user_error, some
+from nnunet_vit_mae.errors import UserError, abbreviated, exit_on_user_error
 
 if TYPE_CHECKING:
-    from nnunet_vit_mae.datasets.split_files import Labelled
-    from nnunet_vit_mae.datasets.splits import Splits
-    from nnunet_vit_mae.datasets.tables import Table
+    from nnunet_vit_mae.datasets.split.files import Labelled
+    from nnunet_vit_mae.datasets.split.splits import Splits
+    from nnunet_vit_mae.datasets.tables import CaseTable
 
 
 @exit_on_user_error
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     _refuse_contradictions(args)
 
-    from nnunet_vit_mae.datasets.split_files import labelled_cases
+    from nnunet_vit_mae.datasets.split.files import labelled_cases
     from nnunet_vit_mae.nnunet.folders import find_dataset
 
     dataset = find_dataset(args.dataset)
@@ -75,12 +75,12 @@ def _refuse_contradictions(args: argparse.Namespace) -> None:
 
 def _patients(
     csv_file: Path | None, case: str | None, patient: str, labelled: Labelled, folder: Path
-) -> tuple[Table | None, dict[str, str]]:
+) -> tuple[CaseTable | None, dict[str, str]]:
     """The table if there is one, and patients by case: of the table, of a former call, or each case for itself."""
-    from nnunet_vit_mae.datasets.patients import PATIENTS, read_patients
-    from nnunet_vit_mae.datasets.tables import read_table
+    from nnunet_vit_mae.datasets.split.patients import PATIENTS, read_patients
+    from nnunet_vit_mae.datasets.tables import read_case_table
 
-    table = read_table(csv_file, case, labelled.files) if csv_file else None
+    table = read_case_table(csv_file, case, labelled.files) if csv_file else None
     if table:
         patients, source = table.patients(patient), table.file
     elif (folder / PATIENTS).is_file():
@@ -91,14 +91,15 @@ def _patients(
         return None, {name: name for name in labelled.files}
     if missing := [name for name in labelled.files if name not in patients]:
         raise UserError(
-            f"{source} has no row for {some(missing)}: add {'it' if len(missing) == 1 else 'them'}, or check --case."
+            f"{source} has no row for {abbreviated(missing)}: "
+            f"add {'it' if len(missing) == 1 else 'them'}, or check --case."
         )
     return table, patients
 
 
 def _verify(labelled: Labelled, patients: Mapping[str, str], folder: Path) -> None:
-    from nnunet_vit_mae.datasets.split_files import SPLITS, outside_of, read_splits
-    from nnunet_vit_mae.datasets.splits import verify
+    from nnunet_vit_mae.datasets.split.files import SPLITS, outside_of, read_splits
+    from nnunet_vit_mae.datasets.split.splits import verify
 
     file = folder / SPLITS
     folds = read_splits(file)
@@ -113,10 +114,17 @@ def _verify(labelled: Labelled, patients: Mapping[str, str], folder: Path) -> No
 
 
 def _split(
-    args: argparse.Namespace, labelled: Labelled, table: Table | None, patients: Mapping[str, str], folder: Path
+    args: argparse.Namespace, labelled: Labelled, table: CaseTable | None, patients: Mapping[str, str], folder: Path
 ) -> None:
-    from nnunet_vit_mae.datasets.split_files import SPLITS, label_volumes, write_splits
-    from nnunet_vit_mae.datasets.splits import Series, Wishes, alike_names, make_splits, strata, verify
+    from nnunet_vit_mae.datasets.split.files import SPLITS, label_volumes, write_splits
+    from nnunet_vit_mae.datasets.split.splits import (
+        LabelledCase,
+        SplitOptions,
+        alike_names,
+        make_splits,
+        strata,
+        verify,
+    )
     from nnunet_vit_mae.datasets.tables import read_names
 
     left_out = set(read_names(args.leave_out, labelled.files, "--leave_out") if args.leave_out else ())
@@ -124,10 +132,10 @@ def _split(
     columns += [label_volumes(labelled)] if args.stratify_volume else []
     cases = [case for case in labelled.files if case not in left_out]
     stratum = strata(columns, cases)
-    wishes = Wishes(
+    wishes = SplitOptions(
         args.folds, args.development, args.test, tuple(sorted(set(args.few))), args.one_per_patient, args.seed
     )
-    splits = make_splits([Series(case, patients[case], stratum[case]) for case in cases], wishes)
+    splits = make_splits([LabelledCase(case, patients[case], stratum[case]) for case in cases], wishes)
     splits = replace(splits, left_out=sorted({*splits.left_out, *left_out}))
     problems = verify(splits.folds, patients, list(labelled.files), {*splits.test, *splits.left_out})
     assert not problems, problems
@@ -142,7 +150,7 @@ def _split(
         siblings = [case for case in splits.left_out if patients[case] in of_test]
         print(
             "Training and pre-training with fold all take every case of imagesTr: move the test cases to imagesTs "
-            f"before that{f', and {some(siblings)} too, which are of the same patients' if siblings else ''}."
+            f"before that{f', and {abbreviated(siblings)} too, which are of the same patients' if siblings else ''}."
         )
     if alike := alike_names({patients[case] for case in cases}):
         print(f"Are these patients different ones? {'; '.join(map(', '.join, alike))}.")

@@ -1,1 +1,1 @@
-"""Data sets made by this package: synthetic phantoms for the demonstration and the tests."""
+"""From a hospital's folder to an nnU-Net raw dataset that can be trained on."""

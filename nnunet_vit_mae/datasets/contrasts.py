@@ -8,7 +8,6 @@ given so (blank), and as soon as it holds anything else it is present, however i
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,20 +18,25 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nnunet_vit_mae.datasets.volumes import (
-    NIFTI,
+from nnunet_vit_mae.errors import UserError, reader_reason
+from nnunet_vit_mae.files import read_json, write_json
+from nnunet_vit_mae.imaging.channels import (
+    IMAGE_ENDINGS,
+    case_and_channel,
+    channel_file_name,
+    visible_files,
+    without_ending,
+)
+from nnunet_vit_mae.imaging.volumes import (
     Geometry,
     only_zeros,
     read_geometry,
     without_warnings_of_itk,
     write_zeros,
 )
-from nnunet_vit_mae.errors import UserError, reader_reason
-from nnunet_vit_mae.files import read_json, write_json
 
-RECORD = "contrasts.json"
-LABELS_OF = {"imagesTr": "labelsTr", "imagesTs": None, "imagesUn": None}  # without images, test labels do no harm
-ENDINGS = (*NIFTI, ".nrrd", ".mha", ".gipl")  # what nnU-Net reads with a geometry
+CONTRAST_RECORD = "contrasts.json"
+LABELS_BESIDE = {"imagesTr": "labelsTr", "imagesTs": None, "imagesUn": None}  # without images, test labels do no harm
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ Record = dict[str, dict[str, Contrasts]]  # by folder, then by case, both sorted
 
 
 @dataclass(frozen=True)
-class Case:
+class RawCase:
     """Images of one case by channel number, and files in its folder that look like images but are not named so."""
 
     folder: Path
@@ -69,10 +73,10 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Sorted:
     """What a look at a case gave: either its contrasts, and the files to write like a present one, or a problem."""
 
-    case: Case
+    case: RawCase
     contrasts: Contrasts | None = None
     to_write: list[Path] = field(default_factory=list)
     like: Path | None = None
@@ -99,21 +103,21 @@ def fill_contrasts(raw: Path) -> Filling:
     """
     channels = read_channels(raw)
     former = read_contrasts(raw)
-    cases = find_cases(raw, channels)
+    cases = find_raw_cases(raw, channels)
     if not any(case.files for case in cases):
         raise UserError(
-            f"There are no images such as CASE_0000{channels.ending} in {', '.join(LABELS_OF)} of {raw}: "
+            f"There are no images such as CASE_0000{channels.ending} in {', '.join(LABELS_BESIDE)} of {raw}: "
             "put the images there, named as nnU-Net wants them."
         )
     with without_warnings_of_itk():
-        findings = [look_at(case, channels, former) for case in tqdm(cases, unit="case", desc="looking")]
+        findings = [sort_contrasts(case, channels, former) for case in tqdm(cases, unit="case", desc="looking")]
     _refuse_absent_ct(findings, raw)
     record = _record(findings, former)
     to_fill = [finding for finding in findings if finding.to_write]
     _check_access([finding.case.folder for finding in to_fill] + [raw] * (record != former))
     if record != former:
         content = {name: {case: asdict(of_case) for case, of_case in cases.items()} for name, cases in record.items()}
-        write_json(content, raw / RECORD)
+        write_json(content, raw / CONTRAST_RECORD)
     problems = {str(finding.case): finding.problem for finding in findings if finding.problem}
     written = []
     for finding in tqdm(to_fill, unit="case", desc="filling", disable=not to_fill):
@@ -134,17 +138,17 @@ def read_channels(raw: Path) -> Channels:
         raise UserError(f'channel_names in {file} must be "0", "1" and so on, each with a name of its own.')
     if "dataset" in content:
         raise UserError(f"{file} lists its files under dataset: only images in imagesTr and so on can be filled.")
-    if content.get("file_ending") not in ENDINGS:
+    if content.get("file_ending") not in IMAGE_ENDINGS:
         raise UserError(
             f"file_ending in {file} is {content.get('file_ending', 'missing')}, but contrasts are filled only in "
-            f"files that SimpleITK reads with spacing and origin: {', '.join(ENDINGS)}."
+            f"files that SimpleITK reads with spacing and origin: {', '.join(IMAGE_ENDINGS)}."
         )
     return Channels(ordered, content["file_ending"])
 
 
 def read_contrasts(raw: Path) -> Record:
     """The record of a former call; empty when there was none. Raises `UserError` for anything else in that file."""
-    file = raw / RECORD
+    file = raw / CONTRAST_RECORD
     if not file.exists():
         return {}
     content = read_json(file)
@@ -158,14 +162,14 @@ def read_contrasts(raw: Path) -> Record:
         ) from None
 
 
-def find_cases(raw: Path, channels: Channels) -> list[Case]:
+def find_raw_cases(raw: Path, channels: Channels) -> list[RawCase]:
     """Cases of the three image folders by name, and those that have a label only."""
     cases = []
-    for folder_name, labels in LABELS_OF.items():
+    for folder_name, labels in LABELS_BESIDE.items():
         folder, found = raw / folder_name, {}
         for file in _image_files(folder):
             name, number = _case_and_channel(file.name, channels.ending)
-            case = found.setdefault(name, Case(folder, name))
+            case = found.setdefault(name, RawCase(folder, name))
             if number is None:
                 case.misnamed.append(file)
             else:
@@ -173,51 +177,55 @@ def find_cases(raw: Path, channels: Channels) -> list[Case]:
         for file in _image_files(raw / labels) if labels else ():
             if file.name.endswith(channels.ending):
                 name = file.name.removesuffix(channels.ending)
-                found.setdefault(name, Case(folder, name))
+                found.setdefault(name, RawCase(folder, name))
         cases += [found[name] for name in sorted(found)]
     return cases
 
 
-def look_at(case: Case, channels: Channels, former: Record) -> Finding:
+def sort_contrasts(case: RawCase, channels: Channels, former: Record) -> Sorted:
     """Sort the contrasts of a case; only headers are read, and the voxels of files that could be all zeros."""
     if case.misnamed:
         expected = f"{case.name}_0000{channels.ending}"
-        return Finding(case, problem=f"has an image named {case.misnamed[0].name}: it must be named like {expected}")
+        return Sorted(case, problem=f"has an image named {case.misnamed[0].name}: it must be named like {expected}")
     if not case.files:
-        return Finding(case, problem="has a label, but no image: add its images or remove the label")
+        return Sorted(case, problem="has a label, but no image: add its images or remove the label")
     if beyond := [number for number in sorted(case.files) if number >= len(channels.names)]:
         last = f"{len(channels.names) - 1:04d}"
-        return Finding(case, problem=f"has a channel {beyond[0]:04d}, but the last one in dataset.json is {last}")
+        return Sorted(case, problem=f"has a channel {beyond[0]:04d}, but the last one in dataset.json is {last}")
     try:
         geometries = {number: read_geometry(file) for number, file in sorted(case.files.items())}
         zeros = {number for number, file in case.files.items() if only_zeros(file, geometries[number])}
     except Exception as error:  # noqa: BLE001  readers raise many kinds, and all other cases must be done
-        return Finding(case, problem=f"has an image that cannot be read: {reader_reason(error)}")
+        return Sorted(case, problem=f"has an image that cannot be read: {reader_reason(error)}")
     return _sort(case, channels, former, geometries, zeros)
 
 
-def _sort(case: Case, channels: Channels, former: Record, geometries: dict[int, Geometry], zeros: set[int]) -> Finding:
+def _sort(
+    case: RawCase, channels: Channels, former: Record, geometries: dict[int, Geometry], zeros: set[int]
+) -> Sorted:
     of_case = former.get(case.folder.name, {}).get(case.name, Contrasts())
     ours = {number for number in zeros if channels.names[number] in of_case.filled}
     given = [number for number in geometries if number not in ours]
     present = [number for number in given if number not in zeros]
     if not present:
-        return Finding(case, problem="has no contrast, its images are all zeros: add an image or remove the case")
+        return Sorted(case, problem="has no contrast, its images are all zeros: add an image or remove the case")
     like = present[0]
     differences = {number: geometries[like].difference(geometries[number]) for number in geometries}
     for number in given:
         if differences[number]:
             both = f"{case.files[like].name} and {case.files[number].name}"
             differ = f"differ in {differences[number]}"
-            return Finding(case, problem=f"has images that {differ}, {both}: resample one to the other")
+            return Sorted(case, problem=f"has images that {differ}, {both}: resample one to the other")
     missing = set(range(len(channels.names))) - set(geometries)
     outdated = {number for number in ours if differences[number]}  # filled like an image that has been replaced
     lists = ([channels.names[number] for number in sorted(kind)] for kind in (present, missing | ours, zeros - ours))
-    to_write = [case.folder / f"{case.name}_{number:04d}{channels.ending}" for number in sorted(missing | outdated)]
-    return Finding(case, Contrasts(*lists), to_write, case.files[like])
+    to_write = [
+        case.folder / channel_file_name(case.name, number, channels.ending) for number in sorted(missing | outdated)
+    ]
+    return Sorted(case, Contrasts(*lists), to_write, case.files[like])
 
 
-def _fill(finding: Finding) -> None:
+def _fill(finding: Sorted) -> None:
     assert finding.like is not None
     for file in finding.to_write:
         for leftover in file.parent.glob(f".[0-9]*.{escape(file.name)}"):  # of a call that was killed while it wrote
@@ -231,7 +239,7 @@ def _fill(finding: Finding) -> None:
             ) from None
 
 
-def _refuse_absent_ct(findings: list[Finding], raw: Path) -> None:
+def _refuse_absent_ct(findings: list[Sorted], raw: Path) -> None:
     """Zeros would not stay zeros: nnU-Net subtracts the data set's mean from a channel of that name."""
     for finding in findings:
         absent = finding.contrasts.filled + finding.contrasts.blank if finding.contrasts else []
@@ -255,7 +263,7 @@ def _check_access(folders: list[Path]) -> None:
             ) from None
 
 
-def _record(findings: list[Finding], former: Record) -> Record:
+def _record(findings: list[Sorted], former: Record) -> Record:
     """What was found; a case with a problem keeps what was known of it, so that files filled earlier stay known."""
     record: Record = defaultdict(dict)
     for finding in findings:
@@ -274,15 +282,14 @@ def _replaced(former: Record, record: Record) -> Iterator[str]:
 
 
 def _case_and_channel(file_name: str, ending: str) -> tuple[str, int | None]:
-    """Name of the case, and the channel number; None when nnU-Net would not take the file for a channel."""
-    match = re.fullmatch(rf"(.+)_([0-9]{{4}}){re.escape(ending)}", file_name)
-    if match:
-        return match[1], int(match[2])
-    return re.sub(rf"(_[0-9]{{4}})?({'|'.join(map(re.escape, ENDINGS))})$", "", file_name, flags=re.IGNORECASE), None
+    """Return the case and the channel number, None where nnU-Net would not take the file for a channel."""
+    name, channel = case_and_channel(file_name.removesuffix(ending))
+    if file_name.endswith(ending) and channel is not None:
+        return name, channel
+    return case_and_channel(without_ending(file_name, IMAGE_ENDINGS))[0], None
 
 
 def _image_files(folder: Path) -> list[Path]:
-    """Whatever could be an image, in nnU-Net's ending or another; hidden files are left out."""
-    files = folder.iterdir() if folder.is_dir() else ()
-    visible = (file for file in files if file.is_file() and not file.name.startswith("."))
-    return sorted(file for file in visible if file.name.lower().endswith(ENDINGS))
+    """List whatever could be an image, in nnU-Net's ending or another one."""
+    files = visible_files(folder) if folder.is_dir() else []
+    return [file for file in files if file.name.lower().endswith(IMAGE_ENDINGS)]

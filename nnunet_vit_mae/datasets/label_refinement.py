@@ -16,17 +16,11 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
-from nnunet_vit_mae.datasets.labels import (
-    cases_in,
-    ending_in,
-    read_labels,
-    read_volume,
-    visible_files,
-    whole_numbers,
-)
-from nnunet_vit_mae.datasets.volumes import without_warnings_of_itk
-from nnunet_vit_mae.errors import UserError, reader_reason
+from nnunet_vit_mae.errors import UserError, reader_reason, reading
 from nnunet_vit_mae.files import make_folder, replacing
+from nnunet_vit_mae.imaging.channels import cases_in, channel_file_name, ending_in, visible_files
+from nnunet_vit_mae.imaging.labels import read_labels, read_volume, whole_numbers
+from nnunet_vit_mae.imaging.volumes import without_warnings_of_itk
 
 REPORT = "refinement.csv"
 CONNECTIVITIES = ("2d", "3d")
@@ -101,7 +95,8 @@ def find_pairs(images: Path, labels: Path, channel: int) -> list[Pair]:
     if not images.is_dir():
         raise UserError(f"{images} is not a folder: check -i.")
     pairs = [
-        Pair(case, file, images / f"{case}_{channel:04d}{ending}") for case, file in cases_in(labels, ending).items()
+        Pair(case, file, images / channel_file_name(case, channel, ending))
+        for case, file in cases_in(labels, ending).items()
     ]
     present = set(visible_files(images))
     if missing := [pair for pair in pairs if pair.image not in present]:
@@ -127,11 +122,9 @@ def refine_case(pair: Pair, rule: Rule, values: tuple[int, ...] | None, output: 
 
     Raises `UserError` when its files cannot be read, do not fit or hold no label.
     """
-    try:
+    with reading(pair.case):
         image, geometry = read_volume(pair.image)
         label, of_label = read_volume(pair.label)
-    except Exception as error:  # noqa: BLE001 (readers raise many kinds, and all other cases must be done)
-        raise UserError(f"{pair.case} cannot be read ({reader_reason(error)}): repair or replace the file.") from None
     if difference := geometry.difference(of_label):
         raise UserError(f"{pair.case} has image and label that differ in {difference}: resample one to the other.")
     if not whole_numbers(label):
@@ -160,7 +153,7 @@ def refine_all(
                 yield pair, [], str(error)
 
 
-def write_report(changes: list[Change], file: Path) -> None:
+def write_changes(changes: list[Change], file: Path) -> None:
     """A CSV file with a row for each case and label."""
     with replacing(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, [field.name for field in fields(Change)])

@@ -8,13 +8,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_vit_mae.errors import UserError, some
+from nnunet_vit_mae.errors import UserError, abbreviated
 
 DELIMITERS = ",;\t"  # spreadsheets write semicolons where the comma is the decimal sign
 
 
 @dataclass(frozen=True)
-class Table:
+class CaseTable:
     """A CSV file with a row for each case: column -> case -> what is written there."""
 
     file: Path
@@ -30,11 +30,13 @@ class Table:
         """Patient by case; raises `UserError` when one is empty."""
         patients = dict(self.column(name, "--patient"))
         if empty := [case for case, patient in patients.items() if not patient]:
-            raise UserError(f"{self.file} has no {name} for {some(empty)}: fill in the column, or remove the rows.")
+            raise UserError(
+                f"{self.file} has no {name} for {abbreviated(empty)}: fill in the column, or remove the rows."
+            )
         return patients
 
 
-def read_table(file: Path, case_column: str | None, cases: Collection[str]) -> Table:
+def read_case_table(file: Path, case_column: str | None, cases: Collection[str]) -> CaseTable:
     """Read a CSV file; its column of cases is named, or else found: the one in which most of `cases` occur.
 
     Fields are separated by commas, semicolons or tabs, whichever the first line has most of. Raises `UserError` for a
@@ -63,7 +65,7 @@ def read_table(file: Path, case_column: str | None, cases: Collection[str]) -> T
         case_column = _column_of_cases(file, header, rows, cases)
     elif case_column not in header:
         raise UserError(f"{file} has no column {case_column}, only {', '.join(header)}: check --case.")
-    return Table(file, _by_case(file, header, rows, header.index(case_column)))
+    return CaseTable(file, _by_case(file, header, rows, header.index(case_column)))
 
 
 def read_names(file: Path, known: Collection[str], flag: str) -> list[str]:
@@ -74,7 +76,7 @@ def read_names(file: Path, known: Collection[str], flag: str) -> list[str]:
         raise UserError(f"{file} cannot be read ({error}): check {flag}.") from None
     names = [line for line in lines if line and not line.startswith("#")]
     if unknown := sorted({*names} - {*known}):
-        raise UserError(f"{file} names {some(unknown)}, which is no case there: correct the name.")
+        raise UserError(f"{file} names {abbreviated(unknown)}, which is no case there: correct the name.")
     return names
 
 

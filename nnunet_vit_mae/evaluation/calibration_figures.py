@@ -10,10 +10,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from nnunet_vit_mae.calibration import LIMIT, Curve, Volumes
 from nnunet_vit_mae.evaluation.figures import COLOURS, bland_altman_figure, styled
 from nnunet_vit_mae.evaluation.results import Evaluation
 from nnunet_vit_mae.evaluation.summary import agreement
+from nnunet_vit_mae.thresholds import LOG_ODDS_LIMIT, Curve, Volumes
 
 TICKS = np.array([0.001, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98, 0.999])
 WHEN = {"before calibration": "before_mm3", "after calibration": "after_mm3"}
@@ -38,7 +38,11 @@ def curve_figure(curves: Mapping[str, Curve], thresholds: Sequence[float]) -> Fi
             axes.axvline(_log_odds(place), color="black", linewidth=1, linestyle=style, label=name)
         axes.legend(loc="upper right", fontsize=8)
         axes.set_xticks(_log_odds(TICKS), [f"{tick:g}" for tick in TICKS])
-        axes.set(xlim=(-LIMIT, LIMIT), xlabel="Threshold on the probability (axis in log odds)", title=label)
+        axes.set(
+            xlim=(-LOG_ODDS_LIMIT, LOG_ODDS_LIMIT),
+            xlabel="Threshold on the probability (axis in log odds)",
+            title=label,
+        )
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     return figure
 

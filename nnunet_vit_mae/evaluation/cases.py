@@ -13,27 +13,20 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from nnunet_vit_mae.datasets.contrasts import ENDINGS
-from nnunet_vit_mae.datasets.labels import (
-    Labels,
-    cases_in,
-    ending_in,
-    read_labels,
-    read_volume,
-    whole_numbers,
-)
-from nnunet_vit_mae.datasets.volumes import Geometry, read_geometry, without_warnings_of_itk
-from nnunet_vit_mae.datasets.workers import each
-from nnunet_vit_mae.errors import UserError, reader_reason, some
+from nnunet_vit_mae.errors import UserError, abbreviated, reading
 from nnunet_vit_mae.evaluation.measures import measure
 from nnunet_vit_mae.evaluation.results import Options
+from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, cases_in, channel_file_name, ending_in
+from nnunet_vit_mae.imaging.labels import Labels, read_labels, read_volume, whole_numbers
+from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
+from nnunet_vit_mae.workers import run_each
 
-DESCRIPTION = "dataset.json"
+DATASET_JSON = "dataset.json"
 THICKNESS_DIGITS = 4  # of mm: headers hold single precision, and 5.0000002 mm is 5 mm
 
 
 @dataclass(frozen=True)
-class Case:
+class EvaluationCase:
     """A reference, its prediction by each model, and the first channel of its image when images are given."""
 
     name: str
@@ -43,19 +36,19 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Study:
+class EvaluationSet:
     """All that is evaluated."""
 
     models: tuple[str, ...]
     labels: Labels
-    cases: tuple[Case, ...]
+    cases: tuple[EvaluationCase, ...]
     notes: tuple[str, ...] = ()
 
 
 # ---------- which files
 
 
-def find_study(references: Path, predictions: Mapping[str, Path], images: Path | None = None) -> Study:
+def find_evaluation_set(references: Path, predictions: Mapping[str, Path], images: Path | None = None) -> EvaluationSet:
     """Find what belongs together; predictions are folders by name of the model.
 
     Raises `UserError` for folders or files that are missing, of different formats, or described differently.
@@ -71,7 +64,7 @@ def find_study(references: Path, predictions: Mapping[str, Path], images: Path |
     labels = described_labels(references, list(predictions.values()))
     if labels is None:
         labels = labels_in([case.reference for case in cases])
-    return Study(tuple(predictions), labels, cases, tuple(_surplus(names, ending, predictions)))
+    return EvaluationSet(tuple(predictions), labels, cases, tuple(_surplus(names, ending, predictions)))
 
 
 def described_labels(references: Path, predictions: Sequence[Path]) -> Labels | None:
@@ -79,7 +72,7 @@ def described_labels(references: Path, predictions: Sequence[Path]) -> Labels | 
 
     Raises `UserError` when models were trained for different labels.
     """
-    files = [folder / DESCRIPTION for folder in predictions if (folder / DESCRIPTION).is_file()]
+    files = [folder / DATASET_JSON for folder in predictions if (folder / DATASET_JSON).is_file()]
     found = [_foreground(file) for file in files]
     for file, labels in zip(files, found, strict=True):
         if labels != found[0]:
@@ -87,8 +80,8 @@ def described_labels(references: Path, predictions: Sequence[Path]) -> Labels | 
     if found:
         return found[0]
     for folder in (references, references.resolve().parent):
-        if (folder / DESCRIPTION).is_file():
-            return _foreground(folder / DESCRIPTION)
+        if (folder / DATASET_JSON).is_file():
+            return _foreground(folder / DATASET_JSON)
     return None
 
 
@@ -104,7 +97,7 @@ def labels_in(references: Sequence[Path]) -> Labels:
     values -= {0}
     if not values:
         raise UserError(
-            f"All references in {references[0].parent} are empty: check -r, or put nnU-Net's {DESCRIPTION} there."
+            f"All references in {references[0].parent} are empty: check -r, or put nnU-Net's {DATASET_JSON} there."
         )
     return Labels({str(value): (value,) for value in sorted(values)})
 
@@ -116,24 +109,26 @@ def _foreground(file: Path) -> Labels:
     return labels
 
 
-def _case(name: str, ending: str, references: Path, predictions: Mapping[str, Path], images: Path | None) -> Case:
+def _case(
+    name: str, ending: str, references: Path, predictions: Mapping[str, Path], images: Path | None
+) -> EvaluationCase:
     files = {model: folder / f"{name}{ending}" for model, folder in predictions.items()}
     for model, file in files.items():
         if not file.is_file():
-            other = [file.with_name(name + wrong) for wrong in ENDINGS if file.with_name(name + wrong).is_file()]
+            other = [file.with_name(name + wrong) for wrong in IMAGE_ENDINGS if file.with_name(name + wrong).is_file()]
             if other:
                 raise UserError(f"{other[0]} has another format than the references ({ending}): convert one of them.")
             raise UserError(f"{model} has no prediction of the case {name}: predict it to {file}, or check -r and -p.")
-    image = None if images is None else images / f"{name}_0000{ending}"
+    image = None if images is None else images / channel_file_name(name, 0, ending)
     if image is not None and not image.is_file():
         raise UserError(f"The case {name} has no image {image}: add it, or check -i.")
-    return Case(name, references / f"{name}{ending}", files, image)
+    return EvaluationCase(name, references / f"{name}{ending}", files, image)
 
 
 def _surplus(names: Sequence[str], ending: str, predictions: Mapping[str, Path]) -> Iterator[str]:
     for model, folder in predictions.items():
         if extra := sorted({*cases_in(folder, ending)} - {*names}):
-            yield f"{model}: predictions without a reference are left out ({some(extra)})."
+            yield f"{model}: predictions without a reference are left out ({abbreviated(extra)})."
 
 
 # ---------- what is in them
@@ -147,13 +142,13 @@ class _Measured:
     elsewhere: list[str]  # models whose prediction has another origin or direction
 
 
-def measure_cases(study: Study, options: Options, processes: int = 1) -> tuple[pd.DataFrame, list[str]]:
+def measure_cases(study: EvaluationSet, options: Options, processes: int = 1) -> tuple[pd.DataFrame, list[str]]:
     """A row for each model, case and label, in this order, and notes; one case at a time is in memory per process.
 
     Raises `UserError` for files that cannot be read, do not fit each other, or hold other labels.
     """
     measure_case = partial(_measure_case, labels=study.labels, options=options)
-    jobs = each(measure_case, study.cases, processes, initializer=one_thread)
+    jobs = run_each(measure_case, study.cases, processes, initializer=use_one_torch_thread)
     measured = {}
     for case, found in tqdm(jobs, total=len(study.cases), unit="case", desc="measuring"):
         if found is None:
@@ -166,12 +161,12 @@ def measure_cases(study: Study, options: Options, processes: int = 1) -> tuple[p
         if cases := [case.name for case in study.cases if model in measured[case.name].elsewhere]:
             notes.append(
                 f"{model}: predictions have another origin or direction than their references, but are compared voxel "
-                f"by voxel, as nnU-Net does ({some(cases)})."
+                f"by voxel, as nnU-Net does ({abbreviated(cases)})."
             )
     return pd.DataFrame(rows), notes
 
 
-def one_thread() -> None:
+def use_one_torch_thread() -> None:
     """There are as many processes as cores."""
     torch.set_num_threads(1)
 
@@ -182,16 +177,14 @@ def read_mask(file: Path) -> np.ndarray:
 
 
 def _read(file: Path) -> tuple[np.ndarray, Geometry]:
-    try:
+    with reading(file):
         array, geometry = read_volume(file)
-    except Exception as error:  # noqa: BLE001 (SimpleITK and nibabel have errors of their own; the reason goes on)
-        raise UserError(f"{file} cannot be read ({reader_reason(error)}): repair or replace it.") from None
     if not whole_numbers(array):
         raise UserError(f"{file} holds numbers that are not integers: give segmentations, not probabilities.")
     return array.astype(np.int32) if array.dtype.kind == "f" else array, geometry
 
 
-def _measure_case(case: Case, labels: Labels, options: Options) -> _Measured:
+def _measure_case(case: EvaluationCase, labels: Labels, options: Options) -> _Measured:
     with without_warnings_of_itk():
         reference, geometry = _read(case.reference)
         _refuse_other_labels(case.reference, reference, labels)
@@ -217,13 +210,11 @@ def _measure_case(case: Case, labels: Labels, options: Options) -> _Measured:
     return _Measured(rows, elsewhere)
 
 
-def _slice_thickness(case: Case, geometry: Geometry) -> float:
+def _slice_thickness(case: EvaluationCase, geometry: Geometry) -> float:
     """The largest spacing of the image, or of the reference without one."""
     if case.image is not None:
-        try:
+        with reading(case.image):
             image = read_geometry(case.image)
-        except Exception as error:  # noqa: BLE001 (as above)
-            raise UserError(f"{case.image} cannot be read ({reader_reason(error)}): repair or replace it.") from None
         _refuse_other_grid(case.reference, geometry, case.image, image)
         geometry = image
     return round(max(geometry.spacing), THICKNESS_DIGITS)
@@ -241,8 +232,8 @@ def _refuse_other_labels(file: Path, array: np.ndarray, labels: Labels) -> None:
     if len(unknown):
         known = ", ".join(map(str, sorted(labels.known)))
         raise UserError(
-            f"{file} holds the label {some(map(str, unknown))}, but only {known} are known: "
-            f"correct the file, or the labels in {DESCRIPTION}."
+            f"{file} holds the label {abbreviated(map(str, unknown))}, but only {known} are known: "
+            f"correct the file, or the labels in {DATASET_JSON}."
         )
 
 

@@ -85,7 +85,7 @@ def measures_figure(evaluation: Evaluation, label: str) -> Figure:
         scale = Scale.around(table) if column != "dice" else None
         for offset, values in zip(_offsets(len(table)), table, strict=True):
             axes.plot(np.arange(len(values)) + 0.22 + offset, values, color="#b5b5b5", linewidth=0.5, zorder=1)
-        for place, look in enumerate(looks(evaluation.models).values()):
+        for place, look in enumerate(model_styles(evaluation.models).values()):
             values = table[:, place]
             _box(axes, values, place - 0.14, 0.26, look)
             axes.scatter(place + 0.22 + _offsets(len(values)), values, **look.points(16), zorder=3)
@@ -106,7 +106,7 @@ def bland_altman_figure(evaluation: Evaluation, label: str) -> Figure:
     agreements = {entry.model: entry for entry in evaluation.agreements if entry.label == label}
     figure, panels = _panels(evaluation.models, height=3.3)
     middles, differences = [], []
-    for axes, (model, look) in zip(panels, looks(evaluation.models).items(), strict=True):
+    for axes, (model, look) in zip(panels, model_styles(evaluation.models).items(), strict=True):
         annotated, predicted = _volumes(evaluation, model, label)
         middles.extend((annotated + predicted) / 2)
         differences.extend(predicted - annotated)
@@ -161,7 +161,7 @@ def scatter_figure(evaluation: Evaluation, label: str) -> Figure:
     pairs = {model: _volumes(evaluation, model, label) for model in evaluation.models}
     scale = Scale.around(np.concatenate([np.concatenate(pair) for pair in pairs.values()]))
     figure, panels = _panels(evaluation.models, height=3.0)
-    for place, (axes, (model, look)) in enumerate(zip(panels, looks(evaluation.models).items(), strict=True)):
+    for place, (axes, (model, look)) in enumerate(zip(panels, model_styles(evaluation.models).items(), strict=True)):
         scale.apply(axes, "x")
         scale.apply(axes, "y")
         low, high = scale.limits
@@ -245,7 +245,7 @@ def bins_figure(evaluation: Evaluation, label: str) -> Figure:
         _bins_panel(axes, evaluation, bins)
     handles = [
         figure.axes[0].scatter([], [], **look.points(28), label=_wrapped(model, 30))
-        for model, look in looks(evaluation.models).items()
+        for model, look in model_styles(evaluation.models).items()
     ]
     if len(evaluation.models) > 1:
         figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)), frameon=False)
@@ -263,7 +263,7 @@ def _bins_panel(axes: Axes, evaluation: Evaluation, bins: Sequence[Bin]) -> None
     for place, (low, high) in enumerate(ranges):
         if place % 2:
             axes.axvspan(place - 0.5, place + 0.5, color="#f6f6f6", linewidth=0, zorder=0)
-        for index, (model, look) in enumerate(looks(evaluation.models).items()):
+        for index, (model, look) in enumerate(model_styles(evaluation.models).items()):
             size = rows[quantity].to_numpy(dtype=float)
             inside = (size <= high) & ((size >= low) if place == 0 else (size > low))
             values = rows[measure].to_numpy(dtype=float)[inside & (rows["model"] == model).to_numpy()]
@@ -286,7 +286,7 @@ def _bins_panel(axes: Axes, evaluation: Evaluation, bins: Sequence[Bin]) -> None
 
 
 @dataclass(frozen=True)
-class Look:
+class ModelStyle:
     """How a model is drawn."""
 
     colour: str
@@ -297,10 +297,10 @@ class Look:
         return {"s": size, "marker": self.marker, "facecolor": self.colour, "alpha": 0.75, "linewidth": 0}
 
 
-def looks(models: Iterable[str]) -> dict[str, Look]:
+def model_styles(models: Iterable[str]) -> dict[str, ModelStyle]:
     """A colour and a marker for each model."""
     return {
-        model: Look(COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)])
+        model: ModelStyle(COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)])
         for number, model in enumerate(models)
     }
 
@@ -372,7 +372,7 @@ def _name_axis(axes: Axes, axis: str, column: str, scale: Scale | None) -> None:
         getattr(axes, f"set_{axis}lim")(-0.03, 1.03)
 
 
-def _box(axes: Axes, values: np.ndarray, place: float, width: float, look: Look) -> None:
+def _box(axes: Axes, values: np.ndarray, place: float, width: float, look: ModelStyle) -> None:
     """Median, quartiles, whiskers to 1.5 times their distance, and the mean; of fewer than five values nothing."""
     values = values[np.isfinite(values)]
     if len(values) < 5:

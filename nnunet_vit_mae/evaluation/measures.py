@@ -37,7 +37,7 @@ def measure(
     if reference.dtype != bool or prediction.dtype != bool:
         raise ValueError(f"Masks have to be boolean, got {reference.dtype} and {prediction.dtype}.")
     voxel = math.prod(spacing)
-    reference, prediction = crop(reference, prediction)
+    reference, prediction = crop_to_union(reference, prediction)
     return {
         **overlap(reference, prediction),
         **volumes(int(reference.sum()), int(prediction.sum()), voxel),
@@ -46,7 +46,7 @@ def measure(
     }
 
 
-def crop(reference: np.ndarray, prediction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def crop_to_union(reference: np.ndarray, prediction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both masks in the bounding box of their union with one voxel of nothing around: no measure sees more than that.
 
     Everything after it takes time and memory for the object, not for the image.
@@ -104,7 +104,7 @@ def surfaces(
 def surface_dice(reference: np.ndarray, prediction: np.ndarray, spacing: tuple[float, ...], tolerance: float) -> float:
     """`compute_surface_dice(use_subvoxels=True)` from MONAI's own parts, which takes gigabytes for scattered objects.
 
-    The masks have to be cropped (`crop`), for a surface closes only where there is nothing around it.
+    The masks have to be cropped (`crop_to_union`), for a surface closes only where there is nothing around it.
     """
     table, weights = get_code_to_measure_table(spacing)
     areas = [_areas(mask, weights.squeeze().numpy(), table.numpy()) for mask in (reference, prediction)]

@@ -12,13 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
-from nnunet_vit_mae.datasets.labels import Labels
-from nnunet_vit_mae.datasets.volumes import without_warnings_of_itk
-from nnunet_vit_mae.errors import UserError, reader_reason
+from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.evaluation.cases import described_labels
 from nnunet_vit_mae.evaluation.figures import WIDTH, styled
 from nnunet_vit_mae.evaluation.results import Evaluation
 from nnunet_vit_mae.evaluation.words import rows_of
+from nnunet_vit_mae.imaging.labels import Labels
+from nnunet_vit_mae.imaging.volumes import without_warnings_of_itk
 
 # green light and wide, red dark and thin on top of it: they differ without colours, and where they agree both are seen
 REFERENCE, PREDICTION = ("#3ee08f", 3.0), ("#f5152f", 1.2)
@@ -37,7 +37,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Slice:
+class ExampleSlice:
     """An example cut across z where reference and prediction have most voxels; arrays are (y x)."""
 
     example: Example
@@ -79,7 +79,7 @@ def labels_of(labels: Sequence[str], references: Path, predictions: Mapping[str,
 
 def cut(
     example: Example, labels: Labels, references: Path, predictions: Mapping[str, Path], images: Path | None
-) -> Slice:
+) -> ExampleSlice:
     """Read an example. Without an image the masks remain."""
     file = needed_file(references, example.case)
     reference = read(file)
@@ -93,7 +93,7 @@ def cut(
     counts = (masks[0] | masks[1]).reshape(len(masks[0]), -1).sum(axis=1)
     z = int(counts.argmax()) if counts.any() else len(counts) // 2
     shown = arrays[2][z].astype(np.float32) if image else None
-    return Slice(example, shown, masks[0][z], masks[1][z], (spacing[1], spacing[0]), robust_window(shown))
+    return ExampleSlice(example, shown, masks[0][z], masks[1][z], (spacing[1], spacing[0]), robust_window(shown))
 
 
 def robust_window(image: np.ndarray | None) -> tuple[float, float]:
@@ -119,11 +119,8 @@ def needed_file(folder: Path, name: str) -> Path:
 
 def read(file: Path) -> sitk.Image:
     """Read a volume; raises `UserError` when that is not possible."""
-    try:
-        with without_warnings_of_itk():
-            return sitk.ReadImage(str(file))
-    except RuntimeError as error:
-        raise UserError(f"{file} cannot be read ({reader_reason(error)}): repair or replace it.") from None
+    with reading(file), without_warnings_of_itk():
+        return sitk.ReadImage(str(file))
 
 
 def _on_grid_of(reference: sitk.Image, file: Path) -> sitk.Image:
@@ -143,7 +140,7 @@ def _upright(image: sitk.Image) -> sitk.Image:
 
 
 @styled
-def overlays_figure(slices: Sequence[Sequence[Slice]]) -> Figure:
+def overlays_figure(slices: Sequence[Sequence[ExampleSlice]]) -> Figure:
     """A row for each model; masks alone where there is no image."""
     columns = max(len(row) for row in slices)
     side = WIDTH / 3
@@ -165,7 +162,7 @@ def overlays_figure(slices: Sequence[Sequence[Slice]]) -> Figure:
     return figure
 
 
-def _draw(axes: Axes, entry: Slice) -> None:
+def _draw(axes: Axes, entry: ExampleSlice) -> None:
     shape = np.array(entry.reference.shape)
     height, width = shape * entry.spacing
     axes.set_facecolor("#1a1a1a")

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation import figures, words
-from nnunet_vit_mae.evaluation.overlays import Slice, choose_examples, cut, labels_of, overlays_figure
+from nnunet_vit_mae.evaluation.overlays import ExampleSlice, choose_examples, cut, labels_of, overlays_figure
 from nnunet_vit_mae.evaluation.results import MEASURES, Evaluation, PairedTest, Risk
 from nnunet_vit_mae.files import read_json, replacing
 
@@ -83,7 +83,7 @@ def write_report(
 
 def read_slices(
     evaluation: Evaluation, references: Path, predictions: Mapping[str, Path], images: Path | None
-) -> dict[str, list[list[Slice]]]:
+) -> dict[str, list[list[ExampleSlice]]]:
     """The examples of each label, a row for each model that has some."""
     labels = labels_of(evaluation.labels, references, predictions)
     return {
@@ -127,7 +127,9 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w-]+", "_", name).strip("_")[:40] or "label"
 
 
-def _label_context(evaluation: Evaluation, label: str, slices: list[list[Slice]], gallery: Gallery) -> dict[str, Any]:
+def _label_context(
+    evaluation: Evaluation, label: str, slices: list[list[ExampleSlice]], gallery: Gallery
+) -> dict[str, Any]:
     risks = [entry for entry in evaluation.risks if entry.label == label]
 
     def draw(function: Callable[[Evaluation, str], Figure], name: str, caption: str, alt: str) -> Picture:
@@ -180,7 +182,7 @@ def _label_context(evaluation: Evaluation, label: str, slices: list[list[Slice]]
     return {
         "name": label,
         "highlights": words.highlights(evaluation, label, _confidence(evaluation)),
-        "headline": headline(evaluation, label),
+        "headline": headline_table(evaluation, label),
         "tests": comparisons(evaluation, label),
         "agreements": agreements(evaluation, label),
         "risks": [_risk_row(entry) for entry in risks],
@@ -201,7 +203,7 @@ def _by(pair: tuple[str, str]) -> str:
     return f"{words.TITLES.get(pair[0], pair[0])} by {words.TITLES.get(pair[1], pair[1]).lower()}"
 
 
-def _overlay_words(label: str, slices: Iterable[Iterable[Slice]]) -> tuple[str, str]:
+def _overlay_words(label: str, slices: Iterable[Iterable[ExampleSlice]]) -> tuple[str, str]:
     every = [entry for row in slices for entry in row]
     shown = [f"{e.example.model}, {e.example.rank} ({e.example.case}, Dice {e.example.dice:.2f})" for e in every]
     caption = (
@@ -219,7 +221,7 @@ def _overlay_words(label: str, slices: Iterable[Iterable[Slice]]) -> tuple[str, 
 # ---------- tables
 
 
-def headline(evaluation: Evaluation, label: str) -> list[dict[str, Any]]:
+def headline_table(evaluation: Evaluation, label: str) -> list[dict[str, Any]]:
     """A row for each measure, a cell for each model; the number of cases on its own when it is the same for all."""
     rows = []
     for measure in MEASURES:
@@ -312,14 +314,14 @@ def bin_table(evaluation: Evaluation, label: str, measure: str, quantity: str) -
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationRecord:
     """What `mae3d_calibrate` wrote, and the pictures beside it."""
 
     content: Mapping[str, Any]
     folder: Path
 
 
-def read_calibration(path: Path) -> Calibration:
+def read_calibration(path: Path) -> CalibrationRecord:
     """Read `calibration.json`, given itself or by its folder; raises `UserError` when it is none."""
     file = path / "calibration.json" if path.is_dir() else path
     content = read_json(file)
@@ -330,10 +332,10 @@ def read_calibration(path: Path) -> Calibration:
         found = content.get(when, {})
         if not isinstance(found, dict) or not all(isinstance(entry, dict) for entry in found.values()):
             raise UserError(f"{file} is not a calibration: what it has as {when!r} is not a table by label.")
-    return Calibration(content, file.parent)
+    return CalibrationRecord(content, file.parent)
 
 
-def _calibration_context(name: str, found: Calibration, gallery: Gallery) -> dict[str, Any]:
+def _calibration_context(name: str, found: CalibrationRecord, gallery: Gallery) -> dict[str, Any]:
     content = found.content
     rows = []
     for label, threshold in content["thresholds"].items():

@@ -21,9 +21,9 @@ from nnunet_vit_mae.evaluation.results import MEASURES, Agreement, Bin, Evaluati
 from nnunet_vit_mae.files import replacing, write_json
 from nnunet_vit_mae.statistics import compare, holm, mean_interval
 
-PACKAGES = ("monai", "numpy", "pandas", "scikit-learn", "scipy", "SimpleITK", "statsmodels")
+REPORTED_PACKAGES = ("monai", "numpy", "pandas", "scikit-learn", "scipy", "SimpleITK", "statsmodels")
 FEW = 5  # pairs: whatever they are, p cannot get below 0.05
-LIMIT = 1.96  # standard deviations: 95% of a normal distribution lie within
+LIMIT_SDS = 1.96  # standard deviations: 95% of a normal distribution lie within
 BINNED = (("dice", "slice_thickness_mm"), ("relative_difference", "reference_mm3"))
 GROUPS = {"reference_group": "reference_mm3", "predicted_group": "predicted_mm3"}
 
@@ -32,7 +32,7 @@ def evaluate(
     cases: pd.DataFrame, models: Sequence[str], labels: Sequence[str], options: Options, notes: Sequence[str] = ()
 ) -> Evaluation:
     """Sum up a row for each model, case and label, ordered so; the table gets columns of the risk groups."""
-    table = Table(cases, models, labels)
+    table = Measurements(cases, models, labels)
     risks, groups, about_risks = _risks(table, options)
     binned, about_bins = _bins(table, options)
     columns = {
@@ -49,12 +49,12 @@ def evaluate(
         risks=tuple(risks),
         bins=tuple(binned),
         settings=asdict(options),
-        versions={"nnunet-vit-mae": nnunet_vit_mae.__version__, **{name: version(name) for name in PACKAGES}},
+        versions={"nnunet-vit-mae": nnunet_vit_mae.__version__, **{name: version(name) for name in REPORTED_PACKAGES}},
         notes=(*notes, *_undefined(table), *about_risks, *about_bins),
     )
 
 
-class Table:
+class Measurements:
     """The columns of each model and label, as arrays over the cases, which are the same for all."""
 
     def __init__(self, cases: pd.DataFrame, models: Sequence[str], labels: Sequence[str]):
@@ -73,7 +73,7 @@ class Table:
         return self._rows.items()
 
 
-def paired_tests(table: Table, measure: str) -> list[PairedTest]:
+def paired_tests(table: Measurements, measure: str) -> list[PairedTest]:
     """Every two models on the cases in which both have a value, with Holm's correction over all of these tests."""
     tests = []
     for label in table.labels:
@@ -89,7 +89,7 @@ def paired_tests(table: Table, measure: str) -> list[PairedTest]:
 def agreement(model: str, label: str, differences: np.ndarray) -> Agreement:
     """Bland-Altman: predicted minus annotated volumes in mm3; the limits are NaN for a single case."""
     bias = float(differences.mean())
-    spread = LIMIT * float(differences.std(ddof=1)) if len(differences) > 1 else math.nan
+    spread = LIMIT_SDS * float(differences.std(ddof=1)) if len(differences) > 1 else math.nan
     return Agreement(model, label, len(differences), bias, bias - spread, bias + spread)
 
 
@@ -123,7 +123,9 @@ def _mean(model: str, label: str, measure: str, rows: Rows, options: Options) ->
     return Mean(model, label, measure, mean, low, high, n=len(known), left_out=len(values) - len(known))
 
 
-def _risks(table: Table, options: Options) -> tuple[list[Risk], dict[str, Callable[[float], str | None]], list[str]]:
+def _risks(
+    table: Measurements, options: Options
+) -> tuple[list[Risk], dict[str, Callable[[float], str | None]], list[str]]:
     """Risk groups of each model and label, the name of a volume's group by label, and notes."""
     risks, groups, notes = [], {}, []
     for label in table.labels:
@@ -140,7 +142,7 @@ def _group(volume: float, cutoffs: tuple[float, ...], names: tuple[str, ...]) ->
     return names[int(clinical.group_of(np.array(volume), cutoffs))] if cutoffs else None
 
 
-def _bins(table: Table, options: Options) -> tuple[list[Bin], list[str]]:
+def _bins(table: Measurements, options: Options) -> tuple[list[Bin], list[str]]:
     """Each measure by its quantity; the edges are those of the cases, the same for all models."""
     found = []
     for label in table.labels:
@@ -158,7 +160,7 @@ def _bins(table: Table, options: Options) -> tuple[list[Bin], list[str]]:
     return found, []
 
 
-def _undefined(table: Table) -> Iterator[str]:
+def _undefined(table: Measurements) -> Iterator[str]:
     """Which means leave out cases, and what an empty mask counts in the others."""
     for label in table.labels:
         empty = table.of(label)["reference_voxels"] == 0

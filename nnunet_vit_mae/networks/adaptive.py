@@ -54,7 +54,7 @@ def groups(present: list[list[int]], device: torch.device) -> Iterator[Group]:
         )
 
 
-def series_of(
+def split_contrasts(
     volume: Float[Tensor, "b c *rest"], present: list[list[int]]
 ) -> tuple[Float[Tensor, "s 1 *rest"], Int[Tensor, " s"]]:
     """The present contrasts of all studies, one after the other, and which contrast each of them is."""
@@ -153,7 +153,7 @@ class AdaptiveStem(nn.Module):
 
     def forward(self, volume: Float[Tensor, "b c z y x"]) -> Float[Tensor, "b d z y x"]:
         present = present_contrasts(volume)
-        series, contrasts = series_of(volume, present)
+        series, contrasts = split_contrasts(volume, present)
         vectors = self.vectors(contrasts).to(self.factors.weight)
         scale, shift = self.factors(vectors)[..., None, None, None].chunk(2, dim=1)
         features = (self.block(series) * scale + shift).split([len(own) for own in present])

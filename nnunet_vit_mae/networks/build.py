@@ -7,14 +7,14 @@ import math
 from torch import nn
 
 from nnunet_vit_mae.networks.adaptive import AdaptiveEncoder, AdaptiveStem, DynamicTokenizer, ModalityVectors
-from nnunet_vit_mae.networks.adaptive_mae import AdaptiveMaskedAutoencoder
+from nnunet_vit_mae.networks.adaptive_autoencoder import AdaptiveMaskedAutoencoder
+from nnunet_vit_mae.networks.autoencoder import MaskedAutoencoder
 from nnunet_vit_mae.networks.decoders.mae import MAEDecoder, TokenDecoder
 from nnunet_vit_mae.networks.decoders.sfpn import SFPNDecoder
 from nnunet_vit_mae.networks.decoders.unet import ResidualBlock
 from nnunet_vit_mae.networks.decoders.unetr import NARROWEST, UNETRDecoder
 from nnunet_vit_mae.networks.decoders.upscale import UpscaleDecoder
 from nnunet_vit_mae.networks.encoder import Encoder
-from nnunet_vit_mae.networks.mae import MaskedAutoencoder
 from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.networks.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ def build_autoencoder(network: Network, channels: int, protocol: Pretraining) ->
     outputs = 1 if network.adaptive else channels
     decoder = _token_decoder(network, outputs_per_voxel=outputs, heads=heads, cross=cross)
     masking = Masking(
-        mask_ratio=protocol.mask_ratio, rebuilt_share=protocol.rebuilt_share, skip_flat=protocol.skip_flat
+        mask_ratio=protocol.mask_ratio, rebuilt_share=protocol.rebuilt_share, skip_background=protocol.skip_background
     )
     if isinstance(encoder, AdaptiveEncoder):
         return AdaptiveMaskedAutoencoder(encoder, decoder, masking, contrasts=channels)

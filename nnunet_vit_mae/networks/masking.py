@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from nnunet_vit_mae.networks.tokenizer import Triple, moments, patchify, voxels_inside
 
-FLAT = (
+BACKGROUND_DEVIATION = (
     1e-3  # standard deviation of preprocessed intensities; below it, norm-pix would amplify ripples in air to targets
 )
 
@@ -22,19 +22,19 @@ class Masking:
 
     mask_ratio: float
     rebuilt_share: float = 1.0
-    skip_flat: bool = False
+    skip_background: bool = False
 
     def split(
         self, volume: Float[Tensor, "b c z y x"], token: Triple, noise: Float[Tensor, "b n"]
     ) -> tuple[Int[Tensor, "b k"], Int[Tensor, "b m"]]:
-        """Indices of the visible and of the hidden tokens; with `skip_flat`, as if there were no others.
+        """Indices of the visible and of the hidden tokens; with `skip_background`, as if there were no others.
 
         A batch has one shape: each of its samples goes on with as many tokens as have content in the average one. A
         richer sample leaves some out at random; a poorer one is filled up with flat tokens, which carry no loss.
         """
-        if not self.skip_flat:
+        if not self.skip_background:
             return split_tokens(noise, self.mask_ratio)
-        flat = flat_tokens(volume, token)
+        flat = background_tokens(volume, token)
         # a rehearsal has no values to look at: in the largest step no token is flat
         count = flat.shape[1] if is_fake(flat) else max(1, round(flat.logical_not().sum().item() / len(flat)))
         kept = noise.masked_fill(flat, torch.inf).argsort(dim=1, stable=True)[:, :count]
@@ -67,10 +67,10 @@ def split_tokens(noise: Float[Tensor, "b n"], mask_ratio: float) -> tuple[Int[Te
     return order[:, :visible], order[:, visible:]
 
 
-def flat_tokens(volume: Float[Tensor, "b c z y x"], token: Triple) -> Bool[Tensor, "b n"]:
+def background_tokens(volume: Float[Tensor, "b c z y x"], token: Triple) -> Bool[Tensor, "b n"]:
     """True for tokens without content, such as air and zeros: no channel varies inside the volume."""
     _, variance = moments(patchify(volume, token), voxels_inside(volume, token))
-    return (variance < FLAT**2).all(dim=2)[:, :, 0]
+    return (variance < BACKGROUND_DEVIATION**2).all(dim=2)[:, :, 0]
 
 
 def take(tokens: Shaped[Tensor, "b n *rest"], index: Int[Tensor, "b k"]) -> Shaped[Tensor, "b k *rest"]:

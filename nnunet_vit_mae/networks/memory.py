@@ -18,11 +18,10 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
-from nnunet_vit_mae.networks.mae import reconstruction_loss
 from nnunet_vit_mae.networks.positions import forget_positions
-from nnunet_vit_mae.planning import token_grid
-from nnunet_vit_mae.presets import Network, Pretraining
+from nnunet_vit_mae.presets import Network, Pretraining, token_grid
 
 
 def finetuning_memory(
@@ -57,7 +56,7 @@ def pretraining_memory(
     def prepare() -> tuple[nn.Module, Callable[[], Tensor]]:
         autoencoder = build_autoencoder(network, channels, protocol)
         volume = torch.empty(batch, channels, *patch_size)
-        tokens = network.series(channels) * math.prod(token_grid(patch_size, network.token))
+        tokens = network.token_sequences(channels) * math.prod(token_grid(patch_size, network.token))
         noise = torch.empty(batch, tokens)
 
         def loss() -> Tensor:
@@ -67,7 +66,7 @@ def pretraining_memory(
                 rebuilt,
                 network.token,
                 norm_pix=protocol.norm_pix,
-                skip_flat=protocol.skip_flat,
+                skip_background=protocol.skip_background,
             )
 
         return autoencoder, loss

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnunet_vit_mae.planning import token_grid
+from nnunet_vit_mae.presets import token_grid
 
 Triple = tuple[int, int, int]
 

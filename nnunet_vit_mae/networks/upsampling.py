@@ -46,6 +46,6 @@ def upsampling(kind: str, in_width: int, out_width: int, factor: Triple) -> nn.M
     )
 
 
-def normalised(width: int) -> list[nn.Module]:
+def norm_and_activation(width: int) -> list[nn.Module]:
     """InstanceNorm and LeakyReLU as in nnU-Net, for the paper names neither."""
     return [nn.InstanceNorm3d(width, affine=True), nn.LeakyReLU(0.01, inplace=True)]

@@ -31,7 +31,7 @@ from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTransform
 from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentationToRegionsTransform
 from torch import Tensor
 
-from nnunet_vit_mae import augmentation
+from nnunet_vit_mae import batch_transforms as augmentation
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.nnunet.absence import kept_contrasts
 
@@ -48,7 +48,7 @@ Drawn = Sequence[dict[str, Any] | None]  # parameters for each sample; None: it 
 
 
 @dataclass
-class Batch:
+class SegmentationBatch:
     """Images (b c z y x), segmentations (b 1 z y x), and the labels that may be in these."""
 
     image: Tensor
@@ -71,7 +71,7 @@ class BatchAugmentation:
         """Enlarged patches as nnU-Net's loader cuts them in; images and targets of the patch's size out."""
         present = image.flatten(2).any(dim=2).cpu().numpy()
         absent = torch.from_numpy(~np.stack([kept_contrasts(sample, self.contrast_dropout) for sample in present]))
-        batch = Batch(image, segmentation, self.labels)
+        batch = SegmentationBatch(image, segmentation, self.labels)
         for step in self.steps:
             step.apply(batch)
         batch.image[absent.to(image.device)] = 0
@@ -109,7 +109,7 @@ class _Step:
             drawing.patch_size = [1] * len(transform.patch_size)
         return cls(transform, drawing, probability)
 
-    def apply(self, batch: Batch) -> None:
+    def apply(self, batch: SegmentationBatch) -> None:
         """Change the batch in place."""
         stub = torch.empty(()).expand(batch.image.shape[1:])  # of an image they draw for, only the shape counts
         drawn = [
@@ -124,7 +124,7 @@ class _Step:
 # ---------- one function for each transform
 
 
-def _spatial(transform: SpatialTransform, batch: Batch, drawn: Drawn) -> None:
+def _spatial(transform: SpatialTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
     patch = tuple(transform.patch_size)
     affines = {n: found["affine"] for n, found in enumerate(drawn) if found and found["affine"] is not None}
     image, labels = batch.image, batch.segmentation
@@ -132,45 +132,45 @@ def _spatial(transform: SpatialTransform, batch: Batch, drawn: Drawn) -> None:
     batch.image, batch.segmentation = (augmentation.centre_crop(one, patch).clone() for one in (image, labels))
     if affines:
         moved, affine = list(affines), torch.from_numpy(np.stack([*affines.values()])).to(image)
-        batch.image[moved] = augmentation.resample(image[moved], affine, patch)
+        batch.image[moved] = augmentation.resample_images(image[moved], affine, patch)
         batch.segmentation[moved] = augmentation.resample_labels(labels[moved], affine, patch, batch.labels)
 
 
-def _slices(transform: Convert3DTo2DTransform, batch: Batch, drawn: Drawn) -> None:
+def _slices(transform: Convert3DTo2DTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
     batch.image, batch.segmentation = batch.image.flatten(1, 2), batch.segmentation.flatten(1, 2)
 
 
-def _volumes(transform: Convert2DTo3DTransform, batch: Batch, drawn: Drawn) -> None:
+def _volumes(transform: Convert2DTo3DTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
     depth = batch.segmentation.shape[1]  # it had one channel
     batch.image, batch.segmentation = (one.unflatten(1, (-1, depth)) for one in (batch.image, batch.segmentation))
 
 
-def _noise(transform: GaussianNoiseTransform, batch: Batch, drawn: Drawn) -> None:
+def _noise(transform: GaussianNoiseTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
     _change(batch, drawn, augmentation.noise, "sigmas", where="apply_idx")
 
 
-def _blur(transform: GaussianBlurTransform, batch: Batch, drawn: Drawn) -> None:
+def _blur(transform: GaussianBlurTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
     _change(batch, drawn, augmentation.blur, "sigmas")
 
 
-def _brightness(transform: MultiplicativeBrightnessTransform, batch: Batch, drawn: Drawn) -> None:
+def _brightness(transform: MultiplicativeBrightnessTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
     _change(batch, drawn, augmentation.brightness, "multipliers")
 
 
-def _contrast(transform: ContrastTransform, batch: Batch, drawn: Drawn) -> None:
+def _contrast(transform: ContrastTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
     function = partial(augmentation.contrast, preserve_range=transform.preserve_range)
     _change(batch, drawn, function, "multipliers")
 
 
-def _low_resolution(transform: SimulateLowResolutionTransform, batch: Batch, drawn: Drawn) -> None:
+def _low_resolution(transform: SimulateLowResolutionTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
     _change(batch, drawn, augmentation.lower_resolution, "scales")
 
 
-def _gamma(transform: GammaTransform, batch: Batch, drawn: Drawn) -> None:
+def _gamma(transform: GammaTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
     _change(batch, drawn, augmentation.gamma, "gamma", "invert_image", "retain_stats")
 
 
-def _mirror(transform: MirrorTransform, batch: Batch, drawn: Drawn) -> None:
+def _mirror(transform: MirrorTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
     for sample, found in enumerate(drawn):
         if found and found["axes"]:
             axes = [axis + 1 for axis in found["axes"]]
@@ -178,23 +178,27 @@ def _mirror(transform: MirrorTransform, batch: Batch, drawn: Drawn) -> None:
             batch.segmentation[sample] = batch.segmentation[sample].flip(axes)
 
 
-def _mask(transform: MaskImageTransform, batch: Batch, drawn: Drawn) -> None:
+def _mask(transform: MaskImageTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
     outside = batch.segmentation[:, transform.channel_idx_in_seg, None] < 0
     channels = transform.apply_to_channels
     batch.image[:, channels] = batch.image[:, channels].masked_fill(outside, transform.set_outside_to)
 
 
-def _remove_label(transform: RemoveLabelTransform, batch: Batch, drawn: Drawn) -> None:
+def _remove_label(transform: RemoveLabelTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
     batch.segmentation[batch.segmentation == transform.label_value] = transform.set_to
 
 
-def _regions(transform: ConvertSegmentationToRegionsTransform, batch: Batch, drawn: Drawn) -> None:
+def _regions(transform: ConvertSegmentationToRegionsTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
     labels = batch.segmentation[:, transform.channel_in_seg]
     batch.segmentation = torch.stack([torch.isin(labels, region.to(labels)) for region in transform.regions], dim=1)
 
 
 def _change(
-    batch: Batch, drawn: Drawn, function: Callable[..., Tensor], *names: str, where: str = "apply_to_channel"
+    batch: SegmentationBatch,
+    drawn: Drawn,
+    function: Callable[..., Tensor],
+    *names: str,
+    where: str = "apply_to_channel",
 ) -> None:
     """Give `function` all channels that were drawn as rows, with the parameters of each by these names."""
     rows: list[tuple[int, int]] = []
@@ -218,7 +222,7 @@ def _numbers(channels: Any) -> list[int]:
     return (chosen.nonzero().flatten() if chosen.dtype == torch.bool else chosen).tolist()
 
 
-APPLY: Mapping[type, Callable[[Any, Batch, Drawn], None]] = {
+APPLY: Mapping[type, Callable[[Any, SegmentationBatch, Drawn], None]] = {
     Convert3DTo2DTransform: _slices,
     SpatialTransform: _spatial,
     Convert2DTo3DTransform: _volumes,

@@ -22,22 +22,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunet_vit_mae.calibration import Calibration, Case, Classes, Curve, Volumes, calibrate
-from nnunet_vit_mae.errors import UserError, reader_reason
+from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.evaluation.calibration_figures import agreement_figure, curve_figure
 from nnunet_vit_mae.files import replacing, write_json
-from nnunet_vit_mae.nnunet.cases import split_of, training_names
+from nnunet_vit_mae.nnunet.folds import split_of, training_names
 from nnunet_vit_mae.nnunet.models import Model
-from nnunet_vit_mae.nnunet.plans import Plan
-from nnunet_vit_mae.nnunet.prediction import find_cases, find_reference, link, predict
+from nnunet_vit_mae.nnunet.plans import Plan, classes_of
+from nnunet_vit_mae.nnunet.prediction import find_prediction_cases, find_reference, link, predict
 from nnunet_vit_mae.plots import save_figure
+from nnunet_vit_mae.thresholds import Calibration, CalibrationCase, Classes, Curve, Volumes, fit_thresholds
 from nnunet_vit_mae.weights import file_hash
 
 CALIBRATED = "checkpoint_calibrated.pth"
-RECORD = "calibration.json"
+CALIBRATION_RECORD = "calibration.json"
 FOLDER = "calibration"  # in the model's folder: probabilities of cases that nnU-Net has kept none of
 HEAD = re.compile(r"decoder\.(?:(?:.+\.)?head|seg_layers\.\d+)\.bias")  # ours, and those of nnU-Net's U-Nets
-PACKAGES = ("nnunet-vit-mae", "nnunetv2", "torch", "numpy")
+RECORDED_PACKAGES = ("nnunet-vit-mae", "nnunetv2", "torch", "numpy")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def separate_cases(
     Raises `UserError` for cases that the model was trained on, and when files are missing.
     """
     plan = model.plan
-    names = [case.name for case in find_cases(plan, images)]
+    names = [case.name for case in find_prediction_cases(plan, images)]
     labels = {name: find_reference(plan, name, references) for name in names}
     labelled = _labelled(plan)
     known = {name for fold in model.folds for name in training_names(plan, fold, labelled)}
@@ -94,7 +94,7 @@ def fit(model: Model, cases: Sequence[Predicted], objective: str) -> Calibration
     """The shifts with the smallest loss on these cases. Raises `UserError` for files that cannot be read."""
     classes, bar = classes_of(model.plan), tqdm(unit="case", desc="reading")
     with bar:
-        return calibrate([_to_calibrate(model.plan, case, classes, bar) for case in cases], classes, objective)
+        return fit_thresholds([_to_calibrate(model.plan, case, classes, bar) for case in cases], classes, objective)
 
 
 def write(model: Model, cases: Sequence[Predicted], found: Calibration, objective: str) -> list[Path]:
@@ -114,11 +114,11 @@ def write(model: Model, cases: Sequence[Predicted], found: Calibration, objectiv
         save_figure(figure, file)
     _write_curves(curves, folder / "calibration_curve.csv")
     record = _record(model, cases, found, objective) | {"checkpoints": {str(f): file_hash(f) for f in checkpoints}}
-    write_json(record, folder / RECORD)
-    return [*checkpoints, folder / RECORD, folder / "calibration_curve.csv", *figures]
+    write_json(record, folder / CALIBRATION_RECORD)
+    return [*checkpoints, folder / CALIBRATION_RECORD, folder / "calibration_curve.csv", *figures]
 
 
-def table(found: Calibration) -> str:
+def threshold_table(found: Calibration) -> str:
     """Threshold and means before and after, by class, as text."""
     lines = [f"{'class':20}  {'threshold':>9}  {'mm3 before':>12}  {'after':>12}  {'Dice before':>11}  {'after':>6}"]
     labels = list(dict.fromkeys(row.label for row in found.volumes))
@@ -135,15 +135,6 @@ def refuse_calibrated(checkpoint: str) -> None:
     """Raise `UserError` for a checkpoint that has a threshold already."""
     if checkpoint == CALIBRATED:
         raise UserError(f"-chk {CALIBRATED} has a threshold already: calibrate the checkpoint that it was made from.")
-
-
-def classes_of(plan: Plan) -> Classes:
-    """What the plan's network segments, in the order of its outputs."""
-    manager = plan.plans.get_label_manager(plan.dataset_json)
-    labels = manager.foreground_regions if manager.has_regions else manager.foreground_labels
-    values = tuple(tuple(int(value) for value in np.atleast_1d(label)) for label in labels)
-    names = {tuple(int(v) for v in np.atleast_1d(label)): name for name, label in plan.dataset_json["labels"].items()}
-    return Classes(tuple(names[label] for label in values), values, manager.has_regions, manager.ignore_label)
 
 
 def shift_head(weights: Mapping[str, Tensor], shifts: Sequence[float]) -> dict[str, Tensor]:
@@ -206,7 +197,7 @@ def _predict(model: Model, images: Path, names: Sequence[str], folder: str, devi
         return predictions
     shutil.rmtree(work / "images", ignore_errors=True)
     (work / "images").mkdir(parents=True)
-    for case in find_cases(model.plan, images):
+    for case in find_prediction_cases(model.plan, images):
         for image in case.images if case.name in names else ():
             link(image, work / "images" / image.name)
     command = [*model.command(work / "images", predictions, device), "--save_probabilities", "--continue_prediction"]
@@ -223,7 +214,7 @@ def _labelled(plan: Plan) -> list[str]:
     return names
 
 
-def _to_calibrate(plan: Plan, case: Predicted, classes: Classes, bar: tqdm) -> Case:
+def _to_calibrate(plan: Plan, case: Predicted, classes: Classes, bar: tqdm) -> CalibrationCase:
     _, spacing = _read_reference(plan, case.reference)
     channels = len(classes.names) + (not classes.regions)
 
@@ -242,15 +233,13 @@ def _to_calibrate(plan: Plan, case: Predicted, classes: Classes, bar: tqdm) -> C
         bar.update()
         return probabilities, labels
 
-    return Case(case.name, float(np.prod(spacing)), read)
+    return CalibrationCase(case.name, float(np.prod(spacing)), read)
 
 
 def _read_reference(plan: Plan, file: Path) -> tuple[np.ndarray, Sequence[float]]:
     """Labels (z y x), and the spacing in mm."""
-    try:
+    with reading(file):
         labels, properties = plan.plans.image_reader_writer_class().read_seg(str(file))
-    except Exception as error:  # noqa: BLE001 (each reader has errors of its own; the reason goes to the user)
-        raise UserError(f"{file} cannot be read ({reader_reason(error)}): repair or replace it.") from None
     return labels[0], properties["spacing"]
 
 
@@ -270,7 +259,7 @@ def _record(model: Model, cases: Sequence[Predicted], found: Calibration, object
         "before": {name: _means(found.volumes, name, "before") for name in names},
         "after": {name: _means(found.volumes, name, "after") for name in names},
         "cases": [asdict(row) | {"fold": folds[row.case]} for row in found.volumes],
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": {package: version(package) for package in RECORDED_PACKAGES},
     }
 
 

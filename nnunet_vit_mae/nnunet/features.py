@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import read_json, replacing
-from nnunet_vit_mae.networks.features import FeatureMap, checkerboard, feature_maps, inner
+from nnunet_vit_mae.networks.checkerboard import FeatureMap, checkerboard, feature_maps, inner
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import Plan
@@ -127,7 +127,7 @@ def read_patch(plan: Plan, case: str) -> Patch:
     return Patch(case, torch.from_numpy(image), centre[0] - starts[0])
 
 
-def table(shares: Sequence[Share]) -> str:
+def checkerboard_table(shares: Sequence[Share]) -> str:
     """The shares as text, a line for each map."""
     wide = max(len(name) for name in ("plans", *(share.plans for share in shares)))
     lines = [f"{'plans':{wide}}  {'map':8}  {'period':8}  checkerboard"]

@@ -21,22 +21,22 @@ from nnunetv2.evaluation.evaluate_predictions import compute_metrics
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from tqdm import tqdm
 
-from nnunet_vit_mae.datasets.contrasts import ENDINGS
-from nnunet_vit_mae.datasets.volumes import write_zeros
-from nnunet_vit_mae.errors import UserError, reader_reason
+from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.files import refuse_in_use
+from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS
+from nnunet_vit_mae.imaging.volumes import write_zeros
 from nnunet_vit_mae.nnunet.models import Model
-from nnunet_vit_mae.nnunet.omission_table import EMPTY_REFERENCE, NOTHING_LEFT, NOTHING_TO_OMIT, Row, write_csv
+from nnunet_vit_mae.nnunet.omission_table import EMPTY_REFERENCE, NOTHING_LEFT, NOTHING_TO_OMIT, OmissionRow, write_csv
 from nnunet_vit_mae.nnunet.plans import Plan
-from nnunet_vit_mae.nnunet.prediction import Case, find_cases, find_reference, link, predict
-from nnunet_vit_mae.presets import contrast
+from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, find_reference, link, predict
+from nnunet_vit_mae.presets import canonical_contrast
 
 
 @dataclass(frozen=True)
-class Study:
+class OmissionCase:
     """A test case that has been looked into."""
 
-    case: Case
+    case: PredictionCase
     reference: Path
     omitted: tuple[int, ...]  # the channels to omit that hold anything but zeros
     others: bool  # whether any other channel does
@@ -54,10 +54,13 @@ def find_channels(plan: Plan, names: Sequence[str]) -> list[int]:
     turns zeros into other values.
     """
     ending = plan.dataset_json["file_ending"]
-    if ending not in ENDINGS:
-        raise UserError(f"{plan.dataset.name} has {ending} files; zeros can replace {_list(ENDINGS)}.")
-    known, wanted = [contrast(name) for name in plan.channel_names], {contrast(name) for name in names}
-    unknown = [name for name in names if contrast(name) not in known]
+    if ending not in IMAGE_ENDINGS:
+        raise UserError(f"{plan.dataset.name} has {ending} files; zeros can replace {_list(IMAGE_ENDINGS)}.")
+    known, wanted = (
+        [canonical_contrast(name) for name in plan.channel_names],
+        {canonical_contrast(name) for name in names},
+    )
+    unknown = [name for name in names if canonical_contrast(name) not in known]
     if unknown:
         raise UserError(f"--omit {_list(unknown)}: {plan.dataset.name} has only {_list(plan.channel_names)}.")
     if wanted == set(known):
@@ -72,18 +75,18 @@ def find_channels(plan: Plan, names: Sequence[str]) -> list[int]:
     return channels
 
 
-def look_into(plan: Plan, images: Path, references: Path, channels: Sequence[int]) -> list[Study]:
+def find_omission_cases(plan: Plan, images: Path, references: Path, channels: Sequence[int]) -> list[OmissionCase]:
     """Find the cases, and see which contrasts each has.
 
     Raises `UserError` for files that are missing, cannot be read or do not fit each other, and when no case can be
     compared.
     """
-    cases = [(case, find_reference(plan, case.name, references)) for case in find_cases(plan, images)]
+    cases = [(case, find_reference(plan, case.name, references)) for case in find_prediction_cases(plan, images)]
     studies = []
     for case, reference in tqdm(cases, unit="case", desc="looking"):
         present = _present(plan, case, reference)
         omitted = tuple(channel for channel in channels if present[channel])
-        studies.append(Study(case, reference, omitted, any(np.delete(present, channels))))
+        studies.append(OmissionCase(case, reference, omitted, any(np.delete(present, channels))))
     names = _list([plan.channel_names[channel] for channel in channels])
     if not any(study.omitted for study in studies):
         raise UserError(f"None of the {len(studies)} cases has {names}, only zeros: there is nothing to omit.")
@@ -93,8 +96,8 @@ def look_into(plan: Plan, images: Path, references: Path, channels: Sequence[int
 
 
 def omit(
-    model: Model, studies: Sequence[Study], channels: Sequence[int], *, images: Path, output: Path, device: str
-) -> list[Row]:
+    model: Model, studies: Sequence[OmissionCase], channels: Sequence[int], *, images: Path, output: Path, device: str
+) -> list[OmissionRow]:
     """Predict the folder `images` twice and evaluate both; everything goes to a new folder.
 
     That is `with_all/predictions`, `without_NAME/images` and `/predictions`, `log.txt`, `omission.csv`.
@@ -120,7 +123,7 @@ def omit(
     return rows
 
 
-def write_images(studies: Sequence[Study], folder: Path) -> None:
+def write_images(studies: Sequence[OmissionCase], folder: Path) -> None:
     """The images for the second prediction: zeros for what is omitted, links to everything else."""
     folder.mkdir(parents=True)
     for study in studies:
@@ -131,7 +134,7 @@ def write_images(studies: Sequence[Study], folder: Path) -> None:
                 link(image, folder / image.name)
 
 
-def summary(plan: Plan, studies: Sequence[Study], channels: Sequence[int]) -> str:
+def summary(plan: Plan, studies: Sequence[OmissionCase], channels: Sequence[int]) -> str:
     """In how many cases there is something to omit, as text."""
     some = sum(bool(study.omitted) for study in studies)
     counts = [
@@ -156,21 +159,19 @@ def _zeros_stay_zeros(plan: Plan, channel: int) -> bool:
     return not scheme(plan.configuration.use_mask_for_norm[channel], intensities).run(zeros.copy(), zeros).any()
 
 
-def _present(plan: Plan, case: Case, file: Path) -> list[bool]:
+def _present(plan: Plan, case: PredictionCase, file: Path) -> list[bool]:
     """Which channels hold anything but zeros, as nnU-Net reads them."""
     reader = plan.plans.image_reader_writer_class()
-    try:
+    with reading(f"The case {case.name}"):
         volume, _ = reader.read_images([str(image) for image in case.images])  # c z y x
         reference, _ = reader.read_seg(str(file))
-    except Exception as error:  # noqa: BLE001 (each reader has errors of its own; the reason goes to the user)
-        raise UserError(f"The case {case.name} cannot be read ({reader_reason(error)}): repair or remove it.") from None
     if reference.shape[1:] != volume.shape[1:]:
         sizes = [" x ".join(map(str, array.shape[1:])) for array in (reference, volume)]
         raise UserError(f"{file} has {sizes[0]} voxels (z y x), but the images of that case have {sizes[1]}.")
     return [bool(channel.any()) for channel in volume]
 
 
-def _rows(plan: Plan, study: Study, complete: Path, without: Path) -> list[Row]:
+def _rows(plan: Plan, study: OmissionCase, complete: Path, without: Path) -> list[OmissionRow]:
     """A row for each label or region of a case."""
     names = {_values(label): name for name, label in plan.dataset_json["labels"].items()}
     first = _metrics(plan, study.reference, complete)
@@ -181,7 +182,7 @@ def _rows(plan: Plan, study: Study, complete: Path, without: Path) -> list[Row]:
     for label, metrics in first.items():
         dice = metrics["Dice"], second[label]["Dice"] if second else math.nan
         rows.append(
-            Row(
+            OmissionRow(
                 case=study.case.name,
                 label=names[_values(label)],
                 dice_with=float(dice[0]),
@@ -203,7 +204,7 @@ def _metrics(plan: Plan, reference: Path, predictions: Path) -> dict[Any, dict[s
     return compute_metrics(str(reference), str(prediction), reader, labels, manager.ignore_label)["metrics"]
 
 
-def _why_left_out(study: Study, *, empty: bool) -> str:
+def _why_left_out(study: OmissionCase, *, empty: bool) -> str:
     """Why a label of a case is not compared, if so.
 
     Where the reference is empty there is no overlap to measure: nnU-Net gives no Dice, or 0 for a single voxel.

@@ -17,7 +17,7 @@ FEW = 5  # pairs that differ: whatever they are, p cannot get below 0.05
 
 
 @dataclass(frozen=True)
-class Row:
+class OmissionRow:
     """Dice of one label of one case; a row of the CSV. NaN where there is no value."""
 
     case: str
@@ -29,7 +29,7 @@ class Row:
     left_out: str  # why the case is not compared; empty when it is
 
 
-def table(rows: Sequence[Row], omitted: Sequence[str]) -> str:
+def omission_table(rows: Sequence[OmissionRow], omitted: Sequence[str]) -> str:
     """Mean Dice with and without, and what is to be known about them, as text.
 
     The first line of a label has the cases from which something was taken away, and they alone are tested. Where there
@@ -55,16 +55,16 @@ def table(rows: Sequence[Row], omitted: Sequence[str]) -> str:
     return "\n".join(lines + notes)
 
 
-def write_csv(rows: Sequence[Row], file: Path) -> None:
+def write_csv(rows: Sequence[OmissionRow], file: Path) -> None:
     """What has no value is empty."""
     with replacing(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(Row.__dataclass_fields__)
+        writer.writerow(OmissionRow.__dataclass_fields__)
         for row in rows:
             writer.writerow("" if value != value else value for value in vars(row).values())  # NaN alone is not itself
 
 
-def _compare(rows: Sequence[Row], *left_out: str) -> Comparison:
+def _compare(rows: Sequence[OmissionRow], *left_out: str) -> Comparison:
     chosen = [row for row in rows if row.left_out in left_out]
     return compare([row.dice_with for row in chosen], [row.dice_without for row in chosen])
 
@@ -79,7 +79,7 @@ def _p(found: Comparison) -> str:
     return "-" if found.p is None else f"{found.p:.2g}"
 
 
-def _notes(rows: Sequence[Row], tested: Comparison) -> list[str]:
+def _notes(rows: Sequence[OmissionRow], tested: Comparison) -> list[str]:
     """What is to be known about the numbers of one label."""
     notes = []
     if empty := sum(row.left_out == EMPTY_REFERENCE for row in rows):

@@ -14,8 +14,8 @@ from torch import Tensor
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.memory import finetuning_memory, pretraining_memory
 from nnunet_vit_mae.nnunet.plans import Plan, changed, destination, settings_of
-from nnunet_vit_mae.planning import GB, TOKEN_BUDGET, Memory, fit_to_memory, in_gb, token_grid
-from nnunet_vit_mae.presets import DECODERS, UPSAMPLINGS, Network, Settings
+from nnunet_vit_mae.planning import GB, TOKEN_BUDGET, Memory, fit_to_memory, in_gb
+from nnunet_vit_mae.presets import DECODERS, UPSAMPLINGS, Network, Settings, token_grid
 from nnunet_vit_mae.transfer import adapt_encoder
 from nnunet_vit_mae.weights import Card, file_hash, load_encoder
 

@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_vit_mae.errors import UserError
@@ -19,6 +20,7 @@ from nnunet_vit_mae.files import read_json, write_json
 from nnunet_vit_mae.nnunet.folders import Dataset
 from nnunet_vit_mae.planning import default_decoder, default_settings
 from nnunet_vit_mae.presets import Finetuning, Network, Settings
+from nnunet_vit_mae.thresholds import Classes
 from nnunet_vit_mae.transfer import Destination
 
 BLOCK = "vit_mae"
@@ -160,6 +162,15 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     if "decoder" not in network and (now.token, now.adaptive) != (before.token, before.adaptive):
         settings = settings.updated({"network": {"decoder": default_decoder(now.token, adaptive=now.adaptive)}})
     return settings
+
+
+def classes_of(plan: Plan) -> Classes:
+    """What the plan's network segments, in the order of its outputs."""
+    manager = plan.plans.get_label_manager(plan.dataset_json)
+    labels = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+    values = tuple(tuple(int(value) for value in np.atleast_1d(label)) for label in labels)
+    names = {tuple(int(v) for v in np.atleast_1d(label)): name for name, label in plan.dataset_json["labels"].items()}
+    return Classes(tuple(names[label] for label in values), values, manager.has_regions, manager.ignore_label)
 
 
 def write_plans(source: Plan, name: str, settings: Settings) -> Path:

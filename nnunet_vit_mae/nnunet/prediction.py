@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shlex
 import shutil
 import subprocess
 import sysconfig
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.imaging.channels import channels_by_case
 from nnunet_vit_mae.installation import trainers_folder
 from nnunet_vit_mae.nnunet.plans import Plan
 
@@ -25,28 +24,25 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Case:
+class PredictionCase:
     """A case to predict: its images in the order of their channel numbers."""
 
     name: str
     images: tuple[Path, ...]
 
 
-def find_cases(plan: Plan, images: Path) -> list[Case]:
+def find_prediction_cases(plan: Plan, images: Path) -> list[PredictionCase]:
     """The cases in a folder named as nnU-Net wants it, sorted by name.
 
     Raises `UserError` when there are none, or when one lacks a channel.
     """
     ending = plan.dataset_json["file_ending"]
-    found: dict[str, dict[str, Path]] = defaultdict(dict)
-    for file in sorted(images.glob(f"*{ending}")):
-        match = re.fullmatch(rf"(.+)_([0-9]{{4}}){re.escape(ending)}", file.name)
-        if not match:
-            raise UserError(f"{file} is not named as nnU-Net wants it (CASE_0000{ending}): rename or remove it.")
-        found[match[1]][match[2]] = file
+    found, misnamed = channels_by_case(images, ending)
+    if misnamed:
+        raise UserError(f"{misnamed[0]} is not named as nnU-Net wants it (CASE_0000{ending}): rename or remove it.")
     if not found:
         raise UserError(f"There are no images such as CASE_0000{ending} in {images}: check -i.")
-    return [_case(plan, name, files) for name, files in sorted(found.items())]
+    return [_case(plan, name, files) for name, files in found.items()]
 
 
 def find_reference(plan: Plan, case: str, references: Path) -> Path:
@@ -107,11 +103,13 @@ def _still_runs(process: subprocess.Popen) -> bool:
     return process.returncode is None
 
 
-def _case(plan: Plan, name: str, files: Mapping[str, Path]) -> Case:
-    expected = [f"{number:04d}" for number in range(len(plan.channel_names))]
-    if list(files) != expected:
+def _case(plan: Plan, name: str, files: Mapping[int, Path]) -> PredictionCase:
+    if list(files) != list(range(len(plan.channel_names))):
+        given, expected = (
+            [f"{number:04d}" for number in numbers] for numbers in (files, range(len(plan.channel_names)))
+        )
         raise UserError(
-            f"The case {name} has the channels {', '.join(files)}, but {plan.dataset.name} has {', '.join(expected)} "
+            f"The case {name} has the channels {', '.join(given)}, but {plan.dataset.name} has {', '.join(expected)} "
             f"({', '.join(plan.channel_names)}): write zeros for what was not acquired, as mae3d_fill_contrasts does."
         )
-    return Case(name, tuple(files.values()))
+    return PredictionCase(name, tuple(files.values()))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -19,6 +17,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 
 from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.files import read_json, remove_unfinished, replacing, write_json
+from nnunet_vit_mae.imaging.channels import case_and_channel, channels_by_case
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.plans import Plan, load_plan
 
@@ -35,12 +34,8 @@ class Outcome:
 
 def raw_unlabelled_cases(plan: Plan) -> dict[str, list[Path]]:
     """Files of each case in `imagesUn`, in the order of their channel numbers; empty when there is no such folder."""
-    ending = re.escape(plan.dataset_json["file_ending"])
-    cases = defaultdict(list)
-    for file in sorted((plan.dataset.raw / "imagesUn").glob("*")):
-        if match := re.fullmatch(rf"(.+)_\d{{4}}{ending}", file.name):
-            cases[match[1]].append(file)
-    return dict(cases)
+    found, _ = channels_by_case(plan.dataset.raw / "imagesUn", plan.dataset_json["file_ending"])
+    return {case: list(channels.values()) for case, channels in found.items()}
 
 
 def preprocess_unlabelled(plan: Plan, processes: int) -> tuple[int, Iterator[Outcome]]:
@@ -103,7 +98,8 @@ def _preprocess_case(dataset: str, plans_name: str, configuration: str, case: st
     """Preprocess one case and save it; gives the reason when that is impossible. Runs in a process of its own."""
     plan = load_plan(find_dataset(dataset), plans_name, configuration)
     expected = [f"{number:04d}" for number in range(len(plan.channel_names))]
-    found = [file.name.removesuffix(plan.dataset_json["file_ending"])[-4:] for file in files]
+    ending = plan.dataset_json["file_ending"]
+    found = [f"{case_and_channel(file.name.removesuffix(ending))[1]:04d}" for file in files]
     if found != expected:
         return f"has the channels {', '.join(found)}, but dataset.json has {', '.join(expected)}"
     try:

@@ -17,13 +17,13 @@ import torch
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import locked
-from nnunet_vit_mae.nnunet.cases import Case, pretraining_cases
 from nnunet_vit_mae.nnunet.folders import encoder_file
+from nnunet_vit_mae.nnunet.folds import PreprocessedCase, pretraining_cases
 from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade, settings_for
 from nnunet_vit_mae.presets import Pretraining, to_json_types
 from nnunet_vit_mae.pretraining import distributed
-from nnunet_vit_mae.pretraining.cache import ITEM, Cache
-from nnunet_vit_mae.pretraining.run import READY_BATCHES, STATE, Job, Result, run
+from nnunet_vit_mae.pretraining.run import READY_BATCHES, STATE, PretrainingResult, PretrainingRun, run
+from nnunet_vit_mae.pretraining.volumes import ITEM, Cache
 from nnunet_vit_mae.weights import Card, hashed_name, package_versions, save_encoder
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def pretrain(
             "already: go on with nnUNetv2_train, or write plans without --encoder to pre-train one."
         )
     cases = pretraining_cases(plan, fold)
-    job = Job(
+    job = PretrainingRun(
         files=[case.file for case in cases],
         channel_names=plan.channel_names,
         patch_size=plan.patch_size,
@@ -108,7 +108,7 @@ def pretrain(
     return file
 
 
-def _cache(job: Job, machine: Machine) -> Cache:
+def _cache(job: PretrainingRun, machine: Machine) -> Cache:
     """Beside it, shared memory has to hold the batches that readers have ready."""
     copies = distributed.local_process_count()  # torchrun's processes have no common memory
     crop = len(job.channel_names) * math.prod(job.patch_size) * ITEM
@@ -118,14 +118,20 @@ def _cache(job: Job, machine: Machine) -> Cache:
 
 
 def _make_encoder(
-    job: Job, card: Callable[[Result], Card], file: Path, device: torch.device, *, resume: bool, readers: int
+    job: PretrainingRun,
+    card: Callable[[PretrainingResult], Card],
+    file: Path,
+    device: torch.device,
+    *,
+    resume: bool,
+    readers: int,
 ) -> None:
     """What each process does; the first one holds the folder and writes."""
     with ExitStack() as held:
-        distributed.from_first(lambda: held.enter_context(locked(file.parent)))
-        distributed.from_first(lambda: _move_aside(file.parent, resume=resume))
+        distributed.from_rank_0(lambda: held.enter_context(locked(file.parent)))
+        distributed.from_rank_0(lambda: _move_aside(file.parent, resume=resume))
         result = run(job, file.parent, device=device, resume=resume, readers=readers)
-        if distributed.is_first():
+        if distributed.is_rank_0():
             save_encoder(result.network.encoder, card(result), file)
 
 
@@ -136,7 +142,7 @@ def _move_aside(output: Path, *, resume: bool) -> None:
         logger.warning("An earlier run was moved to %s (--c continues one that has a saved state).", moved)
 
 
-def _card(plan: Plan, fold: str, job: Job, cases: list[Case], result: Result) -> Card:
+def _card(plan: Plan, fold: str, job: PretrainingRun, cases: list[PreprocessedCase], result: PretrainingResult) -> Card:
     return Card(
         size=job.network.size,
         token=list(job.network.token),
@@ -162,7 +168,7 @@ def _card(plan: Plan, fold: str, job: Job, cases: list[Case], result: Result) ->
     )
 
 
-def _fingerprint(cases: list[Case]) -> str:
+def _fingerprint(cases: list[PreprocessedCase]) -> str:
     """A hash over names and sizes of the preprocessed files: it changes with the cases and with their preprocessing."""
     listing = "\n".join(f"{case.name} {case.file.stat().st_size}" for case in cases)
     return hashlib.sha256(listing.encode()).hexdigest()[:16]

@@ -17,15 +17,16 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from nnunet_vit_mae.calibration import Classes
-from nnunet_vit_mae.datasets.volumes import Geometry, read_geometry, without_warnings_of_itk
 from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.evaluation.cases import read_mask
 from nnunet_vit_mae.evaluation.clinical import find_cutoffs, group_names, group_of
 from nnunet_vit_mae.files import read_json, replacing, write_json
-from nnunet_vit_mae.nnunet.calibration import CALIBRATED, RECORD, classes_of
+from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
+from nnunet_vit_mae.nnunet.calibration import CALIBRATED, CALIBRATION_RECORD
 from nnunet_vit_mae.nnunet.models import Model
-from nnunet_vit_mae.nnunet.prediction import Case, find_cases, link, predict
+from nnunet_vit_mae.nnunet.plans import classes_of
+from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, link, predict
+from nnunet_vit_mae.thresholds import Classes
 from nnunet_vit_mae.weights import file_hash
 
 TRAINING = "training_volumes.json"  # in the model's folder, so that labels are read once
@@ -34,7 +35,7 @@ TOLERANCE = 1.01  # of a spacing: headers are rounded
 
 
 @dataclass(frozen=True)
-class Seen:
+class TrainingRange:
     """What the model was trained on."""
 
     spacings: np.ndarray  # cases 3, each ascending: the last one is the slice thickness
@@ -69,8 +70,8 @@ def quantify(
     """
     if table.is_dir() or table.suffix != ".csv":
         raise UserError(f"-o {table} is no file that ends in .csv: name the table to write.")
-    seen, work = look_back(model), table.with_name(f"{table.stem}_segmentations")
-    cases = find_cases(model.plan, images)[part.number :: part.of]
+    seen, work = read_training_range(model), table.with_name(f"{table.stem}_segmentations")
+    cases = find_prediction_cases(model.plan, images)[part.number :: part.of]
     identity = model_hash(model)
     _refuse_other_model(work, identity)
     checked = {case.name: _check(case) for case in tqdm(cases, unit="case", desc="checking")}
@@ -106,21 +107,21 @@ def model_hash(model: Model) -> str:
 def thresholds_of(model: Model) -> dict[str, float]:
     """By label: what `mae3d_calibrate` found, or nnU-Net's own 0.5."""
     if model.checkpoint == CALIBRATED:
-        return read_json(model.folder / RECORD)["thresholds"]
+        return read_json(model.folder / CALIBRATION_RECORD)["thresholds"]
     return dict.fromkeys(classes_of(model.plan).names, 0.5)
 
 
-def look_back(model: Model) -> Seen:
+def read_training_range(model: Model) -> TrainingRange:
     """Spacings and volumes of the training cases; raises `UserError` when their records are missing."""
     fingerprint = read_json(model.plan.dataset.preprocessed / "dataset_fingerprint.json")
     file = model.folder / TRAINING
     if not file.is_file():
         write_json(_training_volumes(model), file)
     volumes = {label: np.array(values, float) for label, values in read_json(file).items()}
-    return Seen(np.sort(np.array(fingerprint["spacings"], float), axis=1), volumes)
+    return TrainingRange(np.sort(np.array(fingerprint["spacings"], float), axis=1), volumes)
 
 
-def warnings_of(geometry: Geometry, volumes: Mapping[str, float], seen: Seen) -> dict[str, list[str]]:
+def warnings_of(geometry: Geometry, volumes: Mapping[str, float], seen: TrainingRange) -> dict[str, list[str]]:
     """What a reader should look at, by label."""
     *fine, thickness = sorted(geometry.spacing)
     common = []
@@ -172,7 +173,7 @@ def _refuse_other_model(work: Path, identity: str) -> None:
         write_json({"model": identity}, note)
 
 
-def _check(case: Case) -> Geometry | str:
+def _check(case: PredictionCase) -> Geometry | str:
     """The geometry of a case, or why it cannot be predicted."""
     found = []
     for image in case.images:
@@ -186,7 +187,7 @@ def _check(case: Case) -> Geometry | str:
     return found[0]
 
 
-def _predict(model: Model, cases: Sequence[Case], work: Path, part: Part, device: str) -> None:
+def _predict(model: Model, cases: Sequence[PredictionCase], work: Path, part: Part, device: str) -> None:
     files = [work / f"{case.name}{model.plan.dataset_json['file_ending']}" for case in cases]
     if all(file.is_file() for file in files):
         return
@@ -202,7 +203,7 @@ def _predict(model: Model, cases: Sequence[Case], work: Path, part: Part, device
 
 
 def _rows(
-    model: Model, case: str, checked: Geometry | str, work: Path, seen: Seen, cutoffs: Sequence[float] | None
+    model: Model, case: str, checked: Geometry | str, work: Path, seen: TrainingRange, cutoffs: Sequence[float] | None
 ) -> list[dict[str, Any]]:
     classes, thresholds = classes_of(model.plan), thresholds_of(model)
     if isinstance(checked, str):

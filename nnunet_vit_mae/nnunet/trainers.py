@@ -18,7 +18,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_vit_mae.datasets.patients import separation_warning
+from nnunet_vit_mae.datasets.split.patients import separation_warning
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.segmenter import Segmenter

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import blosc2
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-if TYPE_CHECKING:
-    from nnunet_vit_mae.pretraining.cache import Cache
+from nnunet_vit_mae.pretraining.volumes import Cache, open_volume
 
 REGION = 1.5  # sides of what is read for several crops, in sides of one: they differ, and share most of their blocks
 
 
-class Batch(NamedTuple):
+class CropBatch(NamedTuple):
     """What a reader hands over: crops as they lie in their volumes, and what is to be done where the network trains."""
 
     crops: Float[Tensor, "b c z y x"]
@@ -62,7 +60,7 @@ class RandomCrops(Dataset):
         self.crops_per_volume, self.masks_per_crop = crops_per_volume, masks_per_crop
         self._pass, self._order = -1, np.empty(0, dtype=int)
 
-    def __getitem__(self, reads: Sequence[int]) -> Batch:
+    def __getitem__(self, reads: Sequence[int]) -> CropBatch:
         crops, flips, noise = [], [], []
         for read in reads:
             random = np.random.default_rng((self.seed, 1, read))
@@ -73,7 +71,7 @@ class RandomCrops(Dataset):
                 noise.append(random.random((self.masks_per_crop, self.tokens), dtype=np.float32))
         dtype = np.float32 if self.cache is None else np.float16
         stacked = np.stack(crops, dtype=dtype, casting="same_kind")  # the only copy of cached crops, which are views
-        return Batch(*map(torch.from_numpy, (stacked, np.stack(flips), np.stack(noise))))
+        return CropBatch(*map(torch.from_numpy, (stacked, np.stack(flips), np.stack(noise))))
 
     def file_of(self, read: int) -> Path:
         """The file that is read."""
@@ -105,12 +103,6 @@ class ConsecutiveBatches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return self.last - self.first
-
-
-def open_volume(file: Path, *, threads: int = 1) -> Any:
-    """A preprocessed volume (c z y x), to be read by slicing."""
-    # not mapped: page faults cost more than reads where the file has to come from a disk
-    return blosc2.open(urlpath=str(file), mode="r", dparams={"nthreads": threads})
 
 
 def random_crop(volume: Any, patch_size: Sequence[int], random: np.random.Generator) -> np.ndarray:

@@ -57,7 +57,7 @@ def start(task: Task, device: torch.device, processes: int) -> None:
 
 
 @contextmanager
-def told_once() -> Iterator[None]:
+def reported_once() -> Iterator[None]:
     """Of a `UserError` that all processes meet the first one tells, and the others end a moment later without a word.
 
     Ctrl+C, which reaches all of them, becomes such an error.
@@ -65,7 +65,7 @@ def told_once() -> Iterator[None]:
     try:
         yield
     except (UserError, KeyboardInterrupt) as error:
-        if not is_first():
+        if not is_rank_0():
             time.sleep(GRACE_SECONDS)
             sys.exit(2)
         if isinstance(error, KeyboardInterrupt):
@@ -92,22 +92,22 @@ def rank() -> int:
     return int(os.environ["RANK"]) if _under_torchrun() else 0
 
 
-def is_first() -> bool:
+def is_rank_0() -> bool:
     """Whether this is the process that writes, draws and talks for all."""
     return rank() == 0
 
 
-def log_to_screen() -> None:
+def log_to_console() -> None:
     """Show the log of the first process, and errors of all."""
-    logging.basicConfig(level=logging.INFO if is_first() else logging.ERROR, format="%(message)s")
+    logging.basicConfig(level=logging.INFO if is_rank_0() else logging.ERROR, format="%(message)s")
 
 
-def from_first(function: Callable[[], R]) -> R:
+def from_rank_0(function: Callable[[], R]) -> R:
     """Call a function in the first process alone; all get its (picklable) result, or the `UserError` that it raised."""
     if not _is_joint():
         return function()
     outcome: list = [None, None]
-    if is_first():
+    if is_rank_0():
         try:
             outcome[0] = function()
         except UserError as error:
@@ -192,9 +192,9 @@ def _take_part(task: Task, device: torch.device, local_rank: int, **place: Any) 
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", **place)
-    log_to_screen()
+    log_to_console()
     try:
-        with told_once():
+        with reported_once():
             task(device)
     except UserError:
         raise

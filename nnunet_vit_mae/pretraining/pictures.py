@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
+from nnunet_vit_mae.networks.autoencoder import statistics
 from nnunet_vit_mae.networks.build import Autoencoder
-from nnunet_vit_mae.networks.mae import statistics
 from nnunet_vit_mae.networks.masking import take
 from nnunet_vit_mae.networks.precision import autocast
 from nnunet_vit_mae.networks.tokenizer import Triple, grid_of, patchify, unpatchify, voxels_inside

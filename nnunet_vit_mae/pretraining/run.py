@@ -26,18 +26,17 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import read_json, remove_unfinished, replacing, write_json
 from nnunet_vit_mae.networks.adaptive import present_contrasts
+from nnunet_vit_mae.networks.autoencoder import hidden_voxels, reconstruction_loss
 from nnunet_vit_mae.networks.build import Autoencoder, build_autoencoder
-from nnunet_vit_mae.networks.mae import hidden_voxels, reconstruction_loss
-from nnunet_vit_mae.networks.masking import FLAT, count_rebuilt, count_visible
+from nnunet_vit_mae.networks.masking import BACKGROUND_DEVIATION, count_rebuilt, count_visible
 from nnunet_vit_mae.networks.precision import autocast
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
-from nnunet_vit_mae.planning import token_grid
 from nnunet_vit_mae.plots import plot_contrasts, plot_progress, plot_views
-from nnunet_vit_mae.presets import PRETRAINING_DECODERS, Network, Pretraining, to_json_types
+from nnunet_vit_mae.presets import PRETRAINING_DECODERS, Network, Pretraining, to_json_types, token_grid
 from nnunet_vit_mae.pretraining import distributed
-from nnunet_vit_mae.pretraining.cache import Cache
 from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, RandomCrops
 from nnunet_vit_mae.pretraining.pictures import rebuild
+from nnunet_vit_mae.pretraining.volumes import Cache
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ TINY_LR, LARGE_LR = 1e-5, 5e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class PretrainingRun:
     """Everything that decides what a run computes."""
 
     files: Sequence[Path]  # preprocessed volumes, c z y x
@@ -64,7 +63,7 @@ class Job:
     @property
     def tokens(self) -> int:
         """Tokens of a crop, in all its series."""
-        series = self.network.series(len(self.channel_names))
+        series = self.network.token_sequences(len(self.channel_names))
         return series * math.prod(token_grid(self.patch_size, self.network.token))
 
     @property
@@ -95,14 +94,16 @@ class Job:
 
 
 @dataclass
-class Result:
+class PretrainingResult:
     """A finished run."""
 
     network: Autoencoder
     losses: list[float]  # mean of each epoch
 
 
-def run(job: Job, output: Path, *, device: torch.device, resume: bool, readers: int = 0) -> Result:
+def run(
+    job: PretrainingRun, output: Path, *, device: torch.device, resume: bool, readers: int = 0
+) -> PretrainingResult:
     """Pre-train; writes `config.json`, `log.txt`, `progress.png`, `reconstructions/` and `state.pt` to `output`.
 
     Crops are read by as many processes as `readers` says; with 0, by the loop itself between two steps.
@@ -114,15 +115,15 @@ def run(job: Job, output: Path, *, device: torch.device, resume: bool, readers: 
     network = build_autoencoder(job.network, len(job.channel_names), job.protocol).to(device)
     groups = parameter_groups(network.named_parameters(), weight_decay=job.protocol.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
-    losses = _restore(distributed.from_first(lambda: _prepare(output, job, resume=resume)), network, optimizer)
-    with _logging_to(output / "log.txt") if distributed.is_first() else nullcontext():
+    losses = _restore(distributed.from_rank_0(lambda: _prepare(output, job, resume=resume)), network, optimizer)
+    with _logging_to(output / "log.txt") if distributed.is_rank_0() else nullcontext():
         _announce(job, network, device, done=len(losses))
         _train(job, output, network, optimizer, losses, device, readers)
-    return Result(network, losses)
+    return PretrainingResult(network, losses)
 
 
 def _train(
-    job: Job,
+    job: PretrainingRun,
     output: Path,
     network: Autoencoder,
     optimizer: torch.optim.Optimizer,
@@ -131,7 +132,7 @@ def _train(
     readers: int,
 ) -> None:
     """The loop. `losses` grows by one entry per epoch."""
-    is_first, model = distributed.is_first(), distributed.synchronised(network)
+    is_first, model = distributed.is_rank_0(), distributed.synchronised(network)
     first_step = len(losses) * job.steps_per_epoch
     crops = RandomCrops(
         job.files, job.patch_size, job.tokens, job.seed, job.cache,
@@ -173,7 +174,7 @@ def _train(
 
 
 def _step(
-    job: Job,
+    job: PretrainingRun,
     network: Autoencoder,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -189,9 +190,11 @@ def _step(
     token, protocol = job.network.token, job.protocol
     with autocast(volume.device):
         rebuilt, targets = model(volume, noise), network.targets(volume)
-        loss = reconstruction_loss(targets, rebuilt, token, norm_pix=protocol.norm_pix, skip_flat=protocol.skip_flat)
+        loss = reconstruction_loss(
+            targets, rebuilt, token, norm_pix=protocol.norm_pix, skip_background=protocol.skip_background
+        )
     if distributed.process_count() > 1:  # studies differ in their contrasts, and so do processes in their voxels
-        counted = hidden_voxels(targets, rebuilt, token, skip_flat=protocol.skip_flat).sum()
+        counted = hidden_voxels(targets, rebuilt, token, skip_background=protocol.skip_background).sum()
         loss = distributed.part_of_joint_mean(loss, counted)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -200,14 +203,16 @@ def _step(
     return loss.detach()
 
 
-def _batches(job: Job, crops: RandomCrops, first_step: int, device: torch.device, readers: int) -> DataLoader:
+def _batches(
+    job: PretrainingRun, crops: RandomCrops, first_step: int, device: torch.device, readers: int
+) -> DataLoader:
     """Batches of all steps to come, in one go: readers start once."""
     place = {"rank": distributed.rank(), "processes": distributed.process_count()}
     steps = ConsecutiveBatches(first_step, job.steps, job.protocol.reads, **place)
     return DataLoader(crops, sampler=steps, batch_size=None, num_workers=readers, pin_memory=device.type == "cuda")
 
 
-def _learning_rate(job: Job, step: int) -> float:
+def _learning_rate(job: PretrainingRun, step: int) -> float:
     """Warm-up and cosine per step, as in the original."""
     return job.protocol.lr * warmup_cosine((step + 1) / (job.steps + 1), job.protocol.warmup)
 
@@ -228,7 +233,7 @@ def _save_state(output: Path, network: nn.Module, optimizer: torch.optim.Optimiz
         torch.save(state, temporary)
 
 
-def _prepare(output: Path, job: Job, *, resume: bool) -> dict[str, Any] | None:
+def _prepare(output: Path, job: PretrainingRun, *, resume: bool) -> dict[str, Any] | None:
     """Make the folder; gives the state to go on from, on the CPU, and None for a new run."""
     output.mkdir(parents=True, exist_ok=True)
     remove_unfinished(output)
@@ -254,7 +259,7 @@ def _restore(state: dict[str, Any] | None, network: nn.Module, optimizer: torch.
     return list(state["losses"])
 
 
-def _announce(job: Job, network: nn.Module, device: torch.device, *, done: int) -> None:
+def _announce(job: PretrainingRun, network: nn.Module, device: torch.device, *, done: int) -> None:
     protocol = job.protocol
     millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
     logger.info(
@@ -267,7 +272,7 @@ def _announce(job: Job, network: nn.Module, device: torch.device, *, done: int) 
             "%d volumes read for a batch, %d crops of each, %d masks of each crop",
             protocol.reads, protocol.crops_per_volume, protocol.masks_per_crop,
         )  # fmt: skip
-    series = job.network.series(len(job.channel_names))
+    series = job.network.token_sequences(len(job.channel_names))
     each = job.tokens // series
     visible = count_visible(each, protocol.mask_ratio)
     hidden = each - visible
@@ -280,9 +285,10 @@ def _announce(job: Job, network: nn.Module, device: torch.device, *, done: int) 
         "decoder: %s; in a step it rebuilds %d of %d hidden tokens", PRETRAINING_DECODERS[protocol.decoder],
         series * count_rebuilt(hidden, protocol.rebuilt_share), series * hidden,
     )  # fmt: skip
-    if protocol.skip_flat:
+    if protocol.skip_background:
         logger.info(
-            "tokens without content (standard deviation below %s) are left out, so these numbers are the largest", FLAT
+            "tokens without content (standard deviation below %s) are left out, so these numbers are the largest",
+            BACKGROUND_DEVIATION,
         )
     logger.info(
         "%d epochs of %d steps, batch %d, learning rate %.2e (base rate %.2e x batch / 256), on %s%s",
@@ -304,14 +310,16 @@ def _announce(job: Job, network: nn.Module, device: torch.device, *, done: int) 
         logger.info("going on after epoch %d of %d", done, protocol.epochs)
 
 
-def _draw(job: Job, output: Path, network: Autoencoder, losses: list[float], volume: Tensor, noise: Tensor) -> None:
+def _draw(
+    job: PretrainingRun, output: Path, network: Autoencoder, losses: list[float], volume: Tensor, noise: Tensor
+) -> None:
     rates = [_learning_rate(job, (epoch + 1) * job.steps_per_epoch - 1) for epoch in range(len(losses))]
     plot_progress(losses, rates, output / "progress.png")
     views = rebuild(network, volume, noise, norm_pix=job.protocol.norm_pix)
     title = f"epoch {len(losses)}, loss {losses[-1]:.4f}"
     if job.protocol.norm_pix:
         title += "\nhidden tokens: predicted pattern, brightness and contrast interpolated from visible tokens"
-    if job.protocol.skip_flat:
+    if job.protocol.skip_background:
         title += "\nblank in the rebuilt image: tokens without content, left out"
     shown = present_contrasts(volume)[0] if job.network.adaptive else range(len(job.channel_names))
     names = [job.channel_names[channel] for channel in shown]

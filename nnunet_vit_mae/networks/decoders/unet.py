@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nnunet_vit_mae.networks.tokenizer import Triple
-from nnunet_vit_mae.networks.upsampling import normalised, upsampling
+from nnunet_vit_mae.networks.upsampling import norm_and_activation, upsampling
 
 
 class ResidualBlock(nn.Module):
@@ -20,7 +20,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.convolutions = nn.Sequential(
             nn.Conv3d(in_width, width, kernel_size=3, padding=1, bias=False),
-            *normalised(width),
+            *norm_and_activation(width),
             nn.Conv3d(width, width, kernel_size=3, padding=1, bias=False),
             nn.InstanceNorm3d(width, affine=True),
         )

@@ -11,7 +11,7 @@ from nnunet_vit_mae.networks.upsampling import (
     as_map,
     doublings,
     narrowest_width,
-    normalised,
+    norm_and_activation,
     stage_widths,
     upsampling,
 )
@@ -26,7 +26,7 @@ class UpscaleDecoder(nn.Module):
         widths = [in_width, *stage_widths(narrowest_width(in_width), len(factors))]
         self.stages = nn.Sequential(
             *(
-                nn.Sequential(upsampling(kind, widths[i], widths[i + 1], factor), *normalised(widths[i + 1]))
+                nn.Sequential(upsampling(kind, widths[i], widths[i + 1], factor), *norm_and_activation(widths[i + 1]))
                 for i, factor in enumerate(factors)
             )
         )

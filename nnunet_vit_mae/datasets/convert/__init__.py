@@ -1,0 +1,1 @@
+"""`mae3d_convert`: from DICOM or BIDS to a raw dataset."""

@@ -1,0 +1,89 @@
+"""Pictures for the reader who checks registrations: one thumbnail for each case, and sheets of them, worst first.
+
+All thumbnails show the same place of the template, so that the one that does not belong there stands out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from nnunet_vit_mae.datasets.crop.region import Region
+from nnunet_vit_mae.files import replacing
+
+PIXELS = 110  # a side of one view
+AROUND = 0.5  # of the region's largest side is shown on each side of it: one must see where it lies
+RED = (255, 60, 40)
+COLUMNS, ROWS = 4, 10  # of a sheet
+
+
+def thumbnail(region: Region, scan: sitk.Image, transform: sitk.Transform) -> np.ndarray:
+    """Axial, coronal and sagittal slices of the scan through the region's centre, with its outline (h w 3, bytes).
+
+    The scan is shown as the transform takes it to the template; beyond its field of view all is blue.
+    """
+    extent = np.ptp(region.points, axis=0)
+    side = float(extent.max()) * (1 + 2 * AROUND)
+    grid = sitk.Image([PIXELS] * 3, sitk.sitkUInt8)
+    grid.SetSpacing([side / PIXELS] * 3)
+    grid.SetOrigin((region.centre - side * (PIXELS - 1) / PIXELS / 2).tolist())
+    shown = sitk.Resample(scan, grid, transform, sitk.sitkLinear, float("nan"), sitk.sitkFloat32)
+    mask = sitk.Resample(region.mask, grid, sitk.Transform(3, sitk.sitkIdentity), sitk.sitkNearestNeighbor, 0)
+    grey, inside = sitk.GetArrayFromImage(shown), sitk.GetArrayFromImage(mask) > 0
+    seen = grey[np.isfinite(grey)]
+    low, high = np.percentile(seen, (1, 99.5)) if seen.size else (0.0, 1.0)
+    middle = PIXELS // 2
+    views = []
+    for axis in range(3):
+        picture, area = (
+            grey.take(middle, axis),
+            np.max(inside, axis=axis),
+        )  # its whole shadow: it may be a tube
+        if axis:  # z grows to the head, and rows go down
+            picture, area = picture[::-1], area[::-1]
+        views.append(_painted(picture, area, float(low), float(high)))
+    return np.concatenate(views, axis=1)
+
+
+def write_thumbnail(picture: np.ndarray, file: Path) -> None:
+    """As a PNG that is whole or not there."""
+    with replacing(file) as temporary:
+        sitk.WriteImage(sitk.GetImageFromArray(picture, isVector=True), str(temporary))
+
+
+def write_sheets(pictures: Sequence[tuple[Path, str]], folder: Path) -> list[Path]:
+    """Thumbnails with a text each, in the order given, on as many sheets as they need; older sheets are removed."""
+    from matplotlib.figure import Figure  # `--help` does not wait for it
+
+    for old in folder.glob("contact_sheet_[0-9]*.png"):
+        old.unlink()
+    sheets, many = [], COLUMNS * ROWS
+    for start in range(0, len(pictures), many):
+        page = pictures[start : start + many]
+        rows = -(-len(page) // COLUMNS)
+        figure = Figure(figsize=(COLUMNS * 3.6, rows * 1.5 + 0.1), layout="constrained")
+        for axes in (grid := figure.subplots(rows, COLUMNS, squeeze=False).ravel()):
+            axes.set_axis_off()
+        for axes, (file, text) in zip(grid, page, strict=False):
+            axes.set_title(text, fontsize=7.5, loc="left", pad=2)
+            axes.imshow(sitk.GetArrayFromImage(sitk.ReadImage(str(file))))
+        sheets.append(folder / f"contact_sheet_{len(sheets) + 1:02d}.png")
+        with replacing(sheets[-1]) as temporary:
+            figure.savefig(temporary, dpi=110)
+    return sheets
+
+
+def _painted(grey: np.ndarray, area: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Grey values and a mask (both h w) as colours (h w 3): the mask's outline red, what is not finite blue."""
+    scaled = np.clip((grey - low) / max(high - low, 1e-6), 0, 1)
+    colours = np.repeat((255 * np.nan_to_num(scaled)).astype(np.uint8)[..., None], 3, axis=2)
+    colours[~np.isfinite(grey)] = (40, 50, 90)
+    inner = area.copy()
+    for axis, step in ((0, 1), (0, -1), (1, 1), (1, -1)):
+        inner &= np.roll(area, step, axis)
+    colours[area & ~inner] = RED
+    colours[[0, -1]] = colours[:, [0, -1]] = 0  # a frame between views
+    return colours

@@ -1,0 +1,103 @@
+"""`qc.csv`: how well each scan fits its template, and what became of it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.files import replacing
+from nnunet_vit_mae.imaging.channels import channel_file_name
+from nnunet_vit_mae.imaging.scans import ENDING
+
+QC_TABLE = "qc.csv"
+DONE, FAILED, REJECTED = "done", "failed", "rejected"
+
+
+@dataclass(frozen=True)
+class QCRow:
+    """A row of `qc.csv`; what a failed case has no number for is empty."""
+
+    case: str
+    status: str = FAILED  # or done, or rejected
+    folder: str = ""  # imagesTr or imagesUn
+    template: str = ""
+    region_correlation: float | None = None  # in the region's box, normalised (-1 to 1)
+    region_mutual_information: float | None = None  # 0 to 1
+    correlation: float | None = None  # where template and scan overlap
+    mutual_information: float | None = None
+    displacement_mm: float | None = None  # of the region's centre
+    rotation_degrees: float | None = None
+    scale: float | None = None  # above 1: the scan's head is larger than the template's
+    coverage: float | None = None  # share of the region that the scan's field of view holds
+    label_inside: float | None = None  # share of the labelled voxels that the crop holds
+    channels: str = ""  # their numbers
+    label_values: str = ""
+    problem: str = ""
+    made_of: str = ""  # files and settings, as a checksum
+    source: str = ""  # the file or folder of its first channel
+
+
+def read_qc_table(output: Path) -> list[QCRow]:
+    """Rows of a former call, or none; raises `UserError` for a folder with something else in it."""
+    file = output / QC_TABLE
+    if not file.exists():
+        if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+            raise UserError(f"{output} is in use, but has no {QC_TABLE}: give a new folder with -o, or remove it.")
+        return []
+    try:
+        with file.open(newline="", encoding="utf-8") as stream:
+            return [_row(line) for line in csv.DictReader(stream)]
+    except (TypeError, ValueError, KeyError):
+        raise UserError(f"{file} is no table of mae3d_crop_roi: give a new folder with -o.") from None
+
+
+def worst_first(rows: Iterable[QCRow]) -> list[QCRow]:
+    """As they are to be looked at: failed ones, then by similarity, rejected ones last."""
+    order = (FAILED, DONE, REJECTED)
+    return sorted(rows, key=lambda row: (order.index(row.status), row.region_mutual_information or 0.0, row.case))
+
+
+def write_qc_table(rows: Iterable[QCRow], output: Path) -> None:
+    """Write all rows; the file is whole at any time."""
+    with replacing(output / QC_TABLE) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(one.name for one in fields(QCRow))
+        for row in rows:
+            values = (getattr(row, one.name) for one in fields(QCRow))
+            writer.writerow(f"{value:.4f}" if isinstance(value, float) else value for value in values)
+
+
+def _row(line: Mapping[str, str]) -> QCRow:
+    numbers = {one.name for one in fields(QCRow) if "float" in str(one.type)}
+    values: dict[str, Any] = {
+        name: (float(text) if text else None) if name in numbers else text for name, text in line.items()
+    }
+    return QCRow(**values)
+
+
+def caption(row: QCRow) -> str:
+    """What stands above a thumbnail."""
+    partly = "" if row.coverage is None or row.coverage > 0.999 else f", {100 * row.coverage:.0f}% in view"
+    return (
+        f"{row.case}: MI {row.region_mutual_information or 0:.2f}, r {row.region_correlation or 0:.2f}, "
+        f"{row.displacement_mm or 0:.0f} mm, {row.rotation_degrees or 0:.0f}°, x{row.scale or 0:.2f}{partly}"
+    )
+
+
+def files_of(row: QCRow, output: Path) -> list[Path]:
+    """All that is written for a case."""
+    if not row.folder:
+        return []
+    images = [output / row.folder / channel_file_name(row.case, int(number), ENDING) for number in row.channels.split()]
+    labels = [output / "labelsTr" / f"{row.case}{ENDING}"] if row.folder == "imagesTr" else []
+    return [*images, *labels, output / "transforms" / f"{row.case}.tfm", output / "thumbnails" / f"{row.case}.png"]
+
+
+def remove(row: QCRow, output: Path) -> None:
+    """Delete what was written for a case."""
+    for file in files_of(row, output):
+        file.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Images as files: volumes and their geometry, labels, DICOM, registration, and how nnU-Net names channels."""

@@ -1,0 +1,84 @@
+"""How nnU-Net names image files: `CASE_0000.nii.gz`, where 0000 is the channel; labels are `CASE.nii.gz`."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from nnunet_vit_mae.errors import UserError
+
+NIFTI = (".nii.gz", ".nii")
+IMAGE_ENDINGS = (*NIFTI, ".nrrd", ".mha", ".gipl")  # what nnU-Net reads with a geometry
+
+
+def case_and_channel(stem: str) -> tuple[str, int | None]:
+    """Split a file name without its ending into the case and the channel number, None if it has no such number.
+
+    >>> case_and_channel("head_12_0001")
+    ('head_12', 1)
+    >>> case_and_channel("head_12")
+    ('head_12', None)
+    """
+    match = re.fullmatch(r"(.+)_([0-9]{4})", stem, flags=re.DOTALL)
+    return (match[1], int(match[2])) if match else (stem, None)
+
+
+def channel_file_name(case: str, channel: int, ending: str) -> str:
+    """Return the file name of one channel of a case.
+
+    >>> channel_file_name("head_12", 1, ".nii.gz")
+    'head_12_0001.nii.gz'
+    """
+    return f"{case}_{channel:04d}{ending}"
+
+
+def without_ending(name: str, endings: Sequence[str]) -> str:
+    """Remove the ending of an image from a file name, whatever its capitals; other names stay as they are."""
+    return re.sub(rf"({'|'.join(map(re.escape, endings))})$", "", name, flags=re.IGNORECASE)
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """List the files of a folder that are not hidden; macOS leaves copies such as ._case.nii.gz behind."""
+    return sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+
+
+def channels_by_case(folder: Path, ending: str) -> tuple[dict[str, dict[int, Path]], list[Path]]:
+    """Find the images with an ending in a folder, which need not exist.
+
+    Returns:
+        The files by case and channel number, both sorted, and the files that are named otherwise.
+    """
+    cases: dict[str, dict[int, Path]] = defaultdict(dict)
+    misnamed = []
+    for file in cases_in(folder, ending).values():
+        case, channel = case_and_channel(file.name.removesuffix(ending))
+        if channel is None:
+            misnamed.append(file)
+        else:
+            cases[case][channel] = file
+    return {case: cases[case] for case in sorted(cases)}, misnamed
+
+
+def cases_in(folder: Path, ending: str) -> dict[str, Path]:
+    """Return the files with an ending by the name that is left without it, sorted; of labels, that is the case."""
+    files = visible_files(folder) if folder.is_dir() else []
+    return {file.name.removesuffix(ending): file for file in files if file.name.endswith(ending)}
+
+
+def ending_in(folder: Path, flag: str) -> str:
+    """Return the one ending that the images in a folder have.
+
+    Raises:
+        UserError: If the folder is missing, or has no images or several endings; `flag` names where it was given.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: check {flag}.")
+    found = {ending for file in visible_files(folder) for ending in IMAGE_ENDINGS if file.name.endswith(ending)}
+    if len(found) != 1:
+        raise UserError(
+            f"{folder} must hold images of one format ({', '.join(IMAGE_ENDINGS)}), but has "
+            f"{' and '.join(sorted(found)) or 'none'}: check {flag}."
+        )
+    return found.pop()

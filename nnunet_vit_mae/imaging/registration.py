@@ -1,0 +1,234 @@
+"""Rigid and affine registration of one volume to another by mutual information, the same numbers on every run.
+
+Mattes mutual information (IEEE Trans Med Imaging 2003, doi 10.1109/TMI.2003.809072) as ITK computes it, from coarse
+to fine. It needs no equal grey values, so that a CT fits a template of another scanner, or a T1 a FLAIR.
+Points are x y z in mm in the physical space of ITK (to the left, the back, the head), arrays are z y x.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import SimpleITK as sitk
+
+RESOLUTION_LEVELS = (20, 45, 90)  # voxels along a side of the reference, on average: 9, 4 and 2 mm for a head
+SAMPLES = 20_000  # of the metric at each level
+BINS = 32
+TILT = math.radians(20)  # starts are turned by this round each axis; the optimiser catches about as much
+SCALES = (0.6, 1.6)  # no head is this much smaller or larger than another: beyond, the registration has failed
+
+
+class RegistrationError(ValueError):
+    """Two volumes could not be brought together; the message says why, without a full stop."""
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Of two volumes where both are: normalised correlation (-1 to 1), normalised mutual information (0 to 1)."""
+
+    correlation: float
+    mutual_information: float
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """`transform` takes points of the reference to points of the other volume (mm)."""
+
+    transform: sitk.Transform
+    similarity: Similarity
+
+
+@contextmanager
+def single_itk_thread() -> Iterator[None]:
+    """Sums of several threads differ in their last digits, and with them where an optimiser stops."""
+    before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    try:
+        yield
+    finally:
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
+
+
+def register(reference: sitk.Image, moving: sitk.Image, *, affine: bool) -> Alignment:
+    """Find where the points of `reference` are in `moving`; neither is changed.
+
+    Raises `RegistrationError` when they do not overlap, have one grey value only, or fit only if scaled beyond belief.
+    """
+    reference, moving = _grey_values(reference), _grey_values(moving)
+    levels = _levels(reference)
+    try:
+        with single_itk_thread():
+            pairs = [(_at(reference, mm), _at(moving, mm), mm) for mm in levels]
+            rigid = _best_rigid(*pairs[0])
+            for fixed, other, mm in pairs[1:2] if affine else pairs[1:]:
+                _optimise(fixed, other, rigid, mm)
+            transform: sitk.Transform = rigid
+            if affine:
+                transform = sitk.AffineTransform(3)
+                transform.SetMatrix(rigid.GetMatrix())
+                transform.SetTranslation(rigid.GetTranslation())
+                transform.SetCenter(rigid.GetCenter())
+                for fixed, other, mm in pairs[-2:]:
+                    _optimise(fixed, other, transform, mm)
+            alignment = Alignment(transform, similarity(pairs[-1][0], pairs[-1][1], transform))
+    except RuntimeError:  # of ITK: its text is about its own sources
+        raise RegistrationError("the registration lost the overlap with the template") from None
+    if not SCALES[0] < scale(transform) < SCALES[1]:
+        raise RegistrationError(f"the registration failed, it scaled the template by {scale(transform):.2f}")
+    return alignment
+
+
+def similarity(reference: sitk.Image, moving: sitk.Image, transform: sitk.Transform) -> Similarity:
+    """On the voxels of `reference` that lie in `moving`; raises `RegistrationError` when there are hardly any."""
+    ones = sitk.Image(moving.GetSize(), sitk.sitkUInt8) + 1
+    ones.CopyInformation(moving)
+    inside = _array(sitk.Resample(ones, reference, transform, sitk.sitkNearestNeighbor, 0)) > 0
+    if inside.sum() < 64:
+        raise RegistrationError("it does not overlap with the template")
+    moved = sitk.Resample(sitk.Cast(moving, sitk.sitkFloat32), reference, transform, sitk.sitkLinear, 0)
+    a, b = _array(reference)[inside].astype(np.float64), _array(moved)[inside].astype(np.float64)
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return Similarity(0.0, 0.0)
+    return Similarity(float(np.corrcoef(a, b)[0, 1]), _mutual_information(a, b))
+
+
+def scale(transform: sitk.Transform) -> float:
+    """By how much a side grows, on average over the axes."""
+    return abs(float(np.linalg.det(_matrix(transform)))) ** (1 / 3)
+
+
+def rotation_degrees(transform: sitk.Transform) -> float:
+    """Angle of the rotation in a linear transform, free of its scales and shears (polar decomposition)."""
+    left, _, right = np.linalg.svd(_matrix(transform))
+    return math.degrees(math.acos(np.clip((np.trace(left @ right) - 1) / 2, -1, 1)))
+
+
+def map_points(transform: sitk.Transform, points: np.ndarray) -> np.ndarray:
+    """Points (n, 3; x y z in mm) through a linear transform, all at once."""
+    return points @ _matrix(transform).T + np.array(transform.TransformPoint((0.0, 0.0, 0.0)))
+
+
+def _matrix(transform: sitk.Transform) -> np.ndarray:
+    origin = np.array(transform.TransformPoint((0.0, 0.0, 0.0)))
+    return np.stack([np.array(transform.TransformPoint(axis)) - origin for axis in np.eye(3).tolist()], axis=1)
+
+
+def _array(image: sitk.Image) -> np.ndarray:
+    return sitk.GetArrayFromImage(image)
+
+
+def _grey_values(image: sitk.Image) -> sitk.Image:
+    """Without outliers: a few bright voxels of metal would leave all tissue in one bin of the histogram."""
+    array = np.nan_to_num(_array(image).astype(np.float32))
+    low, high = np.percentile(array, (0.1, 99.8))
+    if high <= low:
+        low, high = float(array.min()), float(array.max())
+    if high <= low:
+        raise RegistrationError("it has one grey value only")
+    clipped = sitk.GetImageFromArray(np.clip(array, low, high))
+    clipped.CopyInformation(image)
+    return clipped
+
+
+def _levels(reference: sitk.Image) -> list[float]:
+    """Voxel sides in mm from coarse to fine; none finer than the reference itself."""
+    sides = [size * mm for size, mm in zip(reference.GetSize(), reference.GetSpacing(), strict=True)]
+    side = math.prod(sides) ** (1 / 3)
+    finest = math.prod(reference.GetSpacing()) ** (1 / 3)
+    return sorted({max(side / level, finest) for level in RESOLUTION_LEVELS}, reverse=True)
+
+
+def _at(image: sitk.Image, mm: float) -> sitk.Image:
+    """Smoothed and thinned along each axis to voxels of about `mm`; thick slices stay as they are."""
+    spacing, size = np.array(image.GetSpacing()), np.array(image.GetSize())
+    factors = np.clip(np.floor(mm / spacing + 0.01), 1, np.maximum(1, size // 4)).astype(int)
+    sigma = np.where(factors > 1, 0.4 * factors * spacing, 0)  # mm
+    if sigma.any():
+        image = sitk.DiscreteGaussian(image, (sigma**2).tolist(), 32, 0.01, True)
+    return sitk.Shrink(image, factors.tolist())
+
+
+def _metric(fixed: sitk.Image) -> sitk.ImageRegistrationMethod:
+    method = sitk.ImageRegistrationMethod()
+    method.SetNumberOfThreads(1)
+    method.SetMetricAsMattesMutualInformation(BINS)
+    method.SetInterpolator(sitk.sitkLinear)
+    if fixed.GetNumberOfPixels() > SAMPLES:
+        method.SetMetricSamplingStrategy(method.RANDOM)
+        method.SetMetricSamplingPercentage(SAMPLES / fixed.GetNumberOfPixels(), seed=1)
+    return method
+
+
+def _optimise(fixed: sitk.Image, moving: sitk.Image, transform: sitk.Transform, mm: float) -> float:
+    """Improve `transform` in place, in steps that shrink from `mm`; gives the metric (less is better)."""
+    method = _metric(fixed)
+    method.SetOptimizerAsRegularStepGradientDescent(
+        learningRate=1.0,  # estimated anew at each step, so that voxels move by `mm` at first: turns and shifts alike
+        minStep=1e-5,
+        numberOfIterations=60,
+        relaxationFactor=0.6,
+        estimateLearningRate=method.EachIteration,
+        maximumStepSizeInPhysicalUnits=mm,
+    )
+    method.SetOptimizerScalesFromPhysicalShift()
+    method.SetInitialTransform(transform, inPlace=True)
+    method.Execute(fixed, moving)
+    return method.GetMetricValue()
+
+
+def _best_rigid(fixed: sitk.Image, moving: sitk.Image, mm: float) -> sitk.Euler3DTransform:
+    """The best of three optimised starts, themselves the best of all; scans lie anywhere in space, tilted or not."""
+    rated = []
+    for number, start in enumerate(_starts(fixed, moving)):
+        method = _metric(fixed)
+        method.SetInitialTransform(start)
+        try:
+            rated.append((method.MetricEvaluate(fixed, moving), number, start))
+        except RuntimeError:  # no overlap from this start
+            continue
+    if not rated:
+        raise RegistrationError("it does not overlap with the template")
+    done = [(_optimise(fixed, moving, start, mm), number, start) for _, number, start in sorted(rated)[:3]]
+    return min(done)[2]
+
+
+def _starts(fixed: sitk.Image, moving: sitk.Image) -> Iterator[sitk.Euler3DTransform]:
+    """As the headers say, centre on centre and mass on mass; each upright and turned round every axis."""
+    centre = _centre(fixed)
+    shifts = [np.zeros(3), _centre(moving) - centre, _centre_of_mass(moving) - _centre_of_mass(fixed)]
+    turns = [(0.0, 0.0, 0.0)]
+    turns += [tuple(sign * TILT * axis) for axis, sign in product(np.eye(3), (-1, 1))]
+    for shift, turn in product(shifts, turns):
+        start = sitk.Euler3DTransform()
+        start.SetCenter(centre.tolist())
+        start.SetRotation(*turn)
+        start.SetTranslation(shift.tolist())
+        yield start
+
+
+def _centre(image: sitk.Image) -> np.ndarray:
+    return np.array(image.TransformContinuousIndexToPhysicalPoint([(size - 1) / 2 for size in image.GetSize()]))
+
+
+def _centre_of_mass(image: sitk.Image) -> np.ndarray:
+    array = _array(image).astype(np.float64)
+    array -= array.min()
+    index = [(array * axis).sum() / array.sum() for axis in np.indices(array.shape, sparse=True)]
+    return np.array(image.TransformContinuousIndexToPhysicalPoint([float(i) for i in index[::-1]]))
+
+
+def _mutual_information(a: np.ndarray, b: np.ndarray) -> float:
+    """Twice the mutual information over the sum of both entropies: 0 for independent values, 1 for equal ones."""
+    joint = np.histogram2d(a, b, BINS)[0] / a.size
+    both, each = _entropy(joint), _entropy(joint.sum(0)) + _entropy(joint.sum(1))
+    return 2 * (each - both) / each if each > 0 else 0.0
+
+
+def _entropy(shares: np.ndarray) -> float:
+    shares = shares[shares > 0]
+    return float(-(shares * np.log(shares)).sum())

@@ -1,0 +1,1 @@
+"""Synthetic CT of the skull base, for the demonstration and the tests."""

@@ -1,0 +1,154 @@
+"""Synthetic CT of the skull base round the carotid siphons, written as an nnU-Net v2 raw data set.
+
+The phantoms stand in for the clinical scans of the ViTiac paper (its data section: patches round the cavernous carotid
+artery, calcification labelled by circling a plaque, keeping what reaches 130 HU and dropping single voxels). Here the
+patients are shared out among the sets; `phantom_anatomy` draws them and `phantom_scanner` scans and labels them.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import SimpleITK as sitk
+
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.files import write_json
+from nnunet_vit_mae.phantoms.scanner import PhantomScan, make_scan
+
+SMALLEST_LABEL_MM3 = 5.0
+MOST_REDRAWS = 100
+IMAGE_FOLDERS = {"labelled": "imagesTr", "unlabelled": "imagesUn", "test": "imagesTs"}
+LABEL_FOLDERS = {"labelled": "labelsTr", "test": "labelsTs"}
+
+
+@dataclass(frozen=True)
+class PlannedScan:
+    """A place in the data set: number of the patient, number of their scan, and the set it goes to."""
+
+    patient: int
+    number: int
+    set_name: str
+
+    @property
+    def patient_name(self) -> str:
+        """Name of the patient in the table."""
+        return f"p{self.patient:03d}"
+
+    @property
+    def case(self) -> str:
+        """Name of the case in the data set."""
+        return f"phantom_{self.patient_name}_s{self.number}"
+
+
+def write_phantom_dataset(
+    folder: Path,
+    *,
+    dataset_id: int = 900,
+    labelled: int = 16,
+    unlabelled: int = 48,
+    test: int = 8,
+    seed: int = 0,
+    extent_mm: tuple[float, float, float] = (32.0, 40.0, 40.0),
+    plaque_scale: float = 1.0,
+) -> Path:
+    """Write an nnU-Net v2 raw data set of phantoms and return its folder, `folder`/Dataset900_CarotidPhantom.
+
+    It holds imagesTr with labelsTr, imagesTs with labelsTs, imagesUn (no labels), dataset.json, and scans.csv (case,
+    patient, set, scanner, kernel, slice_thickness in mm). Labelled and test scans are of one patient each and show
+    plaque; unlabelled scans are never of test patients. `extent_mm` (z y x) is the region that a scan covers, and
+    `plaque_scale` multiplies the length, width and thickness of the plaques. The folder appears once it is complete.
+
+    Raises `UserError` for impossible numbers, or when that data set already exists.
+    """
+    if not 1 <= dataset_id <= 999:
+        raise UserError(f"dataset_id is {dataset_id}, but it must be from 1 to 999.")
+    if labelled < 1 or unlabelled < 0 or test < 0:
+        raise UserError(
+            f"A phantom data set of {labelled} labelled, {unlabelled} unlabelled and {test} test scans is impossible: "
+            "ask for at least 1 labelled scan and no negative number."
+        )
+    target = Path(folder) / f"Dataset{dataset_id:03d}_CarotidPhantom"
+    if target.exists():
+        raise UserError(f"The data set {target} already exists: remove it or choose another dataset_id or folder.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=target.parent, prefix=".phantom_") as partial:
+        growing = Path(partial) / target.name
+        rows = []
+        for place, scan in _scans(_plan(labelled, unlabelled, test), seed, extent_mm, plaque_scale):
+            _write_scan(growing, place, scan)
+            how = (scan.scanner, scan.kernel, scan.slice_thickness)
+            rows.append((place.case, place.patient_name, place.set_name, *how))
+        _write_tables(growing, rows, labelled)
+        growing.rename(target)
+    return target
+
+
+def _plan(labelled: int, unlabelled: int, test: int) -> list[PlannedScan]:
+    """One labelled scan for each training patient, one for each test patient, and the unlabelled ones.
+
+    A third of the unlabelled scans are second scans of training patients; the rest are one to three of new patients.
+    """
+    plan = [PlannedScan(patient, 0, "labelled") for patient in range(labelled)]
+    plan += [PlannedScan(labelled + patient, 0, "test") for patient in range(test)]
+    seconds = min(labelled, unlabelled // 3)
+    plan += [PlannedScan(patient, 1, "unlabelled") for patient in range(seconds)]
+    patient = labelled + test
+    while unlabelled > seconds:
+        scans = min(1 + patient % 3, unlabelled - seconds)
+        plan += [PlannedScan(patient, number, "unlabelled") for number in range(scans)]
+        unlabelled, patient = unlabelled - scans, patient + 1
+    return plan
+
+
+def _scans(
+    plan: list[PlannedScan], seed: int, extent_mm: tuple[float, float, float], plaque_scale: float
+) -> Iterator[tuple[PlannedScan, PhantomScan]]:
+    """Take the planned scans; a patient whose labelled scan shows too little plaque is drawn anew."""
+    attempts: dict[int, int] = {}  # by which attempt each patient was accepted
+    for place in plan:
+        for attempt in range(attempts.get(place.patient, 0), MOST_REDRAWS):
+            patient_seed, scan_seed = (seed, place.patient, attempt), (seed, place.patient, place.number, attempt)
+            scan = make_scan(patient_seed, scan_seed, extent_mm=extent_mm, plaque_scale=plaque_scale)
+            if place.set_name == "unlabelled" or scan.label_volume >= SMALLEST_LABEL_MM3:
+                break
+        else:
+            raise UserError(
+                f"None of {MOST_REDRAWS} patients drawn for {place.case} has a label of {SMALLEST_LABEL_MM3} mm3 "
+                f"at plaque_scale {plaque_scale}: choose a larger one."
+            )
+        attempts[place.patient] = attempt
+        yield place, scan
+
+
+def _write_scan(folder: Path, place: PlannedScan, scan: PhantomScan) -> None:
+    image_file = folder / IMAGE_FOLDERS[place.set_name] / f"{place.case}_0000.nii.gz"
+    _write_volume(image_file, scan.image, scan.spacing)
+    if place.set_name in LABEL_FOLDERS:
+        _write_volume(folder / LABEL_FOLDERS[place.set_name] / f"{place.case}.nii.gz", scan.label, scan.spacing)
+
+
+def _write_volume(file: Path, volume: np.ndarray, spacing: tuple[float, float, float]) -> None:
+    image = sitk.GetImageFromArray(volume)
+    image.SetSpacing(spacing[::-1])
+    image.SetOrigin([-step * (count - 1) / 2 for step, count in zip(spacing[::-1], volume.shape[::-1], strict=True)])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(image, str(file), useCompression=True)
+
+
+def _write_tables(folder: Path, rows: list[tuple], labelled: int) -> None:
+    description = {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0, "calcification": 1},
+        "numTraining": labelled,
+        "file_ending": ".nii.gz",
+    }
+    write_json(description, folder / "dataset.json")
+    with (folder / "scans.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(("case", "patient", "set", "scanner", "kernel", "slice_thickness"))
+        writer.writerows(rows)

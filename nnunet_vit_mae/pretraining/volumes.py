@@ -1,0 +1,86 @@
+"""Preprocessed volumes in memory, in half precision and not compressed: a crop is then a copy and nothing else."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import joblib
+import numpy as np
+from tqdm import tqdm
+
+from nnunet_vit_mae.errors import UserError
+
+SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it; other systems have no limit of their own
+ITEM = np.dtype(np.float16).itemsize
+
+
+def open_volume(file: Path, *, threads: int = 1) -> Any:
+    """A preprocessed volume (c z y x), to be read by slicing."""
+    # not mapped: page faults cost more than reads where the file has to come from a disk
+    return blosc2.open(urlpath=str(file), mode="r", dparams={"nthreads": threads})
+
+
+class Cache(AbstractContextManager):
+    """The first volumes, up to one that a limit leaves no room for, for all processes of this machine that get it.
+
+    The memory is freed once the block has ended and nobody holds a volume, or the process that made it was killed.
+    """
+
+    def __init__(self, files: Sequence[Path], limit: int, *, copies: int = 1, spare: int = 0):
+        """Read the volumes; `limit` is in bytes, for as many `copies` of the cache as are made on this machine.
+
+        Beside it, `spare` bytes of shared memory stay free. Raises `UserError` when there is less shared memory, or for
+        voxels that half precision cannot hold.
+        """
+        self.places: dict[Path, tuple[int, tuple[int, ...]]] = {}
+        size = 0
+        for file in files:
+            shape = tuple(open_volume(file).shape)
+            if (size + math.prod(shape) * ITEM) * copies > limit:
+                break
+            self.places[file] = (size, shape)
+            size += math.prod(shape) * ITEM
+        total = size * copies
+        usage = shutil.disk_usage(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else None
+        # of what is free, another copy may have taken its part already
+        if usage and (total + spare > usage.total or size + spare > usage.free):
+            raise UserError(
+                f"A cache of {total / 1e9:.1f} GB, and {spare / 1e9:.1f} GB for batches, do not fit into "
+                f"{SHARED_MEMORY}, with {usage.free / 1e9:.1f} GB free: give a smaller --cache, or enlarge "
+                f"{SHARED_MEMORY} (docker run --shm-size, for instance)."
+            )
+        self._memory = SharedMemory(create=True, size=max(1, size))
+        try:
+            for file in tqdm(self.places, desc="reading into memory", unit="volume"):
+                self._read(file)
+        except BaseException:
+            self._memory.unlink()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._memory.unlink()
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def get(self, file: Path) -> np.ndarray | None:
+        """The volume of a file (c z y x), not to be written to; None when it is not in the cache."""
+        if file not in self.places:
+            return None
+        start, shape = self.places[file]
+        return np.ndarray(shape, np.float16, self._memory.buf, start)
+
+    def _read(self, file: Path) -> None:
+        volume = open_volume(file, threads=joblib.cpu_count())[:]
+        if not np.abs(volume).max() <= np.finfo(np.float16).max:
+            raise UserError(f"{file} has voxels that half precision cannot hold: leave out --cache.")
+        place = self.get(file)
+        assert place is not None
+        place[...] = volume

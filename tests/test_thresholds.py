@@ -1,0 +1,212 @@
+"""The exact search for thresholds, against all thresholds tried one by one."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nnunet_vit_mae import thresholds as calibration
+from nnunet_vit_mae.thresholds import CalibrationCase, Classes, fit_thresholds, segment
+
+SHAPE = (3, 5, 7)
+BINARY = Classes(("blob",), ((1,),))
+THREE = Classes(("a", "b", "c"), ((1,), (2,), (3,)))
+REGIONS = Classes(("whole", "core"), ((1, 2), (2,)), regions=True)
+
+few_seeds = settings(max_examples=20, deadline=None)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def cases_of(
+    seed: int, classes: Classes, *, number: int = 3, bias: float = 0.0, digits: int | None = None
+) -> list[CalibrationCase]:
+    """Probabilities that know something about the labels; few digits make equal probabilities."""
+    random = np.random.default_rng(seed)
+    cases = []
+    for index in range(number):
+        labels = random.integers(0, max(max(values) for values in classes.values) + 1, SHAPE)
+        logits = random.normal(bias, 1.5, (len(classes.names) + (not classes.regions), *SHAPE))
+        for channel, values in enumerate(classes.values, start=not classes.regions):
+            logits[channel] += 1.5 * np.isin(labels, values)
+        odds = np.exp(logits)
+        probabilities = odds / (1 + odds) if classes.regions else odds / odds.sum(axis=0)
+        if digits is not None:
+            probabilities = probabilities.round(digits)
+        probabilities = probabilities.astype(np.float32)
+        cases.append(CalibrationCase(f"case_{index}", random.uniform(0.3, 4), lambda p=probabilities, y=labels: (p, y)))
+    return cases
+
+
+def loss_of(cases: list[CalibrationCase], classes: Classes, shifts: list[float], objective: str) -> float:
+    """The objective, literally."""
+    losses = []
+    for case in cases:
+        probabilities, labels = case.read()
+        counted = labels != classes.ignore
+        for mask, values in zip(segment(probabilities, classes, shifts), classes.values, strict=True):
+            predicted, annotated = mask & counted, np.isin(labels, values) & counted
+            total = predicted.sum() + annotated.sum()
+            dice = 2 * (predicted & annotated).sum() / total if total else 1.0
+            volume = abs(int(predicted.sum()) - int(annotated.sum())) * case.voxel_mm3
+            losses.append(volume if objective == "volume" else 1 - dice)
+    return float(np.mean(losses))
+
+
+def best_of_all(cases: list[CalibrationCase], classes: Classes, objective: str) -> float:
+    """The smallest loss over a threshold at, above and below every probability of the only class."""
+    values = np.unique(np.concatenate([case.read()[0][-1].ravel() for case in cases])).astype(np.float64)
+    values = values[(values > calibration.LOWEST) & (values < 1 - calibration.LOWEST)]
+    tried = np.concatenate([values, (values[1:] + values[:-1]) / 2, [calibration.LOWEST, 1 - calibration.LOWEST]])
+    return min(loss_of(cases, classes, [-math.log(t / (1 - t))], objective) for t in tried)
+
+
+@few_seeds
+@given(seeds, st.sampled_from(["volume", "dice"]), st.sampled_from([-3.0, 0.0, 2.0]), st.sampled_from([1, 2, None]))
+def test_no_threshold_is_better_than_the_one_found(seed, objective, bias, digits):
+    cases = cases_of(seed, BINARY, digits=digits)
+    if bias:
+        cases = [
+            CalibrationCase(c.name, c.voxel_mm3, lambda c=c: (biased(c.read()[0], bias), c.read()[1])) for c in cases
+        ]
+    fitted = fit_thresholds(cases, BINARY, objective)
+    assert loss_of(cases, BINARY, list(fitted.shifts), objective) == pytest.approx(
+        best_of_all(cases, BINARY, objective)
+    )
+
+
+def biased(probabilities: np.ndarray, bias: float) -> np.ndarray:
+    odds = np.exp(np.log(np.maximum(probabilities, 1e-6)) + np.reshape([0, bias], (2, 1, 1, 1)))
+    return (odds / odds.sum(axis=0)).astype(np.float32)
+
+
+@few_seeds
+@given(seeds, st.sampled_from(["volume", "dice"]))
+def test_each_region_gets_the_best_threshold_of_its_own(seed, objective):
+    cases = cases_of(seed, REGIONS)
+    fitted = fit_thresholds(cases, REGIONS, objective)
+    for index, name in enumerate(REGIONS.names):
+        alone = Classes((name,), (REGIONS.values[index],), regions=True)
+        own = [
+            CalibrationCase(c.name, c.voxel_mm3, lambda c=c, i=index: (c.read()[0][i : i + 1], c.read()[1]))
+            for c in cases
+        ]
+        found = loss_of(own, alone, [fitted.shifts[index]], objective)
+        assert found == pytest.approx(best_of_all(own, alone, objective))
+
+
+@few_seeds
+@given(seeds, st.sampled_from(["volume", "dice"]))
+def test_with_several_classes_no_single_shift_can_be_bettered(seed, objective):
+    cases = cases_of(seed, THREE)
+    fitted = fit_thresholds(cases, THREE, objective)
+    found = loss_of(cases, THREE, list(fitted.shifts), objective)
+    assert found <= loss_of(cases, THREE, [0, 0, 0], objective)
+    for index in range(3):
+        for other in np.linspace(-calibration.LOG_ODDS_LIMIT, calibration.LOG_ODDS_LIMIT, 101):
+            shifts = list(fitted.shifts)
+            shifts[index] = other
+            assert found <= loss_of(cases, THREE, shifts, objective) + 1e-9
+
+
+@few_seeds
+@given(seeds)
+def test_small_blocks_give_the_same(seed):
+    cases = cases_of(seed, THREE)
+    whole = fit_thresholds(cases, THREE, "volume")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "BLOCK", 17)
+        assert fit_thresholds(cases, THREE, "volume").shifts == whole.shifts
+
+
+def test_a_thin_structure_gets_its_low_threshold():
+    """A line that the network believes in by 2% only, and noise below it."""
+    probabilities = np.full((2, 9, 10, 11), 0.01, np.float32)
+    labels = np.zeros((9, 10, 11), int)
+    labels[4, :, 5] = 1
+    probabilities[1, 4, :, 5] = 0.02
+    probabilities[0] = 1 - probabilities[1]
+    fitted = fit_thresholds([CalibrationCase("line", 0.5, lambda: (probabilities, labels))], BINARY, "volume")
+    assert 0.01 < fitted.thresholds[0] < 0.02
+    (volumes,) = fitted.volumes
+    assert (volumes.reference_mm3, volumes.before_mm3, volumes.after_mm3) == (5, 0, 5)
+    assert (volumes.before_dice, volumes.after_dice) == (0, 1)
+
+
+def test_the_search_is_finer_than_any_grid():
+    """All probabilities lie within a hundredth of a step of the grid, and no two are equal."""
+    size = 400
+    probabilities = np.empty((2, 1, 1, size), np.float32)
+    probabilities[1] = 0.02 + 1e-7 * np.arange(size)
+    probabilities[0] = 1 - probabilities[1]
+    labels = np.zeros((1, 1, size), int)
+    labels[0, 0, 123:] = 1
+    assert len(np.unique(probabilities[1])) == size
+    for objective in calibration.OBJECTIVES:
+        fitted = fit_thresholds([CalibrationCase("close", 1, lambda: (probabilities, labels))], BINARY, objective)
+        assert fitted.volumes[0].after_mm3 == size - 123
+        assert fitted.volumes[0].after_dice == 1
+
+
+def test_what_is_right_already_stays():
+    labels = np.zeros(SHAPE, int)
+    labels[1] = 1
+    probabilities = np.stack([0.9 - 0.8 * labels, 0.1 + 0.8 * labels]).astype(np.float32)
+    fitted = fit_thresholds([CalibrationCase("right", 1, lambda: (probabilities, labels))], BINARY, "volume")
+    assert fitted.shifts == (0,)
+    assert fitted.thresholds == (0.5,)
+
+
+def test_the_curve_shows_what_a_threshold_gives():
+    cases = cases_of(3, BINARY)
+    (curve,) = fit_thresholds(cases, BINARY, "volume").curves
+    assert curve.thresholds[0] == pytest.approx(calibration.LOWEST)
+    assert 0.5 in curve.thresholds
+    for threshold, difference, dice in list(zip(curve.thresholds, curve.difference_mm3, curve.dice, strict=True))[::40]:
+        shift = [-math.log(threshold / (1 - threshold))]
+        assert difference == pytest.approx(loss_of(cases, BINARY, shift, "volume"))
+        assert 1 - dice == pytest.approx(loss_of(cases, BINARY, shift, "dice"))
+
+
+@few_seeds
+@given(seeds)
+def test_ignored_voxels_change_nothing(seed):
+    cases = cases_of(seed, BINARY)
+    random = np.random.default_rng(seed)
+
+    def spoilt(case: CalibrationCase):
+        probabilities, labels = case.read()
+        top = random.random((2, 2, *SHAPE[1:])).astype(np.float32)
+        return np.concatenate([probabilities, top], axis=1), np.concatenate([labels, np.full((2, *SHAPE[1:]), 9)])
+
+    ignoring = Classes(BINARY.names, BINARY.values, ignore=9)
+    changed = [CalibrationCase(c.name, c.voxel_mm3, lambda c=c: spoilt(c)) for c in cases]
+    assert fit_thresholds(changed, ignoring, "volume").shifts == fit_thresholds(cases, BINARY, "volume").shifts
+
+
+def test_certain_voxels_and_voxels_outside_the_crop_are_never_moved():
+    """nnU-Net gives exactly 0 outside the part of an image that it looked at; float32 rounds others to 1."""
+    labels = np.zeros(SHAPE, int)
+    labels[0] = 1
+    foreground = np.zeros(SHAPE, np.float32)
+    foreground[0], foreground[1, 0] = 1, 0.3
+    probabilities = np.stack([1 - foreground, foreground])
+    fitted = fit_thresholds([CalibrationCase("certain", 1, lambda: (probabilities, labels))], BINARY, "dice")
+    assert fitted.volumes[0].after_dice == 1
+    for shift in (-9.0, 9.0):
+        assert segment(probabilities, BINARY, [shift])[0][0].all()
+        assert not segment(probabilities, BINARY, [shift])[0][2].any()
+
+
+def test_a_case_without_annotation_counts():
+    """It wants a threshold at which nothing is found in it."""
+    empty = np.zeros(SHAPE, int)
+    probabilities = np.full((2, *SHAPE), 0.4, np.float32)
+    probabilities[1, 0, 0, 0] = 0.6
+    probabilities[0] = 1 - probabilities[1]
+    for objective in calibration.OBJECTIVES:
+        fitted = fit_thresholds([CalibrationCase("empty", 1, lambda: (probabilities, empty))], BINARY, objective)
+        assert fitted.thresholds[0] > 0.6
+        assert fitted.volumes[0].after_mm3 == 0
+        assert (fitted.volumes[0].before_dice, fitted.volumes[0].after_dice) == (0, 1)

@@ -1,0 +1,184 @@
+"""Volumes in shared memory: the same crops, within the limit, and nothing left behind."""
+
+import pickle
+import subprocess
+import sys
+import time
+from functools import partial
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import pytest
+import torch
+
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.presets import Network, Pretraining
+from nnunet_vit_mae.pretraining import distributed
+from nnunet_vit_mae.pretraining import run as loop
+from nnunet_vit_mae.pretraining import volumes as module
+from nnunet_vit_mae.pretraining.crops import RandomCrops
+from nnunet_vit_mae.pretraining.volumes import Cache
+
+CPU = torch.device("cpu")
+PATCH = (8, 12, 10)
+SHAPES = [(9, 15, 11), (12, 13, 10), (8, 12, 10), (10, 9, 14)]
+BYTES = [2 * 2 * int(np.prod(shape)) for shape in SHAPES]
+PLENTY = sum(BYTES)
+
+
+@pytest.fixture
+def files(tmp_path):
+    random, written = np.random.default_rng(0), []
+    for number, shape in enumerate(SHAPES):
+        written.append(tmp_path / f"case_{number}.b2nd")
+        blosc2.asarray(random.normal(size=(2, *shape)).astype(np.float32), urlpath=str(written[-1]), mode="w")
+    return written
+
+
+@pytest.fixture(params=[{}, {"crops_per_volume": 2, "masks_per_crop": 3}], ids=["one", "several"])
+def crops_of(request):
+    return lambda files, cache: RandomCrops(files, PATCH, 18, 1, cache, **request.param)
+
+
+def is_there(name: str) -> bool:
+    try:
+        SharedMemory(name).close()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def test_crops_are_those_of_the_files_in_half_precision(files, crops_of):
+    with Cache(files, PLENTY) as cache:
+        assert len(cache) == len(files)
+        cached, direct = crops_of(files, cache)[range(12)], crops_of(files, None)[range(12)]
+        assert cached.crops.dtype == torch.half
+        assert torch.equal(cached.crops, direct.crops.half())
+        assert torch.equal(cached.flips, direct.flips)
+        assert torch.equal(cached.noise, direct.noise)
+
+
+def test_the_limit_holds_and_changes_no_crop(files, crops_of):
+    with Cache(files, 3 * sum(BYTES[:3]) - 1, copies=3) as some, Cache(files, PLENTY) as every:
+        assert len(some) == 2
+        assert [some.get(file) is None for file in files] == [False, False, True, True]
+        assert torch.equal(crops_of(files, some)[range(12)].crops, crops_of(files, every)[range(12)].crops)
+
+
+def test_a_crop_is_no_view_of_the_volume(files, crops_of):
+    with Cache(files, PLENTY) as cache:
+        crops_of(files, cache)[range(12)].crops.zero_()
+        assert all(np.count_nonzero(cache.get(file)) > 0.9 * np.size(cache.get(file)) for file in files)
+
+
+@pytest.mark.parametrize(
+    ("free", "whole", "more", "fits"),
+    [
+        (PLENTY, PLENTY, {}, True),
+        (PLENTY, PLENTY, {"spare": 1}, False),
+        (PLENTY + 1, PLENTY + 1, {"spare": 1}, True),
+        (PLENTY, PLENTY, {"copies": 2}, False),
+        (PLENTY, 2 * PLENTY, {"copies": 2}, True),  # another copy has taken its part already
+        (PLENTY - 1, 2 * PLENTY, {}, False),
+    ],
+)
+def test_more_than_there_is_is_refused(files, monkeypatch, free, whole, more, fits):
+    usage = module.shutil.disk_usage("/")._replace(free=free, total=whole)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
+    if fits:
+        with Cache(files, 2 * PLENTY, **more) as cache:
+            assert len(cache) == len(files)
+    else:
+        with pytest.raises(UserError, match=r"do not fit into .*0\.0 GB free: give a smaller --cache"):
+            Cache(files, 2 * PLENTY, **more)
+
+
+def test_a_cache_without_room_for_a_volume_is_still_one(files, tmp_path):
+    """All crops are in half precision whether volumes are in it or not."""
+    with Cache(files, 1) as nothing, Cache(files, PLENTY) as every:
+        assert len(nothing) == 0
+        assert RandomCrops(files, PATCH, 18, 1, nothing)[[0]].crops.dtype == torch.half
+        few = loop.run(job_of(files, nothing), tmp_path / "run", device=CPU, resume=False)
+        assert few.losses == loop.run(job_of(files, every), tmp_path / "other", device=CPU, resume=False).losses
+    assert "0 of the cases in memory" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("value", [1e5, np.nan])
+def test_voxels_beyond_half_precision_are_refused(files, monkeypatch, value):
+    volume = np.full((2, *PATCH), value, dtype=np.float32)
+    blosc2.asarray(volume, urlpath=str(files[2]), mode="w")
+    made = []
+    monkeypatch.setattr(module, "SharedMemory", lambda **given: made.append(SharedMemory(**given)) or made[0])
+    with pytest.raises(UserError, match=r"case_2.b2nd has voxels .* leave out --cache"):
+        Cache(files, PLENTY)
+    assert not is_there(made[0].name)
+
+
+def test_the_memory_is_freed_at_the_end(files):
+    with Cache(files, PLENTY) as cache:
+        copy = pickle.loads(pickle.dumps(cache))
+        assert np.array_equal(copy.get(files[1]), cache.get(files[1]))
+        name = cache._memory.name
+        assert is_there(name)
+    assert not is_there(name)
+
+
+def test_the_memory_of_a_killed_process_is_freed(files):
+    script = (
+        "import pathlib, sys; from nnunet_vit_mae.pretraining.volumes import Cache\n"
+        "with Cache([pathlib.Path(file) for file in sys.argv[1:]], 10**6) as cache: print(cache._memory.name); input()"
+    )
+    command = [sys.executable, "-u", "-c", script, *map(str, files)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as other:
+        assert other.stdout
+        name = other.stdout.readline().strip()
+        assert Path("/dev/shm", name.strip("/")).exists()
+        other.kill()
+    end = time.monotonic() + 60
+    while Path("/dev/shm", name.strip("/")).exists():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def job_of(files, cache, **protocol):
+    return loop.PretrainingRun(
+        files=files,
+        channel_names=["T1", "FLAIR"],
+        patch_size=PATCH,
+        spacing=(1.5, 1.0, 1.0),
+        network=Network(size="XS", token=(4, 4, 4)),
+        protocol=Pretraining(**{"epochs": 3, "batch_size": 2, "mask_ratio": 0.6, "base_lr": 0.1} | protocol),
+        seed=3,
+        cache=cache,
+    )
+
+
+def train(job: loop.PretrainingRun, output: Path, device: torch.device) -> None:
+    loop.run(job, output, device=device, resume=False)
+
+
+def test_processes_share_one_cache(files, tmp_path, capfd):
+    with Cache(files, PLENTY) as cache:
+        alone = loop.run(job_of(files, cache), tmp_path / "alone", device=CPU, resume=False)
+        distributed.start(partial(train, job_of(files, cache), tmp_path / "joint"), CPU, 2)
+    losses = torch.load(tmp_path / "joint" / "state.pt", weights_only=True)["losses"]
+    assert losses == pytest.approx(alone.losses, rel=1e-5)
+    assert "4 of the cases in memory" in (tmp_path / "joint" / "log.txt").read_text()
+    assert "resource_tracker" not in capfd.readouterr().err
+
+
+def test_the_loss_differs_by_rounding_only_and_goes_on_with_a_cache_alone(files, tmp_path):
+    direct = loop.run(job_of(files, None), tmp_path / "direct", device=CPU, resume=False)
+    with Cache(files, PLENTY) as cache:
+        cached = loop.run(job_of(files, cache), tmp_path / "cached", device=CPU, resume=False)
+        with pytest.raises(UserError, match="other half_precision_crops"):
+            loop.run(job_of(files, cache), tmp_path / "direct", device=CPU, resume=True)
+        assert loop.run(job_of(files, cache), tmp_path / "cached", device=CPU, resume=True).losses == cached.losses
+    with pytest.raises(UserError, match="other half_precision_crops"):
+        loop.run(job_of(files, None), tmp_path / "cached", device=CPU, resume=True)
+    assert cached.losses == pytest.approx(direct.losses, rel=2e-3)
+    assert cached.losses != direct.losses
