@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from nnunet_vit_mae.networks.autoencoder import MaskedAutoencoder, Reconstruction, norm_pix_targets, reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder
-from nnunet_vit_mae.networks.decoders.mae import TokenDecoder
 from nnunet_vit_mae.networks.encoder import Encoder
 from nnunet_vit_mae.networks.masking import Masking, split_tokens, take
+from nnunet_vit_mae.networks.token_decoder import TokenDecoder
 from nnunet_vit_mae.networks.tokenizer import Tokenizer, patchify, unpatchify, voxels_inside
 from nnunet_vit_mae.networks.transformer import Transformer
 from nnunet_vit_mae.presets import Network, Pretraining

@@ -1,7 +1,8 @@
 """Any number of contrasts per study (AMAE, sections 2.2 and 2.3).
 
 A contrast that a study lacks is a channel of exact zeros, and takes no part: it has no tokens, so it costs nothing and
-changes nothing. One image of one contrast of one study is called a series here; axes: s series, b studies, c channels.
+changes nothing. Axes: b studies, c channels, s contrast images, which are the present contrasts of all studies, one
+study after the other.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 from torch.nn import functional
 
 from nnunet_vit_mae.networks.encoder import Encoded
@@ -27,23 +27,21 @@ LEARNED_LENGTH = 16  # of a learned modality vector; the paper gives none
 
 
 def present_contrasts(volume: Float[Tensor, "b c z y x"]) -> list[list[int]]:
-    """The channels of each study that hold anything but zeros; a study of zeros counts as its first contrast alone."""
-    if is_fake(volume):  # a rehearsal has no values to look at: the largest step has all contrasts
-        return [list(range(volume.shape[1]))] * volume.shape[0]
+    """Return the channels of each study that hold anything but zeros; a study of zeros counts as its first contrast."""
     found = volume.flatten(2).ne(0).any(dim=2).tolist()
     return [[channel for channel, here in enumerate(study) if here] or [0] for study in found]
 
 
 class Group(NamedTuple):
-    """Studies of a batch that have equally many contrasts: which studies, which contrasts, and which of all series."""
+    """Studies of a batch that have the same number of contrasts."""
 
     studies: Int[Tensor, " g"]
     contrasts: Int[Tensor, "g n"]
-    series: Int[Tensor, "g n"]
+    images: Int[Tensor, "g n"]  # positions of their contrast images among all of the batch
 
 
 def groups(present: list[list[int]], device: torch.device) -> Iterator[Group]:
-    """The studies of a batch, those with equally many contrasts together: nothing is ever padded."""
+    """Group the studies of a batch by their number of contrasts, so that nothing is ever padded."""
     starts = [0, *accumulate(map(len, present))]
     for count in sorted({len(contrasts) for contrasts in present}):
         members = [study for study, contrasts in enumerate(present) if len(contrasts) == count]
@@ -57,7 +55,7 @@ def groups(present: list[list[int]], device: torch.device) -> Iterator[Group]:
 def split_contrasts(
     volume: Float[Tensor, "b c *rest"], present: list[list[int]]
 ) -> tuple[Float[Tensor, "s 1 *rest"], Int[Tensor, " s"]]:
-    """The present contrasts of all studies, one after the other, and which contrast each of them is."""
+    """Return the contrast images of a batch, and which contrast each of them is."""
     studies = [study for study, contrasts in enumerate(present) for _ in contrasts]
     contrasts = torch.tensor([contrast for own in present for contrast in own], device=volume.device)
     return volume[torch.tensor(studies, device=volume.device), contrasts][:, None], contrasts
@@ -116,24 +114,28 @@ class AdaptiveEncoder(nn.Module):
         """The sequence of each study: the tokens of its contrasts, one contrast after the other."""
         return rearrange(self.tokenizer(patches, contrast) + positions, "g n k d -> g (n k) d")
 
-    def encode(self, volume: Float[Tensor, "b c z y x"], taps: Sequence[int]) -> Encoded:
-        """All tokens of the present contrasts; at each place and level, the maximum over the contrasts (section 2.3).
+    def encode(
+        self, volume: Float[Tensor, "b c z y x"], taps: Sequence[int], present: list[list[int]] | None = None
+    ) -> Encoded:
+        """Encode all tokens of the present contrasts; at each place and level, take the maximum over the contrasts.
 
-        So what leaves has the shape of an encoded single image, however many contrasts a study has.
+        So what leaves has the shape of an encoded single image, however many contrasts a study has (section 2.3).
+        Without `present`, the voxels tell which contrasts there are.
         """
+        present = present or present_contrasts(volume)
         volume, grid = padded(volume, self.token), grid_of(volume, self.token)
         positions = sine_cosine_positions(grid, self.width, volume.device)
         patches = rearrange(patchify(volume, self.token), "b n c v -> b c n v")
         states: list[Tensor] = []
         order: list[Tensor] = []
-        for studies, contrasts, _ in groups(present_contrasts(volume), volume.device):
+        for studies, contrasts, _ in groups(present, volume.device):
             sequence = self.tokens(patches[studies[:, None], contrasts], contrasts, positions)
             tokens, hidden = self.transformer.with_hidden(sequence, taps)
             levels = torch.stack([tokens, *hidden])
             states.append(rearrange(levels, "l g (n k) d -> l g n k d", n=contrasts.shape[1]).amax(dim=2))
             order.append(studies)
         tokens, *hidden = torch.cat(states, dim=1)[:, torch.cat(order).argsort()]
-        return Encoded(tokens, hidden, volume, grid)
+        return Encoded(tokens, hidden, volume, grid, present)
 
 
 class AdaptiveStem(nn.Module):
@@ -151,10 +153,12 @@ class AdaptiveStem(nn.Module):
         with torch.no_grad():
             self.factors.bias.copy_(torch.cat([torch.ones(width), torch.zeros(width)]))
 
-    def forward(self, volume: Float[Tensor, "b c z y x"]) -> Float[Tensor, "b d z y x"]:
-        present = present_contrasts(volume)
-        series, contrasts = split_contrasts(volume, present)
+    def forward(
+        self, volume: Float[Tensor, "b c z y x"], present: list[list[int]] | None = None
+    ) -> Float[Tensor, "b d z y x"]:
+        present = present or present_contrasts(volume)
+        images, contrasts = split_contrasts(volume, present)
         vectors = self.vectors(contrasts).to(self.factors.weight)
         scale, shift = self.factors(vectors)[..., None, None, None].chunk(2, dim=1)
-        features = (self.block(series) * scale + shift).split([len(own) for own in present])
+        features = (self.block(images) * scale + shift).split([len(own) for own in present])
         return torch.stack([own.amax(dim=0) for own in features])

@@ -21,6 +21,7 @@ class Encoded(NamedTuple):
     hidden: list[Float[Tensor, "b n d"]]  # after the tapped blocks, early to late
     volume: Float[Tensor, "b c z y x"]  # padded to whole tokens
     grid: Triple
+    present: list[list[int]] | None = None  # channels of each study, where contrasts are adaptive
 
 
 class Encoder(nn.Module):
@@ -39,8 +40,13 @@ class Encoder(nn.Module):
             patches, positions = take(patches, visible), positions[visible]
         return self.transformer(self.tokenizer(patches) + positions)
 
-    def encode(self, volume: Float[Tensor, "b c z y x"], taps: Sequence[int]) -> Encoded:
-        """All tokens of a volume, and what the tapped blocks (counted from 1) gave on the way."""
+    def encode(
+        self, volume: Float[Tensor, "b c z y x"], taps: Sequence[int], present: list[list[int]] | None = None
+    ) -> Encoded:
+        """Encode all tokens of a volume, and keep what the tapped blocks (counted from 1) give on the way.
+
+        All channels are stacked in the tokens, so `present` plays no part here.
+        """
         volume, grid = padded(volume, self.token), grid_of(volume, self.token)
         positions = sine_cosine_positions(grid, self.width, volume.device)
         tokens = self.tokenizer(patchify(volume, self.token)) + positions

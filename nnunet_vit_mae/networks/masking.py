@@ -1,78 +1,98 @@
-"""Random masking: which tokens the encoder sees, and which of the others the decoder rebuilds."""
+"""Random masking: which tokens the encoder sees, and which of the others the decoder rebuilds.
+
+Masks are drawn from noise where crops are read, on the host: the networks get indices, so that no step waits for a GPU
+to say how many tokens there are.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
 from nnunet_vit_mae.networks.tokenizer import Triple, moments, patchify, voxels_inside
 
-BACKGROUND_DEVIATION = (
-    1e-3  # standard deviation of preprocessed intensities; below it, norm-pix would amplify ripples in air to targets
-)
+# standard deviation of preprocessed intensities: below it, norm-pix would amplify ripples in air to targets
+BACKGROUND_DEVIATION = 1e-3
+
+
+class Masks(NamedTuple):
+    """Indices of tokens for each sample of a batch (s), in the order z y x of the token grid."""
+
+    visible: Int[Tensor, "s k"]  # the encoder sees them
+    hidden: Int[Tensor, "s m"]  # the decoder rebuilds them
+    counted: Bool[Tensor, "s m"]  # false for hidden tokens that only fill up a sample: they carry no loss
+
+    def to(self, device: torch.device) -> Masks:
+        """Return the same masks on a device."""
+        return Masks(*(part.to(device, non_blocking=True) for part in self))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Masking:
-    """The share of tokens to hide, the share of hidden tokens to rebuild, and whether flat tokens take part."""
+    """The share of tokens to hide, and the share of hidden tokens to rebuild in a step."""
 
     mask_ratio: float
     rebuilt_share: float = 1.0
-    skip_background: bool = False
 
-    def split(
-        self, volume: Float[Tensor, "b c z y x"], token: Triple, noise: Float[Tensor, "b n"]
-    ) -> tuple[Int[Tensor, "b k"], Int[Tensor, "b m"]]:
-        """Indices of the visible and of the hidden tokens; with `skip_background`, as if there were no others.
+    def draw(self, noise: Float[Tensor, "s n"], taking_part: Bool[Tensor, "s n"] | None = None) -> Masks:
+        """Hide the tokens with the highest noise of each sample.
 
-        A batch has one shape: each of its samples goes on with as many tokens as have content in the average one. A
-        richer sample leaves some out at random; a poorer one is filled up with flat tokens, which carry no loss.
+        The noise is an argument, so that a sample's mask depends on its own seed alone, not on batch, worker or device.
+        A batch has one shape. So a sample has as many visible and hidden tokens as the average one: where it has more,
+        some are left out at random; where it has fewer, its own ones are repeated, and repeated ones carry no loss.
+
+        Args:
+            noise: Random numbers, one for each token.
+            taking_part: False for tokens that are neither shown nor hidden, such as those outside of a scan.
+
+        Returns:
+            All hidden tokens; `rounds` says which of them are rebuilt.
         """
-        if not self.skip_background:
-            return split_tokens(noise, self.mask_ratio)
-        flat = background_tokens(volume, token)
-        # a rehearsal has no values to look at: in the largest step no token is flat
-        count = flat.shape[1] if is_fake(flat) else max(1, round(flat.logical_not().sum().item() / len(flat)))
-        kept = noise.masked_fill(flat, torch.inf).argsort(dim=1, stable=True)[:, :count]
-        visible, hidden = split_tokens(noise.gather(1, kept), self.mask_ratio)
-        return kept.gather(1, visible), kept.gather(1, hidden)
+        if taking_part is None:
+            visible = count_visible(noise.shape[1], self.mask_ratio)
+            order = noise.argsort(dim=1)
+            hidden = order[:, visible:]
+            return Masks(order[:, :visible], hidden, torch.ones_like(hidden, dtype=torch.bool))
+        available = taking_part.sum(dim=1)
+        empty = available == 0  # such a sample shows and hides anything, and nothing of it counts
+        available = torch.where(empty, noise.shape[1], available)
+        order = noise.masked_fill(~taking_part, torch.inf).argsort(dim=1)
+        visible = (available * (1 - self.mask_ratio)).round().long().clamp(min=1)
+        hidden = available - visible
+        shown, rebuilt = (torch.arange(max(1, round(counts.float().mean().item()))) for counts in (visible, hidden))
+        return Masks(
+            order.gather(1, shown % visible[:, None]),
+            order.gather(1, (visible[:, None] + rebuilt % hidden[:, None].clamp(min=1)).clamp(max=noise.shape[1] - 1)),
+            (rebuilt < hidden[:, None]) & ~empty[:, None],
+        )
 
-    def rounds(self, hidden: Int[Tensor, "b m"], *, everything: bool) -> tuple[Int[Tensor, "b _"], ...]:
-        """The hidden tokens to rebuild: a random share, or all of them, as many at a time as the share allows."""
-        parts = hidden.split(count_rebuilt(hidden.shape[1], self.rebuilt_share), dim=1)
-        return parts if everything else parts[:1]
+    def rounds(self, masks: Masks) -> list[Masks]:
+        """Split the hidden tokens into random shares, as many at a time as a step of training rebuilds."""
+        count = count_rebuilt(masks.hidden.shape[1], self.rebuilt_share)
+        parts = zip(masks.hidden.split(count, dim=1), masks.counted.split(count, dim=1), strict=True)
+        return [Masks(masks.visible, hidden, counted) for hidden, counted in parts]
 
 
 def count_visible(tokens: int, mask_ratio: float) -> int:
-    """Visible tokens out of all, at least one. Rounded: truncation would turn 0.9 of 1000 into 99 visible tokens."""
+    """Return how many tokens stay visible, at least one: rounded, for truncation would make 0.9 of 1000 leave 99."""
     return max(1, round(tokens * (1 - mask_ratio)))
 
 
 def count_rebuilt(hidden: int, share: float) -> int:
-    """Hidden tokens that are rebuilt, at least one if there is one."""
+    """Return how many hidden tokens a step rebuilds, at least one if there is one."""
     return min(hidden, max(1, round(hidden * share)))
 
 
-def split_tokens(noise: Float[Tensor, "b n"], mask_ratio: float) -> tuple[Int[Tensor, "b k"], Int[Tensor, "b m"]]:
-    """Indices of the visible and of the hidden tokens: those with the lowest noise stay visible.
-
-    The noise is an argument, so that a sample's mask depends on its own seed alone, not on batch, worker or device.
-    """
-    order = noise.argsort(dim=1)
-    visible = count_visible(noise.shape[1], mask_ratio)
-    return order[:, :visible], order[:, visible:]
-
-
 def background_tokens(volume: Float[Tensor, "b c z y x"], token: Triple) -> Bool[Tensor, "b n"]:
-    """True for tokens without content, such as air and zeros: no channel varies inside the volume."""
+    """Find tokens without content, such as air and zeros: no channel varies inside of the volume."""
     _, variance = moments(patchify(volume, token), voxels_inside(volume, token))
     return (variance < BACKGROUND_DEVIATION**2).all(dim=2)[:, :, 0]
 
 
 def take(tokens: Shaped[Tensor, "b n *rest"], index: Int[Tensor, "b k"]) -> Shaped[Tensor, "b k *rest"]:
-    """The tokens at the given indices of each sample."""
+    """Return the tokens at the given indices of each sample."""
     return tokens[torch.arange(tokens.shape[0], device=tokens.device)[:, None], index]

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_iter
 
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
+from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.networks.positions import forget_positions
 from nnunet_vit_mae.presets import Network, Pretraining, token_grid
 
@@ -37,7 +38,8 @@ def finetuning_memory(
         segmenter = build_segmenter(network, channels, classes, drop_path=0.1)
         volume = torch.empty(batch, channels, *patch_size)
         target = torch.empty(batch, *patch_size, dtype=torch.long)
-        return segmenter, lambda: segmentation_loss(segmenter.logits(volume).float(), target)
+        present = [list(range(channels))] * batch  # the largest step has all contrasts
+        return segmenter, lambda: segmentation_loss(segmenter.logits(volume, present).float(), target)
 
     return _rehearse(prepare, on_gpu=on_gpu)
 
@@ -56,20 +58,12 @@ def pretraining_memory(
     def prepare() -> tuple[nn.Module, Callable[[], Tensor]]:
         autoencoder = build_autoencoder(network, channels, protocol)
         volume = torch.empty(batch, channels, *patch_size)
-        tokens = network.token_sequences(channels) * math.prod(token_grid(patch_size, network.token))
-        noise = torch.empty(batch, tokens)
-
-        def loss() -> Tensor:
-            rebuilt = autoencoder(volume, noise)
-            return reconstruction_loss(
-                autoencoder.targets(volume),
-                rebuilt,
-                network.token,
-                norm_pix=protocol.norm_pix,
-                skip_background=protocol.skip_background,
-            )
-
-        return autoencoder, loss
+        # the largest step: all contrasts are there, and all tokens have content
+        present = [list(range(channels))] * batch
+        tokens = math.prod(token_grid(patch_size, network.token))
+        masking = Masking(mask_ratio=protocol.mask_ratio, rebuilt_share=protocol.rebuilt_share)
+        masks = masking.rounds(masking.draw(torch.empty(network.token_sequences(channels) * batch, tokens)))[0]
+        return autoencoder, lambda: reconstruction_loss(autoencoder(volume, masks, present), norm_pix=protocol.norm_pix)
 
     return _rehearse(prepare, on_gpu=on_gpu)
 

@@ -30,7 +30,9 @@ class Segmenter(nn.Module):
             logits = self.logits(volume)
         return logits.to(torch.float32)
 
-    def logits(self, volume: Float[Tensor, "b c z y x"]) -> Float[Tensor, "b classes z y x"]:
-        """Logits in whatever precision the surroundings ask for."""
+    def logits(
+        self, volume: Float[Tensor, "b c z y x"], present: list[list[int]] | None = None
+    ) -> Float[Tensor, "b classes z y x"]:
+        """Return logits in whatever precision the surroundings ask for; `present` as in `AdaptiveEncoder.encode`."""
         z, y, x = volume.shape[2:]
-        return self.decoder(self.encoder.encode(volume, self.taps))[:, :, :z, :y, :x]
+        return self.decoder(self.encoder.encode(volume, self.taps, present))[:, :, :z, :y, :x]

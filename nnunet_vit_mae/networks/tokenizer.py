@@ -51,9 +51,9 @@ def voxels_inside(volume: Float[Tensor, "b c z y x"], token: Triple) -> Float[Te
 def moments(
     patches: Float[Tensor, "b n c v"], inside: Float[Tensor, "#b n 1 v"]
 ) -> tuple[Float[Tensor, "b n c 1"], Float[Tensor, "b n c 1"]]:
-    """Mean and (unbiased) variance of each token and channel over its voxels inside the volume."""
+    """Return mean and (unbiased) variance of each token and channel over the voxels that are `inside`, 0 if none is."""
     count = inside.sum(dim=-1, keepdim=True)
-    mean = (patches * inside).sum(dim=-1, keepdim=True) / count
+    mean = (patches * inside).sum(dim=-1, keepdim=True) / count.clamp(min=1)
     return mean, ((patches - mean).square() * inside).sum(dim=-1, keepdim=True) / (count - 1).clamp(min=1)
 
 

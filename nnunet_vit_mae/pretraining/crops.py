@@ -6,7 +6,9 @@ autoencoding needs shifts and flips but no rotation. There is no intensity noise
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +18,25 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from nnunet_vit_mae.networks.adaptive import present_contrasts, split_contrasts
+from nnunet_vit_mae.networks.masking import Masking, Masks, background_tokens
+from nnunet_vit_mae.presets import token_grid
 from nnunet_vit_mae.pretraining.volumes import Cache, open_volume
 
 REGION = 1.5  # sides of what is read for several crops, in sides of one: they differ, and share most of their blocks
+
+
+class Samples(NamedTuple):
+    """What the network of pre-training is given: a crop with several masks is as many samples."""
+
+    volume: Float[Tensor, "s c z y x"]
+    masks: Masks
+    present: list[list[int]]  # channels of each sample that hold anything but zeros
+
+    def first(self) -> Samples:
+        """Return the first sample alone."""
+        images = len(self.present[0]) if len(self.masks.visible) > len(self.present) else 1
+        return Samples(self.volume[:1], Masks(*(part[:images] for part in self.masks)), self.present[:1])
 
 
 class CropBatch(NamedTuple):
@@ -26,15 +44,53 @@ class CropBatch(NamedTuple):
 
     crops: Float[Tensor, "b c z y x"]
     flips: Bool[Tensor, "b 3"]  # along z y x
-    noise: Float[Tensor, "b masks n"]  # decides in each mask which tokens stay visible
+    masks: Masks  # of the flipped crops
+    present: list[list[int]]  # of each crop
 
-    def samples(self, device: torch.device) -> tuple[Float[Tensor, "s c z y x"], Float[Tensor, "s n"]]:
-        """Flipped crops and noise on the device; a crop with several masks is as many samples."""
-        crops, flips, noise = (part.to(device, non_blocking=True) for part in self)
+    def samples(self, device: torch.device) -> Samples:
+        """Flip the crops on the device, and repeat them for each of their masks."""
+        crops, flips = self.crops.to(device, non_blocking=True), self.flips.to(device, non_blocking=True)
         for axis in range(3):
             crops = torch.where(flips[:, axis, None, None, None, None], crops.flip(2 + axis), crops)
-        masks = noise.shape[1]
-        return (crops.repeat_interleave(masks, dim=0) if masks > 1 else crops).float(), noise.flatten(0, 1)
+        repeats = len(self.present) // len(crops)
+        volume = (crops.repeat_interleave(repeats, dim=0) if repeats > 1 else crops).float()
+        return Samples(volume, self.masks.to(device), self.present)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskDrawing:
+    """How masks are drawn for crops."""
+
+    masking: Masking
+    token: tuple[int, int, int]
+    adaptive: bool = False  # each present contrast has a mask of its own
+    skip_background: bool = False
+    masks_per_crop: int = 1
+
+    def noise_size(self, patch_size: Sequence[int], channels: int) -> int:
+        """Return how many random numbers a mask takes."""
+        return (channels if self.adaptive else 1) * math.prod(token_grid(patch_size, self.token))
+
+    def draw(
+        self, crops: Float[Tensor, "b c z y x"], flips: Bool[Tensor, "b 3"], noise: Float[Tensor, "b masks n"]
+    ) -> tuple[Masks, list[list[int]]]:
+        """Draw the masks of crops as they are after their flips, and say which channels each sample has."""
+        channels, repeats, noise = crops.shape[1], noise.shape[1], noise.flatten(0, 1)
+        present = [list(range(channels))] * len(noise)
+        if self.adaptive:
+            present = [own for own in present_contrasts(crops) for _ in range(repeats)]
+            noise = split_contrasts(noise.unflatten(1, (channels, -1)), present)[0][:, 0]
+        if not self.skip_background:
+            return self.masking.draw(noise), present
+        images = torch.stack([crop.flip(_axes(flip)) for crop, flip in zip(crops, flips, strict=True)]).float()
+        images = images.repeat_interleave(repeats, dim=0)
+        images = split_contrasts(images, present)[0] if self.adaptive else images
+        return self.masking.draw(noise, ~background_tokens(images, self.token)), present
+
+
+def _axes(flip: Bool[Tensor, " 3"]) -> list[int]:
+    """Return the axes of a crop (c z y x) that are flipped."""
+    return [axis + 1 for axis, chosen in enumerate(flip.tolist()) if chosen]
 
 
 class RandomCrops(Dataset):
@@ -42,22 +98,28 @@ class RandomCrops(Dataset):
 
     What a read gives depends on the seed and its number alone: the same in any worker or process and after any restart.
     With a cache all crops are in half precision, whether their volumes are in it or not.
+
+    Args:
+        files: Preprocessed volumes (c z y x).
+        patch_size: Voxels of a crop (z y x).
+        drawing: How masks are drawn.
+        seed: Random seed of the order, the crops and the masks.
+        crops_per_volume: Crops that are cut from what is read of a volume at once.
     """
 
     def __init__(
         self,
         files: Sequence[Path],
         patch_size: Sequence[int],
-        tokens: int,
+        drawing: MaskDrawing,
         seed: int,
         cache: Cache | None = None,
         *,
         crops_per_volume: int = 1,
-        masks_per_crop: int = 1,
     ):
-        self.files, self.patch_size, self.tokens, self.seed = list(files), tuple(patch_size), tokens, seed
+        self.files, self.patch_size, self.drawing, self.seed = list(files), tuple(patch_size), drawing, seed
         self.cache = cache
-        self.crops_per_volume, self.masks_per_crop = crops_per_volume, masks_per_crop
+        self.crops_per_volume = crops_per_volume
         self._pass, self._order = -1, np.empty(0, dtype=int)
 
     def __getitem__(self, reads: Sequence[int]) -> CropBatch:
@@ -68,10 +130,13 @@ class RandomCrops(Dataset):
             for _ in range(self.crops_per_volume):
                 crops.append(random_crop(volume, self.patch_size, random))
                 flips.append(random.random(3) < 0.5)
-                noise.append(random.random((self.masks_per_crop, self.tokens), dtype=np.float32))
+                size = self.drawing.noise_size(self.patch_size, volume.shape[0])
+                noise.append(random.random((self.drawing.masks_per_crop, size), dtype=np.float32))
         dtype = np.float32 if self.cache is None else np.float16
         stacked = np.stack(crops, dtype=dtype, casting="same_kind")  # the only copy of cached crops, which are views
-        return CropBatch(*map(torch.from_numpy, (stacked, np.stack(flips), np.stack(noise))))
+        batch, flipped = torch.from_numpy(stacked), torch.from_numpy(np.stack(flips))
+        masks, present = self.drawing.draw(batch, flipped, torch.from_numpy(np.stack(noise)))
+        return CropBatch(batch, flipped, masks, present)
 
     def file_of(self, read: int) -> Path:
         """The file that is read."""

@@ -10,11 +10,14 @@ from jaxtyping import Float, Int
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
+from nnunet_vit_mae.networks.adaptive import split_contrasts
+from nnunet_vit_mae.networks.adaptive_autoencoder import AdaptiveMaskedAutoencoder
 from nnunet_vit_mae.networks.autoencoder import statistics
 from nnunet_vit_mae.networks.build import Autoencoder
-from nnunet_vit_mae.networks.masking import take
+from nnunet_vit_mae.networks.masking import Masking, take
 from nnunet_vit_mae.networks.precision import autocast
 from nnunet_vit_mae.networks.tokenizer import Triple, grid_of, patchify, unpatchify, voxels_inside
+from nnunet_vit_mae.pretraining.crops import Samples
 
 REACH = 1.0  # tokens; how far the statistics of a visible token spread
 FALLBACK = 1e-3  # weight of the mean over all visible tokens, where no visible token is near
@@ -33,33 +36,32 @@ class Views(NamedTuple):
 
 
 @torch.no_grad()
-def rebuild(
-    network: Autoencoder, volume: Float[Tensor, "1 c z y x"], noise: Float[Tensor, "1 n"], *, norm_pix: bool
-) -> Views:
-    """Mask a crop and rebuild all that is hidden; visible tokens are shown as they are.
+def rebuild(network: Autoencoder, masking: Masking, sample: Samples, *, norm_pix: bool) -> Views:
+    """Rebuild all that is hidden of one sample; visible tokens are shown as they are.
 
-    An adaptive network shows the present contrasts. Where a step of training rebuilds a share of the hidden tokens, as
-    many at a time are rebuilt here, one share after the other, so that each is predicted as in training.
+    An adaptive network shows the present contrasts. Where a step of training rebuilds a share of the hidden tokens,
+    the shares are rebuilt here one after the other, so that each token is predicted as in training.
 
     With norm-pix the network predicts hidden tokens without their brightness and contrast. These two are interpolated
     from the visible tokens around, never taken from the hidden ones: the picture leaks nothing of what was hidden.
     """
+    volume, masks, present = sample
     token = network.encoder.token
-    targets = network.targets(volume)
-    grid, patches = grid_of(targets, token), patchify(targets, token)
+    images = split_contrasts(volume, present)[0] if isinstance(network, AdaptiveMaskedAutoencoder) else volume
+    grid, patches = grid_of(images, token), patchify(images, token)
     with autocast(volume.device):
-        predicted, visible, hidden = network(volume, noise, everything=True)
-    predicted = predicted.float()
+        rounds = [network(volume, part, present).patches for part in masking.rounds(masks)]
+    predicted = torch.cat(rounds, dim=1).float()
     if norm_pix:
-        inside = voxels_inside(targets, token).expand(len(patches), -1, -1, -1)
+        inside = voxels_inside(images, token).expand(len(patches), -1, -1, -1)
         mean, deviation = statistics(patches, inside)
-        predicted = predicted * take(interpolated(deviation, visible, grid), hidden)
-        predicted = predicted + take(interpolated(mean, visible, grid), hidden)
+        predicted = predicted * take(interpolated(deviation, masks.visible, grid), masks.hidden)
+        predicted = predicted + take(interpolated(mean, masks.visible, grid), masks.hidden)
 
     masked, every = torch.full_like(patches, torch.nan), torch.arange(len(patches))[:, None]
-    masked[every, visible] = take(patches, visible)
+    masked[every, masks.visible] = take(patches, masks.visible)
     rebuilt = masked.clone()
-    rebuilt[every, hidden] = predicted
+    rebuilt[every, masks.hidden] = predicted
     z, y, x = volume.shape[2:]
     views = (unpatchify(view, grid, token)[..., :z, :y, :x].flatten(0, 1) for view in (patches, masked, rebuilt))
     return Views(*(view.cpu().numpy() for view in views))
@@ -69,7 +71,7 @@ def interpolated(
     values: Float[Tensor, "s n c 1"], visible: Int[Tensor, "s k"], grid: Triple
 ) -> Float[Tensor, "s n c 1"]:
     """One value per token and channel, as a Gaussian-weighted mean over the visible tokens alone."""
-    return torch.stack([_interpolated(*series, grid) for series in zip(values, visible, strict=True)])
+    return torch.stack([_interpolated(*image, grid) for image in zip(values, visible, strict=True)])
 
 
 def _interpolated(values: Float[Tensor, "n c 1"], visible: Int[Tensor, " k"], grid: Triple) -> Float[Tensor, "n c 1"]:

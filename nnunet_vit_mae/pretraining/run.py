@@ -25,16 +25,15 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import read_json, remove_unfinished, replacing, write_json
-from nnunet_vit_mae.networks.adaptive import present_contrasts
-from nnunet_vit_mae.networks.autoencoder import hidden_voxels, reconstruction_loss
+from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import Autoencoder, build_autoencoder
-from nnunet_vit_mae.networks.masking import BACKGROUND_DEVIATION, count_rebuilt, count_visible
+from nnunet_vit_mae.networks.masking import BACKGROUND_DEVIATION, Masking, count_rebuilt, count_visible
 from nnunet_vit_mae.networks.precision import autocast
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
 from nnunet_vit_mae.plots import plot_contrasts, plot_progress, plot_views
 from nnunet_vit_mae.presets import PRETRAINING_DECODERS, Network, Pretraining, to_json_types, token_grid
 from nnunet_vit_mae.pretraining import distributed
-from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, RandomCrops
+from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, MaskDrawing, RandomCrops, Samples
 from nnunet_vit_mae.pretraining.pictures import rebuild
 from nnunet_vit_mae.pretraining.volumes import Cache
 
@@ -61,10 +60,15 @@ class PretrainingRun:
     cache: Cache | None = None
 
     @property
-    def tokens(self) -> int:
-        """Tokens of a crop, in all its series."""
-        series = self.network.token_sequences(len(self.channel_names))
-        return series * math.prod(token_grid(self.patch_size, self.network.token))
+    def drawing(self) -> MaskDrawing:
+        """How the masks of a crop are drawn."""
+        return MaskDrawing(
+            masking=Masking(mask_ratio=self.protocol.mask_ratio, rebuilt_share=self.protocol.rebuilt_share),
+            token=self.network.token,
+            adaptive=self.network.adaptive,
+            skip_background=self.protocol.skip_background,
+            masks_per_crop=self.protocol.masks_per_crop,
+        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -135,11 +139,10 @@ def _train(
     is_first, model = distributed.is_rank_0(), distributed.synchronised(network)
     first_step = len(losses) * job.steps_per_epoch
     crops = RandomCrops(
-        job.files, job.patch_size, job.tokens, job.seed, job.cache,
-        crops_per_volume=job.protocol.crops_per_volume, masks_per_crop=job.protocol.masks_per_crop,
-    )  # fmt: skip
+        job.files, job.patch_size, job.drawing, job.seed, job.cache, crops_per_volume=job.protocol.crops_per_volume
+    )
     batches = iter(_batches(job, crops, first_step, device, readers))
-    sample = [part[:1] for part in crops[[0]].samples(device)] if is_first else []
+    sample = crops[[0]].samples(device).first()
     saved = time.monotonic()
     network.train()
     with tqdm(total=job.steps, initial=first_step, unit="step", desc="pre-training", disable=not is_first) as bar:
@@ -151,7 +154,7 @@ def _train(
                 asked = time.monotonic()
                 batch = next(batches)
                 waited += time.monotonic() - asked
-                epoch_losses.append(_step(job, network, model, optimizer, *batch.samples(device)))
+                epoch_losses.append(_step(job, model, optimizer, batch.samples(device)))
                 bar.update()
             losses.append(_checked_mean(epoch_losses, epoch, output))
 
@@ -170,35 +173,23 @@ def _train(
                 _save_state(output, network, optimizer, losses)
                 saved = time.monotonic()
             if is_last or (epoch + 1) % math.ceil(job.protocol.epochs / PICTURES) == 0:
-                _draw(job, output, network, losses, *sample)
+                _draw(job, output, network, losses, sample)
 
 
-def _step(
-    job: PretrainingRun,
-    network: Autoencoder,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    volume: Tensor,
-    noise: Tensor,
-) -> Tensor:
-    """One step on a batch; the loss stays on the device, so that a GPU is not waited for.
-
-    Where the shapes of a step depend on its voxels it is: to count flat tokens, and to see which contrasts there are.
+def _step(job: PretrainingRun, model: nn.Module, optimizer: torch.optim.Optimizer, samples: Samples) -> Tensor:
+    """Take a step on a batch; the loss stays on the device, so that a GPU is not waited for.
 
     `model` is the network, or what averages its gradients over the processes.
     """
-    token, protocol = job.network.token, job.protocol
-    with autocast(volume.device):
-        rebuilt, targets = model(volume, noise), network.targets(volume)
-        loss = reconstruction_loss(
-            targets, rebuilt, token, norm_pix=protocol.norm_pix, skip_background=protocol.skip_background
-        )
+    masks = job.drawing.masking.rounds(samples.masks)[0]
+    with autocast(samples.volume.device):
+        rebuilt = model(samples.volume, masks, samples.present)
+        loss = reconstruction_loss(rebuilt, norm_pix=job.protocol.norm_pix)
     if distributed.process_count() > 1:  # studies differ in their contrasts, and so do processes in their voxels
-        counted = hidden_voxels(targets, rebuilt, token, skip_background=protocol.skip_background).sum()
-        loss = distributed.part_of_joint_mean(loss, counted)
+        loss = distributed.part_of_joint_mean(loss, rebuilt.counted.sum())
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    nn.utils.clip_grad_norm_(network.parameters(), protocol.gradient_clip)
+    nn.utils.clip_grad_norm_(model.parameters(), job.protocol.gradient_clip)
     optimizer.step()
     return loss.detach()
 
@@ -272,18 +263,18 @@ def _announce(job: PretrainingRun, network: nn.Module, device: torch.device, *, 
             "%d volumes read for a batch, %d crops of each, %d masks of each crop",
             protocol.reads, protocol.crops_per_volume, protocol.masks_per_crop,
         )  # fmt: skip
-    series = job.network.token_sequences(len(job.channel_names))
-    each = job.tokens // series
-    visible = count_visible(each, protocol.mask_ratio)
-    hidden = each - visible
+    sequences = job.network.token_sequences(len(job.channel_names))
+    tokens = math.prod(token_grid(job.patch_size, job.network.token))
+    visible = count_visible(tokens, protocol.mask_ratio)
+    hidden = tokens - visible
     logger.info(
         "size %s (%.1f M parameters), token %s: %s%d tokens, %d of them visible (mask ratio %s)",
         job.network.size, millions, job.network.token, "with all contrasts " if job.network.adaptive else "",
-        job.tokens, series * visible, protocol.mask_ratio,
+        sequences * tokens, sequences * visible, protocol.mask_ratio,
     )  # fmt: skip
     logger.info(
         "decoder: %s; in a step it rebuilds %d of %d hidden tokens", PRETRAINING_DECODERS[protocol.decoder],
-        series * count_rebuilt(hidden, protocol.rebuilt_share), series * hidden,
+        sequences * count_rebuilt(hidden, protocol.rebuilt_share), sequences * hidden,
     )  # fmt: skip
     if protocol.skip_background:
         logger.info(
@@ -310,19 +301,16 @@ def _announce(job: PretrainingRun, network: nn.Module, device: torch.device, *, 
         logger.info("going on after epoch %d of %d", done, protocol.epochs)
 
 
-def _draw(
-    job: PretrainingRun, output: Path, network: Autoencoder, losses: list[float], volume: Tensor, noise: Tensor
-) -> None:
+def _draw(job: PretrainingRun, output: Path, network: Autoencoder, losses: list[float], sample: Samples) -> None:
     rates = [_learning_rate(job, (epoch + 1) * job.steps_per_epoch - 1) for epoch in range(len(losses))]
     plot_progress(losses, rates, output / "progress.png")
-    views = rebuild(network, volume, noise, norm_pix=job.protocol.norm_pix)
+    views = rebuild(network, job.drawing.masking, sample, norm_pix=job.protocol.norm_pix)
     title = f"epoch {len(losses)}, loss {losses[-1]:.4f}"
     if job.protocol.norm_pix:
         title += "\nhidden tokens: predicted pattern, brightness and contrast interpolated from visible tokens"
     if job.protocol.skip_background:
         title += "\nblank in the rebuilt image: tokens without content, left out"
-    shown = present_contrasts(volume)[0] if job.network.adaptive else range(len(job.channel_names))
-    names = [job.channel_names[channel] for channel in shown]
+    names = [job.channel_names[channel] for channel in sample.present[0]]
     file = output / "reconstructions" / f"epoch_{len(losses):04d}.png"
     if len(names) > 1:
         plot_contrasts(views._asdict(), names, job.spacing, title, file)

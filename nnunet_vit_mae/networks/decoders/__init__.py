@@ -1,5 +1,6 @@
-"""Segmentation decoders, one per file: `Encoded` in, logits at full resolution out.
+"""Segmentation decoders: `Encoded` in, logits at full resolution out.
 
-A decoder gives (b classes z y x) for the whole token grid, padding included. Its `stages` are
-the steps on the way from tokens to voxels, coarse to fine.
+Each decoder that `presets.DECODERS` lists is the module of its name here, with a function `build` that makes it from
+settings. It gives (b classes z y x) for the whole token grid, padding included. Its `stages` are the steps on the way
+from tokens to voxels, coarse to fine.
 """

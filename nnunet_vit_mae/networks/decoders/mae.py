@@ -1,47 +1,22 @@
-"""The light transformer decoder of masked autoencoding, and the segmentation decoder made of it (ViTiac, 2.2, 2.3)."""
+"""The pre-training decoder as a segmentation decoder (ViTiac, section 2.3)."""
 
 from __future__ import annotations
 
-import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from nnunet_vit_mae.networks.encoder import Encoded
 from nnunet_vit_mae.networks.positions import sine_cosine_positions
+from nnunet_vit_mae.networks.token_decoder import TokenDecoder, build_token_decoder
 from nnunet_vit_mae.networks.tokenizer import Triple, unpatchify
-from nnunet_vit_mae.networks.transformer import Transformer
+from nnunet_vit_mae.presets import Network
 
 
-class TokenDecoder(nn.Module):
-    """Encoded tokens (and blanks for those that were hidden) to one vector per token.
-
-    All tokens attend to one another, as in the original; with `cross`, blanks attend to the encoded tokens alone
-    (CrossMAE, Fu et al. 2024, https://arxiv.org/abs/2401.14391), so that each is predicted whatever the others are.
-    """
-
-    def __init__(self, in_width: int, transformer: Transformer, *, width: int, outputs: int, cross: bool = False):
-        super().__init__()
-        self.width, self.cross = width, cross
-        self.embed = nn.Linear(in_width, width)
-        self.transformer = transformer
-        self.head = nn.Linear(width, outputs)
-
-    def forward(
-        self,
-        encoded: Float[Tensor, "b k d"],
-        positions: Float[Tensor, "*b n e"],
-        blanks: Float[Tensor, "b m e"] | None = None,
-    ) -> Float[Tensor, "b m_or_n outputs"]:
-        """Decode the tokens in the order given, blanks last; with blanks, only theirs are returned (n = k + m)."""
-        tokens = self.embed(encoded)
-        if blanks is None:
-            return self.head(self.transformer(tokens + positions))
-        if self.cross:
-            of_tokens, of_blanks = positions.split([tokens.shape[1], blanks.shape[1]], dim=1)
-            return self.head(self.transformer(blanks + of_blanks, tokens + of_tokens))
-        tokens = torch.cat([tokens, blanks.to(tokens.dtype)], dim=1) + positions
-        return self.head(self.transformer(tokens)[:, encoded.shape[1] :])
+def build(network: Network, channels: int, classes: int) -> MAEDecoder:
+    """Build the decoder from settings."""
+    decoder = build_token_decoder(network, outputs_per_voxel=classes)
+    return MAEDecoder(decoder, token=network.token, classes=classes)
 
 
 class MAEDecoder(nn.Module):

@@ -9,10 +9,17 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nnunet_vit_mae.networks.decoders.unet import ExpandingPath, SkipPath
+from nnunet_vit_mae.networks.decoders.expanding_path import ExpandingPath, SkipPath
 from nnunet_vit_mae.networks.encoder import Encoded
 from nnunet_vit_mae.networks.tokenizer import Triple
 from nnunet_vit_mae.networks.upsampling import as_map, doublings, narrowest_width, stage_widths
+from nnunet_vit_mae.presets import SIZES, Network
+
+
+def build(network: Network, channels: int, classes: int) -> SFPNDecoder:
+    """Build the decoder from settings."""
+    width = SIZES[network.size].width
+    return SFPNDecoder(width, token=network.token, classes=classes, kind=network.upsampling)
 
 
 class SFPNDecoder(nn.Module):

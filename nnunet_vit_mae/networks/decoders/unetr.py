@@ -5,12 +5,24 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nnunet_vit_mae.networks.decoders.unet import ExpandingPath, SkipPath
+from nnunet_vit_mae.networks.adaptive import AdaptiveStem, ModalityVectors
+from nnunet_vit_mae.networks.decoders.expanding_path import ExpandingPath, ResidualBlock, SkipPath
 from nnunet_vit_mae.networks.encoder import Encoded
 from nnunet_vit_mae.networks.tokenizer import Triple
 from nnunet_vit_mae.networks.upsampling import as_map, doublings, stage_widths
+from nnunet_vit_mae.presets import SIZES, Network
 
 NARROWEST = 16  # the feature size of the public code, whatever the encoder's width
+
+
+def build(network: Network, channels: int, classes: int) -> UNETRDecoder:
+    """Build the decoder from settings; an adaptive one looks at each contrast of the volume by itself."""
+    stem: nn.Module = ResidualBlock(channels, NARROWEST)
+    if network.adaptive:
+        vectors = ModalityVectors(channels, network.modality_vectors)
+        stem = AdaptiveStem(ResidualBlock(1, NARROWEST), vectors, width=NARROWEST)
+    width = SIZES[network.size].width
+    return UNETRDecoder(stem, width, token=network.token, classes=classes, kind=network.upsampling)
 
 
 class UNETRDecoder(nn.Module):
@@ -35,7 +47,9 @@ class UNETRDecoder(nn.Module):
     def forward(self, encoded: Encoded) -> Float[Tensor, "b classes z y x"]:
         hidden = [as_map(tokens, encoded.grid) for tokens in reversed(encoded.hidden)]
         skips = [path(state) for path, state in zip(self.skips, hidden, strict=True)]
-        return self.expand(as_map(encoded.tokens, encoded.grid), [*skips, self.stem(encoded.volume)])
+        present = () if encoded.present is None else (encoded.present,)
+        finest = self.stem(encoded.volume, *present)
+        return self.expand(as_map(encoded.tokens, encoded.grid), [*skips, finest])
 
     @property
     def stages(self) -> nn.ModuleList:

@@ -15,6 +15,13 @@ from nnunet_vit_mae.networks.upsampling import (
     stage_widths,
     upsampling,
 )
+from nnunet_vit_mae.presets import SIZES, Network
+
+
+def build(network: Network, channels: int, classes: int) -> UpscaleDecoder:
+    """Build the decoder from settings."""
+    width = SIZES[network.size].width
+    return UpscaleDecoder(width, token=network.token, classes=classes, kind=network.upsampling)
 
 
 class UpscaleDecoder(nn.Module):
