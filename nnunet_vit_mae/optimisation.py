@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import nn
@@ -22,14 +22,22 @@ def parameter_groups(
     weight_decay: float,
     layer_decay: float = 1.0,
     depth: int = 0,
+    pretrained: Collection[str] | None = None,
 ) -> list[dict]:
-    """Groups for AdamW, each with its `lr_scale` and whether it is `in_encoder`.
+    """Return groups for AdamW, each with its `lr_scale` and whether it is `pretrained`.
 
     The first has scale 1 and is never frozen, for its rate is the one that nnU-Net logs.
 
     Layer-wise decay (fine-tuning protocol of He et al. 2022): the head learns at the full rate, block i of `depth` at
     `layer_decay ** (depth - i)`, the tokenizer at `layer_decay ** (depth + 1)`. Vectors (biases, norms, the mask token)
     have no weight decay.
+
+    Args:
+        named_parameters: Parameters of a network by name.
+        weight_decay: Of matrices and kernels.
+        layer_decay: Factor of the learning rate for each block from the head down.
+        depth: Blocks of the encoder.
+        pretrained: Names that have pre-trained weights; None: all of the encoder. What is new learns at the full rate.
     """
     groups: dict[tuple[bool, int, bool], dict] = {}
     for name, parameter in named_parameters:
@@ -38,12 +46,16 @@ def parameter_groups(
             (not in_encoder, layer, is_vector),
             {
                 "params": [],
-                "in_encoder": in_encoder,
+                "pretrained": False,
                 "lr_scale": layer_decay ** (depth + 1 - layer),
                 "weight_decay": 0.0 if is_vector else weight_decay,
             },
         )
         group["params"].append(parameter)
+        group["pretrained"] |= in_encoder if pretrained is None else name in pretrained
+    for group in groups.values():
+        if not group["pretrained"]:
+            group["lr_scale"] = 1.0
     return [groups[key] for key in sorted(groups, reverse=True)]
 
 
@@ -57,10 +69,11 @@ def _layer(name: str, depth: int) -> int:
     return depth + 1
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, *, freeze_encoder: bool = False) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, *, freeze_pretrained: bool = False) -> None:
     """Set every group's rate to `lr` times its scale.
 
-    With `freeze_encoder` the encoder's is 0: nothing in it moves, and DDP still finds a gradient for each parameter.
+    With `freeze_pretrained` the rate of pre-trained weights is 0: they do not move, and DDP still finds a gradient for
+    each parameter.
     """
     for group in optimizer.param_groups:
-        group["lr"] = 0.0 if freeze_encoder and group["in_encoder"] else lr * group["lr_scale"]
+        group["lr"] = 0.0 if freeze_pretrained and group["pretrained"] else lr * group["lr_scale"]

@@ -13,6 +13,7 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.presets import Finetuning, Network, Pretraining, Settings, token_grid
 
 TOKEN_BUDGET = 4096  # 64^3 voxels at token 4, the paper's setting; a 128^3 patch at token 8
+SLACK = 1.25
 THIN_TOKEN = 2
 SMALLEST_BATCH = 2  # as in nnU-Net
 GB = 2**30
@@ -44,22 +45,39 @@ def default_settings(
 def default_token(
     patch_size: Sequence[int], spacing: Sequence[float], budget: int = TOKEN_BUDGET
 ) -> tuple[int, int, int]:
-    """The smallest token of 4, 8 or 16 voxels whose grid stays inside the budget (ViTiac, 3.1: small is better).
+    """Return the smallest token whose grid stays inside the budget (ViTiac, section 3.1: small tokens are better).
 
-    Along an axis of thick slices a token spans fewer voxels, so that it stays about as long in mm as along the others.
+    The budget is soft: a grid may exceed it by a quarter, so that a patch that is a little too large does not lose half
+    of its tokens.
     """
-    return _tokens_within(patch_size, spacing, budget)[0]
+    steps = token_steps(patch_size, spacing)
+    within = [token for token in steps if math.prod(token_grid(patch_size, token)) <= SLACK * budget]
+    return within[0] if within else steps[-1]
 
 
-def _tokens_within(patch_size: Sequence[int], spacing: Sequence[float], budget: int) -> list[tuple[int, int, int]]:
-    """Tokens to choose from, small to large; the largest is there even if its grid is over the budget."""
+def token_steps(patch_size: Sequence[int], spacing: Sequence[float]) -> list[tuple[int, int, int]]:
+    """Return the tokens to choose from, small to large: each is twice as long as the one before it, along one axis.
+
+    They begin at 4 voxels and end at 16. Along an axis of thick slices a token spans fewer voxels, so that it is about
+    as long in mm as along the others. The axis to grow is the one along which the token is shortest in mm, and of
+    equals the one with most tokens.
+
+    Args:
+        patch_size: Voxels along z y x.
+        spacing: mm along z y x.
+
+    >>> token_steps((96, 96, 96), (1.0, 1.0, 1.0))[:4]
+    [(4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8)]
+    """
     thicknesses = [axis_spacing / min(spacing) for axis_spacing in spacing]
-    tokens = []
-    for side in (4, 8, 16):
-        z, y, x = (_side_along(side, thickness) for thickness in thicknesses)
-        if math.prod(token_grid(patch_size, (z, y, x))) <= budget or side == 16:
-            tokens.append((z, y, x))
-    return tokens
+    token, largest = ([_side_along(side, thickness) for thickness in thicknesses] for side in (4, 16))
+    steps = [tuple(token)]
+    while token != largest:
+        growing = [axis for axis in range(3) if token[axis] < largest[axis]]
+        axis = min(growing, key=lambda axis: (token[axis] * spacing[axis], -patch_size[axis] / token[axis], -axis))
+        token[axis] *= 2
+        steps.append(tuple(token))
+    return [(z, y, x) for z, y, x in steps]
 
 
 def _side_along(side: int, thickness: float) -> int:
@@ -99,9 +117,12 @@ def fit_to_memory(
     """
     candidate, larger = settings, []
     if ("network", "token") not in fixed:
-        tokens = _tokens_within(patch_size, spacing, TOKEN_BUDGET)
         own = settings.network.token
-        larger = [token for token in tokens if token != own and all(a >= b for a, b in zip(token, own, strict=True))]
+        larger = [
+            token
+            for token in token_steps(patch_size, spacing)
+            if token != own and all(a >= b for a, b in zip(token, own, strict=True))
+        ]
     while True:
         for section in ("finetuning", "pretraining"):
             candidate = _with_largest_batch(candidate, section, fixed=fixed, target=target, estimate=estimate)

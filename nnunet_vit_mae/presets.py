@@ -33,6 +33,11 @@ SIZES = {
     "M": Size(480, 12, 12, 240, 8, 12),
     "B": Size(768, 12, 12, 512, 8, 16),  # AMAE's ViT-B; it names no decoder, this is the original MAE's
     "L": Size(960, 12, 12, 480, 8, 12),
+    # Primus (Wald et al. 2025), which has no decoder for pre-training: half as wide and four blocks deep here
+    "PrimusS": Size(396, 12, 6, 198, 4, 6),
+    "PrimusB": Size(792, 12, 12, 396, 4, 12),
+    "PrimusM": Size(864, 16, 12, 432, 4, 12),
+    "PrimusL": Size(1056, 24, 16, 528, 4, 16),
 }
 
 DECODERS = {
@@ -40,6 +45,24 @@ DECODERS = {
     "sfpn": "U-Net decoder over a simple feature pyramid of the encoder's last map",
     "upscale": "repeated upsampling of the encoder's last map; learns in few steps",
     "mae": "the pre-training decoder with new weights; best with small tokens (ViTiac, figure 5)",
+    "unet": "nnU-Net's own U-Net, which the encoder's last map joins; starts as nnU-Net (hybrid)",
+}
+
+POSITIONS = {
+    "sine_cosine": "fixed positions that are added to the tokens (both papers)",
+    "rotary": "attention sees how far apart two tokens are along each axis",
+    "both": "sine-cosine and rotary positions; pre-training learns to use neighbours from the start",
+}
+POSITION_UNITS = ("token", "mm")
+
+BLOCKS = {
+    "vit": "the blocks of both papers",
+    "modern": "gated MLP, a norm inside of attention, and branches that start small (Primus)",
+}
+
+TOKENIZERS = {
+    "linear": "one linear layer (both papers)",
+    "convolutional": "a residual convolutional stem inside of each token",
 }
 
 PRETRAINING_DECODERS = {
@@ -78,6 +101,7 @@ def canonical_contrast(name: str) -> str:
     return spellings.get(name.lower(), name.upper())
 
 
+LEAST_TAPS = 3  # as many as UNETR has
 TOKEN_SIDES = (1, 2, 4, 8, 16, 32)  # convolutional decoders double their grid until it reaches the voxels
 
 
@@ -94,7 +118,13 @@ class Network:
     token: tuple[int, int, int] = (8, 8, 8)
     decoder: str = "upscale"
     upsampling: str = "nearest"  # in the convolutional decoders, which are all but `mae`
+    decoder_width: int = 0  # features at full resolution in the convolutional decoders; 0: they follow the encoder
     taps: tuple[int, ...] = ()  # of `unetr`: blocks counted from 1, ascending; none given: evenly spaced
+    positions: str = "both"
+    position_unit: str = "token"  # of the coordinates: in mm, thick slices and other spacings look alike
+    rotary_base: float = 100.0  # the slowest rotary frequency is about 1 / base
+    blocks: str = "vit"
+    tokenizer: str = "linear"
     adaptive: bool = False  # each contrast a series of tokens (AMAE), instead of a channel of one series
     modality_vectors: str = "one_hot"  # of the adaptive tokenizer
 
@@ -103,11 +133,21 @@ class Network:
         _require(self.decoder in DECODERS, "network.decoder", self.decoder, f"one of {', '.join(DECODERS)}")
         sides_fit = len(self.token) == 3 and all(side in TOKEN_SIDES for side in self.token)
         _require(sides_fit, "network.token", list(self.token), f"three of {', '.join(map(str, TOKEN_SIDES))} (z y x)")
-        _require(
-            self.upsampling in UPSAMPLINGS, "network.upsampling", self.upsampling, f"one of {', '.join(UPSAMPLINGS)}"
-        )
-        expected = f"one of {', '.join(MODALITY_VECTORS)}"
-        _require(self.modality_vectors in MODALITY_VECTORS, "network.modality_vectors", self.modality_vectors, expected)
+        for name, known in {
+            "upsampling": UPSAMPLINGS,
+            "positions": POSITIONS,
+            "position_unit": POSITION_UNITS,
+            "blocks": BLOCKS,
+            "tokenizer": TOKENIZERS,
+            "modality_vectors": MODALITY_VECTORS,
+        }.items():
+            value = getattr(self, name)
+            _require(value in known, f"network.{name}", value, f"one of {', '.join(known)}")
+        _require(self.decoder_width >= 0, "network.decoder_width", self.decoder_width, "0 or more")
+        _require_positive(self, "network", "rotary_base")
+        if self.adaptive:
+            _require(self.tokenizer == "linear", "network.tokenizer", self.tokenizer, "linear, as adaptive is set")
+            _require(self.decoder != "unet", "network.decoder", self.decoder, "another one, as adaptive is set")
         if self.taps:
             self._check_taps()
 
@@ -123,8 +163,9 @@ class Network:
 
     @property
     def _tap_count(self) -> int:
-        """One skip for each doubling but the last, which joins the image itself."""
-        return max(0, max(self.token).bit_length() - 2) if self.decoder == "unetr" else 0
+        """One block for each skip (each doubling but the last, which joins the image), and three at least."""
+        skips = max(0, max(self.token).bit_length() - 2) if self.decoder == "unetr" else 0
+        return max(LEAST_TAPS, skips) if skips else 0
 
     @property
     def tapped_blocks(self) -> tuple[int, ...]:
@@ -211,6 +252,7 @@ class Finetuning:
     loss: str = "dice_ce"  # nnU-Net's sum of Dice and cross-entropy, or its Dice alone
     augmentation: str = "loader"  # nnU-Net's, in the workers of its loader, or on the `device` that trains
     gradient_clip: float = 1.0
+    seed: int = -1  # of weights, sampling and augmentation; below 0: another one each time
 
     def __post_init__(self) -> None:
         _require_positive(self, "finetuning", "epochs", "iterations", "batch_size", "lr", "gradient_clip")

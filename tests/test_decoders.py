@@ -15,8 +15,8 @@ from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
 from nnunet_vit_mae.networks.decoders.upscale import UpscaleDecoder
 from nnunet_vit_mae.networks.encoder import Encoded
 from nnunet_vit_mae.networks.segmenter import Segmenter
-from nnunet_vit_mae.networks.tokenizer import Triple, padded
-from nnunet_vit_mae.networks.upsampling import as_map, doublings, narrowest_width, stage_widths, upsampling
+from nnunet_vit_mae.networks.tokenizer import Triple, doublings, padded
+from nnunet_vit_mae.networks.upsampling import as_map, narrowest_width, stage_widths, upsampling
 from nnunet_vit_mae.presets import DECODERS, SIZES, TOKEN_SIDES, UPSAMPLINGS, Network, Pretraining
 
 TOKEN, SIDES = (2, 4, 8), (7, 5, 17)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nnunet_vit_mae.networks.encoder import Encoded
-from nnunet_vit_mae.networks.positions import sine_cosine_positions
+from nnunet_vit_mae.networks.positions import Places, Positions
 from nnunet_vit_mae.networks.tokenizer import Triple, grid_of, padded, patchify
 from nnunet_vit_mae.networks.transformer import Transformer
 
@@ -103,16 +103,34 @@ class DynamicTokenizer(nn.Module):
 class AdaptiveEncoder(nn.Module):
     """Tokens of all contrasts of a study in one sequence, the same position at the same place, one transformer."""
 
-    def __init__(self, tokenizer: DynamicTokenizer, transformer: Transformer, *, token: Triple, width: int):
+    def __init__(
+        self,
+        tokenizer: DynamicTokenizer,
+        transformer: Transformer,
+        *,
+        token: Triple,
+        positions: Positions | None = None,
+    ):
         super().__init__()
         self.tokenizer, self.transformer = tokenizer, transformer
-        self.token, self.width = token, width
+        self.token, self.positions = token, positions or Positions()
 
-    def tokens(
-        self, patches: Float[Tensor, "g n k v"], contrast: Int[Tensor, "g n"], positions: Float[Tensor, "*gn k d"]
-    ) -> Float[Tensor, "g nk d"]:
-        """The sequence of each study: the tokens of its contrasts, one contrast after the other."""
-        return rearrange(self.tokenizer(patches, contrast) + positions, "g n k d -> g (n k) d")
+    def sequence(
+        self, patches: Float[Tensor, "g n k v"], contrast: Int[Tensor, "g n"], places: Places
+    ) -> tuple[Float[Tensor, "g nk d"], Float[Tensor, "g nk 2 r"] | None]:
+        """Return the sequence of each study, one contrast after the other, and how far attention turns its tokens.
+
+        `places` are those of the tokens of a contrast image (k), or of each contrast image (g n k).
+        """
+        tokens = rearrange(self.tokenizer(patches, contrast) + places.embedding, "g n k d -> g (n k) d")
+        if places.rotation is None:
+            return tokens, None
+        rotation = places.rotation.expand(*contrast.shape, -1, -1, -1)
+        return tokens, rearrange(rotation, "g n k two r -> g (n k) two r")
+
+    def places(self, grid: Triple, device: torch.device) -> Places:
+        """Return the places of all tokens of a grid."""
+        return self.positions.places(grid, self.transformer.width, self.transformer.head_width, device)
 
     def encode(
         self, volume: Float[Tensor, "b c z y x"], taps: Sequence[int], present: list[list[int]] | None = None
@@ -124,13 +142,13 @@ class AdaptiveEncoder(nn.Module):
         """
         present = present or present_contrasts(volume)
         volume, grid = padded(volume, self.token), grid_of(volume, self.token)
-        positions = sine_cosine_positions(grid, self.width, volume.device)
+        places = self.places(grid, volume.device)
         patches = rearrange(patchify(volume, self.token), "b n c v -> b c n v")
         states: list[Tensor] = []
         order: list[Tensor] = []
         for studies, contrasts, _ in groups(present, volume.device):
-            sequence = self.tokens(patches[studies[:, None], contrasts], contrasts, positions)
-            tokens, hidden = self.transformer.with_hidden(sequence, taps)
+            sequence, rotation = self.sequence(patches[studies[:, None], contrasts], contrasts, places)
+            tokens, hidden = self.transformer.with_hidden(sequence, rotation, taps)
             levels = torch.stack([tokens, *hidden])
             states.append(rearrange(levels, "l g (n k) d -> l g n k d", n=contrasts.shape[1]).amax(dim=2))
             order.append(studies)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nnunet_vit_mae.networks.adaptive import AdaptiveEncoder, groups, present_contrasts, split_contrasts
 from nnunet_vit_mae.networks.autoencoder import Reconstruction, counted_voxels
 from nnunet_vit_mae.networks.masking import Masks, take
-from nnunet_vit_mae.networks.positions import sine_cosine_positions
+from nnunet_vit_mae.networks.positions import Places
 from nnunet_vit_mae.networks.token_decoder import TokenDecoder
 from nnunet_vit_mae.networks.tokenizer import Triple, grid_of, patchify
 
@@ -56,13 +56,19 @@ class AdaptiveMaskedAutoencoder(nn.Module):
         self, seen: Float[Tensor, "g c k v"], masks: Masks, contrasts: Int[Tensor, "g c"], grid: Triple
     ) -> Float[Tensor, "g_c m v"]:
         """Return the rebuilt patches of the contrast images of a group; its masks have the axes g c."""
-        places = sine_cosine_positions(grid, self.encoder.width, seen.device)[masks.visible]
-        encoded = self.encoder.transformer(self.encoder.tokens(seen, contrasts, places))
+        visible = self.encoder.places(grid, seen.device).at(masks.visible)
+        encoded = self.encoder.transformer(*self.encoder.sequence(seen, contrasts, visible))
 
         # where each token is and which contrast it is of, first for all visible ones, then for all hidden ones
-        where = sine_cosine_positions(grid, self.decoder.width, seen.device)
+        everywhere = self.decoder.places(grid, seen.device)
         what = self.contrast_embedding[contrasts][:, :, None]
-        marks = [rearrange(where[index] + what, "g c k e -> g (c k) e") for index in (masks.visible, masks.hidden)]
+        marks, rotations = [], []
+        for index in (masks.visible, masks.hidden):
+            places = everywhere.at(index)
+            marks.append(rearrange(places.embedding + what, "g c k e -> g (c k) e"))
+            if places.rotation is not None:
+                rotations.append(rearrange(places.rotation, "g c k two r -> g (c k) two r"))
+        places = Places(torch.cat(marks, dim=1), torch.cat(rotations, dim=1) if rotations else None)
         blanks = self.mask_token.expand(len(seen), masks.hidden[0].numel(), -1)
-        patches = self.decoder(encoded, torch.cat(marks, dim=1), blanks)
+        patches = self.decoder(encoded, places, blanks)
         return rearrange(patches, "g (c m) v -> (g c) m v", c=contrasts.shape[1])

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from nnunet_vit_mae.networks.encoder import Encoder
 from nnunet_vit_mae.networks.masking import Masks, take
-from nnunet_vit_mae.networks.positions import sine_cosine_positions
 from nnunet_vit_mae.networks.token_decoder import TokenDecoder
 from nnunet_vit_mae.networks.tokenizer import Triple, grid_of, moments, patchify, voxels_inside
 
@@ -46,8 +45,7 @@ class MaskedAutoencoder(nn.Module):
         encoded = self.encoder(patches, grid, masks.visible)
 
         # visible tokens first, hidden ones behind them: attention has no order, so nothing is ever put back in place
-        positions = sine_cosine_positions(grid, self.decoder.width, volume.device)
-        places = positions[torch.cat([masks.visible, masks.hidden], dim=1)]
+        places = self.decoder.places(grid, volume.device).at(torch.cat([masks.visible, masks.hidden], dim=1))
         predicted = self.decoder(encoded, places, self.mask_token.expand(*masks.hidden.shape, -1))
         predicted = rearrange(predicted, "b m (c v) -> b m c v", c=volume.shape[1])
         return Reconstruction(predicted, take(patches, masks.hidden), counted_voxels(volume, token, masks))

@@ -1,44 +1,65 @@
-"""From settings to networks: the only place where numbers of a preset meet a constructor."""
+"""From settings to networks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
+
+from torch import nn
 
 from nnunet_vit_mae.networks.adaptive import AdaptiveEncoder, DynamicTokenizer, ModalityVectors
 from nnunet_vit_mae.networks.adaptive_autoencoder import AdaptiveMaskedAutoencoder
 from nnunet_vit_mae.networks.autoencoder import MaskedAutoencoder
+from nnunet_vit_mae.networks.blueprint import ONE_MM, Blueprint
 from nnunet_vit_mae.networks.encoder import Encoder
 from nnunet_vit_mae.networks.segmenter import Segmenter
-from nnunet_vit_mae.networks.token_decoder import build_token_decoder
-from nnunet_vit_mae.networks.tokenizer import Tokenizer
-from nnunet_vit_mae.networks.transformer import Transformer
-from nnunet_vit_mae.presets import SIZES, Network, Pretraining
+from nnunet_vit_mae.presets import Network, Pretraining
 
 Autoencoder = MaskedAutoencoder | AdaptiveMaskedAutoencoder
 
 
-def build_autoencoder(network: Network, channels: int, protocol: Pretraining) -> Autoencoder:
-    """Build the network of pre-training."""
-    encoder = _encoder(network, channels, drop_path=0.0)
+def build_autoencoder(
+    network: Network, channels: int, protocol: Pretraining, *, spacing: tuple[float, ...] = ONE_MM
+) -> Autoencoder:
+    """Build the network of pre-training for volumes with so many channels and a spacing (z y x, mm)."""
+    blueprint = Blueprint(network=network, channels=channels, spacing=spacing)
+    encoder = _encoder(blueprint, drop_path=0.0)
     outputs = 1 if network.adaptive else channels
     cross = protocol.decoder == "cross"
-    decoder = build_token_decoder(network, outputs_per_voxel=outputs, heads=protocol.decoder_heads, cross=cross)
+    decoder = blueprint.token_decoder(outputs_per_voxel=outputs, heads=protocol.decoder_heads, cross=cross)
     if isinstance(encoder, AdaptiveEncoder):
         return AdaptiveMaskedAutoencoder(encoder, decoder, contrasts=channels)
     return MaskedAutoencoder(encoder, decoder)
 
 
-def build_segmenter(network: Network, channels: int, classes: int, *, drop_path: float) -> Segmenter:
-    """Build the network of fine-tuning. A decoder is the module of its name, whose `build` makes it from settings."""
-    encoder = _encoder(network, channels, drop_path=drop_path)
-    decoder = import_module(f"nnunet_vit_mae.networks.decoders.{network.decoder}")
-    return Segmenter(encoder, decoder.build(network, channels, classes), taps=network.tapped_blocks)
+def build_segmenter(
+    network: Network,
+    channels: int,
+    classes: int,
+    *,
+    drop_path: float,
+    spacing: tuple[float, ...] = ONE_MM,
+    unet: Callable[[], nn.Module] | None = None,
+) -> Segmenter:
+    """Build the network of fine-tuning. A decoder is the module of its name, whose `build` takes the blueprint.
+
+    Args:
+        network: The settings.
+        channels: Channels of the volumes.
+        classes: Outputs per voxel.
+        drop_path: Of the last block of the encoder.
+        spacing: mm along z y x.
+        unet: Makes nnU-Net's own U-Net, which only the decoder `unet` needs.
+    """
+    blueprint = Blueprint(network=network, channels=channels, classes=classes, spacing=spacing, unet=unet)
+    decoder = import_module(f"nnunet_vit_mae.networks.decoders.{network.decoder}").build(blueprint)
+    return Segmenter(_encoder(blueprint, drop_path=drop_path), decoder, taps=network.tapped_blocks)
 
 
-def _encoder(network: Network, channels: int, *, drop_path: float) -> Encoder | AdaptiveEncoder:
-    size, token = SIZES[network.size], network.token
-    transformer = Transformer(size.width, size.depth, size.heads, drop_path=drop_path)
-    if network.adaptive:
-        tokenizer = DynamicTokenizer(ModalityVectors(channels, network.modality_vectors), token, size.width)
-        return AdaptiveEncoder(tokenizer, transformer, token=token, width=size.width)
-    return Encoder(Tokenizer(channels, token, size.width), transformer, token=token, width=size.width)
+def _encoder(blueprint: Blueprint, *, drop_path: float) -> Encoder | AdaptiveEncoder:
+    parts = {"token": blueprint.token, "positions": blueprint.positions}
+    transformer = blueprint.transformer(drop_path=drop_path)
+    if blueprint.network.adaptive:
+        vectors = ModalityVectors(blueprint.channels, blueprint.network.modality_vectors)
+        return AdaptiveEncoder(DynamicTokenizer(vectors, blueprint.token, blueprint.size.width), transformer, **parts)
+    return Encoder(blueprint.tokenizer(), transformer, **parts)

@@ -26,20 +26,27 @@ from nnunet_vit_mae.presets import Network, Pretraining, token_grid
 
 
 def finetuning_memory(
-    network: Network, patch_size: Sequence[int], channels: int, classes: int, batch: int, *, on_gpu: bool = True
+    network: Network,
+    patch_size: Sequence[int],
+    channels: int,
+    classes: int,
+    batch: int,
+    *,
+    on_gpu: bool = True,
+    unet: Callable[[], nn.Module] | None = None,
 ) -> int:
-    """Peak bytes of a fine-tuning step (weights, gradients, AdamW and activations) for a patch (z y x, voxels).
+    """Estimate the peak bytes of a fine-tuning step (weights, gradients, AdamW, activations) for a patch (z y x).
 
     On a GPU the network works in bf16, otherwise in fp32. Not counted are what CUDA itself takes and what convolutions
     use as workspace.
     """
 
     def prepare() -> tuple[nn.Module, Callable[[], Tensor]]:
-        segmenter = build_segmenter(network, channels, classes, drop_path=0.1)
+        segmenter = build_segmenter(network, channels, classes, drop_path=0.1, unet=unet)
         volume = torch.empty(batch, channels, *patch_size)
         target = torch.empty(batch, *patch_size, dtype=torch.long)
         present = [list(range(channels))] * batch  # the largest step has all contrasts
-        return segmenter, lambda: segmentation_loss(segmenter.logits(volume, present).float(), target)
+        return segmenter, lambda: segmentation_loss(segmenter.logits(volume, present), target)
 
     return _rehearse(prepare, on_gpu=on_gpu)
 
@@ -53,7 +60,7 @@ def pretraining_memory(
     *,
     on_gpu: bool = True,
 ) -> int:
-    """Peak bytes of a pre-training step, likewise."""
+    """Estimate the peak bytes of a pre-training step in the same way."""
 
     def prepare() -> tuple[nn.Module, Callable[[], Tensor]]:
         autoencoder = build_autoencoder(network, channels, protocol)
@@ -68,8 +75,16 @@ def pretraining_memory(
     return _rehearse(prepare, on_gpu=on_gpu)
 
 
-def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """As nnU-Net's sum of cross-entropy and soft Dice, as far as memory is concerned."""
+def segmentation_loss(logits: Tensor | list[Tensor], target: Tensor) -> Tensor:
+    """Return cross-entropy minus soft Dice: what nnU-Net's loss is as far as memory is concerned.
+
+    With deep supervision, it is the sum over all resolutions.
+    """
+    if isinstance(logits, list):
+        reference = target[:, None].float()
+        targets = [functional.interpolate(reference, part.shape[2:])[:, 0].long() for part in logits]
+        return torch.stack(list(map(segmentation_loss, logits, targets))).sum()
+    logits = logits.float()
     probabilities = logits.softmax(dim=1)
     reference = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, target[:, None], True)
     overlap = (probabilities * reference).sum(dim=(2, 3, 4))

@@ -1,39 +1,104 @@
-"""Fixed 3D sine-cosine positions (He et al. 2022, extended to three axes; ViTiac, section 2.2).
+"""How the tokens of a grid are told apart: sine-cosine positions that are added, and rotary ones in every attention.
 
-They are rebuilt for the grid at hand and never stored, so an encoder moves between patch sizes without interpolation.
+Sine-cosine positions are those of He et al. 2022, extended to three axes (ViTiac, section 2.2). Rotary positions turn
+queries and keys by their place (Su et al. 2021, https://arxiv.org/abs/2104.09864), so that attention sees how far apart
+two tokens are along each axis. Both are rebuilt for the grid at hand and never stored, so an encoder moves between
+patch sizes without interpolation.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nnunet_vit_mae.networks.tokenizer import Triple
 
 PERIOD = 10_000
+ROTARY_BASE = 100.0  # the slowest frequency turns once in about 600 units: grids have some tens of tokens along an axis
+
+
+class Places(NamedTuple):
+    """Where the tokens of a sequence are: what is added to them, and how far attention turns them."""
+
+    embedding: Float[Tensor, "*b n d"]
+    rotation: Float[Tensor, "*b n 2 r"] | None  # cosines and sines
+
+    def at(self, index: Int[Tensor, "*s k"]) -> Places:
+        """Return the places of the tokens at these indices of the grid."""
+        return Places(self.embedding[index], None if self.rotation is None else self.rotation[index])
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The positions of a network.
+
+    Args:
+        kind: `sine_cosine`, `rotary` or `both`.
+        step: Distance of neighbouring tokens along z y x, in the unit of coordinates.
+        base: The rotary frequencies fall from 1 to almost 1 / base.
+    """
+
+    kind: str = "sine_cosine"
+    step: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    base: float = ROTARY_BASE
+
+    def places(self, grid: Triple, width: int, head_width: int, device: torch.device) -> Places:
+        """Return the places of all tokens of a grid, in the order z y x, for a transformer of a width."""
+        embedding = sine_cosine_positions(grid, width, device, self.step)
+        if self.kind == "sine_cosine":
+            return Places(embedding, None)
+        rotation = rotary_positions(grid, head_width, device, self.step, self.base)
+        return Places(embedding if self.kind == "both" else torch.zeros_like(embedding), rotation)
 
 
 @torch.compiler.assume_constant_result  # a compiled network holds the table as it holds its weights
-def sine_cosine_positions(grid: Triple, width: int, device: torch.device) -> Float[Tensor, "n d"]:
-    """Positions of all tokens of a grid, in the order z y x.
+def sine_cosine_positions(
+    grid: Triple, width: int, device: torch.device, step: tuple[float, float, float] = (1.0, 1.0, 1.0)
+) -> Float[Tensor, "n d"]:
+    """Return the sine-cosine positions of all tokens of a grid, in the order z y x.
 
     Each axis fills a third of the width: sines, then cosines, of `width // 6` frequencies. What a width that 6 does not
     divide has left over stays zero.
     """
-    return _table(grid, width, device)
+    return _sine_cosine_table(grid, width, device, step)
+
+
+@torch.compiler.assume_constant_result
+def rotary_positions(
+    grid: Triple, head_width: int, device: torch.device, step: tuple[float, float, float], base: float
+) -> Float[Tensor, "n 2 r"]:
+    """Return cosines and sines of the angles of all tokens of a grid: `head_width // 6` frequencies for each axis."""
+    return _rotary_table(grid, head_width, device, step, base)
+
+
+def rotated(
+    heads: Float[Tensor, "parts b h n w"], rotation: Float[Tensor, "*b n 2 r"], padding: int = 0
+) -> Float[Tensor, "parts b h n _"]:
+    """Turn queries and keys: pairs (i, i + r) by the angle of their place, what is left over not at all.
+
+    `padding` zeros are appended, which saves a copy.
+    """
+    cosine, sine = (part.unsqueeze(-3).to(heads.dtype) for part in rotation.unbind(dim=-2))
+    r = rotation.shape[-1]
+    first, second = heads[..., :r], heads[..., r : 2 * r]
+    parts = [first * cosine - second * sine, first * sine + second * cosine, heads[..., 2 * r :]]
+    return torch.cat([*parts, heads.new_zeros(*heads.shape[:-1], padding)], dim=-1)
 
 
 @lru_cache(maxsize=16)  # a run meets one or two grids, at two widths
-def _table(grid: Triple, width: int, device: torch.device) -> Float[Tensor, "n d"]:
+def _sine_cosine_table(
+    grid: Triple, width: int, device: torch.device, step: tuple[float, float, float]
+) -> Float[Tensor, "n d"]:
     frequencies = width // 6
     # normal tensors even when the first call comes from nnU-Net's predictor, for training may follow in this process
     with torch.inference_mode(False), torch.no_grad():
         omega = PERIOD ** -(torch.arange(frequencies, dtype=torch.float64) / frequencies)
-        axes = [torch.arange(tokens, dtype=torch.float64) for tokens in grid]
-        angles = [axis.flatten()[:, None] * omega for axis in torch.meshgrid(*axes, indexing="ij")]
+        angles = [axis[:, None] * omega for axis in _coordinates(grid, step)]
         positions = torch.zeros(angles[0].shape[0], width)
         positions[:, : 6 * frequencies] = torch.cat(
             [part for a in angles for part in (a.sin(), a.cos())], dim=1
@@ -41,6 +106,23 @@ def _table(grid: Triple, width: int, device: torch.device) -> Float[Tensor, "n d
         return positions.to(device)
 
 
+@lru_cache(maxsize=16)
+def _rotary_table(
+    grid: Triple, head_width: int, device: torch.device, step: tuple[float, float, float], base: float
+) -> Float[Tensor, "n 2 r"]:
+    frequencies = head_width // 6
+    with torch.inference_mode(False), torch.no_grad():
+        omega = base ** -(torch.arange(frequencies, dtype=torch.float64) / max(1, frequencies))
+        angles = torch.cat([axis[:, None] * omega for axis in _coordinates(grid, step)], dim=1)
+        return torch.stack([angles.cos(), angles.sin()], dim=1).float().to(device)
+
+
+def _coordinates(grid: Triple, step: tuple[float, float, float]) -> list[Float[Tensor, " n"]]:
+    axes = [torch.arange(tokens, dtype=torch.float64) * length for tokens, length in zip(grid, step, strict=True)]
+    return [axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")]
+
+
 def forget_positions() -> None:
     """Empty the cache of tables."""
-    _table.cache_clear()
+    _sine_cosine_table.cache_clear()
+    _rotary_table.cache_clear()

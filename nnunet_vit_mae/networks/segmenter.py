@@ -25,14 +25,29 @@ class Segmenter(nn.Module):
         self.encoder, self.decoder = encoder, decoder
         self.taps = tuple(taps)
 
-    def forward(self, volume: Float[Tensor, "b c z y x"]) -> Float[Tensor, "b classes z y x"]:
+    def forward(self, volume: Float[Tensor, "b c z y x"]) -> Float[Tensor, "b classes z y x"] | list[Tensor]:
+        """Return logits in fp32; with deep supervision (decoder `unet`) those of all resolutions, fine to coarse."""
         with autocast(volume.device):
             logits = self.logits(volume)
-        return logits.to(torch.float32)
+        return [part.to(torch.float32) for part in logits] if isinstance(logits, list) else logits.to(torch.float32)
 
     def logits(
         self, volume: Float[Tensor, "b c z y x"], present: list[list[int]] | None = None
-    ) -> Float[Tensor, "b classes z y x"]:
+    ) -> Float[Tensor, "b classes z y x"] | list[Tensor]:
         """Return logits in whatever precision the surroundings ask for; `present` as in `AdaptiveEncoder.encode`."""
-        z, y, x = volume.shape[2:]
-        return self.decoder(self.encoder.encode(volume, self.taps, present))[:, :, :z, :y, :x]
+        logits = self.decoder(self.encoder.encode(volume, self.taps, present))
+        shape = volume.shape[2:]
+        if not isinstance(logits, list):
+            return _cut(logits, shape)
+        whole = logits[0].shape[2:]
+        factors = [[large // small for large, small in zip(whole, part.shape[2:], strict=True)] for part in logits]
+        return [
+            _cut(part, [side // factor for side, factor in zip(shape, own, strict=True)])
+            for part, own in zip(logits, factors, strict=True)
+        ]
+
+
+def _cut(logits: Float[Tensor, "b classes zz yy xx"], shape: Sequence[int]) -> Float[Tensor, "b classes z y x"]:
+    """Cut off what lies beyond the volume, where tokens reach out of it."""
+    z, y, x = shape
+    return logits[:, :, :z, :y, :x]

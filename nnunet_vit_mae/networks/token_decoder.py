@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nnunet_vit_mae.networks.positions import Places, Positions
+from nnunet_vit_mae.networks.tokenizer import Triple
 from nnunet_vit_mae.networks.transformer import Transformer
-from nnunet_vit_mae.presets import SIZES, Network
 
 
 class TokenDecoder(nn.Module):
@@ -19,35 +18,47 @@ class TokenDecoder(nn.Module):
     (CrossMAE, Fu et al. 2024, https://arxiv.org/abs/2401.14391), so that each is predicted whatever the others are.
     """
 
-    def __init__(self, in_width: int, transformer: Transformer, *, width: int, outputs: int, cross: bool = False):
+    def __init__(
+        self,
+        in_width: int,
+        transformer: Transformer,
+        *,
+        outputs: int,
+        cross: bool = False,
+        positions: Positions | None = None,
+    ):
         super().__init__()
-        self.width, self.cross = width, cross
-        self.embed = nn.Linear(in_width, width)
+        self.cross, self.positions = cross, positions or Positions()
+        self.width = transformer.width
+        self.embed = nn.Linear(in_width, self.width)
         self.transformer = transformer
-        self.head = nn.Linear(width, outputs)
+        self.head = nn.Linear(self.width, outputs)
+
+    def places(self, grid: Triple, device: torch.device) -> Places:
+        """Return the places of all tokens of a grid."""
+        return self.positions.places(grid, self.width, self.transformer.head_width, device)
 
     def forward(
-        self,
-        encoded: Float[Tensor, "b k d"],
-        positions: Float[Tensor, "*b n e"],
-        blanks: Float[Tensor, "b m e"] | None = None,
+        self, encoded: Float[Tensor, "b k d"], places: Places, blanks: Float[Tensor, "b m e"] | None = None
     ) -> Float[Tensor, "b m_or_n outputs"]:
         """Decode the tokens in the order given, blanks last; with blanks, only theirs are returned (n = k + m)."""
         tokens = self.embed(encoded)
         if blanks is None:
-            return self.head(self.transformer(tokens + positions))
+            return self.head(self.transformer(tokens + places.embedding, places.rotation))
         if self.cross:
-            of_tokens, of_blanks = positions.split([tokens.shape[1], blanks.shape[1]], dim=1)
-            return self.head(self.transformer(blanks + of_blanks, tokens + of_tokens))
-        tokens = torch.cat([tokens, blanks.to(tokens.dtype)], dim=1) + positions
-        return self.head(self.transformer(tokens)[:, encoded.shape[1] :])
+            seen, hidden = _split(places, tokens.shape[1])
+            queries = blanks + hidden.embedding
+            return self.head(self.transformer(queries, hidden.rotation, tokens + seen.embedding, seen.rotation))
+        tokens = torch.cat([tokens, blanks.to(tokens.dtype)], dim=1) + places.embedding
+        return self.head(self.transformer(tokens, places.rotation)[:, encoded.shape[1] :])
 
 
-def build_token_decoder(
-    network: Network, *, outputs_per_voxel: int, heads: int = 0, cross: bool = False
-) -> TokenDecoder:
-    """Build the decoder that belongs to a size of encoder; `heads` replaces its number of attention heads."""
-    size = SIZES[network.size]
-    transformer = Transformer(size.decoder_width, size.decoder_depth, heads or size.decoder_heads)
-    outputs = outputs_per_voxel * math.prod(network.token)
-    return TokenDecoder(size.width, transformer, width=size.decoder_width, outputs=outputs, cross=cross)
+def _split(places: Places, first: int) -> tuple[Places, Places]:
+    """Return the places of the first tokens of a sequence, and those of the others."""
+    embedding, rotation = places
+    if rotation is None:
+        return Places(embedding[..., :first, :], None), Places(embedding[..., first:, :], None)
+    return (
+        Places(embedding[..., :first, :], rotation[..., :first, :, :]),
+        Places(embedding[..., first:, :], rotation[..., first:, :, :]),
+    )

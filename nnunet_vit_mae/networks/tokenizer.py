@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from dynamic_network_architectures.building_blocks.patch_encode_decode import LayerNormNd
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -60,9 +61,87 @@ def moments(
 class Tokenizer(nn.Module):
     """Embed tokens by one linear layer. It takes cut patches, so that only the visible ones cost anything."""
 
+    map_widths: tuple[int, ...] = ()  # it makes no maps on the way
+
     def __init__(self, channels: int, token: Triple, width: int):
         super().__init__()
         self.projection = nn.Linear(channels * math.prod(token), width)
 
     def forward(self, patches: Float[Tensor, "b k c v"]) -> Float[Tensor, "b k d"]:
         return self.projection(patches.flatten(2))
+
+    def with_maps(self, patches: Float[Tensor, "b n c v"], grid: Triple) -> tuple[Float[Tensor, "b n d"], list[Tensor]]:
+        """Embed all tokens of a grid; there are no maps on the way."""
+        return self(patches), []
+
+
+class ConvolutionalTokenizer(nn.Module):
+    """Embed tokens by a residual convolutional stem that works inside of each token's cube (after PrimusV2's).
+
+    Convolutions never see a neighbouring cube. So only visible tokens are computed in pre-training, nothing of a hidden
+    one leaks into them, and fine-tuning meets the same features. The maps before each halving are fine skips for
+    decoders.
+
+    Args:
+        channels: Channels of the volume.
+        token: Voxels of a token (z y x).
+        width: Length of a token's embedding.
+        narrowest: Features at full resolution; each halving doubles them.
+    """
+
+    def __init__(self, channels: int, token: Triple, width: int, *, narrowest: int):
+        super().__init__()
+        self.token, self.channels = token, channels
+        factors = doublings(token)[::-1] or [(1, 1, 1)]  # fine to coarse
+        self.map_widths = tuple(narrowest << level for level in range(len(factors)))
+        self.entry = nn.Conv3d(channels, narrowest, kernel_size=3, padding=1)
+        self.blocks = nn.ModuleList(CubeBlock(features) for features in self.map_widths)
+        outputs = [*self.map_widths[1:], width]
+        self.halvings = nn.ModuleList(
+            nn.Conv3d(features, output, kernel_size=factor, stride=factor)
+            for features, output, factor in zip(self.map_widths, outputs, factors, strict=True)
+        )
+
+    def forward(self, patches: Float[Tensor, "b k c v"]) -> Float[Tensor, "b k d"]:
+        return self._embed(patches)[0]
+
+    def with_maps(self, patches: Float[Tensor, "b n c v"], grid: Triple) -> tuple[Float[Tensor, "b n d"], list[Tensor]]:
+        """Embed all tokens of a grid; the maps (b f z y x) at each resolution on the way are put together again."""
+        tokens, cubes = self._embed(patches)
+        z, y, x = grid
+        pattern = "(b z y x) f tz ty tx -> b f (z tz) (y ty) (x tx)"
+        return tokens, [rearrange(cube, pattern, z=z, y=y, x=x) for cube in cubes]
+
+    def _embed(self, patches: Float[Tensor, "b k c v"]) -> tuple[Float[Tensor, "b k d"], list[Tensor]]:
+        tz, ty, tx = self.token
+        features = self.entry(rearrange(patches, "b k c (z y x) -> (b k) c z y x", z=tz, y=ty, x=tx))
+        cubes = []
+        for block, halving in zip(self.blocks, self.halvings, strict=True):
+            features = block(features)
+            cubes.append(features)
+            features = halving(features)
+        return rearrange(features, "(b k) d 1 1 1 -> b k d", b=len(patches)), cubes
+
+
+class CubeBlock(nn.Module):
+    """Two convolutions beside a residual. The norm is over the features of a voxel, so that brightness is not lost."""
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.norm = LayerNormNd(features)
+        self.first = nn.Conv3d(features, features, kernel_size=3, padding=1)
+        self.second = nn.Conv3d(features, features, kernel_size=3, padding=1)
+
+    def forward(self, cubes: Float[Tensor, "bk f z y x"]) -> Float[Tensor, "bk f z y x"]:
+        return cubes + self.second(functional.gelu(self.first(self.norm(cubes))))
+
+
+def doublings(token: Triple) -> list[Triple]:
+    """Return the factor of each stage, coarse to fine; a short side is doubled first, the longest go on to the end.
+
+    >>> doublings((2, 8, 8))
+    [(2, 2, 2), (1, 2, 2), (1, 2, 2)]
+    """
+    steps = [side.bit_length() - 1 for side in token]
+    z, y, x = ([2] * n + [1] * (max(steps) - n) for n in steps)
+    return list(zip(z, y, x, strict=True))

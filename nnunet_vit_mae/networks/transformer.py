@@ -1,43 +1,65 @@
-"""A pre-norm transformer (Dosovitskiy et al. 2021), the trunk of encoder and decoder."""
+"""A pre-norm transformer, the trunk of encoder and decoder, with one of two kinds of blocks.
+
+`vit` blocks are those of both papers (Dosovitskiy et al. 2021). `modern` ones are what made transformers competitive in
+nnU-Net's own comparison (Primus, Wald et al. 2025, https://arxiv.org/abs/2503.01835): a gated MLP (SwiGLU), a norm
+inside of attention, and residual branches that start small (LayerScale).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nnunet_vit_mae.networks.positions import rotated
+
 MLP_RATIO = 4
 KERNEL_WIDTH = 16  # attention kernels work on multiples of it; the papers' heads are 10, 20, 40 and 80 wide
+BRANCH_SCALE = 0.1  # at which LayerScale starts
 
 
 class Transformer(nn.Module):
-    """Blocks and a final norm; tokens in, tokens of the same shape out."""
+    """Blocks and a final norm; tokens in, tokens of the same shape out.
 
-    def __init__(self, width: int, depth: int, heads: int, *, drop_path: float = 0.0):
+    Args:
+        width: Length of a token.
+        depth: Number of blocks.
+        heads: Attention heads of each block.
+        drop_path: Probability to leave out a branch of the last block in training, rising from 0 at the first one.
+        blocks: `vit` or `modern`.
+    """
+
+    def __init__(self, width: int, depth: int, heads: int, *, drop_path: float = 0.0, blocks: str = "vit"):
         super().__init__()
-        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]  # deeper blocks are dropped more often
-        self.blocks = nn.ModuleList(Block(width, heads, drop_path=rate) for rate in rates)
+        self.width, self.head_width = width, width // heads
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(width, heads, drop_path=rate, modern=blocks == "modern") for rate in rates)
         self.norm = nn.LayerNorm(width)
         self.apply(_reset_linear)
 
     def forward(
-        self, tokens: Float[Tensor, "b n d"], context: Float[Tensor, "b k d"] | None = None
+        self,
+        tokens: Float[Tensor, "b n d"],
+        rotation: Float[Tensor, "*b n 2 r"] | None = None,
+        context: Float[Tensor, "b k d"] | None = None,
+        context_rotation: Float[Tensor, "*b k 2 r"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """The tokens attend to one another, or only to the tokens of `context`, which stay as they are."""
+        """Let the tokens attend to one another, or only to the tokens of `context`, which stay as they are."""
         for block in self.blocks:
-            tokens = block(tokens, context)
+            tokens = block(tokens, rotation, context, context_rotation)
         return self.norm(tokens)
 
     def with_hidden(
-        self, tokens: Float[Tensor, "b n d"], taps: Sequence[int]
+        self, tokens: Float[Tensor, "b n d"], rotation: Float[Tensor, "*b n 2 r"] | None, taps: Sequence[int]
     ) -> tuple[Float[Tensor, "b n d"], list[Float[Tensor, "b n d"]]]:
-        """The output, and what the tapped blocks (counted from 1) gave on the way there, before any final norm."""
+        """Return the output, and what the tapped blocks (counted from 1) give on the way, before the final norm."""
         hidden = {}
         for number, block in enumerate(self.blocks, start=1):
-            tokens = block(tokens)
+            tokens = block(tokens, rotation)
             if number in taps:
                 hidden[number] = tokens
         return self.norm(tokens), [hidden[number] for number in taps]
@@ -46,22 +68,29 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each behind a norm and beside a residual."""
 
-    def __init__(self, width: int, heads: int, *, drop_path: float):
+    def __init__(self, width: int, heads: int, *, drop_path: float, modern: bool = False):
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
-        self.attention = Attention(width, heads)
+        self.attention = Attention(width, heads, inner_norm=modern)
+        self.attention_scale = BranchScale(width) if modern else nn.Identity()
         self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, MLP_RATIO * width), nn.GELU(), nn.Linear(MLP_RATIO * width, width))
+        self.mlp = GatedMLP(width) if modern else plain_mlp(width)
+        self.mlp_scale = BranchScale(width) if modern else nn.Identity()
         self.drop_path = drop_path
 
     def forward(
-        self, tokens: Float[Tensor, "b n d"], context: Float[Tensor, "b k d"] | None = None
+        self,
+        tokens: Float[Tensor, "b n d"],
+        rotation: Float[Tensor, "*b n 2 r"] | None = None,
+        context: Float[Tensor, "b k d"] | None = None,
+        context_rotation: Float[Tensor, "*b k 2 r"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        tokens = tokens + self._maybe_dropped(self.attention(self.attention_norm(tokens), context))
-        return tokens + self._maybe_dropped(self.mlp(self.mlp_norm(tokens)))
+        mixed = self.attention(self.attention_norm(tokens), rotation, context, context_rotation)
+        tokens = tokens + self._maybe_dropped(self.attention_scale(mixed))
+        return tokens + self._maybe_dropped(self.mlp_scale(self.mlp(self.mlp_norm(tokens))))
 
     def _maybe_dropped(self, branch: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """Stochastic depth (Huang et al. 2016): in training, leave a branch out for a random part of the batch."""
+        """Leave a branch out for a random part of the batch in training (stochastic depth, Huang et al. 2016)."""
         if not self.training or self.drop_path == 0:
             return branch
         kept = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(1 - self.drop_path)
@@ -71,35 +100,82 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention of tokens to themselves or to a context, never with a stored score matrix."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, *, inner_norm: bool = False):
         super().__init__()
         if width % heads:
             raise ValueError(f"expected a width that the heads divide, got width {width} and {heads} heads")
         self.heads = heads
         self.head_width = width // heads
         self.qkv = nn.Linear(width, 3 * width)
+        self.inner_norm = nn.LayerNorm(width) if inner_norm else nn.Identity()
         self.out = nn.Linear(width, width)
 
     def forward(
-        self, tokens: Float[Tensor, "b n d"], context: Float[Tensor, "b k d"] | None = None
+        self,
+        tokens: Float[Tensor, "b n d"],
+        rotation: Float[Tensor, "*b n 2 r"] | None = None,
+        context: Float[Tensor, "b k d"] | None = None,
+        context_rotation: Float[Tensor, "*b k 2 r"] | None = None,
     ) -> Float[Tensor, "b n d"]:
         if context is None:
-            query, key, value = self._heads(self.qkv(tokens))
+            query, key, value = self._heads(self.qkv(tokens), rotation, turned=2)
         else:
             width = tokens.shape[2]
-            (query,) = self._heads(functional.linear(tokens, self.qkv.weight[:width], self.qkv.bias[:width]))
-            key, value = self._heads(functional.linear(context, self.qkv.weight[width:], self.qkv.bias[width:]))
+            query_projection = functional.linear(tokens, self.qkv.weight[:width], self.qkv.bias[:width])
+            (query,) = self._heads(query_projection, rotation, turned=1)
+            projected = functional.linear(context, self.qkv.weight[width:], self.qkv.bias[width:])
+            key, value = self._heads(projected, context_rotation, turned=1)
         mixed = functional.scaled_dot_product_attention(query, key, value, scale=self.head_width**-0.5)
-        return self.out(rearrange(mixed[..., : self.head_width], "b h n w -> b n (h w)"))
+        return self.out(self.inner_norm(rearrange(mixed[..., : self.head_width], "b h n w -> b n (h w)")))
 
-    def _heads(self, projected: Float[Tensor, "b n parts_d"]) -> Float[Tensor, "parts b h n padded"]:
+    def _heads(
+        self, projected: Float[Tensor, "b n parts_d"], rotation: Float[Tensor, "*b n 2 r"] | None, *, turned: int
+    ) -> Sequence[Float[Tensor, "b h n padded"]]:
+        """Split a projection into heads; the first `turned` parts of it are queries and keys, which have a place."""
         heads = rearrange(projected, "b n (parts h w) -> parts b h n w", h=self.heads, w=self.head_width)
         # zeros add nothing to a scalar product and give zeros in the values: the same result, on a faster kernel
-        return functional.pad(heads, (0, -self.head_width % KERNEL_WIDTH))
+        padding = -self.head_width % KERNEL_WIDTH
+        if rotation is None:
+            return functional.pad(heads, (0, padding)).unbind(0)
+        values = functional.pad(heads[turned:], (0, padding))
+        return [*rotated(heads[:turned], rotation, padding), *values]
+
+
+def plain_mlp(width: int) -> nn.Sequential:
+    """Build the MLP of a `vit` block."""
+    return nn.Sequential(nn.Linear(width, MLP_RATIO * width), nn.GELU(), nn.Linear(MLP_RATIO * width, width))
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202) with a norm before its last layer.
+
+    It has as many weights as the plain MLP: three matrices, each two thirds as wide.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        hidden = int(width * MLP_RATIO * 2 / 3)
+        self.gate, self.value = nn.Linear(width, hidden), nn.Linear(width, hidden)
+        self.norm = nn.LayerNorm(hidden)
+        self.out = nn.Linear(hidden, width)
+
+    def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        return self.out(self.norm(functional.silu(self.gate(tokens)) * self.value(tokens)))
+
+
+class BranchScale(nn.Module):
+    """LayerScale (Touvron et al. 2021, https://arxiv.org/abs/2103.17239): a learned factor for each feature."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.factor = nn.Parameter(torch.full((width,), BRANCH_SCALE))
+
+    def forward(self, branch: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        return branch * self.factor
 
 
 def _reset_linear(module: nn.Module) -> None:
-    """Glorot initialisation, as in the original MAE."""
+    """Use Glorot initialisation, as in the original MAE."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)

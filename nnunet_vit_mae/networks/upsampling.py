@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from nnunet_vit_mae.networks.tokenizer import Triple
-
-
-def doublings(token: Triple) -> list[Triple]:
-    """The factor of each stage, coarse to fine; a short side is doubled first, the longest ones go on to the end."""
-    steps = [side.bit_length() - 1 for side in token]
-    z, y, x = ([2] * n + [1] * (max(steps) - n) for n in steps)
-    return list(zip(z, y, x, strict=True))
 
 
 def stage_widths(narrowest: int, stages: int) -> list[int]:
@@ -49,3 +44,14 @@ def upsampling(kind: str, in_width: int, out_width: int, factor: Triple) -> nn.M
 def norm_and_activation(width: int) -> list[nn.Module]:
     """InstanceNorm and LeakyReLU as in nnU-Net, for the paper names neither."""
     return [nn.InstanceNorm3d(width, affine=True), nn.LeakyReLU(0.01, inplace=True)]
+
+
+def stem_joins(stem_widths: Sequence[int], widths: Sequence[int]) -> nn.ModuleList:
+    """Return a linear map for each stage (coarse to fine) from the tokenizer's map of that resolution (fine to coarse).
+
+    Without such maps there are none.
+    """
+    return nn.ModuleList(
+        nn.Conv3d(features, width, kernel_size=1)
+        for features, width in zip(reversed(stem_widths), widths, strict=bool(stem_widths))
+    )

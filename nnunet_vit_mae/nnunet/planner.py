@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.memory import finetuning_memory, pretraining_memory
-from nnunet_vit_mae.nnunet.plans import Plan, changed, destination, settings_of
+from nnunet_vit_mae.nnunet.plans import Plan, build_unet, changed, destination, settings_of
 from nnunet_vit_mae.planning import GB, TOKEN_BUDGET, Memory, fit_to_memory, in_gb
 from nnunet_vit_mae.presets import DECODERS, UPSAMPLINGS, Network, Settings, token_grid
 from nnunet_vit_mae.transfer import adapt_encoder
@@ -98,7 +98,7 @@ def _estimator(source: Plan, settings: Settings) -> Callable[[Settings], Memory]
 
     @cache
     def finetuning(network: Network, batch: int) -> int:
-        return finetuning_memory(network, patch, channels, classes, batch)
+        return finetuning_memory(network, patch, channels, classes, batch, unet=partial(build_unet, source))
 
     @cache
     def pretraining(network: Network, batch: int) -> int:
@@ -133,7 +133,7 @@ def _explain(
     if network.token != before.token:
         token_origin = "the smallest that fits the memory"
     elif token_origin == "default":
-        token_origin = f"the smallest of 4, 8, 16 (fewer in thick slices) within {TOKEN_BUDGET} tokens"
+        token_origin = f"the smallest of 4 to 16 (fewer in thick slices) within about {TOKEN_BUDGET} tokens"
     upsampling = UPSAMPLINGS[network.upsampling] if network.decoder != "mae" else "not used by this decoder"
     choices = [
         Choice("size", network.size, origin("network", "size")),

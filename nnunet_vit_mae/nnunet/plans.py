@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import read_json, write_json
@@ -115,7 +117,7 @@ def settings_for(configuration: ConfigurationManager, contrasts: int, *, adaptiv
     """
     if adaptive:
         settings = settings_of(configuration, contrasts=contrasts)
-        return settings.updated({"network": {"adaptive": True, "decoder": "unetr"}})
+        return settings.updated({"network": {"adaptive": True, "decoder": "unetr", "tokenizer": "linear"}})
     return settings_of(configuration).updated({"network": {"adaptive": False}})
 
 
@@ -171,6 +173,19 @@ def classes_of(plan: Plan) -> Classes:
     values = tuple(tuple(int(value) for value in np.atleast_1d(label)) for label in labels)
     names = {tuple(int(v) for v in np.atleast_1d(label)): name for name, label in plan.dataset_json["labels"].items()}
     return Classes(tuple(names[label] for label in values), values, manager.has_regions, manager.ignore_label)
+
+
+def build_unet(plan: Plan) -> nn.Module:
+    """Build the U-Net that nnU-Net planned, with random weights and outputs at all resolutions."""
+    configuration = plan.configuration
+    return get_network_from_plans(
+        configuration.network_arch_class_name,
+        configuration.network_arch_init_kwargs,
+        configuration.network_arch_init_kwargs_req_import,
+        len(plan.channel_names),
+        plan.classes,
+        deep_supervision=True,
+    )
 
 
 def write_plans(source: Plan, name: str, settings: Settings) -> Path:

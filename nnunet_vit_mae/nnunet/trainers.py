@@ -6,12 +6,16 @@ prediction from the plans and the trainer's name, so `build_network_architecture
 
 from __future__ import annotations
 
+import random
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
@@ -45,13 +49,26 @@ class ScheduledTrainer(nnUNetTrainer):
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
         schedule = schedule_of(self.configuration_manager)
+        self.seed = schedule.seed
         self.num_epochs = schedule.epochs
         self.num_iterations_per_epoch = schedule.iterations
         self.num_val_iterations_per_epoch = max(1, self.num_iterations_per_epoch // VALIDATION_SHARE)
 
     @exit_on_user_error
+    def initialize(self) -> None:
+        """Seed all random numbers if the plans say so, then build the network and the rest as nnU-Net does.
+
+        Runs with the same seed are equal where nnU-Net augments in one process (`nnUNet_n_proc_DA=0`).
+        """
+        if self.seed >= 0:
+            random.seed(self.seed)
+            np.random.seed(self.seed)  # noqa: NPY002 (nnU-Net draws from numpy's global generator)
+            torch.manual_seed(self.seed)
+        super().initialize()
+
+    @exit_on_user_error
     def get_tr_and_val_datasets(self) -> tuple:
-        """nnU-Net's datasets; says so when cases of one patient are in both."""
+        """Return nnU-Net's datasets, and say so when cases of one patient are in both."""
         training, validation = super().get_tr_and_val_datasets()
         folder = Path(self.preprocessed_dataset_folder_base)
         if self.fold != "all" and (warning := separation_warning(folder, training.identifiers, validation.identifiers)):
@@ -77,11 +94,13 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
         super().__init__(plans, configuration, fold, dataset_json, device)
         channels = len(channel_names(self.dataset_json))
         self.settings: Settings = settings_for(self.configuration_manager, channels, adaptive=self.adaptive)
-        self.enable_deep_supervision = False
+        self.enable_deep_supervision = self.settings.network.decoder == "unet"  # the others have one output
         self.initial_lr = self.settings.finetuning.lr
         self.weight_decay = self.settings.finetuning.weight_decay
         self.save_every = 5  # nnU-Net's 50 lose a day on a slow machine
         self.augment: BatchAugmentation | None = None
+        self.pretrained: set[str] = set()  # names of weights that an encoder has brought
+        self.steps_done = 0  # in this epoch
         self.grad_scaler = None  # fp16 only needs one, and the network runs in bf16
 
     @classmethod  # nnU-Net's own is static and is called on the class alike
@@ -93,21 +112,38 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
         num_output_channels: int,
         enable_deep_supervision: bool = False,
     ) -> nn.Module:
-        """The network that the plans describe; it has one output, at full resolution."""
+        """Build the network that the plans describe; the decoder `unet` is built around nnU-Net's own U-Net."""
         settings = settings_for(configuration_manager, num_input_channels, adaptive=cls.adaptive)
-        drop_path = settings.finetuning.drop_path
-        return build_segmenter(settings.network, num_input_channels, num_output_channels, drop_path=drop_path)
+        unet = partial(
+            nnUNetTrainer.build_network_architecture,
+            plans_manager,
+            configuration_manager,
+            num_input_channels,
+            num_output_channels,
+            enable_deep_supervision,
+        )
+        return build_segmenter(
+            settings.network,
+            num_input_channels,
+            num_output_channels,
+            drop_path=settings.finetuning.drop_path,
+            spacing=tuple(configuration_manager.spacing),
+            unet=unet,
+        )
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """Nothing to switch: there is one output."""
+        """Switch the outputs at lower resolutions, which only the decoder `unet` has."""
+        if self.enable_deep_supervision:
+            self.segmenter.decoder.deep_supervision = enabled
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmupCosine]:
-        """AdamW with layer-wise rates; warm-up and cosine per epoch."""
+        """Return AdamW with layer-wise rates, and a schedule of warm-up and cosine per step."""
         groups = parameter_groups(
             self.segmenter.named_parameters(),
             weight_decay=self.weight_decay,
             layer_decay=self.layer_decay,
             depth=SIZES[self.settings.network.size].depth,
+            pretrained=self.pretrained,
         )
         optimizer = torch.optim.AdamW(groups, lr=self.initial_lr, fused=self.device.type in ("cuda", "cpu"))
         schedule = WarmupCosine(
@@ -115,6 +151,7 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
             self.initial_lr,
             warmup=self.settings.finetuning.warmup,
             epochs=self.num_epochs,
+            steps_per_epoch=self.num_iterations_per_epoch,
             freeze_epochs=self.freeze_epochs,
         )
         return optimizer, schedule
@@ -137,13 +174,19 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
     def _build_loss(self) -> nn.Module:
         loss = super()._build_loss()
         if self.settings.finetuning.loss == "dice":
-            loss.weight_ce = 0
+            (loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss).weight_ce = 0
         return loss
+
+    def on_train_epoch_start(self) -> None:
+        """Begin an epoch as nnU-Net does, at its first step."""
+        self.steps_done = 0
+        super().on_train_epoch_start()
 
     def train_step(self, batch: dict) -> dict:
         """nnU-Net's step with the plans' gradient clipping, and without its fp16."""
-        volume = batch["data"].to(self.device, non_blocking=True)
-        target = batch["target"].to(self.device, non_blocking=True)
+        self.lr_scheduler.step(self.current_epoch, self.steps_done)
+        self.steps_done += 1
+        volume, target = self._on_device(batch["data"]), self._on_device(batch["target"])
         if self.augment:
             volume, target = self.augment(volume, target)
         self.optimizer.zero_grad(set_to_none=True)
@@ -153,6 +196,12 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
         nn.utils.clip_grad_norm_(moving, self.settings.finetuning.gradient_clip)
         self.optimizer.step()
         return {"loss": loss.detach().cpu().numpy()}
+
+    def _on_device(self, part: torch.Tensor | list[torch.Tensor]) -> Any:
+        """Return what a batch holds on the device: a tensor, or one for each resolution."""
+        if isinstance(part, list):
+            return [self._on_device(one) for one in part]
+        return part.to(self.device, non_blocking=True)
 
     @property
     def segmenter(self) -> Segmenter:
@@ -227,6 +276,8 @@ class nnUNetTrainerViTMAE(nnUNetTrainerViTScratch):  # noqa: N801
         own = self.segmenter.encoder.state_dict()
         self.segmenter.encoder.load_state_dict(own | tensors)
         self.encoder_card = card
+        self.pretrained = {f"encoder.{name}" for name in tensors}
+        self.optimizer, self.lr_scheduler = self.configure_optimizers()  # what is new learns at the full rate
         self.print_to_log_file(
             f"Loaded the encoder {file}: {len(tensors)} of {len(own)} tensors; "
             f"pre-trained on {len(card.cases_seen)} cases of {card.dataset} for {card.epochs} epochs, "
@@ -279,16 +330,23 @@ def _unchanged(encoder: EncoderFile) -> Path:
 
 
 class WarmupCosine:
-    """The schedule of fine-tuning: a function of the epoch alone, so that `--c` goes on where it was."""
+    """The schedule of fine-tuning: a function of epoch and step alone, so that `--c` goes on where it was."""
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, lr: float, *, warmup: float, epochs: int, freeze_epochs: int = 0
+        self,
+        optimizer: torch.optim.Optimizer,
+        lr: float,
+        *,
+        warmup: float,
+        epochs: int,
+        steps_per_epoch: int,
+        freeze_epochs: int = 0,
     ):
-        self.optimizer, self.lr, self.warmup, self.epochs = optimizer, lr, warmup, epochs
-        self.freeze_epochs = freeze_epochs
+        self.optimizer, self.lr, self.warmup = optimizer, lr, warmup
+        self.epochs, self.steps_per_epoch, self.freeze_epochs = epochs, steps_per_epoch, freeze_epochs
 
-    def step(self, epoch: int) -> None:
-        """Set the rates of an epoch, counted from 0; neither the first nor the last one has a rate of 0."""
-        progress = (epoch + 1) / (self.epochs + 1)
+    def step(self, epoch: int, step: int = 0) -> None:
+        """Set the rates of a step of an epoch, both counted from 0; neither the first nor the last one is 0."""
+        progress = (epoch * self.steps_per_epoch + step + 1) / (self.epochs * self.steps_per_epoch + 1)
         lr = self.lr * warmup_cosine(progress, self.warmup)
-        set_learning_rate(self.optimizer, lr, freeze_encoder=epoch < self.freeze_epochs)
+        set_learning_rate(self.optimizer, lr, freeze_pretrained=epoch < self.freeze_epochs)

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from nnunet_vit_mae.networks.adaptive import present_contrasts, split_contrasts
 from nnunet_vit_mae.networks.masking import Masking, Masks, background_tokens
+from nnunet_vit_mae.networks.tokenizer import grid_of
 from nnunet_vit_mae.presets import token_grid
 from nnunet_vit_mae.pretraining.volumes import Cache, open_volume
 
@@ -72,20 +73,57 @@ class MaskDrawing:
         return (channels if self.adaptive else 1) * math.prod(token_grid(patch_size, self.token))
 
     def draw(
-        self, crops: Float[Tensor, "b c z y x"], flips: Bool[Tensor, "b 3"], noise: Float[Tensor, "b masks n"]
+        self,
+        crops: Float[Tensor, "b c z y x"],
+        inside: Int[Tensor, "b 3 2"],
+        flips: Bool[Tensor, "b 3"],
+        noise: Float[Tensor, "b masks n"],
     ) -> tuple[Masks, list[list[int]]]:
-        """Draw the masks of crops as they are after their flips, and say which channels each sample has."""
+        """Draw the masks of crops as they are after their flips, and say which channels each sample has.
+
+        Args:
+            crops: Crops before their flips.
+            inside: First voxel along z y x that lies in the volume, and the first one behind it that does not.
+            flips: Axes to flip.
+            noise: Random numbers for each mask.
+        """
         channels, repeats, noise = crops.shape[1], noise.shape[1], noise.flatten(0, 1)
         present = [list(range(channels))] * len(noise)
+        taking_part = self._taking_part(crops, inside, flips)
+        if taking_part is not None:
+            taking_part = taking_part.repeat_interleave(repeats, dim=0)
         if self.adaptive:
             present = [own for own in present_contrasts(crops) for _ in range(repeats)]
             noise = split_contrasts(noise.unflatten(1, (channels, -1)), present)[0][:, 0]
-        if not self.skip_background:
-            return self.masking.draw(noise), present
-        images = torch.stack([crop.flip(_axes(flip)) for crop, flip in zip(crops, flips, strict=True)]).float()
-        images = images.repeat_interleave(repeats, dim=0)
-        images = split_contrasts(images, present)[0] if self.adaptive else images
-        return self.masking.draw(noise, ~background_tokens(images, self.token)), present
+            if taking_part is not None:
+                taking_part = split_contrasts(taking_part.unflatten(1, (channels, -1)), present)[0][:, 0]
+        return self.masking.draw(noise, taking_part), present
+
+    def _taking_part(
+        self, crops: Float[Tensor, "b c z y x"], inside: Int[Tensor, "b 3 2"], flips: Bool[Tensor, "b 3"]
+    ) -> Bool[Tensor, "b n"] | None:
+        """Return which tokens of the flipped crops are shown or hidden at all; None: all of them.
+
+        Tokens wholly outside of the volume never are: they would teach where the padding is.
+        """
+        patch = torch.tensor(crops.shape[2:])
+        sequences = crops.shape[1] if self.adaptive else 1
+        found = None
+        if (inside[..., 0] > 0).any() or (inside[..., 1] < patch).any():
+            start = torch.where(flips, patch - inside[..., 1], inside[..., 0])
+            stop = torch.where(flips, patch - inside[..., 0], inside[..., 1])
+            z, y, x = (
+                (torch.arange(tokens) * side < stop[:, axis, None])
+                & ((torch.arange(tokens) + 1) * side > start[:, axis, None])
+                for axis, (tokens, side) in enumerate(zip(grid_of(crops, self.token), self.token, strict=True))
+            )
+            found = (z[:, :, None, None] & y[:, None, :, None] & x[:, None, None, :]).flatten(1).repeat(1, sequences)
+        if self.skip_background:
+            flipped = torch.stack([crop.flip(_axes(flip)) for crop, flip in zip(crops, flips, strict=True)]).float()
+            images = flipped.flatten(0, 1)[:, None] if self.adaptive else flipped
+            content = ~background_tokens(images, self.token).unflatten(0, (len(crops), sequences)).flatten(1)
+            found = content if found is None else found & content
+        return found
 
 
 def _axes(flip: Bool[Tensor, " 3"]) -> list[int]:
@@ -123,19 +161,21 @@ class RandomCrops(Dataset):
         self._pass, self._order = -1, np.empty(0, dtype=int)
 
     def __getitem__(self, reads: Sequence[int]) -> CropBatch:
-        crops, flips, noise = [], [], []
+        crops, inside, flips, noise = [], [], [], []
         for read in reads:
             random = np.random.default_rng((self.seed, 1, read))
             volume = self._volume(self.file_of(read), random)
             for _ in range(self.crops_per_volume):
-                crops.append(random_crop(volume, self.patch_size, random))
+                crop, box = random_crop(volume, self.patch_size, random)
+                crops.append(crop)
+                inside.append(box)
                 flips.append(random.random(3) < 0.5)
                 size = self.drawing.noise_size(self.patch_size, volume.shape[0])
                 noise.append(random.random((self.drawing.masks_per_crop, size), dtype=np.float32))
         dtype = np.float32 if self.cache is None else np.float16
         stacked = np.stack(crops, dtype=dtype, casting="same_kind")  # the only copy of cached crops, which are views
         batch, flipped = torch.from_numpy(stacked), torch.from_numpy(np.stack(flips))
-        masks, present = self.drawing.draw(batch, flipped, torch.from_numpy(np.stack(noise)))
+        masks, present = self.drawing.draw(batch, torch.tensor(inside), flipped, torch.from_numpy(np.stack(noise)))
         return CropBatch(batch, flipped, masks, present)
 
     def file_of(self, read: int) -> Path:
@@ -152,7 +192,7 @@ class RandomCrops(Dataset):
         if self.crops_per_volume == 1:
             return volume
         sides = [min(a, round(REGION * b)) for a, b in zip(volume.shape[1:], self.patch_size, strict=True)]
-        return random_crop(volume, sides, random)
+        return random_crop(volume, sides, random)[0]
 
 
 class ConsecutiveBatches(Sampler[list[int]]):
@@ -170,23 +210,28 @@ class ConsecutiveBatches(Sampler[list[int]]):
         return self.last - self.first
 
 
-def random_crop(volume: Any, patch_size: Sequence[int], random: np.random.Generator) -> np.ndarray:
-    """A crop (c z y x) at a random place; where the volume is smaller than the crop, zeros stand around it.
+def random_crop(
+    volume: Any, patch_size: Sequence[int], random: np.random.Generator
+) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """Cut a crop (c z y x) at a random place; where the volume is smaller than the crop, zeros stand around it.
 
     `volume` is an array or an open file; a crop of an array may be a view.
+
+    Returns:
+        The crop, and where the volume is in it: the first voxel along z y x, and the first one behind it.
     """
     starts = [_random_start(voxels, side, random) for voxels, side in zip(volume.shape[1:], patch_size, strict=True)]
-    inside = [
+    source = [
         slice(max(0, start), min(voxels, start + side))
         for start, voxels, side in zip(starts, volume.shape[1:], patch_size, strict=True)
     ]
-    piece = volume[(slice(None), *inside)]
+    inside = [(part.start - start, part.stop - start) for part, start in zip(source, starts, strict=True)]
+    piece = volume[(slice(None), *source)]
     if piece.shape[1:] == tuple(patch_size):
-        return piece
+        return piece, inside
     crop = np.zeros((volume.shape[0], *patch_size), dtype=piece.dtype)
-    target = [slice(part.start - start, part.stop - start) for part, start in zip(inside, starts, strict=True)]
-    crop[:, *target] = piece
-    return crop
+    crop[:, *(slice(*part) for part in inside)] = piece
+    return crop, inside
 
 
 def _random_start(voxels: int, side: int, random: np.random.Generator) -> int:

@@ -116,7 +116,7 @@ def run(
     when the loss is no longer a number (the last good state is kept).
     """
     torch.manual_seed(job.seed)
-    network = build_autoencoder(job.network, len(job.channel_names), job.protocol).to(device)
+    network = build_autoencoder(job.network, len(job.channel_names), job.protocol, spacing=job.spacing).to(device)
     groups = parameter_groups(network.named_parameters(), weight_decay=job.protocol.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
     losses = _restore(distributed.from_rank_0(lambda: _prepare(output, job, resume=resume)), network, optimizer)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nnunet_vit_mae.networks.tokenizer import Triple
-from nnunet_vit_mae.networks.upsampling import norm_and_activation, upsampling
+from nnunet_vit_mae.networks.upsampling import norm_and_activation, stem_joins, upsampling
 
 
 class ResidualBlock(nn.Module):
@@ -58,17 +58,31 @@ class Stage(nn.Module):
 
 
 class ExpandingPath(nn.Module):
-    """Stages from the coarsest map to voxels, and a linear layer to the classes; a skip per stage, coarse to fine."""
+    """Stages from the coarsest map to voxels, and a linear layer to the classes; a skip per stage, coarse to fine.
 
-    def __init__(self, in_width: int, widths: Sequence[int], factors: Sequence[Triple], *, classes: int, kind: str):
+    The maps of a convolutional tokenizer (fine to coarse) are added to the skips of their resolution.
+    """
+
+    def __init__(
+        self,
+        in_width: int,
+        widths: Sequence[int],
+        factors: Sequence[Triple],
+        *,
+        classes: int,
+        kind: str,
+        stem_widths: Sequence[int] = (),
+    ):
         super().__init__()
         inputs = [in_width, *widths]
+        self.joins = stem_joins(stem_widths, widths)
         self.stages = nn.ModuleList(Stage(inputs[i], widths[i], factor, kind=kind) for i, factor in enumerate(factors))
         self.head = nn.Conv3d(widths[-1], classes, kernel_size=1)
 
     def forward(
-        self, features: Float[Tensor, "b d z y x"], skips: Sequence[Tensor]
+        self, features: Float[Tensor, "b d z y x"], skips: Sequence[Tensor], stem: Sequence[Tensor] = ()
     ) -> Float[Tensor, "b classes zz yy xx"]:
-        for stage, skip in zip(self.stages, skips, strict=True):
-            features = stage(features, skip)
+        for number, (stage, skip) in enumerate(zip(self.stages, skips, strict=True)):
+            joined = skip + self.joins[number](stem[-1 - number]) if self.joins else skip
+            features = stage(features, joined)
         return self.head(features)

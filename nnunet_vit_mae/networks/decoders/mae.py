@@ -6,17 +6,16 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nnunet_vit_mae.networks.blueprint import Blueprint
 from nnunet_vit_mae.networks.encoder import Encoded
-from nnunet_vit_mae.networks.positions import sine_cosine_positions
-from nnunet_vit_mae.networks.token_decoder import TokenDecoder, build_token_decoder
+from nnunet_vit_mae.networks.token_decoder import TokenDecoder
 from nnunet_vit_mae.networks.tokenizer import Triple, unpatchify
-from nnunet_vit_mae.presets import Network
 
 
-def build(network: Network, channels: int, classes: int) -> MAEDecoder:
-    """Build the decoder from settings."""
-    decoder = build_token_decoder(network, outputs_per_voxel=classes)
-    return MAEDecoder(decoder, token=network.token, classes=classes)
+def build(blueprint: Blueprint) -> MAEDecoder:
+    """Build the decoder."""
+    decoder = blueprint.token_decoder(outputs_per_voxel=blueprint.classes)
+    return MAEDecoder(decoder, token=blueprint.token, classes=blueprint.classes)
 
 
 class MAEDecoder(nn.Module):
@@ -30,6 +29,5 @@ class MAEDecoder(nn.Module):
         self.token, self.classes = token, classes
 
     def forward(self, encoded: Encoded) -> Float[Tensor, "b classes z y x"]:
-        positions = sine_cosine_positions(encoded.grid, self.decoder.width, encoded.tokens.device)
-        logits = self.decoder(encoded.tokens, positions)
+        logits = self.decoder(encoded.tokens, self.decoder.places(encoded.grid, encoded.tokens.device))
         return unpatchify(rearrange(logits, "b n (c v) -> b n c v", c=self.classes), encoded.grid, self.token)

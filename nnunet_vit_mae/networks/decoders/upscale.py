@@ -2,42 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nnunet_vit_mae.networks.blueprint import Blueprint
 from nnunet_vit_mae.networks.encoder import Encoded
-from nnunet_vit_mae.networks.tokenizer import Triple
-from nnunet_vit_mae.networks.upsampling import (
-    as_map,
-    doublings,
-    narrowest_width,
-    norm_and_activation,
-    stage_widths,
-    upsampling,
-)
-from nnunet_vit_mae.presets import SIZES, Network
+from nnunet_vit_mae.networks.tokenizer import Triple, doublings
+from nnunet_vit_mae.networks.upsampling import as_map, norm_and_activation, stage_widths, stem_joins, upsampling
 
 
-def build(network: Network, channels: int, classes: int) -> UpscaleDecoder:
-    """Build the decoder from settings."""
-    width = SIZES[network.size].width
-    return UpscaleDecoder(width, token=network.token, classes=classes, kind=network.upsampling)
+def build(blueprint: Blueprint) -> UpscaleDecoder:
+    """Build the decoder."""
+    widths = stage_widths(blueprint.narrowest, len(doublings(blueprint.token)))
+    return UpscaleDecoder(
+        blueprint.size.width,
+        widths,
+        token=blueprint.token,
+        classes=blueprint.classes,
+        kind=blueprint.network.upsampling,
+        stem_widths=blueprint.stem_widths,
+    )
 
 
 class UpscaleDecoder(nn.Module):
-    """As many doublings as the longest side of a token needs, and a linear layer to the classes."""
+    """As many doublings as the longest side of a token needs, and a linear layer to the classes.
 
-    def __init__(self, in_width: int, *, token: Triple, classes: int, kind: str):
+    The maps of a convolutional tokenizer are added to the stages of their resolution.
+    """
+
+    def __init__(
+        self,
+        in_width: int,
+        widths: Sequence[int],
+        *,
+        token: Triple,
+        classes: int,
+        kind: str,
+        stem_widths: Sequence[int] = (),
+    ):
         super().__init__()
-        factors = doublings(token)
-        widths = [in_width, *stage_widths(narrowest_width(in_width), len(factors))]
-        self.stages = nn.Sequential(
-            *(
-                nn.Sequential(upsampling(kind, widths[i], widths[i + 1], factor), *norm_and_activation(widths[i + 1]))
-                for i, factor in enumerate(factors)
-            )
+        inputs = [in_width, *widths]
+        self.stages = nn.ModuleList(
+            nn.Sequential(upsampling(kind, inputs[i], inputs[i + 1], factor), *norm_and_activation(inputs[i + 1]))
+            for i, factor in enumerate(doublings(token))
         )
-        self.head = nn.Conv3d(widths[-1], classes, kernel_size=1)
+        self.joins = stem_joins(stem_widths, widths)
+        self.head = nn.Conv3d(inputs[-1], classes, kernel_size=1)
 
     def forward(self, encoded: Encoded) -> Float[Tensor, "b classes z y x"]:
-        return self.head(self.stages(as_map(encoded.tokens, encoded.grid)))
+        features = as_map(encoded.tokens, encoded.grid)
+        for number, stage in enumerate(self.stages):
+            features = stage(features)
+            if self.joins:
+                features = features + self.joins[number](encoded.stem[-1 - number])
+        return self.head(features)
