@@ -55,7 +55,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--calibration",
         dest="calibrations",
         action="append",
-        default=[],
         metavar="NAME=PATH",
         help=f"calibration of a model: its {CALIBRATION_RECORD}, written by mae3d_calibrate, or the folder with it",
     )
@@ -69,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     predictions = _paths_by_name(args.predictions, "-p")
-    calibrations = _read_calibrations(args.calibrations, list(predictions))
+    calibrations = _read_calibrations(args.calibrations or [], list(predictions))
     for flag, values in {"--cutoffs": args.cutoffs, "--thickness_bins": args.thickness_bins}.items():
         if values and any(low >= high for low, high in pairwise(values)):
             raise UserError(f"{flag} {' '.join(f'{value:g}' for value in values)}: give ascending numbers.")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -63,10 +62,12 @@ def evaluate(
         All results; their table of cases has columns of risk groups in addition.
     """
     measurements = Measurements(cases, models, labels)
-    risks, group_names, notes_on_risks = _risks(measurements, options)
+    risks, groups, notes_on_risks = _risks(measurements, options)
     bins, notes_on_bins = _bins(measurements, options)
     columns = {
-        column: [group_names[label](volume) for volume, label in zip(cases[quantity], cases["label"], strict=True)]
+        column: [
+            _group_name(volume, *groups[label]) for volume, label in zip(cases[quantity], cases["label"], strict=True)
+        ]
         for column, quantity in GROUP_COLUMNS.items()
     }
     return Evaluation(
@@ -198,20 +199,20 @@ def _agreement(model: str, label: str, columns: Columns) -> Agreement:
 
 def _risks(
     measurements: Measurements, options: EvaluationOptions
-) -> tuple[list[RiskGroups], dict[str, Callable[[float], str | None]], list[str]]:
-    """Return the risk groups of each model and label, a function from volume to group name by label, and notes."""
-    risks, group_names, notes = [], {}, []
+) -> tuple[list[RiskGroups], dict[str, tuple[tuple[float, ...], tuple[str, ...]]], list[str]]:
+    """Return the risk groups of each model and label, cut-offs and names of the groups by label, and notes."""
+    risks, groups, notes = [], {}, []
     for label in measurements.labels:
         cutoffs, reasons = clinical.find_cutoffs(measurements.reference(label)["reference_mm3"], options.cutoffs_mm3)
         notes += [f"{label}: {reason}" for reason in reasons]
         names = clinical.group_names(cutoffs, options.cutoffs_mm3 is not None)
-        group_names[label] = partial(_group_name, cutoffs=cutoffs, names=names)
+        groups[label] = (cutoffs, names)
         if cutoffs:
             risks += [
                 clinical.risk_groups(measurements.columns(model, label), model, label, cutoffs, names)
                 for model in measurements.models
             ]
-    return risks, group_names, notes
+    return risks, groups, notes
 
 
 def _group_name(volume: float, cutoffs: tuple[float, ...], names: tuple[str, ...]) -> str | None:
