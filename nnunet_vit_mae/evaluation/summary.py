@@ -64,7 +64,7 @@ def evaluate(
     measurements = Measurements(cases, models, labels)
     risks, groups, notes_on_risks = _risks(measurements, options)
     bins, notes_on_bins = _bins(measurements, options)
-    columns = {
+    group_columns = {
         column: [
             _group_name(volume, *groups[label]) for volume, label in zip(cases[quantity], cases["label"], strict=True)
         ]
@@ -73,7 +73,7 @@ def evaluate(
     return Evaluation(
         models=tuple(models),
         labels=tuple(labels),
-        cases=cases.assign(**columns),
+        cases=cases.assign(**group_columns),
         means=tuple(
             _mean(*key, measure.column, columns, options)
             for key, columns in measurements.items()
