@@ -79,9 +79,9 @@ def hashed_name(case_name: str) -> str:
     return hashlib.sha256(case_name.encode()).hexdigest()[:16]
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that decide what a checkpoint means."""
-    return {package: version(package) for package in PACKAGES}
+def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Return the installed versions of packages, by default of those that decide what a checkpoint means."""
+    return {package: version(package) for package in packages}
 
 
 def save_encoder(encoder: nn.Module, card: Card, file: Path) -> None:

@@ -13,7 +13,6 @@ import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,17 @@ from tqdm import tqdm
 
 from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.evaluation.calibration_figures import agreement_figure, curve_figure
+from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
 from nnunet_vit_mae.files import replacing, write_json
 from nnunet_vit_mae.nnunet.folds import split_of, training_names
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
 from nnunet_vit_mae.nnunet.prediction import find_prediction_cases, find_reference, link, predict
 from nnunet_vit_mae.plots import save_figure
-from nnunet_vit_mae.thresholds import Calibration, CalibrationCase, Classes, Curve, Volumes, fit_thresholds
-from nnunet_vit_mae.weights import file_hash
+from nnunet_vit_mae.thresholds import Calibration, CalibrationCase, CaseVolumes, Classes, ThresholdCurve, fit_thresholds
+from nnunet_vit_mae.weights import file_hash, package_versions
 
 CALIBRATED = "checkpoint_calibrated.pth"
-CALIBRATION_RECORD = "calibration.json"
 FOLDER = "calibration"  # in the model's folder: probabilities of cases that nnU-Net has kept none of
 HEAD = re.compile(r"decoder\.(?:(?:.+\.)?head|seg_layers\.\d+)\.bias")  # ours, and those of nnU-Net's U-Nets
 RECORDED_PACKAGES = ("nnunet-vit-mae", "nnunetv2", "torch", "numpy")
@@ -259,11 +258,11 @@ def _record(model: Model, cases: Sequence[Predicted], found: Calibration, object
         "before": {name: _means(found.volumes, name, "before") for name in names},
         "after": {name: _means(found.volumes, name, "after") for name in names},
         "cases": [asdict(row) | {"fold": folds[row.case]} for row in found.volumes],
-        "versions": {package: version(package) for package in RECORDED_PACKAGES},
+        "versions": package_versions(RECORDED_PACKAGES),
     }
 
 
-def _means(volumes: Sequence[Volumes], label: str, when: str) -> dict[str, float]:
+def _means(volumes: Sequence[CaseVolumes], label: str, when: str) -> dict[str, float]:
     rows = [asdict(row) for row in volumes if row.label == label]
     return {
         "absolute_difference_mm3": float(np.mean([abs(r[f"{when}_mm3"] - r["reference_mm3"]) for r in rows])),
@@ -271,7 +270,7 @@ def _means(volumes: Sequence[Volumes], label: str, when: str) -> dict[str, float
     }
 
 
-def _write_curves(curves: Mapping[str, Curve], file: Path) -> None:
+def _write_curves(curves: Mapping[str, ThresholdCurve], file: Path) -> None:
     with replacing(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["label", "threshold", "absolute_difference_mm3", "dice"])

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnunet_vit_mae.files import replacing
-from nnunet_vit_mae.statistics import Comparison, compare
+from nnunet_vit_mae.statistics import FEW_PAIRS, Comparison, compare
 
 NOTHING_TO_OMIT = "nothing to omit"
 NOTHING_LEFT = "no contrast would be left"
 EMPTY_REFERENCE = "empty reference"
-FEW = 5  # pairs that differ: whatever they are, p cannot get below 0.05
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,6 @@ def _notes(rows: Sequence[OmissionRow], tested: Comparison) -> list[str]:
         notes.append("no p, for Dice is the same with and without in all cases.")
     elif tested.changed < tested.n:
         notes.append(f"cases that the test leaves out because Dice is the same twice: {tested.n - tested.changed}.")
-    if tested.p is not None and tested.changed <= FEW:
+    if tested.p is not None and tested.changed <= FEW_PAIRS:
         notes.append(f"so few cases that differ ({tested.changed}) cannot give a p below {tested.smallest_p:g}.")
     return notes
