@@ -1,4 +1,7 @@
-"""What `mae3d_plan` decides: settings from flags, recipe, encoder and memory, each with its reason."""
+"""The choices of `mae3d_plan`: settings from flags, recipe, encoder and memory, each with its reason.
+
+`planning.py` has the rules behind the defaults, `plans.py` reads and writes the files.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ class Start(NamedTuple):
 def choose_settings(
     source: Plan, changes: Mapping[str, Any], *, encoder: Path | None = None, memory_target: float | None = None
 ) -> tuple[Settings, list[Choice]]:
-    """The source's settings with `changes` (a partial block), for an encoder file and a GPU memory (GB) if given.
+    """Return the source's settings with `changes` (a partial block), for an encoder and a GPU memory (GB) if given.
 
     An encoder that the source names is taken as if it were given. Raises `UserError` for bad changes, for an encoder
     that does not fit, or when nothing fits the memory.
@@ -80,7 +83,7 @@ def _find_start(source: Plan, encoder: Path | None) -> Start | None:
 
 
 def _starting_from(source: Plan, settings: Settings, start: Start) -> tuple[Settings, list[Choice]]:
-    """The settings with a foreign encoder in them, if it fits."""
+    """Return the settings with a foreign encoder in them, if it fits."""
     file, tensors, card = start
     place = destination(settings.network, source.configuration, source.dataset_json)
     try:
@@ -93,7 +96,7 @@ def _starting_from(source: Plan, settings: Settings, start: Start) -> tuple[Sett
 
 
 def _estimator(source: Plan, settings: Settings) -> Callable[[Settings], Memory]:
-    """Memory of a step with other networks and batches; each is rehearsed once, for that takes a second or two."""
+    """Return a function that estimates the memory of a step; each network and batch is rehearsed once."""
     patch, channels, classes = source.patch_size, len(source.channel_names), source.classes
 
     @cache
