@@ -32,8 +32,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cross, 4 heads": {"decoder": "cross", "decoder_heads": 4},
     "cross, a quarter rebuilt": {"decoder": "cross", "rebuilt_share": 0.25},
     "cross, a quarter rebuilt, 4 heads": {"decoder": "cross", "rebuilt_share": 0.25, "decoder_heads": 4},
-    "flat tokens left out": {"skip_background": True},
-    "cross, a quarter rebuilt, flat tokens left out": {
+    "background tokens left out": {"skip_background": True},
+    "cross, a quarter rebuilt, background tokens left out": {
         "decoder": "cross",
         "rebuilt_share": 0.25,
         "skip_background": True,
