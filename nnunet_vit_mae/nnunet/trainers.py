@@ -127,7 +127,7 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
             num_input_channels,
             num_output_channels,
             drop_path=settings.finetuning.drop_path,
-            spacing=tuple(configuration_manager.spacing),
+            spacing=tuple(map(float, configuration_manager.spacing)),
             unet=unet,
         )
 
