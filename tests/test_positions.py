@@ -62,7 +62,8 @@ def test_a_step_in_mm_scales_all_axes_of_the_coordinates():
     torch.testing.assert_close(thick[9], thin[18])  # the second token along z, and the third
     blueprint = Network(size="XS", token=(4, 8, 8), decoder="mae", position_unit="mm")
     networks = [
-        build_segmenter(blueprint, 1, 2, drop_path=0.0, spacing=spacing) for spacing in ((1.0, 1.0, 1.0), (3.0, 0.5, 0.5))
+        build_segmenter(blueprint, 1, 2, drop_path=0.0, spacing=spacing)
+        for spacing in ((1.0, 1.0, 1.0), (3.0, 0.5, 0.5))
     ]
     steps = [network.encoder.positions.step for network in networks]
     assert steps == [(0.5, 1.0, 1.0), (1.5, 0.5, 0.5)]
