@@ -283,12 +283,12 @@ def test_an_autoencoder_trains_in_distributed_processes_whatever_is_background(a
 
 
 @both_kinds
-@pytest.mark.parametrize("options", [{"decoder": "cross"}, FASTEST], ids=["cross", "all"])
+@pytest.mark.parametrize("options", [{"rebuilt_share": 0.25}, FASTEST], ids=["share", "all"])
 def test_a_batch_can_be_overfitted(adaptive, options):
     network, volume = autoencoder(adaptive, **options), random_volume(samples=1)
     masks = trained(volume, adaptive=adaptive, **options)
-    optimizer, losses = torch.optim.AdamW(network.parameters(), lr=2e-3), []
-    for _ in range(200):
+    optimizer, losses = torch.optim.AdamW(network.parameters(), lr=4e-3), []
+    for _ in range(100):
         loss = loss_of(network(volume, masks))
         optimizer.zero_grad()
         loss.backward()
@@ -304,10 +304,7 @@ def test_the_planner_sees_that_fewer_tokens_take_less_memory(adaptive):
     def memory(**options) -> int:
         return pretraining_memory(network, protocol(**options), (25, 44, 54), C, 4)
 
-    plain = memory()
-    assert memory(rebuilt_share=0.25) < memory(rebuilt_share=0.5) < plain
-    assert memory(decoder="cross", rebuilt_share=0.25) < memory(decoder="cross") < plain
-    assert memory(skip_background=True) >= plain  # in the largest step every token has content
+    assert memory(decoder="cross", rebuilt_share=0.25) < memory(rebuilt_share=0.25) < memory()
 
 
 @both_kinds
