@@ -49,7 +49,7 @@ CANDIDATES = [
     "a quarter rebuilt, 4 heads",
     "cross",
     "cross, a quarter rebuilt",
-    "cross, a quarter rebuilt, flat tokens left out",
+    "cross, a quarter rebuilt, background tokens left out",
 ]
 TRIES = 10  # for a crop with foreground
 
@@ -112,7 +112,7 @@ class Quality(NamedTuple):
 
 
 def measured(plan: Plan, encoder: nn.Module | None, seed: int, arguments: argparse.Namespace) -> Quality:
-    """Both measures on the validation cases of the seed's fold; without an encoder, with a new one."""
+    """Return both measures on the validation cases of the seed's fold; without an encoder, of a new one."""
     names = sorted(file.name[: -len("_seg.b2nd")] for file in plan.preprocessed_folder.glob("*_seg.b2nd"))
     split = split_of(plan, str(seed % 5), names)
     labelled = np.random.default_rng(seed).permutation(split["train"])[: arguments.labelled]
@@ -129,13 +129,13 @@ def measured(plan: Plan, encoder: nn.Module | None, seed: int, arguments: argpar
 
 
 def against(reference: Sequence[float], own: Sequence[float]) -> str:
-    """The paired differences: their mean, the lowest and the highest."""
+    """Return the mean, the lowest and the highest of the paired differences."""
     differences = np.subtract(own, reference)
     return f"{differences.mean():+.3f} ({differences.min():+.3f} to {differences.max():+.3f})"
 
 
 def pretrained(plan: Plan, name: str, epochs: int, seed: int, arguments: argparse.Namespace) -> tuple[nn.Module, float]:
-    """An encoder, and the samples per second of its pre-training: the median over the epochs, without pictures."""
+    """Return an encoder and the median over the epochs of the samples per second of its pre-training."""
     settings = plan.settings
     job = PretrainingRun(
         files=[case.file for case in pretraining_cases(plan, str(seed % 5))],
@@ -184,7 +184,7 @@ def finetune(
 
 
 def probe_of(plan: Plan, encoder: nn.Module, labelled: Sequence[str], tested: Sequence[str], device: str) -> float:
-    """R2 on the tested cases, mean over classes, of a linear map from a token's vector to each class's share of it."""
+    """Return R2 on the tested cases, mean over classes, of a linear map from a token's vector to each class's share."""
     encoder.eval()
     seen, unseen = (
         [
@@ -199,7 +199,7 @@ def probe_of(plan: Plan, encoder: nn.Module, labelled: Sequence[str], tested: Se
 
 @torch.no_grad()
 def tokens_of(plan: Plan, encoder: nn.Module, name: str, device: str) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors of all tokens of a case (n d), and the share of each class in them (n classes, without background)."""
+    """Return the vectors of all tokens of a case (n d) and the share of each class in them (n classes - 1)."""
     image = torch.from_numpy(open_volume(plan.preprocessed_folder / f"{name}.b2nd")[:])[None].to(device)
     labels = torch.from_numpy(open_volume(labels_of(plan, name))[:])
     classes = torch.arange(1, plan.classes)[:, None, None, None]
@@ -208,7 +208,7 @@ def tokens_of(plan: Plan, encoder: nn.Module, name: str, device: str) -> tuple[n
 
 
 def labelled_crop(plan: Plan, name: str, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Image (c z y x) and labels (1 z y x) of a crop, with foreground if a few tries find any."""
+    """Return image (c z y x) and labels (1 z y x) of a crop, with foreground if a few tries find any."""
     image, reference = open_volume(plan.preprocessed_folder / f"{name}.b2nd"), open_volume(labels_of(plan, name))
     for _ in range(TRIES):
         place = random.integers(2**62)
@@ -220,7 +220,7 @@ def labelled_crop(plan: Plan, name: str, random: np.random.Generator) -> tuple[n
 
 @torch.no_grad()
 def dice_of(plan: Plan, model: nn.Module, name: str, device: torch.device) -> float:
-    """Mean over the classes that the reference holds."""
+    """Return the mean Dice over the classes that the reference segmentation holds."""
     image = torch.from_numpy(open_volume(plan.preprocessed_folder / f"{name}.b2nd")[:])[None].float().to(device)
     reference = open_volume(labels_of(plan, name))[0]
     logits = sliding_window_inference(image, plan.patch_size, 4, model, overlap=0.5, mode="gaussian")
@@ -230,7 +230,7 @@ def dice_of(plan: Plan, model: nn.Module, name: str, device: torch.device) -> fl
 
 
 def labels_of(plan: Plan, name: str) -> Path:
-    """nnU-Net's preprocessed labels."""
+    """Return the file of nnU-Net's preprocessed labels."""
     return plan.preprocessed_folder / f"{name}_seg.b2nd"
 
 
