@@ -29,7 +29,7 @@ def test_steps_of_the_pretraining_decoder_run_with_all_options():
 @pytest.mark.parametrize("name", ["ours", "MONAI"])
 def test_a_step_of_pretraining_runs_beside_monais(name):
     benchmark = import_module("pretraining_step")
-    benchmark.step_of(name, benchmark.Case(16, 8, 2), "XS", benchmark.torch.device("cpu"))()
+    benchmark.step_of(name, benchmark.Case(24, 8, 2), "XS", benchmark.torch.device("cpu"))()
 
 
 def test_contrasts_are_compared():

@@ -352,7 +352,7 @@ def test_a_pretrained_encoder_fits_the_segmenter(decoder):
 
 
 @pytest.mark.parametrize(
-    ("decoder", "steps", "lr"), [("unetr", 30, 3e-3), ("sfpn", 60, 3e-3), ("upscale", 60, 5e-3), ("mae", 100, 1e-3)]
+    ("decoder", "steps", "lr"), [("unetr", 30, 3e-3), ("sfpn", 40, 3e-3), ("upscale", 45, 1e-2), ("mae", 100, 1e-3)]
 )
 def test_a_segmenter_can_overfit_a_batch(decoder, steps, lr):
     network = segmenter(decoder).train()
