@@ -128,7 +128,7 @@ def monai_loss(model: nn.Module, volume: Tensor, case: Case) -> Tensor:
     """Compute the same loss on what MONAI predicts."""
     predicted, mask = model(volume)
     target = patchify(volume, (case.token,) * 3)
-    target = norm_pix_targets(target, torch.ones_like(target[:1]))[:, :, 0]
+    target = norm_pix_targets(target, torch.ones_like(target))[:, :, 0]
     error = (predicted.float() - target).square().mean(dim=-1)
     return (error * mask).sum() / mask.sum()
 
