@@ -1,4 +1,4 @@
-"""Feature maps and their checkerboards: the measure where the answer is known, and the command on a tiny data set."""
+"""Feature maps and their checkerboards: the measure where the answer is known, and the command on a tiny dataset."""
 
 import csv
 import json
