@@ -23,7 +23,7 @@ from nnunet_vit_mae.imaging.labels import read_labels, read_volume
 from nnunet_vit_mae.imaging.volumes import without_warnings_of_itk
 
 SPLITS, SPLIT_RECORD = "splits_final.json", "split.json"
-LABELS = {"raw": "labelsTr", "preprocessed": "gt_segmentations"}
+RAW_LABELS, PREPROCESSED_LABELS = "labelsTr", "gt_segmentations"
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ def labelled_cases(raw: Path, preprocessed: Path) -> Labelled:
 
     Raises `UserError` when there are none.
     """
-    for folder, labels in ((raw, LABELS["raw"]), (preprocessed, LABELS["preprocessed"])):
+    for folder, labels in ((raw, RAW_LABELS), (preprocessed, PREPROCESSED_LABELS)):
         description = folder / "dataset.json"
         if description.is_file():
             ending = str(read_json(description).get("file_ending", ".nii.gz"))
             if files := cases_in(folder / labels, ending):
                 return Labelled(files, description)
-    raise UserError(f"There are no labels in {raw / LABELS['raw']} that dataset.json there describes: check -d.")
+    raise UserError(f"There are no labels in {raw / RAW_LABELS} that dataset.json there describes: check -d.")
 
 
 def label_volumes(labelled: Labelled) -> dict[str, str]:
