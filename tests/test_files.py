@@ -135,11 +135,11 @@ def test_a_process_shows_no_traceback_of_a_user_error():
         "from nnunet_vit_mae.errors import *\n"
         "def command():\n"
         "    try: 1 / 0\n"
-        "    except ZeroDivisionError: raise UserError('mend this.')\n"
+        "    except ZeroDivisionError: raise UserError('fix this.')\n"
         "exit_on_user_error(command)()"
     )
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert (process.returncode, process.stdout, process.stderr) == (2, "", "Error: mend this.\n")
+    assert (process.returncode, process.stdout, process.stderr) == (2, "", "Error: fix this.\n")
 
 
 @pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyError, KeyboardInterrupt])
