@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 class _WithDefaults(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        # a default of "None" or "False" tells the reader nothing
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        # a default of None, False or [] tells the reader nothing
+        has_default = action.default not in (None, []) and action.default is not False
+        return super()._get_help_string(action) if has_default else action.help
 
 
 def parser_for(program: str, description: str | None) -> argparse.ArgumentParser:

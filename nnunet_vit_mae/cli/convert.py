@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("-i", dest="source", type=Path, required=True, metavar="FOLDER", help="DICOM files in any order, or BIDS")
     add("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="new raw dataset, e.g. Dataset501_Head")
-    help_ = "contrast of matching series descriptions (DICOM) or file names (BIDS); may be repeated; order of channels"
+    help_ = "contrast and its series descriptions (DICOM) or file names (BIDS); repeat it in the order of channels"
     add("--contrast", dest="contrasts", action="append", default=[], metavar="NAME=PATTERN", help=help_)
     help_ = "contrast that the others are registered to (otherwise the one of the label, or the first)"
     add("--reference", metavar="NAME", help=help_)

@@ -1,4 +1,4 @@
-"""Register scans to a template and crop the region drawn on it, to an nnU-Net dataset that can be checked by eye."""
+"""Register scans to a template and crop the region drawn on it; the result is an nnU-Net dataset to check by eye."""
 
 from __future__ import annotations
 

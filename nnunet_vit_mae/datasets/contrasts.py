@@ -1,7 +1,7 @@
 """Contrasts that were not acquired: images of zeros in their place, and a record of which contrasts are real.
 
 nnU-Net requires a file for every channel of every case. Exact zeros stand for an absent contrast: z-score
-normalisation and resampling keep them, so that absent contrasts can be told from the preprocessed volume. The voxels of
+normalisation and resampling keep them, so that the preprocessed volume shows which contrasts are absent. The voxels of
 a file decide, not its date: a file of zeros that the record lists was filled here, and one that it does not list was
 given as zeros (blank). A file with any other content is present, however it was copied, touched or compressed.
 """
@@ -56,7 +56,7 @@ class Contrasts:
     blank: list[str] = field(default_factory=list)
 
 
-Record = dict[str, dict[str, Contrasts]]  # by folder, then by case, both sorted
+ContrastRecord = dict[str, dict[str, Contrasts]]  # by folder, then by case, both sorted
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class FillResult:
     """The new record, files written, filled images that were replaced by real ones, and problems by case."""
 
     channels: Channels
-    record: Record
+    record: ContrastRecord
     written: list[Path]
     replaced: list[str]
     problems: dict[str, str]
@@ -166,7 +166,7 @@ def read_channels(raw: Path) -> Channels:
     return Channels(ordered, content["file_ending"])
 
 
-def read_contrasts(raw: Path) -> Record:
+def read_contrasts(raw: Path) -> ContrastRecord:
     """Read the record of an earlier call, empty if there is none; raises `UserError` if the file is something else."""
     file = raw / CONTRAST_RECORD
     if not file.exists():
@@ -202,7 +202,7 @@ def find_case_images(raw: Path, channels: Channels) -> list[CaseImages]:
     return cases
 
 
-def sort_contrasts(case: CaseImages, channels: Channels, former: Record) -> SortedCase:
+def sort_contrasts(case: CaseImages, channels: Channels, former: ContrastRecord) -> SortedCase:
     """Sort the contrasts of a case; besides headers, only the voxels of files that could be all zeros are read."""
     if case.misnamed:
         expected = f"{case.name}_0000{channels.ending}"
@@ -221,7 +221,7 @@ def sort_contrasts(case: CaseImages, channels: Channels, former: Record) -> Sort
 
 
 def _sort_readable(
-    case: CaseImages, channels: Channels, former: Record, geometries: dict[int, Geometry], zeros: set[int]
+    case: CaseImages, channels: Channels, former: ContrastRecord, geometries: dict[int, Geometry], zeros: set[int]
 ) -> SortedCase:
     recorded = former.get(case.folder.name, {}).get(case.name, Contrasts())
     filled = {number for number in zeros if channels.names[number] in recorded.filled}
@@ -284,9 +284,9 @@ def _check_access(folders: list[Path]) -> None:
             ) from None
 
 
-def _new_record(cases: list[SortedCase], former: Record) -> Record:
+def _new_record(cases: list[SortedCase], former: ContrastRecord) -> ContrastRecord:
     """Return the new record; a case with a problem keeps its entry, so that files filled earlier stay known."""
-    record: Record = defaultdict(dict)
+    record: ContrastRecord = defaultdict(dict)
     for case in cases:
         folder, name = case.images.folder.name, case.images.name
         contrasts = case.contrasts or former.get(folder, {}).get(name)
@@ -295,7 +295,7 @@ def _new_record(cases: list[SortedCase], former: Record) -> Record:
     return dict(record)
 
 
-def _replaced(former: Record, record: Record) -> Iterator[str]:
+def _replaced(former: ContrastRecord, record: ContrastRecord) -> Iterator[str]:
     """Yield the contrasts that were filled and are acquired images now."""
     for folder, cases in record.items():
         for case, contrasts in cases.items():

@@ -107,7 +107,7 @@ def ending_in(folder: Path, flag: str) -> str:
     """Return the file ending of the images in a folder.
 
     Args:
-        folder: The folder to look into.
+        folder: The folder to search.
         flag: The command-line flag that named it, for the error message.
 
     Raises:
@@ -115,10 +115,10 @@ def ending_in(folder: Path, flag: str) -> str:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: check {flag}.")
-    found = {ending for file in visible_files(folder) for ending in IMAGE_ENDINGS if file.name.endswith(ending)}
-    if len(found) != 1:
+    endings = {ending for file in visible_files(folder) for ending in IMAGE_ENDINGS if file.name.endswith(ending)}
+    if len(endings) != 1:
         raise UserError(
             f"{folder} must hold images of one format ({', '.join(IMAGE_ENDINGS)}), but has "
-            f"{' and '.join(sorted(found)) or 'none'}: check {flag}."
+            f"{' and '.join(sorted(endings)) or 'none'}: check {flag}."
         )
-    return found.pop()
+    return endings.pop()

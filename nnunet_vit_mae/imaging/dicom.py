@@ -100,7 +100,7 @@ def read_series(series: DicomSeries) -> sitk.Image:
     Raises:
         SeriesError: If the slices are not a regular stack, are in colour, or cannot be read.
     """
-    if series.is_damaged:  # nobody would notice that the first or the last slice is missing
+    if series.is_damaged:  # a missing first or last slice would go unnoticed
         raise SeriesError("has a slice that cannot be read, copy it again")
     ordered, gap, axis = _stack(series.slices)
     files = [str(file.file) for file in ordered]

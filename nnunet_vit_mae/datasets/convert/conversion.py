@@ -172,7 +172,7 @@ def _convert_study(job: ConversionTask, problems: dict[str, str]) -> ConvertedSt
     written = {reference: images[reference]}
     row = _first_columns(job, reference)
     for contrast, image in images.items():
-        row |= _columns(job.study, contrast, image)
+        row |= _contrast_columns(job.study, contrast, image)
         if contrast == reference:
             continue
         if geometry_of(images[reference]).difference(geometry_of(image)) is None:
@@ -270,7 +270,7 @@ def _first_columns(job: ConversionTask, reference: str) -> dict[str, str]:
     )
 
 
-def _columns(study: Study, contrast: str, image: sitk.Image) -> dict[str, str]:
+def _contrast_columns(study: Study, contrast: str, image: sitk.Image) -> dict[str, str]:
     """Return the columns about one contrast, as it was acquired."""
     scanner = study.images[contrast].scanner
     return {

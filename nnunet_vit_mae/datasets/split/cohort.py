@@ -101,7 +101,7 @@ def split_cohort(
     """
     left_out = set(read_names(leave_out, cohort.cases, "--leave_out")) if leave_out else set()
     cases = [case for case in cohort.cases if case not in left_out]
-    strata = assign_strata(_columns(cohort, strata_options), cases)
+    strata = assign_strata(_strata_columns(cohort, strata_options), cases)
     splits = make_splits([LabelledCase(case, cohort.patients[case], strata[case]) for case in cases], options)
     splits = replace(splits, left_out=sorted({*splits.left_out, *left_out}))
     problems = find_problems(splits.folds, cohort.patients, cohort.cases, {*splits.test, *splits.left_out})
@@ -110,7 +110,7 @@ def split_cohort(
     return WrittenSplits(splits, options, strata, folder / SPLITS, moved)
 
 
-def _columns(cohort: Cohort, options: StrataOptions) -> list[Mapping[str, str]]:
+def _strata_columns(cohort: Cohort, options: StrataOptions) -> list[Mapping[str, str]]:
     if options.columns and cohort.table is None:
         raise UserError("--stratify needs a table with that column: give it with --csv.")
     columns = [cohort.table.column(name, "--stratify") for name in options.columns] if cohort.table else []
