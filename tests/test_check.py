@@ -1,4 +1,4 @@
-"""A data set with one defect at a time: what is found, how grave it is, and what is written."""
+"""A dataset with one defect at a time: what is found, how grave it is, and what is written."""
 
 import gzip
 import json
@@ -100,7 +100,7 @@ def found(data, monkeypatch):
     return run
 
 
-def test_a_good_data_set_has_nothing_to_say_and_is_not_touched(data, found, capsys):
+def test_a_good_dataset_has_nothing_to_say_and_is_not_touched(data, found, capsys):
     before = {file: file.read_bytes() for file in data.raw.rglob("*") if file.is_file()}
     assert found() == {"errors": {}, "warnings": {}}
     said = capsys.readouterr().out

@@ -29,7 +29,7 @@ FOLDERS = ("imagesTr", "imagesTs", "imagesUn")
 
 @dataclass(frozen=True)
 class RawData:
-    """A raw data set whose dataset.json is there; images are added as a test needs them."""
+    """A raw dataset whose dataset.json is there; images are added as a test needs them."""
 
     raw: Path
     ending: str = ".nii.gz"
@@ -94,7 +94,7 @@ def data(tmp_path) -> RawData:
 
 @pytest.fixture
 def typed(data, monkeypatch):
-    """Call the command on the data set in this process."""
+    """Call the command on the dataset in this process."""
     for name in ("raw", "preprocessed", "results"):
         monkeypatch.setenv(f"nnUNet_{name}", str(data.raw.parent.parent / name))
     return lambda: command.main(["-d", "902"])
@@ -389,7 +389,7 @@ def test_gzip_files_in_several_pieces_are_whole(data):
         ({"channel_names": {"0": "PET", "1": "CT"}}, "rename the channel"),
     ],
 )
-def test_a_data_set_that_cannot_be_filled_gets_one_sentence(data, typed, refused, changes, reason):
+def test_a_dataset_that_cannot_be_filled_gets_one_sentence(data, typed, refused, changes, reason):
     data.write("a", 0)
     data.describe(**changes)
     before = data.states()
@@ -460,7 +460,7 @@ class IncompleteWorkspace(Workspace):
 
 
 @pytest.mark.slow
-def test_nnunet_takes_the_filled_data_set_and_leaves_absent_contrasts_at_zero(tmp_path):
+def test_nnunet_takes_the_filled_dataset_and_leaves_absent_contrasts_at_zero(tmp_path):
     workspace = IncompleteWorkspace(tmp_path)
     acquired = [{0, 1, 2}, {0}, {1, 2}, {2}, {0, 1}]
     for number, channels in enumerate(acquired):

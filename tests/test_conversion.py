@@ -1,4 +1,4 @@
-"""From DICOM and BIDS to a raw data set: names that all know, one grid, and nothing of the patient."""
+"""From DICOM and BIDS to a raw dataset: canonical contrasts, one grid, and no trace of the patient."""
 
 import csv
 import gzip
@@ -58,8 +58,8 @@ def array_of(image: sitk.Image) -> np.ndarray:
     return sitk.GetArrayFromImage(image)
 
 
-def names_nobody(folder: Path) -> bool:
-    """Whether no byte of any file, compressed or not, and no file's name tells who it is."""
+def is_pseudonymous(folder: Path) -> bool:
+    """Whether no file name and no byte of any file, compressed or not, identifies the patient."""
     for file in folder.rglob("*"):
         content = b"" if file.is_dir() else file.read_bytes()
         content = gzip.decompress(content) if file.name.endswith(".gz") else content
@@ -112,7 +112,7 @@ def test_a_series_that_is_no_stack_says_why(tmp_path):
     assert "copy it again" in reasons["cut"]
 
 
-def test_dicom_to_a_data_set_without_a_name(folders, tmp_path, refused):
+def test_dicom_to_a_dataset_without_a_name(folders, tmp_path, refused):
     source, output = folders
     write_series(source / "disc" / NAME, scan(moved(), **SMALL)[0], "Head soft H31s", "1.1")
     write_series(
@@ -134,7 +134,7 @@ def test_dicom_to_a_data_set_without_a_name(folders, tmp_path, refused):
         "P0001_1_0000.nii.gz",
         "P0001_2_0000.nii.gz",
     ]
-    assert names_nobody(output)
+    assert is_pseudonymous(output)
     first, second = table(output / "scans.csv")
     assert (first["patient"], first["session"], second["session"]) == ("P0001", "1", "2")
     assert (first["manufacturer"], first["model"], first["kernel"]) == ("SIEMENS", "Sensation 64", "H31s")
@@ -167,7 +167,7 @@ def test_damaged_files_are_counted_and_those_without_an_image_are_not(folders, r
     with pytest.raises(ScanError, match="source has 12 DICOM files that cannot be read"):
         read_scan(source)  # as other commands read a folder
     assert [(row["case"], row["image"]) for row in table(output / "problems.csv")] == [("unknown", "study")]
-    assert names_nobody(output)
+    assert is_pseudonymous(output)
 
 
 def test_the_largest_series_has_most_slices_not_files(folders, tmp_path, refused):
@@ -220,7 +220,7 @@ def test_a_dicom_label_that_nothing_fits_is_a_mistake(folders, refused):
     assert not output.exists()
 
 
-# ---------- who is who
+# ---------- pseudonyms
 
 
 def test_the_key_is_written_before_the_first_image(folders, tmp_path, refused, monkeypatch):
@@ -288,7 +288,7 @@ def test_bids_with_a_missing_contrast_and_other_grids(folders, refused):
     row = table(output / "scans.csv")[0]
     assert (row["contrasts"], row["reference"], row["model"]) == ("FLAIR;T1", "FLAIR", "Ingenia")
     assert float(row["T1_mutual_information"]) > 0.3
-    assert names_nobody(output)
+    assert is_pseudonymous(output)
 
 
 def test_patterns_reference_and_labels_can_be_chosen(folders, refused):

@@ -164,7 +164,7 @@ def test_resampled_crops_lie_on_the_templates_grid(accurate, template):
     assert np.corrcoef(*values)[0, 1] > 0.9
 
 
-# ---------- the data set
+# ---------- the dataset
 
 
 def test_bad_scans_stop_no_other_and_nothing_is_done_twice(command, refused, monkeypatch):
@@ -399,7 +399,7 @@ def test_a_process_that_is_killed_stops_no_other():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not REAL.exists(), reason="needs the MS data set beside the repository")
+@pytest.mark.skipif(not REAL.exists(), reason="needs the MS dataset beside the repository")
 @pytest.mark.parametrize("case", ["LJ19_1", "P39_1"])
 def test_known_moves_of_real_images_are_found(case):
     """The same image twice, once with a header that is turned and moved: both must be found at the same place."""

@@ -79,7 +79,7 @@ def test_each_label_is_refined_for_itself_and_others_are_left():
 
 @pytest.fixture
 def data(tmp_path, monkeypatch) -> Path:
-    """A raw data set: case a has a circle with a dense part and a single voxel, case b nothing dense."""
+    """A raw dataset: case a has a circle with a dense part and a single voxel, case b nothing dense."""
     for name in ("raw", "preprocessed", "results"):
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
     raw = tmp_path / "raw" / "Dataset904_Circled"
@@ -119,7 +119,7 @@ def test_the_command_writes_labels_a_report_and_says_what_has_changed(data, tmp_
     }
 
 
-def test_folders_do_instead_of_a_data_set_and_flags_change_the_rule(data, tmp_path, capsys):
+def test_folders_do_instead_of_a_dataset_and_flags_change_the_rule(data, tmp_path, capsys):
     folders = ["-i", str(data / "imagesTr"), "-l", str(data / "labelsTr"), "-o", str(tmp_path / "refined")]
     main([*folders, "--min_voxels", "1", "--threshold", "30", "--connectivity", "3d", "--labels", "1"])
     assert "0 of 2 labels have changed" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Splits by patient: nobody on two sides, everybody validated once, nested few, and files that are never lost."""
+"""Splits by patient: no patient on two sides, each validated once, nested few-label folds, and files that are never lost."""
 
 import json
 import logging
@@ -39,12 +39,12 @@ def cases_of(cohort) -> list[LabelledCase]:
 @given(cohort=cohorts, folds=st.integers(2, 6), seed=st.integers(0, 99), one=st.booleans(), order=st.randoms())
 def test_cross_validation_by_patient(cohort, folds, seed, one, order):
     cases = cases_of(cohort)
-    wishes = SplitOptions(folds, one_per_patient=one, seed=seed)
+    options = SplitOptions(folds, one_per_patient=one, seed=seed)
     if len(cohort) < folds:
         with pytest.raises(UserError, match="too few for --folds"):
-            make_splits(cases, wishes)
+            make_splits(cases, options)
         return
-    splits = make_splits(cases, wishes)
+    splits = make_splits(cases, options)
     patients = {entry.case: entry.patient for entry in cases}
     chosen = {entry.case for entry in cases} - {*splits.left_out}
     assert len(splits.folds) == folds
@@ -59,7 +59,7 @@ def test_cross_validation_by_patient(cohort, folds, seed, one, order):
         assert len(chosen) == len(cohort)
     shuffled = list(cases)
     order.shuffle(shuffled)
-    assert make_splits(shuffled, wishes) == splits
+    assert make_splits(shuffled, options) == splits
 
 
 @settings(max_examples=40, deadline=None)
@@ -70,12 +70,12 @@ def test_few_are_nested_and_validate_on_the_same_cases(cohort, few, seed):
     patients = {entry.case: entry.patient for entry in cases}
     base = make_splits(cases, SplitOptions(folds, seed=seed))
     smallest = min(len({patients[case] for case in fold["train"]}) for fold in base.folds)
-    wishes = SplitOptions(folds, few=tuple(few), seed=seed)
+    options = SplitOptions(folds, few=tuple(few), seed=seed)
     if max(few) > smallest:
         with pytest.raises(UserError, match="has only"):
-            make_splits(cases, wishes)
+            make_splits(cases, options)
         return
-    splits = make_splits(cases, wishes)
+    splits = make_splits(cases, options)
     assert splits.folds[:folds] == base.folds
     larger = base.folds
     for step, number in reversed(list(enumerate(sorted(few), 1))):
@@ -270,7 +270,7 @@ def test_without_a_table_each_case_is_a_patient_or_those_of_a_former_call(data, 
     assert json.loads((data / "patients.json").read_text())["c8"] == "P4"
 
 
-def test_labels_of_the_preprocessed_data_set_do(data, tmp_path):
+def test_labels_of_the_preprocessed_dataset_do(data, tmp_path):
     raw = tmp_path / "raw" / "Dataset905_Cohort"
     data.mkdir(parents=True)
     (raw / "labelsTr").rename(data / "gt_segmentations")
