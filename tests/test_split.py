@@ -1,4 +1,4 @@
-"""Splits by patient: no patient on two sides, each validated once, nested few-label folds, and files that are never lost."""
+"""Splits by patient: no patient on two sides, each validated once, nested few-label folds, and no file lost."""
 
 import json
 import logging
