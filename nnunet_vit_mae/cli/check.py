@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_dataset_argument(parser)
     add("-o", dest="output", type=Path, metavar="FOLDER", help="folder for the results (otherwise ./DATASET_check)")
     add_patient_arguments(parser)
-    add("--list_empty", action="store_true", help="list cases with empty labels, for mae3d_split --leave_out")
+    add("--list_empty", action="store_true", help="list cases with empty labels, which mae3d_split can leave out")
     add("-np", dest="processes", type=positive_int, default=4, metavar="N", help="number of processes")
     args = parser.parse_args(argv)
 
