@@ -320,7 +320,7 @@ def test_a_failed_prediction_names_the_log(trained, tmp_path, monkeypatch, refus
     assert f"0 of 2 predictions and ended with exit code 1: see {tmp_path / 'out' / 'log.txt'}" in message
     assert "out of memory" in (tmp_path / "out" / "log.txt").read_text()
     assert not (tmp_path / "out" / "omission.csv").exists()
-    assert "is in use" in refused(omit_command.main, *arguments(trained, tmp_path / "out"))
+    assert "already exists" in refused(omit_command.main, *arguments(trained, tmp_path / "out"))
 
 
 def test_other_trainers_stay_findable(trained, tmp_path, monkeypatch):
