@@ -249,7 +249,7 @@ def test_the_first_epochs_freeze_the_encoder_and_change_nothing_else(freeze_epoc
 
 @pytest.mark.parametrize(("step", "rate"), [((0, 0), 0.125), ((0, 1), 0.25), ((1, 0), 0.5), ((3, 0), 0.25)])
 def test_known_rates_of_steps(step, rate):
-    """Warm-up and cosine go on within an epoch: of three epochs of five steps the first three and a half are warm-up."""
+    """Warm-up and cosine go on within an epoch: here five epochs of three steps, with four steps of warm-up."""
     optimizer = adamw(small_segmenter("mae"))
     WarmupCosine(optimizer, 0.5, warmup=0.25, epochs=5, steps_per_epoch=3).step(*step)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
