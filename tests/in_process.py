@@ -1,4 +1,4 @@
-"""Commands in the process of the tests: starting interpreters with torch and nnU-Net takes longer than most commands."""
+"""Commands in the process of the tests: most take less time than an interpreter needs to import torch and nnU-Net."""
 
 import io
 import logging
