@@ -10,7 +10,13 @@ from torch import nn
 
 
 def warmup_cosine(progress: float, warmup: float) -> float:
-    """Factor of the learning rate at a share `progress` (0 to 1) of the schedule: linear to `warmup`, then a cosine."""
+    """Return the factor of the learning rate at a share `progress` (0 to 1) of the schedule.
+
+    It rises linearly up to the share `warmup`, and falls along a cosine from there.
+
+    >>> warmup_cosine(0.05, 0.1), warmup_cosine(1.0, 0.1)
+    (0.5, 0.0)
+    """
     if progress < warmup:
         return progress / warmup
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
@@ -60,7 +66,7 @@ def parameter_groups(
 
 
 def _layer(name: str, depth: int) -> int:
-    """0 for the tokenizer, i + 1 for block i of the encoder, depth + 1 for everything behind it."""
+    """Return 0 for the tokenizer, i + 1 for block i of the encoder, depth + 1 for everything behind it."""
     parts = name.split(".")
     if parts[:2] == ["encoder", "tokenizer"]:
         return 0

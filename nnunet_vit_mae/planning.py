@@ -22,7 +22,9 @@ GB = 2**30
 def default_settings(
     patch_size: Sequence[int], spacing: Sequence[float], unet_batch_size: int, *, contrasts: int | None = None
 ) -> Settings:
-    """Settings for a patch (z y x, voxels) at a spacing (z y x, mm); with `contrasts`, of an adaptive network (AMAE).
+    """Return the settings for a patch (z y x, voxels) at a spacing (z y x, mm).
+
+    With `contrasts` they are those of an adaptive network (AMAE) for so many.
 
     The contrasts of an adaptive network share the budget of tokens, and are pre-trained as in section 2.4 of its paper.
     The batch is at least nnU-Net's own: a ViT needs less memory for a patch than the U-Net that was planned for it.
@@ -81,12 +83,12 @@ def token_steps(patch_size: Sequence[int], spacing: Sequence[float]) -> list[tup
 
 
 def _side_along(side: int, thickness: float) -> int:
-    """`side`, halved for each whole factor of two in `thickness`; a token thinner than two voxels gains nothing."""
+    """Halve a side for each whole factor of two in `thickness`; a token thinner than two voxels gains nothing."""
     return max(THIN_TOKEN, side >> math.floor(math.log2(thickness)))
 
 
 def default_decoder(token: Sequence[int], *, adaptive: bool = False) -> str:
-    """ViTiac, figure 5: the MAE decoder wins at token 4 and falls furthest behind above it. AMAE: UNETR."""
+    """Return the decoder: `mae` up to token 4, where it wins in ViTiac's figure 5, else `upscale`; AMAE has UNETR."""
     if adaptive:
         return "unetr"
     return "mae" if max(token) <= 4 else "upscale"
@@ -109,7 +111,7 @@ def fit_to_memory(
     target: int,
     estimate: Callable[[Settings], Memory],
 ) -> Settings:
-    """Settings whose training steps stay within `target` bytes.
+    """Return settings whose training steps stay within `target` bytes.
 
     First the batches of fine-tuning and pre-training are halved, down to 2; where that is not enough, the token grows.
     `fixed` are the entries (section, key) that a person has chosen, which stay. More memory buys smaller tokens, never
@@ -141,7 +143,7 @@ def fit_to_memory(
 
 
 def _with_token(settings: Settings, token: tuple[int, int, int], fixed: Collection[tuple[str, str]]) -> Settings:
-    """Another token, and with it another decoder and other taps unless they are fixed."""
+    """Return settings with another token, and with it another decoder and other taps unless they are fixed."""
     decoder = settings.network.decoder
     if ("network", "decoder") not in fixed:
         decoder = default_decoder(token, adaptive=settings.network.adaptive)
@@ -156,7 +158,7 @@ def _with_largest_batch(
     target: int,
     estimate: Callable[[Settings], Memory],
 ) -> Settings:
-    """The batch halved until the section's step fits, or until it is 2, or the least that its reads allow."""
+    """Halve the batch until the section's step fits, or until it is 2, or the least that its reads allow."""
     unit = settings.pretraining.samples_per_read if section == "pretraining" else 1
     smallest = unit * math.ceil(SMALLEST_BATCH / unit)
     while (
@@ -170,5 +172,5 @@ def _with_largest_batch(
 
 
 def in_gb(size: int) -> str:
-    """Bytes as people write them."""
+    """Return a number of bytes in GB, as text."""
     return f"{size / GB:.1f}"

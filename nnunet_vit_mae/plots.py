@@ -1,4 +1,4 @@
-"""Figures: arrays in, PNG or SVG files out. Built without pyplot: nothing global is touched and no screen is needed."""
+"""Figures as PNG or SVG files. They do not use pyplot, so that they change no global state and need no display."""
 
 from __future__ import annotations
 
@@ -17,14 +17,26 @@ PLANES = ("z", "y", "x")
 
 
 def save_figure(figure: Figure, file: Path, dpi: int = 120) -> None:
-    """Write a PNG or an SVG, by its suffix, that is whole or not there. An equal figure gives an equal file."""
+    """Write a figure, with no partial file if interrupted; equal figures give equal files.
+
+    Args:
+        figure: The figure.
+        file: A PNG or SVG, by its suffix.
+        dpi: Pixels per inch of a PNG.
+    """
     metadata = {"Date": None} if file.suffix == ".svg" else None
     with replacing(file) as temporary, rc_context({"svg.hashsalt": file.stem}):
         figure.savefig(temporary, dpi=dpi, metadata=metadata)
 
 
 def plot_progress(losses: Sequence[float], rates: Sequence[float], file: Path) -> None:
-    """Loss and learning rate of each epoch."""
+    """Plot the loss (left axis) and the learning rate (right axis) of each epoch.
+
+    Args:
+        losses: Loss of each epoch.
+        rates: Learning rate of each epoch.
+        file: The figure to write.
+    """
     epochs = np.arange(1, len(losses) + 1)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     left = figure.add_subplot()
@@ -43,13 +55,18 @@ def plot_progress(losses: Sequence[float], rates: Sequence[float], file: Path) -
 def plot_views(
     views: Sequence[np.ndarray], names: Sequence[str], spacing: Sequence[float], title: str, file: Path
 ) -> None:
-    """Central slices of equally shaped volumes (z y x): a row for each plane, a column for each volume.
+    """Draw central slices of volumes, with a row for each plane and a column for each volume.
 
-    The first volume sets the grey values. NaN is drawn in blue. `spacing` (z y x, mm) sets the aspect.
+    Args:
+        views: Volumes of equal shape (z y x). The first sets the range of grey values; NaN is drawn in blue.
+        names: Title of each column.
+        spacing: Voxel size in mm (z y x).
+        title: Title of the figure.
+        file: The figure to write.
     """
     low, high = np.percentile(views[0], (1, 99))
     shape = np.array(views[0].shape) * np.array(spacing)
-    heights = [shape[1], shape[0], shape[0]]  # of a slice across z, y and x, in mm
+    heights = [shape[1], shape[0], shape[0]]  # mm, of a slice across z, y and x
     figure = Figure(figsize=(2.6 * len(views), 2.6 * sum(heights) / shape[2] + 0.6), layout="constrained")
     figure.suptitle(title, fontsize=9)
     axes = figure.subplots(3, len(views), squeeze=False, height_ratios=heights)
@@ -65,9 +82,15 @@ def plot_views(
 def plot_contrasts(
     views: Mapping[str, np.ndarray], names: Sequence[str], spacing: Sequence[float], title: str, file: Path
 ) -> None:
-    """The central slice across z of each view (c z y x) and contrast: a row for each view (AMAE, figure 2).
+    """Draw the central slice across z, with a row for each view and a column for each contrast (AMAE, figure 2).
 
-    The first view sets the grey values of each contrast. NaN is drawn in blue. `spacing` (z y x, mm) sets the aspect.
+    Args:
+        views: Volumes of equal shape (contrast z y x) by name. The first sets the range of grey values of each
+            contrast; NaN is drawn in blue.
+        names: Name of each contrast.
+        spacing: Voxel size in mm (z y x).
+        title: Title of the figure.
+        file: The figure to write.
     """
     _, _, height, width = next(iter(views.values())).shape
     tall = 2.2 * (height * spacing[1]) / (width * spacing[2])
@@ -95,16 +118,22 @@ def _show_slice(axes: Axes, volume: np.ndarray, plane: int, spacing: Sequence[fl
 
 @dataclass(frozen=True)
 class Segmented:
-    """One row of `plot_segmentations`: an image and its masks, all (z y x); the first mask is the reference."""
+    """A row of `plot_segmentations`; arrays are (z y x)."""
 
     title: str
     image: np.ndarray
-    masks: Mapping[str, np.ndarray]
-    dice: Mapping[str, float]
+    masks: Mapping[str, np.ndarray]  # by name; the first is the reference
+    dice: Mapping[str, float]  # by name of the mask
 
 
 def plot_segmentations(rows: Sequence[Segmented], file: Path, window: tuple[float, float]) -> None:
-    """The slice (across z) with most of the reference, once for each mask, with the mask's outline."""
+    """Draw the slice across z with most of the reference, with the outline of a mask in each column.
+
+    Args:
+        rows: Images with masks of the same names.
+        file: The figure to write.
+        window: Grey values shown black and white.
+    """
     columns = len(rows[0].masks)
     figure = Figure(figsize=(2.6 * columns, 2.8 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
@@ -123,17 +152,23 @@ def plot_segmentations(rows: Sequence[Segmented], file: Path, window: tuple[floa
 
 @dataclass(frozen=True)
 class Features:
-    """One row of `plot_features`: slices (y x) of maps by name, the first one an image, and of a probability."""
+    """A row of `plot_features`; arrays are slices (y x)."""
 
     title: str
-    maps: Mapping[str, np.ndarray]
+    maps: Mapping[str, np.ndarray]  # by name; the first is the image
     probability: np.ndarray  # 0 to 1
     caption: str  # of the probability
-    spacing: Sequence[float]  # mm along z y x: sets the aspect
+    spacing: Sequence[float]  # mm, z y x
 
 
 def plot_features(rows: Sequence[Features], title: str, file: Path) -> None:
-    """A row for each network: its maps, each with grey values of its own, and the probability over the image."""
+    """Draw the maps of each network, each with its own range of grey values, and the probability over the image.
+
+    Args:
+        rows: Maps of each network.
+        title: Title of the figure.
+        file: The figure to write.
+    """
     columns = max(len(row.maps) for row in rows) + 1
     shapes = [(row.probability.shape[0] * row.spacing[1], row.probability.shape[1] * row.spacing[2]) for row in rows]
     heights = [2.2 * height / width + 0.5 for height, width in shapes]
@@ -150,7 +185,7 @@ def plot_features(rows: Sequence[Features], title: str, file: Path) -> None:
         _show_features(line[-1], image, row.caption, row.spacing)
         aspect = row.spacing[1] / row.spacing[2]
         line[-1].imshow(row.probability, cmap="autumn", vmin=0, vmax=1, alpha=0.7 * row.probability, aspect=aspect)
-    save_figure(figure, file, dpi=200)  # fine patterns need several pixels per voxel
+    save_figure(figure, file, dpi=200)  # several pixels per voxel, for fine patterns
 
 
 def _show_features(axes: Axes, values: np.ndarray, name: str, spacing: Sequence[float]) -> None:

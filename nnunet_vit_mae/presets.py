@@ -77,7 +77,7 @@ UPSAMPLINGS = {
 
 MODALITY_VECTORS = ("one_hot", "learned")
 
-# the contrasts of AMAE (section 2.1) and how else data sets spell them
+# the contrasts of AMAE (section 2.1) and other spellings of them
 CONTRASTS = {
     "ADC": (
         "axadc",
@@ -96,7 +96,7 @@ AUGMENTATIONS = ("loader", "device")
 
 
 def canonical_contrast(name: str) -> str:
-    """What a channel of a data set is called by all that match contrasts: its known name, or its own in capitals."""
+    """Return the name by which contrasts are matched: the known one of a spelling, or the name itself in capitals."""
     spellings = {other: known for known, others in CONTRASTS.items() for other in others}
     return spellings.get(name.lower(), name.upper())
 
@@ -106,18 +106,18 @@ TOKEN_SIDES = (1, 2, 4, 8, 16, 32)  # convolutional decoders double their grid u
 
 
 def token_grid(patch_size: Sequence[int], token: Sequence[int]) -> tuple[int, ...]:
-    """Tokens along z y x; the last one of an axis may reach beyond the patch."""
+    """Return the number of tokens along z y x; the last one of an axis may reach beyond the patch."""
     return tuple(math.ceil(voxels / side) for voxels, side in zip(patch_size, token, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """What is built. A pre-trained encoder fits another network of the same size and token."""
+    """The networks. A pre-trained encoder fits another network of the same size, token, positions and blocks."""
 
     size: str = "S"
     token: tuple[int, int, int] = (8, 8, 8)
     decoder: str = "upscale"
-    upsampling: str = "nearest"  # in the convolutional decoders, which are all but `mae`
+    upsampling: str = "nearest"  # in the convolutional decoders, `unetr`, `sfpn` and `upscale`
     decoder_width: int = 0  # features at full resolution in the convolutional decoders; 0: they follow the encoder
     taps: tuple[int, ...] = ()  # of `unetr`: blocks counted from 1, ascending; none given: evenly spaced
     positions: str = "both"
@@ -125,7 +125,9 @@ class Network:
     rotary_base: float = 100.0  # the slowest rotary frequency is about 1 / base
     blocks: str = "vit"
     tokenizer: str = "linear"
-    adaptive: bool = False  # each contrast a series of tokens (AMAE), instead of a channel of one series
+    adaptive: bool = (
+        False  # each contrast has its own sequence of tokens (AMAE), instead of being a channel of one sequence
+    )
     modality_vectors: str = "one_hot"  # of the adaptive tokenizer
 
     def __post_init__(self) -> None:
@@ -158,18 +160,18 @@ class Network:
         _require(fit and list(self.taps) == sorted(self.taps), "network.taps", list(self.taps), expected)
 
     def token_sequences(self, channels: int) -> int:
-        """Series of tokens that a volume is cut into at most: one, or one for each contrast."""
+        """Return how many sequences of tokens a volume has at most: one, or one for each contrast."""
         return channels if self.adaptive else 1
 
     @property
     def _tap_count(self) -> int:
-        """One block for each skip (each doubling but the last, which joins the image), and three at least."""
+        """Return one block for each skip (each doubling but the last, which joins the image), and three at least."""
         skips = max(0, max(self.token).bit_length() - 2) if self.decoder == "unetr" else 0
         return max(LEAST_TAPS, skips) if skips else 0
 
     @property
     def tapped_blocks(self) -> tuple[int, ...]:
-        """The blocks that the decoder builds on beside the last one.
+        """Return the blocks that the decoder builds on beside the last one.
 
         By default evenly spaced, which for token 16 and twelve blocks gives 4, 7 and 10 as in UNETR's public code (its
         paper says 3, 6 and 9).
@@ -217,27 +219,27 @@ class Pretraining:
 
     @property
     def samples_per_read(self) -> int:
-        """What a volume that is read once gives to a batch."""
+        """Return how many samples of a batch come from one read."""
         return self.crops_per_volume * self.masks_per_crop
 
     @property
     def reads(self) -> int:
-        """Volumes that are read for a batch."""
+        """Return how many volumes are read for a batch."""
         return self.batch_size // self.samples_per_read
 
     @property
     def lr(self) -> float:
-        """Peak learning rate."""
+        """Return the peak learning rate."""
         return self.base_lr * self.batch_size / 256
 
     def with_lr(self, lr: float) -> Pretraining:
-        """The same protocol at another peak learning rate."""
+        """Return the same protocol at another peak learning rate."""
         return dataclasses.replace(self, base_lr=lr * 256 / self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finetuning:
-    """How the segmenter learns inside nnU-Net. `epochs` and `iterations` hold for `nnUNetTrainerBaseline` too."""
+    """How the segmenter learns. `epochs`, `iterations` and `seed` hold for `nnUNetTrainerBaseline` too."""
 
     epochs: int = 1000
     iterations: int = 250  # per epoch
@@ -306,7 +308,7 @@ class Settings:
         return cls().updated(block)
 
     def updated(self, block: Mapping[str, Any]) -> Settings:
-        """These settings with the values of `block` in place of their own (same errors as `from_dict`)."""
+        """Return these settings with the values of `block` in place of their own (same errors as `from_dict`)."""
         if not isinstance(block, Mapping):
             raise UserError(f"vit_mae in the plans must be an object of settings, but it is {block!r}.")
         sections = {section.name: getattr(self, section.name) for section in dataclasses.fields(self)}
@@ -315,12 +317,12 @@ class Settings:
         return dataclasses.replace(self, **changed)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, ready for plans."""
+        """Return plain JSON types, ready for plans."""
         return {section.name: to_json_types(getattr(self, section.name)) for section in dataclasses.fields(self)}
 
 
 def to_json_types(section: Any) -> dict[str, Any]:
-    """A section as JSON would give it back, which has lists where Python has tuples."""
+    """Return a section as JSON would give it back, which has lists where Python has tuples."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(section).items()}
 
 
@@ -341,7 +343,7 @@ def _refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any], where: s
 
 
 def _typed(value: Any, example: Any, name: str) -> Any:
-    """`value` as the type of `example`; JSON has no tuples, and writes 1.0 as 1."""
+    """Return `value` as the type of `example`; JSON has no tuples, and writes 1.0 as 1."""
     if isinstance(example, tuple) and isinstance(value, list | tuple) and all(type(side) is int for side in value):
         return tuple(value)
     if type(example) is float and type(value) is int:

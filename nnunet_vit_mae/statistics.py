@@ -1,5 +1,5 @@
-"""Means and pairs of numbers: bootstrap intervals as ViTiac has them (table 2), the two-sided Wilcoxon signed-rank test
-that AMAE uses (section 2.4), and Holm's correction for several tests.
+"""Statistics over cases: bootstrap intervals of a mean (ViTiac, table 2), the two-sided Wilcoxon signed-rank test
+(AMAE, section 2.4), Holm's correction for several tests, and Bland-Altman agreement.
 """
 
 from __future__ import annotations
@@ -12,89 +12,171 @@ from typing import Any
 import numpy as np
 from scipy.stats import bootstrap, wilcoxon
 
-DIGITS = 12  # of a difference that count: equal ones must be ties, though floating point rounds each its own way
+DIGITS = 12  # decimals of a difference that count: equal differences must be ties in spite of rounding
+FEW_PAIRS = 5  # with so few pairs the test cannot give p < 0.05
+LIMIT_SDS = 1.96  # standard deviations on either side of the mean that hold 95% of a normal distribution
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Pairs compared; the means are NaN when there are none, and p is None when no pair differs."""
+    """Paired values compared; the means are NaN without any pair, and p is None when no pair differs."""
 
-    n: int
+    n: int  # pairs
     first: float  # mean
     second: float  # mean
     difference: float  # mean of second minus first
-    changed: int  # pairs that differ: the only ones that the test looks at
+    changed: int  # pairs that differ: the test ignores the others
     p: float | None
 
     @property
     def smallest_p(self) -> float:
-        """What p is when all that differ do so in the same direction, by the exact test: it cannot get below that."""
-        return 2.0 ** (1 - self.changed)
+        """The smallest p that the pairs that differ could have given."""
+        return smallest_p(self.changed)
+
+
+def smallest_p(pairs: int) -> float:
+    """Return the smallest p that the exact two-sided Wilcoxon test can give.
+
+    Args:
+        pairs: Number of pairs that differ.
+
+    Returns:
+        The p-value when all pairs differ in the same direction.
+
+    Example:
+        >>> smallest_p(5), smallest_p(6)
+        (0.0625, 0.03125)
+    """
+    return 2.0 ** (1 - pairs)
 
 
 def mean_interval(
     values: Sequence[float], *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Bootstrap interval of the mean; NaN where fewer than two values say nothing about their spread.
+    """Compute a bootstrap confidence interval of the mean, by percentiles.
 
-    By percentiles: it stays within the values and is there for values that are all equal, where the bias-corrected one
-    divides 0 by 0. For few cases both are too narrow. With an equal seed, equally long values are drawn alike, so that
-    intervals of models on the same cases can be compared. Raises `ValueError` for values that are not finite.
+    Percentiles stay within the values, and exist for values that are all equal, where the bias-corrected method divides
+    0 by 0. Both are too narrow for few cases. The same seed draws the same cases for equally many values, so that the
+    intervals of models on the same cases can be compared.
+
+    Args:
+        values: One value per case.
+        resamples: Number of bootstrap resamples.
+        confidence: Confidence level, between 0 and 1.
+        seed: Random seed.
+
+    Returns:
+        Lower and upper end of the interval; NaN for fewer than two values.
+
+    Raises:
+        ValueError: If a value is NaN or infinite.
+
+    Example:
+        >>> low, high = mean_interval([1.0, 2.0, 3.0, 4.0])
+        >>> 1.0 <= low < 2.5 < high <= 4.0
+        True
     """
     sample = np.asarray(values, dtype=float)
     if not np.isfinite(sample).all():
-        raise ValueError(f"Values must be finite numbers, but among them is {sample[~np.isfinite(sample)][0]}.")
+        raise ValueError(f"Values must be finite, but one of them is {sample[~np.isfinite(sample)][0]}.")
     if len(sample) < 2:
         return math.nan, math.nan
     if np.ptp(sample) == 0:
-        return float(sample[0]), float(sample[0])  # and not what is left of it after rounding
-    found: Any = bootstrap(
+        return float(sample[0]), float(sample[0])  # exactly: the mean of resamples would be rounded
+    result: Any = bootstrap(
         (sample,),
         np.mean,
         n_resamples=resamples,
         confidence_level=confidence,
         method="percentile",
-        batch=max(1, 10**7 // len(sample)),  # numbers in memory
+        batch=max(1, 10**7 // len(sample)),  # limits memory to 10 million numbers
         rng=np.random.default_rng(seed),
     )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's correction; what has no p takes no part in it."""
+    """Correct p-values for multiple testing by Holm's method.
+
+    Args:
+        p_values: One p per test; None for a test without a result, which does not count as a test.
+
+    Returns:
+        The corrected p-values in the same order; None stays None.
+
+    Example:
+        >>> [p and round(p, 3) for p in holm([0.01, None, 0.04])]
+        [0.02, None, 0.04]
+    """
     known = [p for p in p_values if p is not None]
     if len(known) < 2:
         return list(p_values)
-    from statsmodels.stats.multitest import multipletests  # takes a second, which no other command should wait
+    from statsmodels.stats.multitest import multipletests  # takes a second to import
 
-    found: Any = multipletests(known, method="holm")
-    corrected = iter(found[1])
+    result: Any = multipletests(known, method="holm")
+    corrected = iter(result[1])
     return [None if p is None else float(next(corrected)) for p in p_values]
 
 
 def compare(first: Sequence[float], second: Sequence[float]) -> Comparison:
-    """Compare two values of each case. Raises `ValueError` for values that are not finite, or not pairs."""
+    """Compare two values of each case by the two-sided Wilcoxon signed-rank test.
+
+    Pairs that do not differ are dropped, as Wilcoxon proposed. The test is exact for up to 50 pairs without ties and up
+    to 13 with ties; beyond, it uses the normal approximation (scipy's `auto`).
+
+    Args:
+        first: One value per case.
+        second: The other value of the same cases, in the same order.
+
+    Returns:
+        Means, their difference and p.
+
+    Raises:
+        ValueError: If a value is NaN or infinite, or the lengths differ.
+
+    Example:
+        >>> compare([0.5, 0.6, 0.7], [0.6, 0.8, 1.0]).p
+        0.25
+    """
     pairs = np.asarray([*zip(first, second, strict=True)], dtype=float).reshape(-1, 2)
     if not np.isfinite(pairs).all():
-        raise ValueError(f"Pairs must be finite numbers, but among them is {pairs[~np.isfinite(pairs)][0]}.")
+        raise ValueError(f"Pairs must be finite, but one of them is {pairs[~np.isfinite(pairs)][0]}.")
     if not len(pairs):
         return Comparison(0, math.nan, math.nan, math.nan, 0, None)
     differences = (pairs[:, 1] - pairs[:, 0]).round(DIGITS)
-    # Wilcoxon's own way with zeros, done here: scipy would leave the exact test when it meets one
-    changed = differences[differences != 0]
+    changed = differences[differences != 0]  # dropped here, because scipy leaves the exact test when it meets a zero
     return Comparison(
         n=len(pairs),
         first=float(pairs[:, 0].mean()),
         second=float(pairs[:, 1].mean()),
         difference=float(differences.mean()),
         changed=len(changed),
-        p=_p(changed),
+        p=_wilcoxon(changed),
     )
 
 
-def _p(differences: np.ndarray) -> float | None:
-    """Exact up to 50 differences without ties and 13 with some, else by the normal approximation (scipy's `auto`)."""
+def limits_of_agreement(differences: np.ndarray) -> tuple[float, float, float]:
+    """Compute bias and 95% limits of agreement (Bland and Altman, 1986).
+
+    Args:
+        differences: One difference per case, at least one, e.g. predicted minus reference volume in mm3.
+
+    Returns:
+        The mean difference (bias), and bias minus and plus 1.96 standard deviations; the limits of a single case are
+        NaN.
+
+    Example:
+        >>> bias, lower, upper = limits_of_agreement(np.array([1.0, 3.0, 5.0]))
+        >>> round(bias, 2), round(lower, 2), round(upper, 2)
+        (3.0, -0.92, 6.92)
+    """
+    bias = float(differences.mean())
+    spread = LIMIT_SDS * float(differences.std(ddof=1)) if len(differences) > 1 else math.nan
+    return bias, bias - spread, bias + spread
+
+
+def _wilcoxon(differences: np.ndarray) -> float | None:
     if not len(differences):
         return None
-    found: Any = wilcoxon(differences)
-    return float(found.pvalue)
+    result: Any = wilcoxon(differences)
+    return float(result.pvalue)

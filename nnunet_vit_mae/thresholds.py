@@ -1,13 +1,13 @@
 """Decision thresholds with the smallest volume difference, found exactly (ViTiac, section 3.1 and figure 4).
 
 A threshold t on the probability of a class is a shift of its logit by -log(t / (1 - t)): the class is then chosen where
-its log odds against the strongest other class exceed log(t / (1 - t)). With several classes each has a shift, and its
-rivals are compared with theirs. Regions (sigmoid) have no rivals: each is calibrated by itself.
+its log odds against the strongest other class exceed log(t / (1 - t)). With several classes, each has a shift of its
+own, and classes compete with their shifted logits. Regions (sigmoid) do not compete: each is calibrated by itself.
 
-Probabilities are read case by case, several times, and never all at once. The loss is a step function that changes at
-the log odds of voxels only. A first reading gives it on a grid, and a bound between any two points of the grid, for
-volumes only fall as the threshold rises; a second one collects the voxels where the minimum may lie; a third one gives
-the loss between all of them.
+The loss is a step function that changes only at the log odds of voxels. Probabilities are read case by case in three
+passes and never held all at once. The first pass computes the loss on a grid and a lower bound between neighbouring
+grid points, which exists because volumes only shrink as the threshold rises. The second collects the voxels in those
+gaps that may hold the minimum. The third computes the loss between each two of these voxels.
 """
 
 from __future__ import annotations
@@ -20,80 +20,99 @@ from operator import add
 
 import numpy as np
 
-LOWEST = 1e-4  # threshold that is tried, and 1 - LOWEST the highest: beyond, probabilities are noise
+LOWEST = 1e-4  # thresholds are searched from LOWEST to 1 - LOWEST: beyond, probabilities are noise
 LOG_ODDS_LIMIT = math.log((1 - LOWEST) / LOWEST)
-GRID = np.linspace(-LOG_ODDS_LIMIT, LOG_ODDS_LIMIT, 4097)  # of log odds; 0 is among them
-SWEEPS = 10  # over several classes, at most
-CURVE = slice(None, None, 16)  # points of the grid that are kept for the curve
-VOXELS_PER_BLOCK = (
-    2**22
-)  # voxels that are looked at at a time, so that a large case takes little more memory than its file
+GRID = np.linspace(-LOG_ODDS_LIMIT, LOG_ODDS_LIMIT, 4097)  # log odds, 0 included
+MAX_SWEEPS = 10  # over several classes
+CURVE_POINTS = slice(None, None, 16)  # of the grid
+VOXELS_PER_BLOCK = 2**22  # voxels counted at a time, so that a large case needs little more memory than its file
 
 
 @dataclass(frozen=True)
 class Classes:
-    """What is segmented: label values of each foreground class or region, in the order of nnU-Net's channels."""
+    """The foreground classes or regions of a model, in the order of nnU-Net's output channels."""
 
     names: tuple[str, ...]
-    values: tuple[tuple[int, ...], ...]
-    regions: bool = False  # one sigmoid each; else a softmax with the background as channel 0
-    ignore: int | None = None  # label of voxels that count nowhere
+    values: tuple[tuple[int, ...], ...]  # label values of each class
+    regions: bool = False  # True: one sigmoid each; False: a softmax with the background as channel 0
+    ignore: int | None = None  # ignore label: its voxels are not counted
 
 
 @dataclass(frozen=True)
 class CalibrationCase:
-    """A case to calibrate on. `read` gives probabilities (channels z y x) and labels (z y x)."""
+    """A case to calibrate on; its arrays are read anew in each pass."""
 
     name: str
-    voxel_mm3: float
-    read: Callable[[], tuple[np.ndarray, np.ndarray]]
+    voxel_mm3: float  # volume of a voxel
+    read: Callable[[], tuple[np.ndarray, np.ndarray]]  # returns probabilities (channels z y x) and labels (z y x)
 
 
 @dataclass(frozen=True)
-class Volumes:
-    """Of one case and class, before and after."""
+class CaseVolumes:
+    """Volumes and Dice of one case and class, before and after calibration."""
 
     case: str
     label: str
     reference_mm3: float
     before_mm3: float
     after_mm3: float
-    before_dice: float  # 1 where both are empty
+    before_dice: float  # 1 where reference and prediction are empty
     after_dice: float
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Means over the cases for one class, by threshold, with all other classes as they are calibrated."""
+class ThresholdCurve:
+    """Mean volume difference and Dice of one class for each threshold; the other classes keep their fitted shifts."""
 
     thresholds: np.ndarray
-    difference_mm3: np.ndarray  # absolute
-    dice: np.ndarray
+    difference_mm3: np.ndarray  # absolute, mean over cases
+    dice: np.ndarray  # mean over cases
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was fitted; everything is by class, in the order of `Classes`."""
+    """Fitted thresholds; shifts and curves are in the order of `Classes`."""
 
     shifts: tuple[float, ...]  # of the logits
-    curves: tuple[Curve, ...]
-    volumes: tuple[Volumes, ...]
+    curves: tuple[ThresholdCurve, ...]
+    volumes: tuple[CaseVolumes, ...]
 
     @property
     def thresholds(self) -> tuple[float, ...]:
-        """Probabilities; with several classes, of a class and its strongest rival alone."""
+        """Thresholds on the probability; with several classes, on that against the strongest rival alone."""
         return tuple(1 / (1 + math.exp(shift)) for shift in self.shifts)
 
 
 def fit_thresholds(cases: Sequence[CalibrationCase], classes: Classes, objective: str) -> Calibration:
-    """Fit the shift of each class to the cases: `objective` is a key of `OBJECTIVES`, averaged over cases and classes.
+    """Fit the threshold of each class to labelled cases.
 
-    A softmax with several classes is searched class by class until no class gains any more; each step is exact.
+    Several classes of a softmax are fitted in turn until none improves; each step is exact. Fit on cases that the model
+    was not trained on: thresholds that suit the training cases overfit.
+
+    Args:
+        cases: Cases with probabilities and reference labels.
+        classes: The classes or regions to fit.
+        objective: The loss, averaged over cases and classes: "volume" (absolute volume difference in mm3) or "dice"
+            (1 - Dice).
+
+    Returns:
+        The shift and the curve of each class, and the volumes of each case before and after. Of several minima the one
+        that changes least is taken.
+
+    Example:
+        >>> foreground = np.array([[[0.1, 0.3, 0.4]]], dtype=np.float32)
+        >>> probabilities, labels = np.stack([1 - foreground, foreground]), np.array([[[0, 1, 1]]])
+        >>> case = CalibrationCase("case_1", voxel_mm3=2.0, read=lambda: (probabilities, labels))
+        >>> calibration = fit_thresholds([case], Classes(("lesion",), ((1,),)), "volume")
+        >>> 0.1 < calibration.thresholds[0] < 0.3
+        True
+        >>> calibration.volumes[0].before_mm3, calibration.volumes[0].after_mm3
+        (0.0, 4.0)
     """
     shifts = [0.0] * len(classes.names)
-    curves: dict[int, Curve] = {}
-    rounds = SWEEPS if len(shifts) > 1 and not classes.regions else 1
-    for _ in range(rounds):
+    curves: dict[int, ThresholdCurve] = {}
+    sweeps = MAX_SWEEPS if len(shifts) > 1 and not classes.regions else 1
+    for _ in range(sweeps):
         before = list(shifts)
         for index in range(len(shifts)):
             shifts[index], curves[index] = _fit(cases, classes, shifts, index, OBJECTIVES[objective])
@@ -104,7 +123,21 @@ def fit_thresholds(cases: Sequence[CalibrationCase], classes: Classes, objective
 
 
 def segment(probabilities: np.ndarray, classes: Classes, shifts: Sequence[float]) -> list[np.ndarray]:
-    """A mask (z y x) of each class or region, from probabilities (channels z y x), with shifted logits."""
+    """Segment probabilities with shifted logits.
+
+    Args:
+        probabilities: nnU-Net's probabilities (channels z y x).
+        classes: The classes or regions.
+        shifts: The shift of each class's logit.
+
+    Returns:
+        A boolean mask (z y x) of each class or region.
+
+    Example:
+        >>> probabilities = np.array([[[[0.6, 0.9]]], [[[0.4, 0.1]]]])
+        >>> segment(probabilities, Classes(("lesion",), ((1,),)), [1.0])[0].tolist()
+        [[[True, False]]]
+    """
     if classes.regions:
         return [_log_odds(p) > -shift for p, shift in zip(probabilities, shifts, strict=True)]
     winner = _shifted_logs(probabilities, shifts).argmax(axis=0)
@@ -112,57 +145,57 @@ def segment(probabilities: np.ndarray, classes: Classes, shifts: Sequence[float]
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Voxels of one case at T thresholds, for each of the C classes that the thresholds move."""
+class VoxelCounts:
+    """Numbers of voxels of one case at T thresholds, for each of the C classes that the thresholds affect."""
 
     predicted: np.ndarray  # C T
-    hit: np.ndarray  # C T, predicted and annotated
-    annotated: np.ndarray  # C 1
+    hit: np.ndarray  # C T, in prediction and reference
+    reference: np.ndarray  # C 1
     voxel_mm3: float
 
-    def __add__(self, other: Counts) -> Counts:
-        """Of two parts of a case."""
+    def __add__(self, other: VoxelCounts) -> VoxelCounts:
+        """Add the counts of two parts of a case."""
         predicted, hit = self.predicted + other.predicted, self.hit + other.hit
-        return Counts(predicted, hit, self.annotated + other.annotated, self.voxel_mm3)
+        return VoxelCounts(predicted, hit, self.reference + other.reference, self.voxel_mm3)
 
     def difference_mm3(self) -> np.ndarray:
-        """Absolute volume difference (C T)."""
-        return np.abs(self.predicted - self.annotated) * self.voxel_mm3
+        """Return the absolute volume difference (C T)."""
+        return np.abs(self.predicted - self.reference) * self.voxel_mm3
 
     def dice(self) -> np.ndarray:
-        """Dice (C T); 1 where nothing is predicted nor annotated, so that finding nothing there is right."""
-        return _dice(self.hit, self.predicted, self.annotated)
+        """Return Dice (C T); 1 where prediction and reference are empty, because that is correct."""
+        return _dice(self.hit, self.predicted, self.reference)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss at each of T thresholds, and T - 1 numbers that it cannot be below between neighbours; means over C."""
+    """A loss (mean over the C classes) and its lower bound between neighbouring thresholds."""
 
-    loss: Callable[[Counts], np.ndarray]
-    bound: Callable[[Counts], np.ndarray]
+    loss: Callable[[VoxelCounts], np.ndarray]  # returns T values
+    bound: Callable[[VoxelCounts], np.ndarray]  # returns T - 1 values
 
 
-def _volume_bound(counts: Counts) -> np.ndarray:
+def _volume_bound(counts: VoxelCounts) -> np.ndarray:
     fewest, most = _extremes(counts.predicted)
-    outside = np.maximum(fewest - counts.annotated, counts.annotated - most)
+    outside = np.maximum(fewest - counts.reference, counts.reference - most)
     return (np.maximum(outside, 0) * counts.voxel_mm3).mean(axis=0)
 
 
-def _dice_bound(counts: Counts) -> np.ndarray:
-    hit = _extremes(counts.hit)[1]
-    return (1 - np.minimum(_dice(hit, _extremes(counts.predicted)[0], counts.annotated), 1)).mean(axis=0)
+def _dice_bound(counts: VoxelCounts) -> np.ndarray:
+    fewest_predicted, most_hit = _extremes(counts.predicted)[0], _extremes(counts.hit)[1]
+    return (1 - np.minimum(_dice(most_hit, fewest_predicted, counts.reference), 1)).mean(axis=0)
 
 
 OBJECTIVES = {
-    "volume": Objective(lambda counts: counts.difference_mm3().mean(axis=0), _volume_bound),  # the paper's
+    "volume": Objective(lambda counts: counts.difference_mm3().mean(axis=0), _volume_bound),  # ViTiac's
     "dice": Objective(lambda counts: 1 - counts.dice().mean(axis=0), _dice_bound),
 }
 
 
 def _fit(
     cases: Sequence[CalibrationCase], classes: Classes, shifts: Sequence[float], index: int, objective: Objective
-) -> tuple[float, Curve]:
-    """The best shift of one class while all others stay, and the curve along it."""
+) -> tuple[float, ThresholdCurve]:
+    """Fit the shift of one class while all others stay, and compute its curve."""
     own = index if not classes.regions else 0  # a region is counted alone
     losses, bounds = np.zeros(len(GRID)), np.zeros(len(GRID) - 1)
     difference, dice = np.zeros(len(GRID)), np.zeros(len(GRID))
@@ -171,45 +204,45 @@ def _fit(
         bounds += objective.bound(counts)
         difference += counts.difference_mm3()[own]
         dice += counts.dice()[own]
-    promising = bounds <= losses.min() * (1 + 1e-9)  # sums of thousands of numbers may differ in the last digits
+    promising = bounds <= losses.min() * (1 + 1e-9)  # tolerates the rounding of long sums
     candidates = _between_scores(cases, classes, shifts, index, promising)
     exact = np.zeros(len(candidates))
     for counts in _count_all(cases, classes, shifts, index, candidates):
         exact += objective.loss(counts)
     best = np.flatnonzero(exact <= exact.min() * (1 + 1e-12))
-    stay = -shifts[index]
-    chosen = min((float(candidates[i]) for i in best), key=lambda threshold: abs(threshold - stay))
-    n = len(cases)
-    return -chosen, Curve(_probability(GRID[CURVE]), difference[CURVE] / n, dice[CURVE] / n)
+    current = -shifts[index]
+    chosen = min((float(candidates[i]) for i in best), key=lambda threshold: abs(threshold - current))
+    thresholds = _probability(GRID[CURVE_POINTS])
+    return -chosen, ThresholdCurve(thresholds, difference[CURVE_POINTS] / len(cases), dice[CURVE_POINTS] / len(cases))
 
 
 def _between_scores(
     cases: Sequence[CalibrationCase], classes: Classes, shifts: Sequence[float], index: int, promising: np.ndarray
 ) -> np.ndarray:
-    """Ascending thresholds: the present one, the grid's beside promising gaps, and one between two voxels in them."""
+    """Return ascending candidates: the current threshold, the ends of promising gaps, values between voxels."""
     (gaps,) = np.nonzero(promising)
     edges = np.union1d(GRID[gaps], GRID[gaps + 1])
     scores = [edges]
     for case in cases:
         for probabilities, labels in _blocks(case, classes):
-            found = _class_scores(probabilities, labels, classes, shifts, index).scores
-            found = found[(found > -LOG_ODDS_LIMIT) & (found < LOG_ODDS_LIMIT)]
-            scores.append(np.unique(found[promising[np.searchsorted(GRID, found, side="left") - 1]]))
+            block = _class_scores(probabilities, labels, classes, shifts, index).scores
+            block = block[(block > -LOG_ODDS_LIMIT) & (block < LOG_ODDS_LIMIT)]
+            scores.append(np.unique(block[promising[np.searchsorted(GRID, block, side="left") - 1]]))
     distinct = np.unique(np.concatenate(scores))
     return np.union1d((distinct[1:] + distinct[:-1]) / 2, [*edges, -shifts[index]])
 
 
 def _count_all(
     cases: Sequence[CalibrationCase], classes: Classes, shifts: Sequence[float], index: int, thresholds: np.ndarray
-) -> Iterator[Counts]:
-    """One after the other."""
+) -> Iterator[VoxelCounts]:
+    """Read the cases one at a time and count their voxels."""
     for case in cases:
         blocks = (_class_scores(*block, classes, shifts, index) for block in _blocks(case, classes))
         yield reduce(add, (_count(block, thresholds, case.voxel_mm3) for block in blocks))
 
 
 def _blocks(case: CalibrationCase, classes: Classes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Probabilities (channels n) and labels (n) of voxels that are not ignored, some millions at a time."""
+    """Yield probabilities (channels n) and labels (n) of the voxels that count, some millions at a time."""
     probabilities, labels = case.read()
     probabilities, labels = probabilities.reshape(len(probabilities), -1), labels.reshape(-1)
     for start in range(0, len(labels), VOXELS_PER_BLOCK):
@@ -219,67 +252,68 @@ def _blocks(case: CalibrationCase, classes: Classes) -> Iterator[tuple[np.ndarra
 
 
 @dataclass(frozen=True)
-class Voxels:
-    """Some voxels as the threshold of one class sees them, in one dimension."""
+class ClassScores:
+    """What decides, for n voxels, whether they belong to one class; classes are numbered as they are counted."""
 
-    scores: np.ndarray  # log odds of the class against the strongest rival
-    rivals: np.ndarray  # which class has the voxel below the threshold: a position among those counted, or -1
-    annotated: np.ndarray  # likewise
-    own: int  # the position of the class itself
-    classes: int  # counted
+    scores: np.ndarray  # n, log odds of the class against its strongest rival
+    rivals: np.ndarray  # n, the class that a voxel has below the threshold; -1: background
+    reference: np.ndarray  # n, the class in the reference; -1: background
+    own: int  # number of the class itself
+    classes: int  # number of classes
 
 
 def _class_scores(
     probabilities: np.ndarray, labels: np.ndarray, classes: Classes, shifts: Sequence[float], index: int
-) -> Voxels:
+) -> ClassScores:
     if classes.regions:
-        annotated = np.where(np.isin(labels, classes.values[index]), 0, -1)
-        return Voxels(_log_odds(probabilities[index]), np.full(labels.shape, -1), annotated, 0, 1)
+        reference = np.where(np.isin(labels, classes.values[index]), 0, -1)
+        return ClassScores(_log_odds(probabilities[index]), np.full(labels.shape, -1), reference, own=0, classes=1)
     logs = _shifted_logs(probabilities, shifts)
-    mine = logs[index + 1] - shifts[index]
+    own = logs[index + 1] - shifts[index]
     logs[index + 1] = -np.inf
     rivals = logs.argmax(axis=0)
-    scores = mine - logs.max(axis=0)
-    annotated = np.full(labels.shape, -1)
+    scores = own - logs.max(axis=0)
+    reference = np.full(labels.shape, -1)
     for position, values in enumerate(classes.values):
-        annotated[np.isin(labels, values)] = position
-    return Voxels(scores, rivals - 1, annotated, index, len(classes.names))
+        reference[np.isin(labels, values)] = position
+    return ClassScores(scores, rivals - 1, reference, own=index, classes=len(classes.names))
 
 
-def _count(voxels: Voxels, thresholds: np.ndarray, voxel_mm3: float) -> Counts:
-    places = np.searchsorted(thresholds, voxels.scores, side="left")  # it exceeds so many of the thresholds
+def _count(voxels: ClassScores, thresholds: np.ndarray, voxel_mm3: float) -> VoxelCounts:
+    exceeded = np.searchsorted(thresholds, voxels.scores, side="left")  # number of thresholds below the score
 
     def above(chosen: np.ndarray) -> np.ndarray:
-        """How many of these voxels exceed each threshold."""
-        histogram = np.bincount(places[chosen], minlength=len(thresholds) + 1)
+        """Count the chosen voxels that exceed each threshold."""
+        histogram = np.bincount(exceeded[chosen], minlength=len(thresholds) + 1)
         return histogram[::-1].cumsum()[::-1][1:]
 
     predicted = np.zeros((voxels.classes, len(thresholds)), dtype=np.int64)
     hit = np.zeros_like(predicted)
-    annotated = np.array([[np.count_nonzero(voxels.annotated == c)] for c in range(voxels.classes)])
+    reference = np.array([[np.count_nonzero(voxels.reference == c)] for c in range(voxels.classes)])
     for c in range(voxels.classes):
-        right = voxels.annotated == c
+        in_reference = voxels.reference == c
         if c == voxels.own:
-            predicted[c] = above(np.ones_like(right))
-            hit[c] = above(right)
+            predicted[c] = above(np.ones_like(in_reference))
+            hit[c] = above(in_reference)
         else:
-            held = voxels.rivals == c
-            predicted[c] = np.count_nonzero(held) - above(held)
-            hit[c] = np.count_nonzero(held & right) - above(held & right)
-    return Counts(predicted, hit, annotated, voxel_mm3)
+            rival = voxels.rivals == c
+            predicted[c] = np.count_nonzero(rival) - above(rival)
+            hit[c] = np.count_nonzero(rival & in_reference) - above(rival & in_reference)
+    return VoxelCounts(predicted, hit, reference, voxel_mm3)
 
 
-def _before_and_after(case: CalibrationCase, classes: Classes, shifts: Sequence[float]) -> list[Volumes]:
+def _before_and_after(case: CalibrationCase, classes: Classes, shifts: Sequence[float]) -> list[CaseVolumes]:
     probabilities, labels = case.read()
     counted = np.ones(labels.shape, bool) if classes.ignore is None else labels != classes.ignore
-    before, after = (segment(probabilities, classes, s) for s in ([0.0] * len(shifts), shifts))
+    before = segment(probabilities, classes, [0.0] * len(shifts))
+    after = segment(probabilities, classes, shifts)
     rows = []
-    for position, name in enumerate(classes.names):
-        annotated = np.isin(labels, classes.values[position]) & counted
-        masks = [before[position] & counted, after[position] & counted]
-        dice = [float(_dice((mask & annotated).sum(), mask.sum(), annotated.sum())) for mask in masks]
-        first, second = (float(mask.sum() * case.voxel_mm3) for mask in masks)
-        rows.append(Volumes(case.name, name, float(annotated.sum() * case.voxel_mm3), first, second, *dice))
+    for name, values, *predictions in zip(classes.names, classes.values, before, after, strict=True):
+        reference = np.isin(labels, values) & counted
+        masks = [prediction & counted for prediction in predictions]
+        volumes = [float(mask.sum() * case.voxel_mm3) for mask in (reference, *masks)]
+        dice = [float(_dice((mask & reference).sum(), mask.sum(), reference.sum())) for mask in masks]
+        rows.append(CaseVolumes(case.name, name, *volumes, *dice))
     return rows
 
 
@@ -291,7 +325,7 @@ def _shifted_logs(probabilities: np.ndarray, shifts: Sequence[float]) -> np.ndar
 
 
 def _log_odds(probabilities: np.ndarray) -> np.ndarray:
-    exact = probabilities.astype(np.float64)  # 1 - p of a float32 close to 1 is exact here
+    exact = probabilities.astype(np.float64)  # in which 1 - p of a float32 close to 1 is exact
     with np.errstate(divide="ignore"):
         return np.log(exact) - np.log1p(-exact)
 
@@ -300,11 +334,11 @@ def _probability(log_odds: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-log_odds))
 
 
-def _dice(hit: np.ndarray, predicted: np.ndarray, annotated: np.ndarray) -> np.ndarray:
-    total = predicted + annotated
+def _dice(hit: np.ndarray, predicted: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    total = predicted + reference
     return np.where(total > 0, 2 * hit / np.maximum(total, 1), 1.0)
 
 
 def _extremes(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Smallest and largest values between neighbours (C T-1): counts rise or fall all the way."""
+    """Return the smallest and largest values between neighbours (C T-1), given that counts are monotonic."""
     return np.minimum(values[:, 1:], values[:, :-1]), np.maximum(values[:, 1:], values[:, :-1])

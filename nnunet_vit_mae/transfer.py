@@ -38,7 +38,7 @@ class Destination:
 def adapt_encoder(
     tensors: Mapping[str, Tensor], card: Card, destination: Destination
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors for the destination, and a sentence for everything that differs there.
+    """Return tensors for the destination, and a sentence for everything that differs there.
 
     What the destination has and the result has not keeps its own weights.
     Raises `UserError`, with all reasons, when the encoder cannot be used there.
@@ -84,7 +84,7 @@ def adapt_encoder(
 def _match_channels(
     tensors: Mapping[str, Tensor], there: Sequence[str], here: Sequence[str]
 ) -> tuple[dict[str, Tensor], str]:
-    """A stacking tokenizer's weight (width, channels x voxels) for other channels.
+    """Return a stacking tokenizer's weight (width, channels x voxels) for other channels.
 
     With new channels the whole is scaled by old / new number, so that a token's embedding stays about as large.
     """
@@ -100,7 +100,7 @@ def _match_channels(
 def _match_modality_vectors(
     tensors: Mapping[str, Tensor], there: Sequence[str], here: Sequence[str]
 ) -> tuple[dict[str, Tensor], str]:
-    """An adaptive tokenizer's learned vectors, or the columns that one-hot vectors choose, for other contrasts."""
+    """Return an adaptive tokenizer's learned vectors, or the columns of one-hot vectors, for other contrasts."""
     if "tokenizer.vectors.table" in tensors:
         table, _, note = _by_name(tensors["tokenizer.vectors.table"], there, here)
         return {"tokenizer.vectors.table": table}, note
@@ -109,7 +109,7 @@ def _match_modality_vectors(
 
 
 def _by_name(entries: Tensor, there: Sequence[str], here: Sequence[str]) -> tuple[Tensor, list[str], str]:
-    """Entries (first axis: contrasts) for other contrasts, which of them are new, and both as text.
+    """Return entries (first axis: contrasts) for other contrasts, which of them are new, and both as text.
 
     An entry of the same name (see `presets.contrast`) is kept; a new one is the mean over all.
     """

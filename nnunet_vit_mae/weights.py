@@ -27,7 +27,7 @@ PACKAGES = ("nnunet-vit-mae", "nnunetv2", "torch")
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What one must know about an encoder to use it, and to say in a paper where it comes from."""
+    """All that is needed to use an encoder, and to say in a paper where it comes from."""
 
     size: str
     token: list[int]  # z y x
@@ -65,23 +65,23 @@ class Card:
         return cls(**entries)
 
     def to_json(self) -> str:
-        """The card as it stands in the header."""
+        """Return the card as it stands in the header."""
         return json.dumps(dataclasses.asdict(self))
 
     def seen(self, case_names: Iterable[str]) -> list[str]:
-        """Those of the cases that pre-training has seen."""
+        """Return those of the cases that pre-training has seen."""
         known = set(self.cases_seen)
         return [name for name in case_names if hashed_name(name) in known]
 
 
 def hashed_name(case_name: str) -> str:
-    """A case's name as a card holds it."""
+    """Return the hash of a case's name that a card holds."""
     return hashlib.sha256(case_name.encode()).hexdigest()[:16]
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that decide what a checkpoint means."""
-    return {package: version(package) for package in PACKAGES}
+def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Return the installed versions of packages, by default of those that decide what a checkpoint means."""
+    return {package: version(package) for package in packages}
 
 
 def save_encoder(encoder: nn.Module, card: Card, file: Path) -> None:
@@ -110,6 +110,6 @@ def load_encoder(file: Path) -> tuple[dict[str, Tensor], Card]:
 
 
 def file_hash(file: Path) -> str:
-    """SHA-256 of a file, as plans record it."""
+    """Return the SHA-256 of a file, as plans record it."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()

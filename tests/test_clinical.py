@@ -7,13 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunet_vit_mae.evaluation.clinical import QUARTILES, bins, edges_of, find_cutoffs, group_names, group_of, risk
+from nnunet_vit_mae.evaluation.clinical import (
+    QUARTILES,
+    bin_edges,
+    bin_measure,
+    find_cutoffs,
+    group_names,
+    group_of,
+    risk_groups,
+)
 
 few = settings(max_examples=40, deadline=None)
 volumes = st.lists(st.integers(0, 40).map(float), min_size=1, max_size=40).map(np.array)
 
 
-def rows_of(annotated, predicted):
+def columns_of(annotated, predicted):
     return {"reference_mm3": np.array(annotated, float), "predicted_mm3": np.array(predicted, float)}
 
 
@@ -38,7 +46,7 @@ def test_confusion_and_kappa_by_hand():
 
     By chance from sums of rows 3 1 2 and columns 1 3 2: (3 * 3 + 3 * 2 * 2 + 1 * 1 + 1 * 2 + 2 * 1 * 2 + 2 * 3) / 6.
     """
-    found = risk(rows_of([1, 1, 1, 2, 3, 3], [2, 1, 3, 2, 3, 2]), "ViT", "blob", (1.0, 2.0), ("a", "b", "c"))
+    found = risk_groups(columns_of([1, 1, 1, 2, 3, 3], [2, 1, 3, 2, 3, 2]), "ViT", "blob", (1.0, 2.0), ("a", "b", "c"))
     assert found.confusion == ((1, 1, 1), (0, 1, 0), (0, 1, 1))
     assert (found.n, found.correct) == (6, 3)
     assert found.kappa == pytest.approx(1 - 4 / (34 / 6))
@@ -48,7 +56,7 @@ def test_confusion_and_kappa_by_hand():
 @given(pairs=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30))
 def test_kappa_is_its_definition(pairs):
     annotated, predicted = zip(*pairs, strict=True)
-    found = risk(rows_of(annotated, predicted), "ViT", "blob", (0.0, 1.0, 2.0), QUARTILES)
+    found = risk_groups(columns_of(annotated, predicted), "ViT", "blob", (0.0, 1.0, 2.0), QUARTILES)
     confusion = np.zeros((4, 4), int)
     for row, column in pairs:
         confusion[row, column] += 1
@@ -65,16 +73,16 @@ def test_kappa_is_its_definition(pairs):
 def test_too_few_cases_or_volumes_are_said():
     assert find_cutoffs(np.array([1.0, 2, 3]), None) == (
         (),
-        ["no risk groups, for 4 of them need as many cases, and there are 3."],
+        ["no risk groups, because 3 cases cannot fill 4 groups."],
     )
     assert find_cutoffs(np.array([1.0]), [0.5])[0] == ()
     assert find_cutoffs(np.zeros(9), None) == (
         (),
-        ["no risk groups, for the annotated volumes do not differ enough for quartiles."],
+        ["no risk groups, because the reference volumes differ too little for quartiles."],
     )
     cutoffs, notes = find_cutoffs(np.array([0.0] * 6 + [5.0, 9.0]), None)
     assert cutoffs == (0.0, 1.25)
-    assert notes == ["3 risk groups instead of 4, for many annotated volumes are equal."]
+    assert notes == ["3 risk groups instead of 4, because many reference volumes are equal."]
     assert group_names(cutoffs, given=False) == ("group 1", "group 2", "group 3")
 
 
@@ -86,15 +94,15 @@ def test_quartile_groups_are_filled(values):
     assert list(cutoffs) == sorted(set(cutoffs))
     if cutoffs:
         groups = group_of(values, cutoffs)
-        assert {0, len(cutoffs)} <= set(groups.tolist())  # the lowest and the highest group have somebody
+        assert {0, len(cutoffs)} <= set(groups.tolist())  # the lowest and the highest group are not empty
 
 
 @few
 @given(values=volumes, given_edges=st.none() | st.lists(st.integers(-5, 45).map(float), unique=True).map(sorted))
 def test_every_case_is_in_one_bin(values, given_edges):
     rows = {"reference_mm3": values, "dice": values / 100}
-    edges = edges_of(values, given_edges)
-    found = bins(rows, "ViT", "blob", "dice", "reference_mm3", edges)
+    edges = bin_edges(values, given_edges)
+    found = bin_measure(rows, "ViT", "blob", "dice", "reference_mm3", edges)
     assert sum(entry.n for entry in found) == len(values)
     for number, entry in enumerate(found):
         inside = values[(values <= entry.high) & ((values > entry.low) | ((values == entry.low) & (number == 0)))]
@@ -106,13 +114,13 @@ def test_every_case_is_in_one_bin(values, given_edges):
 def test_bins_by_hand():
     thickness = np.array([0.5, 1, 1, 5, 5, 10])
     dice = np.array([0.9, 0.8, math.nan, 0.6, 0.4, math.nan])
-    edges = edges_of(thickness, [1, 5, 20])
+    edges = bin_edges(thickness, [1, 5, 20])
     assert edges == (0.5, 1, 5, 10)
     rows = {"slice_thickness_mm": thickness, "dice": dice}
-    first, second = bins(rows, "ViT", "blob", "dice", "slice_thickness_mm", edges)  # the last bin has no Dice
+    first, second = bin_measure(rows, "ViT", "blob", "dice", "slice_thickness_mm", edges)  # the last bin has no Dice
     assert (first.low, first.high, first.n, first.mean) == (0.5, 1, 2, pytest.approx(0.85))
     assert (second.low, second.high, second.n, second.median) == (1, 5, 2, pytest.approx(0.5))
     rows = {"slice_thickness_mm": np.full(3, 2.0), "dice": np.ones(3)}
-    (alone,) = bins(rows, "ViT", "blob", "dice", "slice_thickness_mm", edges_of(rows["slice_thickness_mm"]))
+    (alone,) = bin_measure(rows, "ViT", "blob", "dice", "slice_thickness_mm", bin_edges(rows["slice_thickness_mm"]))
     assert (alone.low, alone.high, alone.n) == (2, 2, 3)
-    assert bins(rows, "ViT", "blob", "dice", "slice_thickness_mm", edges_of(np.array([]))) == []
+    assert bin_measure(rows, "ViT", "blob", "dice", "slice_thickness_mm", bin_edges(np.array([]))) == []

@@ -15,7 +15,7 @@ from nnunetv2.evaluation.evaluate_predictions import compute_metrics
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from scipy.ndimage import binary_erosion
 
-from nnunet_vit_mae.evaluation.measures import crop_to_union, lesions, measure, surface_dice, surfaces
+from nnunet_vit_mae.evaluation.measures import crop_to_union, lesions, measure, surface_dice, surface_distances
 
 several = settings(max_examples=60, deadline=None)
 few = settings(max_examples=20, deadline=None)
@@ -306,7 +306,7 @@ def test_what_is_not_defined_is_nan_and_nothing_else():
 def test_wrong_masks_are_refused():
     mask = np.ones((3, 4, 5), bool)
     for other in (mask[1:], mask.astype(np.uint8)):
-        with pytest.raises(ValueError, match="Masks have to be"):
+        with pytest.raises(ValueError, match="Masks must be"):
             measure(mask, other, (1, 1, 1))
-    assert surfaces(*crop_to_union(mask, mask), (3, 0.5, 1), 1.0) == {"hd95_mm": 0, "surface_dice": 1}
+    assert surface_distances(*crop_to_union(mask, mask), (3, 0.5, 1), 1.0) == {"hd95_mm": 0, "surface_dice": 1}
     assert surface_dice(*crop_to_union(mask, mask), (3.0, 0.5, 1.0), 0.0) == 1

@@ -1,5 +1,6 @@
 """Intervals and Holm's correction, against scipy, a literal reference and by hand; `compare` is in test_omission."""
 
+import gc
 import math
 
 import numpy as np
@@ -12,6 +13,14 @@ from nnunet_vit_mae.statistics import holm, mean_interval
 
 few = settings(max_examples=40, deadline=None)
 finite = st.floats(-1e6, 1e6, width=32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_garbage_of_imports():
+    """statsmodels collects garbage in every correction, which takes 0.7 s when all modules are imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @few

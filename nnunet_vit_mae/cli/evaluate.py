@@ -1,4 +1,4 @@
-"""Compare predictions with reference segmentations: tables, intervals, tests, risk groups, figures and a report."""
+"""Compare predictions with reference segmentations, and write tables, statistics, figures and a report."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING
 
 from nnunet_vit_mae.cli.arguments import parser_for, positive_float, positive_int, whole_number
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
+from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, CalibrationRecord, read_calibration
 from nnunet_vit_mae.files import make_folder, refuse_in_use
 
 if TYPE_CHECKING:
     from nnunet_vit_mae.evaluation.results import Evaluation, Mean
 
-HEADLINE = {"dice": ("Dice", 3), "absolute_difference_mm3": ("|volume difference| mm3", 1), "hd95_mm": ("HD95 mm", 2)}
-CALIBRATION = "calibration.json"
+HEADLINE = {  # title and decimals by measure
+    "dice": ("Dice", 3),
+    "absolute_difference_mm3": ("|volume difference| mm3", 1),
+    "hd95_mm": ("HD95 mm", 2),
+}
 
 
 @exit_on_user_error
@@ -23,48 +27,59 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_evaluate`."""
     parser = parser_for("mae3d_evaluate", __doc__)
     add = parser.add_argument
-    add("-r", dest="references", required=True, type=Path, metavar="FOLDER", help="reference segmentations")
+    add("-r", dest="references", required=True, type=Path, metavar="FOLDER", help="folder of reference segmentations")
     add(
         "-p",
         dest="predictions",
         required=True,
         action="append",
         metavar="NAME=FOLDER",
-        help="predictions of a model, once for each; FOLDER alone is named after itself",
+        help="folder of a model's predictions; repeat for each model; without NAME the model gets the folder's name",
     )
-    add("-i", dest="images", type=Path, metavar="FOLDER", help="images, for slice thickness and pictures")
+    add("-i", dest="images", type=Path, metavar="FOLDER", help="folder of images, for slice thickness and figures")
     add("-o", dest="output", required=True, type=Path, metavar="FOLDER", help="new folder for the report")
     group = {"type": positive_float, "nargs": "+"}
-    add("--cutoffs", **group, metavar="MM3", help="volumes between risk groups, else quartiles")
-    add("--thickness_bins", **group, metavar="MM", help="slice thicknesses between bins, else quartiles")
+    add("--cutoffs", **group, metavar="MM3", help="cut-offs between risk groups (default: quartiles)")
+    add("--thickness_bins", **group, metavar="MM", help="slice thicknesses between bins (default: quartiles)")
     add("--tolerance", type=positive_float, default=1.0, metavar="MM", help="tolerance of the surface Dice")
-    add("--min_lesion_voxels", type=positive_int, default=1, metavar="N", help="smallest lesion that counts")
-    add("--resamples", type=positive_int, default=1000, metavar="N", help="bootstrap resamples")
-    add("--seed", type=whole_number, default=0, metavar="N", help="seed of the bootstrap")
+    add(
+        "--min_lesion_voxels",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="smallest component that counts as a lesion",
+    )
+    add("--resamples", type=positive_int, default=1000, metavar="N", help="number of bootstrap resamples")
+    add("--seed", type=whole_number, default=0, metavar="N", help="random seed of the bootstrap")
     add(
         "--calibration",
         dest="calibrations",
         action="append",
-        default=[],
         metavar="NAME=PATH",
-        help=f"what mae3d_calibrate wrote for a model: {CALIBRATION}, or the folder that it is in",
+        help=f"calibration of a model: its {CALIBRATION_RECORD}, written by mae3d_calibrate, or the folder with it",
     )
-    add("-np", dest="processes", type=positive_int, metavar="N", help="processes (default: one for 20 cases, up to 4)")
+    add(
+        "-np",
+        dest="processes",
+        type=positive_int,
+        metavar="N",
+        help="number of processes (default: one for every 20 cases, up to 4)",
+    )
     args = parser.parse_args(argv)
 
-    predictions = _named(args.predictions, "-p")
-    calibrations = _calibrations(args.calibrations, list(predictions))
+    predictions = _paths_by_name(args.predictions, "-p")
+    calibrations = _read_calibrations(args.calibrations or [], list(predictions))
     for flag, values in {"--cutoffs": args.cutoffs, "--thickness_bins": args.thickness_bins}.items():
         if values and any(low >= high for low, high in pairwise(values)):
             raise UserError(f"{flag} {' '.join(f'{value:g}' for value in values)}: give ascending numbers.")
     refuse_in_use(args.output)
 
     from nnunet_vit_mae.evaluation.cases import find_evaluation_set, measure_cases
-    from nnunet_vit_mae.evaluation.report import read_calibration, write_report
-    from nnunet_vit_mae.evaluation.results import Options
+    from nnunet_vit_mae.evaluation.report import write_report
+    from nnunet_vit_mae.evaluation.results import EvaluationOptions
     from nnunet_vit_mae.evaluation.summary import evaluate, write_tables
 
-    options = Options(
+    options = EvaluationOptions(
         tolerance_mm=args.tolerance,
         min_lesion_voxels=args.min_lesion_voxels,
         cutoffs_mm3=tuple(args.cutoffs) if args.cutoffs else None,
@@ -72,88 +87,95 @@ def main(argv: Sequence[str] | None = None) -> None:
         resamples=args.resamples,
         seed=args.seed,
     )
-    for file in calibrations.values():
-        read_calibration(file)  # a mistake is better known before hours of measuring than after
-    study = find_evaluation_set(args.references, predictions, args.images)
+    evaluation_set = find_evaluation_set(args.references, predictions, args.images)
     make_folder(args.output)
     # a process takes as long to start as several cases take to measure
-    processes = args.processes or min(4, 1 + len(study.cases) // 20)
-    table, notes = measure_cases(study, options, processes)
-    evaluation = evaluate(table, study.models, list(study.labels.values), options, [*study.notes, *notes])
+    processes = args.processes or min(4, 1 + len(evaluation_set.cases) // 20)
+    cases, notes = measure_cases(evaluation_set, options, processes)
+    labels = list(evaluation_set.labels.values)
+    evaluation = evaluate(cases, evaluation_set.models, labels, options, [*evaluation_set.notes, *notes])
     write_tables(evaluation, args.output)
     print(headline_text(evaluation), flush=True)
-    write_report(
-        evaluation,
-        args.output,
-        references=args.references,
-        predictions=predictions,
-        images=args.images,
-        calibrations=calibrations,
-    )
+    write_report(evaluation, evaluation_set, calibrations, args.output)
     print(f"Wrote index.html, cases.csv, summary.json and figures to {args.output}.")
 
 
 def headline_text(evaluation: Evaluation) -> str:
-    """Three means of each model and label with their intervals, what two models differ by, and the notes, as text."""
+    """Return the most important means, the comparison of two models, and the notes, as text."""
+    confidence = f"{100 * float(str(evaluation.settings['confidence'])):g}%"
+    return "\n".join(
+        [
+            *_headline_lines(evaluation),
+            f"Means with {confidence} bootstrap intervals; n: cases with a value, where not all have one.",
+            *_comparison_lines(evaluation),
+            *evaluation.notes,
+        ]
+    )
+
+
+def _headline_lines(evaluation: Evaluation) -> list[str]:
     rows = [["label", "model", "cases", *(title for title, _ in HEADLINE.values())]]
     means = {(mean.label, mean.model, mean.measure): mean for mean in evaluation.means}
     for label in evaluation.labels:
         for model in evaluation.models:
-            found = [means[label, model, measure] for measure in HEADLINE]
-            cases = str(found[0].n + found[0].left_out)
-            rows.append([label, model, cases, *(_mean(mean, HEADLINE[mean.measure][1]) for mean in found)])
+            chosen = [means[label, model, measure] for measure in HEADLINE]
+            cases = str(chosen[0].n + chosen[0].left_out)
+            rows.append([label, model, cases, *(_mean_text(mean, HEADLINE[mean.measure][1]) for mean in chosen)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    confidence = f"{100 * float(str(evaluation.settings['confidence'])):g}%"
-    lines.append(f"Means with {confidence} bootstrap intervals; n: cases in which it is defined, where not in all.")
-    if len(evaluation.models) == 2:
-        for test in evaluation.tests:
-            if test.measure in HEADLINE and test.p is not None:
-                title, digits = HEADLINE[test.measure]
-                lines.append(
-                    f"{test.label}: {title}, {test.second} minus {test.first}: {test.difference:+.{digits}f} "
-                    f"(n={test.n}, p={test.p:.2g}, {test.p_holm:.2g} after Holm's correction)"
-                )
-    return "\n".join([*lines, *evaluation.notes])
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
-def _mean(mean: Mean, digits: int) -> str:
+def _comparison_lines(evaluation: Evaluation) -> list[str]:
+    """Compare two models; more are compared in the report only."""
+    if len(evaluation.models) != 2:
+        return []
+    lines = []
+    for test in evaluation.tests:
+        if test.measure in HEADLINE and test.p is not None:
+            title, digits = HEADLINE[test.measure]
+            lines.append(
+                f"{test.label}: {title}, {test.second} minus {test.first}: {test.difference:+.{digits}f} "
+                f"(n={test.n}, p={test.p:.2g}, {test.p_holm:.2g} after Holm's correction)"
+            )
+    return lines
+
+
+def _mean_text(mean: Mean, digits: int) -> str:
     if not mean.n:
         return "-"
     text = f"{mean.mean:.{digits}f}"
     if mean.n > 1:
         text += f" [{mean.low:.{digits}f}, {mean.high:.{digits}f}]"
-    return text + (f" n={mean.n}" if mean.left_out else "")
+    if mean.left_out:
+        text += f" n={mean.n}"
+    return text
 
 
-def _named(values: Sequence[str], flag: str) -> dict[str, Path]:
-    """`NAME=PATH`, or `PATH` named after its last part; raises `UserError` for other forms and equal names."""
-    named: dict[str, Path] = {}
+def _paths_by_name(values: Sequence[str], flag: str) -> dict[str, Path]:
+    """Read `NAME=PATH`, or `PATH` named after its last part; raise `UserError` for other forms and equal names."""
+    paths: dict[str, Path] = {}
     for value in values:
         name, sign, path = value.partition("=")
         if not sign or Path(value).exists():
             name, path = Path(value).resolve().name, value
         if not (name.strip() and path) or "/" in name or "\\" in name:
             raise UserError(f"{flag} {value}: write NAME=FOLDER, for example {flag} ViT=predictions.")
-        if name in named:
+        if name in paths:
             raise UserError(
-                f"{flag} {value}: there is another {name}; give every model a name of its own, NAME=FOLDER."
+                f"{flag} {value}: there is another model named {name}; give every model its own name, NAME=FOLDER."
             )
-        named[name] = Path(path)
-    return named
+        paths[name] = Path(path)
+    return paths
 
 
-def _calibrations(values: Sequence[str], models: Sequence[str]) -> dict[str, Path]:
-    """The files by model; raises `UserError` for unknown models and missing files."""
+def _read_calibrations(values: Sequence[str], models: Sequence[str]) -> dict[str, CalibrationRecord]:
+    """Read calibrations by model; raise `UserError` for unknown models, and for files that are not calibrations."""
     for value in values:
         if "=" not in value:
-            raise UserError(f"--calibration {value}: write NAME=PATH, with a NAME that -p has.")
-    files = {}
-    for name, path in _named(values, "--calibration").items():
-        file = path / CALIBRATION if path.is_dir() else path
+            raise UserError(f"--calibration {value}: write NAME=PATH, with the NAME of a model in -p.")
+    calibrations = {}
+    for name, path in _paths_by_name(values, "--calibration").items():
         if name not in models:
             raise UserError(f"--calibration {name}={path}: there is no model {name}, only {', '.join(models)}.")
-        if not file.is_file():
-            raise UserError(f"{file} is missing: run mae3d_calibrate, or check --calibration.")
-        files[name] = file
-    return files
+        calibrations[name] = read_calibration(path)
+    return calibrations

@@ -20,18 +20,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", dest="output", required=True, metavar="NAME", help="name of the plans to write")
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a recipe of ours, or a JSON file with a partial block")
     parser.add_argument("--size", choices=SIZES, help="size of the ViT")
-    parser.add_argument("--decoder", choices=DECODERS, help="segmentation decoder; follows the token if not given")
+    parser.add_argument("--decoder", choices=DECODERS, help="segmentation decoder (default: follows the token)")
     parser.add_argument(
         "--token", nargs="+", type=positive_int, metavar="N", help="voxels: one number, or three (z y x)"
     )
-    parser.add_argument("--upsampling", choices=UPSAMPLINGS, help="in the convolutional decoders")
-    parser.add_argument("--adaptive", action="store_true", default=None, help="each contrast on its own (AMAE)")
-    parser.add_argument("--encoder", type=Path, metavar="FILE", help="start from this encoder; brings size and token")
-    parser.add_argument("-gpu_memory_target", type=positive_float, metavar="GB", help="fit token and batches to it")
-    parser.add_argument("--epochs", type=positive_int, help="of fine-tuning and of nnUNetTrainerBaseline")
-    parser.add_argument("--iterations", type=positive_int, help="per epoch, likewise")
-    parser.add_argument("--batch_size", type=positive_int, help="of fine-tuning (the baseline keeps nnU-Net's)")
-    parser.add_argument("--lr", type=positive_float, help="of fine-tuning")
+    parser.add_argument("--upsampling", choices=UPSAMPLINGS, help="upsampling in the convolutional decoders")
+    parser.add_argument(
+        "--adaptive", action="store_true", default=None, help="a network for any number of contrasts per case (AMAE)"
+    )
+    parser.add_argument(
+        "--encoder", type=Path, metavar="FILE", help="start from this encoder, which sets size and token"
+    )
+    parser.add_argument(
+        "-gpu_memory_target",
+        type=positive_float,
+        metavar="GB",
+        help="choose token and batch sizes that fit this GPU memory",
+    )
+    parser.add_argument("--epochs", type=positive_int, help="epochs of fine-tuning and of nnUNetTrainerBaseline")
+    parser.add_argument("--iterations", type=positive_int, help="iterations per epoch, for the same trainers")
+    parser.add_argument(
+        "--batch_size", type=positive_int, help="batch size of fine-tuning (the baseline keeps nnU-Net's)"
+    )
+    parser.add_argument("--lr", type=positive_float, help="peak learning rate of fine-tuning")
     args = parser.parse_args(argv)
     if args.token and len(args.token) not in (1, 3):
         parser.error(f"--token takes one number or three (z y x), but {len(args.token)} were given")
@@ -50,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _changes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The block that the flags spell out; flags that were not given are left out."""
+    """Return the block that the flags spell out; flags that were not given are left out."""
     token = args.token and (args.token * 3 if len(args.token) == 1 else args.token)
     network = {"token": token} | {name: getattr(args, name) for name in ("size", "decoder", "upsampling", "adaptive")}
     names = ("epochs", "iterations", "batch_size", "lr")
@@ -59,5 +70,5 @@ def _changes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def _over(recipe: dict[str, Any], flags: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The recipe with the flags' values over its own."""
+    """Return the recipe with the flags' values over its own."""
     return recipe | {section: recipe.get(section, {}) | values for section, values in flags.items()}

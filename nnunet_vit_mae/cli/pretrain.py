@@ -24,27 +24,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_for("mae3d_pretrain", __doc__)
     add_plan_arguments(parser)
     parser.add_argument("-f", dest="fold", default="all", help="training cases of one fold (0 to 4), or all of them")
-    parser.add_argument("--epochs", type=positive_int, help="as many samples each as there are cases (default: plans')")
+    parser.add_argument(
+        "--epochs", type=positive_int, help="epochs, each with one sample per case (default: the plans')"
+    )
     parser.add_argument("--mask_ratio", type=positive_float, help="share of hidden tokens (default: the plans')")
     parser.add_argument("--batch_size", type=positive_int, help="samples per step (default: the plans')")
     parser.add_argument(
         "--lr", type=positive_float, help="peak learning rate (default: the plans' base_lr x batch / 256)"
     )
-    parser.add_argument("--adaptive", action="store_true", help="each contrast on its own, any number per study")
-    parser.add_argument("--seed", type=whole_number, default=0, help="of weights, crops and masks")
+    parser.add_argument(
+        "--adaptive", action="store_true", help="pre-train a network for any number of contrasts per case"
+    )
+    parser.add_argument("--seed", type=whole_number, default=0, help="random seed of weights, crops and masks")
     parser.add_argument("--c", dest="resume", action="store_true", help="continue from the last saved state")
     add_device_argument(parser, "cuda")
     parser.add_argument(
-        "-num_gpus", type=positive_int, default=1, help="processes on this machine, which divide each batch among them"
+        "-num_gpus",
+        type=positive_int,
+        default=1,
+        help="GPUs on this machine, each with a process and a share of every batch",
     )
     parser.add_argument(
         "-np",
         dest="readers",
         type=whole_number,
         metavar="N",
-        help="processes that read crops for each GPU (default: up to 8, on a CPU none beside the training itself)",
+        help="processes that read crops for each GPU (default: up to 8; on a CPU the training itself reads)",
     )
-    parser.add_argument("--cache", type=positive_float, metavar="GB", help="memory for volumes, in half precision")
+    parser.add_argument(
+        "--cache", type=positive_float, metavar="GB", help="keep volumes in memory, in half precision, up to this size"
+    )
     args = parser.parse_args(argv)
 
     def change(protocol: Pretraining) -> Pretraining:

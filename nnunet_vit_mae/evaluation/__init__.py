@@ -1,1 +1,1 @@
-"""Segmentations against references: measures, statistics, clinical groups, figures and a report."""
+"""Evaluation of segmentations against references: measures, statistics, risk groups, figures and a report."""

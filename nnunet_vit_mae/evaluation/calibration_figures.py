@@ -1,33 +1,37 @@
-"""Figures of a calibration: loss and Dice against the threshold, and agreement before and after (ViTiac, figure 4)."""
+"""Figures of a calibration (ViTiac, figure 4): volume difference and Dice by threshold, agreement before and after."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 
 import numpy as np
-import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from nnunet_vit_mae.evaluation.figures import COLOURS, bland_altman_figure, styled
-from nnunet_vit_mae.evaluation.results import Evaluation
-from nnunet_vit_mae.evaluation.summary import agreement
-from nnunet_vit_mae.thresholds import LOG_ODDS_LIMIT, Curve, Volumes
+from nnunet_vit_mae.evaluation.bland_altman import bland_altman_figure
+from nnunet_vit_mae.evaluation.drawing import COLOURS, styled
+from nnunet_vit_mae.thresholds import LOG_ODDS_LIMIT, CaseVolumes, ThresholdCurve
 
 TICKS = np.array([0.001, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98, 0.999])
-WHEN = {"before calibration": "before_mm3", "after calibration": "after_mm3"}
 
 
 @styled
-def curve_figure(curves: Mapping[str, Curve], thresholds: Sequence[float]) -> Figure:
-    """A row for each class: mean absolute volume difference (left axis) and mean Dice (right) by threshold."""
+def curve_figure(curves: Mapping[str, ThresholdCurve], thresholds: Sequence[float]) -> Figure:
+    """Draw mean absolute volume difference (left axis) and mean Dice (right axis) of each class by threshold.
+
+    Args:
+        curves: The curve of each class, by name.
+        thresholds: The fitted threshold of each class.
+
+    Returns:
+        A figure with a row for each class.
+    """
     figure = Figure(figsize=(7, 2.9 * len(curves)), layout="constrained")
     rows = figure.subplots(len(curves), squeeze=False)[:, 0]
     for axes, (label, curve), threshold in zip(rows, curves.items(), thresholds, strict=True):
         axes.plot(_log_odds(curve.thresholds), curve.difference_mm3, color=COLOURS[0])
         axes.set_ylabel("Mean absolute volume\ndifference (mm³)", color=COLOURS[0])
-        # everything above, where most of an image is called foreground, would flatten what matters
+        # cuts off the part where most of the image is foreground, which would hide the minimum
         shown = np.interp([0.5, threshold, 1.0], curve.thresholds, curve.difference_mm3)
         axes.set_ylim(0, 2 * max(shown.max(), 1e-6))
         right = axes.twinx()
@@ -47,16 +51,20 @@ def curve_figure(curves: Mapping[str, Curve], thresholds: Sequence[float]) -> Fi
     return figure
 
 
-def agreement_figure(volumes: Sequence[Volumes], label: str) -> Figure:
-    """Bland-Altman plots of one class, on the cases that the threshold was fitted to."""
-    rows = pd.DataFrame([asdict(row) for row in volumes if row.label == label])
-    cases = pd.concat(
-        [rows.assign(model=model, predicted_mm3=rows[column]) for model, column in WHEN.items()], ignore_index=True
-    )
-    found = tuple(
-        agreement(model, label, (rows[column] - rows["reference_mm3"]).to_numpy()) for model, column in WHEN.items()
-    )
-    return bland_altman_figure(Evaluation(tuple(WHEN), (label,), cases, (), (), found, (), (), {}), label)
+def agreement_figure(volumes: Sequence[CaseVolumes], label: str) -> Figure:
+    """Draw Bland-Altman plots of one class before and after calibration.
+
+    Args:
+        volumes: Volumes of the cases that the threshold was fitted to.
+        label: The class.
+
+    Returns:
+        A figure with two panels.
+    """
+    rows = [row for row in volumes if row.label == label]
+    reference = np.array([row.reference_mm3 for row in rows])
+    before, after = np.array([row.before_mm3 for row in rows]), np.array([row.after_mm3 for row in rows])
+    return bland_altman_figure({"before calibration": (reference, before), "after calibration": (reference, after)})
 
 
 def _log_odds(probabilities: np.ndarray | float) -> np.ndarray:

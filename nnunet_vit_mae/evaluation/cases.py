@@ -1,4 +1,4 @@
-"""The cases of an evaluation: which files belong together, whether they fit, and the measures of each, one by one."""
+"""The cases of an evaluation: find the files that belong together, check that they fit, and measure each case."""
 
 from __future__ import annotations
 
@@ -15,43 +15,56 @@ from tqdm import tqdm
 
 from nnunet_vit_mae.errors import UserError, abbreviated, reading
 from nnunet_vit_mae.evaluation.measures import measure
-from nnunet_vit_mae.evaluation.results import Options
+from nnunet_vit_mae.evaluation.results import EvaluationOptions
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, cases_in, channel_file_name, ending_in
 from nnunet_vit_mae.imaging.labels import Labels, read_labels, read_volume, whole_numbers
 from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
 from nnunet_vit_mae.workers import run_each
 
 DATASET_JSON = "dataset.json"
-THICKNESS_DIGITS = 4  # of mm: headers hold single precision, and 5.0000002 mm is 5 mm
+THICKNESS_DIGITS = 4  # decimals of mm: headers in single precision turn 5 mm into 5.0000002 mm
 
 
 @dataclass(frozen=True)
 class EvaluationCase:
-    """A reference, its prediction by each model, and the first channel of its image when images are given."""
+    """The files of one case."""
 
     name: str
-    reference: Path
-    predictions: Mapping[str, Path]
-    image: Path | None = None
+    reference: Path  # reference segmentation
+    predictions: Mapping[str, Path]  # by model
+    image: Path | None = None  # first channel
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """All that is evaluated."""
+    """The models, labels and cases of an evaluation."""
 
     models: tuple[str, ...]
     labels: Labels
     cases: tuple[EvaluationCase, ...]
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # sentences for the reader of the report
+
+    def case(self, name: str) -> EvaluationCase:
+        """Return the case of that name."""
+        return next(case for case in self.cases if case.name == name)
 
 
-# ---------- which files
+# ---------- files
 
 
 def find_evaluation_set(references: Path, predictions: Mapping[str, Path], images: Path | None = None) -> EvaluationSet:
-    """Find what belongs together; predictions are folders by name of the model.
+    """Find the files of each case, and the labels.
 
-    Raises `UserError` for folders or files that are missing, of different formats, or described differently.
+    Args:
+        references: Folder of reference segmentations, `CASE.nii.gz`.
+        predictions: Folder of predictions with the same names, by model.
+        images: Folder of images, `CASE_0000.nii.gz`.
+
+    Returns:
+        All cases that have a reference; the notes name predictions without one.
+
+    Raises:
+        UserError: If a folder or file is missing, formats differ, or models have different labels.
     """
     ending = ending_in(references, "-r")
     for folder in predictions.values():
@@ -64,31 +77,48 @@ def find_evaluation_set(references: Path, predictions: Mapping[str, Path], image
     labels = described_labels(references, list(predictions.values()))
     if labels is None:
         labels = labels_in([case.reference for case in cases])
-    return EvaluationSet(tuple(predictions), labels, cases, tuple(_surplus(names, ending, predictions)))
+    return EvaluationSet(tuple(predictions), labels, cases, tuple(_notes_on_surplus(names, ending, predictions)))
 
 
 def described_labels(references: Path, predictions: Sequence[Path]) -> Labels | None:
-    """Labels from the `dataset.json` that nnU-Net puts beside predictions, or that of the data set; None without any.
+    """Read the labels from a `dataset.json`: nnU-Net's beside the predictions, else the dataset's.
 
-    Raises `UserError` when models were trained for different labels.
+    Args:
+        references: Folder of reference segmentations; a `dataset.json` may lie in it or in its parent.
+        predictions: Folders of predictions.
+
+    Returns:
+        The labels; None without a `dataset.json`.
+
+    Raises:
+        UserError: If models have different labels, or a `dataset.json` has none.
     """
     files = [folder / DATASET_JSON for folder in predictions if (folder / DATASET_JSON).is_file()]
-    found = [_foreground(file) for file in files]
-    for file, labels in zip(files, found, strict=True):
-        if labels != found[0]:
-            raise UserError(f"{file} and {files[0]} have different labels: compare models that segment the same.")
-    if found:
-        return found[0]
+    by_file = {file: _foreground_labels(file) for file in files}
+    for file, labels in by_file.items():
+        if labels != by_file[files[0]]:
+            raise UserError(
+                f"{file} and {files[0]} have different labels: compare models that segment the same labels."
+            )
+    if files:
+        return by_file[files[0]]
     for folder in (references, references.resolve().parent):
         if (folder / DATASET_JSON).is_file():
-            return _foreground(folder / DATASET_JSON)
+            return _foreground_labels(folder / DATASET_JSON)
     return None
 
 
 def labels_in(references: Sequence[Path]) -> Labels:
-    """The values that occur in the references, as labels named after their numbers; reads all of them.
+    """Read all reference segmentations and name each label after its number.
 
-    Raises `UserError` when there is nothing but background.
+    Args:
+        references: Files of one folder.
+
+    Returns:
+        The labels that occur.
+
+    Raises:
+        UserError: If all references are empty, or one cannot be read.
     """
     with without_warnings_of_itk():
         values = {
@@ -97,15 +127,16 @@ def labels_in(references: Sequence[Path]) -> Labels:
     values -= {0}
     if not values:
         raise UserError(
-            f"All references in {references[0].parent} are empty: check -r, or put nnU-Net's {DATASET_JSON} there."
+            f"All reference segmentations in {references[0].parent} are empty: check -r, or put nnU-Net's "
+            f"{DATASET_JSON} there."
         )
     return Labels({str(value): (value,) for value in sorted(values)})
 
 
-def _foreground(file: Path) -> Labels:
+def _foreground_labels(file: Path) -> Labels:
     labels = read_labels(file)
     if not labels.values:
-        raise UserError(f"{file} names no label besides the background.")
+        raise UserError(f"{file} lists no label except the background: add the labels that the models segment.")
     return labels
 
 
@@ -115,9 +146,11 @@ def _case(
     files = {model: folder / f"{name}{ending}" for model, folder in predictions.items()}
     for model, file in files.items():
         if not file.is_file():
-            other = [file.with_name(name + wrong) for wrong in IMAGE_ENDINGS if file.with_name(name + wrong).is_file()]
-            if other:
-                raise UserError(f"{other[0]} has another format than the references ({ending}): convert one of them.")
+            others = [file.with_name(name + other) for other in IMAGE_ENDINGS]
+            if existing := [other for other in others if other.is_file()]:
+                raise UserError(
+                    f"{existing[0]} has another format than the references ({ending}): convert one of them."
+                )
             raise UserError(f"{model} has no prediction of the case {name}: predict it to {file}, or check -r and -p.")
     image = None if images is None else images / channel_file_name(name, 0, ending)
     if image is not None and not image.is_file():
@@ -125,80 +158,103 @@ def _case(
     return EvaluationCase(name, references / f"{name}{ending}", files, image)
 
 
-def _surplus(names: Sequence[str], ending: str, predictions: Mapping[str, Path]) -> Iterator[str]:
+def _notes_on_surplus(names: Sequence[str], ending: str, predictions: Mapping[str, Path]) -> Iterator[str]:
     for model, folder in predictions.items():
         if extra := sorted({*cases_in(folder, ending)} - {*names}):
             yield f"{model}: predictions without a reference are left out ({abbreviated(extra)})."
 
 
-# ---------- what is in them
+# ---------- measures
 
 
 @dataclass(frozen=True)
-class _Measured:
-    """Rows of one case, and what differs between its files that does not stop an evaluation."""
-
-    rows: list[dict[str, Any]]
-    elsewhere: list[str]  # models whose prediction has another origin or direction
+class _MeasuredCase:
+    rows: list[dict[str, Any]]  # one for each model and label
+    other_geometry: list[str]  # models whose prediction has another origin or direction than the reference
 
 
-def measure_cases(study: EvaluationSet, options: Options, processes: int = 1) -> tuple[pd.DataFrame, list[str]]:
-    """A row for each model, case and label, in this order, and notes; one case at a time is in memory per process.
+def measure_cases(
+    evaluation_set: EvaluationSet, options: EvaluationOptions, processes: int = 1
+) -> tuple[pd.DataFrame, list[str]]:
+    """Measure all cases; each process holds one case in memory at a time.
 
-    Raises `UserError` for files that cannot be read, do not fit each other, or hold other labels.
+    Args:
+        evaluation_set: The files and labels.
+        options: Tolerance of the surface Dice, and size of the smallest lesion.
+        processes: Number of processes.
+
+    Returns:
+        A table with a row for each model, case and label, in this order, and notes for the reader.
+
+    Raises:
+        UserError: If a file cannot be read, does not fit the others of its case, or holds unknown labels.
     """
-    measure_case = partial(_measure_case, labels=study.labels, options=options)
-    jobs = run_each(measure_case, study.cases, processes, initializer=use_one_torch_thread)
-    measured = {}
-    for case, found in tqdm(jobs, total=len(study.cases), unit="case", desc="measuring"):
-        if found is None:
-            raise UserError(f"The case {case.name} needs more memory than there is: give fewer than -np {processes}.")
-        measured[case.name] = found
-    done = [measured[case.name] for case in study.cases]
-    rows = [row for model in study.models for found in done for row in found.rows if row["model"] == model]
+    measure_case = partial(_measure_case, labels=evaluation_set.labels, options=options)
+    cases = evaluation_set.cases
+    results = run_each(measure_case, cases, processes, initializer=use_one_torch_thread)
+    by_name: dict[str, _MeasuredCase] = {}
+    for case, measured in tqdm(results, total=len(cases), unit="case", desc="measuring"):
+        if measured is None:
+            raise UserError(
+                f"There is not enough memory for the case {case.name}: use fewer processes than -np {processes}."
+            )
+        by_name[case.name] = measured
+    in_order = [by_name[case.name] for case in cases]
+    rows = [row for model in evaluation_set.models for case in in_order for row in case.rows if row["model"] == model]
     notes = []
-    for model in study.models:
-        if cases := [case.name for case in study.cases if model in measured[case.name].elsewhere]:
+    for model in evaluation_set.models:
+        if names := [case.name for case in cases if model in by_name[case.name].other_geometry]:
             notes.append(
-                f"{model}: predictions have another origin or direction than their references, but are compared voxel "
-                f"by voxel, as nnU-Net does ({abbreviated(cases)})."
+                f"{model}: predictions have another origin or direction than their references. They are compared voxel "
+                f"by voxel, as nnU-Net does ({abbreviated(names)})."
             )
     return pd.DataFrame(rows), notes
 
 
 def use_one_torch_thread() -> None:
-    """There are as many processes as cores."""
+    """Limit this process to one thread, because there are as many processes as cores."""
     torch.set_num_threads(1)
 
 
 def read_mask(file: Path) -> np.ndarray:
-    """Labels of a file, z y x; raises `UserError` when it cannot be read, is cut off or holds other than integers."""
-    return _read(file)[0]
+    """Read a segmentation.
+
+    Args:
+        file: An image of labels.
+
+    Returns:
+        Labels (z y x), of an integer type.
+
+    Raises:
+        UserError: If the file cannot be read, is cut off, or holds numbers that are not integers.
+    """
+    return read_segmentation(file)[0]
 
 
-def _read(file: Path) -> tuple[np.ndarray, Geometry]:
+def read_segmentation(file: Path) -> tuple[np.ndarray, Geometry]:
+    """Read a segmentation and its geometry; see `read_mask`."""
     with reading(file):
         array, geometry = read_volume(file)
     if not whole_numbers(array):
-        raise UserError(f"{file} holds numbers that are not integers: give segmentations, not probabilities.")
+        raise UserError(f"{file} holds numbers that are not integers: use segmentations, not probabilities.")
     return array.astype(np.int32) if array.dtype.kind == "f" else array, geometry
 
 
-def _measure_case(case: EvaluationCase, labels: Labels, options: Options) -> _Measured:
+def _measure_case(case: EvaluationCase, labels: Labels, options: EvaluationOptions) -> _MeasuredCase:
     with without_warnings_of_itk():
-        reference, geometry = _read(case.reference)
+        reference, geometry = read_segmentation(case.reference)
         _refuse_other_labels(case.reference, reference, labels)
         thickness = _slice_thickness(case, geometry)
         counted = np.True_ if labels.ignore is None else reference != labels.ignore
-        rows, elsewhere = [], []
+        rows, other_geometry = [], []
         for model, file in case.predictions.items():
-            prediction, other = _read(file)
+            prediction, its_geometry = read_segmentation(file)
             _refuse_other_labels(file, prediction, labels)
-            _refuse_other_grid(file, other, case.reference, geometry)
-            if geometry.difference(other):
-                elsewhere.append(model)
+            refuse_other_grid(file, its_geometry, case.reference, geometry)
+            if geometry.difference(its_geometry):
+                other_geometry.append(model)
             for label, values in labels.values.items():
-                found = measure(
+                measures = measure(
                     _mask(reference, values) & counted,
                     _mask(prediction, values) & counted,
                     geometry.spacing[::-1],
@@ -206,22 +262,22 @@ def _measure_case(case: EvaluationCase, labels: Labels, options: Options) -> _Me
                     min_lesion_voxels=options.min_lesion_voxels,
                 )
                 key = {"model": model, "case": case.name, "label": label}
-                rows.append({**key, **found, "slice_thickness_mm": thickness})
-    return _Measured(rows, elsewhere)
+                rows.append({**key, **measures, "slice_thickness_mm": thickness})
+    return _MeasuredCase(rows, other_geometry)
 
 
 def _slice_thickness(case: EvaluationCase, geometry: Geometry) -> float:
-    """The largest spacing of the image, or of the reference without one."""
+    """Return the largest spacing of the image, or of the reference if there is no image."""
     if case.image is not None:
         with reading(case.image):
             image = read_geometry(case.image)
-        _refuse_other_grid(case.reference, geometry, case.image, image)
+        refuse_other_grid(case.reference, geometry, case.image, image)
         geometry = image
     return round(max(geometry.spacing), THICKNESS_DIGITS)
 
 
-def _refuse_other_grid(file: Path, geometry: Geometry, other_file: Path, other: Geometry) -> None:
-    """Size and spacing have to be the same; voxels cannot be compared otherwise."""
+def refuse_other_grid(file: Path, geometry: Geometry, other_file: Path, other: Geometry) -> None:
+    """Raise `UserError` unless two files have the same size and spacing, so that their voxels can be compared."""
     difference = geometry.difference(other)
     if difference and difference.startswith(("size", "spacing")):
         raise UserError(f"{file} does not fit {other_file}: they differ in {difference}; resample one to the other.")
@@ -232,8 +288,8 @@ def _refuse_other_labels(file: Path, array: np.ndarray, labels: Labels) -> None:
     if len(unknown):
         known = ", ".join(map(str, sorted(labels.known)))
         raise UserError(
-            f"{file} holds the label {abbreviated(map(str, unknown))}, but only {known} are known: "
-            f"correct the file, or the labels in {DATASET_JSON}."
+            f"{file} holds the unknown label {abbreviated(map(str, unknown))}; known labels are {known}. Correct the "
+            f"file, or the labels in {DATASET_JSON}."
         )
 
 

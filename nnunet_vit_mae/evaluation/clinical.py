@@ -1,6 +1,6 @@
 """Risk groups by volume (ViTiac, section 3.2), and measures by slice thickness and volume (supplementary figure 2).
 
-Rows are columns of the table of cases by name, of one model and label. Notes are sentences to be shown.
+`Columns` are the columns of `cases.csv` for one model and label. Notes are sentences for the reader.
 """
 
 from __future__ import annotations
@@ -12,68 +12,128 @@ from itertools import pairwise
 import numpy as np
 from sklearn.metrics import cohen_kappa_score, confusion_matrix
 
-from nnunet_vit_mae.evaluation.results import Bin, Risk
+from nnunet_vit_mae.evaluation.results import Bin, RiskGroups
 
 QUARTILES = ("no", "low", "moderate", "high")  # risk, as ViTiac names it
-PARTS = 4  # quantiles
-Rows = Mapping[str, np.ndarray]
+PARTS = 4  # quartiles
+Columns = Mapping[str, np.ndarray]
 
 
 def find_cutoffs(volumes: np.ndarray, given: Sequence[float] | None) -> tuple[tuple[float, ...], list[str]]:
-    """Cut-offs between risk groups in mm3, from the annotated volumes of one label unless they are given, and notes.
+    """Find the cut-offs between risk groups.
 
-    There are none where the cases are fewer than the groups, or do not differ.
+    Args:
+        volumes: Reference volumes of one label in mm3, one per case.
+        given: Ascending cut-offs in mm3; None for the quartiles of `volumes`.
+
+    Returns:
+        The cut-offs in mm3, and notes. There are no cut-offs when there are fewer cases than groups, or when the
+        volumes hardly differ.
+
+    Example:
+        >>> find_cutoffs(np.array([1.0, 2.0, 3.0, 4.0, 5.0]), None)
+        ((2.0, 3.0, 4.0), [])
     """
     groups = PARTS if given is None else len(given) + 1
     if len(volumes) < groups:
-        return (), [f"no risk groups, for {groups} of them need as many cases, and there are {len(volumes)}."]
+        cases = f"{len(volumes)} case{'' if len(volumes) == 1 else 's'}"
+        return (), [f"no risk groups, because {cases} cannot fill {groups} groups."]
     if given is not None:
         return tuple(given), []
     quartiles = np.quantile(volumes, np.arange(1, PARTS) / PARTS)
-    # a group above the largest volume would hold nobody
+    # a group above the largest volume would be empty
     cutoffs = tuple(float(value) for value in np.unique(quartiles) if value < volumes.max())
     if not cutoffs:
-        return (), ["no risk groups, for the annotated volumes do not differ enough for quartiles."]
+        return (), ["no risk groups, because the reference volumes differ too little for quartiles."]
     if len(cutoffs) < PARTS - 1:
-        return cutoffs, [f"{len(cutoffs) + 1} risk groups instead of {PARTS}, for many annotated volumes are equal."]
+        return cutoffs, [
+            f"{len(cutoffs) + 1} risk groups instead of {PARTS}, because many reference volumes are equal."
+        ]
     return cutoffs, []
 
 
 def group_names(cutoffs: Sequence[float], given: bool) -> tuple[str, ...]:
-    """Risks for the four quartiles, else numbers: what given cut-offs mean, only those know who gave them."""
+    """Name the risk groups.
+
+    Args:
+        cutoffs: Cut-offs between the groups.
+        given: Whether the user gave the cut-offs, so that their meaning is unknown.
+
+    Returns:
+        ViTiac's names for four quartiles, else numbered groups.
+
+    Example:
+        >>> group_names([10.0, 50.0], given=True)
+        ('group 1', 'group 2', 'group 3')
+    """
     if not given and len(cutoffs) + 1 == len(QUARTILES):
         return QUARTILES
     return tuple(f"group {number + 1}" for number in range(len(cutoffs) + 1))
 
 
 def group_of(volumes: np.ndarray, cutoffs: Sequence[float]) -> np.ndarray:
-    """Number of the first group whose cut-off a volume does not exceed, from 0."""
+    """Assign volumes to risk groups.
+
+    Args:
+        volumes: Volumes in mm3.
+        cutoffs: Ascending cut-offs in mm3.
+
+    Returns:
+        For each volume, the number (from 0) of the first group whose cut-off it does not exceed.
+
+    Example:
+        >>> group_of(np.array([0.0, 10.0, 10.1, 99.0]), [10.0, 50.0]).tolist()
+        [0, 0, 1, 2]
+    """
     return np.searchsorted(cutoffs, volumes, side="left")
 
 
-def risk(rows: Rows, model: str, label: str, cutoffs: tuple[float, ...], names: tuple[str, ...]) -> Risk:
-    """How one model's volumes put the cases into groups."""
-    annotated, predicted = (group_of(rows[column], cutoffs) for column in ("reference_mm3", "predicted_mm3"))
+def risk_groups(
+    columns: Columns, model: str, label: str, cutoffs: tuple[float, ...], names: tuple[str, ...]
+) -> RiskGroups:
+    """Compare the risk groups by predicted volume with those by reference volume.
+
+    Args:
+        columns: Columns of one model and label, with `reference_mm3` and `predicted_mm3`.
+        model: Name of the model.
+        label: Name of the label.
+        cutoffs: Ascending cut-offs in mm3.
+        names: Names of the groups, one more than cut-offs.
+
+    Returns:
+        Confusion matrix, number of correct cases and kappa.
+    """
+    reference, predicted = (group_of(columns[column], cutoffs) for column in ("reference_mm3", "predicted_mm3"))
     numbers = list(range(len(names)))
-    confusion = confusion_matrix(annotated, predicted, labels=numbers)
-    alone = len(set(annotated) | set(predicted)) == 1  # agreement by chance is then perfect as well: 0 / 0
-    kappa = None if alone else float(cohen_kappa_score(annotated, predicted, labels=numbers, weights="linear"))
-    return Risk(
+    confusion = confusion_matrix(reference, predicted, labels=numbers)
+    single_group = len(set(reference) | set(predicted)) == 1  # kappa is 0 / 0 then
+    kappa = None if single_group else float(cohen_kappa_score(reference, predicted, labels=numbers, weights="linear"))
+    return RiskGroups(
         model=model,
         label=label,
         cutoffs=cutoffs,
         groups=names,
         confusion=tuple(tuple(int(count) for count in row) for row in confusion),
-        n=len(annotated),
+        n=len(reference),
         correct=int(np.trace(confusion)),
         kappa=kappa,
     )
 
 
-def edges_of(values: np.ndarray, given: Sequence[float] | None = None) -> tuple[float, ...]:
-    """Edges of bins, ascending: those given between the lowest and the highest value, or quartiles.
+def bin_edges(values: np.ndarray, given: Sequence[float] | None = None) -> tuple[float, ...]:
+    """Find the edges of bins.
 
-    Quartiles that are equal are one, so that there are fewer bins, and a single edge where all values are equal.
+    Args:
+        values: The quantity to bin, one value per case.
+        given: Ascending inner edges; None for quartiles.
+
+    Returns:
+        Ascending edges from the lowest to the highest value. Equal quartiles are merged, so that there may be fewer
+        bins, and a single edge when all values are equal.
+
+    Example:
+        >>> bin_edges(np.array([1.0, 2.0, 5.0]), [3.0, 9.0])
+        (1.0, 3.0, 5.0)
     """
     if not len(values):
         return ()
@@ -83,16 +143,31 @@ def edges_of(values: np.ndarray, given: Sequence[float] | None = None) -> tuple[
     return (lowest, *(edge for edge in given if lowest < edge < highest), highest)
 
 
-def bins(rows: Rows, model: str, label: str, measure: str, quantity: str, edges: Sequence[float]) -> list[Bin]:
-    """A measure of one model and label by a quantity; bins in which it is nowhere defined are left out."""
+def bin_measure(
+    columns: Columns, model: str, label: str, measure: str, quantity: str, edges: Sequence[float]
+) -> list[Bin]:
+    """Average a measure over the cases of each bin.
+
+    Args:
+        columns: Columns of one model and label, with the measure and the quantity.
+        model: Name of the model.
+        label: Name of the label.
+        measure: Column to average.
+        quantity: Column to bin by.
+        edges: Ascending edges of the bins; see `bin_edges`.
+
+    Returns:
+        The bins in which the measure is defined for at least one case.
+    """
     if not len(edges):
         return []
     ranges = list(pairwise(edges)) or [(edges[0], edges[0])]
-    found = []
+    bins = []
     for number, (low, high) in enumerate(ranges):
-        inside = (rows[quantity] <= high) & (rows[quantity] > (low if number else -math.inf))
-        values = rows[measure][inside & np.isfinite(rows[measure])]
+        above = columns[quantity] > (low if number else -math.inf)  # only the first bin includes its lower edge
+        inside = above & (columns[quantity] <= high)
+        values = columns[measure][inside & np.isfinite(columns[measure])]
         if len(values):
             mean, median = float(values.mean()), float(np.median(values))
-            found.append(Bin(model, label, measure, quantity, low, high, len(values), mean, median))
-    return found
+            bins.append(Bin(model, label, measure, quantity, low, high, len(values), mean, median))
+    return bins

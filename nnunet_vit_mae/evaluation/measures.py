@@ -1,8 +1,8 @@
-"""Measures of one case and label: overlap, volume, surface distances, lesions. Arrays are z y x, lengths mm.
+"""Measures of one case and label: overlap, volume, surface distances and lesions. Arrays are z y x, lengths are mm.
 
-What is not defined is NaN: Dice where both masks are empty (nnU-Net's own rule), precision without a prediction, recall
-and the relative difference without a reference, surface distances where either is empty, measures of lesions without
-lesions. What is empty on one side only has a Dice of 0.
+A measure that is not defined is NaN: Dice where both masks are empty (as in nnU-Net), precision where the prediction is
+empty, recall and relative volume difference where the reference is empty, surface distances where either is empty, and
+lesion measures without lesions. Where only one mask is empty, Dice is 0.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from monai.metrics.hausdorff_distance import compute_hausdorff_distance
 from monai.metrics.utils import get_code_to_measure_table, get_surface_distance
 from scipy import ndimage
 
-NEIGHBOURS = np.ones((3, 3, 3), bool)  # 26: voxels that share a corner are one lesion
+NEIGHBOURS = np.ones((3, 3, 3), bool)  # 26-connected: voxels that share a corner belong to one lesion
 
 
 def measure(
@@ -28,36 +28,61 @@ def measure(
     tolerance: float = 1.0,
     min_lesion_voxels: int = 1,
 ) -> dict[str, float]:
-    """All measures of two boolean masks (z y x) by column name; `spacing` (z y x) and `tolerance` are in mm.
+    """Compute all measures of a predicted mask against its reference.
 
-    Raises `ValueError` for masks that do not fit each other or are not boolean.
+    Args:
+        reference: Boolean mask (z y x).
+        prediction: Boolean mask of the same shape.
+        spacing: Voxel size in mm (z y x).
+        tolerance: Tolerance of the surface Dice in mm.
+        min_lesion_voxels: Smallest component that is counted as a lesion.
+
+    Returns:
+        The measures by column name of `cases.csv`; NaN where a measure is not defined.
+
+    Raises:
+        ValueError: If the masks are not boolean, not three-dimensional, or differ in shape.
+
+    Example:
+        >>> reference, prediction = np.zeros((2, 3, 4, 5), bool)
+        >>> reference[1, 1, 1:3] = prediction[1, 1, 2:4] = True
+        >>> result = measure(reference, prediction, spacing=(3.0, 1.0, 1.0))
+        >>> result["dice"], result["recall"], result["reference_mm3"]
+        (0.5, 0.5, 6.0)
     """
     if reference.shape != prediction.shape or reference.ndim != 3 or len(spacing) != 3:
-        raise ValueError(f"Masks have to be z y x and of one shape, got {reference.shape} and {prediction.shape}.")
+        raise ValueError(f"Masks must be z y x and have one shape, got {reference.shape} and {prediction.shape}.")
     if reference.dtype != bool or prediction.dtype != bool:
-        raise ValueError(f"Masks have to be boolean, got {reference.dtype} and {prediction.dtype}.")
-    voxel = math.prod(spacing)
+        raise ValueError(f"Masks must be boolean, got {reference.dtype} and {prediction.dtype}.")
+    voxel_mm3 = math.prod(spacing)
     reference, prediction = crop_to_union(reference, prediction)
     return {
         **overlap(reference, prediction),
-        **volumes(int(reference.sum()), int(prediction.sum()), voxel),
-        **surfaces(reference, prediction, spacing, tolerance),
+        **volumes(int(reference.sum()), int(prediction.sum()), voxel_mm3),
+        **surface_distances(reference, prediction, spacing, tolerance),
         **lesions(reference, prediction, min_lesion_voxels),
     }
 
 
 def crop_to_union(reference: np.ndarray, prediction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both masks in the bounding box of their union with one voxel of nothing around: no measure sees more than that.
+    """Crop two masks to the bounding box of their union, with a margin of one empty voxel.
 
-    Everything after it takes time and memory for the object, not for the image.
+    No measure depends on more than that, and the others then take time and memory for the object, not for the image.
+
+    Args:
+        reference: Boolean mask (z y x).
+        prediction: Boolean mask of the same shape.
+
+    Returns:
+        Both masks, cropped and padded.
     """
-    found = ndimage.find_objects((reference | prediction).astype(np.uint8))
-    box = found[0] if found else (slice(0, 1),) * 3  # two empty masks
+    boxes = ndimage.find_objects((reference | prediction).astype(np.uint8))
+    box = boxes[0] if boxes else (slice(0, 1),) * 3  # both masks are empty
     return np.pad(reference[box], 1), np.pad(prediction[box], 1)
 
 
 def overlap(reference: np.ndarray, prediction: np.ndarray) -> dict[str, float]:
-    """Dice, precision and recall of voxels."""
+    """Compute Dice, precision and recall of two boolean masks, by voxels."""
     both, first, second = (int(mask.sum()) for mask in (reference & prediction, reference, prediction))
     return {
         "dice": _ratio(2 * both, first + second),
@@ -67,7 +92,20 @@ def overlap(reference: np.ndarray, prediction: np.ndarray) -> dict[str, float]:
 
 
 def volumes(reference: int, prediction: int, voxel_mm3: float) -> dict[str, float]:
-    """Volumes from numbers of voxels, and their signed, absolute and relative difference."""
+    """Compute volumes and their signed, absolute and relative difference.
+
+    Args:
+        reference: Number of reference voxels.
+        prediction: Number of predicted voxels.
+        voxel_mm3: Volume of a voxel in mm3.
+
+    Returns:
+        Volumes and differences by column name.
+
+    Example:
+        >>> volumes(4, 6, 0.5)["relative_difference"]
+        0.5
+    """
     difference = prediction - reference
     return {
         "reference_voxels": reference,
@@ -80,31 +118,49 @@ def volumes(reference: int, prediction: int, voxel_mm3: float) -> dict[str, floa
     }
 
 
-def surfaces(
+def surface_distances(
     reference: np.ndarray, prediction: np.ndarray, spacing: Sequence[float], tolerance: float
 ) -> dict[str, float]:
-    """HD95 in mm and surface Dice at `tolerance` mm, by MONAI.
+    """Compute HD95 and surface Dice with MONAI.
 
-    HD95 is the larger of the two directed 95th percentiles, between the centres of voxels that have a face on the
-    outside. Surface Dice is that of Nikolov et al. (https://arxiv.org/abs/1809.04430): surface elements count by their
-    area, for voxels that are longer than wide have faces of different size.
+    HD95 is the larger of the two directed 95th percentiles of the distance between the centres of surface voxels.
+    Surface Dice follows Nikolov et al. (https://arxiv.org/abs/1809.04430): surface elements are weighted by their area,
+    because the faces of anisotropic voxels differ in size.
+
+    Args:
+        reference: Boolean mask (z y x), cropped by `crop_to_union`.
+        prediction: Boolean mask of the same shape.
+        spacing: Voxel size in mm (z y x).
+        tolerance: Tolerance of the surface Dice in mm.
+
+    Returns:
+        HD95 in mm and surface Dice by column name; NaN where a mask is empty.
     """
     if not (reference.any() and prediction.any()):
         return {"hd95_mm": math.nan, "surface_dice": math.nan}
-    sides = tuple(float(side) for side in spacing)  # MONAI wants them all of one type
+    sides = tuple(float(side) for side in spacing)  # MONAI needs all of one type
     pair = [torch.from_numpy(mask)[None, None] for mask in (prediction, reference)]
     with warnings.catch_warnings():
-        # MONAI 1.5 and 1.6 pass an argument to themselves that they deprecate
+        # MONAI 1.5 and 1.6 use an argument that they deprecate themselves
         warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
-        # the object is the only channel, and `include_background` keeps it
+        # `include_background` keeps the only channel, which is the object
         hd95 = compute_hausdorff_distance(*pair, percentile=95, include_background=True, spacing=sides)
     return {"hd95_mm": float(hd95), "surface_dice": surface_dice(reference, prediction, sides, tolerance)}
 
 
 def surface_dice(reference: np.ndarray, prediction: np.ndarray, spacing: tuple[float, ...], tolerance: float) -> float:
-    """`compute_surface_dice(use_subvoxels=True)` from MONAI's own parts, which takes gigabytes for scattered objects.
+    """Compute the surface Dice as MONAI's `compute_surface_dice(use_subvoxels=True)`, from MONAI's own functions.
 
-    The masks have to be cropped (`crop_to_union`), for a surface closes only where there is nothing around it.
+    MONAI's takes gigabytes for scattered objects.
+
+    Args:
+        reference: Boolean mask (z y x), cropped by `crop_to_union`: only an empty margin closes the surface.
+        prediction: Boolean mask of the same shape.
+        spacing: Voxel size in mm (z y x).
+        tolerance: Tolerance in mm.
+
+    Returns:
+        The share of both surfaces, by area, that lies within the tolerance of the other.
     """
     table, weights = get_code_to_measure_table(spacing)
     areas = [_areas(mask, weights.squeeze().numpy(), table.numpy()) for mask in (reference, prediction)]
@@ -118,7 +174,7 @@ def surface_dice(reference: np.ndarray, prediction: np.ndarray, spacing: tuple[f
 
 
 def _areas(mask: np.ndarray, weights: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Area of the surface between each eight neighbouring voxels, in mm2; one less than the mask along each axis."""
+    """Return the surface area (mm2) between each eight neighbouring voxels; sides are one less than the mask's."""
     codes = np.zeros(np.subtract(mask.shape, 1), np.uint8)
     for z, y, x in np.ndindex(2, 2, 2):
         part = mask[tuple(slice(start, start + size) for start, size in zip((z, y, x), codes.shape, strict=True))]
@@ -127,29 +183,43 @@ def _areas(mask: np.ndarray, weights: np.ndarray, table: np.ndarray) -> np.ndarr
 
 
 def lesions(reference: np.ndarray, prediction: np.ndarray, smallest: int) -> dict[str, float]:
-    """Lesion-wise detection: 26-connected components of at least `smallest` voxels.
+    """Measure the detection of lesions, which are 26-connected components.
 
-    A lesion is found when at least one predicted voxel lies in it, and a predicted one is false when no reference voxel
-    lies in it. Components that are too small count neither as lesions nor as false ones, but what they touch is not
-    false or missed: they are there, only not counted.
+    A reference lesion is found when at least one predicted voxel lies in it. A predicted lesion is false when no
+    reference voxel lies in it. Smaller components are not counted, but their voxels still make the lesions that they
+    touch found or true.
+
+    Args:
+        reference: Boolean mask (z y x).
+        prediction: Boolean mask of the same shape.
+        smallest: Smallest number of voxels of a lesion.
+
+    Returns:
+        Numbers of lesions, recall, precision and F1 by column name; NaN where a measure is not defined.
+
+    Example:
+        >>> reference, prediction = np.zeros((2, 1, 1, 9), bool)
+        >>> reference[0, 0, [0, 1, 4]] = prediction[0, 0, [1, 7]] = True
+        >>> lesions(reference, prediction, smallest=1)["lesion_f1"]
+        0.5
     """
     found = _touched(reference, prediction, smallest)
     true = _touched(prediction, reference, smallest)
-    hits, missed, false = int(found.sum()), int((~found).sum()), int((~true).sum())
+    number_found, missed, false = int(found.sum()), int((~found).sum()), int((~true).sum())
     return {
         "reference_lesions": len(found),
         "predicted_lesions": len(true),
-        "found_lesions": hits,
+        "found_lesions": number_found,
         "false_lesions": false,
-        "lesion_recall": _ratio(hits, len(found)),
+        "lesion_recall": _ratio(number_found, len(found)),
         "lesion_precision": _ratio(len(true) - false, len(true)),
-        # of lesions, not of components: two lesions that one predicted component covers are both found
-        "lesion_f1": _ratio(2 * hits, 2 * hits + missed + false),
+        # counts reference lesions: two lesions that one predicted component covers are both found
+        "lesion_f1": _ratio(2 * number_found, 2 * number_found + missed + false),
     }
 
 
 def _touched(mask: np.ndarray, other: np.ndarray, smallest: int) -> np.ndarray:
-    """For each component of `mask` that is large enough, whether `other` has a voxel in it."""
+    """Return, for each component of `mask` that is large enough, whether `other` has a voxel in it."""
     components, count = ndimage.label(mask, NEIGHBOURS)  # pyright: ignore[reportGeneralTypeIssues]
     sizes = np.bincount(components[mask], minlength=count + 1)[1:]
     hits = np.bincount(components[mask & other], minlength=count + 1)[1:]

@@ -1,4 +1,4 @@
-"""What an evaluation finds, as data: `cases.csv` and `summary.json` hold it, figures and the report draw it."""
+"""The results of an evaluation, as data: written to `cases.csv` and `summary.json`, drawn in figures and the report."""
 
 from __future__ import annotations
 
@@ -7,42 +7,43 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A column of `cases.csv` that is averaged over cases."""
+    """A measure of segmentation quality, averaged over cases."""
 
-    column: str
+    column: str  # in cases.csv
     title: str
     unit: str = ""
-    higher_is_better: bool | None = None  # None: neither
+    higher_is_better: bool | None = None  # None: neither direction is better
 
 
 MEASURES = (
     Measure("dice", "Dice", higher_is_better=True),
     Measure("precision", "Precision", higher_is_better=True),
     Measure("recall", "Recall", higher_is_better=True),
-    Measure("difference_mm3", "Volume difference (predicted - annotated)", "mm³"),
+    Measure("difference_mm3", "Volume difference (predicted - reference)", "mm³"),
     Measure("absolute_difference_mm3", "Absolute volume difference", "mm³", higher_is_better=False),
-    Measure("relative_difference", "Absolute volume difference / annotated volume", higher_is_better=False),
-    Measure("hd95_mm", "95th percentile of the Hausdorff distance", "mm", higher_is_better=False),
+    Measure("relative_difference", "Absolute relative volume difference", higher_is_better=False),
+    Measure("hd95_mm", "95th percentile Hausdorff distance", "mm", higher_is_better=False),
     Measure("surface_dice", "Surface Dice", higher_is_better=True),
-    Measure("lesion_recall", "Lesions found", higher_is_better=True),
-    Measure("lesion_precision", "Predicted lesions that are true", higher_is_better=True),
-    Measure("lesion_f1", "F1 of lesions", higher_is_better=True),
+    Measure("lesion_recall", "Lesion recall", higher_is_better=True),
+    Measure("lesion_precision", "Lesion precision", higher_is_better=True),
+    Measure("lesion_f1", "Lesion F1", higher_is_better=True),
 )
 
 
 @dataclass(frozen=True)
-class Options:
-    """What can be chosen; the report states it."""
+class EvaluationOptions:
+    """The user's choices, which the report states."""
 
     tolerance_mm: float = 1.0  # of the surface Dice
-    min_lesion_voxels: int = 1
-    cutoffs_mm3: tuple[float, ...] | None = None  # None: quartiles of the annotated volumes
-    thickness_bins_mm: tuple[float, ...] | None = None  # None: quartiles
+    min_lesion_voxels: int = 1  # smaller components are not lesions
+    cutoffs_mm3: tuple[float, ...] | None = None  # None: quartiles of the reference volumes
+    thickness_bins_mm: tuple[float, ...] | None = None  # None: quartiles of the slice thicknesses
     resamples: int = 1000
     confidence: float = 0.95
     seed: int = 0
@@ -50,21 +51,21 @@ class Options:
 
 @dataclass(frozen=True)
 class Mean:
-    """A measure of one model and label over the cases in which it is defined; NaN when there are none."""
+    """Mean of a measure of one model and label over the cases in which it is defined; NaN when there are none."""
 
     model: str
     label: str
-    measure: str  # a column
+    measure: str  # column
     mean: float
-    low: float  # bootstrap interval
+    low: float  # of the bootstrap interval
     high: float
-    n: int
-    left_out: int  # cases in which it is not defined
+    n: int  # cases
+    left_out: int  # cases in which the measure is not defined
 
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Two models on the cases in which both have a value; `difference` is second minus first."""
+    """Comparison of two models on the cases in which both have a value."""
 
     first: str
     second: str
@@ -72,57 +73,57 @@ class PairedTest:
     measure: str
     first_mean: float
     second_mean: float
-    difference: float
-    n: int
-    changed: int  # cases that differ: the only ones that the test looks at
-    p: float | None  # two-sided Wilcoxon signed-rank; None when no case differs
+    difference: float  # mean of second minus first
+    n: int  # cases
+    changed: int  # cases that differ: the test ignores the others
+    p: float | None  # two-sided Wilcoxon signed-rank test; None when no case differs
     p_holm: float | None  # corrected for all pairs of models and labels of this measure
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Bland-Altman: bias (predicted - annotated, mm3) and 95% limits of agreement, bias ± 1.96 standard deviations."""
+    """Bland-Altman agreement of predicted and reference volumes, in mm3."""
 
     model: str
     label: str
-    n: int
-    bias: float
-    lower: float
+    n: int  # cases
+    bias: float  # mean of predicted minus reference volume
+    lower: float  # 95% limits of agreement: bias ± 1.96 standard deviations
     upper: float
 
 
 @dataclass(frozen=True)
-class Risk:
-    """Cases grouped by annotated and by predicted volume (ViTiac, section 3.2)."""
+class RiskGroups:
+    """Cases grouped by reference volume and by predicted volume (ViTiac, section 3.2)."""
 
     model: str
     label: str
     cutoffs: tuple[float, ...]  # mm3, ascending: a volume belongs to the first group whose cut-off it does not exceed
-    groups: tuple[str, ...]  # one more than cut-offs
-    confusion: tuple[tuple[int, ...], ...]  # rows: by annotated volume, columns: by predicted volume
-    n: int
-    correct: int
-    kappa: float | None  # with linear weights; None when all cases are in one group twice
+    groups: tuple[str, ...]  # names, one more than cut-offs
+    confusion: tuple[tuple[int, ...], ...]  # rows: by reference volume, columns: by predicted volume
+    n: int  # cases
+    correct: int  # cases in the right group
+    kappa: float | None  # Cohen's, with linear weights; None when all volumes are in a single group
 
 
 @dataclass(frozen=True)
 class Bin:
-    """A measure in the cases whose `quantity` (a column) lies in a range (ViTiac, supplementary figure 2)."""
+    """A measure in the cases whose `quantity` lies in a range (ViTiac, supplementary figure 2)."""
 
     model: str
     label: str
-    measure: str
+    measure: str  # column
     quantity: str  # slice_thickness_mm or reference_mm3
-    low: float  # of the range: the lowest bin has it, all others begin above it
+    low: float  # of the range: only the lowest bin includes it
     high: float
-    n: int
+    n: int  # cases
     mean: float
     median: float
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything that `mae3d_evaluate` found."""
+    """All results of `mae3d_evaluate`."""
 
     models: tuple[str, ...]
     labels: tuple[str, ...]
@@ -130,8 +131,24 @@ class Evaluation:
     means: tuple[Mean, ...]
     tests: tuple[PairedTest, ...]
     agreements: tuple[Agreement, ...]
-    risks: tuple[Risk, ...]
+    risks: tuple[RiskGroups, ...]
     bins: tuple[Bin, ...]
     settings: Mapping[str, object]  # resamples, confidence, seed, tolerance_mm, min_lesion_voxels ...
-    versions: Mapping[str, str] = field(default_factory=dict)  # packages
-    notes: tuple[str, ...] = ()  # sentences that a reader has to know, e.g. how many cases were left out and why
+    versions: Mapping[str, str] = field(default_factory=dict)  # of packages
+    notes: tuple[str, ...] = ()  # sentences for the reader, e.g. how many cases were left out and why
+
+    def rows_of(self, label: str, model: str | None = None) -> pd.DataFrame:
+        """Return the cases of a label, of one model or of all."""
+        chosen = self.cases["label"] == label
+        if model is not None:
+            chosen &= self.cases["model"] == model
+        return self.cases.loc[chosen]
+
+    def volumes_of(self, label: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Return the reference and the predicted volume (mm3) of each case, by model."""
+        volumes = {}
+        for model in self.models:
+            rows = self.rows_of(label, model)
+            pair = rows[["reference_mm3", "predicted_mm3"]].dropna().to_numpy(dtype=float)
+            volumes[model] = (pair[:, 0], pair[:, 1])
+        return volumes

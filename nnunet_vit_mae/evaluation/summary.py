@@ -1,12 +1,10 @@
-"""From the table of cases to everything that is said of them: means, tests, agreement, risk groups, bins, notes."""
+"""Summarise the measures of all cases: means, paired tests, agreement, risk groups, bins and notes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
-from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,87 +12,157 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-import nnunet_vit_mae
 from nnunet_vit_mae.evaluation import clinical
-from nnunet_vit_mae.evaluation.clinical import Rows
-from nnunet_vit_mae.evaluation.results import MEASURES, Agreement, Bin, Evaluation, Mean, Options, PairedTest, Risk
+from nnunet_vit_mae.evaluation.clinical import Columns
+from nnunet_vit_mae.evaluation.results import (
+    MEASURES,
+    Agreement,
+    Bin,
+    Evaluation,
+    EvaluationOptions,
+    Mean,
+    PairedTest,
+    RiskGroups,
+)
 from nnunet_vit_mae.files import replacing, write_json
-from nnunet_vit_mae.statistics import compare, holm, mean_interval
+from nnunet_vit_mae.statistics import FEW_PAIRS, compare, holm, limits_of_agreement, mean_interval, smallest_p
+from nnunet_vit_mae.weights import package_versions
 
-REPORTED_PACKAGES = ("monai", "numpy", "pandas", "scikit-learn", "scipy", "SimpleITK", "statsmodels")
-FEW = 5  # pairs: whatever they are, p cannot get below 0.05
-LIMIT_SDS = 1.96  # standard deviations: 95% of a normal distribution lie within
-BINNED = (("dice", "slice_thickness_mm"), ("relative_difference", "reference_mm3"))
-GROUPS = {"reference_group": "reference_mm3", "predicted_group": "predicted_mm3"}
+REPORTED_PACKAGES = (
+    "nnunet-vit-mae",
+    "monai",
+    "numpy",
+    "pandas",
+    "scikit-learn",
+    "scipy",
+    "SimpleITK",
+    "statsmodels",
+)
+BINNED = (("dice", "slice_thickness_mm"), ("relative_difference", "reference_mm3"))  # measure and quantity
+GROUP_COLUMNS = {"reference_group": "reference_mm3", "predicted_group": "predicted_mm3"}
 
 
 def evaluate(
-    cases: pd.DataFrame, models: Sequence[str], labels: Sequence[str], options: Options, notes: Sequence[str] = ()
+    cases: pd.DataFrame,
+    models: Sequence[str],
+    labels: Sequence[str],
+    options: EvaluationOptions,
+    notes: Sequence[str] = (),
 ) -> Evaluation:
-    """Sum up a row for each model, case and label, ordered so; the table gets columns of the risk groups."""
-    table = Measurements(cases, models, labels)
-    risks, groups, about_risks = _risks(table, options)
-    binned, about_bins = _bins(table, options)
-    columns = {
-        column: [groups[label](volume) for volume, label in zip(cases[quantity], cases["label"], strict=True)]
-        for column, quantity in GROUPS.items()
+    """Summarise the measures of all cases.
+
+    Args:
+        cases: A row for each model, case and label, in this order; see `measure_cases`.
+        models: Names of the models.
+        labels: Names of the labels.
+        options: The user's choices.
+        notes: Sentences for the reader that are known already.
+
+    Returns:
+        All results; their table of cases has columns of risk groups in addition.
+    """
+    measurements = Measurements(cases, models, labels)
+    risks, groups, notes_on_risks = _risks(measurements, options)
+    bins, notes_on_bins = _bins(measurements, options)
+    group_columns = {
+        column: [
+            _group_name(volume, *groups[label]) for volume, label in zip(cases[quantity], cases["label"], strict=True)
+        ]
+        for column, quantity in GROUP_COLUMNS.items()
     }
     return Evaluation(
         models=tuple(models),
         labels=tuple(labels),
-        cases=cases.assign(**columns),
-        means=tuple(_mean(*key, measure.column, rows, options) for key, rows in table.items() for measure in MEASURES),
-        tests=tuple(test for measure in MEASURES for test in paired_tests(table, measure.column)),
-        agreements=tuple(agreement(*key, rows["difference_mm3"]) for key, rows in table.items()),
+        cases=cases.assign(**group_columns),
+        means=tuple(
+            _mean(*key, measure.column, columns, options)
+            for key, columns in measurements.items()
+            for measure in MEASURES
+        ),
+        tests=tuple(test for measure in MEASURES for test in paired_tests(measurements, measure.column)),
+        agreements=tuple(_agreement(*key, columns) for key, columns in measurements.items()),
         risks=tuple(risks),
-        bins=tuple(binned),
+        bins=tuple(bins),
         settings=asdict(options),
-        versions={"nnunet-vit-mae": nnunet_vit_mae.__version__, **{name: version(name) for name in REPORTED_PACKAGES}},
-        notes=(*notes, *_undefined(table), *about_risks, *about_bins),
+        versions=package_versions(REPORTED_PACKAGES),
+        notes=(
+            *notes,
+            *_notes_on_empty_masks(measurements),
+            *_notes_on_few_cases(measurements),
+            *notes_on_risks,
+            *notes_on_bins,
+        ),
     )
 
 
 class Measurements:
-    """The columns of each model and label, as arrays over the cases, which are the same for all."""
+    """The measures of all cases as columns of each model and label; the cases are the same in all of them."""
 
     def __init__(self, cases: pd.DataFrame, models: Sequence[str], labels: Sequence[str]):
         self.models, self.labels = models, labels
-        self._rows: dict[tuple[str, str], Rows] = {}
+        self._columns: dict[tuple[str, str], Columns] = {}
         for model in models:
             for label in labels:
-                own: Any = cases[(cases["model"] == model) & (cases["label"] == label)]
-                self._rows[model, label] = {str(column): own[column].to_numpy() for column in own}
+                rows: Any = cases[(cases["model"] == model) & (cases["label"] == label)]
+                self._columns[model, label] = {str(column): rows[column].to_numpy() for column in rows}
 
-    def of(self, label: str, model: str | None = None) -> Rows:
-        """Without a model the first one: for columns of the references, which are the same in all."""
-        return self._rows[model or self.models[0], label]
+    def columns(self, model: str, label: str) -> Columns:
+        """Return the columns of one model and label."""
+        return self._columns[model, label]
 
-    def items(self) -> Iterable[tuple[tuple[str, str], Rows]]:
-        return self._rows.items()
+    def reference(self, label: str) -> Columns:
+        """Return the columns of a label, for those that describe the reference and are the same for all models."""
+        return self._columns[self.models[0], label]
+
+    def items(self) -> Iterable[tuple[tuple[str, str], Columns]]:
+        """Iterate over (model, label) and their columns."""
+        return self._columns.items()
 
 
-def paired_tests(table: Measurements, measure: str) -> list[PairedTest]:
-    """Every two models on the cases in which both have a value, with Holm's correction over all of these tests."""
+def paired_tests(measurements: Measurements, measure: str) -> list[PairedTest]:
+    """Compare each two models on the cases in which both have a value.
+
+    Args:
+        measurements: The measures of all cases.
+        measure: The column to compare.
+
+    Returns:
+        A test for each label and pair of models; Holm's correction covers all of them.
+    """
     tests = []
-    for label in table.labels:
-        for first, second in combinations(table.models, 2):
-            pairs = np.stack([table.of(label, model)[measure] for model in (first, second)])
-            found = compare(*pairs[:, np.isfinite(pairs).all(axis=0)].tolist())
-            numbers = (found.first, found.second, found.difference, found.n, found.changed, found.p)
-            tests.append(PairedTest(first, second, label, measure, *numbers, p_holm=None))
+    for label in measurements.labels:
+        for first, second in combinations(measurements.models, 2):
+            pairs = np.stack([measurements.columns(model, label)[measure] for model in (first, second)])
+            compared = compare(*pairs[:, np.isfinite(pairs).all(axis=0)].tolist())
+            tests.append(
+                PairedTest(
+                    first=first,
+                    second=second,
+                    label=label,
+                    measure=measure,
+                    first_mean=compared.first,
+                    second_mean=compared.second,
+                    difference=compared.difference,
+                    n=compared.n,
+                    changed=compared.changed,
+                    p=compared.p,
+                    p_holm=None,
+                )
+            )
     corrected = holm([test.p for test in tests])
     return [replace(test, p_holm=p) for test, p in zip(tests, corrected, strict=True)]
 
 
-def agreement(model: str, label: str, differences: np.ndarray) -> Agreement:
-    """Bland-Altman: predicted minus annotated volumes in mm3; the limits are NaN for a single case."""
-    bias = float(differences.mean())
-    spread = LIMIT_SDS * float(differences.std(ddof=1)) if len(differences) > 1 else math.nan
-    return Agreement(model, label, len(differences), bias, bias - spread, bias + spread)
-
-
 def write_tables(evaluation: Evaluation, folder: Path) -> list[Path]:
-    """Write `cases.csv` and `summary.json`; what has no value is empty in the one and null in the other."""
+    """Write the results as tables.
+
+    Args:
+        evaluation: The results.
+        folder: Where to write `cases.csv`, with empty cells for missing values, and `summary.json`, with null.
+
+    Returns:
+        The files written.
+    """
     table, summary = folder / "cases.csv", folder / "summary.json"
     with replacing(table) as temporary:
         evaluation.cases.to_csv(temporary, index=False, encoding="utf-8", lineterminator="\n")
@@ -114,82 +182,97 @@ def write_tables(evaluation: Evaluation, folder: Path) -> list[Path]:
     return [table, summary]
 
 
-def _mean(model: str, label: str, measure: str, rows: Rows, options: Options) -> Mean:
-    values = rows[measure]
+def _mean(model: str, label: str, measure: str, columns: Columns, options: EvaluationOptions) -> Mean:
+    values = columns[measure]
     known = values[np.isfinite(values)].astype(float)
-    chosen = {"resamples": options.resamples, "confidence": options.confidence, "seed": options.seed}
-    low, high = mean_interval(known.tolist(), **chosen)
+    low, high = mean_interval(
+        known.tolist(), resamples=options.resamples, confidence=options.confidence, seed=options.seed
+    )
     mean = float(known.mean()) if len(known) else math.nan
     return Mean(model, label, measure, mean, low, high, n=len(known), left_out=len(values) - len(known))
 
 
+def _agreement(model: str, label: str, columns: Columns) -> Agreement:
+    differences = columns["difference_mm3"]
+    return Agreement(model, label, len(differences), *limits_of_agreement(differences))
+
+
 def _risks(
-    table: Measurements, options: Options
-) -> tuple[list[Risk], dict[str, Callable[[float], str | None]], list[str]]:
-    """Risk groups of each model and label, the name of a volume's group by label, and notes."""
+    measurements: Measurements, options: EvaluationOptions
+) -> tuple[list[RiskGroups], dict[str, tuple[tuple[float, ...], tuple[str, ...]]], list[str]]:
+    """Return the risk groups of each model and label, cut-offs and names of the groups by label, and notes."""
     risks, groups, notes = [], {}, []
-    for label in table.labels:
-        cutoffs, reasons = clinical.find_cutoffs(table.of(label)["reference_mm3"], options.cutoffs_mm3)
+    for label in measurements.labels:
+        cutoffs, reasons = clinical.find_cutoffs(measurements.reference(label)["reference_mm3"], options.cutoffs_mm3)
         notes += [f"{label}: {reason}" for reason in reasons]
         names = clinical.group_names(cutoffs, options.cutoffs_mm3 is not None)
-        groups[label] = partial(_group, cutoffs=cutoffs, names=names)
+        groups[label] = (cutoffs, names)
         if cutoffs:
-            risks += [clinical.risk(table.of(label, model), model, label, cutoffs, names) for model in table.models]
+            risks += [
+                clinical.risk_groups(measurements.columns(model, label), model, label, cutoffs, names)
+                for model in measurements.models
+            ]
     return risks, groups, notes
 
 
-def _group(volume: float, cutoffs: tuple[float, ...], names: tuple[str, ...]) -> str | None:
+def _group_name(volume: float, cutoffs: tuple[float, ...], names: tuple[str, ...]) -> str | None:
     return names[int(clinical.group_of(np.array(volume), cutoffs))] if cutoffs else None
 
 
-def _bins(table: Measurements, options: Options) -> tuple[list[Bin], list[str]]:
-    """Each measure by its quantity; the edges are those of the cases, the same for all models."""
-    found = []
-    for label in table.labels:
-        thickness, volumes = (table.of(label)[quantity] for quantity in ("slice_thickness_mm", "reference_mm3"))
+def _bins(measurements: Measurements, options: EvaluationOptions) -> tuple[list[Bin], list[str]]:
+    """Return each measure by its quantity, in bins that are the same for all models, and notes."""
+    bins = []
+    for label in measurements.labels:
+        columns = measurements.reference(label)
+        volumes = columns["reference_mm3"]
         edges = {
-            "slice_thickness_mm": clinical.edges_of(thickness, options.thickness_bins_mm),
-            "reference_mm3": clinical.edges_of(volumes[volumes > 0]),  # no difference is relative to nothing
+            "slice_thickness_mm": clinical.bin_edges(columns["slice_thickness_mm"], options.thickness_bins_mm),
+            "reference_mm3": clinical.bin_edges(volumes[volumes > 0]),  # empty ones have no relative difference
         }
-        for model in table.models:
+        for model in measurements.models:
             for measure, quantity in BINNED:
-                found += clinical.bins(table.of(label, model), model, label, measure, quantity, edges[quantity])
-    thickness = table.of(table.labels[0])["slice_thickness_mm"]
+                columns = measurements.columns(model, label)
+                bins += clinical.bin_measure(columns, model, label, measure, quantity, edges[quantity])
+    thickness = measurements.reference(measurements.labels[0])["slice_thickness_mm"]
     if len(thickness) > 1 and np.ptp(thickness) == 0:
-        return found, [f"All cases have a slice thickness of {thickness[0]:g} mm: nothing is said of other ones."]
-    return found, []
+        note = f"All cases have a slice thickness of {thickness[0]:g} mm: the results say nothing about other ones."
+        return bins, [note]
+    return bins, []
 
 
-def _undefined(table: Measurements) -> Iterator[str]:
-    """Which means leave out cases, and what an empty mask counts in the others."""
-    for label in table.labels:
-        empty = table.of(label)["reference_voxels"] == 0
+def _notes_on_empty_masks(measurements: Measurements) -> Iterator[str]:
+    """Tell which means leave out cases, and how an empty mask counts in the others."""
+    for label in measurements.labels:
+        empty = measurements.reference(label)["reference_voxels"] == 0
         if empty.any():
             yield (
-                f"{label}: the reference is empty in {_of(empty)}: recall, relative volume difference, surface "
-                "distances and the share of lesions found leave them out; Dice and precision are 0 there where "
-                "anything is predicted, and leave out what is rightly empty."
+                f"{label}: the reference is empty in {_of_cases(empty)}. Recall, relative volume difference, surface "
+                "distances and lesion recall leave these cases out. Dice and precision are 0 there if the model "
+                "predicts anything, and leave the case out otherwise."
             )
-        for model in table.models:
-            missed = ~empty & (table.of(label, model)["predicted_voxels"] == 0)
+        for model in measurements.models:
+            missed = ~empty & (measurements.columns(model, label)["predicted_voxels"] == 0)
             if missed.any():
                 yield (
-                    f"{label}: {model} predicts nothing in {_of(missed)} although there is something: Dice is 0 there, "
-                    "but precision and surface distances leave them out, so that their means look better than they are."
+                    f"{label}: {model} predicts nothing in {_of_cases(missed)} with a reference. Dice is 0 there, but "
+                    "precision and surface distances leave these cases out, so their means look better than they are."
                 )
-    cases = len(table.of(table.labels[0])["case"])
+
+
+def _notes_on_few_cases(measurements: Measurements) -> Iterator[str]:
+    cases = len(measurements.reference(measurements.labels[0])["case"])
     if cases == 1:
-        yield "There is one case only: no intervals, and no limits of agreement."
-    if len(table.models) > 1 and cases <= FEW:
-        yield f"So few cases ({cases}) cannot give a p below {2.0 ** (1 - cases):g}."
+        yield "There is only one case, so there are no confidence intervals and no limits of agreement."
+    if len(measurements.models) > 1 and cases <= FEW_PAIRS:
+        yield f"With so few cases ({cases}), p cannot be below {smallest_p(cases):g}."
 
 
-def _of(chosen: np.ndarray) -> str:
+def _of_cases(chosen: np.ndarray) -> str:
     return f"{int(chosen.sum())} of {len(chosen)} cases"
 
 
 def _without_nan(content: Any) -> Any:
-    """JSON has no word for NaN."""
+    """Replace NaN and Inf, which JSON does not have, by None."""
     if isinstance(content, Mapping):
         return {key: _without_nan(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):

@@ -1,120 +1,147 @@
-"""Numbers and findings in words that a reader of a report understands."""
+"""Numbers and results as text for the reader of a report."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
-from nnunet_vit_mae.evaluation.results import MEASURES, Agreement, Evaluation, Mean, Measure, PairedTest, Risk
+from nnunet_vit_mae.evaluation.results import MEASURES, Agreement, Evaluation, Mean, Measure, PairedTest, RiskGroups
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-SIGNIFICANT = 0.05  # of p, corrected
-NOTHING = "\N{EN DASH}"
+SIGNIFICANT = 0.05  # corrected p-values below are significant
+NO_VALUE = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
-LEADING = ("dice", "absolute_difference_mm3")
+HIGHLIGHTED = ("dice", "absolute_difference_mm3")
 BY_COLUMN = {measure.column: measure for measure in MEASURES}
-TITLES = {"reference_mm3": "Annotated volume", "slice_thickness_mm": "Slice thickness"} | {
+TITLES = {"reference_mm3": "Reference volume", "slice_thickness_mm": "Slice thickness"} | {
     measure.column: measure.title for measure in MEASURES
 }
 UNITS = {"reference_mm3": "mm³", "slice_thickness_mm": "mm"} | {measure.column: measure.unit for measure in MEASURES}
-
-
-def rows_of(evaluation: Evaluation, label: str, model: str | None = None) -> pd.DataFrame:
-    """The cases of a label, of one model or of all."""
-    chosen = evaluation.cases["label"] == label
-    return evaluation.cases.loc[chosen if model is None else chosen & (evaluation.cases["model"] == model)]
 
 
 # ---------- numbers
 
 
 def rounded(value: float, digits: int) -> str:
-    """A number with a real minus, and none before a zero."""
+    """Format a number with a typographic minus, and none before a zero.
+
+    >>> rounded(1234.56, 1), rounded(-0.001, 2)
+    ('1,234.6', '0.00')
+    """
     text = f"{value:,.{digits}f}"
-    return (text.lstrip("-") if not any(digit in text for digit in "123456789") else text).replace("-", MINUS)
+    is_zero = not any(digit in text for digit in "123456789")
+    return text.lstrip("-") if is_zero else text.replace("-", MINUS)
 
 
-def tick(value: float) -> str:
-    """A number on an axis."""
+def axis_text(value: float) -> str:
+    """Format a number on an axis."""
     return f"{value:,.6g}".replace("-", MINUS)
 
 
 def digits_of(*values: float) -> int:
-    """Decimals that give the largest of some volumes or lengths three digits, and at most two decimals."""
+    """Return the number of decimals (0 to 2) that gives the largest of some volumes or lengths three digits."""
     largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
     return min(2, max(0, 2 - math.floor(math.log10(largest)))) if largest else 0
 
 
-def volume(value: float) -> str:
-    """A number of mm or mm³ on its own: 1,234 or 56.7 or 0.12, without zeros that say nothing."""
+def volume_text(value: float) -> str:
+    """Format a single volume or length without trailing zeros.
+
+    >>> volume_text(1234.4), volume_text(56.0), volume_text(0.1234)
+    ('1,234', '56', '0.12')
+    """
     text = rounded(value, digits_of(value))
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def number(column: str, *values: float, sign: bool = False) -> list[str]:
-    """Values of a measure, all with as many decimals: volumes and lengths by the largest, shares with three.
+def format_values(column: str, *values: float, sign: bool = False) -> list[str]:
+    """Format values of a measure with the same number of decimals, so that they line up.
 
-    Give all numbers that stand together at once, so that they line up.
+    Args:
+        column: The measure.
+        values: All values that are shown together. Volumes and lengths get as many decimals as the largest of them
+            needs, shares three.
+        sign: Whether positive values get a plus.
+
+    Returns:
+        A text for each value; a dash for NaN.
+
+    Example:
+        >>> format_values("dice", 0.81249, 1.0), format_values("difference_mm3", 148.2, 3.25, sign=True)
+        (['0.812', '1.000'], ['+148', '+3'])
     """
     if column == "relative_difference":
         texts = [f"{rounded(100 * value, 1)}%" for value in values]
     else:
         digits = digits_of(*values) if UNITS.get(column) else 3
         texts = [rounded(value, digits) for value in values]
-    return [
-        NOTHING if not math.isfinite(value) else f"+{text}" if sign and value > 0 else text
-        for value, text in zip(values, texts, strict=True)
-    ]
+    for place, value in enumerate(values):
+        if not math.isfinite(value):
+            texts[place] = NO_VALUE
+        elif sign and value > 0:
+            texts[place] = f"+{texts[place]}"
+    return texts
 
 
-def p_value(p: float | None) -> str:
-    """Three decimals, two digits at least where there are that many."""
+def p_text(p: float | None) -> str:
+    """Format a p-value with three decimals."""
     if p is None:
-        return NOTHING
+        return NO_VALUE
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def unit_of(column: str) -> str:
-    """With a space before it."""
+    """Return the unit of a column with a space before it, or nothing."""
     return f" {UNITS[column]}" if UNITS.get(column) else ""
 
 
-def interval(low: float, high: float, first: bool = False) -> str:
-    """A range; all but the first do not hold their lower end."""
+def range_text(low: float, high: float, first: bool = False) -> str:
+    """Format a range; only the first range includes its lower end.
+
+    >>> range_text(1, 2, first=True), range_text(2, 5)
+    ('1 to 2', '> 2 to 5')
+    """
     if math.isinf(high):
-        return f"> {volume(low)}"
+        return f"> {volume_text(low)}"
     if low == high:
-        return volume(low)
-    return f"{volume(low)} to {volume(high)}" if first else f"> {volume(low)} to {volume(high)}"
+        return volume_text(low)
+    both = f"{volume_text(low)} to {volume_text(high)}"
+    return both if first else f"> {both}"
 
 
-def groups_in_words(risk: Risk) -> list[str]:
-    """Each risk group with its volumes."""
+def groups_in_words(risk: RiskGroups) -> list[str]:
+    """Name each risk group with its range of volumes."""
     words = []
     for name, (low, high) in zip(risk.groups, pairwise([None, *risk.cutoffs, None]), strict=True):
-        parts = [f"above {volume(low)}" if low is not None else "", f"up to {volume(high)}" if high is not None else ""]
-        bounds = " and ".join(filter(None, parts))
-        words.append(f"{name} ({bounds} mm³)" if bounds else name)
+        bounds = []
+        if low is not None:
+            bounds.append(f"above {volume_text(low)}")
+        if high is not None:
+            bounds.append(f"up to {volume_text(high)}")
+        words.append(f"{name} ({' and '.join(bounds)} mm³)" if bounds else name)
     return words
 
 
-def correct(risk: Risk) -> str:
-    """How many cases are in the right group."""
-    share = f" ({risk.correct / risk.n:.0%})" if risk.n else ""
-    return f"{risk.correct} of {risk.n} correct{share}" + (
-        "" if risk.kappa is None else f", κ = {rounded(risk.kappa, 2)}"
-    )
+def correct_in_words(risk: RiskGroups) -> str:
+    """Say how many cases are in the right risk group, with kappa."""
+    text = f"{risk.correct} of {risk.n} correct"
+    if risk.n:
+        text += f" ({risk.correct / risk.n:.0%})"
+    if risk.kappa is not None:
+        text += f", κ = {rounded(risk.kappa, 2)}"
+    return text
 
 
-# ---------- findings
+def count_cases(number: int) -> str:
+    """Return "1 case" or "N cases"."""
+    return f"{number} case{'' if number == 1 else 's'}"
+
+
+# ---------- results
 
 
 def best_of(means: Sequence[Mean], measure: Measure) -> set[str]:
-    """The models whose mean is best; none when a measure has no better, or there is one model."""
+    """Return the models with the best mean; none for a single model, or when neither direction is better."""
     known = [entry for entry in means if math.isfinite(entry.mean)]
     if measure.higher_is_better is None or len(means) < 2 or not known:
         return set()
@@ -123,47 +150,50 @@ def best_of(means: Sequence[Mean], measure: Measure) -> set[str]:
 
 
 def highlights(evaluation: Evaluation, label: str, confidence: str) -> list[str]:
-    """What to take away of one label, in a few sentences."""
+    """Return the main results of one label in a few sentences."""
     return [
-        *(_leader(evaluation, label, column, confidence) for column in LEADING),
-        *_beyond_chance(evaluation, label),
+        *(_best_mean(evaluation, label, column, confidence) for column in HIGHLIGHTED),
+        *_significant_differences(evaluation, label),
         *_right_groups(evaluation, label),
     ]
 
 
-def _leader(evaluation: Evaluation, label: str, column: str, confidence: str) -> str:
-    means = [m for m in evaluation.means if (m.label, m.measure) == (label, column) and math.isfinite(m.mean)]
+def _title_in_sentence(column: str) -> str:
     title = BY_COLUMN[column].title
-    title = title if column == "dice" else title.lower()
+    return title if column == "dice" else title.lower()
+
+
+def _best_mean(evaluation: Evaluation, label: str, column: str, confidence: str) -> str:
+    means = [m for m in evaluation.means if (m.label, m.measure) == (label, column) and math.isfinite(m.mean)]
+    title = _title_in_sentence(column)
     if not means:
         return f"Mean {title}: not defined in any case."
     best = (max if BY_COLUMN[column].higher_is_better else min)(means, key=lambda entry: entry.mean)
-    start = 3 * means.index(best)
-    # as many decimals as in the table of all models
-    mean, low, high = number(column, *(v for m in means for v in (m.mean, m.low, m.high)))[start : start + 3]
-    known = f"{confidence} confidence interval {low} to {high}, " if math.isfinite(best.low) else ""
-    found = f"{mean}{unit_of(column)} ({known}{best.n} case{'s' if best.n != 1 else ''})"
+    # formatted with all models, so that the decimals are those of the table
+    texts = format_values(column, *(value for m in means for value in (m.mean, m.low, m.high)))
+    mean, low, high = texts[3 * means.index(best) :][:3]
+    interval = f"{confidence} confidence interval {low} to {high}, " if math.isfinite(best.low) else ""
+    result = f"{mean}{unit_of(column)} ({interval}{count_cases(best.n)})"
     if len(evaluation.models) == 1:
-        return f"Mean {title}: {found}."
-    return f"{best.model} has the {'highest' if column == 'dice' else 'smallest'} mean {title}: {found}."
+        return f"Mean {title}: {result}."
+    superlative = "highest" if BY_COLUMN[column].higher_is_better else "smallest"
+    return f"{best.model} has the {superlative} mean {title}: {result}."
 
 
-def _beyond_chance(evaluation: Evaluation, label: str) -> Iterator[str]:
-    """Which differences in the leading measures are significant, by the better model."""
-    for column in LEADING:
+def _significant_differences(evaluation: Evaluation, label: str) -> Iterator[str]:
+    """Name the models that are significantly better in the highlighted measures."""
+    for column in HIGHLIGHTED:
         tests = [test for test in evaluation.tests if (test.label, test.measure) == (label, column)]
-        worse: dict[str, list[str]] = {}
-        for better, other in filter(None, map(better_and_worse, tests)):
-            worse.setdefault(better, []).append(other)
-        found = "; ".join(f"{better} is better than {listed(others)}" for better, others in worse.items())
-        title = BY_COLUMN[column].title
-        name = f"In {title if column == 'dice' else title.lower()}"
-        if tests:
-            yield (
-                f"{name}, {found} (corrected p < {SIGNIFICANT})."
-                if found
-                else f"{name}, no difference between models is shown beyond chance."
-            )
+        worse_by_better: dict[str, list[str]] = {}
+        for test in tests:
+            if pair := better_and_worse(test):
+                worse_by_better.setdefault(pair[0], []).append(pair[1])
+        title = _title_in_sentence(column)
+        if worse_by_better:
+            claims = [f"{better} is better than {join_names(worse)}" for better, worse in worse_by_better.items()]
+            yield f"By {title}, {'; '.join(claims)} (corrected p < {SIGNIFICANT})."
+        elif tests:
+            yield f"By {title}, no difference between models is statistically significant."
 
 
 def _right_groups(evaluation: Evaluation, label: str) -> Iterator[str]:
@@ -173,13 +203,19 @@ def _right_groups(evaluation: Evaluation, label: str) -> Iterator[str]:
         yield f"Cases in the right risk group: {', '.join(shares)}."
 
 
-def listed(names: Sequence[str]) -> str:
-    """Names as in a sentence."""
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+def join_names(names: Sequence[str]) -> str:
+    """List names as in a sentence.
+
+    >>> join_names("A"), join_names("AB"), join_names("ABC")
+    ('A', 'A and B', 'A, B and C')
+    """
+    if len(names) == 1:
+        return names[0]
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def better_and_worse(test: PairedTest) -> tuple[str, str] | None:
-    """The models of a paired test that tells them apart; None where it does not, or the measure has no better."""
+    """Return the better and the worse model of a test; None if it is not significant or neither direction is better."""
     higher = BY_COLUMN[test.measure].higher_is_better if test.measure in BY_COLUMN else None
     if higher is None or not test.difference or not significant(test):
         return None
@@ -187,30 +223,37 @@ def better_and_worse(test: PairedTest) -> tuple[str, str] | None:
 
 
 def verdict(test: PairedTest) -> str:
-    """What a paired test says; a difference that was not shown is not an absence of one."""
+    """Summarise a paired test; a difference that is not significant is not called an absence of one."""
     if not test.n:
         return "No case to compare"
     if test.p is None:
         return "Equal in every case"
     if not significant(test):
-        return "No difference shown"
+        return "Not significant"
     pair = better_and_worse(test)
     return f"{pair[0]} is better" if pair else "They differ"
 
 
 def significant(test: PairedTest) -> bool:
-    """After the correction, where there is one."""
+    """Return whether the p-value, corrected if there is a correction, is significant."""
     p = test.p if test.p_holm is None else test.p_holm
     return p is not None and p < SIGNIFICANT
 
 
 def agreement_in_words(entry: Agreement) -> str:
-    """Bias and limits as one would say them."""
+    """Describe bias and limits of agreement."""
     if not math.isfinite(entry.bias):
         return "No case has both volumes"
-    size = number("difference_mm3", abs(entry.bias), entry.lower, entry.upper)[0]
-    words = f"{size} mm³ too {'much' if entry.bias > 0 else 'little'} on average" if entry.bias else "Right on average"
+    text = "No bias on average"
+    if entry.bias:
+        size = format_values("difference_mm3", abs(entry.bias), entry.lower, entry.upper)[0]
+        text = f"Mean {'over' if entry.bias > 0 else 'under'}estimation of {size} mm³"
     if math.isfinite(entry.lower) and math.isfinite(entry.upper):
-        lower, upper = number("difference_mm3", entry.lower, entry.upper, sign=True)
-        words += f"; in about 95 of 100 cases between {lower} and {upper} mm³"
-    return words
+        lower, upper = format_values("difference_mm3", entry.lower, entry.upper, sign=True)
+        text += f"; about 95% of differences lie between {lower} and {upper} mm³"
+    return text
+
+
+def measure_by_quantity(measure: str, quantity: str) -> str:
+    """Return a title such as "Dice by slice thickness"."""
+    return f"{TITLES.get(measure, measure)} by {TITLES.get(quantity, quantity).lower()}"

@@ -20,7 +20,7 @@ ROUNDING = 1e-13  # variance over mean square: fp32 cannot tell less from a cons
 
 
 class FeatureMap(NamedTuple):
-    """What one step of the network makes of a volume. It covers the whole token grid, padding included."""
+    """The output of one step of the network. It covers the whole token grid, padding included."""
 
     name: str
     values: Float[Tensor, "c z y x"]
@@ -29,7 +29,7 @@ class FeatureMap(NamedTuple):
 
 
 def feature_maps(network: Segmenter, volume: Float[Tensor, "1 c z y x"]) -> list[FeatureMap]:
-    """The "image", the encoder's last map ("tokens"), the decoder's stages ("scale 1" and finer) and the "logits".
+    """Return the "image", the encoder's last map ("tokens"), the decoder's stages ("scale 1" ...) and the "logits".
 
     The network runs as it is, so switch it to `eval` first. The maps are fp32 copies on the CPU.
     """
@@ -62,7 +62,7 @@ def feature_maps(network: Segmenter, volume: Float[Tensor, "1 c z y x"]) -> list
 
 
 def checkerboard(values: Float[Tensor, "c z y x"], period: Triple) -> float:
-    """The share (0 to 1) of a map's variance that repeats with a period, in values along z y x.
+    """Measure the share (0 to 1) of a map's variance that repeats with a period, in values along z y x.
 
     It is the variance of the cell that one gets by averaging all cells of the period, over the total variance: the
     energy at the period's frequency and its harmonics. Both are sums over the channels, so that a strong channel
@@ -81,7 +81,7 @@ def checkerboard(values: Float[Tensor, "c z y x"], period: Triple) -> float:
 
 
 def inner(values: Float[Tensor, "c z y x"], period: Triple) -> Float[Tensor, "c zz yy xx"]:
-    """The whole cells of a map, without the outermost ones of an axis that has four or more.
+    """Return the whole cells of a map, without the outermost ones of an axis that has four or more.
 
     Convolutions meet zeros beyond the border, which makes a frame there that has nothing to do with upsampling. Shorter
     axes are left whole, for two cells are the fewest that can repeat.
@@ -91,7 +91,7 @@ def inner(values: Float[Tensor, "c z y x"], period: Triple) -> Float[Tensor, "c 
 
 
 def _variances(values: Float[Tensor, "z y x"], period: Triple) -> tuple[float, float]:
-    """Of one channel: the variance that repeats, beyond what chance leaves in the average of cells; all variance."""
+    """Return the variance of a channel that repeats, less what chance leaves in an average of cells, and all of it."""
     pz, py, px = period
     pattern = "(z pz) (y py) (x px) -> (z y x) (pz py px)"
     cells = rearrange(values.double(), pattern, pz=pz, py=py, px=px)

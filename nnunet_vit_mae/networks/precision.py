@@ -6,6 +6,6 @@ import torch
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """The context in which our networks run; it overrides any autocast around it."""
+    """Return the context in which our networks run; it overrides any autocast around it."""
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)

@@ -17,13 +17,13 @@ Triple = tuple[int, int, int]
 
 
 def grid_of(volume: Float[Tensor, "b c z y x"], token: Triple) -> Triple:
-    """Tokens along z y x that cover the volume; the last one of an axis may reach beyond it."""
+    """Return the number of tokens along z y x that cover a volume; the last one of an axis may reach beyond it."""
     z, y, x = token_grid(volume.shape[2:], token)
     return z, y, x
 
 
 def padded(volume: Float[Tensor, "b c z y x"], token: Triple) -> Float[Tensor, "b c zz yy xx"]:
-    """The volume with zeros at the far end of each axis, up to whole tokens."""
+    """Append zeros at the far end of each axis, up to whole tokens."""
     missing = [-voxels % side for side, voxels in zip(token, volume.shape[2:], strict=True)]
     if not any(missing):
         return volume
@@ -38,14 +38,14 @@ def patchify(volume: Float[Tensor, "b c z y x"], token: Triple) -> Float[Tensor,
 
 
 def unpatchify(patches: Float[Tensor, "b n c v"], grid: Triple, token: Triple) -> Float[Tensor, "b c z y x"]:
-    """The inverse of `patchify`, padding included."""
+    """Put tokens back into a volume: the inverse of `patchify`, padding included."""
     (z, y, x), (tz, ty, tx) = grid, token
     pattern = "b (z y x) c (tz ty tx) -> b c (z tz) (y ty) (x tx)"
     return rearrange(patches, pattern, z=z, y=y, x=x, tz=tz, ty=ty, tx=tx)
 
 
 def voxels_inside(volume: Float[Tensor, "b c z y x"], token: Triple) -> Float[Tensor, "1 n 1 v"]:
-    """One where a voxel of a token lies inside the volume, zero in the padding."""
+    """Return 1 where a voxel of a token lies inside of the volume, and 0 in the padding."""
     return patchify(torch.ones_like(volume[:1, :1]), token)
 
 

@@ -12,23 +12,23 @@ from nnunet_vit_mae.networks.tokenizer import Triple
 
 
 def stage_widths(narrowest: int, stages: int) -> list[int]:
-    """Channels of each stage, coarse to fine: the last one has the narrowest, each one before it twice as many."""
+    """Return the features of each stage, coarse to fine: the last has the fewest, each one before it twice as many."""
     return [narrowest << level for level in reversed(range(stages))]
 
 
 def narrowest_width(encoder_width: int) -> int:
-    """A sixteenth of the encoder's width, in steps of eight channels."""
+    """Return the features at full resolution: a sixteenth of the encoder's width, in steps of eight."""
     return max(8, 8 * round(encoder_width / 128))
 
 
 def as_map(tokens: Float[Tensor, "b n d"], grid: Triple) -> Float[Tensor, "b d z y x"]:
-    """Tokens at their places in the grid."""
+    """Put tokens at their places in the grid."""
     z, y, x = grid
     return rearrange(tokens, "b (z y x) d -> b d z y x", z=z, y=y, x=x)
 
 
 def upsampling(kind: str, in_width: int, out_width: int, factor: Triple) -> nn.Module:
-    """A layer (b in z y x) -> (b out z' y' x') that makes a map larger by a factor of 1 or 2 along each axis.
+    """Build a layer (b in z y x) -> (b out z' y' x') that enlarges a map by a factor of 1 or 2 along each axis.
 
     `nearest`: nearest-neighbour interpolation and a 3x3x3 convolution, which treats all voxels alike. `transposed`: the
     usual transposed convolution with kernel and stride equal to the factor, where neighbours come from different
@@ -42,7 +42,7 @@ def upsampling(kind: str, in_width: int, out_width: int, factor: Triple) -> nn.M
 
 
 def norm_and_activation(width: int) -> list[nn.Module]:
-    """InstanceNorm and LeakyReLU as in nnU-Net, for the paper names neither."""
+    """Build InstanceNorm and LeakyReLU as in nnU-Net, for the paper names neither."""
     return [nn.InstanceNorm3d(width, affine=True), nn.LeakyReLU(0.01, inplace=True)]
 
 

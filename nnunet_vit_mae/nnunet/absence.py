@@ -1,7 +1,7 @@
-"""Absent contrasts stay absent: a pair of transforms around nnU-Net's augmentation.
+"""A pair of transforms around nnU-Net's augmentation that keeps absent contrasts absent.
 
-A contrast that was not acquired is a channel of exact zeros. Augmentation adds noise to it; the pair notes which
-channels are zero before, and clears them after.
+A contrast that was not acquired is a channel of exact zeros. Augmentation would add noise to it; the pair notes which
+channels are zero before augmentation, and sets them to zero again after it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ KEY = "absent_contrasts"
 
 
 def keeping_absence(transform: BasicTransform, *, dropout: float) -> BasicTransform:
-    """The transform with absent contrasts kept at zero, and each present one taken away with a probability."""
+    """Return the transform with absent contrasts kept at zero; `dropout` is the probability to drop a present one."""
     return ComposeTransforms([NoteAbsence(dropout), transform, ClearAbsent()])
 
 
 def kept_contrasts(present: np.ndarray, dropout: float) -> np.ndarray:
-    """Which of the present contrasts (bools) a sample keeps: one at least, if there is any."""
-    # a generator of its own each time: nnU-Net's workers are forked, and would all draw the same numbers
+    """Draw which of the present contrasts (bools) a sample keeps: at least one, if there is any."""
+    # a new generator each time: nnU-Net's workers are forked, and would all draw the same numbers from a common one
     random = np.random.default_rng()
     kept = present & (random.random(len(present)) >= dropout)
     if present.any() and not kept.any():
@@ -31,7 +31,7 @@ def kept_contrasts(present: np.ndarray, dropout: float) -> np.ndarray:
 
 
 class NoteAbsence(BasicTransform):
-    """Note which channels of the image (c z y x) are zero, and with dropout some more, but never all of them."""
+    """Note which channels of the image (c z y x) are zero, and drop others at random, but never all of them."""
 
     def __init__(self, dropout: float):
         super().__init__()
@@ -43,7 +43,7 @@ class NoteAbsence(BasicTransform):
 
 
 class ClearAbsent(BasicTransform):
-    """Set the channels to zero that were noted."""
+    """Set the noted channels to zero."""
 
     def apply(self, data_dict: dict, **params: Any) -> dict:
         data_dict["image"][data_dict.pop(KEY)] = 0

@@ -1,4 +1,7 @@
-"""What `mae3d_plan` decides: settings from flags, recipe, encoder and memory, each with its reason."""
+"""The choices of `mae3d_plan`: settings from flags, recipe, encoder and memory, each with its reason.
+
+`planning.py` has the rules behind the defaults, `plans.py` reads and writes the files.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from nnunet_vit_mae.errors import UserError
@@ -16,9 +20,12 @@ from nnunet_vit_mae.networks.memory import finetuning_memory, pretraining_memory
 from nnunet_vit_mae.nnunet.plans import Plan, build_unet, changed, destination, settings_of
 from nnunet_vit_mae.planning import GB, TOKEN_BUDGET, Memory, fit_to_memory, in_gb
 from nnunet_vit_mae.presets import DECODERS, UPSAMPLINGS, Network, Settings, token_grid
+from nnunet_vit_mae.pretraining.volumes import open_volume
 from nnunet_vit_mae.transfer import adapt_encoder
 from nnunet_vit_mae.weights import Card, file_hash, load_encoder
 
+SOFT_TISSUE_HU = 20.0  # blood, muscle and organs begin about there
+FEW_CASES = 5
 RESERVED = 1 * GB  # of a GPU: CUDA itself, workspaces of convolutions, fragmentation
 
 
@@ -42,7 +49,7 @@ class Start(NamedTuple):
 def choose_settings(
     source: Plan, changes: Mapping[str, Any], *, encoder: Path | None = None, memory_target: float | None = None
 ) -> tuple[Settings, list[Choice]]:
-    """The source's settings with `changes` (a partial block), for an encoder file and a GPU memory (GB) if given.
+    """Return the source's settings with `changes` (a partial block), for an encoder and a GPU memory (GB) if given.
 
     An encoder that the source names is taken as if it were given. Raises `UserError` for bad changes, for an encoder
     that does not fit, or when nothing fits the memory.
@@ -70,7 +77,39 @@ def choose_settings(
             target=max(0, int(memory_target * GB) - RESERVED),
             estimate=estimate,
         )
-    return fitted, _explain(source, fitted, settings, origins, estimate(fitted)) + choices
+    choices = _explain(source, fitted, settings, origins, estimate(fitted)) + choices
+    return fitted, choices + [Choice("", "", warning) for warning in clipping_warnings(source)]
+
+
+def clipping_warnings(plan: Plan) -> list[str]:
+    """Return a sentence for each CT channel whose soft tissue nnU-Net's normalisation makes one constant.
+
+    nnU-Net clips CT at percentiles of the foreground. Where all labels are dense, such as calcifications, everything
+    darker becomes one value, for the U-Net and the ViT alike. The share of such voxels is measured on a few
+    preprocessed cases, if there are any.
+    """
+    warnings = []
+    for channel, scheme in enumerate(plan.configuration.normalization_schemes):
+        if scheme != "CTNormalization":
+            continue
+        intensities = plan.plans.foreground_intensity_properties_per_channel[str(channel)]
+        lowest = intensities["percentile_00_5"]
+        if lowest < SOFT_TISSUE_HU:
+            continue
+        share = _share_below(plan, channel, (lowest - intensities["mean"]) / max(intensities["std"], 1e-8))
+        measured = "" if share is None else f" ({share:.0%} of the voxels of a few cases)"
+        warnings.append(
+            f"nnU-Net clips channel {channel} ({plan.channel_names[channel]}) below {lowest:.0f} HU, as no label is "
+            f"darker: all soft tissue becomes one constant{measured}. Call the channel CT_zscore in dataset.json and "
+            "plan again to keep it."
+        )
+    return warnings
+
+
+def _share_below(plan: Plan, channel: int, lowest: float) -> float | None:
+    files = [file for file in plan.preprocessed_folder.glob("*.b2nd") if not file.name.endswith("_seg.b2nd")]
+    shares = [(open_volume(file)[channel] <= lowest + 1e-3).mean() for file in sorted(files)[:FEW_CASES]]
+    return float(np.mean(shares)) if shares else None
 
 
 def _find_start(source: Plan, encoder: Path | None) -> Start | None:
@@ -80,7 +119,7 @@ def _find_start(source: Plan, encoder: Path | None) -> Start | None:
 
 
 def _starting_from(source: Plan, settings: Settings, start: Start) -> tuple[Settings, list[Choice]]:
-    """The settings with a foreign encoder in them, if it fits."""
+    """Return the settings with a foreign encoder in them, if it fits."""
     file, tensors, card = start
     place = destination(settings.network, source.configuration, source.dataset_json)
     try:
@@ -93,7 +132,7 @@ def _starting_from(source: Plan, settings: Settings, start: Start) -> tuple[Sett
 
 
 def _estimator(source: Plan, settings: Settings) -> Callable[[Settings], Memory]:
-    """Memory of a step with other networks and batches; each is rehearsed once, for that takes a second or two."""
+    """Return a function that estimates the memory of a step; each network and batch is rehearsed once."""
     patch, channels, classes = source.patch_size, len(source.channel_names), source.classes
 
     @cache
@@ -134,7 +173,9 @@ def _explain(
         token_origin = "the smallest that fits the memory"
     elif token_origin == "default":
         token_origin = f"the smallest of 4 to 16 (fewer in thick slices) within about {TOKEN_BUDGET} tokens"
-    upsampling = UPSAMPLINGS[network.upsampling] if network.decoder != "mae" else "not used by this decoder"
+    upsampling = (
+        UPSAMPLINGS[network.upsampling] if network.decoder not in ("mae", "unet") else "not used by this decoder"
+    )
     choices = [
         Choice("size", network.size, origin("network", "size")),
         Choice("token", _by(network.token), f"{token_origin}: {tokens}"),

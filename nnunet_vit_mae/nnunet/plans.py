@@ -1,4 +1,4 @@
-"""nnU-Net's plans, and the `vit_mae` block that makes a configuration of them ours.
+"""Plans files: nnU-Net's plans, and the `vit_mae` block that makes a configuration of them ours.
 
 Plans written here keep the source's `data_identifier`: the U-Net baseline and the ViT read the same preprocessed files.
 """
@@ -40,42 +40,42 @@ class Plan:
 
     @property
     def configuration(self) -> ConfigurationManager:
-        """nnU-Net's view of the configuration."""
+        """Return nnU-Net's configuration."""
         return self.plans.get_configuration(self.name)
 
     @property
     def settings(self) -> Settings:
-        """Ours."""
+        """Return the settings of the plan's `vit_mae` block."""
         return settings_of(self.configuration)
 
     @property
     def patch_size(self) -> tuple[int, ...]:
-        """Voxels along z y x."""
+        """Return the patch size in voxels along z y x."""
         return tuple(self.configuration.patch_size)
 
     @property
     def has_block(self) -> bool:
-        """Whether the plans say what the ViT is to be, or leave it to the defaults."""
+        """Return whether the plans have a `vit_mae` block, or leave all to the defaults."""
         return BLOCK in self.configuration.configuration
 
     @property
     def classes(self) -> int:
-        """Outputs of the network per voxel."""
+        """Return the outputs of the network per voxel."""
         return self.plans.get_label_manager(self.dataset_json).num_segmentation_heads
 
     @property
     def channel_names(self) -> list[str]:
-        """Contrasts in the order of the files' channel numbers."""
+        """Return contrasts in the order of the files' channel numbers."""
         return channel_names(self.dataset_json)
 
     @property
     def preprocessed_folder(self) -> Path:
-        """nnU-Net's preprocessed training cases."""
+        """Return the folder of nnU-Net's preprocessed training cases."""
         return self.dataset.preprocessed / self.configuration.data_identifier
 
     @property
     def unlabelled_folder(self) -> Path:
-        """The preprocessed unlabelled pool: beside nnU-Net's folder, for nnU-Net expects labels in its own."""
+        """Return the folder of the unlabelled pool: beside nnU-Net's, for nnU-Net expects labels in its own."""
         return self.dataset.preprocessed / f"{self.configuration.data_identifier}_unlabelled"
 
 
@@ -95,13 +95,13 @@ def load_plan(dataset: Dataset, plans_name: str, configuration: str) -> Plan:
 
 
 def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:
-    """Contrasts in the order of the files' channel numbers (`modality` is what nnU-Net v1 called them)."""
+    """Return contrasts in the order of the files' channel numbers (nnU-Net v1 called them `modality`)."""
     names = dataset_json.get("channel_names") or dataset_json["modality"]
     return [names[number] for number in sorted(names, key=int)]
 
 
 def settings_of(configuration: ConfigurationManager, *, contrasts: int | None = None) -> Settings:
-    """The settings in a configuration's `vit_mae` block; what it leaves out follows from patch and spacing.
+    """Return the settings in a configuration's `vit_mae` block; what it leaves out follows from patch and spacing.
 
     With `contrasts`, what it leaves out is that of an adaptive network for so many.
     """
@@ -111,7 +111,7 @@ def settings_of(configuration: ConfigurationManager, *, contrasts: int | None = 
 
 
 def settings_for(configuration: ConfigurationManager, contrasts: int, *, adaptive: bool) -> Settings:
-    """The settings of an adaptive network, or of one that stacks its channels, whichever the plans have in mind.
+    """Return the settings of an adaptive network, or of one that stacks its channels, whatever the plans say.
 
     So both ways of AMAE (section 2.3) run on the same plans; an adaptive network's decoder is `unetr`.
     """
@@ -122,16 +122,16 @@ def settings_for(configuration: ConfigurationManager, contrasts: int, *, adaptiv
 
 
 def refuse_cascade(configuration: ConfigurationManager) -> None:
-    """Raise `UserError` for the second stage of a cascade: its network has inputs that no unlabelled image has."""
+    """Raise `UserError` for the second stage of a cascade, whose network needs more input than images."""
     if configuration.previous_stage_name is not None:
         raise UserError(
-            "This configuration is the second stage of a cascade, whose network also takes the first stage's "
-            "segmentation: an encoder cannot be pre-trained for it, choose 3d_fullres or 3d_lowres with -c."
+            "This configuration is the second stage of a cascade, whose network also needs the segmentation of the "
+            "first stage: choose 3d_fullres or 3d_lowres with -c."
         )
 
 
 def destination(network: Network, configuration: ConfigurationManager, dataset_json: Mapping[str, Any]) -> Destination:
-    """What an encoder has to fit."""
+    """Return what an encoder has to fit."""
     return Destination(
         size=network.size,
         token=list(network.token),
@@ -145,7 +145,7 @@ def destination(network: Network, configuration: ConfigurationManager, dataset_j
 
 
 def schedule_of(configuration: ConfigurationManager) -> Finetuning:
-    """The fine-tuning part alone, which the U-Net baseline shares: it holds for 2D configurations too."""
+    """Return the fine-tuning part alone, which the U-Net baseline shares: it holds for 2D configurations too."""
     block = configuration.configuration.get(BLOCK, {})
     alone = {name: values if name == "finetuning" else {} for name, values in block.items()}
     return Settings.from_dict(alone).finetuning
@@ -211,7 +211,10 @@ def _is_ours(plans: Any) -> bool:
 
 
 def read_recipe(name_or_file: str) -> dict[str, Any]:
-    """A partial `vit_mae` block: one of ours by name (`quick`), or a JSON file. Raises `UserError` if it is none."""
+    """Return a partial `vit_mae` block: one of ours by name (`quick`), or a JSON file.
+
+    Raises `UserError` if it is neither.
+    """
     ours = {
         Path(entry.name).stem: entry
         for entry in files("nnunet_vit_mae.plans").iterdir()

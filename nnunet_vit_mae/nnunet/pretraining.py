@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a pre-training may use."""
+    """The hardware that a pre-training may use."""
 
     device: torch.device
     processes: int = 1  # which divide each batch among them
@@ -40,17 +40,17 @@ class Machine:
 
     @property
     def local_processes(self) -> int:
-        """On this machine, under torchrun too."""
+        """Return the number of processes on this machine, under torchrun too."""
         return max(self.processes, distributed.local_process_count())
 
     @property
     def all_processes(self) -> int:
-        """On all machines."""
+        """Return the number of processes on all machines."""
         return max(self.processes, distributed.process_count())
 
     @property
     def readers_of_each(self) -> int:
-        """As asked for, or else up to 8 for a GPU, and on a CPU, whose cores are few, none: the loop itself reads."""
+        """Return the readers of each process: as given, else up to 8 for a GPU, and none on a CPU (the loop reads)."""
         if self.readers is not None:
             return self.readers
         return max(1, min(8, joblib.cpu_count() // self.local_processes)) if self.device.type == "cuda" else 0
@@ -86,7 +86,7 @@ def pretrain(
         files=[case.file for case in cases],
         channel_names=plan.channel_names,
         patch_size=plan.patch_size,
-        spacing=tuple(plan.configuration.spacing),
+        spacing=tuple(map(float, plan.configuration.spacing)),
         network=settings.network,
         protocol=change(settings.pretraining),
         seed=seed,
@@ -109,7 +109,7 @@ def pretrain(
 
 
 def _cache(job: PretrainingRun, machine: Machine) -> Cache:
-    """Beside it, shared memory has to hold the batches that readers have ready."""
+    """Make a cache that leaves room in shared memory for the batches that readers have ready."""
     copies = distributed.local_process_count()  # torchrun's processes have no common memory
     crop = len(job.channel_names) * math.prod(job.patch_size) * ITEM
     batch = job.protocol.reads * job.protocol.crops_per_volume // machine.all_processes * crop
@@ -126,7 +126,7 @@ def _make_encoder(
     resume: bool,
     readers: int,
 ) -> None:
-    """What each process does; the first one holds the folder and writes."""
+    """Run one process of a pre-training; rank 0 holds the folder and writes."""
     with ExitStack() as held:
         distributed.from_rank_0(lambda: held.enter_context(locked(file.parent)))
         distributed.from_rank_0(lambda: _move_aside(file.parent, resume=resume))
@@ -169,6 +169,6 @@ def _card(plan: Plan, fold: str, job: PretrainingRun, cases: list[PreprocessedCa
 
 
 def _fingerprint(cases: list[PreprocessedCase]) -> str:
-    """A hash over names and sizes of the preprocessed files: it changes with the cases and with their preprocessing."""
+    """Return a hash over names and sizes of the preprocessed files; it changes with cases and preprocessing."""
     listing = "\n".join(f"{case.name} {case.file.stat().st_size}" for case in cases)
     return hashlib.sha256(listing.encode()).hexdigest()[:16]

@@ -68,7 +68,7 @@ class ScheduledTrainer(nnUNetTrainer):
 
     @exit_on_user_error
     def get_tr_and_val_datasets(self) -> tuple:
-        """Return nnU-Net's datasets, and say so when cases of one patient are in both."""
+        """Return nnU-Net's datasets, and log a warning when cases of one patient are in both."""
         training, validation = super().get_tr_and_val_datasets()
         folder = Path(self.preprocessed_dataset_folder_base)
         if self.fold != "all" and (warning := separation_warning(folder, training.identifiers, validation.identifiers)):
@@ -127,7 +127,7 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
             num_input_channels,
             num_output_channels,
             drop_path=settings.finetuning.drop_path,
-            spacing=tuple(configuration_manager.spacing),
+            spacing=tuple(map(float, configuration_manager.spacing)),
             unet=unet,
         )
 
@@ -157,7 +157,7 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
         return optimizer, schedule
 
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
-        """nnU-Net's augmentation, or nothing where `train_step` does it; contrasts that a case lacks stay zero."""
+        """Return nnU-Net's augmentation, or nothing where `train_step` does it; absent contrasts stay zero."""
         transform = nnUNetTrainer.get_training_transforms(*args, **kwargs)
         dropout = self.settings.finetuning.contrast_dropout
         if self.settings.finetuning.augmentation == "loader":
@@ -183,7 +183,7 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
         super().on_train_epoch_start()
 
     def train_step(self, batch: dict) -> dict:
-        """nnU-Net's step with the plans' gradient clipping, and without its fp16."""
+        """Take nnU-Net's step with the plans' gradient clipping, and without its fp16."""
         self.lr_scheduler.step(self.current_epoch, self.steps_done)
         self.steps_done += 1
         volume, target = self._on_device(batch["data"]), self._on_device(batch["target"])
@@ -205,7 +205,7 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
 
     @property
     def segmenter(self) -> Segmenter:
-        """Our network inside what nnU-Net has wrapped around it."""
+        """Return our network from what nnU-Net has wrapped around it."""
         network = self.network
         if isinstance(network, DistributedDataParallel):
             network = network.module
@@ -227,12 +227,12 @@ class nnUNetTrainerViTMAE(nnUNetTrainerViTScratch):  # noqa: N801
 
     @property
     def layer_decay(self) -> float:
-        """Pre-trained blocks keep more of what they know the earlier they come."""
+        """Return the factor of the learning rate per block: earlier blocks keep more of what they have learned."""
         return self.settings.finetuning.layer_decay
 
     @property
     def freeze_epochs(self) -> int:
-        """In them the new decoder learns to read what the encoder gives, before it may change it."""
+        """Return the epochs in which only the new weights learn, before the encoder may change."""
         return self.settings.finetuning.freeze_epochs
 
     @exit_on_user_error
@@ -243,12 +243,12 @@ class nnUNetTrainerViTMAE(nnUNetTrainerViTScratch):  # noqa: N801
             self._load_encoder()
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """A checkpoint of this trainer (`--c`, `--val`) has the encoder in it: the encoder's own file may be gone."""
+        """Load a checkpoint (`--c`, `--val`). It has the encoder in it, so the encoder's own file may be gone."""
         self.takes_over_checkpoint = True
         super().load_checkpoint(filename_or_checkpoint)
 
     def get_tr_and_val_datasets(self) -> tuple:
-        """nnU-Net's datasets; says how many validation cases pre-training has seen."""
+        """Return nnU-Net's datasets, and log how many validation cases pre-training has seen."""
         training, validation = super().get_tr_and_val_datasets()
         card = self.encoder_card
         if card is not None and card.dataset != self.plans_manager.dataset_name:
@@ -287,7 +287,7 @@ class nnUNetTrainerViTMAE(nnUNetTrainerViTScratch):  # noqa: N801
             self.print_to_log_file(note)
 
     def _find_encoder(self) -> Path:
-        """The plans' own encoder; without one, that of this fold, or else the one that has seen all training images."""
+        """Return the plans' own encoder; without one, that of this fold, or else that of all training images."""
         refuse_cascade(self.configuration_manager)
         if self.settings.encoder.file:
             return _unchanged(self.settings.encoder)
@@ -320,7 +320,7 @@ class nnUNetTrainerAMAEScratch(nnUNetTrainerViTScratch):  # noqa: N801
 
 
 def _unchanged(encoder: EncoderFile) -> Path:
-    """The file that the plans name. Raises `UserError` when it is missing, or not the one that was planned with."""
+    """Return the encoder that the plans name; raise `UserError` when it is missing or has changed."""
     file = Path(encoder.file)
     if not file.is_file():
         raise UserError(f"The encoder {file}, which the plans name, is missing: put it back, or run mae3d_plan again.")

@@ -179,14 +179,14 @@ class RandomCrops(Dataset):
         return CropBatch(batch, flipped, masks, present)
 
     def file_of(self, read: int) -> Path:
-        """The file that is read."""
+        """Return the file that a read is of."""
         number, position = divmod(read, len(self.files))
         if number != self._pass:  # neighbouring reads share a pass
             self._pass, self._order = number, np.random.default_rng((self.seed, 0, number)).permutation(len(self.files))
         return self.files[self._order[position]]
 
     def _volume(self, file: Path, random: np.random.Generator) -> Any:
-        """What the crops are cut from: for one, the volume, open; for several, a part of it that is read once."""
+        """Return what crops are cut from: for one the volume, open; for several a part of it that is read once."""
         kept = None if self.cache is None else self.cache.get(file)
         volume = open_volume(file) if kept is None else kept
         if self.crops_per_volume == 1:
@@ -196,7 +196,7 @@ class RandomCrops(Dataset):
 
 
 class ConsecutiveBatches(Sampler[list[int]]):
-    """The reads of steps `first` to `last` (excluded), a batch at a time: of each batch, one process's share."""
+    """The reads of steps `first` to `last` (excluded), a batch at a time; of each batch one process has its share."""
 
     def __init__(self, first: int, last: int, reads: int, *, rank: int = 0, processes: int = 1):
         self.first, self.last, self.reads = first, last, reads
@@ -235,6 +235,6 @@ def random_crop(
 
 
 def _random_start(voxels: int, side: int, random: np.random.Generator) -> int:
-    """Anywhere inside; for a volume smaller than the crop, anywhere that keeps all of it."""
+    """Draw the first voxel of a crop; of a volume that is smaller than the crop, all of it is kept."""
     low, high = sorted((0, voxels - side))
     return int(random.integers(low, high + 1))

@@ -1,7 +1,7 @@
 """One pre-training in several processes: `-num_gpus` on one machine, or `torchrun` on any number of them.
 
 Each process reads and computes its share of every batch, torch's DistributedDataParallel averages the gradients, and
-the first process alone writes. In a process that works alone, all of this does nothing.
+only rank 0 writes. In a process that works alone, all of this does nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nnunet_vit_mae.errors import UserError, exit_on_user_error
 R = TypeVar("R")
 Task = Callable[[torch.device], None]
 
-GO_ON = "what was saved is kept, and the same command with --c goes on from there."
+GO_ON = "what was saved is kept, and the same command with --c continues from there."
 GRACE_SECONDS = 2.0  # for the launcher to see who ended first, before the others end as well
 
 
@@ -58,7 +58,7 @@ def start(task: Task, device: torch.device, processes: int) -> None:
 
 @contextmanager
 def reported_once() -> Iterator[None]:
-    """Of a `UserError` that all processes meet the first one tells, and the others end a moment later without a word.
+    """Let rank 0 alone report a `UserError` that all processes meet; the others end a moment later.
 
     Ctrl+C, which reaches all of them, becomes such an error.
     """
@@ -74,36 +74,36 @@ def reported_once() -> Iterator[None]:
 
 
 def process_count() -> int:
-    """How many processes work on this pre-training, on all machines."""
+    """Return the number of processes of this pre-training, on all machines."""
     if _is_joint():
         return distributed.get_world_size()
     return int(os.environ["WORLD_SIZE"]) if _under_torchrun() else 1
 
 
 def local_process_count() -> int:
-    """How many of them work on this machine."""
+    """Return the number of its processes on this machine."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if _under_torchrun() else process_count()
 
 
 def rank() -> int:
-    """Number of this process among all of them."""
+    """Return the rank of this process."""
     if _is_joint():
         return distributed.get_rank()
     return int(os.environ["RANK"]) if _under_torchrun() else 0
 
 
 def is_rank_0() -> bool:
-    """Whether this is the process that writes, draws and talks for all."""
+    """Return whether this process writes, draws and reports for all."""
     return rank() == 0
 
 
 def log_to_console() -> None:
-    """Show the log of the first process, and errors of all."""
+    """Show the log of rank 0, and errors of all processes."""
     logging.basicConfig(level=logging.INFO if is_rank_0() else logging.ERROR, format="%(message)s")
 
 
 def from_rank_0(function: Callable[[], R]) -> R:
-    """Call a function in the first process alone; all get its (picklable) result, or the `UserError` that it raised."""
+    """Call a function on rank 0 alone; all processes get its (picklable) result, or the `UserError` that it raised."""
     if not _is_joint():
         return function()
     outcome: list = [None, None]
@@ -119,12 +119,12 @@ def from_rank_0(function: Callable[[], R]) -> R:
 
 
 def synchronised(network: nn.Module) -> nn.Module:
-    """The network, with its gradients averaged over the processes in each backward pass."""
+    """Wrap the network so that its gradients are averaged over the processes in each backward pass."""
     return nn.parallel.DistributedDataParallel(network) if _is_joint() else network
 
 
 def part_of_joint_mean(mean: Tensor, count: Tensor) -> Tensor:
-    """This process's part of a mean over the elements of all processes: the parts' average is the joint mean.
+    """Return this process's part of a mean over the elements of all processes; the parts average to the joint mean.
 
     `count` says how many elements the process's own mean is taken over.
     """
@@ -134,7 +134,7 @@ def part_of_joint_mean(mean: Tensor, count: Tensor) -> Tensor:
 
 
 def averaged(value: Tensor) -> Tensor:
-    """The average over the processes: the same number in each of them."""
+    """Average a value over the processes."""
     if not _is_joint():
         return value
     total = value.clone()
@@ -152,7 +152,9 @@ def _under_torchrun() -> bool:
 
 def _supervise(task: Task, device: torch.device, processes: int) -> None:
     """Start the processes and wait for them; when one of them ends with an error, all others are stopped."""
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it would tell of each process it stops
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(
+        logging.ERROR
+    )  # it would report each process that it stops
     with tempfile.TemporaryDirectory() as folder:
         arguments = (task, device, processes, (Path(folder) / "store").as_uri())
         # Ctrl+C is for this process: the others would answer it with a traceback each while they import
@@ -164,7 +166,7 @@ def _supervise(task: Task, device: torch.device, processes: int) -> None:
                 pass
         except ProcessExitedException as error:
             if error.signal_name is None:
-                sys.exit(error.exit_code)  # the process has said why
+                sys.exit(error.exit_code)  # the process has reported why
             raise UserError(
                 f"A process of this pre-training was ended by {error.signal_name}, as the system does when memory runs "
                 f"out: {GO_ON}"
@@ -178,7 +180,7 @@ def _supervise(task: Task, device: torch.device, processes: int) -> None:
 
 
 def _worker(number: int, task: Task, device: torch.device, processes: int, store: str) -> None:
-    """What a process of `_supervise` does; it ends without a word when the user or the launcher stops it."""
+    """Run a process of `_supervise`; it ends without a message when the user or the launcher stops it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, reported as leaked when the process is stopped
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))

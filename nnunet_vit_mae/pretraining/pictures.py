@@ -26,8 +26,7 @@ FALLBACK = 1e-3  # weight of the mean over all visible tokens, where no visible 
 class Views(NamedTuple):
     """Three views of one crop, each (c z y x).
 
-    What the encoder does not see is NaN in `masked`. What nobody predicts, which are tokens without content where the
-    protocol leaves them out, is NaN in `rebuilt` too.
+    What the encoder does not see is NaN in `masked`. Tokens that take no part are NaN in `rebuilt` too.
     """
 
     original: np.ndarray
@@ -70,7 +69,7 @@ def rebuild(network: Autoencoder, masking: Masking, sample: Samples, *, norm_pix
 def interpolated(
     values: Float[Tensor, "s n c 1"], visible: Int[Tensor, "s k"], grid: Triple
 ) -> Float[Tensor, "s n c 1"]:
-    """One value per token and channel, as a Gaussian-weighted mean over the visible tokens alone."""
+    """Return one value per token and channel: a Gaussian-weighted mean over the visible tokens alone."""
     return torch.stack([_interpolated(*image, grid) for image in zip(values, visible, strict=True)])
 
 

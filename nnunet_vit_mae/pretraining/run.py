@@ -3,7 +3,7 @@
 A run is a function of its job: samples depend on seed and index, the learning rate on the step. So a run that was
 killed and goes on (`resume`) has the same losses, to the digit on a CPU, as one that was never interrupted. The batch
 is what all processes read together (see `distributed`): with several of them the losses are the same but for
-rounding, and for flat tokens, which each of them counts by itself.
+rounding, and for tokens that take no part, which each of them counts by itself.
 """
 
 from __future__ import annotations
@@ -72,19 +72,20 @@ class PretrainingRun:
 
     @property
     def steps_per_epoch(self) -> int:
-        """An epoch has a sample for each case, rounded up to whole batches; the next one starts where it ended.
+        """Return the steps of an epoch: a sample for each case, rounded up to whole batches.
 
-        With several samples per volume it reads only a part of the cases, and the next one others.
+        The next epoch starts where it ended. With several samples per volume an epoch reads only some of the cases, and
+        the next one others.
         """
         return math.ceil(len(self.files) / self.protocol.batch_size)
 
     @property
     def steps(self) -> int:
-        """Of the whole run."""
+        """Return the steps of the whole run."""
         return self.protocol.epochs * self.steps_per_epoch
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, for `config.json`."""
+        """Return plain JSON types, for `config.json`."""
         return {
             "cases": [file.stem for file in self.files],
             "channel_names": list(self.channel_names),
@@ -99,7 +100,7 @@ class PretrainingRun:
 
 @dataclass
 class PretrainingResult:
-    """A finished run."""
+    """What a finished pre-training gives."""
 
     network: Autoencoder
     losses: list[float]  # mean of each epoch
@@ -113,7 +114,7 @@ def run(
     Crops are read by as many processes as `readers` says; with 0, by the loop itself between two steps.
 
     With `resume`, goes on from `state.pt` if there is one. Raises `UserError` when that belongs to a different job, or
-    when the loss is no longer a number (the last good state is kept).
+    when the loss is NaN or infinite (the last good state is kept).
     """
     torch.manual_seed(job.seed)
     network = build_autoencoder(job.network, len(job.channel_names), job.protocol, spacing=job.spacing).to(device)
@@ -135,14 +136,14 @@ def _train(
     device: torch.device,
     readers: int,
 ) -> None:
-    """The loop. `losses` grows by one entry per epoch."""
+    """Train until the last epoch; `losses` grows by one entry per epoch."""
     is_first, model = distributed.is_rank_0(), distributed.synchronised(network)
     first_step = len(losses) * job.steps_per_epoch
     crops = RandomCrops(
         job.files, job.patch_size, job.drawing, job.seed, job.cache, crops_per_volume=job.protocol.crops_per_volume
     )
     batches = iter(_batches(job, crops, first_step, device, readers))
-    sample = crops[[0]].samples(device).first()
+    sample = crops[[0]].samples(device).first() if is_first else None
     saved = time.monotonic()
     network.train()
     with tqdm(total=job.steps, initial=first_step, unit="step", desc="pre-training", disable=not is_first) as bar:
@@ -166,7 +167,7 @@ def _train(
                 "epoch %d: loss %.6f, learning rate %.2e, %.1f s (%.1f%% waiting for crops), %.1f samples/s",
                 epoch + 1, losses[-1], rate, seconds, 100 * waited / seconds, speed,
             )  # fmt: skip
-            if not is_first:
+            if sample is None:  # rank 0 alone writes
                 continue
             is_last = epoch + 1 == job.protocol.epochs
             if is_last or time.monotonic() - saved > SAVE_EVERY_SECONDS:
@@ -197,14 +198,14 @@ def _step(job: PretrainingRun, model: nn.Module, optimizer: torch.optim.Optimize
 def _batches(
     job: PretrainingRun, crops: RandomCrops, first_step: int, device: torch.device, readers: int
 ) -> DataLoader:
-    """Batches of all steps to come, in one go: readers start once."""
+    """Return the batches of all steps to come, so that readers start only once."""
     place = {"rank": distributed.rank(), "processes": distributed.process_count()}
     steps = ConsecutiveBatches(first_step, job.steps, job.protocol.reads, **place)
     return DataLoader(crops, sampler=steps, batch_size=None, num_workers=readers, pin_memory=device.type == "cuda")
 
 
 def _learning_rate(job: PretrainingRun, step: int) -> float:
-    """Warm-up and cosine per step, as in the original."""
+    """Return the learning rate of a step: warm-up and cosine, as in the original."""
     return job.protocol.lr * warmup_cosine((step + 1) / (job.steps + 1), job.protocol.warmup)
 
 
@@ -212,7 +213,7 @@ def _checked_mean(losses: list[Tensor], epoch: int, output: Path) -> float:
     mean = float(distributed.averaged(torch.stack(losses).mean()))
     if not math.isfinite(mean):
         raise UserError(
-            f"The loss is no longer a number in epoch {epoch + 1}; the last good state, if any, is kept in {output}: "
+            f"The loss is NaN or infinite in epoch {epoch + 1}; the last good state, if any, is kept in {output}: "
             "start again with a lower --lr, and look for extreme voxels in the images."
         )
     return mean
@@ -225,7 +226,7 @@ def _save_state(output: Path, network: nn.Module, optimizer: torch.optim.Optimiz
 
 
 def _prepare(output: Path, job: PretrainingRun, *, resume: bool) -> dict[str, Any] | None:
-    """Make the folder; gives the state to go on from, on the CPU, and None for a new run."""
+    """Make the folder, and return the state to continue from (on the CPU), None for a new run."""
     output.mkdir(parents=True, exist_ok=True)
     remove_unfinished(output)
     if not (resume and (output / STATE).is_file()):
@@ -235,14 +236,14 @@ def _prepare(output: Path, job: PretrainingRun, *, resume: bool) -> dict[str, An
     different = [name for name in now if before.get(name) != now[name]]
     if different:
         raise UserError(
-            f"The run in {output} cannot be continued, for it was started with other {', '.join(different)} "
-            "(see its config.json): give the same flags and data, or start anew without --c."
+            f"The run in {output} was started with other {', '.join(different)} (see its config.json): "
+            "give the same flags and data to continue it, or start again without --c."
         )
     return torch.load(output / STATE, map_location="cpu", weights_only=True)
 
 
 def _restore(state: dict[str, Any] | None, network: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
-    """Load a state, if there is one; gives the losses up to it."""
+    """Load a state, if there is one, and return the losses so far."""
     if state is None:
         return []
     network.load_state_dict(state["network"])
@@ -298,7 +299,7 @@ def _announce(job: PretrainingRun, network: nn.Module, device: torch.device, *, 
             "The learning rate %.1e is very high: the base rate is meant for smaller batches, see --lr.", protocol.lr
         )
     if done:
-        logger.info("going on after epoch %d of %d", done, protocol.epochs)
+        logger.info("continuing after epoch %d of %d", done, protocol.epochs)
 
 
 def _draw(job: PretrainingRun, output: Path, network: Autoencoder, losses: list[float], sample: Samples) -> None:

@@ -22,13 +22,13 @@ ITEM = np.dtype(np.float16).itemsize
 
 
 def open_volume(file: Path, *, threads: int = 1) -> Any:
-    """A preprocessed volume (c z y x), to be read by slicing."""
+    """Open a preprocessed volume (c z y x), to be read by slicing."""
     # not mapped: page faults cost more than reads where the file has to come from a disk
     return blosc2.open(urlpath=str(file), mode="r", dparams={"nthreads": threads})
 
 
 class Cache(AbstractContextManager):
-    """The first volumes, up to one that a limit leaves no room for, for all processes of this machine that get it.
+    """Volumes in shared memory, in the order of their files, as many as fit into a limit.
 
     The memory is freed once the block has ended and nobody holds a volume, or the process that made it was killed.
     """
@@ -71,7 +71,7 @@ class Cache(AbstractContextManager):
         return len(self.places)
 
     def get(self, file: Path) -> np.ndarray | None:
-        """The volume of a file (c z y x), not to be written to; None when it is not in the cache."""
+        """Return the volume of a file (c z y x), not to be written to; None when it is not in the cache."""
         if file not in self.places:
             return None
         start, shape = self.places[file]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
@@ -74,11 +73,10 @@ class UNetDecoder(nn.Module):
 
 def matching_stage(unet: Any, token: Triple) -> int:
     """Return the stage of a U-Net's encoder whose features are spaced most like tokens."""
-    strides = torch.tensor([_triple(stride) for stride in unet.encoder.strides]).cumprod(dim=0)
-    distances = [
-        sum(abs(math.log2(stride / side)) for stride, side in zip(stage, token, strict=True))
-        for stage in strides.tolist()
-    ]
+    stride, distances = [1, 1, 1], []
+    for step in unet.encoder.strides:
+        stride = [side * factor for side, factor in zip(stride, _triple(step), strict=True)]
+        distances.append(sum(abs(math.log2(own / side)) for own, side in zip(stride, token, strict=True)))
     return distances.index(min(distances))
 
 
