@@ -1,23 +1,15 @@
 """A tiny nnU-Net dataset, planned and preprocessed once per session by nnU-Net's own commands."""
 
-import io
 import json
 import locale
-import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from importlib.metadata import entry_points
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from threading import Thread
 from typing import ClassVar
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -29,7 +21,6 @@ from torch import distributed
 
 from nnunet_vit_mae.installation import trainers_folder
 
-os.environ |= {"nnUNet_def_n_proc": "1"}  # nnU-Net reads it when it is imported
 settings.register_profile("any machine", deadline=None)  # times differ too much from one to the next
 settings.load_profile("any machine")
 torch.set_num_threads(1)  # there are as many processes as cores
@@ -90,40 +81,8 @@ class Workspace:
 
 
 def _checked(done: subprocess.CompletedProcess[str], code: int) -> subprocess.CompletedProcess[str]:
-    assert done.returncode == code, (
-        f"{done.args} gave {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    )
+    assert done.returncode == code, f"{done.args} gave {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
-
-    def call(self, *command: str) -> str:
-        """Run a command in this process, which saves seconds for each interpreter; returns what it prints."""
-        (entry,) = entry_points(group="console_scripts", name=command[0])
-        environment = dict(self.environment)
-        if command[0] == "nnUNetv2_train":
-            environment["nnUNet_n_proc_DA"] = "0"  # no process loads the samples
-        output, threads = io.StringIO(), torch.get_num_threads()
-        with (
-            mock.patch.dict(os.environ, environment, clear=True),
-            mock.patch.object(sys, "argv", list(command)),
-            mock.patch.object(multiprocessing, "get_context", return_value=InThreads),
-            warnings.catch_warnings(action="ignore"),
-            redirect_stdout(output),
-        ):
-            try:
-                entry.load()()
-            finally:
-                torch.set_num_threads(threads)
-        return output.getvalue()
-
-
-class InThreads:
-    """A multiprocessing context for nnU-Net whose processes are threads: each process would import torch anew."""
-
-    Pool = ThreadPool
-
-    @staticmethod
-    def Process(*, target: Callable, args: tuple, daemon: bool) -> Thread:  # noqa: N802
-        return Thread(target=target, args=args, daemon=daemon)
 
 
 def write_case(folder: Path, case: str, channels: list[np.ndarray], label: np.ndarray | None = None) -> None:
