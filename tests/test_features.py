@@ -224,7 +224,7 @@ def test_the_command_draws_both_networks_and_writes_their_numbers(trained, tmp_p
     (trained.preprocessed / "splits_final.json").unlink()  # written again as nnU-Net does
     picture = tmp_path / "new" / "features.png"
     command = "mae3d_features -d 901 -p nearest transposed -tr nnUNetTrainerViTScratch -o"
-    lines = trained.call(*command.split(), str(picture)).splitlines()
+    lines = trained.call(*command.split(), str(picture)).stdout.splitlines()
     assert lines[-1] == f"Wrote {picture} and {picture.with_suffix('.csv')}."
     assert picture.read_bytes().startswith(b"\x89PNG")
     with picture.with_suffix(".csv").open(newline="") as stream:

@@ -440,7 +440,7 @@ def test_a_trained_network_is_compared_by_nnunets_own_prediction(workspace, tmp_
     workspace.call(*f"nnUNetv2_train 901 3d_fullres 0 -p Few -device cpu -tr {trainer}".split())
     out = tmp_path / "taken away"
     write_study(workspace, "bare", 30, flair=0)
-    printed = workspace.call("mae3d_omit", *arguments(workspace, out, trainer=trainer, p="Few"))
+    printed = workspace.call("mae3d_omit", *arguments(workspace, out, trainer=trainer, p="Few")).stdout
     assert "There is something to omit in 2 of 3 cases" in printed
     assert "blob   without FLAIR     2" in printed
     rows = {row["case"]: row for row in rows_in(out)}

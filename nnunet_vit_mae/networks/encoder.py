@@ -31,6 +31,7 @@ class Encoded(NamedTuple):
     grid: Triple
     present: list[list[int]] | None = None  # channels of each study, where contrasts are adaptive
     stem: Sequence[Float[Tensor, "b f _ _ _"]] = ()  # maps of a convolutional tokenizer, fine to coarse
+    shape: Triple | None = None  # of the volume before it was padded
 
 
 class Encoder(nn.Module):
@@ -68,8 +69,9 @@ class Encoder(nn.Module):
 
         All channels are stacked in the tokens, so `present` plays no part here.
         """
+        z, y, x = volume.shape[2:]
         volume, grid = padded(volume, self.token), grid_of(volume, self.token)
         tokens, stem = self.tokenizer.with_maps(patchify(volume, self.token), grid)
         places = self.places(grid, volume.device)
         tokens, hidden = self.transformer.with_hidden(tokens + places.embedding, places.rotation, taps)
-        return Encoded(tokens, hidden, volume, grid, stem=stem)
+        return Encoded(tokens, hidden, volume, grid, stem=stem, shape=(z, y, x))

@@ -22,11 +22,10 @@ def keeping_absence(transform: BasicTransform, *, dropout: float) -> BasicTransf
 
 def kept_contrasts(present: np.ndarray, dropout: float) -> np.ndarray:
     """Draw which of the present contrasts (bools) a sample keeps: at least one, if there is any."""
-    # a new generator each time: nnU-Net's workers are forked, and would all draw the same numbers from a common one
-    random = np.random.default_rng()
-    kept = present & (random.random(len(present)) >= dropout)
+    # numpy's global generator: the trainer seeds it, and nnU-Net seeds it in each of its forked workers
+    kept = present & (np.random.random(len(present)) >= dropout)  # noqa: NPY002
     if present.any() and not kept.any():
-        kept[random.choice(np.flatnonzero(present))] = True
+        kept[np.random.choice(np.flatnonzero(present))] = True  # noqa: NPY002
     return kept
 
 

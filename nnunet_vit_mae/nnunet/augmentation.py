@@ -24,6 +24,7 @@ from batchgeneratorsv2.transforms.spatial.low_resolution import SimulateLowResol
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
@@ -55,6 +56,7 @@ class SegmentationBatch:
     image: Tensor
     segmentation: Tensor
     labels: Sequence[int]
+    resolutions: list[Tensor] | None = None  # the segmentation, fine to coarse, with deep supervision
 
 
 class BatchAugmentation:
@@ -68,15 +70,18 @@ class BatchAugmentation:
         self.labels, self.contrast_dropout = labels, contrast_dropout
 
     @torch.no_grad()
-    def __call__(self, image: Tensor, segmentation: Tensor) -> tuple[Tensor, Tensor]:
-        """Take enlarged patches from nnU-Net's loader, and return images and targets of the patch size."""
+    def __call__(self, image: Tensor, segmentation: Tensor) -> tuple[Tensor, Tensor | list[Tensor]]:
+        """Take enlarged patches from nnU-Net's loader, and return images and targets of the patch size.
+
+        With deep supervision there are targets for all resolutions.
+        """
         present = image.flatten(2).any(dim=2).cpu().numpy()
         absent = torch.from_numpy(~np.stack([kept_contrasts(sample, self.contrast_dropout) for sample in present]))
         batch = SegmentationBatch(image, segmentation, self.labels)
         for step in self.steps:
             step.apply(batch)
         batch.image[absent.to(image.device)] = 0
-        return batch.image, batch.segmentation
+        return batch.image, batch.resolutions or batch.segmentation
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,11 @@ def _regions(transform: ConvertSegmentationToRegionsTransform, batch: Segmentati
     batch.segmentation = torch.stack([torch.isin(labels, region.to(labels)) for region in transform.regions], dim=1)
 
 
+def _resolutions(transform: DownsampleSegForDSTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
+    samples = [transform(segmentation=sample)["segmentation"] for sample in batch.segmentation]
+    batch.resolutions = [torch.stack(parts) for parts in zip(*samples, strict=True)]
+
+
 def _change(
     batch: SegmentationBatch,
     drawn: Drawn,
@@ -241,4 +251,5 @@ APPLY: Mapping[type, Callable[[Any, SegmentationBatch, Drawn], None]] = {
     MaskImageTransform: _mask,
     RemoveLabelTransform: _remove_label,
     ConvertSegmentationToRegionsTransform: _regions,
+    DownsampleSegForDSTransform: _resolutions,
 }
