@@ -62,6 +62,9 @@ FLAGS = {
     "mae3d_split": {"-h", "--help", "-d", "-o", "--csv", "--case", "--patient", "--folds", "--development", "--test"}
     | {"--stratify", "--stratify_volume", "--few", "--one_per_patient", "--leave_out", "--seed", "--overwrite"}
     | {"--verify"},
+    "mae3d_study": {"-h", "--help", "-d", "-o", "-c", "--arms", "--few", "--seeds", "--development", "--test", "--csv"}
+    | {"--patient", "--recipe", "--epochs", "--iterations", "--pretrain_epochs", "--config", "-j", "--executor"}
+    | {"--dry-run", "--step", "-device"},
     "mae3d_demo": {"-h", "--help", "-o", "--seed"},
     "mae3d_trainers": {"-h", "--help"},
 }
@@ -87,6 +90,7 @@ LAYERS = {
     "datasets": 2,
     "pretraining": 2,
     "evaluation": 2,
+    "study": 3,
     "nnunet": 3,
     "demonstration": 3,
     "cli": 4,

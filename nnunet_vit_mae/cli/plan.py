@@ -11,6 +11,8 @@ from nnunet_vit_mae.cli.arguments import add_plan_arguments, parser_for, positiv
 from nnunet_vit_mae.errors import exit_on_user_error
 from nnunet_vit_mae.presets import DECODERS, SIZES, UPSAMPLINGS
 
+SAME_AS_PLANS = "plans"
+
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-gpu_memory_target", type=positive_float, metavar="GB", help="fit token and batches to it")
     parser.add_argument("--epochs", type=positive_int, help="of fine-tuning and of nnUNetTrainerBaseline")
     parser.add_argument("--iterations", type=positive_int, help="per epoch, likewise")
-    parser.add_argument("--batch_size", type=positive_int, help="of fine-tuning (the baseline keeps nnU-Net's)")
+    parser.add_argument(
+        "--batch_size", type=_batch, metavar="N|plans", help="of fine-tuning; plans: that of -p, as the U-Net gets"
+    )
     parser.add_argument("--lr", type=positive_float, help="of fine-tuning")
     args = parser.parse_args(argv)
     if args.token and len(args.token) not in (1, 3):
@@ -41,12 +45,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nnunet_vit_mae.nnunet.plans import load_plan, read_recipe, write_plans
 
     source = load_plan(find_dataset(args.dataset), args.plans, args.configuration)
+    if args.batch_size == SAME_AS_PLANS:
+        args.batch_size = source.configuration.batch_size
     changes = _over(read_recipe(args.recipe) if args.recipe else {}, _changes(args))
     settings, choices = choose_settings(source, changes, encoder=args.encoder, memory_target=args.gpu_memory_target)
     file = write_plans(source, args.output, settings)
     for choice in choices:
         print(f"{choice.name:20}  {choice.value:12}  {choice.reason}")
     print(f"Wrote {file}, with every other setting in its block vit_mae. Use it with -p {args.output}.")
+
+
+def _batch(text: str) -> int | str:
+    return text if text == SAME_AS_PLANS else positive_int(text)
 
 
 def _changes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:

@@ -24,11 +24,11 @@ from tqdm import tqdm
 from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.evaluation.calibration_figures import agreement_figure, curve_figure
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
-from nnunet_vit_mae.files import replacing, write_json
+from nnunet_vit_mae.files import link, replacing, write_json
 from nnunet_vit_mae.nnunet.folds import split_of, training_names
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
-from nnunet_vit_mae.nnunet.prediction import find_prediction_cases, find_reference, link, predict
+from nnunet_vit_mae.nnunet.prediction import find_prediction_cases, find_reference, predict
 from nnunet_vit_mae.plots import save_figure
 from nnunet_vit_mae.thresholds import Calibration, CalibrationCase, CaseVolumes, Classes, ThresholdCurve, fit_thresholds
 from nnunet_vit_mae.weights import file_hash, package_versions

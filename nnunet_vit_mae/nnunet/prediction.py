@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-import shutil
 import subprocess
 import sysconfig
 from collections.abc import Mapping, Sequence
@@ -51,16 +50,6 @@ def find_reference(plan: Plan, case: str, references: Path) -> Path:
     if not reference.is_file():
         raise UserError(f"The case {case} has no reference segmentation {reference}: add it, or check the folder.")
     return reference
-
-
-def link(source: Path, file: Path) -> None:
-    """Put a file into another folder, without a copy of its content where the system allows it."""
-    source = source.resolve()
-    for linked in (file.symlink_to, file.hardlink_to):
-        with suppress(OSError, NotImplementedError):
-            return linked(source)
-    shutil.copyfile(source, file)
-    return None
 
 
 def predict(command: Sequence[str], files: Sequence[Path], log: Path) -> None:

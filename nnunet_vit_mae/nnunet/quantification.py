@@ -20,12 +20,12 @@ from tqdm import tqdm
 from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.evaluation.cases import read_mask
 from nnunet_vit_mae.evaluation.clinical import find_cutoffs, group_names, group_of
-from nnunet_vit_mae.files import read_json, replacing, write_json
+from nnunet_vit_mae.files import link, read_json, replacing, write_json
 from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
 from nnunet_vit_mae.nnunet.calibration import CALIBRATED, CALIBRATION_RECORD
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import classes_of
-from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, link, predict
+from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, predict
 from nnunet_vit_mae.thresholds import Classes
 from nnunet_vit_mae.weights import file_hash
 

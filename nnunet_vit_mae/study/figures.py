@@ -1,0 +1,111 @@
+"""The figures of a study: learning curves, and paired differences with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from nnunet_vit_mae.evaluation.drawing import WIDTH, ModelStyle, model_styles, styled
+from nnunet_vit_mae.study.comparisons import (
+    COMPARED,
+    PairedDifference,
+    SeriesPoint,
+    Variant,
+    distinct,
+    measure_title,
+    point_of,
+)
+
+ROWS = {False: "As trained", True: "Calibrated"}
+WIDE = 5.0  # ratio of the largest to the smallest number of labels from which their axis is logarithmic
+
+
+@styled
+def learning_curves(table: pd.DataFrame, arms: Sequence[str], label: str) -> Figure:
+    """Draw Dice and absolute volume difference by number of labels.
+
+    Args:
+        table: The results, as in `results.csv`.
+        arms: The arms, in the order of the legend.
+        label: The label.
+
+    Returns:
+        A figure with a row as trained and, if any, a row calibrated; seeds are dots, intervals are bands.
+    """
+    rows = [calibrated for calibrated in ROWS if calibrated in distinct(table, "calibrated")]
+    figure = Figure(figsize=(WIDTH, 2.9 * len(rows) + 0.5), layout="constrained")
+    panels = figure.subplots(len(rows), len(COMPARED), squeeze=False, sharey="col", sharex=True)
+    numbers = sorted(distinct(table, "few"))
+    styles = model_styles(arms)
+    for axes_of_row, calibrated in zip(panels, rows, strict=True):
+        for axes, measure in zip(axes_of_row, COMPARED, strict=True):
+            for place, (arm, style) in enumerate(styles.items()):
+                points = {few: point_of(table, Variant(arm, calibrated), few, label, measure) for few in numbers}
+                known = {few: point for few, point in points.items() if point is not None}
+                _draw_curve(axes, known, style, arm, _shift(place, len(styles)))
+            _label_axes(axes, numbers, measure, ROWS[calibrated], last=calibrated == rows[-1])
+    handles, names = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False)
+    return figure
+
+
+def _shift(place: int, number: int) -> float:
+    """Return a factor that keeps the dots of arms apart."""
+    return 1 + 0.02 * (place - (number - 1) / 2)
+
+
+def _draw_curve(axes: Axes, points: Mapping[int, SeriesPoint], style: ModelStyle, name: str, shift: float) -> None:
+    if not points:
+        return
+    numbers = np.array([*points])
+    means, low, high = (np.array([getattr(p, part) for p in points.values()]) for part in ("mean", "low", "high"))
+    axes.plot(numbers, means, color=style.colour, marker=style.marker, markersize=5, linewidth=1.4, label=name)
+    if len(points) > 1:
+        axes.fill_between(numbers, low, high, color=style.colour, alpha=0.13, linewidth=0)
+    else:
+        axes.vlines(numbers * shift, low, high, color=style.colour, alpha=0.4, linewidth=5)
+    for few, point in points.items():
+        axes.scatter([few * shift] * len(point.seeds), point.seeds, **style.points(13), zorder=3)
+
+
+def _label_axes(axes: Axes, numbers: Sequence[int], measure: str, title: str, *, last: bool) -> None:
+    if numbers[-1] / numbers[0] > WIDE:
+        axes.set_xscale("log")
+    axes.set_xticks(numbers, [str(number) for number in numbers])
+    axes.set_xticks([], minor=True)
+    axes.set_title(title, loc="left")
+    axes.set_ylabel(measure_title(measure))
+    axes.grid(axis="y")
+    axes.set_ylim(bottom=0)
+    if last:
+        axes.set_xlabel("Labelled training patients")
+
+
+@styled
+def differences_figure(answers: Sequence[PairedDifference]) -> Figure:
+    """Draw paired differences of a question, a panel for each measure: interval, mean, and seeds as dots."""
+    rows = list(dict.fromkeys((paired.few, paired.first, paired.second) for paired in answers))
+    figure = Figure(figsize=(WIDTH, 0.32 * len(rows) + 1.2), layout="constrained")
+    panels = figure.subplots(1, len(COMPARED), squeeze=False, sharey=True)[0]
+    for axes, measure in zip(panels, COMPARED, strict=True):
+        for paired in answers:
+            if paired.measure == measure:
+                _draw_difference(axes, paired, rows.index((paired.few, paired.first, paired.second)))
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_xlabel(f"Difference, {measure_title(measure)}")
+        axes.grid(axis="x")
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+    names = [f"{second} \N{MINUS SIGN} {first}, {few} labels" for few, first, second in rows]
+    panels[0].set_yticks(range(len(rows)), names)
+    return figure
+
+
+def _draw_difference(axes: Axes, paired: PairedDifference, place: int) -> None:
+    colour = "#0072B2" if paired.significant else "#777777"
+    axes.plot([paired.low, paired.high], [place, place], color=colour, linewidth=4, alpha=0.35)
+    axes.plot(paired.difference, place, marker="D", color=colour, markersize=5)
+    axes.scatter(paired.seed_differences, [place + 0.22] * len(paired.seed_differences), s=9, color=colour, linewidth=0)
