@@ -99,8 +99,17 @@ def _read_choices(file: Path, known: dict[str, Any]) -> dict[str, Any]:
     lists = {name: value for name, value in choices.items() if isinstance(value, list)}
     if not all(type(number) is int and number > 0 for number in lists.get("few", [])):
         raise UserError(f"{file} has few = {lists['few']!r}: give numbers of patients above 0.")
-    arms = [str(file.parent / name) if name.endswith(".json") else name for name in map(str, lists.get("arms", []))]
-    return texts | lists | ({"arms": arms} if arms else {})
+    for name in ("arms", "recipe"):
+        if name in lists:
+            lists[name] = [_beside(file, str(entry)) for entry in lists[name]]
+        elif name in texts:
+            texts[name] = _beside(file, texts[name])
+    return texts | lists
+
+
+def _beside(file: Path, name: str) -> str:
+    """Return a JSON file that another one names, or a name as it is."""
+    return str(file.parent / name) if name.endswith(".json") else name
 
 
 def _study(args: argparse.Namespace, output: Path) -> Study:

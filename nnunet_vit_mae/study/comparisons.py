@@ -26,7 +26,7 @@ class Variant(NamedTuple):
     calibrated: bool
 
     def __str__(self) -> str:
-        return f"{self.arm}, calibrated" if self.calibrated else self.arm
+        return f"calibrated {self.arm}" if self.calibrated else self.arm
 
 
 @dataclass(frozen=True)

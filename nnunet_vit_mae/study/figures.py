@@ -9,18 +9,18 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nnunet_vit_mae.evaluation.drawing import WIDTH, ModelStyle, model_styles, styled
+from nnunet_vit_mae.evaluation.drawing import WIDTH, ModelStyle, Scale, label_axis, model_styles, styled
 from nnunet_vit_mae.study.comparisons import (
     COMPARED,
     PairedDifference,
     SeriesPoint,
     Variant,
     distinct,
-    measure_title,
     point_of,
 )
 
 ROWS = {False: "As trained", True: "Calibrated"}
+DIFFERENCE = {"dice": "Difference in Dice", "absolute_difference_mm3": "Difference in volume error (mm³)"}
 WIDE = 5.0  # ratio of the largest to the smallest number of labels from which their axis is logarithmic
 
 
@@ -46,42 +46,48 @@ def learning_curves(table: pd.DataFrame, arms: Sequence[str], label: str) -> Fig
             for place, (arm, style) in enumerate(styles.items()):
                 points = {few: point_of(table, Variant(arm, calibrated), few, label, measure) for few in numbers}
                 known = {few: point for few, point in points.items() if point is not None}
-                _draw_curve(axes, known, style, arm, _shift(place, len(styles)))
-            _label_axes(axes, numbers, measure, ROWS[calibrated], last=calibrated == rows[-1])
+                _draw_curve(axes, known, style, arm, 1 + 0.02 * (place - (len(styles) - 1) / 2))
+            axes.set_title(ROWS[calibrated], loc="left")
+            axes.grid(axis="y")
+    _label_numbers(panels[-1], numbers)
+    chosen = table[table["label"] == label]
+    for axes_of_column, measure in zip(panels.T, COMPARED, strict=True):
+        scale = None if measure == "dice" else Scale.around(_seed_means(chosen, measure))
+        for axes in axes_of_column:
+            label_axis(axes, "y", measure, scale)
     handles, names = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False)
     return figure
 
 
-def _shift(place: int, number: int) -> float:
-    """Return a factor that keeps the dots of arms apart."""
-    return 1 + 0.02 * (place - (number - 1) / 2)
+def _seed_means(table: pd.DataFrame, measure: str) -> np.ndarray:
+    return table.groupby(["arm", "few", "seed", "calibrated"])[measure].mean().to_numpy(dtype=float)
 
 
 def _draw_curve(axes: Axes, points: Mapping[int, SeriesPoint], style: ModelStyle, name: str, shift: float) -> None:
+    """Draw the curve of an arm; its dots are shifted by a factor, so that those of all arms can be seen."""
     if not points:
         return
     numbers = np.array([*points])
     means, low, high = (np.array([getattr(p, part) for p in points.values()]) for part in ("mean", "low", "high"))
-    axes.plot(numbers, means, color=style.colour, marker=style.marker, markersize=5, linewidth=1.4, label=name)
     if len(points) > 1:
+        axes.plot(numbers, means, color=style.colour, marker=style.marker, markersize=5, linewidth=1.4, label=name)
         axes.fill_between(numbers, low, high, color=style.colour, alpha=0.13, linewidth=0)
     else:
-        axes.vlines(numbers * shift, low, high, color=style.colour, alpha=0.4, linewidth=5)
+        axes.plot(numbers * shift, means, color=style.colour, marker=style.marker, linewidth=0, label=name)
+        axes.vlines(numbers * shift, low, high, color=style.colour, alpha=0.3, linewidth=7)
     for few, point in points.items():
         axes.scatter([few * shift] * len(point.seeds), point.seeds, **style.points(13), zorder=3)
 
 
-def _label_axes(axes: Axes, numbers: Sequence[int], measure: str, title: str, *, last: bool) -> None:
-    if numbers[-1] / numbers[0] > WIDE:
-        axes.set_xscale("log")
-    axes.set_xticks(numbers, [str(number) for number in numbers])
-    axes.set_xticks([], minor=True)
-    axes.set_title(title, loc="left")
-    axes.set_ylabel(measure_title(measure))
-    axes.grid(axis="y")
-    axes.set_ylim(bottom=0)
-    if last:
+def _label_numbers(row: Sequence[Axes], numbers: Sequence[int]) -> None:
+    """Label the shared axis of the numbers of labels."""
+    for axes in row:
+        if numbers[-1] / numbers[0] > WIDE:
+            axes.set_xscale("log")
+        axes.set_xticks(numbers, [str(number) for number in numbers])
+        axes.set_xticks([], minor=True)
+        axes.set_xlim(0.85 * numbers[0], 1.15 * numbers[-1])
         axes.set_xlabel("Labelled training patients")
 
 
@@ -96,7 +102,7 @@ def differences_figure(answers: Sequence[PairedDifference]) -> Figure:
             if paired.measure == measure:
                 _draw_difference(axes, paired, rows.index((paired.few, paired.first, paired.second)))
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_xlabel(f"Difference, {measure_title(measure)}")
+        axes.set_xlabel(DIFFERENCE[measure])
         axes.grid(axis="x")
         axes.set_ylim(len(rows) - 0.5, -0.5)
     names = [f"{second} \N{MINUS SIGN} {first}, {few} labels" for few, first, second in rows]
