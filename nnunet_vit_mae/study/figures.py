@@ -50,9 +50,8 @@ def learning_curves(table: pd.DataFrame, arms: Sequence[str], label: str) -> Fig
             axes.set_title(ROWS[calibrated], loc="left")
             axes.grid(axis="y")
     _label_numbers(panels[-1], numbers)
-    chosen = table[table["label"] == label]
     for axes_of_column, measure in zip(panels.T, COMPARED, strict=True):
-        scale = None if measure == "dice" else Scale.around(_seed_means(chosen, measure))
+        scale = None if measure == "dice" else Scale.around(_seed_means(table, label, measure))
         for axes in axes_of_column:
             label_axis(axes, "y", measure, scale)
     handles, names = panels[0, 0].get_legend_handles_labels()
@@ -60,8 +59,14 @@ def learning_curves(table: pd.DataFrame, arms: Sequence[str], label: str) -> Fig
     return figure
 
 
-def _seed_means(table: pd.DataFrame, measure: str) -> np.ndarray:
-    return table.groupby(["arm", "few", "seed", "calibrated"])[measure].mean().to_numpy(dtype=float)
+def _seed_means(table: pd.DataFrame, label: str, measure: str) -> np.ndarray:
+    points = [
+        point_of(table, Variant(arm, calibrated), few, label, measure)
+        for arm in distinct(table, "arm")
+        for few in distinct(table, "few")
+        for calibrated in ROWS
+    ]
+    return np.array([mean for point in points if point is not None for mean in point.seeds])
 
 
 def _draw_curve(axes: Axes, points: Mapping[int, SeriesPoint], style: ModelStyle, name: str, shift: float) -> None:
