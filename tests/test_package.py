@@ -190,7 +190,7 @@ def test_command_line_is_frozen(command, capsys):
         entry.load()(["--help"])
     assert stop.value.code == 0
     usage = capsys.readouterr().out
-    assert set(re.findall(r"(?<![\w-])(--?[a-z]\w*)", usage.split("options:")[1])) == FLAGS[command]
+    assert set(re.findall(r"(?<![\w-])(--?[a-z][\w-]*)", usage.split("options:")[1])) == FLAGS[command]
 
 
 def commands_in(document: Path) -> list[list[str]]:
@@ -208,7 +208,7 @@ def test_documented_commands_exist_with_these_flags(document):
     for name, *arguments in commands_in(document):
         assert name in scripts, name
         if name in FLAGS:
-            flags = {word for word in arguments if re.fullmatch(r"--?[a-z]\w*", word)}
+            flags = {word for word in arguments if re.fullmatch(r"--?[a-z][\w-]*", word)}
             assert flags <= FLAGS[name], (name, arguments)
 
 
