@@ -58,10 +58,12 @@ def noise_for(studies: int, tokens: int = TOKENS, seed: int = 0) -> torch.Tensor
     return torch.rand(studies, C * tokens, generator=seeded(seed + 1000))
 
 
-def autoencoder(kind: str = "one_hot", channels: int = C, *, seed: int = 0) -> AdaptiveMaskedAutoencoder:
+def autoencoder(
+    kind: str = "one_hot", channels: int = C, *, seed: int = 0, **changed: str
+) -> AdaptiveMaskedAutoencoder:
     """Build a network with other weights than at first, when modality vectors do not matter yet."""
     torch.manual_seed(seed)
-    network = Network(size="XS", token=TOKEN, adaptive=True, modality_vectors=kind)
+    network = Network(size="XS", token=TOKEN, adaptive=True, modality_vectors=kind, **changed)
     built = build_autoencoder(network, channels, Pretraining())
     with torch.no_grad():
         for parameter in built.parameters():
@@ -126,7 +128,7 @@ def test_no_token_is_padding_or_of_an_absent_contrast(kind, present):
 
 @both_kinds
 def test_predictions_are_those_of_the_papers_steps_with_all_tokens_in_place(kind):
-    network, studies = autoencoder(kind).double(), [*MIXED, []]
+    network, studies = autoencoder(kind, positions="sine_cosine").double(), [*MIXED, []]
     volume, noise = studies_with(studies).double(), noise_for(5)
     patches = patchify(volume, TOKEN)[:, :, :, None]
     narrow, wide = (sine_cosine_positions(GRID, width, CPU) for width in (48, 96))
@@ -375,8 +377,8 @@ def test_an_autoencoder_stores_nothing_but_its_parameters(kind):
 def test_a_batch_of_studies_with_different_contrasts_can_be_overfitted(kind, norm_pix):
     torch.manual_seed(0)
     tokenizer = DynamicTokenizer(ModalityVectors(C, kind), TOKEN, 30)
-    encoder = AdaptiveEncoder(tokenizer, Transformer(30, 2, 3), token=TOKEN, width=30)
-    decoder = TokenDecoder(30, Transformer(20, 1, 2), width=20, outputs=math.prod(TOKEN))
+    encoder = AdaptiveEncoder(tokenizer, Transformer(30, 2, 3), token=TOKEN)
+    decoder = TokenDecoder(30, Transformer(20, 1, 2), outputs=math.prod(TOKEN))
     network = AdaptiveMaskedAutoencoder(encoder, decoder, contrasts=C)
     present = [[0, 1, 2], [1], [0, 2]]
     volume, masks = studies_with(present), masks_for(noise_for(3), present)

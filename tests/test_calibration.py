@@ -50,7 +50,7 @@ def test_shifting_the_head_shifts_every_logit(kind):
     else:
         adaptive = kind == "adaptive"
         chosen = Network(size="XS", token=(2, 4, 8), decoder="unetr" if adaptive else kind, adaptive=adaptive)
-        network = build_segmenter(chosen, 2, 3, drop_path=0.0)
+        network = build_segmenter(chosen, 2, 3, drop_path=0.0, unet=u_net)
     network.eval()
     shifts = [0.0, -2.5, 1.25]
     volume = torch.randn(2, 2, 8, 12, 16)

@@ -13,7 +13,7 @@ from torch import nn
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
 from nnunet_vit_mae.networks.encoder import Encoder
 from nnunet_vit_mae.networks.masking import Masking, count_visible, take
-from nnunet_vit_mae.networks.positions import sine_cosine_positions
+from nnunet_vit_mae.networks.positions import Positions, sine_cosine_positions
 from nnunet_vit_mae.networks.tokenizer import Tokenizer, grid_of, padded, patchify, unpatchify, voxels_inside
 from nnunet_vit_mae.networks.transformer import Attention, Block, Transformer
 from nnunet_vit_mae.presets import Network, Pretraining
@@ -252,7 +252,7 @@ def test_attention_equals_a_literal_softmax(width, heads):
     torch.manual_seed(0)
     attention = Attention(width, heads).double()
     batch, other = (torch.randn(2, n, width, dtype=torch.float64) for n in (7, 4))
-    for context, parts in ((batch, (batch,)), (other, (batch, other))):
+    for context, parts in ((batch, (batch,)), (other, (batch, None, other))):
         pairs = zip(batch.numpy(), context.numpy(), strict=True)
         expected = np.stack([literal_attention(attention, *pair, heads) for pair in pairs])
         np.testing.assert_allclose(attention(*parts).detach().numpy(), expected, rtol=0, atol=1e-12)
@@ -313,7 +313,7 @@ def test_hidden_states_are_what_the_tapped_blocks_gave_counted_from_one(taps):
     for block in transformer.blocks:
         last = block(last)
         states.append(last)
-    output, hidden = transformer.with_hidden(batch, taps)
+    output, hidden = transformer.with_hidden(batch, None, taps)
     assert torch.equal(output, transformer.norm(last))
     assert torch.equal(output, transformer(batch))
     assert all(torch.equal(state, states[number - 1]) for number, state in zip(taps, hidden, strict=True))
@@ -323,10 +323,10 @@ def test_a_transformer_with_a_context_mixes_no_tokens():
     torch.manual_seed(0)
     transformer = Transformer(12, 3, 2).double()
     batch, context = (torch.randn(2, n, 12, dtype=torch.float64) for n in (5, 7))
-    together = transformer(batch, context)
-    alone = torch.cat([transformer(batch[:, i : i + 1], context) for i in range(5)], dim=1)
+    together = transformer(batch, context=context)
+    alone = torch.cat([transformer(batch[:, i : i + 1], context=context) for i in range(5)], dim=1)
     assert torch.allclose(together, alone, rtol=0, atol=1e-12)
-    assert not torch.allclose(together, transformer(batch, context.flip(0)), rtol=0, atol=1e-3)
+    assert not torch.allclose(together, transformer(batch, context=context.flip(0)), rtol=0, atol=1e-3)
 
 
 # ---------- encoder
@@ -334,7 +334,8 @@ def test_a_transformer_with_a_context_mixes_no_tokens():
 
 def encoder(token: tuple[int, int, int]) -> Encoder:
     torch.manual_seed(0)
-    return Encoder(Tokenizer(2, token, 30), Transformer(30, 2, 3), token=token, width=30).double()
+    parts = Tokenizer(2, token, 30), Transformer(30, 2, 3)
+    return Encoder(*parts, token=token, positions=Positions("sine_cosine")).double()
 
 
 @few

@@ -21,13 +21,13 @@ from nnunet_vit_mae.presets import Settings
 from nnunet_vit_mae.study import comparisons, costs, workflow
 from nnunet_vit_mae.study.arms import ARMS, arms_from, arms_to_json, choose_arms, encoder_recipe, scratch_pairs
 from nnunet_vit_mae.study.comparisons import Question, Variant
-from nnunet_vit_mae.study.design import Model, Study, check_unchanged
+from nnunet_vit_mae.study.design import StudyDesign, StudyModel, check_unchanged
 from nnunet_vit_mae.study.report import write_study_report
 from nnunet_vit_mae.study.results import measure_study
 from nnunet_vit_mae.study.steps import EVALUATE, steps_of
 
 
-def study_of(folder, *arms, **changes) -> Study:
+def study_of(folder, *arms, **changes) -> StudyDesign:
     choices = {
         "output": str(folder / "my study"),
         "dataset": "Dataset901_Tiny",
@@ -39,7 +39,7 @@ def study_of(folder, *arms, **changes) -> Study:
         "seeds": 2,
         "device": "cpu",
     }
-    return Study(**{**choices, **changes})
+    return StudyDesign(**{**choices, **changes})
 
 
 def by_name(study) -> dict[tuple[str, str], list[str]]:
@@ -282,7 +282,7 @@ def test_what_cannot_be_said_is_said():
 def test_the_report_has_curves_comparisons_and_limits(tmp_path, few, labels):
     study = study_of(tmp_path, "unet", "vit", "scratch", few=few)
     table = made_up(study.arms, few=few, labels=labels)
-    missing = [Model("scratch", 10, 1, True)]
+    missing = [StudyModel("scratch", 10, 1, True)]
     page = write_study_report(study, table, missing, [costs.cost_of(study, arm) for arm in study.arms])
     text = page.read_text()
     assert text.count("data:image/svg+xml") == len(labels) * (1 + 5)
@@ -299,7 +299,7 @@ def test_models_that_are_done_are_measured_once(tmp_path):
     study = study_of(tmp_path, "unet", few=(10,), seeds=1, preprocessed=True)
     mask = np.zeros((4, 5, 6), np.uint8)
     mask[1, 1:3, 2:4] = 1
-    model = Model("unet", 10, 0, False)
+    model = StudyModel("unet", 10, 0, False)
     for folder in (study.test_labels, study.predictions(model)):
         folder.mkdir(parents=True)
         sitk.WriteImage(sitk.GetImageFromArray(mask), str(folder / "007.nii.gz"))
@@ -312,7 +312,7 @@ def test_models_that_are_done_are_measured_once(tmp_path):
     assert table[["arm", "few", "seed", "calibrated", "case", "dice"]].to_numpy().tolist() == [
         ["unet", 10, 0, False, "007", 1]
     ]
-    assert missing == [Model("unet", 10, 0, True)]
+    assert missing == [StudyModel("unet", 10, 0, True)]
     shutil.rmtree(study.predictions(model))
     again, _ = measure_study(study)
     pd.testing.assert_frame_equal(table, again)
@@ -398,7 +398,7 @@ def test_test_cases_of_the_split_are_linked(tmp_path):
         (tmp_path / "raw" / f"{name}.nii.gz").touch()
     (tmp_path / "raw" / "dataset.json").write_text("{}")
     (tmp_path / "preprocessed").mkdir()
-    (tmp_path / "preprocessed" / "split.json").write_text(json.dumps({"test": ["b"]}))
+    (tmp_path / "preprocessed" / "split.json").write_text(json.dumps({"test": ["b"], "left_out": []}))
     for _ in range(2):
         command._do_step(study, "test")
     assert [file.name for file in study.test_images.iterdir()] == ["b_0000.nii.gz"]

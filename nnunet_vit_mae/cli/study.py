@@ -12,7 +12,7 @@ from nnunet_vit_mae.cli.arguments import add_device_argument, parser_for, positi
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
 from nnunet_vit_mae.files import make_folder, read_json
 from nnunet_vit_mae.study.arms import ARMS, choose_arms, merged
-from nnunet_vit_mae.study.design import Study, check_unchanged, read_study
+from nnunet_vit_mae.study.design import StudyDesign, check_unchanged, read_study
 
 if TYPE_CHECKING:
     from nnunet_vit_mae.nnunet.folders import Dataset
@@ -111,7 +111,7 @@ def _beside(file: Path, name: str) -> str:
     return str(file.parent / name) if name.endswith(".json") else name
 
 
-def _study(args: argparse.Namespace, output: Path) -> Study:
+def _study(args: argparse.Namespace, output: Path) -> StudyDesign:
     """Return the study that the flags describe, with what is there already."""
     if not args.dataset or not args.few:
         raise UserError(f"{'--few' if args.dataset else '-d'} is missing: give -d, --few and -o, or --config FILE.")
@@ -129,7 +129,7 @@ def _study(args: argparse.Namespace, output: Path) -> Study:
         usable_device(args.device)
     schedule = {name: getattr(args, name) for name in ("epochs", "iterations") if getattr(args, name)}
     recipe = merged(read_recipe(args.recipe) if args.recipe else {}, {"finetuning": schedule} if schedule else {})
-    study = Study(
+    study = StudyDesign(
         output=str(output),
         dataset=dataset.name,
         raw=str(dataset.raw),
@@ -190,7 +190,7 @@ def _is_preprocessed(dataset: Dataset, configuration: str) -> bool:
     return all((folder / f"{case}.pkl").is_file() for case in cases)
 
 
-def _do_step(study: Study, name: str, *runs: str) -> None:
+def _do_step(study: StudyDesign, name: str, *runs: str) -> None:
     if name not in STEPS or bool(runs) != (name == "calibrate"):
         raise UserError(
             f"--step {' '.join((name, *runs))}: give test, report, or calibrate with the run of an ensemble."
@@ -198,14 +198,14 @@ def _do_step(study: Study, name: str, *runs: str) -> None:
     {"test": _collect_test_cases, "report": _report, "calibrate": _calibrate}[name](study, *runs)
 
 
-def _collect_test_cases(study: Study) -> None:
+def _collect_test_cases(study: StudyDesign) -> None:
     from nnunet_vit_mae.datasets.split.files import collect_test_cases
 
     cases = collect_test_cases(Path(study.raw), Path(study.preprocessed_folder), study.test_images, study.test_labels)
     print(f"Linked {cases} test cases to {study.test_images} and {study.test_labels}.")
 
 
-def _calibrate(study: Study, run: str) -> None:
+def _calibrate(study: StudyDesign, run: str) -> None:
     from nnunet_vit_mae.nnunet.ensembling import calibrate_ensemble
     from nnunet_vit_mae.nnunet.folders import find_dataset
     from nnunet_vit_mae.nnunet.plans import load_plan
@@ -227,7 +227,7 @@ def _calibrate(study: Study, run: str) -> None:
     print(f"Wrote {record} and the calibrated segmentations beside it.")
 
 
-def _report(study: Study) -> None:
+def _report(study: StudyDesign) -> None:
     from nnunet_vit_mae.study.comparisons import answer, questions_of, sentence_of
     from nnunet_vit_mae.study.costs import cost_of
     from nnunet_vit_mae.study.report import write_study_report
@@ -242,7 +242,7 @@ def _report(study: Study) -> None:
     print(f"Wrote {page}, results.csv and comparisons.csv.")
 
 
-def _tell_failures(study: Study) -> None:
+def _tell_failures(study: StudyDesign) -> None:
     """Name the steps that failed, report what is there, and exit with code 1."""
     from nnunet_vit_mae.study.workflow import progress_of
 

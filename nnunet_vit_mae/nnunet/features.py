@@ -69,10 +69,17 @@ def draw_features(models: Sequence[Model], case: str | None, file: Path, device:
     """Draw the feature maps of all models on one case into a PNG, and write their checkerboards into a CSV beside it.
 
     The default case is the first validation case of the fold, or the first training case of fold `all`. Raises
-    `UserError` for a file that is not a PNG or cannot be written, an unknown case, or a checkpoint that does not fit.
+    `UserError` for a file that is not a PNG or cannot be written, an unknown case, a checkpoint that does not fit, or
+    the decoder `unet`, whose maps do not come from tokens.
     """
     if file.suffix != ".png":
         raise UserError(f"-o {file} must end with .png: the table is written beside it, with .csv.")
+    for model in models:
+        if model.plan.settings.network.decoder == "unet":
+            raise UserError(
+                f"The plans {model.plan.plans.plans_name} have the decoder unet, whose maps do not grow out of tokens: "
+                "leave them out."
+            )
     case = case or _first_validation_case(models[0])
     rows, table = [], []
     for model in models:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nnunet_vit_mae.files import read_json
-from nnunet_vit_mae.study.design import CHECKPOINTS, Study
+from nnunet_vit_mae.study.design import CHECKPOINTS, StudyDesign
 from nnunet_vit_mae.study.workflow import Compute, duration_text, read_compute
 
 VIT_TRAINERS = ("ViT", "AMAE")  # parts of the names of trainers that take the batch of the vit_mae block
@@ -30,7 +30,7 @@ class Cost:
     memory: str
 
 
-def cost_of(study: Study, arm: str) -> Cost:
+def cost_of(study: StudyDesign, arm: str) -> Cost:
     """Return what an arm costs."""
     if study.arms[arm].members:
         return Cost(arm, "", f"mean of {' and '.join(study.arms[arm].members)}", "", "", "", "", "")
@@ -50,13 +50,13 @@ def cost_of(study: Study, arm: str) -> Cost:
     )
 
 
-def _compute(study: Study, kind: str, arm: str) -> list[Compute]:
+def _compute(study: StudyDesign, kind: str, arm: str) -> list[Compute]:
     folder = Path(study.output) / "compute" / kind
     files = [file for few in study.few for file in sorted(folder.glob(f"{arm}_{few}_s*.tsv"))]
     return [taken for file in files if (taken := read_compute(file)) is not None]
 
 
-def _pretraining(study: Study, arm: str) -> Compute | None:
+def _pretraining(study: StudyDesign, arm: str) -> Compute | None:
     if not study.arms[arm].encoder:
         return None
     return read_compute(Path(study.output) / "compute" / "pretrain" / f"{study.encoder_of(arm)}.tsv")
@@ -73,7 +73,7 @@ def _mean_text(*kinds: list[Compute]) -> str:
     return duration_text(sum(known)) if known else ""
 
 
-def _parameters_text(study: Study, arm: str) -> str:
+def _parameters_text(study: StudyDesign, arm: str) -> str:
     for few in study.few:
         for seed in range(study.seeds):
             file = study.model_folder(arm, seed) / f"fold_{study.fold(few)}" / CHECKPOINTS[False]
@@ -88,7 +88,7 @@ def count_parameters(checkpoint: Path) -> int:
     return sum({tensor.data_ptr(): tensor.numel() for tensor in weights.values()}.values())
 
 
-def _samples_text(study: Study, arm: str) -> str:
+def _samples_text(study: StudyDesign, arm: str) -> str:
     file = study.model_folder(arm, 0) / "plans.json"
     if not file.is_file():
         return ""

@@ -18,7 +18,7 @@ MAY_CHANGE = ("arms", "seeds", "device", "preprocessed")  # of a study that was 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study:
+class StudyDesign:
     """The choices of a study. `few` are numbers of training patients, as in `mae3d_split --few`."""
 
     output: str  # folder of the study
@@ -115,7 +115,7 @@ class Study:
                 recipes[self.recipe_file(name, seed)] = recipe
         return recipes
 
-    def predictions(self, model: Model) -> Path:
+    def predictions(self, model: StudyModel) -> Path:
         """Return the folder of a model's predictions of the test cases."""
         return Path(self.output, "predictions", model.name)
 
@@ -129,10 +129,10 @@ class Study:
         """Reference segmentations to test with."""
         return Path(self.output, "test", "labelsTs") if self.test else Path(self.raw, "labelsTs")
 
-    def models(self) -> list[Model]:
+    def models(self) -> list[StudyModel]:
         """Return all models that are tested."""
         return [
-            Model(name, few, seed, calibrated)
+            StudyModel(name, few, seed, calibrated)
             for name, arm in self.arms.items()
             for few in self.few
             for seed in range(self.seeds)
@@ -145,13 +145,13 @@ class Study:
         return content | {"arms": arms_to_json(self.arms), "few": list(self.few), "recipe": merged(self.recipe)}
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Study:
+    def from_json(cls, content: Mapping[str, Any]) -> StudyDesign:
         """Return the study that `to_json` wrote."""
         return cls(**{**content, "arms": arms_from(content["arms"]), "few": tuple(content["few"])})
 
 
 @dataclass(frozen=True)
-class Model:
+class StudyModel:
     """An arm with so many labels and a seed, calibrated or as trained."""
 
     arm: str
@@ -170,17 +170,17 @@ class Model:
         return f"{self.run}_{'calibrated' if self.calibrated else 'final'}"
 
 
-def read_study(output: Path) -> Study:
+def read_study(output: Path) -> StudyDesign:
     """Read the study in a folder. Raises `UserError` when there is none."""
     file = output / STUDY_FILE
     content = read_json(file)
     try:
-        return Study.from_json(content)
+        return StudyDesign.from_json(content)
     except (TypeError, KeyError, AttributeError):
         raise UserError(f"{file} was not written by mae3d_study: give the folder of a study with -o.") from None
 
 
-def check_unchanged(study: Study) -> None:
+def check_unchanged(study: StudyDesign) -> None:
     """Raise `UserError` when the folder holds a study with other choices: its models would be mixed with new ones.
 
     Arms and seeds may be added.

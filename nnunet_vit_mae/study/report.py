@@ -31,7 +31,7 @@ from nnunet_vit_mae.study.comparisons import (
     verdict_of,
 )
 from nnunet_vit_mae.study.costs import Cost
-from nnunet_vit_mae.study.design import Model, Study
+from nnunet_vit_mae.study.design import StudyDesign, StudyModel
 from nnunet_vit_mae.study.figures import differences_figure, learning_curves
 from nnunet_vit_mae.weights import package_versions
 
@@ -48,7 +48,9 @@ DIFFERENCES = (
 )
 
 
-def write_study_report(study: Study, table: pd.DataFrame, missing: Sequence[Model], costs: Sequence[Cost]) -> Path:
+def write_study_report(
+    study: StudyDesign, table: pd.DataFrame, missing: Sequence[StudyModel], costs: Sequence[Cost]
+) -> Path:
     """Write the page, its figures and the table of comparisons.
 
     Args:
@@ -92,7 +94,7 @@ def write_study_report(study: Study, table: pd.DataFrame, missing: Sequence[Mode
     return page
 
 
-def _missing(missing: Sequence[Model]) -> list[str]:
+def _missing(missing: Sequence[StudyModel]) -> list[str]:
     if not missing:
         return []
     names = ", ".join(model.name for model in missing[:MODEL_NAMES_SHOWN])
@@ -101,7 +103,7 @@ def _missing(missing: Sequence[Model]) -> list[str]:
 
 
 def _label_context(
-    study: Study,
+    study: StudyDesign,
     table: pd.DataFrame,
     label: str,
     answers: dict[Question, list[PairedDifference]],
@@ -126,7 +128,7 @@ def _label_context(
     return {"name": label, "curves": curves, "questions": questions, "means": _means(study, table, label)}
 
 
-def _means(study: Study, table: pd.DataFrame, label: str) -> list[dict[str, Any]]:
+def _means(study: StudyDesign, table: pd.DataFrame, label: str) -> list[dict[str, Any]]:
     """Return a row for each arm and number of labels, with the mean and interval of each measure."""
     variants = [Variant(name, calibrated) for name in study.arms for calibrated in (False, True)]
     rows = []

@@ -10,14 +10,14 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.cases import find_evaluation_set, measure_cases
 from nnunet_vit_mae.evaluation.results import EvaluationOptions
 from nnunet_vit_mae.files import replacing
-from nnunet_vit_mae.study.design import Model, Study
+from nnunet_vit_mae.study.design import StudyDesign, StudyModel
 from nnunet_vit_mae.study.steps import prediction_marker
 
 RESULTS = "results.csv"
 KEY = ["arm", "few", "seed", "calibrated", "case", "label"]
 
 
-def measure_study(study: Study) -> tuple[pd.DataFrame, list[Model]]:
+def measure_study(study: StudyDesign) -> tuple[pd.DataFrame, list[StudyModel]]:
     """Measure the predictions of all models that are done.
 
     Args:
@@ -38,7 +38,7 @@ def measure_study(study: Study) -> tuple[pd.DataFrame, list[Model]]:
     return table, [model for model in study.models() if model not in done]
 
 
-def _measured(study: Study, model: Model) -> pd.DataFrame:
+def _measured(study: StudyDesign, model: StudyModel) -> pd.DataFrame:
     """Measure a model, or read what was measured since it predicted."""
     file = Path(study.output) / "measures" / f"{model.name}.csv"
     predicted = (Path(study.output) / prediction_marker(study, model)).stat().st_mtime

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnunet_vit_mae.study.arms import Arm
-from nnunet_vit_mae.study.design import CHECKPOINTS, Model, Study
+from nnunet_vit_mae.study.design import CHECKPOINTS, StudyDesign, StudyModel
 
 EVALUATE = "evaluate"
 GPU_KINDS = ("pretrain", "train", "calibrate", "predict", "predict_probabilities")
@@ -48,7 +48,7 @@ class Step:
         return shlex.join(self.command)
 
 
-def steps_of(study: Study) -> list[Step]:
+def steps_of(study: StudyDesign) -> list[Step]:
     """Return all steps of a study, each after those that it waits for."""
     prepared = list(_preparation(study))
     ready = tuple(step.marker for step in prepared)
@@ -62,15 +62,15 @@ def steps_of(study: Study) -> list[Step]:
     return [*prepared, *encoders, *planned, *trained, *ensembles, *evaluated, report]
 
 
-def _runs(study: Study) -> list[Model]:
+def _runs(study: StudyDesign) -> list[StudyModel]:
     return [model for model in study.models() if not model.calibrated]
 
 
-def _own(study: Study) -> tuple[str, ...]:
+def _own(study: StudyDesign) -> tuple[str, ...]:
     return ("mae3d_study", "-o", study.output, "--step")
 
 
-def _preparation(study: Study) -> Iterator[Step]:
+def _preparation(study: StudyDesign) -> Iterator[Step]:
     """Yield what all arms share: preprocessing, the split, further plans and the test cases."""
     dataset = ("-d", study.id)
     before: tuple[str, ...] = ()
@@ -87,7 +87,7 @@ def _preparation(study: Study) -> Iterator[Step]:
         yield Step("plan_architecture", planner, ("nnUNetv2_plan_experiment", *dataset, "-pl", planner), before)
 
 
-def _split_command(study: Study) -> tuple[str, ...]:
+def _split_command(study: StudyDesign) -> tuple[str, ...]:
     command = ["mae3d_split", "-d", study.id, "--development", f"{study.development:g}"]
     command += ["--few", *map(str, study.few)]
     command += ["--test", f"{study.test:g}"] if study.test else []
@@ -95,12 +95,12 @@ def _split_command(study: Study) -> tuple[str, ...]:
     return tuple(command)
 
 
-def _mae3d_plan(study: Study, arm: str, plans: str, recipe: Path, *more: str) -> tuple[str, ...]:
+def _mae3d_plan(study: StudyDesign, arm: str, plans: str, recipe: Path, *more: str) -> tuple[str, ...]:
     source = ("-d", study.id, "-c", study.configuration, "-p", study.arms[arm].plans)
     return ("mae3d_plan", *source, "-o", plans, "--recipe", str(recipe), *more)
 
 
-def _encoder(study: Study, arm: str, ready: tuple[str, ...]) -> Iterator[Step]:
+def _encoder(study: StudyDesign, arm: str, ready: tuple[str, ...]) -> Iterator[Step]:
     """Yield the steps of an encoder, which all seeds and all arms with the same encoder start from."""
     plans = study.encoder_plans(arm)
     command = _mae3d_plan(study, arm, plans, study.encoder_recipe_file(arm))
@@ -111,7 +111,7 @@ def _encoder(study: Study, arm: str, ready: tuple[str, ...]) -> Iterator[Step]:
     yield Step("pretrain", arm, command, (plan.marker,))
 
 
-def _plan(study: Study, arm: str, seed: int, ready: tuple[str, ...]) -> Step:
+def _plan(study: StudyDesign, arm: str, seed: int, ready: tuple[str, ...]) -> Step:
     """Return the step that writes the plans of an arm; its batch is that of nnU-Net's plans, as for the U-Net."""
     more, after = ["--batch_size", "plans"], ready
     if study.arms[arm].encoder:
@@ -122,7 +122,7 @@ def _plan(study: Study, arm: str, seed: int, ready: tuple[str, ...]) -> Step:
     return Step("plan", f"{arm}_s{seed}", command, after)
 
 
-def _training(study: Study, model: Model) -> Iterator[Step]:
+def _training(study: StudyDesign, model: StudyModel) -> Iterator[Step]:
     """Yield training, calibration and prediction of an arm with so many labels and a seed."""
     arm, fold = study.arms[model.arm], str(study.fold(model.few))
     chosen = ("-p", study.plans(model.arm, model.seed), "-tr", arm.trainer)
@@ -135,10 +135,12 @@ def _training(study: Study, model: Model) -> Iterator[Step]:
         if calibrated:
             yield Step("calibrate", model.run, ("mae3d_calibrate", *common, *device), (before,))
             before = f"done/calibrate/{model.run}"
-        yield _prediction(study, arm, Model(model.arm, model.few, model.seed, calibrated), (*common, *device), before)
+        yield _prediction(
+            study, arm, StudyModel(model.arm, model.few, model.seed, calibrated), (*common, *device), before
+        )
 
 
-def _prediction(study: Study, arm: Arm, model: Model, common: tuple[str, ...], before: str) -> Step:
+def _prediction(study: StudyDesign, arm: Arm, model: StudyModel, common: tuple[str, ...], before: str) -> Step:
     probabilities = _needs_probabilities(study, model)
     folders = ("-i", str(study.test_images), "-o", str(study.predictions(model)))
     command = ("nnUNetv2_predict", *folders, *common, "-chk", CHECKPOINTS[model.calibrated])
@@ -146,11 +148,11 @@ def _prediction(study: Study, arm: Arm, model: Model, common: tuple[str, ...], b
     return Step(kind, model.name, (*command, *(("--save_probabilities",) if probabilities else ())), (before,))
 
 
-def _needs_probabilities(study: Study, model: Model) -> bool:
+def _needs_probabilities(study: StudyDesign, model: StudyModel) -> bool:
     return model.arm in study.members and not model.calibrated
 
 
-def prediction_marker(study: Study, model: Model) -> str:
+def prediction_marker(study: StudyDesign, model: StudyModel) -> str:
     """Return the file that says that a model has predicted the test cases."""
     if study.arms[model.arm].members:
         return f"done/{'calibrate_ensemble' if model.calibrated else 'ensemble'}/{model.run}"
@@ -158,10 +160,10 @@ def prediction_marker(study: Study, model: Model) -> str:
     return f"done/{kind}/{model.name}"
 
 
-def _ensemble(study: Study, model: Model) -> Iterator[Step]:
+def _ensemble(study: StudyDesign, model: StudyModel) -> Iterator[Step]:
     """Yield the mean of the members' probabilities, and its calibration."""
     arm = study.arms[model.arm]
-    members = [Model(member, model.few, model.seed, False) for member in arm.members]
+    members = [StudyModel(member, model.few, model.seed, False) for member in arm.members]
     folders = [str(study.predictions(member)) for member in members]
     command = ("nnUNetv2_ensemble", "-i", *folders, "-o", str(study.predictions(model)), "--save_npz")
     yield (mean := Step("ensemble", model.run, command, tuple(prediction_marker(study, member) for member in members)))
@@ -169,7 +171,7 @@ def _ensemble(study: Study, model: Model) -> Iterator[Step]:
         yield Step("calibrate_ensemble", model.run, (*_own(study), "calibrate", model.run), (mean.marker,))
 
 
-def _evaluation(study: Study, few: int) -> Step:
+def _evaluation(study: StudyDesign, few: int) -> Step:
     """Return the step that writes mae3d_evaluate's report of all arms with so many labels and the first seed."""
     models = [model for model in study.models() if (model.few, model.seed) == (few, 0)]
     command = ["mae3d_evaluate", "-r", str(study.test_labels), "-i", str(study.test_images)]

@@ -20,7 +20,7 @@ from pathlib import Path
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import locked, write_json
 from nnunet_vit_mae.installation import trainers_folder
-from nnunet_vit_mae.study.design import STUDY_FILE, Study
+from nnunet_vit_mae.study.design import STUDY_FILE, StudyDesign
 from nnunet_vit_mae.study.steps import Step, steps_of
 
 POLL_SECONDS = 20.0  # between two looks at what is done
@@ -36,7 +36,7 @@ def refuse_missing_snakemake(executor: str | None) -> None:
         )
 
 
-def show_workflow(study: Study) -> None:
+def show_workflow(study: StudyDesign) -> None:
     """Print the commands that are left to run, as Snakemake's dry run; only Snakemake's own folder is written."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, STUDY_FILE)
@@ -44,7 +44,7 @@ def show_workflow(study: Study) -> None:
         subprocess.run([*snakemake_command(study, file), "--cores", "1", "--dry-run"], env=environment(), check=False)
 
 
-def run_workflow(study: Study, jobs: int, executor: str | None, say: Callable[[str], None]) -> bool:
+def run_workflow(study: StudyDesign, jobs: int, executor: str | None, say: Callable[[str], None]) -> bool:
     """Write `study.json` and the recipes, and run what is left to do.
 
     Args:
@@ -69,7 +69,7 @@ def run_workflow(study: Study, jobs: int, executor: str | None, say: Callable[[s
         return _follow(command, study, jobs, say) == 0
 
 
-def snakemake_command(study: Study, configuration: Path) -> list[str]:
+def snakemake_command(study: StudyDesign, configuration: Path) -> list[str]:
     """Return the call of Snakemake; a study continues where it was interrupted."""
     return [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(files("nnunet_vit_mae.study") / "Snakefile")),
@@ -90,7 +90,7 @@ def environment() -> Mapping[str, str]:
     }
 
 
-def _follow(command: Sequence[str], study: Study, jobs: int, say: Callable[[str], None]) -> int:
+def _follow(command: Sequence[str], study: StudyDesign, jobs: int, say: Callable[[str], None]) -> int:
     """Run Snakemake, and tell the time left whenever steps are done."""
     process = subprocess.Popen(command, env=environment())
     told = ""
@@ -125,7 +125,7 @@ class Progress:
         return f"{self.done} of {total} steps are done; {bound} {duration_text(known)} left."
 
 
-def progress_of(study: Study) -> Progress:
+def progress_of(study: StudyDesign) -> Progress:
     """Return what is done of a study, from the files in its folder."""
     folder = Path(study.output)
     seconds: dict[str, list[float]] = defaultdict(list)
@@ -170,7 +170,7 @@ def duration_text(seconds: float) -> str:
     """Format a time.
 
     >>> duration_text(50), duration_text(4000), duration_text(200000)
-    ('1 min', '1 h 7 min', '2 d 8 h')
+    ('1 min', '1 h 7 min', '2 d 7 h')
     """
     minutes = max(1, round(seconds / 60)) if seconds else 0
     if minutes < 60:
