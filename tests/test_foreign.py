@@ -495,7 +495,8 @@ def test_plans_and_trainer_take_a_checkpoint_of_nnssl(in_workspace, tmp_path, ca
     tensors, card = load_encoder(written)
     assert card.network == network.encoder_settings
 
-    trainer = nnUNetTrainerViTMAE(plan.plans.plans, "3d_fullres", 0, plan.dataset_json, torch.device("cpu"))
+    plans = plan.plans.plans | {"continue_training": False}
+    trainer = nnUNetTrainerViTMAE(plans, "3d_fullres", 0, plan.dataset_json, torch.device("cpu"))
     trainer.initialize()
     own = trainer.segmenter.encoder.state_dict()
     assert torch.equal(

@@ -21,6 +21,7 @@ from torch.nn import functional
 from nnunet_vit_mae.networks.tokenizer import Triple
 
 PERIOD = 10_000
+TABLE_DEVIATION = 0.02  # of learned positions before anything is learned, as in other ViTs
 ROTARY_BASE = 100.0  # the slowest frequency turns once in about 600 units: grids have some tens of tokens along an axis
 
 
@@ -63,8 +64,7 @@ class PositionTable(nn.Module):
 
     def __init__(self, grid: Triple, width: int):
         super().__init__()
-        self.values = nn.Parameter(torch.zeros(*grid, width))
-        nn.init.trunc_normal_(self.values, std=0.02)
+        self.values = nn.Parameter(torch.randn(*grid, width) * TABLE_DEVIATION)
 
     def forward(self, grid: Triple) -> Float[Tensor, "n d"]:
         """Return the positions of all tokens of a grid, in the order z y x."""
