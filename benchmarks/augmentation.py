@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def volumes(side: int) -> tuple[Tensor, Tensor]:
-    """An enlarged patch and its labels, as nnU-Net's loader gives them."""
+    """Return an enlarged patch and its labels, as nnU-Net's loader gives them."""
     shape = [round(side * ENLARGED)] * 3
     random = np.random.default_rng(0)
     image = gaussian_filter(random.normal(size=shape), 2) * 8
@@ -62,12 +62,12 @@ def volumes(side: int) -> tuple[Tensor, Tensor]:
 
 
 def nnunets(side: int) -> ComposeTransforms:
-    """What nnU-Net trains 3d_fullres with."""
+    """Return the transforms that nnU-Net trains 3d_fullres with."""
     return nnUNetTrainer.get_training_transforms((side,) * 3, ROTATION, None, (0, 1, 2), do_dummy_2d_data_aug=False)
 
 
 def transforms(side: int) -> list[tuple[str, ComposeTransforms]]:
-    """Each transform that changes grey values or places, alone and always, after nnU-Net's crop."""
+    """Return each transform that changes intensities or places, alone and always applied, after nnU-Net's crop."""
     spatial, *others = nnunets(side).transforms
     crop = nnunets(side).transforms[0]
     crop.p_rotation = crop.p_scaling = 0
@@ -102,7 +102,7 @@ def compare(
 
 
 def times(image: Tensor, segmentation: Tensor, arguments: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Mean time of a sample: most samples are hardly changed, some a lot."""
+    """Return the mean time of a sample; a median would miss the few samples that are changed a lot."""
     transform = nnunets(arguments.side)
     ours = BatchAugmentation(transform, (0, 1, 2), contrast_dropout=0)
     batch = [one[None].repeat(arguments.batch, 1, 1, 1, 1) for one in (image, segmentation)]

@@ -1,6 +1,6 @@
 """Batches of studies with different numbers of contrasts: tokens lost to padding, and the time they would cost.
 
-Our groups (studies with equally many contrasts together) against padding each batch to its richest study. Steps are
+Our groups (studies with the same number of contrasts) against padding each batch to its richest study. Steps are
 taken in turn in this one process; the padded step works on that many contrasts for every study of the batch.
 
     python benchmarks/contrasts.py         # prints the table of docs/explanation.md
@@ -17,9 +17,10 @@ import torch
 
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder
+from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.presets import Network, Pretraining
 
-# contrasts per study: eight sessions of multiple sclerosis (data set 506), and AMAE's seven, each one present by chance
+# contrasts per study: eight sessions of multiple sclerosis (dataset 506), and AMAE's seven, each one present by chance
 MIXTURES = {"506": [4, 4, 4, 2, 3, 3, 2, 2], "1 to 7, alike": list(range(1, 8))}
 
 
@@ -49,17 +50,18 @@ def compare(mixture: list[int], arguments: argparse.Namespace) -> tuple[float, f
 
     contrasts = max(mixture)
     network = Network(size=arguments.size, token=(arguments.token,) * 3, decoder="unetr", adaptive=True)
-    model = build_autoencoder(network, contrasts, Pretraining(mask_ratio=0.7))
+    model = build_autoencoder(network, contrasts, Pretraining())
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    tokens = contrasts * (arguments.side // arguments.token) ** 3
+    tokens, masking = (arguments.side // arguments.token) ** 3, Masking(mask_ratio=0.7)
 
     def seconds(counts: np.ndarray) -> float:
         volume = torch.randn(arguments.batch, contrasts, *(arguments.side,) * 3)
         for study, count in enumerate(counts):
             volume[study, count:] = 0
+        present = [list(range(count)) for count in counts]
+        masks = masking.draw(torch.rand(int(counts.sum()), tokens))
         started = time.perf_counter()
-        rebuilt = model(volume, torch.rand(arguments.batch, tokens))
-        loss = reconstruction_loss(model.targets(volume), rebuilt, network.token, norm_pix=False)
+        loss = reconstruction_loss(model(volume, masks, present), norm_pix=False)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -68,14 +68,14 @@ def main() -> None:
 
 
 def step_of(network: Network, patch: tuple[int, ...]) -> Callable[[], None]:
-    """A whole training step on one random patch."""
+    """Return a whole training step on one random patch."""
     model = build_segmenter(network, 1, 2, drop_path=0.1)
     volume, target = torch.randn(1, 1, *patch), torch.randint(2, (1, *patch))
     return training_step(model, lambda: segmentation_loss(model(volume), target))
 
 
 def gigaflops(model: torch.nn.Module, patch: tuple[int, ...]) -> float:
-    """Of a forward pass of encoder and decoder on one patch, two per multiplication and addition."""
+    """Count operations of a forward pass on one patch, two per multiplication and addition."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(torch.randn(1, 1, *patch))
     return counter.get_total_flops() / 1e9

@@ -1,7 +1,7 @@
 """How time and memory of pre-training grow with tokens, cases and contrasts, and with which exponents.
 
 Tokens: a step of size `--size` on volumes of more and more tokens (token 4, batch 1); cases: making the list of
-samples and drawing from it, for data sets of 10 to 100,000 files; contrasts: a step of the adaptive network with 1 to 8
+samples and drawing from it, for datasets of 10 to 100,000 files; contrasts: a step of the adaptive network with 1 to 8
 contrasts per study. One CPU thread, fp32; memory in fresh processes. An exponent is that of the last two rows.
 
     python benchmarks/growth.py            # prints the tables; the largest steps take minutes
@@ -20,8 +20,9 @@ from measuring import MEBIBYTE, exponent, peak_memory, printed_apart, taken_in_t
 
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder
+from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.presets import Network, Pretraining
-from nnunet_vit_mae.pretraining.crops import RandomCrops
+from nnunet_vit_mae.pretraining.crops import MaskDrawing, RandomCrops
 
 # z y x in tokens: 64, 512, 4,096 and 32,768 of them, and twice as many between
 GRIDS = [(4, 4, 4), (4, 4, 8), (8, 8, 8), (8, 8, 16), (16, 16, 16), (16, 16, 32), (32, 32, 32)]
@@ -60,7 +61,7 @@ def main() -> None:
 def steps(
     name: str, sizes: Sequence[int], prepare: Callable[[int], Callable[[], None]], arguments: argparse.Namespace
 ) -> None:
-    """Time and memory of a step, a row for each size."""
+    """Print time and memory of a step, a row for each size."""
     print(f"| {name} | s per step | MiB |\n|---|---|---|")
     seconds, peaks = [], []
     for row, size in enumerate(sizes):
@@ -71,15 +72,16 @@ def steps(
 
 
 def cases() -> None:
-    """Time to make the list of samples, and to find the files of a pass, by the number of files."""
+    """Print the time to make the list of samples, and to find the files of a pass, by the number of files."""
     print("| cases | ms to begin | us per sample |\n|---|---|---|")
+    drawing = MaskDrawing(masking=Masking(mask_ratio=0.9), token=(8, 8, 8))
     begins, draws = [], []
     for count in CASES:
         files = [Path(f"case_{number}.b2nd") for number in range(count)]
         crops: list[RandomCrops] = []
 
         def begin(files: Sequence[Path] = files, crops: list[RandomCrops] = crops) -> None:
-            crops[:] = [RandomCrops(files, (64, 64, 64), 512, seed=0)]
+            crops[:] = [RandomCrops(files, (64, 64, 64), drawing, seed=0)]
             crops[0].file_of(0)
 
         def draw(count: int = count, crops: list[RandomCrops] = crops) -> None:
@@ -94,31 +96,33 @@ def cases() -> None:
 
 
 def count_of(row: int) -> int:
-    """Tokens in a grid."""
+    """Return the number of tokens in a grid."""
     z, y, x = GRIDS[row]
     return z * y * x
 
 
 def step_of_tokens(size: str, row: int) -> Callable[[], None]:
-    """A step on one volume with a grid of tokens."""
+    """Return a step on one volume with a grid of tokens."""
     network = Network(size=size, token=(4, 4, 4))
     return step_of(network, torch.randn(1, 1, *(4 * tokens for tokens in GRIDS[row])), count_of(row), ratio=0.9)
 
 
 def step_of_contrasts(size: str, row: int) -> Callable[[], None]:
-    """A step on two studies with as many contrasts each, 64 tokens per contrast."""
+    """Return a step on two studies that both have so many contrasts, with 64 tokens per contrast."""
     network = Network(size=size, token=(16, 16, 16), decoder="unetr", adaptive=True)
     volume = torch.randn(2, CONTRASTS[row], 64, 64, 64)
-    return step_of(network, volume, CONTRASTS[row] * 64, ratio=0.7)
+    return step_of(network, volume, 64, ratio=0.7)
 
 
 def step_of(network: Network, volume: torch.Tensor, tokens: int, *, ratio: float) -> Callable[[], None]:
-    """A step on the volume, with random masks."""
-    model = build_autoencoder(network, volume.shape[1], Pretraining(mask_ratio=ratio))
+    """Return a step on the volume, with random masks, for so many tokens of an image."""
+    studies, channels = volume.shape[:2]
+    model = build_autoencoder(network, channels, Pretraining())
+    masking, present = Masking(mask_ratio=ratio), [list(range(channels))] * studies
 
     def loss() -> torch.Tensor:
-        rebuilt = model(volume, torch.rand(len(volume), tokens))
-        return reconstruction_loss(model.targets(volume), rebuilt, network.token, norm_pix=True)
+        masks = masking.draw(torch.rand(network.token_sequences(channels) * studies, tokens))
+        return reconstruction_loss(model(volume, masks, present), norm_pix=True)
 
     return training_step(model, loss)
 

@@ -30,8 +30,8 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch.utils.data import DataLoader
 
-from nnunet_vit_mae.presets import token_grid
-from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, RandomCrops
+from nnunet_vit_mae.networks.masking import Masking
+from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, MaskDrawing, RandomCrops
 from nnunet_vit_mae.pretraining.volumes import Cache
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Time:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-d", dest="dataset", help="a preprocessed data set")
+    parser.add_argument("-d", dest="dataset", help="a preprocessed dataset")
     parser.add_argument("-c", dest="configuration", default="3d_fullres")
     parser.add_argument("-p", dest="plans", default="nnUNetPlans")
     parser.add_argument("--patch", type=int, nargs=3, help="instead of the plans', z y x")
@@ -102,7 +102,7 @@ def compare(arguments: argparse.Namespace) -> None:
         loaders = {
             NNUNET: nnunet_batches(plan, patch),
             OURS: our_batches(plan, images, patch),
-            SEVERAL: our_batches(plan, images, patch, crops_per_volume=CROPS, masks_per_crop=MASKS),
+            SEVERAL: our_batches(plan, images, patch, crops=CROPS, masks=MASKS),
             CACHED: our_batches(plan, images, patch, cache),
         }
         times = {(loader, condition): Time() for condition in conditions for loader in loaders}
@@ -126,18 +126,30 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def our_batches(
-    plan: Plan, images: list[Path], patch: tuple[int, ...], cache: Cache | None = None, **several: int
+    plan: Plan,
+    images: list[Path],
+    patch: tuple[int, ...],
+    cache: Cache | None = None,
+    *,
+    crops: int = 1,
+    masks: int = 1,
 ) -> Iterator[int]:
-    """As `mae3d_pretrain` reads on a CPU, and as each of its workers does for a GPU; yields the samples of a batch."""
-    series = plan.settings.network.token_sequences(len(plan.channel_names))
-    tokens = series * math.prod(token_grid(patch, plan.settings.network.token))
-    crops = RandomCrops(images, patch, tokens, 0, cache, **several)
-    for batch in DataLoader(crops, sampler=ConsecutiveBatches(0, 10**9, BATCH), batch_size=None):
-        yield batch.noise.shape[0] * batch.noise.shape[1]
+    """Read as `mae3d_pretrain` on a CPU, and as each of its workers for a GPU; yields the samples of a batch."""
+    network, protocol = plan.settings.network, plan.settings.pretraining
+    drawing = MaskDrawing(
+        masking=Masking(mask_ratio=protocol.mask_ratio, rebuilt_share=protocol.rebuilt_share),
+        token=network.token,
+        adaptive=network.adaptive,
+        skip_background=protocol.skip_background,
+        masks_per_crop=masks,
+    )
+    random_crops = RandomCrops(images, patch, drawing, 0, cache, crops_per_volume=crops)
+    for batch in DataLoader(random_crops, sampler=ConsecutiveBatches(0, 10**9, BATCH), batch_size=None):
+        yield len(batch.present)
 
 
 def nnunet_batches(plan: Plan, patch: tuple[int, ...]) -> Iterator[int]:
-    """nnU-Net's own training loader, as its trainer builds it, in this process."""
+    """Read with nnU-Net's own training loader, as its trainer builds it, in this process."""
     from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerBaseline
 
     plans = json.loads(json.dumps(plan.plans.plans)) | {"continue_training": False}
@@ -151,7 +163,7 @@ def nnunet_batches(plan: Plan, patch: tuple[int, ...]) -> Iterator[int]:
 
 
 def drop_from_page_cache(files: list[Path]) -> None:
-    """The next read comes from the disk."""
+    """Make the next read come from the disk."""
     for file in files:
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
@@ -159,13 +171,13 @@ def drop_from_page_cache(files: list[Path]) -> None:
 
 
 def read_through(files: list[Path]) -> None:
-    """The next read comes from memory."""
+    """Make the next read come from memory."""
     for file in files:
         file.read_bytes()
 
 
 def describe(images: list[Path]) -> str:
-    """Bytes on disk and compression."""
+    """Return the size on disk and the compression."""
     import blosc2
 
     stored = np.array([file.stat().st_size for file in images])
@@ -174,7 +186,7 @@ def describe(images: list[Path]) -> str:
 
 
 def make_dataset(folder: Path, volumes: int) -> None:
-    """CT-like volumes with a label, planned and preprocessed by nnU-Net's own command."""
+    """Write CT-like volumes with a label, planned and preprocessed by nnU-Net's own command."""
     os.environ |= {f"nnUNet_{name}": str(folder / name) for name in ("raw", "preprocessed")}
     raw = folder / "raw" / SYNTHETIC
     for part in ("imagesTr", "labelsTr"):

@@ -20,7 +20,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def training_step(model: nn.Module, loss_of: Callable[[], Tensor]) -> Callable[[], None]:
-    """Forward, loss, backward, clipping and AdamW, ready to be repeated."""
+    """Return a step (forward, loss, backward, clipping, AdamW), ready to be repeated."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
 
     def step() -> None:
@@ -34,7 +34,7 @@ def training_step(model: nn.Module, loss_of: Callable[[], Tensor]) -> Callable[[
 
 
 def taken_in_turn(steps: Mapping[Name, Callable[[], object]], rounds: int) -> dict[Name, list[float]]:
-    """Seconds of each step, round after round (all steps in each round), after a round that does not count.
+    """Return the seconds of each step, round after round (all steps in each round), after a round that does not count.
 
     Without a GPU it is CPU time, which other work on the machine moves little.
     """
@@ -54,7 +54,7 @@ def taken_in_turn(steps: Mapping[Name, Callable[[], object]], rounds: int) -> di
 
 
 def printed_apart(script: str, *arguments: str) -> str:
-    """What a script prints in a fresh process, whose memory holds nothing else."""
+    """Return what a script prints in a fresh process, whose memory holds nothing else."""
     # without these, glibc keeps freed blocks and the process looks larger than its tensors
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -68,7 +68,7 @@ def printed_apart(script: str, *arguments: str) -> str:
 
 
 def peak_memory(prepare: Callable[[], Callable[[], object]], times: int = 2) -> int:
-    """Bytes of a step at its peak, above those before it was prepared; for a process that has done nothing else."""
+    """Return the peak bytes of a step above those before it was prepared; for a process that has done nothing else."""
     image, kernel = torch.randn(1, 1, 8, 8, 8), torch.randn(2, 1, 3, 3, 3)
     torch.nn.functional.conv3d(image, kernel)  # libraries allocate on first use
     before = resident("VmRSS")
@@ -80,11 +80,14 @@ def peak_memory(prepare: Callable[[], Callable[[], object]], times: int = 2) -> 
 
 
 def resident(entry: str) -> int:
-    """Bytes in memory, now (`VmRSS`) or at the peak (`VmHWM`; `getrusage` would count the parent's before the fork)."""
+    """Return the bytes in memory, now (`VmRSS`) or at the peak (`VmHWM`).
+
+    `getrusage` would count the peak of the parent before the fork.
+    """
     status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[entry].split()[0]) * 1024
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """Of the power law through the last two points: 1 is linear, 2 is quadratic growth."""
+    """Return the exponent of the power law through the last two points: 1 is linear, 2 is quadratic growth."""
     return math.log(values[-1] / values[-2]) / math.log(sizes[-1] / sizes[-2])

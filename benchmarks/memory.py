@@ -13,13 +13,13 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from measuring import MEBIBYTE, peak_memory, printed_apart, training_step
 
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
+from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.networks.memory import finetuning_memory, pretraining_memory, segmentation_loss
 from nnunet_vit_mae.presets import Network, Pretraining, token_grid
 
@@ -69,7 +69,7 @@ def compare(cases: Iterable[Case]) -> Iterator[tuple[Case, Sizes]]:
 
 
 def run(case: Case) -> Sizes:
-    """The step itself, in a process that has done nothing else."""
+    """Take the step, in a process that has done nothing else."""
     network = Network(size=case.size, token=case.token, decoder=case.decoder, upsampling=case.upsampling)
     protocol = Pretraining(batch_size=case.batch)
 
@@ -81,8 +81,8 @@ def run(case: Case) -> Sizes:
             return training_step(model, lambda: segmentation_loss(model(volume), target))
         model = build_autoencoder(network, 1, protocol)
         noise = torch.rand(case.batch, math.prod(token_grid(case.patch, case.token)))
-        loss = partial(reconstruction_loss, token=case.token, norm_pix=protocol.norm_pix)
-        return training_step(model, lambda: loss(volume, model(volume, noise)))
+        masks = Masking(mask_ratio=protocol.mask_ratio).draw(noise)
+        return training_step(model, lambda: reconstruction_loss(model(volume, masks), norm_pix=protocol.norm_pix))
 
     measured = peak_memory(prepare)
 

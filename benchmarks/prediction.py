@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def prediction(plan: Plan, windows: int, device: torch.device, name: str) -> Callable[[], None]:
-    """A volume and nnU-Net's predictor for it, ready to be repeated."""
+    """Return a prediction of a volume by nnU-Net's predictor, ready to be repeated."""
     trainer = TRAINERS[name]
     configuration = plan.configuration
     network = trainer.build_network_architecture(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from nnunet_vit_mae.networks.autoencoder import norm_pix_targets, reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder
+from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.networks.tokenizer import patchify
 from nnunet_vit_mae.presets import SIZES, Network, Pretraining
 
@@ -72,14 +73,14 @@ def main() -> None:
 
 
 def compare(case: Case, size: str, rounds: int, device: torch.device) -> tuple[float, float, float]:
-    """Median seconds of both, and the median of the ratios of steps that follow each other."""
+    """Return the median seconds of both, and the median of the ratios of steps that follow each other."""
     ours, monai = taken_in_turn({name: step_of(name, case, size, device) for name in NAMES}, rounds).values()
     ratio = statistics.median(a / b for a, b in zip(ours, monai, strict=True))
     return statistics.median(ours), statistics.median(monai), ratio
 
 
 def step_of(name: str, case: Case, size: str, device: torch.device) -> Callable[[], None]:
-    """A training step, ready to be repeated."""
+    """Return a training step, ready to be repeated."""
     torch.manual_seed(0)
     volume = torch.randn(case.batch, 1, *(case.side,) * 3, device=device)
     model = (our_model if name == "ours" else monai_model)(case, size).to(device).train()
@@ -93,18 +94,18 @@ def step_of(name: str, case: Case, size: str, device: torch.device) -> Callable[
 
 
 def our_model(case: Case, size: str) -> nn.Module:
-    """As `mae3d_pretrain` builds it."""
-    return build_autoencoder(Network(size=size, token=(case.token,) * 3), 1, Pretraining(mask_ratio=RATIO))
+    """Build the network as `mae3d_pretrain` does."""
+    return build_autoencoder(Network(size=size, token=(case.token,) * 3), 1, Pretraining())
 
 
 def our_loss(model: nn.Module, volume: Tensor, case: Case) -> Tensor:
-    """As `mae3d_pretrain` computes it."""
-    noise = torch.rand(case.batch, case.tokens, device=volume.device)
-    return reconstruction_loss(volume, model(volume, noise), (case.token,) * 3, norm_pix=True)
+    """Compute the loss as `mae3d_pretrain` does."""
+    masks = Masking(mask_ratio=RATIO).draw(torch.rand(case.batch, case.tokens)).to(volume.device)
+    return reconstruction_loss(model(volume, masks), norm_pix=True)
 
 
 def monai_model(case: Case, size: str) -> nn.Module:
-    """MONAI's class with the sizes of ours."""
+    """Build MONAI's network with the sizes of ours."""
     sizes = SIZES[size]
     return MaskedAutoEncoderViT(
         in_channels=1,
@@ -124,10 +125,10 @@ def monai_model(case: Case, size: str) -> nn.Module:
 
 
 def monai_loss(model: nn.Module, volume: Tensor, case: Case) -> Tensor:
-    """The same loss on what MONAI predicts."""
+    """Compute the same loss on what MONAI predicts."""
     predicted, mask = model(volume)
     target = patchify(volume, (case.token,) * 3)
-    target = norm_pix_targets(target, torch.ones_like(target[:1]))[:, :, 0]
+    target = norm_pix_targets(target, torch.ones_like(target))[:, :, 0]
     error = (predicted.float() - target).square().mean(dim=-1)
     return (error * mask).sum() / mask.sum()
 

@@ -1,6 +1,6 @@
-"""The whole path on a phantom: the commands a user would type, then a table and pictures of what came out.
+"""The whole workflow on phantoms: the commands that a user would type, then a table and a figure of the results.
 
-It types real commands in processes of their own, so that what it shows is what a user gets.
+The commands run in processes of their own, so that the demonstration shows what a user gets.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import replacing
+from nnunet_vit_mae.files import refuse_in_use, replacing
 from nnunet_vit_mae.installation import trainers_folder
 from nnunet_vit_mae.phantoms.dataset import write_phantom_dataset
 from nnunet_vit_mae.plots import Segmented, plot_segmentations
 
 DATASET_ID = "900"
 PLANS = "Quick"
-# small regions with large plaques: minutes on a CPU must be enough to learn something
+# small regions with large plaques, so that a few minutes on a CPU are enough to learn something
 PHANTOMS = {"labelled": 40, "unlabelled": 60, "extent_mm": (24.0, 32.0, 32.0), "plaque_scale": 2.5}
 MODELS = {
     "ViT, pre-trained": "nnUNetTrainerViTMAE",
@@ -36,8 +36,8 @@ MODELS = {
 
 
 @dataclass(frozen=True)
-class Score:
-    """One model on one test case; volumes in mm3."""
+class CaseScore:
+    """Dice and volumes (mm3) of one model on one test case."""
 
     model: str
     case: str
@@ -46,15 +46,14 @@ class Score:
     predicted_volume: float
 
 
-def demonstrate(folder: Path, *, seed: int) -> list[Score]:
+def demonstrate(folder: Path, *, seed: int) -> list[CaseScore]:
     """Run everything in a new folder: nnU-Net's three folders, `predictions/`, `log.txt`, `results.csv`, `results.png`.
 
-    Raises `UserError` when the folder is in use, or when a command fails (its output is in `log.txt`).
+    Raises `UserError` if the folder is not empty, or if a command fails (its output is in `log.txt`).
     """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} is in use: give a new folder with -o, or remove it.")
+    refuse_in_use(folder)
     raw = write_phantom_dataset(folder / "raw", dataset_id=int(DATASET_ID), seed=seed, **PHANTOMS)
-    print(f"Made {raw}: synthetic CT of the skull base, see its scans.csv", flush=True)
+    print(f"Wrote {raw}: synthetic CT of the skull base, see its scans.csv", flush=True)
 
     shell = Shell(folder)
     shell.type(f"nnUNetv2_plan_and_preprocess -d {DATASET_ID} -c 3d_fullres -np 2 -npfp 2".split())
@@ -68,14 +67,14 @@ def demonstrate(folder: Path, *, seed: int) -> list[Score]:
         shell.type([*f"nnUNetv2_train {DATASET_ID} 3d_fullres 0".split(), *common])
         folders = ["-i", str(raw / "imagesTs"), "-o", str(output)]
         shell.type(["nnUNetv2_predict", *folders, *f"-d {DATASET_ID} -c 3d_fullres -f 0".split(), *common])
-        scores += [score(model, reference, output) for reference in sorted((raw / "labelsTs").glob("*.nii.gz"))]
-    _write_csv(scores, folder / "results.csv")
-    _draw(raw, folder, scores)
+        scores += [score_case(model, reference, output) for reference in sorted((raw / "labelsTs").glob("*.nii.gz"))]
+    _write_scores(scores, folder / "results.csv")
+    _draw_examples(raw, folder, scores)
     return scores
 
 
 class Shell:
-    """Types commands in the demonstration's own environment and keeps what they print in `log.txt`."""
+    """Runs commands in the demonstration's own environment and appends their output to `log.txt`."""
 
     def __init__(self, folder: Path):
         self.log = folder / "log.txt"
@@ -89,62 +88,63 @@ class Shell:
         }
 
     def type(self, command: Sequence[str]) -> None:
-        """Run one command; raises `UserError` when it fails."""
+        """Run one command; raises `UserError` if it fails."""
         print(f"$ {shlex.join(command)}", end=" ", flush=True)
         started = time.monotonic()
         with self.log.open("a") as log:
             log.write(f"$ {shlex.join(command)}\n")
             log.flush()
             program = Path(sysconfig.get_path("scripts")) / command[0]
-            done = subprocess.run([program, *command[1:]], env=self.environment, stdout=log, stderr=log, check=False)
+            process = subprocess.run([program, *command[1:]], env=self.environment, stdout=log, stderr=log, check=False)
         print(f"({time.monotonic() - started:.0f} s)", flush=True)
-        if done.returncode:
-            raise UserError(f"The command above failed with exit code {done.returncode}: the reason is in {self.log}.")
+        if process.returncode:
+            raise UserError(f"The command above failed with exit code {process.returncode}: see the end of {self.log}.")
 
 
-def score(model: str, reference_file: Path, predictions: Path) -> Score:
-    """Dice and volumes of a prediction of the same name as the reference."""
+def score_case(model: str, reference_file: Path, predictions: Path) -> CaseScore:
+    """Compare the prediction of the same name with a reference segmentation."""
     reference = sitk.ReadImage(str(reference_file))
     prediction = sitk.ReadImage(str(predictions / reference_file.name))
     overlap = sitk.LabelOverlapMeasuresImageFilter()
     overlap.Execute(reference, prediction)
-    voxel = float(np.prod(reference.GetSpacing()))
-    volumes = [float(sitk.GetArrayViewFromImage(image).astype(bool).sum()) * voxel for image in (reference, prediction)]
-    return Score(model, reference_file.name.removesuffix(".nii.gz"), overlap.GetDiceCoefficient(), *volumes)
+    voxel_volume = float(np.prod(reference.GetSpacing()))
+    voxels = [np.count_nonzero(sitk.GetArrayViewFromImage(image)) for image in (reference, prediction)]
+    volumes = [float(count) * voxel_volume for count in voxels]
+    return CaseScore(model, reference_file.name.removesuffix(".nii.gz"), overlap.GetDiceCoefficient(), *volumes)
 
 
-def score_table(scores: list[Score]) -> str:
-    """Mean Dice and mean absolute volume difference of each model, as text."""
+def score_table(scores: list[CaseScore]) -> str:
+    """Return the mean Dice and mean absolute volume difference of each model as text."""
     lines = [f"{'model':20} {'Dice':>6} {'volume difference':>18}"]
     for model in MODELS:
-        own = [entry for entry in scores if entry.model == model]
-        dice = np.mean([entry.dice for entry in own])
-        difference = np.mean([abs(entry.predicted_volume - entry.reference_volume) for entry in own])
+        of_model = [score for score in scores if score.model == model]
+        dice = np.mean([score.dice for score in of_model])
+        difference = np.mean([abs(score.predicted_volume - score.reference_volume) for score in of_model])
         lines.append(f"{model:20} {dice:6.3f} {difference:14.1f} mm3")
-    lines.append("So few steps show that everything works, not which model is better: see docs/explanation.md.")
+    lines.append("After so few steps this shows that everything works, not which model is better: docs/explanation.md.")
     return "\n".join(lines)
 
 
-def _write_csv(scores: list[Score], file: Path) -> None:
+def _write_scores(scores: list[CaseScore], file: Path) -> None:
     with replacing(file) as temporary, temporary.open("w", newline="") as stream:
         writer = csv.writer(stream)
-        writer.writerow(Score.__dataclass_fields__)
-        writer.writerows(vars(entry).values() for entry in scores)
+        writer.writerow(CaseScore.__dataclass_fields__)
+        writer.writerows(vars(score).values() for score in scores)
 
 
-def _draw(raw: Path, folder: Path, scores: list[Score]) -> None:
-    """The three test cases with the largest calcifications, with reference and predictions."""
-    volumes = {entry.case: entry.reference_volume for entry in scores}
+def _draw_examples(raw: Path, folder: Path, scores: list[CaseScore]) -> None:
+    """Draw reference and predictions of the three test cases with the largest calcifications."""
+    volumes = {score.case: score.reference_volume for score in scores}
     rows = []
     for case in sorted(volumes, key=volumes.__getitem__, reverse=True)[:3]:
-        masks = {"reference": _read(raw / "labelsTs" / f"{case}.nii.gz")}
+        masks = {"reference": _read_array(raw / "labelsTs" / f"{case}.nii.gz")}
         for model, trainer in MODELS.items():
-            masks[model] = _read(folder / "predictions" / trainer / f"{case}.nii.gz")
-        dice = {entry.model: entry.dice for entry in scores if entry.case == case}
-        image = _read(raw / "imagesTs" / f"{case}_0000.nii.gz")
+            masks[model] = _read_array(folder / "predictions" / trainer / f"{case}.nii.gz")
+        dice = {score.model: score.dice for score in scores if score.case == case}
+        image = _read_array(raw / "imagesTs" / f"{case}_0000.nii.gz")
         rows.append(Segmented(f"{case}, {volumes[case]:.0f} mm3", image, masks, dice))
     plot_segmentations(rows, folder / "results.png", window=(-100, 600))
 
 
-def _read(file: Path) -> np.ndarray:
+def _read_array(file: Path) -> np.ndarray:
     return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))

@@ -1,4 +1,4 @@
-"""One exception for everything that the user can mend, and the one place that turns it into an exit code."""
+"""The exception for everything that the user can fix, and the one place that turns it into an exit code."""
 
 import functools
 import sys
@@ -9,17 +9,17 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
-NAMES_SHOWN = 3  # names that a sentence lists
+NAMES_SHOWN = 3  # names listed in a sentence
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. The message is one sentence: what is wrong, where, and what to do."""
+    """A mistake that the user can fix. The message is one sentence: what is wrong, where, and what to do."""
 
 
 def exit_on_user_error(function: Callable[P, R]) -> Callable[P, R]:
     """Print a `UserError` to stderr and exit with code 2, without a traceback; let everything else through.
 
-    Our commands are wrapped by this, and so are the methods that nnU-Net's own commands call on our trainers.
+    It wraps our commands and the trainer methods that nnU-Net's own commands call.
     """
 
     @functools.wraps(function)
@@ -34,9 +34,10 @@ def exit_on_user_error(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def reader_reason(error: Exception) -> str:
-    """Why images could not be read, without the full stop: SimpleITK starts with lines about its own sources.
+    """Return why images could not be read, without a full stop.
 
-    nnU-Net's readers raise an error without a word when the files of a case do not fit each other.
+    SimpleITK's messages start with lines about its own sources. nnU-Net's readers raise an empty error if the files of
+    a case do not match.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or ["its files differ in size or spacing"])[-1].removeprefix("sitk::ERROR: ").rstrip(".")
@@ -44,7 +45,7 @@ def reader_reason(error: Exception) -> str:
 
 @contextmanager
 def reading(what: object) -> Iterator[None]:
-    """Turn whatever an image reader raises in the block into a `UserError` that names `what` and gives the reason."""
+    """Turn whatever an image reader raises in the block into a `UserError` that names `what` and the reason."""
     try:
         yield
     except UserError:
@@ -54,7 +55,11 @@ def reading(what: object) -> Iterator[None]:
 
 
 def abbreviated(names: Iterable[str]) -> str:
-    """The first few, and how many more there are."""
+    """List the first few names and say how many more there are.
+
+    >>> abbreviated("abcde")
+    'a, b, c and 2 more'
+    """
     listed = list(names)
     more = f" and {len(listed) - NAMES_SHOWN} more" if len(listed) > NAMES_SHOWN else ""
     return ", ".join(listed[:NAMES_SHOWN]) + more

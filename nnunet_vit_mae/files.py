@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: everything is written beside its place and then renamed into it."""
+"""Files that are either complete or absent: everything is written to a temporary file and then renamed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from nnunet_vit_mae.errors import UserError
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Give a temporary path to write to, and rename it to `file` when the block ends without an error."""
+    """Yield a temporary path to write to, and rename it to `file` when the block ends without an error."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{os.getpid()}.{file.name}")  # the suffix stays: some writers choose a format by it
+    temporary = file.with_name(f".{os.getpid()}.{file.name}")  # some writers choose the format by the suffix
     try:
         yield temporary
         temporary.replace(file)
@@ -27,24 +27,26 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what processes left behind that were killed within `replacing`; none may be writing to the folder."""
+    """Remove the temporary files of processes killed within `replacing`; nothing may be writing to the folder."""
     for file in folder.glob(".[0-9]*.*"):
         file.unlink()
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep all other processes out of this block for the same folder, which may be moved or not even be there.
+    """Keep all other processes out of this block for the same folder, which may be moved and need not exist.
 
-    The lock belongs to the process, on Linux, macOS and Windows: one that was killed leaves none behind. Raises
-    `UserError` when another process holds it.
+    The lock belongs to the process, on Linux, macOS and Windows, so that a killed process leaves none behind.
+
+    Raises:
+        UserError: If another process holds the lock.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(f"Another process is writing to {folder}: wait for its end, or stop it.") from None
+        raise UserError(f"Another process is writing to {folder}: wait until it has finished, or stop it.") from None
     try:
         yield
     finally:
@@ -52,32 +54,32 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def write_json(content: Any, file: Path) -> None:
-    """Write JSON as nnU-Net does (indented, in the order given)."""
+    """Write JSON as nnU-Net does: indented, keys in the given order."""
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
 
 
 def read_json(file: Path) -> Any:
-    """Read JSON; raises `UserError` when the file is missing or not JSON."""
+    """Read JSON; raises `UserError` if the file is missing or is not JSON."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file} is missing.") from None
     except IsADirectoryError:
-        raise UserError(f"{file} is a folder, but a JSON file is expected there.") from None
+        raise UserError(f"{file} is a folder, but must be a JSON file.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not valid JSON ({error}).") from None
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder that is written to; raises `UserError` when that cannot be."""
+    """Create an output folder; raises `UserError` if that is impossible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}): choose another place with -o.") from None
+        raise UserError(f"{folder} cannot be created ({error.strerror}): choose another folder with -o.") from None
 
 
 def refuse_in_use(folder: Path) -> None:
-    """Raise `UserError` for a folder that has something in it."""
+    """Raise `UserError` if `folder` is a file or a folder that is not empty."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} is in use: give a new folder with -o, or remove it.")
+        raise UserError(f"{folder} already exists: give a new folder with -o, or remove it.")

@@ -1,9 +1,9 @@
-"""Where the installed package keeps what others look for."""
+"""Folders of the installed package that other programs need."""
 
 from importlib.resources import files
 from pathlib import Path
 
 
 def trainers_folder() -> Path:
-    """The folder that nnU-Net's `nnUNet_extTrainer` has to name; it holds re-exports of our trainers."""
+    """Return the folder for nnU-Net's variable `nnUNet_extTrainer`; it re-exports our trainers."""
     return Path(str(files("nnunet_vit_mae.trainers")))

@@ -33,9 +33,9 @@ SIZES = {
     "M": Size(480, 12, 12, 240, 8, 12),
     "B": Size(768, 12, 12, 512, 8, 16),  # AMAE's ViT-B; it names no decoder, this is the original MAE's
     "L": Size(960, 12, 12, 480, 8, 12),
-    # Primus (Wald et al. 2025), which has no decoder for pre-training: half as wide and four blocks deep here
-    "PrimusS": Size(396, 12, 6, 198, 4, 6),
-    "PrimusB": Size(792, 12, 12, 396, 4, 12),
+    # Primus (Wald et al. 2025), which has no decoder for pre-training: about half as wide and four blocks deep here
+    "PrimusS": Size(396, 12, 6, 192, 4, 6),
+    "PrimusB": Size(792, 12, 12, 384, 4, 12),
     "PrimusM": Size(864, 16, 12, 432, 4, 12),
     "PrimusL": Size(1056, 24, 16, 528, 4, 16),
     # timm's other sizes, for encoders from there; the decoder is the original MAE's
@@ -179,10 +179,10 @@ class Network:
             self._check_taps()
 
     def _check_taps(self) -> None:
-        depth, count = SIZES[self.size].depth, self._tap_count
-        fit = len(self.taps) == count and all(1 <= block <= depth for block in self.taps)
-        expected = f"{count} blocks from 1 to {depth}, ascending, with the decoder {self.decoder} and this token"
-        _require(fit and list(self.taps) == sorted(self.taps), "network.taps", list(self.taps), expected)
+        depth, skips, taps = SIZES[self.size].depth, self._skips, list(self.taps)
+        fit = 0 < skips <= len(taps) and all(1 <= block <= depth for block in taps) and taps == sorted(taps)
+        number = f"{skips} or more blocks from 1 to {depth}, ascending" if skips else "empty"
+        _require(fit, "network.taps", taps, f"{number}, with the decoder {self.decoder} and this token")
 
     @property
     def encoder_settings(self) -> dict[str, Any]:
@@ -194,19 +194,19 @@ class Network:
         return channels if self.adaptive else 1
 
     @property
-    def _tap_count(self) -> int:
-        """Return one block for each skip (each doubling but the last, which joins the image), and three at least."""
-        skips = max(0, max(self.token).bit_length() - 2) if self.decoder == "unetr" else 0
-        return max(LEAST_TAPS, skips) if skips else 0
+    def _skips(self) -> int:
+        """Return the skips that have hidden states: one for each doubling but the last, which joins the image."""
+        return max(0, max(self.token).bit_length() - 2) if self.decoder == "unetr" else 0
 
     @property
     def tapped_blocks(self) -> tuple[int, ...]:
         """Return the blocks that the decoder builds on beside the last one.
 
-        By default evenly spaced, which for token 16 and twelve blocks gives 4, 7 and 10 as in UNETR's public code (its
-        paper says 3, 6 and 9).
+        By default there are as many as skips, and three at least, evenly spaced. For token 16 and twelve blocks that
+        gives 4, 7 and 10 as in UNETR's public code (its paper says 3, 6 and 9).
         """
-        depth, count = SIZES[self.size].depth, self._tap_count
+        depth = SIZES[self.size].depth
+        count = max(LEAST_TAPS, self._skips) if self._skips else 0
         return self.taps or tuple(1 + round(i * depth / (count + 1)) for i in range(1, count + 1))
 
 

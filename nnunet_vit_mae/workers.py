@@ -1,4 +1,4 @@
-"""Many jobs over several processes, where none of them, not even one whose process is killed, stops another."""
+"""Run many jobs in several processes; a process that is killed does not stop the other jobs."""
 
 from __future__ import annotations
 
@@ -18,29 +18,37 @@ def run_each(
     processes: int,
     initializer: Callable[[], None] | None = None,
 ) -> Iterator[tuple[Item, Result | None]]:
-    """Every job with its result as it is done, or with None when its process died (out of memory, most often).
+    """Call `function` for every job and yield each job with its result as soon as it is done.
 
-    What `function` raises ends everything. `initializer` is called once in each process, unless there is only this one.
+    Args:
+        function: Called with a job; what it raises ends everything.
+        jobs: The arguments; with more than one process they must be picklable.
+        processes: Number of processes; 1 runs everything in this one.
+        initializer: Called once in each worker process, and not at all if `processes` is 1.
+
+    Returns:
+        Pairs of a job and its result; the result is None if its process died, mostly because memory ran out.
     """
     jobs = list(jobs)
     if processes == 1:
         yield from ((job, function(job)) for job in jobs)
         return
     suspects = []
-    for job, result, lost in _pooled(function, jobs, processes, initializer):
+    for job, result, lost in _run_in_pool(function, jobs, processes, initializer):
         if lost:
-            suspects.append(job)  # the pool does not say whose process it was
+            suspects.append(job)  # the pool does not say which process died
         else:
             yield job, result
     for suspect in suspects:
-        for job, result, _ in _pooled(function, [suspect], 1, initializer):
+        for job, result, _ in _run_in_pool(function, [suspect], 1, initializer):
             yield job, result
 
 
-def _pooled(
+def _run_in_pool(
     function: Callable[[Item], Result], jobs: list[Item], processes: int, initializer: Callable[[], None] | None
 ) -> Iterator[tuple[Item, Result | None, bool]]:
-    context = get_context("spawn")  # ITK has threads, which a fork does not survive
+    """Yield each job, its result, and whether it was lost because the pool broke."""
+    context = get_context("spawn")  # ITK's threads do not survive a fork
     with ProcessPoolExecutor(min(processes, max(1, len(jobs))), context, initializer) as pool:
         futures = {pool.submit(function, job): job for job in jobs}
         try:
@@ -50,4 +58,4 @@ def _pooled(
                 except BrokenProcessPool:
                     yield futures[future], None, True
         finally:
-            pool.shutdown(cancel_futures=True)  # after Ctrl+C, nobody waits for the rest
+            pool.shutdown(cancel_futures=True)  # after Ctrl+C, do not wait for the remaining jobs

@@ -1,14 +1,15 @@
-"""Any number of contrasts: tokenizer, encoder and segmenter against the formulas of AMAE, study by study."""
+"""Test tokenizer, encoder and segmenter for any number of contrasts against the formulas of AMAE, study by study."""
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,6 +17,7 @@ from nnunet_vit_mae.networks import adaptive
 from nnunet_vit_mae.networks.adaptive import (
     AdaptiveStem,
     DynamicTokenizer,
+    Group,
     ModalityVectors,
     groups,
     present_contrasts,
@@ -23,7 +25,7 @@ from nnunet_vit_mae.networks.adaptive import (
 )
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
 from nnunet_vit_mae.networks.memory import finetuning_memory
-from nnunet_vit_mae.networks.positions import sine_cosine_positions
+from nnunet_vit_mae.networks.positions import forget_positions, sine_cosine_positions
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.networks.tokenizer import Triple, padded, patchify
 from nnunet_vit_mae.presets import DECODERS, MODALITY_VECTORS, Network, Pretraining
@@ -48,7 +50,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def studies_with(present: Sequence[Sequence[int]], sides: Sequence[int] = SIDES, *, channels=3, seed=0) -> torch.Tensor:
-    """A batch of noise with zeros for the contrasts that a study lacks."""
+    """Return a batch of noise with zeros for the contrasts that a study lacks."""
     volume = torch.randn(len(present), channels, *sides, generator=seeded(seed))
     for study, contrasts in enumerate(present):
         for absent in set(range(channels)) - set(contrasts):
@@ -57,7 +59,7 @@ def studies_with(present: Sequence[Sequence[int]], sides: Sequence[int] = SIDES,
 
 
 def perturbed(network: nn.Module, seed: int = 0) -> nn.Module:
-    """With other weights than at first, when modality vectors do not matter yet."""
+    """Change the weights: at first, modality vectors do not matter yet."""
     generator = seeded(seed)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -74,14 +76,14 @@ def segmenter(
 
 
 def rows(state: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
-    """What belongs to single contrasts, contrasts first."""
+    """Return the weights that belong to single contrasts, with the contrasts as the first axis."""
     if kind == "learned":
         return {name: tensor for name, tensor in state.items() if name.endswith("vectors.table")}
     return {name: tensor.T for name, tensor in state.items() if name.endswith("factors.weight")}
 
 
 def with_contrasts(network: Segmenter, kind: str, chosen: Sequence[int]) -> Segmenter:
-    """A copy that knows the chosen contrasts only, in this order."""
+    """Return a copy that knows the chosen contrasts only, in this order."""
     copy, state = segmenter(kind, len(chosen), seed=1), network.state_dict()
     own = {name: tensor[list(chosen)] for name, tensor in rows(state, kind).items()}
     assert len(own) == 2  # of tokenizer and stem
@@ -96,7 +98,7 @@ def vector(vectors: ModalityVectors, kind: str, contrast: int) -> torch.Tensor:
 
 
 def literal_tokens(tokenizer: DynamicTokenizer, kind: str, image: torch.Tensor, contrast: int, token: Triple):
-    """Section 2.2 for one image (z y x): factors for weights and biases of a convolution, then the convolution."""
+    """Follow section 2.2 for one image (z y x): scale weights and biases of a convolution, then convolve."""
     linear, plain = tokenizer.factors, tokenizer.projection
     both = linear.weight @ vector(tokenizer.vectors, kind, contrast) + linear.bias
     w_conv, b_conv = both[: len(plain.bias)], both[len(plain.bias) :]
@@ -166,30 +168,30 @@ def test_a_study_of_zeros_counts_as_its_first_contrast():
 @few
 @given(present=batches)
 def test_all_studies_of_a_batch_are_in_one_group_with_all_their_contrasts(present):
-    numbers = {}  # of each contrast of each study among all series
+    numbers = {}  # of the contrast images of the batch
     for study, contrasts in enumerate(present):
         for contrast in contrasts:
             numbers[study, contrast] = len(numbers)
     found, counts = [], []
     for group in groups(present, CPU):
         counts.append(group.contrasts.shape[1])
-        for study, contrasts, series in zip(*(field.tolist() for field in group), strict=True):
+        for study, contrasts, images in zip(*(field.tolist() for field in group), strict=True):
             found.append(study)
             assert contrasts == present[study]
-            assert series == [numbers[study, contrast] for contrast in contrasts]
+            assert images == [numbers[study, contrast] for contrast in contrasts]
     assert sorted(found) == list(range(len(present)))
     assert sorted(counts) == sorted({len(contrasts) for contrasts in present})
 
 
 @few
 @given(present=batches)
-def test_series_are_the_contrasts_of_one_study_after_the_other(present):
+def test_contrast_images_are_the_contrasts_of_one_study_after_the_other(present):
     volume = studies_with(present, (3, 2, 5), channels=4)
-    series, contrasts = split_contrasts(volume, present)
+    images, contrasts = split_contrasts(volume, present)
     expected = [(volume[study, contrast], contrast) for study, own in enumerate(present) for contrast in own]
-    assert series.shape == (len(expected), 1, 3, 2, 5)
+    assert images.shape == (len(expected), 1, 3, 2, 5)
     assert contrasts.tolist() == [contrast for _, contrast in expected]
-    assert all(torch.equal(one[0], image) for one, (image, _) in zip(series, expected, strict=True))
+    assert all(torch.equal(image[0], own) for image, (own, _) in zip(images, expected, strict=True))
 
 
 # ---------- encoder and stem
@@ -271,9 +273,8 @@ def test_a_new_stem_has_no_factors_of_its_own(kind):
 
 
 @both_kinds
-@pytest.mark.parametrize("order", [(2, 0, 1), (1, 0, 2)], ids=str)
-def test_the_order_of_contrasts_does_not_matter_but_which_one_it_is_does(kind, order):
-    network = segmenter(kind)
+def test_the_order_of_contrasts_does_not_matter_but_which_one_it_is_does(kind):
+    order, network = (2, 0, 1), segmenter(kind)
     volume = studies_with(MIXED).double()
     shuffled, other = volume[:, list(order)], with_contrasts(network, kind, order).double()
     with torch.no_grad():
@@ -321,7 +322,7 @@ def test_each_study_is_segmented_for_itself(decoder, kind):
 
 @both_kinds
 @pytest.mark.parametrize("channels", [1, 2, 5])
-def test_a_segmenter_knows_as_many_contrasts_as_the_data_set_has(kind, channels):
+def test_a_segmenter_knows_as_many_contrasts_as_the_dataset_has(kind, channels):
     network = segmenter(kind, channels)
     every = list(range(channels))
     with torch.no_grad():
@@ -394,26 +395,55 @@ def test_a_pretrained_encoder_fits_the_segmenter(kind):
 # ---------- memory
 
 
-@pytest.mark.parametrize("on_gpu", [False, True])
-def test_the_planner_counts_on_all_contrasts_of_all_studies(on_gpu, monkeypatch):
+def test_the_planner_counts_on_all_contrasts_of_all_studies(monkeypatch):
+    """Both the encoder and the stem of the decoder are given them, and neither looks at voxels, which do not exist."""
     network = Network(size="XS", token=TOKEN, decoder="unetr", adaptive=True)
+    grouped, split = [], []
 
-    def memory() -> int:
-        return finetuning_memory(network, SIDES, 3, 2, 4, on_gpu=on_gpu)
+    def recorded_groups(present: list[list[int]], device: torch.device) -> Iterator[Group]:
+        grouped.append(present)
+        return groups(present, device)
 
-    largest = memory()
-    monkeypatch.setattr(adaptive, "present_contrasts", lambda _: [[0, 1, 2]] * 4)
-    assert memory() == largest
-    for fewer in ([[0, 1, 2]] * 3 + [[0, 2]], MIXED):
-        monkeypatch.setattr(adaptive, "present_contrasts", lambda _, fewer=fewer: fewer)
-        assert memory() < largest
+    def recorded_split(volume: torch.Tensor, present: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        split.append(present)
+        return split_contrasts(volume, present)
+
+    monkeypatch.setattr(adaptive, "groups", recorded_groups)
+    monkeypatch.setattr(adaptive, "split_contrasts", recorded_split)
+    assert finetuning_memory(network, SIDES, 3, 2, 4) > 0
+    assert grouped == split == [[[0, 1, 2]] * 4] * 2  # a rehearsal has two steps
 
 
 @both_kinds
-def test_a_rehearsal_leaves_nothing_behind(kind):
-    network = Network(size="XS", token=TOKEN, decoder="unetr", adaptive=True, modality_vectors=kind)
+def test_the_voxels_tell_which_contrasts_there_are_unless_it_is_given(kind):
+    network, volume = segmenter(kind), studies_with([*MIXED, []])
+    with torch.no_grad():
+        found, given = network.logits(volume), network.logits(volume, [*MIXED, [0]])
+        other = network.logits(volume, [*MIXED, [1]])
+    assert torch.equal(found, given)
+    assert [torch.equal(a, b) for a, b in zip(found, other, strict=True)] == [True] * 4 + [False]
+
+
+def test_a_forward_pass_reads_no_values_on_the_host():
+    """A fake tensor has no values: reading one raises an error."""
+    forget_positions()  # the cached tables are real tensors, and those made here are not
+    try:
+        with FakeTensorMode():
+            network = build_segmenter(
+                Network(size="XS", token=TOKEN, decoder="unetr", adaptive=True), 3, 2, drop_path=0.0
+            )
+            volume = torch.empty(4, 3, *SIDES)
+            assert network.logits(volume, MIXED).shape == (4, 2, *SIDES)
+            with pytest.raises(DataDependentOutputException):  # so this test can fail
+                network.logits(volume)
+    finally:
+        forget_positions()
+
+
+def test_a_rehearsal_leaves_nothing_behind():
+    network = Network(size="XS", token=TOKEN, decoder="unetr", adaptive=True, modality_vectors="learned")
     volume = studies_with(MIXED)
-    before, state = segmenter(kind)(volume), torch.random.get_rng_state()
+    before, state = segmenter("learned")(volume), torch.random.get_rng_state()
     assert finetuning_memory(network, SIDES, 3, 2, 2) > 0
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert torch.equal(segmenter(kind)(volume), before)
+    assert torch.equal(segmenter("learned")(volume), before)

@@ -1,4 +1,4 @@
-"""Masked autoencoding on grids that the token does not divide, with the masks worked out voxel by voxel."""
+"""Test masked autoencoding on grids that the token does not divide, with masks worked out voxel by voxel."""
 
 import itertools
 import math
@@ -8,15 +8,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from nnunet_vit_mae.networks.autoencoder import MaskedAutoencoder, Reconstruction, norm_pix_targets, reconstruction_loss
-from nnunet_vit_mae.networks.build import build_autoencoder
+from nnunet_vit_mae.networks.autoencoder import (
+    MaskedAutoencoder,
+    Reconstruction,
+    counted_voxels,
+    norm_pix_targets,
+    reconstruction_loss,
+)
 from nnunet_vit_mae.networks.encoder import Encoder
-from nnunet_vit_mae.networks.masking import Masking, split_tokens, take
+from nnunet_vit_mae.networks.masking import Masking, Masks, take
+from nnunet_vit_mae.networks.positions import forget_positions
 from nnunet_vit_mae.networks.token_decoder import TokenDecoder
 from nnunet_vit_mae.networks.tokenizer import Tokenizer, patchify, unpatchify, voxels_inside
 from nnunet_vit_mae.networks.transformer import Transformer
-from nnunet_vit_mae.presets import Network, Pretraining
 
 B, C = 2, 3
 TOKEN = (2, 4, 8)
@@ -43,12 +49,20 @@ def random_noise(seed: int = 0) -> torch.Tensor:
     return torch.rand(B, TOKENS, generator=seeded(seed + 1000))
 
 
-def autoencoder(channels: int = C, mask_ratio: float = 0.6) -> MaskedAutoencoder:
-    """Heads 10 wide, as in the paper's size S, and a decoder width that positions do not fill."""
+def masks_of(noise: torch.Tensor) -> Masks:
+    return Masking(mask_ratio=0.6).draw(noise)
+
+
+def random_masks(seed: int = 0) -> Masks:
+    return masks_of(random_noise(seed))
+
+
+def autoencoder(channels: int = C) -> MaskedAutoencoder:
+    """Build a network with heads 10 wide, as in the paper's size S, and a decoder width that positions do not fill."""
     torch.manual_seed(0)
     encoder = Encoder(Tokenizer(channels, TOKEN, 30), Transformer(30, 2, 3), token=TOKEN, width=30)
     decoder = TokenDecoder(30, Transformer(20, 1, 2), width=20, outputs=channels * VOXELS)
-    return MaskedAutoencoder(encoder, decoder, Masking(mask_ratio=mask_ratio))
+    return MaskedAutoencoder(encoder, decoder)
 
 
 def token_of(z: int, y: int, x: int) -> int:
@@ -56,7 +70,7 @@ def token_of(z: int, y: int, x: int) -> int:
 
 
 def hidden_voxels(hidden: torch.Tensor) -> torch.Tensor:
-    """True where a voxel of the volume belongs to a hidden token (b 1 z y x), voxel by voxel."""
+    """Return a mask of the voxels that belong to hidden tokens (b 1 z y x), worked out voxel by voxel."""
     mask = torch.zeros(len(hidden), 1, *SHAPE, dtype=torch.bool)
     for b, tokens in enumerate(hidden.tolist()):
         for z, y, x in itertools.product(*map(range, SHAPE)):
@@ -65,7 +79,7 @@ def hidden_voxels(hidden: torch.Tensor) -> torch.Tensor:
 
 
 def in_place(patches: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Patches of some tokens as a volume with its padding, zero elsewhere."""
+    """Return patches of some tokens as a volume with its padding, zero elsewhere."""
     everything = torch.zeros(B, TOKENS, C, VOXELS)
     for b in range(B):
         everything[b, index[b]] = patches[b]
@@ -77,9 +91,16 @@ def cut(padded: torch.Tensor) -> torch.Tensor:
     return padded[:, :, :z, :y, :x]
 
 
-def random_reconstruction(seed: int = 0) -> Reconstruction:
-    visible, hidden = split_tokens(random_noise(seed), 0.6)
-    return Reconstruction(torch.randn(B, hidden.shape[1], C, VOXELS, generator=seeded(seed + 2000)), visible, hidden)
+def random_patches(masks: Masks, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*masks.hidden.shape, C, VOXELS, generator=seeded(seed + 2000))
+
+
+def loss_of(volume: torch.Tensor, masks: Masks, patches: torch.Tensor, *, norm_pix: bool) -> torch.Tensor:
+    """Return the loss of predicted patches."""
+    targets = take(patchify(volume, TOKEN), masks.hidden)
+    return reconstruction_loss(
+        Reconstruction(patches, targets, counted_voxels(volume, TOKEN, masks)), norm_pix=norm_pix
+    )
 
 
 def changed(volume: torch.Tensor, place: tuple[int, ...]) -> torch.Tensor:
@@ -91,10 +112,15 @@ def changed(volume: torch.Tensor, place: tuple[int, ...]) -> torch.Tensor:
 # ---------- what the network sees
 
 
-def test_predictions_are_of_the_hidden_tokens_voxels():
-    rebuilt = autoencoder()(random_volume(), random_noise())
-    assert rebuilt.patches.shape == (B, TOKENS - SEEN, C, VOXELS)
-    assert rebuilt.visible.shape == (B, SEEN)
+def test_a_reconstruction_holds_the_hidden_tokens_and_what_they_are():
+    volume, masks = random_volume(), random_masks()
+    rebuilt = autoencoder()(volume, masks)
+    assert rebuilt.patches.shape == rebuilt.targets.shape == (B, TOKENS - SEEN, C, VOXELS)
+    mask = hidden_voxels(masks.hidden)
+    assert torch.equal(cut(in_place(rebuilt.targets, masks.hidden)), volume * mask)
+    counted = in_place(rebuilt.counted.expand(-1, -1, C, -1), masks.hidden)
+    assert torch.equal(cut(counted), mask.expand(-1, C, -1, -1, -1).float())
+    assert counted.sum() == C * mask.sum()  # the padding does not count
 
 
 def test_the_decoders_outputs_are_channels_then_voxels():
@@ -102,7 +128,7 @@ def test_the_decoders_outputs_are_channels_then_voxels():
     with torch.no_grad():
         network.decoder.head.weight.zero_()
         network.decoder.head.bias.copy_(torch.arange(C * VOXELS))
-        patches = network(random_volume(), random_noise()).patches
+        patches = network(random_volume(), random_masks()).patches
     assert patches[1, 2, :, 53].tolist() == [53, 64 + 53, 128 + 53]
 
 
@@ -110,14 +136,12 @@ def test_the_decoders_outputs_are_channels_then_voxels():
 @given(place=places, seed=seeds)
 def test_a_hidden_voxel_changes_the_loss_but_no_prediction(place, seed):
     network, volume, noise = autoencoder(), random_volume(), random_noise(seed)
-    _, hidden = split_tokens(noise, 0.6)
-    if token_of(*place[2:]) not in hidden[place[0]]:
-        noise[place[0], token_of(*place[2:])] = 2.0  # higher than all others
-    other = changed(volume, place)
+    noise[place[0], token_of(*place[2:])] = 2.0  # higher than all others
+    masks, other = masks_of(noise), changed(volume, place)
     with torch.no_grad():
-        first, second = network(volume, noise), network(other, noise)
+        first, second = network(volume, masks), network(other, masks)
     assert torch.equal(first.patches, second.patches)
-    losses = [reconstruction_loss(v, first, TOKEN, norm_pix=True) for v in (volume, other)]
+    losses = [reconstruction_loss(rebuilt, norm_pix=True) for rebuilt in (first, second)]
     assert not torch.equal(*losses)
 
 
@@ -126,115 +150,160 @@ def test_a_hidden_voxel_changes_the_loss_but_no_prediction(place, seed):
 def test_a_visible_voxel_changes_the_predictions_of_its_sample_but_not_their_target(place, seed):
     network, volume, noise = autoencoder(), random_volume(), random_noise(seed)
     noise[place[0], token_of(*place[2:])] = -1.0  # lower than all others
-    other = changed(volume, place)
+    masks = masks_of(noise)
     with torch.no_grad():
-        first, second = network(volume, noise), network(other, noise)
+        first, second = network(volume, masks), network(changed(volume, place), masks)
     touched = [not torch.equal(a, b) for a, b in zip(first.patches, second.patches, strict=True)]
     assert touched == [b == place[0] for b in range(B)]
-    losses = [reconstruction_loss(v, first, TOKEN, norm_pix=True) for v in (volume, other)]
-    assert torch.equal(*losses)
+    assert torch.equal(first.targets, second.targets)
+    assert torch.equal(first.counted, second.counted)
+
+
+@few
+@given(seed=seeds)
+def test_no_hidden_voxel_has_a_gradient_of_any_prediction(seed):
+    volume, masks = random_volume(seed).requires_grad_(), random_masks(seed)
+    patches = autoencoder()(volume, masks).patches
+    (patches * torch.randn(patches.shape, generator=seeded(seed))).sum().backward()
+    seen = ~hidden_voxels(masks.hidden).expand_as(volume)
+    assert torch.equal(volume.grad != 0, seen)
 
 
 @few
 @given(order=st.permutations(range(SEEN)))
 def test_predictions_do_not_depend_on_the_order_of_the_visible_tokens(order):
-    network, volume, noise = autoencoder(), random_volume(), random_noise()
-    visible, hidden = split_tokens(noise, 0.6)
-    shuffled = noise.clone()
-    for b in range(B):
-        shuffled[b, visible[b, list(order)]] = noise[b, visible[b]]
+    network, volume, masks = autoencoder(), random_volume(), random_masks()
     with torch.no_grad():
-        first, second = network(volume, noise), network(volume, shuffled)
-    assert torch.equal(second.visible, visible[:, list(order)])
-    assert torch.equal(second.hidden, hidden)
+        first = network(volume, masks)
+        second = network(volume, masks._replace(visible=masks.visible[:, list(order)]))
     assert torch.allclose(first.patches, second.patches, atol=1e-5)
 
 
 def test_predictions_differ_from_hidden_token_to_hidden_token():
-    """Blanks are alike but for their positions."""
-    patches = autoencoder()(random_volume(), random_noise()).patches.detach().flatten(2)
+    """Blanks differ in their positions alone."""
+    patches = autoencoder()(random_volume(), random_masks()).patches.detach().flatten(2)
     distances = torch.cdist(patches, patches) + 10 * torch.eye(patches.shape[1])
     assert distances.min() > 1e-3
 
 
 def test_a_batch_is_predicted_as_its_samples_are():
-    network, volume, noise = autoencoder(), random_volume(), random_noise()
+    network, volume, masks = autoencoder(), random_volume(), random_masks()
     with torch.no_grad():
-        batch = network(volume, noise)
-        singles = [network(volume[b : b + 1], noise[b : b + 1]) for b in range(B)]
-    assert torch.equal(batch.hidden, torch.cat([single.hidden for single in singles]))
+        batch = network(volume, masks)
+        singles = [network(volume[b : b + 1], Masks(*(part[b : b + 1] for part in masks))) for b in range(B)]
     assert torch.allclose(batch.patches, torch.cat([single.patches for single in singles]), atol=1e-5)
 
 
-@pytest.mark.parametrize("norm_pix", [True, False])
-def test_the_loss_of_a_batch_is_the_mean_over_all_hidden_voxels_of_its_samples(norm_pix):
-    volume, rebuilt = random_volume(), random_reconstruction()
-    weights = hidden_voxels(rebuilt.hidden).sum((1, 2, 3, 4))
-    assert weights[0] != weights[1]  # uneven tokens: the mean of the samples' means would be another number
-    losses = [
-        reconstruction_loss(volume[b : b + 1], Reconstruction(*(part[b : b + 1] for part in rebuilt)), TOKEN,
-                            norm_pix=norm_pix)
-        for b in range(B)
-    ]  # fmt: skip
-    expected = (torch.stack(losses) * weights).sum() / weights.sum()
-    assert torch.allclose(reconstruction_loss(volume, rebuilt, TOKEN, norm_pix=norm_pix), expected)
-
-
 def test_every_parameter_gets_a_gradient():
-    network, volume = autoencoder(), random_volume()
-    reconstruction_loss(volume, network(volume, random_noise()), TOKEN, norm_pix=True).backward()
+    network = autoencoder()
+    reconstruction_loss(network(random_volume(), random_masks()), norm_pix=True).backward()
     idle = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
     assert idle == []
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_a_step_reads_no_values_on_the_host(norm_pix):
+    """A fake tensor has no values: reading one raises an error."""
+    forget_positions()  # the cached tables are real tensors, and those made here are not
+    try:
+        with FakeTensorMode():
+            network, volume = autoencoder(), torch.empty(B, C, *SHAPE)
+            masks = Masking(mask_ratio=0.6).draw(torch.empty(B, TOKENS))
+            loss = reconstruction_loss(network(volume, masks), norm_pix=norm_pix)
+            loss.backward()
+            assert all(p.grad is not None for p in network.parameters())
+            with pytest.raises(DataDependentOutputException):  # so this test can fail
+                loss.item()
+    finally:
+        forget_positions()
 
 
 # ---------- what carries loss
 
 
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_the_loss_of_a_batch_is_the_mean_over_all_hidden_voxels_of_its_samples(norm_pix):
+    volume, masks = random_volume(), random_masks()
+    patches = random_patches(masks)
+    weights = hidden_voxels(masks.hidden).sum((1, 2, 3, 4))
+    assert weights[0] != weights[1]  # uneven tokens: the mean of the samples' means would be another number
+    losses = [
+        loss_of(volume[b : b + 1], Masks(*(part[b : b + 1] for part in masks)), patches[b : b + 1], norm_pix=norm_pix)
+        for b in range(B)
+    ]
+    expected = (torch.stack(losses) * weights).sum() / weights.sum()
+    assert torch.allclose(loss_of(volume, masks, patches, norm_pix=norm_pix), expected)
+
+
 @few
 @given(seed=seeds)
 def test_the_loss_is_the_mean_squared_error_of_the_hidden_voxels(seed):
-    volume, rebuilt = random_volume(seed), random_reconstruction(seed)
-    mask = hidden_voxels(rebuilt.hidden).expand(-1, C, -1, -1, -1)
-    expected = (cut(in_place(rebuilt.patches, rebuilt.hidden)) - volume)[mask].square().mean()
-    assert torch.allclose(reconstruction_loss(volume, rebuilt, TOKEN, norm_pix=False), expected, rtol=1e-4)
+    volume, masks = random_volume(seed), random_masks(seed)
+    patches = random_patches(masks, seed)
+    mask = hidden_voxels(masks.hidden).expand(-1, C, -1, -1, -1)
+    expected = (cut(in_place(patches, masks.hidden)) - volume)[mask].square().mean()
+    assert torch.allclose(loss_of(volume, masks, patches, norm_pix=False), expected, rtol=1e-4)
 
 
 def test_a_perfect_prediction_has_no_loss():
-    volume, rebuilt = random_volume(), random_reconstruction()
-    perfect = rebuilt._replace(patches=take(patchify(volume, TOKEN), rebuilt.hidden))
-    assert reconstruction_loss(volume, perfect, TOKEN, norm_pix=False) == 0
+    volume, masks = random_volume(), random_masks()
+    assert loss_of(volume, masks, take(patchify(volume, TOKEN), masks.hidden), norm_pix=False) == 0
 
 
 @settings(max_examples=10, deadline=None)
 @given(seed=seeds, norm_pix=st.booleans())
-def test_exactly_the_hidden_voxels_carry_loss(seed, norm_pix):
-    visible, hidden = split_tokens(random_noise(seed), 0.6)
+def test_exactly_the_hidden_voxels_that_count_carry_loss(seed, norm_pix):
+    masks = random_masks(seed)
+    masks = masks._replace(counted=torch.rand(masks.hidden.shape, generator=seeded(seed)) < 0.7)
     everything = torch.randn(B, C, 6, 12, 32, generator=seeded(seed)) + 100  # padding included; far from any target
     everything.requires_grad_()
-    rebuilt = Reconstruction(take(patchify(everything, TOKEN), hidden), visible, hidden)
-    reconstruction_loss(random_volume(seed), rebuilt, TOKEN, norm_pix=norm_pix).backward()
+    loss_of(random_volume(seed), masks, take(patchify(everything, TOKEN), masks.hidden), norm_pix=norm_pix).backward()
     expected = torch.zeros(B, C, 6, 12, 32, dtype=torch.bool)
-    cut(expected)[:] = hidden_voxels(hidden)
+    for b in range(B):
+        of_sample = hidden_voxels(masks.hidden[b : b + 1, masks.counted[b]])
+        cut(expected)[b] = of_sample[0]
     assert torch.equal(everything.grad != 0, expected)
+
+
+@few
+@given(seed=seeds, norm_pix=st.booleans(), rubbish=st.floats(-1e4, 1e4))
+def test_tokens_that_do_not_count_change_no_loss_whatever_they_hold(seed, norm_pix, rubbish):
+    volume, masks = random_volume(seed), random_masks(seed)
+    masks = masks._replace(counted=torch.arange(masks.hidden.shape[1]).expand(B, -1) < 9)
+    patches = random_patches(masks, seed)
+    some = loss_of(volume, Masks(masks.visible, masks.hidden[:, :9], masks.counted[:, :9]), patches[:, :9],
+                   norm_pix=norm_pix)  # fmt: skip
+    patches[:, 9:] = rubbish
+    assert torch.allclose(loss_of(volume, masks, patches, norm_pix=norm_pix), some, rtol=1e-5)
 
 
 @few
 @given(seed=seeds, norm_pix=st.booleans())
 def test_predictions_in_the_padding_carry_no_loss(seed, norm_pix):
-    volume, rebuilt = random_volume(seed), random_reconstruction(seed)
-    inside = take(voxels_inside(volume, TOKEN).expand(B, -1, -1, -1), rebuilt.hidden)
+    volume, masks = random_volume(seed), random_masks(seed)
+    patches = random_patches(masks, seed)
+    inside = take(voxels_inside(volume, TOKEN).expand(B, -1, -1, -1), masks.hidden)
     assert (inside == 0).any()
-    other = rebuilt._replace(patches=torch.where(inside.bool(), rebuilt.patches, torch.tensor(1e4)))
-    losses = [reconstruction_loss(volume, r, TOKEN, norm_pix=norm_pix) for r in (rebuilt, other)]
+    other = torch.where(inside.bool(), patches, torch.tensor(1e4))
+    losses = [loss_of(volume, masks, given, norm_pix=norm_pix) for given in (patches, other)]
     assert torch.equal(*losses)
 
 
 def test_without_hidden_tokens_the_loss_is_zero():
-    network = autoencoder(channels=2)
     volume = torch.randn(2, 2, 1, 3, 7, generator=seeded())  # a single token, which stays visible
-    loss = reconstruction_loss(volume, network(volume, torch.rand(2, 1)), TOKEN, norm_pix=True)
+    loss = reconstruction_loss(autoencoder(channels=2)(volume, masks_of(torch.rand(2, 1))), norm_pix=True)
     loss.backward()
     assert loss.item() == 0
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_where_no_token_counts_the_loss_is_zero_and_its_gradients_are_finite(norm_pix):
+    network, masks = autoencoder(), random_masks()
+    masks = masks._replace(counted=torch.zeros_like(masks.counted))
+    loss = reconstruction_loss(network(random_volume(), masks), norm_pix=norm_pix)
+    loss.backward()
+    assert loss.item() == 0
+    assert not any(p.grad.any() for p in network.parameters())
 
 
 # ---------- normalised targets
@@ -267,26 +336,26 @@ def test_normalised_tokens_do_not_depend_on_the_padding(seed, rubbish):
 @few
 @given(seed=seeds, channel=st.integers(0, C - 1), scale=st.floats(0.2, 50), shift=st.floats(1, 50) | st.floats(-50, -1))
 def test_brightness_and_contrast_of_a_hidden_token_do_not_change_the_loss(seed, channel, scale, shift):
-    volume, rebuilt = random_volume(seed).double(), random_reconstruction(seed)
-    z, y, x = np.unravel_index(rebuilt.hidden[1, 0].item(), GRID)
+    volume, masks = random_volume(seed).double(), random_masks(seed)
+    z, y, x = np.unravel_index(masks.hidden[1, 0].item(), GRID)
     place = (1, channel, slice(2 * z, 2 * z + 2), slice(4 * y, 4 * y + 4), slice(8 * x, 8 * x + 8))
     other = volume.clone()
     other[place] = other[place] * scale + shift
     assert not torch.equal(volume, other)
-    losses = [reconstruction_loss(v, rebuilt, TOKEN, norm_pix=True) for v in (volume, other)]
+    losses = [loss_of(v, masks, random_patches(masks, seed), norm_pix=True) for v in (volume, other)]
     assert torch.allclose(*losses, rtol=1e-4)
 
 
 def test_without_norm_pix_brightness_matters():
-    volume, rebuilt = random_volume(), random_reconstruction()
-    losses = [reconstruction_loss(v, rebuilt, TOKEN, norm_pix=False) for v in (volume, volume + 2)]
+    volume, masks = random_volume(), random_masks()
+    losses = [loss_of(v, masks, random_patches(masks), norm_pix=False) for v in (volume, volume + 2)]
     assert not torch.allclose(*losses, rtol=1e-2)
 
 
 @pytest.mark.parametrize("value", [0.0, -1024.0, 0.1])
 def test_constant_tokens_give_finite_losses_and_gradients(value):
     network, volume = autoencoder(), torch.full((B, C, *SHAPE), value)
-    loss = reconstruction_loss(volume, network(volume, random_noise()), TOKEN, norm_pix=True)
+    loss = reconstruction_loss(network(volume, random_masks()), norm_pix=True)
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad.isfinite().all() for p in network.parameters())
@@ -294,9 +363,8 @@ def test_constant_tokens_give_finite_losses_and_gradients(value):
 
 def test_a_token_with_a_single_voxel_inside_the_volume_gives_a_finite_loss():
     volume = torch.randn(B, C, 3, 5, 9, generator=seeded())  # the last token holds one voxel
-    noise = torch.linspace(0, 1, 8).expand(B, -1)
-    loss = reconstruction_loss(volume, autoencoder()(volume, noise), TOKEN, norm_pix=True)
-    assert loss.isfinite()
+    masks = masks_of(torch.linspace(0, 1, 8).expand(B, -1))
+    assert reconstruction_loss(autoencoder()(volume, masks), norm_pix=True).isfinite()
 
 
 # ---------- learning
@@ -304,20 +372,13 @@ def test_a_token_with_a_single_voxel_inside_the_volume_gives_a_finite_loss():
 
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_a_batch_can_be_overfitted(norm_pix):
-    network, volume, noise = autoencoder(), random_volume(), random_noise()
+    network, volume, masks = autoencoder(), random_volume(), random_masks()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
     losses = []
     for _ in range(150):
-        loss = reconstruction_loss(volume, network(volume, noise), TOKEN, norm_pix=norm_pix)
+        loss = reconstruction_loss(network(volume, masks), norm_pix=norm_pix)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
-
-
-@pytest.mark.parametrize("noise", [10, 30])
-def test_noise_for_another_grid_is_refused(noise):
-    network = build_autoencoder(Network(size="XS", token=(2, 4, 8)), 2, Pretraining(mask_ratio=0.5))
-    with pytest.raises(ValueError, match="27 tokens"):
-        network(torch.rand(2, 2, 5, 9, 19), torch.rand(2, noise))

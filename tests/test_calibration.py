@@ -61,7 +61,7 @@ def test_shifting_the_head_shifts_every_logit(kind):
 
 
 def test_a_network_with_another_head_is_refused():
-    with pytest.raises(UserError, match="last layer is none that mae3d_calibrate knows"):
+    with pytest.raises(UserError, match="mae3d_calibrate does not know the last layer"):
         shift_head({"up.head.weight": torch.zeros(2), "classifier.bias": torch.zeros(2)}, [0, 1])
 
 
@@ -181,20 +181,23 @@ def test_checkpoints_carry_the_shift_and_nothing_else_changes(model):
 
 
 def test_probabilities_of_an_older_checkpoint_are_not_taken(model, monkeypatch):
-    asked = []
-    monkeypatch.setattr("nnunet_vit_mae.nnunet.calibration.predict", lambda command, *_: asked.append(command))
+    commands, linked = [], []
+
+    def note(command, *_):
+        commands.append(command)
+        linked.extend(sorted(file.name for file in (model / "calibration_fold_1" / "images").iterdir()))
+
+    monkeypatch.setattr("nnunet_vit_mae.nnunet.prediction._run", note)
     checkpoint = model / "fold_1" / "checkpoint_final.pth"
     newest = max(file.stat().st_mtime for file in (model / "fold_1" / "validation").iterdir())
     os.utime(checkpoint, (newest + 10, newest + 10))
     with pytest.raises(SystemExit):  # nothing was predicted, so there is nothing to read
         calibrate()
-    (command,) = asked
+    (command,) = commands
     assert command[command.index("-f") + 1 : command.index("-chk")] == ["1"]
     assert "--save_probabilities" in command
-    images = model / "calibration_fold_1" / "images"
-    assert sorted(file.name for file in images.iterdir()) == [
-        f"train_{n}_000{c}.nii.gz" for n in (2, 3) for c in (0, 1)
-    ]
+    assert linked == [f"train_{n}_000{c}.nii.gz" for n in (2, 3) for c in (0, 1)]
+    assert not (model / "calibration_fold_1" / "images").exists()
 
 
 def test_mistakes_in_calibrating_get_a_sentence(model, in_workspace, refused, tmp_path):
@@ -202,16 +205,16 @@ def test_mistakes_in_calibrating_get_a_sentence(model, in_workspace, refused, tm
         return refused(calibrate_command.main, *f"-d 901 -tr {TRAINER} -device cpu -f".split(), *folds, *flags)
 
     assert "-i and -l go together" in refuse("-i", str(tmp_path))
-    assert "has a threshold already" in refuse("-chk", "checkpoint_calibrated.pth")
+    assert "already has a threshold" in refuse("-chk", "checkpoint_calibrated.pth")
     assert "There is no checkpoint" in refuse(folds=["3"])
     (model / "fold_all").mkdir()
     shutil.copy(model / "fold_0" / "checkpoint_final.pth", model / "fold_all")
     assert "-f all was trained on every labelled case" in refuse(folds=["all"])
     raw = in_workspace.raw
-    seen = refuse("-i", str(raw / "imagesTr"), "-l", str(raw / "labelsTr"))
-    assert "trained on 4 of the 6 cases (train_2, train_3, train_4...)" in seen
-    seen = refuse("-i", str(raw / "imagesTs"), "-l", str(tmp_path))
-    assert "The case test_0 has no reference segmentation" in seen
+    message = refuse("-i", str(raw / "imagesTr"), "-l", str(raw / "labelsTr"))
+    assert "trained on 4 of the 6 cases (train_2, train_3, train_4...)" in message
+    message = refuse("-i", str(raw / "imagesTs"), "-l", str(tmp_path))
+    assert "The case test_0 has no reference segmentation" in message
     file = model / "fold_0" / "validation" / "train_0.npz"
     np.savez(file, probabilities=np.zeros((2, 3, 4, 5), np.float32))
     assert "has the shape (2, 3, 4, 5)" in refuse()
@@ -224,7 +227,7 @@ def test_mistakes_in_calibrating_get_a_sentence(model, in_workspace, refused, tm
 # ---------- quantification
 
 
-SEEN = TrainingRange(
+TRAINING = TrainingRange(
     spacings=np.sort([[3.0, 0.5, 0.5], [1.5, 0.4, 0.5]], axis=1), volumes={"blob": np.array([100.0, 200.0, 900.0])}
 )
 
@@ -244,7 +247,7 @@ SEEN = TrainingRange(
 )
 def test_warnings(spacing, volume, expected):
     geometry = Geometry((9, 9, 9), spacing, (0, 0, 0), (1, 0, 0, 0, 1, 0, 0, 0, 1))
-    assert warnings_of(geometry, {"blob": volume}, SEEN) == {"blob": expected}
+    assert warnings_of(geometry, {"blob": volume}, TRAINING) == {"blob": expected}
 
 
 @pytest.fixture
@@ -310,13 +313,13 @@ def test_mistakes_in_quantifying_get_a_sentence(model, in_workspace, scans, refu
         call = f"-d 901 -tr {TRAINER} -device cpu -i {images} -o {tmp_path / output}"
         return refused(quantify_command.main, *call.split(), *flags)
 
-    assert "is no file that ends in .csv" in refuse(output="volumes.xlsx")
-    assert "-part_id 2 is not among the parts 0 to 1" in refuse("-num_parts", "2", "-part_id", "2")
+    assert "is not a file name that ends in .csv" in refuse(output="volumes.xlsx")
+    assert "-part_id 2 is not one of the parts 0 to 1" in refuse("-num_parts", "2", "-part_id", "2")
     assert "There are no images" in refuse(images=tmp_path / "nowhere")
     work = tmp_path / "volumes_segmentations"
     assert not work.exists()
     work.mkdir()
     (work / "something").touch()
-    assert f"{work} is in use" in refuse()
+    assert f"{work} is not empty" in refuse()
     (work / "model.json").write_text(json.dumps({"model": "another"}))
     assert "segmentations of another model" in refuse()

@@ -1,4 +1,4 @@
-"""A data set with one defect at a time: what is found, how grave it is, and what is written."""
+"""A dataset with one defect at a time: what is found, how grave it is, and what is written."""
 
 import gzip
 import json
@@ -12,8 +12,8 @@ import SimpleITK as sitk
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nnunet_vit_mae.cli import check as command
 from nnunet_vit_mae.cli.check import main
+from nnunet_vit_mae.datasets.check import check_report
 from nnunet_vit_mae.datasets.check.across_cases import robust_z, thickness_histogram
 from nnunet_vit_mae.datasets.check.inspection import CaseSummary
 from nnunet_vit_mae.imaging.volumes import Geometry
@@ -82,7 +82,7 @@ def data(tmp_path, monkeypatch) -> RawData:
 @pytest.fixture
 def found(data, monkeypatch):
     """Run the command without its picture, which takes longest; gives (case, kind) -> text by level."""
-    monkeypatch.setattr(command, "_picture", lambda *_: None)
+    monkeypatch.setattr(check_report, "write_figure", lambda *_: None)
 
     def run(*arguments: str) -> dict[str, dict[tuple[str, str], str]]:
         code = 0
@@ -100,11 +100,11 @@ def found(data, monkeypatch):
     return run
 
 
-def test_a_good_data_set_has_nothing_to_say_and_is_not_touched(data, found, capsys):
+def test_a_good_dataset_has_nothing_to_say_and_is_not_touched(data, found, capsys):
     before = {file: file.read_bytes() for file in data.raw.rglob("*") if file.is_file()}
     assert found() == {"errors": {}, "warnings": {}}
     said = capsys.readouterr().out
-    assert "Nothing stands out." in said
+    assert "No problems were found." in said
     assert "3-3.5 mm in 8" in said
     assert {file: file.read_bytes() for file in data.raw.rglob("*") if file.is_file()} == before
     content = json.loads(Path("Dataset906_Checked_check/check.json").read_text())
@@ -216,7 +216,9 @@ def test_copies_are_worse_on_the_test_side(data, found):
     data.write("imagesTr/a3_0000", data.array("imagesTr/a2_0000"))
     data.write("imagesTr/a4_0000", data.array("imagesTr/a4_0001"))
     findings = found()
-    assert findings["errors"] == {("imagesTr/a0", "duplicate"): "has an image with the voxels of one of imagesTs/t"}
+    assert findings["errors"] == {
+        ("imagesTr/a0", "duplicate"): "has an image with the same voxels as one of imagesTs/t"
+    }
     assert set(findings["warnings"]) == {
         ("imagesUn/u", "duplicate"),
         ("imagesTr/a3", "duplicate"),
@@ -238,7 +240,7 @@ def test_patients_on_two_sides(data, found, tmp_path, capsys):
     (data.raw / "sessions.csv").write_text("case,patient\na0,P\na1,Q\nt,P\nu,Q\na2,Q\n")
     findings = found("--csv", "sessions.csv")
     assert "has no row for a3, a4, a5" in capsys.readouterr().out
-    assert findings["errors"] == {("imagesTs/t", "patient on two sides"): "is P, as imagesTr/a0 and imagesTs/t are"}
+    assert findings["errors"] == {("imagesTs/t", "patient on two sides"): "is of patient P: imagesTr/a0 and imagesTs/t"}
     assert list(findings["warnings"]) == [("imagesUn/u", "patient on two sides")]
     folder = tmp_path / "preprocessed" / "Dataset906_Checked"
     folder.mkdir(parents=True)
@@ -287,15 +289,15 @@ def test_empty_labels_are_listed_for_the_split(data, found, capsys):
     assert "1 of 6 labels" in found()["warnings"]["", "empty label"]
     found("--list_empty")
     assert Path("Dataset906_Checked_check/empty_labels.txt").read_text() == "a5\n"
-    assert "Their Dice is undefined for an empty prediction" in capsys.readouterr().out
+    assert "Their Dice is undefined if the prediction is empty too" in capsys.readouterr().out
 
 
 def test_mistakes_get_one_sentence(data, tmp_path, refused):
     (tmp_path / "file").touch()
-    assert "choose another place with -o" in refused(main, "-d", "906", "-o", str(tmp_path / "file"))
+    assert "choose another folder with -o" in refused(main, "-d", "906", "-o", str(tmp_path / "file"))
     assert "check --csv" in refused(main, "-d", "906", "--csv", "nowhere.csv")
     data.describe(labels=[1, 2])
-    assert "has no labels as nnU-Net writes them" in refused(main, "-d", "906")
+    assert "has no valid labels" in refused(main, "-d", "906")
     data.describe()
     for folder in ("imagesTr", "imagesTs", "imagesUn"):
         (data.raw / folder).rename(tmp_path / folder)

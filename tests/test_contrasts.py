@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from nnunet_vit_mae.cli import fill_contrasts as command
 from nnunet_vit_mae.datasets import contrasts as module
-from nnunet_vit_mae.datasets.contrasts import fill_contrasts
+from nnunet_vit_mae.datasets.contrasts import contrast_table, fill_contrasts
 from nnunet_vit_mae.imaging.volumes import only_zeros, read_geometry
 
 NAMES = ["FLAIR", "T1", "T2"]
@@ -29,7 +29,7 @@ FOLDERS = ("imagesTr", "imagesTs", "imagesUn")
 
 @dataclass(frozen=True)
 class RawData:
-    """A raw data set whose dataset.json is there; images are added as a test needs them."""
+    """A raw dataset whose dataset.json is there; images are added as a test needs them."""
 
     raw: Path
     ending: str = ".nii.gz"
@@ -60,7 +60,7 @@ class RawData:
     def record(self) -> dict:
         return json.loads((self.raw / "contrasts.json").read_text())
 
-    def fill(self) -> module.Filling:
+    def fill(self) -> module.FillResult:
         return fill_contrasts(self.raw)
 
     def states(self) -> dict[Path, tuple[int, bytes]]:
@@ -94,7 +94,7 @@ def data(tmp_path) -> RawData:
 
 @pytest.fixture
 def typed(data, monkeypatch):
-    """Call the command on the data set in this process."""
+    """Call the command on the dataset in this process."""
     for name in ("raw", "preprocessed", "results"):
         monkeypatch.setenv(f"nnUNet_{name}", str(data.raw.parent.parent / name))
     return lambda: command.main(["-d", "902"])
@@ -205,10 +205,10 @@ def test_a_real_image_in_place_of_a_filled_one_is_noticed_whatever_its_date(data
     os.utime(data.file("a", 1), ns=(before.st_atime_ns, before.st_mtime_ns))
     capsys.readouterr()
     typed()
-    assert "T1 of imagesTr/a was filled before" in capsys.readouterr().out
+    assert "T1 of imagesTr/a was filled earlier" in capsys.readouterr().out
     assert data.record["imagesTr"]["a"] == entry(["FLAIR", "T1"], ["T2"])
     typed()
-    assert "was filled before" not in capsys.readouterr().out
+    assert "was filled earlier" not in capsys.readouterr().out
 
 
 def test_filled_files_that_are_gone_are_written_again(data):
@@ -263,12 +263,12 @@ def test_zeros_that_were_given_are_absent_but_left_alone(data, typed, capsys):
     data.write("a", 0)
     blank = data.write("a", 1, value=0).read_bytes()
     typed()
-    assert "Blank images were given" in capsys.readouterr().out
+    assert "Some of the given images are all zeros" in capsys.readouterr().out
     assert data.record["imagesTr"]["a"] == entry(["FLAIR"], ["T2"], ["T1"])
     assert data.file("a", 1).read_bytes() == blank
     data.write("a", 1)
     typed()
-    assert "Blank" not in capsys.readouterr().out
+    assert "all zeros" not in capsys.readouterr().out
     assert data.record["imagesTr"]["a"] == entry(["FLAIR", "T1"], ["T2"])
 
 
@@ -327,7 +327,7 @@ def test_problems_are_named_and_all_other_cases_are_done(data, typed, capsys):
     sentences = {line.split()[2]: line for line in lines}
     assert all(line.endswith(".") for line in lines)
     expected = {
-        "imagesTr/blank": "all zeros",
+        "imagesTr/blank": "only images of zeros",
         "imagesTr/cut": "cut_0001.nii.gz is cut off",
         "imagesTr/directions": "differ in direction",
         "imagesTr/nine": "a channel 0009, but the last one in dataset.json is 0002",
@@ -389,7 +389,7 @@ def test_gzip_files_in_several_pieces_are_whole(data):
         ({"channel_names": {"0": "PET", "1": "CT"}}, "rename the channel"),
     ],
 )
-def test_a_data_set_that_cannot_be_filled_gets_one_sentence(data, typed, refused, changes, reason):
+def test_a_dataset_that_cannot_be_filled_gets_one_sentence(data, typed, refused, changes, reason):
     data.write("a", 0)
     data.describe(**changes)
     before = data.states()
@@ -403,7 +403,7 @@ def test_missing_files_and_foreign_records_are_named(data, typed, refused):
     assert "imagesTr, imagesTs, imagesUn" in refused(lambda _: typed())
     data.write("a", 0)
     (data.raw / "contrasts.json").write_text('{"imagesTr": ["a"]}')
-    assert "contrasts.json is not a record" in refused(lambda _: typed())
+    assert "contrasts.json was not written by" in refused(lambda _: typed())
     (data.raw / "dataset.json").unlink()
     assert "dataset.json is missing" in refused(lambda _: typed())
 
@@ -443,7 +443,7 @@ def test_the_table_counts_cases(data):
     data.write("b", 1)
     data.write("c", 2, "imagesUn")
     data.write("c", 0, "imagesUn", value=0)
-    rows = [line.split() for line in command.contrast_table(data.fill()).splitlines()]
+    rows = [line.split() for line in contrast_table(data.fill()).splitlines()]
     assert rows == [
         ["contrast", "folder", "present", "filled", "blank"],
         ["FLAIR", "imagesTr", "2", "0", "0"],
@@ -460,7 +460,7 @@ class IncompleteWorkspace(Workspace):
 
 
 @pytest.mark.slow
-def test_nnunet_takes_the_filled_data_set_and_leaves_absent_contrasts_at_zero(tmp_path):
+def test_nnunet_takes_the_filled_dataset_and_leaves_absent_contrasts_at_zero(tmp_path):
     workspace = IncompleteWorkspace(tmp_path)
     acquired = [{0, 1, 2}, {0}, {1, 2}, {2}, {0, 1}]
     for number, channels in enumerate(acquired):

@@ -1,4 +1,4 @@
-"""From DICOM and BIDS to a raw data set: names that all know, one grid, and nothing of the patient."""
+"""From DICOM and BIDS to a raw dataset: canonical contrasts, one grid, and no trace of the patient."""
 
 import csv
 import gzip
@@ -9,7 +9,7 @@ from shutil import copytree
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from test_region_of_interest import grid, moved, scan
+from synthetic_head import grid, moved, scan
 
 from nnunet_vit_mae.cli.convert import main
 from nnunet_vit_mae.imaging.dicom import SeriesError, find_series, read_series
@@ -58,8 +58,8 @@ def array_of(image: sitk.Image) -> np.ndarray:
     return sitk.GetArrayFromImage(image)
 
 
-def names_nobody(folder: Path) -> bool:
-    """Whether no byte of any file, compressed or not, and no file's name tells who it is."""
+def is_pseudonymous(folder: Path) -> bool:
+    """Whether no file name and no byte of any file, compressed or not, identifies the patient."""
     for file in folder.rglob("*"):
         content = b"" if file.is_dir() else file.read_bytes()
         content = gzip.decompress(content) if file.name.endswith(".gz") else content
@@ -107,12 +107,12 @@ def test_a_series_that_is_no_stack_says_why(tmp_path):
         reasons[series.tag("0008|103e")] = str(error.value)
     assert "9.00 to 18.00 mm apart" in reasons["gap"]
     assert "mixed orientation" in reasons["mixed"]
-    assert "at one position" in reasons["twice"]
-    assert "one slice only" in reasons["one"]
+    assert "at the same position" in reasons["twice"]
+    assert "only one slice" in reasons["one"]
     assert "copy it again" in reasons["cut"]
 
 
-def test_dicom_to_a_data_set_without_a_name(folders, tmp_path, refused):
+def test_dicom_to_a_dataset_without_a_name(folders, tmp_path, refused):
     source, output = folders
     write_series(source / "disc" / NAME, scan(moved(), **SMALL)[0], "Head soft H31s", "1.1")
     write_series(
@@ -125,7 +125,7 @@ def test_dicom_to_a_data_set_without_a_name(folders, tmp_path, refused):
     key = tmp_path / "key.csv"
     arguments = ["-i", str(source), "-o", str(output), "--contrast", "CT=*soft*", "--key", str(key), "-np", "1"]
     inside = [*arguments[:-4], "--key", str(output / "key.csv")]
-    assert "inside of the data set" in refused(main, *inside)
+    assert "inside the dataset" in refused(main, *inside)
     message = refused(main, *arguments)
     assert "P0002_1 CT: has a gap" in message
     assert "PID" not in message
@@ -134,7 +134,7 @@ def test_dicom_to_a_data_set_without_a_name(folders, tmp_path, refused):
         "P0001_1_0000.nii.gz",
         "P0001_2_0000.nii.gz",
     ]
-    assert names_nobody(output)
+    assert is_pseudonymous(output)
     first, second = table(output / "scans.csv")
     assert (first["patient"], first["session"], second["session"]) == ("P0001", "1", "2")
     assert (first["manufacturer"], first["model"], first["kernel"]) == ("SIEMENS", "Sensation 64", "H31s")
@@ -167,7 +167,7 @@ def test_damaged_files_are_counted_and_those_without_an_image_are_not(folders, r
     with pytest.raises(ScanError, match="source has 12 DICOM files that cannot be read"):
         read_scan(source)  # as other commands read a folder
     assert [(row["case"], row["image"]) for row in table(output / "problems.csv")] == [("unknown", "study")]
-    assert names_nobody(output)
+    assert is_pseudonymous(output)
 
 
 def test_the_largest_series_has_most_slices_not_files(folders, tmp_path, refused):
@@ -187,7 +187,7 @@ def test_the_largest_series_has_most_slices_not_files(folders, tmp_path, refused
     assert np.array_equal(array_of(got), array_of(image))
     assert got.GetSpacing() == pytest.approx(image.GetSpacing())
     (source / "frames.dcm").unlink()
-    assert "CT: the series is no volume, it has 20x24x3" in refused(
+    assert "CT: the series is not a volume, it has 20x24x3" in refused(
         main, *arguments[:2], "--contrast", "CT=head", *arguments[4:], str(tmp_path / "Dataset903_Thin")
     )
 
@@ -216,11 +216,11 @@ def test_a_dicom_label_that_nothing_fits_is_a_mistake(folders, refused):
     source, output = folders
     write_series(source, scan(moved(), **COARSE)[0], "head", "1.1")
     arguments = ["-i", str(source), "-o", str(output), "--contrast", "CT=head", "--labels", "nolabel*"]
-    assert "fits --labels nolabel*" in refused(main, *arguments)
+    assert "matches --labels nolabel*" in refused(main, *arguments)
     assert not output.exists()
 
 
-# ---------- who is who
+# ---------- pseudonyms
 
 
 def test_the_key_is_written_before_the_first_image(folders, tmp_path, refused, monkeypatch):
@@ -245,7 +245,7 @@ def test_the_key_is_written_before_the_first_image(folders, tmp_path, refused, m
     key.write_text("case,patient,session\nfoo,sub-01,\n")
     again = [str(output.with_name("Dataset903_Again")) if one == str(output) else one for one in arguments]
     message = refused(main, *again, str(key))
-    assert "no key of an earlier conversion" in message
+    assert "not the key of an earlier conversion" in message
     assert "sub-01" not in message
 
 
@@ -288,7 +288,7 @@ def test_bids_with_a_missing_contrast_and_other_grids(folders, refused):
     row = table(output / "scans.csv")[0]
     assert (row["contrasts"], row["reference"], row["model"]) == ("FLAIR;T1", "FLAIR", "Ingenia")
     assert float(row["T1_mutual_information"]) > 0.3
-    assert names_nobody(output)
+    assert is_pseudonymous(output)
 
 
 def test_patterns_reference_and_labels_can_be_chosen(folders, refused):
@@ -321,19 +321,19 @@ def test_patterns_reference_and_labels_can_be_chosen(folders, refused):
 
 def test_mistakes_are_one_sentence(folders, refused):
     source, output = folders
-    assert "is no folder" in refused(main, "-i", str(source / "none"), "-o", str(output))
+    assert "is not a folder" in refused(main, "-i", str(source / "none"), "-o", str(output))
     assert "no DICOM images" in refused(main, "-i", str(source), "-o", str(output))
     write(grid(), source / "sub-01/anat/sub-01_T1w.nii.gz")
-    assert "fits --contrast" in refused(main, "-i", str(source), "-o", str(output), "--contrast", "T2=*T2w*")
+    assert "matches --contrast" in refused(main, "-i", str(source), "-o", str(output), "--contrast", "T2=*T2w*")
     output.mkdir()
     (output / "something").touch()
-    assert "is in use" in refused(main, "-i", str(source), "-o", str(output))
+    assert "already exists" in refused(main, "-i", str(source), "-o", str(output))
     (output.parent / "file").touch()
     inside = output.parent / "file" / output.name
-    assert "cannot be made" in refused(main, "-i", str(source), "-o", str(inside))
+    assert "cannot be created" in refused(main, "-i", str(source), "-o", str(inside))
     absolute = str(source / "sub-01/anat/*.nii.gz")
     empty = output.with_name("Dataset905_Empty")
-    assert "fits --labels" in refused(main, "-i", str(source), "-o", str(empty), "--labels", absolute)
+    assert "matches --labels" in refused(main, "-i", str(source), "-o", str(empty), "--labels", absolute)
 
 
 def test_bids_names_that_are_less_common(folders, refused):
@@ -349,7 +349,7 @@ def test_bids_names_that_are_less_common(folders, refused):
     (source / "sub-02/anat/sub-02_T2w.nii.gz").write_bytes(b"text")
     message = refused(main, "-i", str(source), "-o", str(output), "-np", "1")
     assert "P0002_1 T2: the file cannot be read by SimpleITK" in message
-    assert "all T2: is in no case, so that this channel is zeros" in message
+    assert "all T2: is in no case, so that this channel is all zeros" in message
     assert json.loads((output / "dataset.json").read_text())["channel_names"] == {"0": "FLAIR", "1": "T2"}
     means = [array_of(sitk.ReadImage(str(file))).mean() for file in sorted((output / "imagesUn").glob("*_0000.nii.gz"))]
     assert means == pytest.approx([array_of(image).mean() + more for more in (0, 1, 0)])

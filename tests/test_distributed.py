@@ -1,4 +1,4 @@
-"""Pre-training in two processes on a CPU: the same losses and weights as in one, whoever is killed."""
+"""Test that pre-training in two processes on a CPU gives the losses and weights of one, whoever is killed."""
 
 import multiprocessing
 import os
@@ -47,7 +47,7 @@ def never_hang() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Volumes of two contrasts; half of the studies lack the second one."""
+    """Write volumes of two contrasts; half of the studies lack the second one."""
     folder, random, written = tmp_path_factory.mktemp("volumes"), np.random.default_rng(0), []
     for number in range(CASES):
         volume = 5 * gaussian_filter(random.normal(size=(2, 10 + number, 13, 12)), (0, 2, 2, 2)).astype(np.float32)
@@ -80,7 +80,7 @@ def train(
     killed: tuple[int, int] | None = None,
 ) -> None:
     """Pre-train and note what each process reads and writes; `killed` is a process and the read at which it dies."""
-    loop.SAVE_EVERY_SECONDS = 0.0
+    loop.SAVE_EVERY_SECONDS, loop.PICTURES = 0.0, 1
     notes = output.with_name(f"{output.name}_{distributed.rank()}.txt").open("a")
     read = RandomCrops.__getitem__
 
@@ -119,7 +119,7 @@ def state_of(output: Path) -> dict:
 
 
 def assert_same_end(output: Path, expected: Path) -> None:
-    """To rounding: Adam divides by the gradient's size, so single weights with hardly any gradient may differ more."""
+    """Compare to rounding: Adam divides by the gradient's size, so weights with hardly any gradient may differ more."""
     ours, theirs = state_of(output), state_of(expected)
     assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
     for name, weights in theirs["network"].items():
@@ -128,7 +128,7 @@ def assert_same_end(output: Path, expected: Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plain, an adaptive and a fast network, each trained in one process and in two."""
+    """Train a plain, an adaptive and a fast network, each in one process and in two."""
     folder = tmp_path_factory.mktemp("runs")
     jobs = {
         "plain": make_job(files),
@@ -159,7 +159,7 @@ def test_each_process_reads_its_share(runs):
     assert sorted(shares[0][1:] + shares[1]) == sorted(joint[1:])
 
 
-def test_only_the_first_process_writes(runs):
+def test_only_rank_0_writes(runs):
     assert noted(runs / "plain_2", 0, "wrote")
     assert not noted(runs / "plain_2", 1, "wrote")
 
@@ -185,7 +185,7 @@ def test_a_killed_process_ends_the_run_and_another_one_goes_on(runs, files, tmp_
     assert "going on after epoch 1 of 3" in (tmp_path / "out" / "log.txt").read_text()
 
 
-def test_all_processes_stop_at_a_loss_that_is_no_number(files, tmp_path, capfd):
+def test_all_processes_stop_at_a_loss_that_is_not_finite(files, tmp_path, capfd):
     broken = np.full((2, *PATCH), np.nan, dtype=np.float32)
     blosc2.asarray(broken, urlpath=str(tmp_path / "nan.b2nd"), mode="w")
     with pytest.raises(SystemExit) as stop:
@@ -223,13 +223,13 @@ def fail(message: str, device: torch.device) -> None:
     distributed.averaged(torch.ones(1))
 
 
-def test_an_error_of_ours_is_shown_whole():
+def test_an_unexpected_error_is_shown_whole():
     with pytest.raises(Exception, match=r"(?s)Process 1 .*ZeroDivisionError: look here"):
         distributed.start(partial(fail, "look here"), CPU, 2)
 
 
 @pytest.mark.parametrize("error", [UserError("The disk is full."), KeyboardInterrupt()])
-def test_the_first_process_tells_for_all(monkeypatch, error):
+def test_rank_0_reports_for_all(monkeypatch, error):
     expected = "The disk is full" if isinstance(error, UserError) else "was interrupted"
     with pytest.raises(UserError, match=expected), distributed.reported_once():
         raise error
@@ -276,14 +276,14 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 
 class TestCommand:
-    """`mae3d_pretrain` itself, on a data set that nnU-Net preprocessed."""
+    """Run `mae3d_pretrain` itself on a dataset that nnU-Net preprocessed."""
 
     pytestmark = pytest.mark.slow
     command = ("-d", "901", "-device", "cpu", "--epochs", "2", "--batch_size", "4")
 
     @pytest.fixture(autouse=True)
     def small(self, in_workspace, capsys):
-        """Plans with the smallest network."""
+        """Write plans with the smallest network."""
         from nnunet_vit_mae.cli.plan import main
 
         main("-d 901 -o Tiny --size XS --token 8".split())

@@ -1,4 +1,8 @@
-"""The issue's commands, typed one after the other on a tiny data set: each test goes on where the one before ended."""
+"""The whole path from a planned dataset to predictions, on a tiny one.
+
+The first test types every command in an interpreter of its own, as a user does. The others call the same commands in
+this process and share what was trained; a test that changes files takes a copy.
+"""
 
 import hashlib
 import json
@@ -15,20 +19,65 @@ from nnunet_vit_mae.weights import load_encoder
 
 pytestmark = pytest.mark.slow
 
-TRAIN = ("901", "3d_fullres", "0", "-p", "Tiny", "-device", "cpu", "-tr")
+PLAN = "mae3d_plan -d 901 -o Tiny --recipe quick --token 4 --epochs 2 --iterations 3 --batch_size 3"
+PRETRAIN = "mae3d_pretrain -d 901 -p Tiny --epochs 2 --batch_size 4 -device cpu"
+TRAIN = "nnUNetv2_train 901 3d_fullres 0 -p Tiny -device cpu -tr"
+MODEL = "-d 901 -c 3d_fullres -f 0 -p Tiny -device cpu -tr"
+TO_COMPARE = ("nnUNetTrainerViTScratch", "nnUNetTrainerBaseline")
+
+
+def copy_of(workspace, folder):
+    shutil.copytree(workspace.root, folder / "nnunet")
+    return Workspace(folder / "nnunet")
 
 
 @pytest.fixture(scope="module")
-def typed(planned, tmp_path_factory):
-    """A workspace in which the whole path is typed; tests look at what each command left."""
-    root = tmp_path_factory.mktemp("path") / "nnunet"
-    shutil.copytree(planned.root, root)
-    workspace = Workspace(root)
-    workspace.type(*"mae3d_preprocess -d 901 -np 1".split())
-    workspace.type(
-        *"mae3d_plan -d 901 -o Tiny --recipe quick --token 4 --epochs 2 --iterations 3 --batch_size 3".split()
-    )
+def pretrained(planned, tmp_path_factory):
+    """Plans, and encoders of fold 0 and of all cases."""
+    workspace = copy_of(planned, tmp_path_factory.mktemp("pretrained"))
+    workspace.call(*"mae3d_preprocess -d 901 -np 1".split())
+    workspace.call(*PLAN.split())
+    workspace.call(*PRETRAIN.split())
+    workspace.call(*PRETRAIN.split(), "-f", "0")
     return workspace
+
+
+@pytest.fixture
+def copied(pretrained, tmp_path):
+    """A copy for one test."""
+    return copy_of(pretrained, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finetuned(pretrained, tmp_path_factory):
+    workspace = copy_of(pretrained, tmp_path_factory.mktemp("finetuned"))
+    workspace.call(*TRAIN.split(), "nnUNetTrainerViTMAE")
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def compared(pretrained, tmp_path_factory):
+    """A ViT and nnU-Net's U-Net from random weights, validated with probabilities."""
+    workspace = copy_of(pretrained, tmp_path_factory.mktemp("compared"))
+    for trainer in TO_COMPARE:
+        workspace.call(*TRAIN.split(), trainer, "--npz")
+    return workspace
+
+
+def pretraining_folder(workspace, plans="Tiny"):
+    return workspace.results / f"mae3d_pretrain__{plans}__3d_fullres"
+
+
+def training_folder(workspace, trainer, plans="Tiny", fold=0):
+    return workspace.results / f"{trainer}__{plans}__3d_fullres" / f"fold_{fold}"
+
+
+def log_of(folder):
+    return "\n".join(file.read_text() for file in sorted(folder.glob("training_log*.txt")))
+
+
+def checkpoint_of(folder):
+    return torch.load(folder / "checkpoint_final.pth", weights_only=False)
 
 
 def change_json(file, change):
@@ -37,22 +86,35 @@ def change_json(file, change):
     file.write_text(json.dumps(content))
 
 
-def log_of(workspace, trainer):
-    folder = workspace.results / f"{trainer}__Tiny__3d_fullres" / "fold_0"
-    return "\n".join(file.read_text() for file in sorted(folder.glob("training_log*.txt")))
+def check_predictions(workspace, folder):
+    for case in ("test_0", "test_1"):
+        prediction = sitk.ReadImage(str(folder / f"{case}.nii.gz"))
+        reference = sitk.ReadImage(str(workspace.raw / "labelsTs" / f"{case}.nii.gz"))
+        assert sitk.GetArrayFromImage(prediction).shape == SHAPE
+        assert np.allclose(prediction.GetSpacing(), reference.GetSpacing())
 
 
-def test_without_an_encoder_training_stops_with_the_command_to_type(typed):
-    done = typed.type("nnUNetv2_train", *TRAIN, "nnUNetTrainerViTMAE", code=2)
-    assert "mae3d_pretrain -d 901 -c 3d_fullres -p Tiny" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not list(typed.results.rglob("checkpoint*"))
+def test_the_whole_path_as_a_user_types_it(workspace, tmp_path):
+    workspace.type(*"mae3d_preprocess -d 901 -np 1".split())
+    workspace.type(*PLAN.split(), "--epochs", "1")
+    done = workspace.type(*PRETRAIN.split())
+    encoder = pretraining_folder(workspace) / "fold_all" / "encoder.safetensors"
+    assert str(encoder) in done.stdout
+    workspace.type(*TRAIN.split(), "nnUNetTrainerViTMAE")
+    folder = training_folder(workspace, "nnUNetTrainerViTMAE")
+    assert f"Loaded the encoder {encoder}: " in log_of(folder)
+    assert (folder / "progress.png").stat().st_size > 0
+    assert (folder / "validation" / "summary.json").is_file()
+    predict = f"nnUNetv2_predict -i {workspace.raw / 'imagesTs'} -o {tmp_path / 'out'} {MODEL} nnUNetTrainerViTMAE"
+    workspace.type(*predict.split())
+    check_predictions(workspace, tmp_path / "out")
 
 
-def test_pretraining_writes_an_encoder_with_its_card(typed):
-    done = typed.type(*"mae3d_pretrain -d 901 -p Tiny --epochs 2 --batch_size 4 -device cpu".split())
-    folder = typed.results / "mae3d_pretrain__Tiny__3d_fullres" / "fold_all"
-    assert str(folder / "encoder.safetensors") in done.stdout
+# ---------- pre-training
+
+
+def test_pretraining_writes_an_encoder_with_its_card(pretrained):
+    folder = pretraining_folder(pretrained) / "fold_all"
     _, card = load_encoder(folder / "encoder.safetensors")
     assert card.channel_names == ["T1", "FLAIR"]
     assert (card.dataset, card.data_licence, card.epochs) == ("Dataset901_Tiny", "CC0", 2)
@@ -61,146 +123,89 @@ def test_pretraining_writes_an_encoder_with_its_card(typed):
     assert len(list((folder / "reconstructions").iterdir())) == 2
 
 
-def test_an_earlier_run_is_moved_aside_and_a_finished_one_is_not_repeated(typed):
-    command = "mae3d_pretrain -d 901 -p Tiny --epochs 1 --batch_size 4 -device cpu -f 0".split()
-    typed.type(*command)
-    folder = typed.results / "mae3d_pretrain__Tiny__3d_fullres" / "fold_0"
+def test_an_earlier_run_is_moved_aside_and_a_finished_one_is_not_repeated(copied):
+    command = [*PRETRAIN.split(), "-f", "0"]
+    folder = pretraining_folder(copied) / "fold_0"
     first = (folder / "encoder.safetensors").read_bytes()
-    typed.type(*command, "--c")
+    copied.call(*command, "--c")
     assert (folder / "log.txt").read_text().count("epoch 1:") == 1
     assert (folder / "encoder.safetensors").read_bytes() == first
-    typed.type(*command, "--seed", "1")
+    copied.call(*command, "--seed", "1")
     (moved,) = folder.parent.glob("fold_0_until_*")
     assert (moved / "encoder.safetensors").read_bytes() == first
-    assert (folder / "encoder.safetensors").read_bytes() != first
+    second = (folder / "encoder.safetensors").read_bytes()
+    assert second != first
+    moved.rename(folder.with_name("first"))  # two runs within a second would be moved to the same name
     (folder / "state.pt").unlink()  # nothing to continue from: the finished encoder must not be overwritten
-    typed.type(*command, "--c", "--seed", "2")
-    assert len(list(folder.parent.glob("fold_0_until_*"))) == 2
+    copied.call(*command, "--c", "--seed", "2")
+    (moved,) = folder.parent.glob("fold_0_until_*")
+    assert (moved / "encoder.safetensors").read_bytes() == second
 
 
-def test_fine_tuning_says_what_it_loaded_and_whether_it_saw_the_validation_images(typed):
-    typed.type("nnUNetv2_train", *TRAIN, "nnUNetTrainerViTMAE")
-    log = log_of(typed, "nnUNetTrainerViTMAE")
+# ---------- fine-tuning
+
+
+def test_without_an_encoder_training_stops_with_the_command_to_type(copied):
+    shutil.rmtree(copied.results)
+    done = copied.call(*TRAIN.split(), "nnUNetTrainerViTMAE", code=2)
+    assert "mae3d_pretrain -d 901 -c 3d_fullres -p Tiny" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(copied.results.rglob("checkpoint*"))
+
+
+def test_fine_tuning_says_what_it_loaded_and_whether_it_saw_the_validation_images(finetuned):
+    folder = training_folder(finetuned, "nnUNetTrainerViTMAE")
+    log = log_of(folder)
     assert "fold_0/encoder.safetensors: " in log.replace("\\", "/")
     assert "tensors; pre-trained on 7 cases" in log
     assert "seen the images (not the labels) of 0 of the 2 validation cases" in log
-    checkpoint = torch.load(
-        typed.results / "nnUNetTrainerViTMAE__Tiny__3d_fullres" / "fold_0" / "checkpoint_final.pth", weights_only=False
-    )
+    checkpoint = checkpoint_of(folder)
     assert checkpoint["current_epoch"] == 2
     assert len(checkpoint["logging"]["train_losses"]) == 2
 
 
-def test_fine_tuning_starts_from_the_encoder(typed):
+def test_fine_tuning_starts_from_the_encoder(copied):
     """With a learning rate near zero, the encoder in the checkpoint is the pre-trained one."""
-    typed.type(*"mae3d_plan -d 901 -p Tiny -o Still --epochs 1 --iterations 1 --lr 1e-12".split())
-    source = typed.results / "mae3d_pretrain__Tiny__3d_fullres"
-    source.rename(still := typed.results / "mae3d_pretrain__Still__3d_fullres")
-    typed.type(
-        "nnUNetv2_train", "901", "3d_fullres", "1", "-p", "Still", "-device", "cpu", "-tr", "nnUNetTrainerViTMAE"
-    )
-    still.rename(source)
-    folder = typed.results / "nnUNetTrainerViTMAE__Still__3d_fullres" / "fold_1"
-    weights = torch.load(folder / "checkpoint_final.pth", weights_only=False)["network_weights"]
+    copied.call(*"mae3d_plan -d 901 -p Tiny -o Still --epochs 1 --iterations 1 --lr 1e-12".split())
+    source = pretraining_folder(copied).rename(pretraining_folder(copied, "Still"))
+    copied.call(*"nnUNetv2_train 901 3d_fullres 1 -p Still -device cpu -tr nnUNetTrainerViTMAE".split())
+    folder = training_folder(copied, "nnUNetTrainerViTMAE", "Still", fold=1)
+    weights = checkpoint_of(folder)["network_weights"]
     tensors, _ = load_encoder(source / "fold_all" / "encoder.safetensors")
     for name, tensor in tensors.items():
         torch.testing.assert_close(weights[f"encoder.{name}"], tensor, atol=1e-7, rtol=0)
-    log = next(folder.glob("training_log*.txt")).read_text()
+    log = log_of(folder)
     assert "of 1 of the 1 validation cases." in log
     assert "run mae3d_pretrain with -f 1" in log
 
 
-def test_validation_and_continuing_need_no_encoder_file(typed):
-    source = typed.results / "mae3d_pretrain__Tiny__3d_fullres"
-    source.rename(hidden := typed.results / "hidden")
-    typed.type("nnUNetv2_train", *TRAIN, "nnUNetTrainerViTMAE", "--val")
-    typed.type("nnUNetv2_train", *TRAIN, "nnUNetTrainerViTMAE", "--c")
-    hidden.rename(source)
-    folder = typed.results / "nnUNetTrainerViTMAE__Tiny__3d_fullres" / "fold_0"
-    assert 0 <= json.loads((folder / "validation" / "summary.json").read_text())["foreground_mean"]["Dice"] <= 1
+def test_validation_and_continuing_need_no_encoder_file(finetuned, tmp_path):
+    workspace = copy_of(finetuned, tmp_path)
+    shutil.rmtree(pretraining_folder(workspace))
+    folder = training_folder(workspace, "nnUNetTrainerViTMAE")
+    for flag in ("--val", "--c"):
+        shutil.rmtree(folder / "validation")
+        workspace.call(*TRAIN.split(), "nnUNetTrainerViTMAE", flag)
+        assert 0 <= json.loads((folder / "validation" / "summary.json").read_text())["foreground_mean"]["Dice"] <= 1
 
 
-def test_prediction_rebuilds_the_network_from_the_plans(typed, tmp_path):
-    arguments = f"-i {typed.raw / 'imagesTs'} -o {tmp_path} -d 901 -c 3d_fullres -f 0 -p Tiny -device cpu"
-    typed.type("nnUNetv2_predict", *arguments.split(), "-tr", "nnUNetTrainerViTMAE")
-    for case in ("test_0", "test_1"):
-        prediction = sitk.ReadImage(str(tmp_path / f"{case}.nii.gz"))
-        reference = sitk.ReadImage(str(typed.raw / "labelsTs" / f"{case}.nii.gz"))
-        assert sitk.GetArrayFromImage(prediction).shape == SHAPE
-        assert np.allclose(prediction.GetSpacing(), reference.GetSpacing())
+def test_scratch_and_baseline_get_the_same_schedule(compared):
+    plans = json.loads((compared.preprocessed / "nnUNetPlans.json").read_text())
+    planned_size = plans["configurations"]["3d_fullres"]["batch_size"]
+    for trainer, batch_size in zip(TO_COMPARE, ("3", str(planned_size)), strict=True):
+        debug = json.loads((training_folder(compared, trainer) / "debug.json").read_text())
+        assert debug["batch_size"] == batch_size
+        names = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
+        assert [debug[name] for name in names] == ["2", "3", "1"]
 
 
-def test_scratch_and_baseline_get_the_same_schedule(typed):
-    for trainer in ("nnUNetTrainerViTScratch", "nnUNetTrainerBaseline"):
-        typed.type("nnUNetv2_train", *TRAIN, trainer)
-        debug = json.loads((typed.results / f"{trainer}__Tiny__3d_fullres" / "fold_0" / "debug.json").read_text())
-        assert (debug["num_epochs"], debug["num_iterations_per_epoch"], debug["num_val_iterations_per_epoch"]) == (
-            "2",
-            "3",
-            "1",
-        )
-        assert debug["batch_size"] == (
-            "3"
-            if "ViT" in trainer
-            else str(
-                json.loads((typed.preprocessed / "nnUNetPlans.json").read_text())["configurations"]["3d_fullres"][
-                    "batch_size"
-                ]
-            )
-        )
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [("--token 8", "token [4, 4, 4] there, [8, 8, 8] here"), ("--size S", "size XS there, S here")],
-)
-def test_an_encoder_that_does_not_fit_is_refused_before_training(typed, change, reason):
-    typed.type(*f"mae3d_plan -d 901 -p Tiny -o Other {change}".split())
-    source = typed.results / "mae3d_pretrain__Tiny__3d_fullres"
-    source.rename(other := typed.results / "mae3d_pretrain__Other__3d_fullres")
-    command = "nnUNetv2_train 901 3d_fullres 0 -p Other -device cpu -tr nnUNetTrainerViTMAE"
-    message = typed.type(*command.split(), code=2).stderr
-    other.rename(source)
-    assert reason in message
-    assert "Traceback" not in message
-
-
-def test_a_foreign_encoder_is_adapted_to_another_patch_and_other_channels(typed, tmp_path):
-    """Its plans have another patch, its data set other channel names; the log says what became of it."""
-    root = tmp_path / "nnunet"
-    shutil.copytree(typed.root, root)
-    elsewhere = Workspace(root)
-    encoder = typed.results / "mae3d_pretrain__Tiny__3d_fullres" / "fold_all" / "encoder.safetensors"
-    shutil.rmtree(elsewhere.results)
-    change_json(elsewhere.preprocessed / "dataset.json", lambda d: d["channel_names"].update({"0": "SWI"}))
-    change_json(
-        elsewhere.preprocessed / "nnUNetPlans.json",
-        lambda plans: plans["configurations"]["3d_fullres"].update(patch_size=[11, 13, 18]),
-    )
-    flags = "--epochs 1 --iterations 1 --batch_size 2 --decoder unetr"
-    done = elsewhere.type(*f"mae3d_plan -d 901 -o Foreign {flags} --encoder".split(), str(encoder))
-    assert "SWI from the mean over its channels" in done.stdout
-    plans = json.loads((elsewhere.preprocessed / "Foreign.json").read_text())
-    block = plans["configurations"]["3d_fullres"]["vit_mae"]
-    assert (block["network"]["size"], block["network"]["token"]) == ("XS", [4, 4, 4])
-    assert block["encoder"] == {"file": str(encoder), "sha256": hashlib.sha256(encoder.read_bytes()).hexdigest()}
-
-    elsewhere.type(*"nnUNetv2_train 901 3d_fullres 0 -p Foreign -device cpu -tr nnUNetTrainerViTMAE".split())
-    folder = elsewhere.results / "nnUNetTrainerViTMAE__Foreign__3d_fullres" / "fold_0"
-    log = next(folder.glob("training_log*.txt")).read_text()
-    assert f"Loaded the encoder {encoder}: " in log
-    assert "positions are rebuilt for it" in log
-    assert "used for SWI, FLAIR; FLAIR by name; SWI from the mean" in log
-
-
-def test_a_frozen_encoder_stays_as_it_was_while_the_decoder_learns(typed, tmp_path):
+def test_a_frozen_encoder_stays_as_it_was_while_the_decoder_learns(copied, tmp_path):
     recipe = tmp_path / "frozen.json"
     recipe.write_text(json.dumps({"finetuning": {"freeze_epochs": 1, "epochs": 1, "iterations": 2, "batch_size": 2}}))
-    encoder = typed.results / "mae3d_pretrain__Tiny__3d_fullres" / "fold_all" / "encoder.safetensors"
-    typed.type(*"mae3d_plan -d 901 -o Frozen --recipe".split(), str(recipe), "--encoder", str(encoder))
-    typed.type(*"nnUNetv2_train 901 3d_fullres 0 -p Frozen -device cpu -tr nnUNetTrainerViTMAE".split())
-    folder = typed.results / "nnUNetTrainerViTMAE__Frozen__3d_fullres" / "fold_0"
-    checkpoint = torch.load(folder / "checkpoint_final.pth", weights_only=False)
+    encoder = pretraining_folder(copied) / "fold_all" / "encoder.safetensors"
+    copied.call(*f"mae3d_plan -d 901 -o Frozen --recipe {recipe} --encoder {encoder}".split())
+    copied.call(*"nnUNetv2_train 901 3d_fullres 0 -p Frozen -device cpu -tr nnUNetTrainerViTMAE".split())
+    checkpoint = checkpoint_of(training_folder(copied, "nnUNetTrainerViTMAE", "Frozen"))
     tensors, _ = load_encoder(encoder)
     for name, tensor in tensors.items():
         assert torch.equal(checkpoint["network_weights"][f"encoder.{name}"], tensor), name
@@ -210,45 +215,89 @@ def test_a_frozen_encoder_stays_as_it_was_while_the_decoder_learns(typed, tmp_pa
     assert head_bias.any()  # it starts at zero
 
 
-def test_a_u_net_and_a_vit_are_compared_and_ensembled_by_nnunets_own_commands(typed, tmp_path):
+def test_a_foreign_encoder_is_adapted_to_another_patch_and_other_channels(planned, pretrained, tmp_path):
+    """Its plans have another patch, its dataset other channel names; the log says what became of it."""
+    elsewhere = copy_of(planned, tmp_path)
+    encoder = pretraining_folder(pretrained) / "fold_all" / "encoder.safetensors"
+    change_json(elsewhere.preprocessed / "dataset.json", lambda d: d["channel_names"].update({"0": "SWI"}))
+    change_json(
+        elsewhere.preprocessed / "nnUNetPlans.json",
+        lambda plans: plans["configurations"]["3d_fullres"].update(patch_size=[11, 13, 18]),
+    )
+    flags = "--epochs 1 --iterations 1 --batch_size 2 --decoder unetr"
+    done = elsewhere.call(*f"mae3d_plan -d 901 -o Foreign {flags} --encoder {encoder}".split())
+    assert "SWI from the mean over its channels" in done.stdout
+    plans = json.loads((elsewhere.preprocessed / "Foreign.json").read_text())
+    block = plans["configurations"]["3d_fullres"]["vit_mae"]
+    assert (block["network"]["size"], block["network"]["token"]) == ("XS", [4, 4, 4])
+    assert block["encoder"] == {"file": str(encoder), "sha256": hashlib.sha256(encoder.read_bytes()).hexdigest()}
+
+    elsewhere.call(*"nnUNetv2_train 901 3d_fullres 0 -p Foreign -device cpu -tr nnUNetTrainerViTMAE".split())
+    log = log_of(training_folder(elsewhere, "nnUNetTrainerViTMAE", "Foreign"))
+    assert f"Loaded the encoder {encoder}: " in log
+    assert "positions are rebuilt for it" in log
+    assert "used for SWI, FLAIR; FLAIR by name; SWI from the mean" in log
+
+
+# ---------- refused before any training
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [("--token 8", "token [4, 4, 4] there, [8, 8, 8] here"), ("--size S", "size XS there, S here")],
+)
+def test_an_encoder_that_does_not_fit_is_refused(copied, change, reason):
+    copied.call(*f"mae3d_plan -d 901 -p Tiny -o Other {change}".split())
+    pretraining_folder(copied).rename(pretraining_folder(copied, "Other"))
+    command = "nnUNetv2_train 901 3d_fullres 0 -p Other -device cpu -tr nnUNetTrainerViTMAE"
+    message = copied.call(*command.split(), code=2).stderr
+    assert reason in message
+    assert "Traceback" not in message
+
+
+def test_a_damaged_encoder_is_refused(copied):
+    file = pretraining_folder(copied) / "fold_0" / "encoder.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    message = copied.call(*TRAIN.split(), "nnUNetTrainerViTMAE", code=2).stderr
+    assert "damaged" in message
+    assert "Traceback" not in message
+
+
+def test_a_wrong_key_in_the_plans_is_refused_by_name(copied):
+    plans = json.loads((copied.preprocessed / "Tiny.json").read_text())
+    plans["configurations"]["3d_fullres"]["vit_mae"]["finetuning"]["epoch"] = 5
+    (copied.preprocessed / "Typo.json").write_text(json.dumps(plans | {"plans_name": "Typo"}))
+    command = "nnUNetv2_train 901 3d_fullres 0 -p Typo -device cpu -tr nnUNetTrainerViTScratch"
+    message = copied.call(*command.split(), code=2).stderr
+    assert "epoch" in message
+    assert "Traceback" not in message
+
+
+# ---------- prediction
+
+
+def test_prediction_rebuilds_the_network_from_the_plans(finetuned, tmp_path):
+    predict = f"nnUNetv2_predict -i {finetuned.raw / 'imagesTs'} -o {tmp_path} {MODEL} nnUNetTrainerViTMAE"
+    finetuned.call(*predict.split())
+    check_predictions(finetuned, tmp_path)
+
+
+def test_a_u_net_and_a_vit_are_compared_and_ensembled_by_nnunets_own_commands(compared, tmp_path):
     """Hybrid ensembling, which ViTiac's discussion proposes."""
-    trainers = ("nnUNetTrainerViTScratch", "nnUNetTrainerBaseline")
-    outputs = []
-    for trainer in trainers:
-        typed.type("nnUNetv2_train", *TRAIN, trainer, "--val", "--npz")
-        outputs.append(str(tmp_path / trainer))
-        arguments = f"-i {typed.raw / 'imagesTs'} -o {outputs[-1]} -d 901 -c 3d_fullres -f 0 -p Tiny -device cpu"
-        typed.type("nnUNetv2_predict", *arguments.split(), "-tr", trainer, "--save_probabilities")
+    outputs = [str(tmp_path / trainer) for trainer in TO_COMPARE]
+    for trainer, output in zip(TO_COMPARE, outputs, strict=True):
+        predict = f"nnUNetv2_predict -i {compared.raw / 'imagesTs'} -o {output} {MODEL} {trainer}"
+        compared.call(*predict.split(), "--save_probabilities")
     find = "nnUNetv2_find_best_configuration 901 -p Tiny -c 3d_fullres -f 0 -np 1 -tr".split()
-    typed.type(*find, *trainers)
-    found = json.loads((typed.results / "inference_information.json").read_text())
+    compared.call(*find, *TO_COMPARE)
+    found = json.loads((compared.results / "inference_information.json").read_text())
     assert len(found["considered_models"]) == 2
     ensembles = [name for name in found["all_results"] if name.startswith("ensemble")]
     assert len(ensembles) == 1
-    typed.type("nnUNetv2_ensemble", "-i", *outputs, "-o", str(tmp_path / "hybrid"), "-np", "1")
+    compared.call("nnUNetv2_ensemble", "-i", *outputs, "-o", str(tmp_path / "hybrid"), "-np", "1")
     for case in ("test_0", "test_1"):
         mean = np.mean([np.load(Path(output) / f"{case}.npz")["probabilities"] for output in outputs], axis=0)
         hybrid = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "hybrid" / f"{case}.nii.gz")))
         clear = np.abs(mean[1] - mean[0]) > 1e-3  # probabilities are stored in half precision
         assert np.array_equal(hybrid[clear], mean.argmax(axis=0)[clear])
-
-
-def test_a_damaged_encoder_is_refused_before_training(typed):
-    file = typed.results / "mae3d_pretrain__Tiny__3d_fullres" / "fold_0" / "encoder.safetensors"
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
-    message = typed.type("nnUNetv2_train", *TRAIN, "nnUNetTrainerViTMAE", code=2).stderr
-    file.write_bytes(whole)
-    assert "damaged" in message
-    assert "Traceback" not in message
-
-
-def test_a_wrong_key_in_the_plans_is_refused_by_name(typed):
-    file = typed.preprocessed / "Typo.json"
-    plans = json.loads((typed.preprocessed / "Tiny.json").read_text())
-    plans["configurations"]["3d_fullres"]["vit_mae"]["finetuning"]["epoch"] = 5
-    file.write_text(json.dumps(plans | {"plans_name": "Typo"}))
-    command = "nnUNetv2_train 901 3d_fullres 0 -p Typo -device cpu -tr nnUNetTrainerViTScratch"
-    message = typed.type(*command.split(), code=2).stderr
-    assert "epoch" in message
-    assert "Traceback" not in message

@@ -1,4 +1,4 @@
-"""The commands for studies with any number of contrasts, typed one after the other on a tiny data set."""
+"""The commands for studies with any number of contrasts, on a tiny dataset and in this process."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import Workspace, blob, write_case
+from conftest import SHAPE, Workspace, blob, write_case
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_vit_mae.nnunet.plans import settings_for, settings_of
@@ -19,11 +19,12 @@ pytestmark = pytest.mark.slow
 DATASET = "Dataset902_Contrasts"
 NAMES = {"0": "T1", "1": "FLAIR", "2": "T2"}
 WITHOUT_T2 = {"train_1", "train_4", "test_1", "pool_0"}
-TRAIN = ("902", "3d_fullres", "0", "-device", "cpu", "-p")
+TRAIN = "nnUNetv2_train 902 3d_fullres 0 -p Any -device cpu -tr"
+PRETRAIN = "mae3d_pretrain -d 902 -p Any --epochs 2 --batch_size 4 -device cpu"
 
 
 class Studies(Workspace):
-    """The same kind of workspace with the other data set in it."""
+    """The same kind of workspace with the other dataset in it."""
 
     dataset = DATASET
 
@@ -35,8 +36,14 @@ def write_study(folder, case, seed):
     write_case(folder, case, kept, None if folder.name == "imagesUn" else label)
 
 
+def copy_of(studies, folder):
+    shutil.copytree(studies.root, folder / "nnunet")
+    return Studies(folder / "nnunet")
+
+
 @pytest.fixture(scope="module")
-def typed(tmp_path_factory):
+def planned_studies(tmp_path_factory):
+    """Studies after planning and preprocessing, with plans for an adaptive network."""
     studies = Studies(tmp_path_factory.mktemp("studies") / "nnunet")
     for number in range(6):
         write_study(studies.raw / "imagesTr", f"train_{number}", number)
@@ -50,69 +57,89 @@ def typed(tmp_path_factory):
         "file_ending": ".nii.gz",
     }
     (studies.raw / "dataset.json").write_text(json.dumps(description))
-    studies.type(*"mae3d_fill_contrasts -d 902".split())
-    studies.type(*"nnUNetv2_plan_and_preprocess -d 902 -c 3d_fullres -np 1 -npfp 1".split())
-    studies.type(*"mae3d_preprocess -d 902 -np 1".split())
+    studies.call(*"mae3d_fill_contrasts -d 902".split())
+    studies.call(*"nnUNetv2_plan_and_preprocess -d 902 -c 3d_fullres -np 1 -npfp 1".split())
+    studies.call(*"mae3d_preprocess -d 902 -np 1".split())
     flags = "--recipe quick --adaptive --token 4 --epochs 1 --iterations 2 --batch_size 2"
-    studies.type(*f"mae3d_plan -d 902 -o Any {flags} --decoder unetr".split())
+    studies.call(*f"mae3d_plan -d 902 -o Any {flags} --decoder unetr".split())
     return studies
 
 
-def log_of(studies, trainer):
-    folder = studies.results / f"{trainer}__Any__3d_fullres" / "fold_0"
+@pytest.fixture(scope="module")
+def pretrained(planned_studies, tmp_path_factory):
+    """An adaptive encoder of all cases."""
+    studies = copy_of(planned_studies, tmp_path_factory.mktemp("pretrained"))
+    studies.call(*PRETRAIN.split())
+    return studies
+
+
+@pytest.fixture(scope="module")
+def trained(pretrained, tmp_path_factory):
+    """Both routes: the adaptive network and the one that stacks its channels, from the same encoder."""
+    studies = copy_of(pretrained, tmp_path_factory.mktemp("trained"))
+    for trainer in ("nnUNetTrainerAMAE", "nnUNetTrainerViTMAE"):
+        studies.call(*TRAIN.split(), trainer)
+    return studies
+
+
+def encoder_of(studies, plans="Any"):
+    return studies.results / f"mae3d_pretrain__{plans}__3d_fullres" / "fold_all" / "encoder.safetensors"
+
+
+def log_of(studies, trainer, plans="Any"):
+    folder = studies.results / f"{trainer}__{plans}__3d_fullres" / "fold_0"
     return "\n".join(file.read_text() for file in sorted(folder.glob("training_log*.txt")))
 
 
-def predict(studies, trainer, output):
-    arguments = f"-i {studies.raw / 'imagesTs'} -o {output} -d 902 -c 3d_fullres -f 0 -p Any -device cpu"
-    studies.type("nnUNetv2_predict", *arguments.split(), "-tr", trainer)
-    return {file.name: sitk.GetArrayFromImage(sitk.ReadImage(str(file))) for file in output.glob("*.nii.gz")}
-
-
-def test_without_an_encoder_training_names_the_command_that_makes_an_adaptive_one(typed):
-    done = typed.type("nnUNetv2_train", *TRAIN, "Any", "-tr", "nnUNetTrainerAMAE", code=2)
+def test_without_an_encoder_training_names_the_command_that_makes_an_adaptive_one(planned_studies, tmp_path):
+    studies = copy_of(planned_studies, tmp_path)
+    done = studies.call(*TRAIN.split(), "nnUNetTrainerAMAE", code=2)
     assert "mae3d_pretrain -d 902 -c 3d_fullres -p Any --adaptive first" in done.stderr
     assert "-tr nnUNetTrainerAMAEScratch" in done.stderr
 
 
-def test_adaptive_pretraining_writes_an_encoder_that_knows_its_contrasts(typed):
-    typed.type(*"mae3d_pretrain -d 902 -p Any --epochs 2 --batch_size 4 -device cpu".split())
-    folder = typed.results / "mae3d_pretrain__Any__3d_fullres" / "fold_all"
-    tensors, card = load_encoder(folder / "encoder.safetensors")
+def test_adaptive_pretraining_writes_an_encoder_that_knows_its_contrasts(pretrained):
+    file = encoder_of(pretrained)
+    tensors, card = load_encoder(file)
     assert card.adaptive
     assert card.channel_names == ["T1", "FLAIR", "T2"]
     assert tensors["tokenizer.factors.weight"].shape == (2 * 96, 3)
-    assert len(list((folder / "reconstructions").iterdir())) == 2
+    assert len(list((file.parent / "reconstructions").iterdir())) == 2
 
 
-def test_the_flag_alone_makes_pretraining_adaptive(typed):
-    typed.type(*"mae3d_plan -d 902 -o Plain --recipe quick --token 4".split())
-    typed.type(*"mae3d_pretrain -d 902 -p Plain --adaptive --epochs 1 --batch_size 4 -device cpu".split())
-    folder = typed.results / "mae3d_pretrain__Plain__3d_fullres" / "fold_all"
-    assert load_encoder(folder / "encoder.safetensors")[1].adaptive
+def test_the_flag_alone_makes_pretraining_adaptive(planned_studies, tmp_path):
+    studies = copy_of(planned_studies, tmp_path)
+    studies.call(*"mae3d_plan -d 902 -o Plain --recipe quick --token 4".split())
+    studies.call(*"mae3d_pretrain -d 902 -p Plain --adaptive --epochs 1 --batch_size 4 -device cpu".split())
+    assert load_encoder(encoder_of(studies, "Plain"))[1].adaptive
 
 
-def test_both_routes_start_from_the_same_encoder(typed, tmp_path):
-    typed.type("nnUNetv2_train", *TRAIN, "Any", "-tr", "nnUNetTrainerAMAE")
-    assert "tensors; pre-trained on 8 cases" in log_of(typed, "nnUNetTrainerAMAE")
-    typed.type("nnUNetv2_train", *TRAIN, "Any", "-tr", "nnUNetTrainerViTMAE")
-    log = log_of(typed, "nnUNetTrainerViTMAE")
+def test_both_routes_start_from_the_same_encoder(trained):
+    assert "tensors; pre-trained on 8 cases" in log_of(trained, "nnUNetTrainerAMAE")
+    log = log_of(trained, "nnUNetTrainerViTMAE")
     assert "the pre-trained one takes one contrast at a time, this network does not" in log
     assert "50 of 52 tensors" in log
-    for trainer in ("nnUNetTrainerAMAE", "nnUNetTrainerViTMAE"):
-        predictions = predict(typed, trainer, tmp_path / trainer)
-        assert set(predictions) == {"test_0.nii.gz", "test_1.nii.gz"}  # the second one lacks a contrast
 
 
-def test_the_adaptive_network_trains_from_random_weights_too(typed):
-    typed.type("nnUNetv2_train", *TRAIN, "Any", "-tr", "nnUNetTrainerAMAEScratch")
-    folder = typed.results / "nnUNetTrainerAMAEScratch__Any__3d_fullres" / "fold_0"
+@pytest.mark.parametrize("trainer", ["nnUNetTrainerAMAE", "nnUNetTrainerViTMAE"])
+def test_both_routes_predict_a_study_that_lacks_a_contrast(trained, trainer, tmp_path):
+    arguments = f"-i {trained.raw / 'imagesTs'} -o {tmp_path} -d 902 -c 3d_fullres -f 0 -p Any -device cpu"
+    trained.call("nnUNetv2_predict", *arguments.split(), "-tr", trainer)
+    predictions = {file.name: sitk.GetArrayFromImage(sitk.ReadImage(str(file))) for file in tmp_path.glob("*.nii.gz")}
+    assert set(predictions) == {"test_0.nii.gz", "test_1.nii.gz"}  # the second one lacks a contrast
+    assert {prediction.shape for prediction in predictions.values()} == {SHAPE}
+
+
+def test_the_adaptive_network_trains_from_random_weights_too(planned_studies, tmp_path):
+    studies = copy_of(planned_studies, tmp_path)
+    studies.call(*TRAIN.split(), "nnUNetTrainerAMAEScratch")
+    folder = studies.results / "nnUNetTrainerAMAEScratch__Any__3d_fullres" / "fold_0"
     assert (folder / "checkpoint_final.pth").is_file()
 
 
-def test_a_trained_network_does_not_mind_the_order_of_the_contrasts(typed):
+def test_a_trained_network_does_not_mind_the_order_of_the_contrasts(trained):
     """Channels and modality vectors in another order: the same segmentation of the same study."""
-    folder = typed.results / "nnUNetTrainerAMAE__Any__3d_fullres"
+    folder = trained.results / "nnUNetTrainerAMAE__Any__3d_fullres"
     plans = PlansManager(json.loads((folder / "plans.json").read_text()))
     configuration = plans.get_configuration("3d_fullres")
     weights = torch.load(folder / "fold_0" / "checkpoint_final.pth", weights_only=False)["network_weights"]
@@ -131,28 +158,21 @@ def test_a_trained_network_does_not_mind_the_order_of_the_contrasts(typed):
     assert torch.equal(logits[0].argmax(1), logits[1].argmax(1))
 
 
-def test_a_task_with_fewer_and_other_contrasts_starts_from_the_encoder(typed, tmp_path):
-    encoder = typed.results / "mae3d_pretrain__Any__3d_fullres" / "fold_all" / "encoder.safetensors"
-    copy = tmp_path / "nnunet"
-    shutil.copytree(typed.root, copy)
-    other = Studies(copy)
-    shutil.rmtree(other.results)
+def test_a_task_with_fewer_and_other_contrasts_starts_from_the_encoder(planned_studies, pretrained, tmp_path):
+    other = copy_of(planned_studies, tmp_path)
     file = other.preprocessed / "dataset.json"
     description = json.loads(file.read_text())
     file.write_text(json.dumps(description | {"channel_names": {"0": "flair", "1": "T1w", "2": "SWI"}}))
-    done = other.type(
-        *"mae3d_plan -d 902 -o From --epochs 1 --iterations 1 --batch_size 2 --encoder".split(), str(encoder)
-    )
+    flags = "--epochs 1 --iterations 1 --batch_size 2"
+    done = other.call(*f"mae3d_plan -d 902 -o From {flags} --encoder {encoder_of(pretrained)}".split())
     assert "flair, T1w by name; SWI from the mean" in done.stdout
-    other.type(*"nnUNetv2_train 902 3d_fullres 0 -p From -device cpu -tr nnUNetTrainerAMAE".split())
-    folder = other.results / "nnUNetTrainerAMAE__From__3d_fullres" / "fold_0"
-    assert "SWI from the mean" in next(folder.glob("training_log*.txt")).read_text()
+    other.call(*"nnUNetv2_train 902 3d_fullres 0 -p From -device cpu -tr nnUNetTrainerAMAE".split())
+    assert "SWI from the mean" in log_of(other, "nnUNetTrainerAMAE", "From")
 
 
-def test_pretraining_and_fine_tuning_agree_on_plans_that_say_nothing(typed):
-    configuration = PlansManager(json.loads((typed.preprocessed / "nnUNetPlans.json").read_text())).get_configuration(
-        "3d_fullres"
-    )
+def test_pretraining_and_fine_tuning_agree_on_plans_that_say_nothing(planned_studies):
+    plans = PlansManager(json.loads((planned_studies.preprocessed / "nnUNetPlans.json").read_text()))
+    configuration = plans.get_configuration("3d_fullres")
     adaptive, stacked = (settings_for(configuration, 3, adaptive=choice).network for choice in (True, False))
     assert (adaptive.adaptive, adaptive.decoder) == (True, "unetr")
     protocol = settings_for(configuration, 3, adaptive=True).pretraining

@@ -272,9 +272,9 @@ def test_folders_that_do_not_fit_are_refused(data, refused):
     assert "is not a folder: check -r." in reason(references="nowhere")
     (data / "empty").mkdir()
     assert "but has none: check -r." in reason(references="empty")
-    assert "labelsTs is in use: give a new folder with -o" in reason(out="labelsTs")
+    assert "labelsTs already exists: give a new folder with -o" in reason(out="labelsTs")
     file = data / "unet" / "case_4.nii.gz"
-    assert f"{file}/report cannot be made" in reason(out="unet/case_4.nii.gz/report")
+    assert f"{file}/report cannot be created" in reason(out="unet/case_4.nii.gz/report")
     (data / "imagesTs" / "case_5_0000.nii.gz").unlink()
     assert "The case case_5 has no image" in reason("-i", data / "imagesTs")
     write(data / "unet" / "case_4.nrrd", read_mask(file))
@@ -291,8 +291,8 @@ def test_folders_that_do_not_fit_are_refused(data, refused):
     [
         ({"background": 0, "core": 1}, "have different labels: compare models that segment the same labels"),
         ({"background": 0}, "lists no label except the background"),
-        ([1, 2], "has no labels as nnU-Net writes them"),
-        ({"core": "one"}, "has no labels as nnU-Net writes them"),
+        ([1, 2], "has no valid labels"),
+        ({"core": "one"}, "has no valid labels"),
     ],
 )
 def test_descriptions_that_do_not_fit_are_refused(data, refused, labels, reason):

@@ -1,4 +1,4 @@
-"""Feature maps and their checkerboards: the measure where the answer is known, and the command on a tiny data set."""
+"""Feature maps and their checkerboards: the measure where the answer is known, and the command on a tiny dataset."""
 
 import csv
 import json
@@ -205,9 +205,9 @@ def trained(planned, tmp_path_factory):
         recipe = {"network": {"size": "XS", "token": [4, 4, 4], "decoder": "upscale", "upsampling": kind}}
         (root / "recipe.json").write_text(json.dumps(recipe))
         schedule = ("--epochs", "1", "--iterations", "1", "--batch_size", "2")
-        workspace.type("mae3d_plan", "-d", "901", "-o", kind, "--recipe", str(root / "recipe.json"), *schedule)
+        workspace.call("mae3d_plan", "-d", "901", "-o", kind, "--recipe", str(root / "recipe.json"), *schedule)
         command = f"nnUNetv2_train 901 3d_fullres 0 -p {kind} -tr nnUNetTrainerViTScratch -device cpu"
-        workspace.type(*command.split())
+        workspace.call(*command.split())
     return workspace
 
 
@@ -220,9 +220,11 @@ def in_trained(trained, monkeypatch):
 
 @pytest.mark.slow
 def test_the_command_draws_both_networks_and_writes_their_numbers(trained, tmp_path):
+    splits = json.loads((trained.preprocessed / "splits_final.json").read_text())
+    (trained.preprocessed / "splits_final.json").unlink()  # written again as nnU-Net does
     picture = tmp_path / "new" / "features.png"
     command = "mae3d_features -d 901 -p nearest transposed -tr nnUNetTrainerViTScratch -o"
-    lines = trained.type(*command.split(), str(picture)).stdout.splitlines()
+    lines = trained.call(*command.split(), str(picture)).stdout.splitlines()
     assert lines[-1] == f"Wrote {picture} and {picture.with_suffix('.csv')}."
     assert picture.read_bytes().startswith(b"\x89PNG")
     with picture.with_suffix(".csv").open(newline="") as stream:
@@ -231,7 +233,7 @@ def test_the_command_draws_both_networks_and_writes_their_numbers(trained, tmp_p
     assert [(row["plans"], row["map"], row["period"]) for row in rows] == [
         (kind, *entry) for kind in ("nearest", "transposed") for entry in expected
     ]
-    splits = json.loads((trained.preprocessed / "splits_final.json").read_text())
+    assert json.loads((trained.preprocessed / "splits_final.json").read_text()) == splits
     assert {row["case"] for row in rows} == {splits[0]["val"][0]}
     for row, line in zip(rows, lines[-1 - len(rows) : -1], strict=True):
         share = float(row["checkerboard"])
@@ -261,8 +263,8 @@ def test_any_training_case_can_be_named(in_trained, tmp_path, capsys):
         ("-c 2d", "run nnUNetv2_train 901 2d 0"),
         ("--case nobody", "train_0, train_1, train_2, ...): check --case"),
         ("-o features.jpg", "features.jpg must end with .png"),
-        ("-o dataset.json/features.png", "choose another place with -o"),
-        ("-o /dev/null/features.png", "choose another place with -o"),
+        ("-o dataset.json/features.png", "choose another file with -o"),
+        ("-o /dev/null/features.png", "choose another file with -o"),
         ("-d 902", "-d 902"),
     ],
 )

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
@@ -79,6 +79,7 @@ def test_folders_on_the_way_are_made(tmp_path):
 # ---------- JSON
 
 
+@settings(max_examples=40)
 @given(content=json_values)
 def test_json_comes_back_as_it_was_written(tmp_path_factory, content):
     file = tmp_path_factory.getbasetemp() / "round_trip.json"
@@ -135,11 +136,11 @@ def test_a_process_shows_no_traceback_of_a_user_error():
         "from nnunet_vit_mae.errors import *\n"
         "def command():\n"
         "    try: 1 / 0\n"
-        "    except ZeroDivisionError: raise UserError('mend this.')\n"
+        "    except ZeroDivisionError: raise UserError('fix this.')\n"
         "exit_on_user_error(command)()"
     )
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert (process.returncode, process.stdout, process.stderr) == (2, "", "Error: mend this.\n")
+    assert (process.returncode, process.stdout, process.stderr) == (2, "", "Error: fix this.\n")
 
 
 @pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyError, KeyboardInterrupt])

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from nnunet_vit_mae.cli.refine_labels import main
-from nnunet_vit_mae.datasets.label_refinement import Rule, refine
+from nnunet_vit_mae.datasets.label_refinement import refine
+from nnunet_vit_mae.datasets.refinement_rule import CONNECTIVITIES, RefinementRule
 
 SHAPE = (5, 7, 9)  # z y x
 
@@ -27,7 +28,7 @@ def kept(points: list[tuple[int, int, int]], **rule) -> set[tuple[int, int, int]
     image, label = np.full(SHAPE, 50.0), np.ones(SHAPE, np.uint8)
     for point in points:
         image[point] = 130
-    refined, _ = refine(image, label, Rule(**rule), (1,))
+    refined, _ = refine(image, label, RefinementRule(**rule), (1,))
     return {tuple(int(index) for index in point) for point in np.argwhere(refined)}
 
 
@@ -35,10 +36,10 @@ def kept(points: list[tuple[int, int, int]], **rule) -> set[tuple[int, int, int]
     image=arrays(np.float32, SHAPE, elements=st.sampled_from([-1000.0, 129.0, 130.0, 900.0, float("nan")])),
     label=arrays(np.uint8, SHAPE, elements=st.integers(0, 2)),
     min_voxels=st.integers(1, 6),
-    connectivity=st.sampled_from(["2d", "3d"]),
+    connectivity=st.sampled_from(CONNECTIVITIES),
 )
 def test_refined_labels_are_dense_parts_of_the_circles_and_counted(image, label, min_voxels, connectivity):
-    rule = Rule(min_voxels=min_voxels, connectivity=connectivity)
+    rule = RefinementRule(min_voxels=min_voxels, connectivity=connectivity)
     refined, counts = refine(image, label, rule, (1, 2))
     assert refined.dtype == label.dtype
     inside = refined != 0
@@ -68,7 +69,7 @@ def test_each_label_is_refined_for_itself_and_others_are_left():
     image, label = np.full(SHAPE, 200.0), np.zeros(SHAPE, np.int16)
     label[2, 2, 2:4] = (1, 2)  # neighbours of different labels are two single pixels
     label[4, 1, 1] = 3
-    refined, counts = refine(image, label, Rule(), (1, 2))
+    refined, counts = refine(image, label, RefinementRule(), (1, 2))
     assert set(np.unique(refined)) == {0, 3}
     assert counts == [(1, 0, 1, 0, 1), (1, 0, 1, 0, 1)]
 
@@ -78,7 +79,7 @@ def test_each_label_is_refined_for_itself_and_others_are_left():
 
 @pytest.fixture
 def data(tmp_path, monkeypatch) -> Path:
-    """A raw data set: case a has a circle with a dense part and a crumb, case b nothing dense."""
+    """A raw dataset: case a has a circle with a dense part and a single voxel, case b nothing dense."""
     for name in ("raw", "preprocessed", "results"):
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
     raw = tmp_path / "raw" / "Dataset904_Circled"
@@ -118,7 +119,7 @@ def test_the_command_writes_labels_a_report_and_says_what_has_changed(data, tmp_
     }
 
 
-def test_folders_do_instead_of_a_data_set_and_flags_change_the_rule(data, tmp_path, capsys):
+def test_folders_do_instead_of_a_dataset_and_flags_change_the_rule(data, tmp_path, capsys):
     folders = ["-i", str(data / "imagesTr"), "-l", str(data / "labelsTr"), "-o", str(tmp_path / "refined")]
     main([*folders, "--min_voxels", "1", "--threshold", "30", "--connectivity", "3d", "--labels", "1"])
     assert "0 of 2 labels have changed" in capsys.readouterr().out
@@ -146,9 +147,9 @@ def test_a_bad_case_is_named_and_stops_no_other(data, tmp_path, refused):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("-o {new}", "Nothing was given"),
-        ("-d 904 -l {raw}/labelsTr -o {new}", "either a data set, or two folders"),
-        ("-d 904 -o {raw}/labelsTr", "is in use"),
+        ("-o {new}", "nothing to refine"),
+        ("-d 904 -l {raw}/labelsTr -o {new}", "either a dataset or two folders"),
+        ("-d 904 -o {raw}/labelsTr", "already exists"),
         ("-d 904 -o {new} --labels 3", "lists only 1"),
         ("-d 904 -o {new} --channel 1", "a_0001.nii.gz is missing"),
         ("-d 904 -o {new} --threshold nan", "give a number"),

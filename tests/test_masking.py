@@ -1,4 +1,4 @@
-"""Which tokens are seen and rebuilt, when only a share is or flat tokens are left out; worked out token by token."""
+"""Test which tokens are visible, hidden and rebuilt, with and without background tokens, token by token."""
 
 import itertools
 import math
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nnunet_vit_mae.networks.masking import (
     BACKGROUND_DEVIATION,
     Masking,
+    Masks,
     background_tokens,
     count_rebuilt,
     count_visible,
@@ -25,6 +26,7 @@ TOKENS = math.prod(GRID)
 
 few = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 999)
+ratios = st.floats(0.05, 0.95)
 shares = st.floats(0, 1, exclude_min=True)
 contents = st.lists(st.sets(st.integers(0, TOKENS - 1)), min_size=B, max_size=B)
 
@@ -34,13 +36,13 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def voxels_of(token: int) -> tuple[slice, ...]:
-    """Where a token lies in the volume."""
+    """Return where a token lies in the volume."""
     place = np.unravel_index(token, GRID)
     return tuple(slice(i * side, (i + 1) * side) for i, side in zip(place, TOKEN, strict=True))
 
 
 def volume_with(content: list[set[int]], seed: int = 0) -> torch.Tensor:
-    """Samples that are flat but for noise in some tokens, each in one channel, far from zero."""
+    """Return constant samples, far from zero, with noise in one channel of some tokens."""
     volume = torch.full((len(content), C, *SHAPE), -3.5)
     for sample, tokens in enumerate(content):
         for token in tokens:
@@ -50,7 +52,7 @@ def volume_with(content: list[set[int]], seed: int = 0) -> torch.Tensor:
 
 
 def varying(tokens: set[int]) -> set[int]:
-    """Tokens with at least two voxels inside the volume: a single one cannot vary."""
+    """Return the tokens with at least two voxels inside of the volume: a single voxel cannot vary."""
     return {token for token in tokens if torch.zeros(SHAPE)[voxels_of(token)].numel() > 1}
 
 
@@ -58,22 +60,22 @@ def noise_for(samples: int = B, seed: int = 0) -> torch.Tensor:
     return torch.rand(samples, TOKENS, generator=seeded(seed + 1000))
 
 
-# ---------- flat tokens
+# ---------- background tokens
 
 
 @few
 @given(content=contents)
 def test_a_token_has_content_when_any_channel_varies_inside_the_volume(content):
-    flat = background_tokens(volume_with(content), TOKEN)
+    background = background_tokens(volume_with(content), TOKEN)
     for sample, token in itertools.product(range(B), range(TOKENS)):
-        assert flat[sample, token].item() == (token not in varying(content[sample]))
+        assert background[sample, token].item() == (token not in varying(content[sample]))
 
 
 @pytest.mark.parametrize(
     ("deviation", "expected"), [(0.0, True), (0.9 * BACKGROUND_DEVIATION, True), (1.1 * BACKGROUND_DEVIATION, False)]
 )
 @pytest.mark.parametrize("level", [0.0, 3.0, -20.0])
-def test_ripples_below_the_threshold_are_flat(deviation, expected, level):
+def test_ripples_below_the_threshold_are_background(deviation, expected, level):
     pattern = torch.tensor([-1.0, 1.0]).repeat(32) * math.sqrt(63 / 64)  # unbiased variance 1
     volume = torch.full((1, C, *TOKEN), level)
     volume[0, 1] += deviation * pattern.reshape(TOKEN)
@@ -83,42 +85,90 @@ def test_ripples_below_the_threshold_are_flat(deviation, expected, level):
 # ---------- which tokens take part
 
 
-@few
-@given(content=contents, ratio=st.floats(0.05, 0.95), seed=seeds)
-def test_a_sample_alone_goes_on_with_exactly_its_tokens_with_content(content, ratio, seed):
-    masking = Masking(mask_ratio=ratio, skip_background=True)
-    tokens = varying(content[0])
-    visible, hidden = masking.split(volume_with(content[:1]), TOKEN, noise_for(1, seed))
-    assert visible.shape == (1, count_visible(max(1, len(tokens)), ratio))
-    chosen = visible[0].tolist() + hidden[0].tolist()
-    assert sorted(chosen) == sorted(tokens or {0})  # a volume of nothing but air keeps a token, for shapes' sake
+def draw(content: list[set[int]], ratio: float, noise: torch.Tensor) -> Masks:
+    """Draw masks for which only the given tokens of each sample take part."""
+    taking_part = torch.zeros(len(content), TOKENS, dtype=torch.bool)
+    for sample, tokens in enumerate(content):
+        taking_part[sample, sorted(tokens)] = True
+    return Masking(mask_ratio=ratio).draw(noise, taking_part)
+
+
+def expected_split(tokens: set[int], ratio: float, noise: list[float]) -> tuple[list[int], list[int]]:
+    """Return the visible and the hidden ones of the tokens that take part in a sample."""
+    order = sorted(tokens, key=lambda token: noise[token])
+    visible = count_visible(len(tokens), ratio)
+    return order[:visible], order[visible:]
 
 
 @few
-@given(content=contents, ratio=st.floats(0.05, 0.95), seed=seeds)
-def test_a_batch_goes_on_with_the_content_of_its_average_sample(content, ratio, seed):
+@given(tokens=st.sets(st.integers(0, TOKENS - 1), min_size=1), ratio=ratios, seed=seeds)
+def test_a_sample_alone_goes_on_with_exactly_the_tokens_that_take_part(tokens, ratio, seed):
+    noise = noise_for(1, seed)
+    masks = draw([tokens], ratio, noise)
+    visible, hidden = expected_split(tokens, ratio, noise[0].tolist())
+    assert masks.visible.tolist() == [visible]
+    assert masks.hidden.tolist() == [hidden]
+    assert masks.counted.all()
+
+
+@few
+@given(content=contents, ratio=ratios, seed=seeds)
+def test_samples_have_as_many_tokens_as_the_average_one(content, ratio, seed):
+    masks = draw(content, ratio, noise_for(seed=seed))
+    visible = [count_visible(len(tokens), ratio) for tokens in content]
+    hidden = [max(0, len(tokens) - count) for tokens, count in zip(content, visible, strict=True)]
+    assert masks.visible.shape == (B, round(sum(visible) / B))
+    assert masks.hidden.shape == masks.counted.shape == (B, round(sum(hidden) / B))
+
+
+@few
+@given(content=contents, ratio=ratios, seed=seeds)
+def test_a_sample_uses_its_own_tokens_in_the_order_of_their_noise_and_repeats_them_where_it_has_fewer(
+    content, ratio, seed
+):
     noise = noise_for(seed=seed)
-    own = [varying(tokens) for tokens in content]
-    count = max(1, round(sum(map(len, own)) / B))
-    visible, hidden = Masking(mask_ratio=ratio, skip_background=True).split(volume_with(content), TOKEN, noise)
-    assert visible.shape == (B, count_visible(count, ratio))
-    assert hidden.shape == (B, count - visible.shape[1])
-    for sample, tokens in enumerate(own):
-        v, h = visible[sample].tolist(), hidden[sample].tolist()
-        assert len({*v, *h}) == count
-        assert len(tokens & {*v, *h}) == min(count, len(tokens))
-        level = noise[sample].tolist()
-        assert not h or max(level[token] for token in v) <= min(level[token] for token in h)
+    masks = draw(content, ratio, noise)
+    for sample, tokens in enumerate(content):
+        own = expected_split(tokens, ratio, noise[sample].tolist())
+        for indices, expected in zip((masks.visible[sample], masks.hidden[sample]), own, strict=True):
+            if expected:
+                assert indices.tolist() == list(itertools.islice(itertools.cycle(expected), len(indices)))
+        if own[1]:
+            assert not {*masks.visible[sample].tolist()} & {*masks.hidden[sample].tolist()}
 
 
 @few
-@given(ratio=st.floats(0.05, 0.95), seed=seeds)
-def test_where_nothing_is_flat_leaving_flat_tokens_out_changes_nothing(ratio, seed):
-    volume, noise = torch.randn(B, C, 4, 8, 24, generator=seeded(seed)), noise_for(seed=seed)[:, :12]
-    plain, other = (
-        Masking(mask_ratio=ratio, skip_background=skip).split(volume, TOKEN, noise) for skip in (False, True)
-    )
+@given(content=contents, ratio=ratios, seed=seeds)
+def test_each_hidden_token_of_a_sample_counts_once_and_nothing_else_counts(content, ratio, seed):
+    noise = noise_for(seed=seed)
+    masks = draw(content, ratio, noise)
+    for sample, tokens in enumerate(content):
+        counted = masks.hidden[sample][masks.counted[sample]].tolist()
+        _, hidden = expected_split(tokens, ratio, noise[sample].tolist())
+        assert counted == hidden[: masks.hidden.shape[1]]
+
+
+@few
+@given(others=st.lists(st.sets(st.integers(0, TOKENS - 1), min_size=9), min_size=B, max_size=B), seed=seeds)
+def test_a_sample_without_tokens_counts_nothing_and_does_not_enlarge_the_others(others, seed):
+    masks = draw([set(), *others], 0.5, noise_for(1 + B, seed))
+    assert not masks.counted[0].any()
+    assert masks.counted[1:].any(dim=1).all()
+    assert masks.hidden.shape[1] <= max(map(len, others)) // 2 + 1
+
+
+@few
+@given(ratio=ratios, seed=seeds, tokens=st.integers(1, TOKENS))
+def test_where_every_token_takes_part_the_masks_are_those_without_a_choice(ratio, seed, tokens):
+    noise, masking = noise_for(seed=seed)[:, :tokens], Masking(mask_ratio=ratio)
+    plain, other = masking.draw(noise), masking.draw(noise, torch.ones_like(noise, dtype=torch.bool))
     assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
+
+
+def test_shares_are_rounded_alike_with_and_without_a_choice():
+    noise = noise_for()[:, :15]
+    taking_part = torch.ones_like(noise, dtype=torch.bool)
+    assert Masking(mask_ratio=0.9).draw(noise, taking_part).visible.shape[1] == count_visible(15, 0.9) == 1
 
 
 # ---------- which of the hidden ones are rebuilt
@@ -134,18 +184,19 @@ def test_the_rebuilt_tokens_are_the_rounded_share_and_at_least_one_if_there_is_o
 @given(hidden=st.integers(0, 40), share=shares, seed=seeds)
 def test_all_rounds_together_rebuild_every_hidden_token_once(hidden, share, seed):
     index = torch.rand(B, hidden, generator=seeded(seed)).argsort(dim=1)
-    masking = Masking(mask_ratio=0.5, rebuilt_share=share)
-    (first,), rounds = (masking.rounds(index, everything=everything) for everything in (False, True))
-    assert torch.equal(rounds[0], first)
-    assert first.shape == (B, count_rebuilt(hidden, share))
-    assert all(part.shape[1] <= first.shape[1] for part in rounds)
-    assert torch.equal(torch.cat(rounds, dim=1), index)
+    counted = torch.rand(B, hidden, generator=seeded(seed + 1)) < 0.5
+    masks = Masks(torch.arange(B)[:, None], index, counted)
+    rounds = Masking(mask_ratio=0.5, rebuilt_share=share).rounds(masks)
+    assert rounds[0].hidden.shape == (B, count_rebuilt(hidden, share))
+    assert all(part.hidden.shape[1] <= rounds[0].hidden.shape[1] for part in rounds)
+    assert all(torch.equal(part.visible, masks.visible) for part in rounds)
+    assert torch.equal(torch.cat([part.hidden for part in rounds], dim=1), index)
+    assert torch.equal(torch.cat([part.counted for part in rounds], dim=1), counted)
 
 
 def test_another_quarter_is_rebuilt_at_each_step():
-    masking, volume, rebuilt = Masking(mask_ratio=0.75, rebuilt_share=0.25), volume_with([{1}]), []
+    masking, rebuilt = Masking(mask_ratio=0.75, rebuilt_share=0.25), []
     for seed in range(40):
-        _, hidden = masking.split(volume, TOKEN, noise_for(1, seed))
-        rebuilt.append(set(masking.rounds(hidden, everything=False)[0][0].tolist()))
+        rebuilt.append(set(masking.rounds(masking.draw(noise_for(1, seed)))[0].hidden[0].tolist()))
     assert set.union(*rebuilt) == set(range(TOKENS))
     assert {len(tokens) for tokens in rebuilt} == {7}

@@ -1,4 +1,4 @@
-"""The planner's estimate of training memory: against the memory that real steps take, and against arithmetic."""
+"""Test the planner's estimate of training memory against what real steps take and against arithmetic."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Tokens, positions, masks, transformer and encoder: against literal loops and arithmetic done by hand."""
+"""Test tokens, positions, masks, transformer and encoder against literal loops and arithmetic done by hand."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from torch import nn
 
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
 from nnunet_vit_mae.networks.encoder import Encoder
-from nnunet_vit_mae.networks.masking import count_visible, split_tokens, take
+from nnunet_vit_mae.networks.masking import Masking, count_visible, take
 from nnunet_vit_mae.networks.positions import sine_cosine_positions
 from nnunet_vit_mae.networks.tokenizer import Tokenizer, grid_of, padded, patchify, unpatchify, voxels_inside
 from nnunet_vit_mae.networks.transformer import Attention, Block, Transformer
@@ -178,15 +178,17 @@ def test_an_autoencoder_stores_nothing_but_its_parameters():
 @few
 @given(b=st.integers(2, 4), n=st.integers(1, 60), ratio=st.floats(0.01, 0.99), seed=st.integers(0, 99))
 def test_each_token_is_either_visible_or_hidden(b, n, ratio, seed):
-    visible, hidden = split_tokens(torch.rand(b, n, generator=seeded(seed)), ratio)
+    visible, hidden, counted = Masking(mask_ratio=ratio).draw(torch.rand(b, n, generator=seeded(seed)))
     for v, h in zip(visible.tolist(), hidden.tolist(), strict=True):
         assert sorted(v + h) == list(range(n))
+    assert counted.shape == hidden.shape
+    assert counted.all()
 
 
 @few
 @given(n=st.integers(1, 5000), ratio=st.floats(0.01, 0.99))
 def test_the_visible_tokens_are_the_rounded_share_and_at_least_one(n, ratio):
-    visible, hidden = split_tokens(torch.rand(2, n, generator=seeded()), ratio)
+    visible, hidden, _ = Masking(mask_ratio=ratio).draw(torch.rand(2, n, generator=seeded()))
     assert visible.shape[1] == max(1, round(n * (1 - ratio))) == n - hidden.shape[1]
 
 
@@ -199,7 +201,7 @@ def test_known_numbers_of_visible_tokens(n, ratio, visible):
 @given(n=st.integers(2, 40), ratio=st.floats(0.1, 0.9), seed=st.integers(0, 99))
 def test_the_tokens_with_the_lowest_noise_stay_visible(n, ratio, seed):
     noise = torch.rand(3, n, generator=seeded(seed))
-    visible, hidden = split_tokens(noise, ratio)
+    visible, hidden, _ = Masking(mask_ratio=ratio).draw(noise)
     if hidden.shape[1]:
         assert (take(noise, visible).amax(1) <= take(noise, hidden).amin(1)).all()
 
@@ -208,8 +210,11 @@ def test_the_tokens_with_the_lowest_noise_stay_visible(n, ratio, seed):
 @given(order=st.permutations(range(4)), seed=st.integers(0, 99))
 def test_a_mask_depends_on_the_noise_of_its_own_sample_only(order, seed):
     noise = torch.rand(4, 31, generator=seeded(seed))
-    straight, permuted = split_tokens(noise, 0.7), split_tokens(noise[list(order)], 0.7)
-    assert all(torch.equal(s[list(order)], p) for s, p in zip(straight, permuted, strict=True))
+    taking_part, masking = torch.rand(noise.shape, generator=seeded(seed + 1)) < 0.8, Masking(mask_ratio=0.7)
+    for choice in (None, taking_part):
+        straight = masking.draw(noise, choice)
+        permuted = masking.draw(noise[order], None if choice is None else choice[order])
+        assert all(torch.equal(s[order], p) for s, p in zip(straight, permuted, strict=True))
 
 
 @few
@@ -227,7 +232,7 @@ def test_take_equals_a_loop(b, n, k, rest):
 
 
 def literal_attention(attention: Attention, tokens: np.ndarray, context: np.ndarray, heads: int) -> np.ndarray:
-    """One sample (n d) and its context (k d), head by head and query by query."""
+    """Attend from one sample (n d) to its context (k d), head by head and query by query."""
     n, width = tokens.shape
     head = width // heads
     weight, bias = attention.qkv.weight.detach().numpy(), attention.qkv.bias.detach().numpy()
@@ -259,7 +264,7 @@ def test_a_width_that_the_heads_do_not_divide_is_refused():
 
 
 def attention_only_block(drop_path: float) -> Block:
-    """A block whose MLP adds nothing, so that one drop alone decides about the output."""
+    """Build a block whose MLP adds nothing, so that a single drop decides about the output."""
     torch.manual_seed(0)
     block = Block(30, 3, drop_path=drop_path)
     nn.init.zeros_(block.mlp[2].weight)

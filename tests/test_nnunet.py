@@ -1,6 +1,7 @@
-"""The path inside nnU-Net on a tiny data set: plans, unlabelled images, and which cases pre-training may see."""
+"""The path inside nnU-Net on a tiny dataset: plans, unlabelled images, and which cases pre-training may see."""
 
 import json
+import os
 import shutil
 
 import blosc2
@@ -14,8 +15,9 @@ from nnunet_vit_mae.cli import preprocess as preprocess_command
 from nnunet_vit_mae.cli import pretrain as pretrain_command
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.nnunet.folders import find_dataset
-from nnunet_vit_mae.nnunet.folds import pretraining_cases
+from nnunet_vit_mae.nnunet.folds import pretraining_cases, split_of
 from nnunet_vit_mae.nnunet.plans import load_plan, read_recipe, schedule_of, settings_of
+from nnunet_vit_mae.nnunet.preprocessing import _preprocess_case
 from nnunet_vit_mae.presets import Settings
 
 pytestmark = pytest.mark.slow
@@ -130,7 +132,7 @@ def test_bad_images_are_named_and_the_others_done_then_the_rest_on_a_second_call
         (pool / f"rubbish_{number:04d}.nii.gz").write_bytes(b"not an image")
 
     with pytest.raises(SystemExit) as stop:
-        preprocess_command.main("-d 901 -np 2".split())
+        preprocess_command.main("-d 901 -np 1".split())
     assert stop.value.code == 2
     out, err = capsys.readouterr()
     assert "3 of 8 unlabelled cases" in out
@@ -151,6 +153,25 @@ def test_bad_images_are_named_and_the_others_done_then_the_rest_on_a_second_call
     preprocess_command.main("-d 901 -np 1".split())
     assert "4 of 4 unlabelled cases are in" in (text := capsys.readouterr().out)
     assert "(1 were to do)" in text
+
+
+def preprocess_or_die(dataset, plans_name, configuration, raw_case):
+    if raw_case[0] == "pool_0":
+        os._exit(1)  # as when memory is out
+    return _preprocess_case(dataset, plans_name, configuration, raw_case)
+
+
+def test_a_case_whose_process_is_killed_is_named_and_the_others_are_done(in_workspace, monkeypatch, capsys):
+    for file in (in_workspace.raw / "imagesUn").glob("pool_2_*"):
+        file.unlink()
+    monkeypatch.setattr("nnunet_vit_mae.nnunet.preprocessing._preprocess_case", preprocess_or_die)
+    with pytest.raises(SystemExit) as stop:
+        preprocess_command.main("-d 901 -np 2".split())
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert "1 of 2 unlabelled cases are in" in out
+    assert "Not preprocessed: pool_0 was being preprocessed when its process was killed" in err
+    assert [file.name for file in tiny_plan().unlabelled_folder.glob("*.b2nd")] == ["pool_1.b2nd"]
 
 
 def test_a_change_of_plans_makes_the_pool_anew(in_workspace, capsys):
@@ -181,6 +202,13 @@ def test_pretraining_sees_a_folds_training_cases_and_the_pool_but_never_test_ima
         assert not names & set(splits[fold]["val"])
     with pytest.raises(UserError, match="-f 5"):
         pretraining_cases(plan, "5")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '[{"train": ["a"]}]', '[{"train": ["a"], "val": [1]}]'])
+def test_a_file_of_splits_that_is_none_is_refused(in_workspace, content):
+    (in_workspace.preprocessed / "splits_final.json").write_text(content)
+    with pytest.raises(UserError, match=r"splits_final\.json is not a list of folds"):
+        split_of(tiny_plan(), "0", [])
 
 
 def test_an_unlabelled_pool_that_was_forgotten_is_mentioned(in_workspace, caplog):

@@ -2,9 +2,11 @@
 
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -21,9 +23,17 @@ shares = st.floats(0, 1)
 warmups = st.floats(0.01, 0.95)
 
 
+def unet(channels: int, classes: int) -> nn.Module:
+    return PlainConvUNet(
+        channels, 2, (4, 6), nn.Conv3d, 3, [(1, 1, 1), (1, 2, 2)], 1, classes, 1, conv_bias=True,
+        norm_op=nn.InstanceNorm3d, norm_op_kwargs={"affine": True}, nonlin=nn.LeakyReLU,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module", params=sorted(DECODERS))
 def segmenter(request) -> nn.Module:
-    return build_segmenter(Network(size="XS", token=(2, 4, 8), decoder=request.param), 2, 3, drop_path=0.1)
+    network = Network(size="XS", token=(2, 4, 8), decoder=request.param)
+    return build_segmenter(network, 2, 3, drop_path=0.1, unet=partial(unet, 2, 3))
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +124,7 @@ def test_the_decoder_and_the_last_norm_learn_at_the_full_rate(segmenter, groups)
 
 def test_each_group_knows_whether_it_is_in_the_encoder(segmenter, groups):
     for name, parameter in segmenter.named_parameters():
-        assert group_of(groups, parameter)["in_encoder"] == name.startswith("encoder.")
+        assert group_of(groups, parameter)["pretrained"] == name.startswith("encoder.")
 
 
 @pytest.mark.parametrize("depth", [0, 1, DEPTH])
@@ -123,7 +133,7 @@ def test_the_first_group_is_the_decoder_at_the_full_rate(segmenter, layer_decay,
     grouped = parameter_groups(segmenter.named_parameters(), weight_decay=0.1, layer_decay=layer_decay, depth=depth)
     first, in_decoder = grouped[0], {id(parameter) for parameter in segmenter.decoder.parameters()}
     assert first["lr_scale"] == 1
-    assert not first["in_encoder"]
+    assert not first["pretrained"]
     assert {id(parameter) for parameter in first["params"]} <= in_decoder
     for group in grouped:
         assert len({id(parameter) in in_decoder for parameter in group["params"]}) == 1
@@ -140,9 +150,9 @@ def test_the_first_group_is_the_decoder_at_the_full_rate(segmenter, layer_decay,
 def test_the_first_group_is_the_head_in_whatever_order_the_parameters_come(layer_decay, depth, names, dimensions):
     named = {name: nn.Parameter(torch.zeros([2] * dimensions)) for name in names}
     first, *others = parameter_groups(named.items(), weight_decay=0.1, layer_decay=layer_decay, depth=depth)
-    assert (first["lr_scale"], first["in_encoder"]) == (1, False)
+    assert (first["lr_scale"], first["pretrained"]) == (1, False)
     assert [id(parameter) for parameter in first["params"]] == [id(named["head"])]
-    assert all(group["in_encoder"] for group in others)
+    assert all(group["pretrained"] for group in others)
 
 
 def test_without_layer_decay_all_learn_at_one_rate_in_two_groups():
@@ -181,13 +191,14 @@ def rates(optimizer: torch.optim.Optimizer) -> list[float]:
 
 def small_segmenter(decoder: str) -> nn.Module:
     torch.manual_seed(0)
-    return build_segmenter(Network(size="XS", token=(1, 2, 4), decoder=decoder), 1, 2, drop_path=0.1)
+    network = Network(size="XS", token=(1, 2, 4), decoder=decoder)
+    return build_segmenter(network, 1, 2, drop_path=0.1, unet=partial(unet, 1, 2))
 
 
 @pytest.mark.parametrize("layer_decay", [DECAY, 1.0])
 def test_a_frozen_encoder_has_a_rate_of_0_and_the_rest_its_own(segmenter, layer_decay):
     optimizer = adamw(segmenter, layer_decay=layer_decay)
-    set_learning_rate(optimizer, 0.5, freeze_encoder=True)
+    set_learning_rate(optimizer, 0.5, freeze_pretrained=True)
     for name, parameter in segmenter.named_parameters():
         assert group_of(optimizer.param_groups, parameter)["lr"] == (0 if name.startswith("encoder.") else 0.5)
     assert group_of(optimizer.param_groups, segmenter.encoder.transformer.norm.weight)["lr"] == 0
@@ -203,8 +214,8 @@ def test_nothing_frozen_moves_by_a_bit_while_all_of_the_decoder_does(decoder, fu
     optimizer = adamw(network, fused=fused)
     volume = torch.randn(2, 1, 2, 4, 8)
 
-    def moved_by_steps(*, freeze_encoder: bool) -> set[str]:
-        set_learning_rate(optimizer, 0.01, freeze_encoder=freeze_encoder)
+    def moved_by_steps(*, freeze_pretrained: bool) -> set[str]:
+        set_learning_rate(optimizer, 0.01, freeze_pretrained=freeze_pretrained)
         before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
         for _ in range(2):
             optimizer.zero_grad(set_to_none=True)
@@ -215,17 +226,17 @@ def test_nothing_frozen_moves_by_a_bit_while_all_of_the_decoder_does(decoder, fu
 
     everything = {name for name, _ in network.named_parameters()}
     in_decoder = {name for name in everything if name.startswith("decoder.")}
-    assert moved_by_steps(freeze_encoder=True) == in_decoder
-    assert moved_by_steps(freeze_encoder=False) == everything
-    assert moved_by_steps(freeze_encoder=True) == in_decoder  # with moments from the steps before
+    assert moved_by_steps(freeze_pretrained=True) == in_decoder
+    assert moved_by_steps(freeze_pretrained=False) == everything
+    assert moved_by_steps(freeze_pretrained=True) == in_decoder  # with moments from the steps before
 
 
 @pytest.mark.parametrize("freeze_epochs", [0, 1, 3, 7, 20])
 def test_the_first_epochs_freeze_the_encoder_and_change_nothing_else(freeze_epochs):
     optimizer = adamw(small_segmenter("mae"))
-    frozen = WarmupCosine(optimizer, 0.02, warmup=0.3, epochs=7, freeze_epochs=freeze_epochs)
-    free = WarmupCosine(optimizer, 0.02, warmup=0.3, epochs=7)
-    in_encoder = [group["in_encoder"] for group in optimizer.param_groups]
+    frozen = WarmupCosine(optimizer, 0.02, warmup=0.3, epochs=7, steps_per_epoch=3, freeze_epochs=freeze_epochs)
+    free = WarmupCosine(optimizer, 0.02, warmup=0.3, epochs=7, steps_per_epoch=3)
+    in_encoder = [group["pretrained"] for group in optimizer.param_groups]
     for epoch in range(7):
         free.step(epoch)
         expected = rates(optimizer)
@@ -236,11 +247,45 @@ def test_the_first_epochs_freeze_the_encoder_and_change_nothing_else(freeze_epoc
         assert rates(optimizer) == expected
 
 
-@pytest.mark.parametrize(("epoch", "rate"), [(0, 0.125), (1, 0.25), (3, 0.5), (9, 0.25)])
-def test_known_rates_of_epochs(epoch, rate):
+@pytest.mark.parametrize(("step", "rate"), [((0, 0), 0.125), ((0, 1), 0.25), ((1, 0), 0.5), ((3, 0), 0.25)])
+def test_known_rates_of_steps(step, rate):
+    """Warm-up and cosine go on within an epoch: here five epochs of three steps, with four steps of warm-up."""
     optimizer = adamw(small_segmenter("mae"))
-    WarmupCosine(optimizer, 0.5, warmup=0.25, epochs=15).step(epoch)
+    WarmupCosine(optimizer, 0.5, warmup=0.25, epochs=5, steps_per_epoch=3).step(*step)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+
+
+@given(epochs=st.integers(1, 30), steps=st.integers(1, 30), warmup=st.floats(0.01, 0.5))
+def test_a_short_schedule_warms_up_too(epochs, steps, warmup):
+    """The first step has the smallest rate of the warm-up, whatever the number of epochs; no step has a rate of 0."""
+    parameters = [("head", nn.Parameter(torch.zeros(2)))]
+    optimizer = torch.optim.AdamW(parameter_groups(parameters, weight_decay=0.05))
+    schedule = WarmupCosine(optimizer, 1.0, warmup=warmup, epochs=epochs, steps_per_epoch=steps)
+    found = []
+    for epoch in range(epochs):
+        for step in range(steps):
+            schedule.step(epoch, step)
+            found.append(rates(optimizer)[0])
+    total = epochs * steps
+    assert found == [warmup_cosine((number + 1) / (total + 1), warmup) for number in range(total)]
+    assert min(found) > 0
+
+
+def test_new_weights_learn_at_the_full_rate_and_are_not_frozen():
+    """A tokenizer that no encoder has brought: neither layer-wise decay nor freezing touches it."""
+    network = small_segmenter("mae")
+    names = {name for name, _ in network.named_parameters() if name.startswith("encoder.transformer.")}
+    groups = parameter_groups(
+        network.named_parameters(), weight_decay=0.05, layer_decay=DECAY, depth=DEPTH, pretrained=names
+    )
+    optimizer = torch.optim.AdamW(groups)
+    set_learning_rate(optimizer, 0.5, freeze_pretrained=True)
+    for name, parameter in network.named_parameters():
+        assert group_of(optimizer.param_groups, parameter)["lr"] == (0 if name in names else 0.5)
+    set_learning_rate(optimizer, 0.5)
+    assert group_of(optimizer.param_groups, network.encoder.tokenizer.projection.weight)["lr"] == 0.5
+    block = network.encoder.transformer.blocks[0].mlp[0].weight
+    assert group_of(optimizer.param_groups, block)["lr"] == pytest.approx(0.5 * DECAY**DEPTH)
 
 
 @given(epochs=st.lists(st.integers(0, 9), min_size=1, max_size=5), freeze_epochs=st.integers(0, 10))
@@ -248,7 +293,9 @@ def test_an_epochs_rates_do_not_depend_on_those_before(epochs, freeze_epochs):
     def schedule() -> WarmupCosine:
         parameters = [("encoder.tokenizer.w", nn.Parameter(torch.zeros(2))), ("head", nn.Parameter(torch.zeros(2)))]
         groups = parameter_groups(parameters, weight_decay=0.05, layer_decay=DECAY, depth=DEPTH)
-        return WarmupCosine(torch.optim.AdamW(groups), 0.1, warmup=0.2, epochs=10, freeze_epochs=freeze_epochs)
+        return WarmupCosine(
+            torch.optim.AdamW(groups), 0.1, warmup=0.2, epochs=10, steps_per_epoch=4, freeze_epochs=freeze_epochs
+        )
 
     late, fresh = schedule(), schedule()
     for epoch in epochs:

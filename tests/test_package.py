@@ -239,6 +239,18 @@ def test_an_upward_import_would_be_noticed():
     assert "torch" in imported_by("nnunet_vit_mae.networks.build")
 
 
+def test_a_public_name_stands_for_one_thing():
+    homes: dict[str, list[str]] = {}
+    for module in package_modules():
+        source = (REPOSITORY / Path(*module.split("."))).with_suffix(".py").read_text()
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(module)
+    shared = {name: modules for name, modules in homes.items() if len(modules) > 1}
+    # every command has a main, and every decoder is built by the build of its module
+    assert set(shared) <= {"main", "build"}, shared
+
+
 def package_modules() -> list[str]:
     files = (REPOSITORY / "nnunet_vit_mae").rglob("*.py")
     return [

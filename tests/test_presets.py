@@ -12,10 +12,14 @@ from hypothesis import strategies as st
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.presets import (
+    BLOCKS,
     DECODERS,
+    POSITION_UNITS,
+    POSITIONS,
     PRETRAINING_DECODERS,
     SIZES,
     TOKEN_SIDES,
+    TOKENIZERS,
     UPSAMPLINGS,
     Finetuning,
     Network,
@@ -40,6 +44,15 @@ networks = st.builds(
     token=st.tuples(*[st.sampled_from(TOKEN_SIDES)] * 3),
     decoder=st.sampled_from(sorted(DECODERS)),
     upsampling=st.sampled_from(sorted(UPSAMPLINGS)),
+    decoder_width=st.integers(0, 64),
+    positions=st.sampled_from(sorted(POSITIONS)),
+    position_unit=st.sampled_from(POSITION_UNITS),
+    rotary_base=positive,
+    blocks=st.sampled_from(sorted(BLOCKS)),
+    tokenizer=st.sampled_from(sorted(TOKENIZERS)),
+    norm_eps=positive,
+    learned_positions=st.one_of(st.just(()), st.tuples(*[st.integers(1, 40)] * 3)),
+    register_tokens=st.integers(0, 9),
 ).flatmap(with_taps)
 pretrainings = st.builds(
     lambda reads, crops, masks, **others: Pretraining(
@@ -71,6 +84,7 @@ finetunings = st.builds(
     layer_decay=st.floats(0, 1, exclude_min=True),
     drop_path=shares,
     gradient_clip=positive,
+    seed=st.integers(-1, 2**31),
 )
 all_settings = st.builds(Settings, network=networks, pretraining=pretrainings, finetuning=finetunings)
 
@@ -170,7 +184,7 @@ def test_decoder_heads_that_do_not_divide_the_width_of_another_size_are_refused(
     ("section", "key", "value"),
     [
         ("network", "size", "XL"),
-        ("network", "decoder", "unet"),
+        ("network", "decoder", "fpn"),
         ("network", "token", [8, 8]),
         ("network", "token", [8, 8, 8, 8]),
         ("network", "token", [8, 8, 6]),
@@ -225,7 +239,10 @@ def test_not_a_number_is_refused_by_name(section, key):
 
 
 def test_a_size_that_is_not_there_is_answered_with_those_that_are():
-    assert refused("network", "size", "XL") == "network.size is 'XL', but it must be one of XS, S, M, B, L."
+    assert (
+        refused("network", "size", "XL")
+        == "network.size is 'XL', but it must be one of XS, S, M, B, L, PrimusS, PrimusB, PrimusM, PrimusL, ViTTi, ViTS, ViTL."
+    )
 
 
 @pytest.mark.parametrize(("section", "key"), [("finetuning", "lr"), ("pretraining", "weight_decay")])
@@ -246,15 +263,17 @@ def test_a_list_is_taken_for_taps(taps):
     assert network.taps == network.tapped_blocks == (3, 9)
 
 
-@pytest.mark.parametrize("taps", [[4, 7], [1, 4, 7, 10], [0, 7, 10], [-1, 7, 10], [4, 7, 13], [7, 4, 10], [10, 7, 4]])
+@pytest.mark.parametrize("taps", [[4, 7], [0, 7, 10], [-1, 7, 10], [4, 7, 13], [7, 4, 10], [10, 7, 4]])
 def test_taps_of_another_number_range_or_order_are_refused(taps):
     with pytest.raises(UserError) as caught:
         Settings.from_dict({"network": {"decoder": "unetr", "token": [2, 16, 8], "taps": taps}})
-    assert str(caught.value).startswith(f"network.taps is {taps}, but it must be 3 blocks from 1 to 12, ascending")
+    assert str(caught.value).startswith(
+        f"network.taps is {taps}, but it must be 3 or more blocks from 1 to 12, ascending"
+    )
 
 
 def test_taps_beyond_the_depth_of_a_smaller_encoder_are_refused():
-    with pytest.raises(UserError, match=r"network\.taps is \[2, 5\], but it must be 2 blocks from 1 to 4"):
+    with pytest.raises(UserError, match=r"network\.taps is \[2, 5\], but it must be 2 or more blocks from 1 to 4"):
         Settings.from_dict({"network": {"size": "XS", "decoder": "unetr", "taps": [2, 5]}})
 
 
@@ -276,8 +295,8 @@ def test_taps_are_refused_where_the_image_is_the_only_skip(token):
         ((32, 32, 32), (3, 6, 8, 11)),
         ((16, 16, 16), (4, 7, 10)),
         ((2, 16, 8), (4, 7, 10)),  # the longest side decides
-        ((8, 8, 8), (5, 9)),
-        ((4, 4, 4), (7,)),
+        ((8, 8, 8), (4, 7, 10)),  # three at least
+        ((4, 4, 4), (4, 7, 10)),
         ((2, 2, 2), ()),
         ((1, 1, 1), ()),
     ],

@@ -1,4 +1,4 @@
-"""Crops, the pre-training loop and its pictures, on files written as nnU-Net writes them."""
+"""Test crops, the pre-training loop and its pictures on files written as nnU-Net writes them."""
 
 import itertools
 import json
@@ -6,6 +6,7 @@ import math
 import pickle
 import re
 import time
+from dataclasses import replace
 
 import blosc2
 import numpy as np
@@ -17,10 +18,11 @@ from scipy.ndimage import gaussian_filter
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.build import build_autoencoder
+from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.presets import Network, Pretraining
 from nnunet_vit_mae.pretraining import crops as module
 from nnunet_vit_mae.pretraining import run as loop
-from nnunet_vit_mae.pretraining.crops import CropBatch, RandomCrops, random_crop
+from nnunet_vit_mae.pretraining.crops import CropBatch, MaskDrawing, RandomCrops, Samples, random_crop
 from nnunet_vit_mae.pretraining.pictures import interpolated, rebuild
 from nnunet_vit_mae.pretraining.volumes import open_volume
 
@@ -28,6 +30,8 @@ CPU = torch.device("cpu")
 PATCH = (8, 12, 10)
 SEEDS = st.integers(0, 99)
 NETWORK = Network(size="XS", token=(4, 4, 4))
+MASKING = Masking(mask_ratio=0.6)
+DRAWING = MaskDrawing(masking=MASKING, token=(4, 4, 4))
 FASTEST = {"decoder": "cross", "decoder_heads": 2, "rebuilt_share": 0.25, "skip_background": True, "masks_per_crop": 2}
 
 
@@ -38,7 +42,7 @@ def write_volume(file, volume):
 
 @pytest.fixture
 def files(tmp_path):
-    """Five volumes of two channels: smooth, of different sizes, one smaller than the patch along y."""
+    """Write five smooth volumes of two channels and different sizes, one smaller than the patch along y."""
     random = np.random.default_rng(0)
     shapes = [(9, 15, 11), (12, 13, 10), (8, 12, 10), (10, 9, 14), (11, 14, 12)]
     volumes = [
@@ -62,6 +66,12 @@ def make_job(files):
         )
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def _few_pictures(monkeypatch):
+    """Draw at the end of a run alone: a picture takes longer than an epoch here."""
+    monkeypatch.setattr(loop, "PICTURES", 1)
 
 
 @pytest.fixture
@@ -92,18 +102,67 @@ def test_crops_reach_every_place(files):
     assert corners == set(reachable.ravel().tolist())
 
 
+def tensors(batch: CropBatch) -> list[torch.Tensor]:
+    return [batch.crops, batch.flips, *batch.masks]
+
+
+def crops_of(files, *, seed=1, crops_per_volume=1, **drawing):
+    return RandomCrops(files, PATCH, replace(DRAWING, **drawing), seed, crops_per_volume=crops_per_volume)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("several", [{}, {"crops_per_volume": 3, "masks_per_crop": 2}], ids=["one", "several"])
-def test_what_a_read_gives_depends_on_seed_and_number_alone(files, several):
-    first, second = (RandomCrops(files, PATCH, 18, seed=1, **several) for _ in range(2))
+def test_what_a_read_gives_depends_on_seed_and_number_alone(files, several, adaptive):
+    first, second = (crops_of(files, adaptive=adaptive, **several) for _ in range(2))
     together = first[[11, 3, 4]]
     alone = [second[[read]] for read in (11, 3, 4)]
-    for part, parts in zip(together, zip(*alone, strict=True), strict=True):
+    for part, parts in zip(tensors(together), zip(*map(tensors, alone), strict=True), strict=True):
         assert torch.equal(part, torch.cat(parts))
-    assert not torch.equal(alone[1][1], RandomCrops(files, PATCH, 18, seed=2, **several)[[3]][1])
+    assert together.present == [own for batch in alone for own in batch.present]
+    other = crops_of(files, adaptive=adaptive, seed=2, **several)[[3]]
+    assert not torch.equal(alone[1].crops, other.crops)
+    assert not torch.equal(alone[1].masks.visible, other.masks.visible)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    present=st.lists(st.sets(st.integers(0, 3)).map(sorted), min_size=1, max_size=3),
+    masks=st.integers(1, 2),
+    adaptive=st.booleans(),
+    skip=st.booleans(),
+    seed=SEEDS,
+)
+def test_each_sample_or_contrast_image_has_a_mask_of_its_own(present, masks, adaptive, skip, seed):
+    drawing = replace(DRAWING, adaptive=adaptive, skip_background=skip, masks_per_crop=masks)
+    crops = torch.randn(len(present), 4, *PATCH, generator=torch.Generator().manual_seed(seed))
+    for study, contrasts in enumerate(present):
+        crops[study, sorted({*range(4)} - {*contrasts})] = 0
+    size = drawing.noise_size(PATCH, 4)
+    assert size == (4 if adaptive else 1) * 18
+    noise = torch.rand(len(present), masks, size, generator=torch.Generator().manual_seed(seed))
+    drawn, channels = drawing.draw(crops, torch.zeros(len(present), 3, dtype=torch.bool), noise)
+    expected = [(contrasts or [0]) if adaptive else [0, 1, 2, 3] for contrasts in present]
+    assert channels == [own for own in expected for _ in range(masks)]
+    if adaptive:
+        noise = noise.unflatten(2, (4, 18))
+        own = [noise[s, m, c] for s, contrasts in enumerate(expected) for m in range(masks) for c in contrasts]
+    else:
+        own = list(noise.flatten(0, 1))
+    assert len(drawn.visible) == len(drawn.hidden) == len(own)
+    if all(present):  # all tokens have content
+        for visible, hidden, of_image in zip(drawn.visible, drawn.hidden, own, strict=True):
+            assert [*visible.tolist(), *hidden.tolist()] == of_image.argsort().tolist()
+        assert drawn.counted.all()
+    else:
+        assert drawn.counted.any(dim=1).tolist() == [
+            bool(contrasts) or not skip
+            for contrasts, shown in zip(present, expected, strict=True)
+            for _ in range(masks * (len(shown) if adaptive else 1))
+        ]
 
 
 def numbered(tmp_path, shape):
-    """A file whose voxels have numbers of their own."""
+    """Write a file in which each voxel is its own number."""
     return write_volume(tmp_path / "case.b2nd", np.arange(math.prod(shape), dtype=np.float32).reshape(1, *shape))
 
 
@@ -111,10 +170,11 @@ def numbered(tmp_path, shape):
 @given(shape=st.tuples(*[st.integers(2, 30)] * 3), count=st.integers(2, 5), masks=st.integers(1, 3), seed=SEEDS)
 def test_several_crops_lie_near_one_another_inside_the_volume(tmp_path_factory, shape, count, masks, seed):
     file, patch = numbered(tmp_path_factory.mktemp("several"), shape), (6, 4, 9)
-    crops, _, noise = RandomCrops([file], patch, 18, seed, crops_per_volume=count, masks_per_crop=masks)[[0]]
+    drawing = replace(DRAWING, token=(1, 2, 3), masks_per_crop=masks)
+    crops, _, drawn, _ = RandomCrops([file], patch, drawing, seed, crops_per_volume=count)[[0]]
     assert crops.shape == (count, 1, *patch)
-    assert noise.shape == (count, masks, 18)
-    assert len(np.unique(noise.numpy().reshape(-1, 18), axis=0)) == count * masks
+    assert drawn.visible.shape == (count * masks, 14)  # of 36 tokens
+    assert len(np.unique(drawn.visible.numpy(), axis=0)) == count * masks
     # zeros surround only a volume that is smaller than the crop: a region at the border adds none
     full = math.prod(min(a, b) for a, b in zip(shape, patch, strict=True))
     assert all(np.unique(crop[crop > 0]).size >= full - 1 for crop in crops.numpy())
@@ -124,14 +184,14 @@ def test_several_crops_lie_near_one_another_inside_the_volume(tmp_path_factory, 
 
 def test_several_crops_of_a_volume_differ(tmp_path):
     file = numbered(tmp_path, (20, 30, 25))
-    crops = RandomCrops([file], (8, 8, 8), 18, 0, crops_per_volume=8)[[0]].crops
+    crops = RandomCrops([file], (8, 8, 8), DRAWING, 0, crops_per_volume=8)[[0]].crops
     assert len(np.unique(crops.numpy().reshape(8, -1).max(axis=1))) > 4
 
 
 def test_a_region_is_read_once_for_several_crops(files, monkeypatch):
     opened = []
     monkeypatch.setattr(module, "open_volume", lambda file: opened.append(file) or open_volume(file))
-    RandomCrops(files, PATCH, 18, seed=1, crops_per_volume=4)[[0, 1]]
+    crops_of(files, crops_per_volume=4)[[0, 1]]
     assert len(opened) == 2
 
 
@@ -147,41 +207,57 @@ def test_a_batch_of_several_crops_or_masks_is_learned_from(make_job, tmp_path, s
 
 
 def test_each_mask_of_a_crop_is_a_sample_of_the_batch():
-    crops, noise = torch.randn(2, 1, *PATCH), torch.rand(2, 3, 18)
-    volumes, flat = CropBatch(crops.half(), torch.zeros(2, 3, dtype=torch.bool), noise).samples(CPU)
-    assert volumes.dtype == torch.float
-    for number in range(6):
-        assert torch.equal(volumes[number], crops[number // 3].half().float())
-        assert torch.equal(flat[number], noise[number // 3, number % 3])
+    crops, none = torch.randn(2, 1, *PATCH), torch.zeros(2, 3, dtype=torch.bool)
+    masks = MASKING.draw(torch.rand(6, 18))
+    samples = CropBatch(crops.half(), none, masks, [[0]] * 6).samples(CPU)
+    assert samples.volume.dtype == torch.float
+    assert len(samples.volume) == len(samples.present) == 6
+    for number, volume in enumerate(samples.volume):
+        assert torch.equal(volume, crops[number // 3].half().float())
+    assert all(torch.equal(a, b) for a, b in zip(samples.masks, masks, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("present", "adaptive", "images"),
+    [([[0, 2], [1]], True, 2), ([[1], [2]], True, 1), ([[0, 1, 2]] * 2, False, 1), ([[0, 1, 2]] * 2, True, 3)],
+)
+def test_the_first_sample_keeps_the_masks_of_its_own_images(present, adaptive, images):
+    masks = MASKING.draw(torch.rand(sum(map(len, present)) if adaptive else len(present), 18))
+    volume, own, channels = Samples(torch.randn(2, 3, *PATCH), masks, present).first()
+    assert volume.shape == (1, 3, *PATCH)
+    assert channels == present[:1]
+    assert all(torch.equal(a, b[:images]) for a, b in zip(own, masks, strict=True))
 
 
 def test_each_crop_is_flipped_along_its_own_axes():
     crops, flips = torch.randn(8, 2, *PATCH), torch.tensor(list(itertools.product([False, True], repeat=3)))
-    volumes, _ = CropBatch(crops, flips, torch.rand(8, 1, 18)).samples(CPU)
+    masks = MASKING.draw(torch.rand(8, 18))
+    volumes = CropBatch(crops, flips, masks, [[0, 1]] * 8).samples(CPU).volume
     for crop, axes, volume in zip(crops, flips, volumes, strict=True):
         assert torch.equal(volume, crop.flip([axis for axis in (1, 2, 3) if axes[axis - 1]]))
 
 
 def test_crops_are_flipped_half_of_the_time_along_each_axis(files):
-    flips = RandomCrops(files, PATCH, 18, seed=1)[range(400)].flips.float()
+    flips = crops_of(files)[range(400)].flips.float()
     assert torch.allclose(flips.mean(dim=0), torch.tensor(0.5), atol=0.1)
     assert torch.corrcoef(flips.T).fill_diagonal_(0).abs().max() < 0.2
 
 
 def test_each_pass_shows_every_case_once(files):
-    crops = RandomCrops(files, PATCH, 18, seed=1)
+    crops = crops_of(files)
     passes = [[crops.file_of(5 * number + position).name for position in range(5)] for number in range(6)]
     assert all(sorted(order) == sorted(file.name for file in files) for order in passes)
     assert len(set(map(tuple, passes))) > 1
 
 
 def test_crops_reach_worker_processes_that_start_afresh(files):
-    """As on Windows, where nothing is inherited: everything must be picklable."""
-    copy = pickle.loads(pickle.dumps(RandomCrops(files, PATCH, 18, seed=1)))
-    assert torch.equal(copy[[7]].crops, RandomCrops(files, PATCH, 18, seed=1)[[7]].crops)
+    """On Windows nothing is inherited, so everything must be picklable."""
+    copy = pickle.loads(pickle.dumps(crops_of(files)))
+    assert torch.equal(copy[[7]].crops, crops_of(files)[[7]].crops)
 
 
-def test_the_loss_falls_and_everything_is_written(make_job, tmp_path):
+def test_the_loss_falls_and_everything_is_written(make_job, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "PICTURES", 3)
     job = make_job(epochs=25, norm_pix=False)
     result = loop.run(job, tmp_path / "out", device=CPU, resume=False)
     assert len(result.losses) == 25
@@ -189,7 +265,8 @@ def test_the_loss_falls_and_everything_is_written(make_job, tmp_path):
     written = {
         file.relative_to(tmp_path / "out").as_posix() for file in (tmp_path / "out").rglob("*") if file.is_file()
     }
-    assert {"config.json", "log.txt", "progress.png", "state.pt", "reconstructions/epoch_0025.png"} <= written
+    pictures = {f"reconstructions/epoch_{epoch:04d}.png" for epoch in (9, 18, 25)}
+    assert written == {"config.json", "log.txt", "progress.png", "state.pt"} | pictures
     log = (tmp_path / "out" / "log.txt").read_text()
     assert "cases 5" in log
     assert "18 tokens, 7 of them visible" in log
@@ -202,7 +279,7 @@ def test_the_loss_falls_and_everything_is_written(make_job, tmp_path):
 def test_the_log_says_how_long_a_run_waited(make_job, tmp_path, monkeypatch, seconds, low, high):
     read = RandomCrops.__getitem__
     monkeypatch.setattr(RandomCrops, "__getitem__", lambda self, reads: time.sleep(seconds) or read(self, reads))
-    loop.run(make_job(epochs=2), tmp_path, device=CPU, resume=False)
+    loop.run(make_job(epochs=2, batch_size=5), tmp_path, device=CPU, resume=False)
     shares = re.findall(r"s \(([\d.]+)% waiting for crops\)", (tmp_path / "log.txt").read_text())
     assert len(shares) == 2
     assert low <= float(shares[1]) <= high
@@ -266,7 +343,7 @@ def test_resuming_where_nothing_was_saved_starts_anew(make_job, tmp_path):
     assert len(loop.run(make_job(epochs=1), tmp_path, device=CPU, resume=True).losses) == 1
 
 
-def test_a_loss_that_is_no_number_stops_the_run(make_job, tmp_path, files, saving_always):
+def test_a_loss_that_is_not_finite_stops_the_run(make_job, tmp_path, files, saving_always):
     broken = np.full((2, *PATCH), np.nan, dtype=np.float32)
     files.append(write_volume(tmp_path / "case_nan.b2nd", broken))
     with pytest.raises(UserError, match="no longer a number in epoch 1"):
@@ -277,14 +354,15 @@ def test_a_loss_that_is_no_number_stops_the_run(make_job, tmp_path, files, savin
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_a_picture_shows_nothing_of_what_was_hidden(norm_pix):
     network = build_autoencoder(NETWORK, 2, Pretraining(mask_ratio=0.6))
-    volume, noise = torch.randn(1, 2, *PATCH), torch.rand(1, 18)
-    views = rebuild(network, volume, noise, norm_pix=norm_pix)
+    sample = Samples(torch.randn(1, 2, *PATCH), MASKING.draw(torch.rand(1, 18)), [[0, 1]])
+    views = rebuild(network, MASKING, sample, norm_pix=norm_pix)
     assert {view.shape for view in views} == {(2, *PATCH)}
     hidden = np.isnan(views.masked)
     assert np.array_equal(views.rebuilt[~hidden], views.original[~hidden])
 
-    changed = torch.where(torch.from_numpy(hidden)[None], 100 * torch.randn_like(volume) + 50, volume)
-    again = rebuild(network, changed, noise, norm_pix=norm_pix)
+    other = 100 * torch.randn_like(sample.volume) + 50
+    changed = torch.where(torch.from_numpy(hidden)[None], other, sample.volume)
+    again = rebuild(network, MASKING, sample._replace(volume=changed), norm_pix=norm_pix)
     assert np.array_equal(again.rebuilt, views.rebuilt)
     assert not np.array_equal(again.original, views.original)
 

@@ -1,4 +1,4 @@
-"""Pre-training on real CT, if the data lies beside the repository: the loss must fall on something not made for it."""
+"""Test that the loss of pre-training falls on real CT, if the data lies beside the repository."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ RAW = Path(__file__).parent.parent.parent / "shared" / "data" / "Dataset505_Mand
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not RAW.is_dir(), reason=f"the real data set {RAW.name} is not beside the repository"),
+    pytest.mark.skipif(not RAW.is_dir(), reason=f"the real dataset {RAW.name} is not beside the repository"),
 ]
 
 

@@ -13,71 +13,82 @@ from nnunet_vit_mae.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from nnunet_vit_mae.datasets.tables import PatientColumns
+
 
 class _WithDefaults(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        # "None" and "False" say nothing: what happens without the flag is in its help where it is not plain
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        # a default of None, False or [] tells the reader nothing
+        has_default = action.default not in (None, []) and action.default is not False
+        return super()._get_help_string(action) if has_default else action.help
 
 
 def parser_for(program: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser whose help shows the defaults."""
+    """Return a parser whose help shows the defaults."""
     return argparse.ArgumentParser(prog=program, description=description, formatter_class=_WithDefaults)
 
 
+def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `-d`, the dataset."""
+    parser.add_argument("-d", dest="dataset", required=True, metavar="ID", help="dataset number or name, e.g. 501")
+
+
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    """`-d`, `-c` and `-p`: which data set, configuration and plans."""
-    parser.add_argument("-d", dest="dataset", required=True, metavar="ID", help="data set number or name, e.g. 501")
-    parser.add_argument("-c", dest="configuration", default="3d_fullres", metavar="NAME", help="configuration")
-    parser.add_argument("-p", dest="plans", default="nnUNetPlans", metavar="NAME", help="plans")
+    """Add `-d`, `-c` and `-p`: dataset, configuration and plans."""
+    add_dataset_argument(parser)
+    parser.add_argument("-c", dest="configuration", default="3d_fullres", metavar="NAME", help="nnU-Net configuration")
+    parser.add_argument("-p", dest="plans", default="nnUNetPlans", metavar="NAME", help="name of the plans")
 
 
 def add_device_argument(parser: argparse.ArgumentParser, default: str) -> None:
-    """`-device`; see `usable_device`."""
-    parser.add_argument("-device", choices=("cuda", "cpu"), default=default, help="where to run")
+    """Add `-device`; see `usable_device`."""
+    parser.add_argument("-device", choices=("cuda", "cpu"), default=default, help="device to run on")
 
 
 def add_patient_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--csv`, `--case` and `--patient`: who is who; see `table_file`."""
+    """Add `--csv`, `--case` and `--patient`: which case belongs to which patient; see `patient_columns`."""
     add = parser.add_argument
-    add("--csv", type=Path, metavar="FILE", help="table with patients; looked for here, then in the raw data set")
-    add("--case", metavar="COLUMN", help="its column of cases, else the one in which they occur")
-    add("--patient", default="patient", metavar="COLUMN", help="its column of patients")
+    add("--csv", type=Path, metavar="FILE", help="table of patients, looked up here and then in the raw dataset")
+    add("--case", metavar="COLUMN", help="column of the table with case names (otherwise detected)")
+    add("--patient", default="patient", metavar="COLUMN", help="column of the table with patients")
 
 
 def usable_device(name: str) -> torch.device:
-    """The device that was chosen; raises `UserError` when there is none."""
+    """Return the chosen device; raises `UserError` if there is no such device."""
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "-device cuda was asked for, but torch finds no GPU here: use -device cpu, or repair the driver."
-        )
+        raise UserError("-device cuda needs a GPU, but torch finds none: use -device cpu, or check the driver.")
     return torch.device(name)
 
 
-def checked_output(output: Path) -> Path:
-    """A raw data set to write; raises `UserError` when nnU-Net would not find it by that name."""
+def raw_dataset_folder(output: Path) -> Path:
+    """Return the raw dataset to write; raises `UserError` if nnU-Net would not find a dataset by that name."""
     if not re.fullmatch(r"Dataset[0-9]{3}_.+", output.name):
-        raise UserError(f"{output} is not named as nnU-Net wants it: give a folder such as Dataset501_Skull with -o.")
+        raise UserError(f"{output} is not named as nnU-Net expects: give a folder such as Dataset501_Skull with -o.")
     return output
 
 
-def table_file(given: Path | None, raw: Path) -> Path | None:
-    """Where `--csv` is: a name that is no file here may be one in the raw data set."""
-    return given if given is None or given.exists() or not (raw / given).exists() else raw / given
+def patient_columns(args: argparse.Namespace, raw: Path) -> PatientColumns:
+    """Return where the patients are listed; a table that is not found here may be in the raw dataset."""
+    from nnunet_vit_mae.datasets.tables import PatientColumns
+
+    file = args.csv
+    if file is not None and not file.exists() and (raw / file).exists():
+        file = raw / file
+    return PatientColumns(file, args.case, args.patient)
 
 
 def seed(text: str) -> int:
-    """An argparse type: what scikit-learn takes for one."""
+    """Argparse type of a random seed: a number that scikit-learn accepts."""
     number = int(text)
     if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to {2**32 - 1}")
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {2**32 - 1}")
     return number
 
 
 def positive_int(text: str) -> int:
-    """An argparse type."""
+    """Argparse type of a whole number above 0."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
@@ -85,7 +96,7 @@ def positive_int(text: str) -> int:
 
 
 def positive_float(text: str) -> float:
-    """An argparse type."""
+    """Argparse type of a finite number above 0."""
     number = float(text)
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
@@ -93,7 +104,7 @@ def positive_float(text: str) -> float:
 
 
 def whole_number(text: str) -> int:
-    """An argparse type: 0 or more."""
+    """Argparse type of a whole number, 0 or more."""
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")

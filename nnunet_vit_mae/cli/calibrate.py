@@ -1,4 +1,4 @@
-"""Find the decision threshold with the smallest volume difference, and write calibrated checkpoints."""
+"""Fit the decision threshold of a trained model on validation cases, and write calibrated checkpoints."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from nnunet_vit_mae.errors import UserError, exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_calibrate`."""
     parser = parser_for("mae3d_calibrate", __doc__)
+    add = parser.add_argument
     add_plan_arguments(parser)
-    parser.add_argument("-tr", dest="trainer", default="nnUNetTrainerViTMAE", metavar="NAME", help="any trainer")
-    parser.add_argument("-f", dest="folds", nargs="+", default=["0"], metavar="FOLD", help="folds that were trained")
-    parser.add_argument("-chk", dest="checkpoint", default="checkpoint_final.pth", metavar="FILE", help="checkpoint")
-    parser.add_argument("--objective", choices=("volume", "dice"), default="volume", help="volume difference, or Dice")
-    parser.add_argument("-i", dest="images", type=Path, metavar="FOLDER", help="images of a development set, with -l")
-    parser.add_argument("-l", dest="labels", type=Path, metavar="FOLDER", help="its labels, with -i")
-    parser.add_argument(
-        "--allow_training_cases", action="store_true", help="calibrate on cases that the model was trained on"
+    add("-tr", dest="trainer", default="nnUNetTrainerViTMAE", metavar="NAME", help="trainer of the model")
+    add("-f", dest="folds", nargs="+", default=["0"], metavar="FOLD", help="trained folds")
+    add("-chk", dest="checkpoint", default="checkpoint_final.pth", metavar="FILE", help="checkpoint to calibrate")
+    add("--objective", choices=("volume", "dice"), default="volume", help="what to optimise: volume difference or Dice")
+    add("-i", dest="images", type=Path, metavar="FOLDER", help="images of a development set, with -l")
+    add(
+        "-l", dest="labels", type=Path, metavar="FOLDER", help="reference segmentations of the development set, with -i"
     )
+    add("--allow_training_cases", action="store_true", help="allow cases that the model was trained on")
     add_device_argument(parser, "cuda")
     args = parser.parse_args(argv)
     if (args.images is None) != (args.labels is None):
-        raise UserError("-i and -l go together: give the images and the labels of a development set, or neither.")
+        raise UserError("-i and -l go together: give both the images and the labels of a development set, or neither.")
 
     from nnunet_vit_mae.nnunet import calibration
     from nnunet_vit_mae.nnunet.folders import find_dataset
@@ -38,17 +39,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = {"trainer": args.trainer, "folds": args.folds, "checkpoint": args.checkpoint}
     calibration.refuse_calibrated(args.checkpoint)
     model = find_model(find_dataset(args.dataset), args.plans, args.configuration, **chosen)
-    allow = args.allow_training_cases
+    training_cases_allowed = args.allow_training_cases
     if args.images is not None:
         images, labels = args.images.resolve(), args.labels.resolve()
-        cases = calibration.separate_cases(model, images, labels, device, allow_training_cases=allow)
-    elif allow:
+        cases = calibration.development_cases(
+            model, images, labels, device, allow_training_cases=training_cases_allowed
+        )
+    elif training_cases_allowed:
         cases = calibration.training_cases(model, device)
     else:
         cases = calibration.validation_cases(model, device)
-    found = calibration.fit(model, cases, args.objective)
-    written = calibration.write(model, cases, found, args.objective)
-    print(calibration.threshold_table(found))
+    fitted = calibration.fit(model, cases, args.objective)
+    written = calibration.write(model, cases, fitted, args.objective)
+    print(calibration.threshold_table(fitted))
     names = [str(file.relative_to(model.folder)) for file in written]
     print(f"Wrote to {model.folder}: {', '.join(names)}.")
     print(f"Predict with nnUNetv2_predict ... -tr {args.trainer} -chk {calibration.CALIBRATED}.")

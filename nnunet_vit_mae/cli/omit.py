@@ -1,4 +1,4 @@
-"""Predict test cases with all contrasts, and again with some taken away, and compare their Dice."""
+"""Predict test cases with all contrasts and again without some of them, and compare the Dice."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ from nnunet_vit_mae.files import refuse_in_use
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_omit`."""
     parser = parser_for("mae3d_omit", __doc__)
+    add = parser.add_argument
     add_plan_arguments(parser)
-    parser.add_argument("-tr", dest="trainer", default="nnUNetTrainerAMAE", metavar="NAME", help="any trainer")
-    parser.add_argument("-f", dest="folds", nargs="+", default=["0"], metavar="FOLD", help="folds that were trained")
-    parser.add_argument("-chk", dest="checkpoint", default="checkpoint_final.pth", metavar="FILE", help="checkpoint")
-    parser.add_argument("-i", dest="images", required=True, type=Path, metavar="FOLDER", help="images to predict")
-    parser.add_argument("-r", dest="references", required=True, type=Path, metavar="FOLDER", help="their labels")
-    parser.add_argument("--omit", nargs="+", required=True, metavar="NAME", help="contrasts to take away, all at once")
-    parser.add_argument("-o", dest="output", required=True, type=Path, metavar="FOLDER", help="new folder")
+    add("-tr", dest="trainer", default="nnUNetTrainerAMAE", metavar="NAME", help="trainer of the model")
+    add("-f", dest="folds", nargs="+", default=["0"], metavar="FOLD", help="trained folds")
+    add("-chk", dest="checkpoint", default="checkpoint_final.pth", metavar="FILE", help="checkpoint to predict with")
+    add("-i", dest="images", required=True, type=Path, metavar="FOLDER", help="images to predict")
+    add("-r", dest="references", required=True, type=Path, metavar="FOLDER", help="reference segmentations")
+    add("--omit", nargs="+", required=True, metavar="NAME", help="contrasts to omit, all at once")
+    add("-o", dest="output", required=True, type=Path, metavar="FOLDER", help="new folder to write")
     add_device_argument(parser, "cuda")
     args = parser.parse_args(argv)
 
-    from nnunet_vit_mae.nnunet import omission, omission_table
+    from nnunet_vit_mae.nnunet import omission
     from nnunet_vit_mae.nnunet.folders import find_dataset
     from nnunet_vit_mae.nnunet.models import find_model
+    from nnunet_vit_mae.nnunet.omission_table import omission_table
 
     device = usable_device(args.device).type
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -37,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = {"trainer": args.trainer, "folds": args.folds, "checkpoint": args.checkpoint}
     model = find_model(find_dataset(args.dataset), args.plans, args.configuration, **chosen)
     channels = omission.find_channels(model.plan, args.omit)
-    studies = omission.find_omission_cases(model.plan, images, references, channels)
-    print(omission.summary(model.plan, studies, channels), flush=True)
-    rows = omission.omit(model, studies, channels, images=images, output=output, device=device)
-    print(omission_table.omission_table(rows, [model.plan.channel_names[channel] for channel in channels]))
+    cases = omission.find_omission_cases(model.plan, images, references, channels)
+    print(omission.summary(model.plan, cases, channels), flush=True)
+    rows = omission.omit(model, cases, channels, images=images, output=output, device=device)
+    print(omission_table(rows, [model.plan.channel_names[channel] for channel in channels]))
     print(f"Wrote omission.csv, log.txt and both predictions to {args.output}.")

@@ -1,4 +1,4 @@
-"""Preprocess the unlabelled images (imagesUn) of a data set with nnU-Net's own preprocessor and plans."""
+"""Preprocess the unlabelled images (imagesUn) of a dataset with nnU-Net's preprocessor and plans."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from nnunet_vit_mae.errors import exit_on_user_error
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `mae3d_preprocess`; the exit code is 2 when a case could not be preprocessed."""
+    """Entry point of `mae3d_preprocess`; the exit code is 2 if a case could not be preprocessed."""
     parser = parser_for("mae3d_preprocess", __doc__)
     add_plan_arguments(parser)
-    parser.add_argument("-np", dest="processes", type=positive_int, default=4, metavar="N", help="processes")
+    parser.add_argument("-np", dest="processes", type=positive_int, default=4, metavar="N", help="number of processes")
     args = parser.parse_args(argv)
 
     from tqdm import tqdm

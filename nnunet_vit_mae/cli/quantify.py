@@ -1,4 +1,4 @@
-"""Segment a folder of scans, and write a table of volumes with what a reader should look at."""
+"""Segment a folder of scans, and write a table of volumes with warnings for the reader."""
 
 from __future__ import annotations
 
@@ -22,17 +22,22 @@ from nnunet_vit_mae.errors import exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_quantify`."""
     parser = parser_for("mae3d_quantify", __doc__)
-    parser.add_argument("-i", dest="images", required=True, type=Path, metavar="FOLDER", help="images, as for nnU-Net")
-    parser.add_argument("-o", dest="table", required=True, type=Path, metavar="TABLE.csv", help="table to write")
+    add = parser.add_argument
+    add("-i", dest="images", required=True, type=Path, metavar="FOLDER", help="images, named as for nnU-Net")
+    add("-o", dest="table", required=True, type=Path, metavar="TABLE.csv", help="table to write")
     add_plan_arguments(parser)
-    parser.add_argument("-tr", dest="trainer", default="nnUNetTrainerViTMAE", metavar="NAME", help="any trainer")
-    parser.add_argument("-f", dest="folds", nargs="+", default=["0"], metavar="FOLD", help="folds that were trained")
-    parser.add_argument("-chk", dest="checkpoint", metavar="FILE", help="checkpoint (default: the calibrated one)")
-    parser.add_argument(
-        "--cutoffs", nargs="+", type=positive_float, metavar="MM3", help="between risk groups (default: quartiles)"
+    add("-tr", dest="trainer", default="nnUNetTrainerViTMAE", metavar="NAME", help="trainer of the model")
+    add("-f", dest="folds", nargs="+", default=["0"], metavar="FOLD", help="trained folds")
+    add("-chk", dest="checkpoint", metavar="FILE", help="checkpoint (default: the calibrated one, if any)")
+    add(
+        "--cutoffs",
+        nargs="+",
+        type=positive_float,
+        metavar="MM3",
+        help="cutoffs between risk groups (default: quartiles)",
     )
-    parser.add_argument("-num_parts", type=positive_int, default=1, metavar="N", help="processes that share the work")
-    parser.add_argument("-part_id", type=whole_number, default=0, metavar="K", help="which of them this is, from 0")
+    add("-num_parts", type=positive_int, default=1, metavar="N", help="number of parts to divide the cases into")
+    add("-part_id", type=whole_number, default=0, metavar="K", help="part to process here, from 0")
     add_device_argument(parser, "cuda")
     args = parser.parse_args(argv)
 

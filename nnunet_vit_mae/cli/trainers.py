@@ -1,4 +1,4 @@
-"""Print the folder of our trainers, for nnU-Net's own hook: export nnUNet_extTrainer="$(mae3d_trainers)"."""
+"""Print the folder of the trainers, for nnU-Net's plug-in variable: export nnUNet_extTrainer="$(mae3d_trainers)"."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""From a hospital's folder to an nnU-Net raw dataset that can be trained on."""
+"""Everything before training: convert, crop, fill, check, split and refine raw datasets."""

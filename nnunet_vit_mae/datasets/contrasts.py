@@ -1,14 +1,14 @@
 """Contrasts that were not acquired: images of zeros in their place, and a record of which contrasts are real.
 
-nnU-Net insists on a file for every channel of every case. Exact zeros stand for an absent contrast: z-score
-normalisation and resampling leave them zero, so that whoever reads the preprocessed volume can tell. What is in the
-files decides, not their dates: a file of zeros that the record names was filled here, one that it does not name was
-given so (blank), and as soon as it holds anything else it is present, however it was copied, touched or compressed.
+nnU-Net requires a file for every channel of every case. Exact zeros stand for an absent contrast: z-score
+normalisation and resampling keep them, so that the preprocessed volume shows which contrasts are absent. The voxels of
+a file decide, not its date: a file of zeros that the record lists was filled here, and one that it does not list was
+given as zeros (blank). A file with any other content is present, however it was copied, touched or compressed.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from glob import escape
@@ -36,12 +36,12 @@ from nnunet_vit_mae.imaging.volumes import (
 )
 
 CONTRAST_RECORD = "contrasts.json"
-LABELS_BESIDE = {"imagesTr": "labelsTr", "imagesTs": None, "imagesUn": None}  # without images, test labels do no harm
+LABELS_BESIDE = {"imagesTr": "labelsTr", "imagesTs": None, "imagesUn": None}  # test labels without images are harmless
 
 
 @dataclass(frozen=True)
 class Channels:
-    """Names of the contrasts in the order of their channel numbers, and the ending of image files."""
+    """Names of the contrasts in the order of their channels, and the ending of image files."""
 
     names: list[str]
     ending: str
@@ -49,19 +49,19 @@ class Channels:
 
 @dataclass(frozen=True)
 class Contrasts:
-    """Names of a case's contrasts, in the order of the channels: acquired, filled by us, and given as all zeros."""
+    """Names of a case's contrasts, in the order of the channels: acquired, filled here, and given as all zeros."""
 
     present: list[str] = field(default_factory=list)
     filled: list[str] = field(default_factory=list)
     blank: list[str] = field(default_factory=list)
 
 
-Record = dict[str, dict[str, Contrasts]]  # by folder, then by case, both sorted
+ContrastRecord = dict[str, dict[str, Contrasts]]  # by folder, then by case, both sorted
 
 
 @dataclass(frozen=True)
-class RawCase:
-    """Images of one case by channel number, and files in its folder that look like images but are not named so."""
+class CaseImages:
+    """Images of one case by channel number, and image files of the case that nnU-Net would not find by their name."""
 
     folder: Path
     name: str
@@ -73,10 +73,10 @@ class RawCase:
 
 
 @dataclass(frozen=True)
-class Sorted:
-    """What a look at a case gave: either its contrasts, and the files to write like a present one, or a problem."""
+class SortedCase:
+    """The contrasts of a case and the files to write with the geometry of `like`, or the problem with the case."""
 
-    case: RawCase
+    images: CaseImages
     contrasts: Contrasts | None = None
     to_write: list[Path] = field(default_factory=list)
     like: Path | None = None
@@ -84,92 +84,112 @@ class Sorted:
 
 
 @dataclass(frozen=True)
-class Filling:
-    """What was done: the record as it is now, files written, filled ones that are real now, and problems by case."""
+class FillResult:
+    """The new record, files written, filled images that were replaced by real ones, and problems by case."""
 
     channels: Channels
-    record: Record
+    record: ContrastRecord
     written: list[Path]
     replaced: list[str]
     problems: dict[str, str]
 
 
-def fill_contrasts(raw: Path) -> Filling:
-    """Write the missing channels of all cases in the raw data set `raw`, and which are present to contrasts.json.
+def fill_contrasts(raw: Path) -> FillResult:
+    """Write the missing channels of all cases in the raw dataset `raw`, and record in contrasts.json what is present.
 
-    No image that was given is changed, and a second call writes nothing. The record is written first: should the
-    command be killed, the next call still knows which files are its own, and writes those that are missing.
-    Raises `UserError` when nothing can be filled; a problem of one case is reported and stops none of the others.
+    Given images are never changed, and a second call writes nothing. The record is written first, so that after a
+    killed call the next one still knows which files were filled and writes the missing ones. Raises `UserError` if
+    nothing can be filled; a problem with one case is reported and does not stop the others.
     """
     channels = read_channels(raw)
     former = read_contrasts(raw)
-    cases = find_raw_cases(raw, channels)
+    cases = find_case_images(raw, channels)
     if not any(case.files for case in cases):
         raise UserError(
             f"There are no images such as CASE_0000{channels.ending} in {', '.join(LABELS_BESIDE)} of {raw}: "
-            "put the images there, named as nnU-Net wants them."
+            "put the images there, with the names that nnU-Net expects."
         )
     with without_warnings_of_itk():
-        findings = [sort_contrasts(case, channels, former) for case in tqdm(cases, unit="case", desc="looking")]
-    _refuse_absent_ct(findings, raw)
-    record = _record(findings, former)
-    to_fill = [finding for finding in findings if finding.to_write]
-    _check_access([finding.case.folder for finding in to_fill] + [raw] * (record != former))
+        sorted_cases = [sort_contrasts(case, channels, former) for case in tqdm(cases, unit="case", desc="reading")]
+    _refuse_absent_ct(sorted_cases, raw)
+    record = _new_record(sorted_cases, former)
+    to_fill = [case for case in sorted_cases if case.to_write]
+    _check_access([case.images.folder for case in to_fill])
     if record != former:
-        content = {name: {case: asdict(of_case) for case, of_case in cases.items()} for name, cases in record.items()}
+        _check_access([raw])
+        content = {
+            folder: {name: asdict(contrasts) for name, contrasts in cases.items()} for folder, cases in record.items()
+        }
         write_json(content, raw / CONTRAST_RECORD)
-    problems = {str(finding.case): finding.problem for finding in findings if finding.problem}
+    problems = {str(case.images): case.problem for case in sorted_cases if case.problem}
     written = []
-    for finding in tqdm(to_fill, unit="case", desc="filling", disable=not to_fill):
-        _fill(finding)
-        written += finding.to_write
-    return Filling(channels, record, written, list(_replaced(former, record)), problems)
+    for case in tqdm(to_fill, unit="case", desc="filling", disable=not to_fill):
+        _fill(case)
+        written += case.to_write
+    return FillResult(channels, record, written, list(_replaced(former, record)), problems)
+
+
+def contrast_table(result: FillResult) -> str:
+    """Return, for each contrast and folder, in how many cases the contrast is present, filled and blank."""
+    kinds = ("present", "filled", "blank")
+    rows = [f"{'contrast':16}  {'folder':8}" + "".join(f"  {kind:>7}" for kind in kinds)]
+    counts = Counter(
+        (name, folder, kind)
+        for folder, cases in result.record.items()
+        for contrasts in cases.values()
+        for kind in kinds
+        for name in getattr(contrasts, kind)
+    )
+    for name in result.channels.names:
+        for folder in result.record:
+            rows.append(f"{name:16}  {folder:8}" + "".join(f"  {counts[name, folder, kind]:7}" for kind in kinds))
+    return "\n".join(rows)
 
 
 def read_channels(raw: Path) -> Channels:
-    """What dataset.json says of the images; raises `UserError` when it says too little or has no channels to fill."""
+    """Read the channels from dataset.json; raises `UserError` if it does not describe channels that can be filled."""
     file = raw / "dataset.json"
     content = read_json(file)
     names = content.get("channel_names") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not names:
-        raise UserError(f'{file} has no channel_names: add them as in {{"0": "FLAIR", "1": "T1"}}.')
+        raise UserError(f'{file} has no channel_names: add them, for instance {{"0": "FLAIR", "1": "T1"}}.')
     ordered: list[Any] = [names.get(str(number)) for number in range(len(names))]
     if not all(isinstance(name, str) for name in ordered) or len(set(ordered)) < len(names):
         raise UserError(f'channel_names in {file} must be "0", "1" and so on, each with a name of its own.')
     if "dataset" in content:
-        raise UserError(f"{file} lists its files under dataset: only images in imagesTr and so on can be filled.")
+        raise UserError(f"{file} lists its files under dataset: move the images to imagesTr and remove the list.")
     if content.get("file_ending") not in IMAGE_ENDINGS:
         raise UserError(
-            f"file_ending in {file} is {content.get('file_ending', 'missing')}, but contrasts are filled only in "
-            f"files that SimpleITK reads with spacing and origin: {', '.join(IMAGE_ENDINGS)}."
+            f"file_ending in {file} is {content.get('file_ending', 'missing')}, but must be a format with spacing and "
+            f"origin: {', '.join(IMAGE_ENDINGS)}."
         )
     return Channels(ordered, content["file_ending"])
 
 
-def read_contrasts(raw: Path) -> Record:
-    """The record of a former call; empty when there was none. Raises `UserError` for anything else in that file."""
+def read_contrasts(raw: Path) -> ContrastRecord:
+    """Read the record of an earlier call, empty if there is none; raises `UserError` if the file is something else."""
     file = raw / CONTRAST_RECORD
     if not file.exists():
         return {}
     content = read_json(file)
     try:
         return {
-            folder: {case: Contrasts(**of_case) for case, of_case in cases.items()} for folder, cases in content.items()
+            folder: {name: Contrasts(**lists) for name, lists in cases.items()} for folder, cases in content.items()
         }
     except (AttributeError, TypeError):
         raise UserError(
-            f"{file} is not a record of mae3d_fill_contrasts: remove it, and the command writes it anew."
+            f"{file} was not written by mae3d_fill_contrasts: remove it, and the command writes a new one."
         ) from None
 
 
-def find_raw_cases(raw: Path, channels: Channels) -> list[RawCase]:
-    """Cases of the three image folders by name, and those that have a label only."""
+def find_case_images(raw: Path, channels: Channels) -> list[CaseImages]:
+    """Find the cases of the three image folders, sorted by name, including those that only have a label."""
     cases = []
     for folder_name, labels in LABELS_BESIDE.items():
-        folder, found = raw / folder_name, {}
+        folder, by_name = raw / folder_name, {}
         for file in _image_files(folder):
             name, number = _case_and_channel(file.name, channels.ending)
-            case = found.setdefault(name, RawCase(folder, name))
+            case = by_name.setdefault(name, CaseImages(folder, name))
             if number is None:
                 case.misnamed.append(file)
             else:
@@ -177,104 +197,106 @@ def find_raw_cases(raw: Path, channels: Channels) -> list[RawCase]:
         for file in _image_files(raw / labels) if labels else ():
             if file.name.endswith(channels.ending):
                 name = file.name.removesuffix(channels.ending)
-                found.setdefault(name, RawCase(folder, name))
-        cases += [found[name] for name in sorted(found)]
+                by_name.setdefault(name, CaseImages(folder, name))
+        cases += [by_name[name] for name in sorted(by_name)]
     return cases
 
 
-def sort_contrasts(case: RawCase, channels: Channels, former: Record) -> Sorted:
-    """Sort the contrasts of a case; only headers are read, and the voxels of files that could be all zeros."""
+def sort_contrasts(case: CaseImages, channels: Channels, former: ContrastRecord) -> SortedCase:
+    """Sort the contrasts of a case; besides headers, only the voxels of files that could be all zeros are read."""
     if case.misnamed:
         expected = f"{case.name}_0000{channels.ending}"
-        return Sorted(case, problem=f"has an image named {case.misnamed[0].name}: it must be named like {expected}")
+        return SortedCase(case, problem=f"has an image named {case.misnamed[0].name}: it must be named like {expected}")
     if not case.files:
-        return Sorted(case, problem="has a label, but no image: add its images or remove the label")
+        return SortedCase(case, problem="has a label, but no image: add its images or remove the label")
     if beyond := [number for number in sorted(case.files) if number >= len(channels.names)]:
         last = f"{len(channels.names) - 1:04d}"
-        return Sorted(case, problem=f"has a channel {beyond[0]:04d}, but the last one in dataset.json is {last}")
+        return SortedCase(case, problem=f"has a channel {beyond[0]:04d}, but the last one in dataset.json is {last}")
     try:
         geometries = {number: read_geometry(file) for number, file in sorted(case.files.items())}
         zeros = {number for number, file in case.files.items() if only_zeros(file, geometries[number])}
-    except Exception as error:  # noqa: BLE001  readers raise many kinds, and all other cases must be done
-        return Sorted(case, problem=f"has an image that cannot be read: {reader_reason(error)}")
-    return _sort(case, channels, former, geometries, zeros)
+    except Exception as error:  # noqa: BLE001  readers raise many kinds, and the other cases are filled too
+        return SortedCase(case, problem=f"has an image that cannot be read: {reader_reason(error)}")
+    return _sort_readable(case, channels, former, geometries, zeros)
 
 
-def _sort(
-    case: RawCase, channels: Channels, former: Record, geometries: dict[int, Geometry], zeros: set[int]
-) -> Sorted:
-    of_case = former.get(case.folder.name, {}).get(case.name, Contrasts())
-    ours = {number for number in zeros if channels.names[number] in of_case.filled}
-    given = [number for number in geometries if number not in ours]
+def _sort_readable(
+    case: CaseImages, channels: Channels, former: ContrastRecord, geometries: dict[int, Geometry], zeros: set[int]
+) -> SortedCase:
+    recorded = former.get(case.folder.name, {}).get(case.name, Contrasts())
+    filled = {number for number in zeros if channels.names[number] in recorded.filled}
+    given = [number for number in geometries if number not in filled]
     present = [number for number in given if number not in zeros]
     if not present:
-        return Sorted(case, problem="has no contrast, its images are all zeros: add an image or remove the case")
+        return SortedCase(case, problem="has only images of zeros: add an acquired image or remove the case")
     like = present[0]
     differences = {number: geometries[like].difference(geometries[number]) for number in geometries}
     for number in given:
         if differences[number]:
             both = f"{case.files[like].name} and {case.files[number].name}"
             differ = f"differ in {differences[number]}"
-            return Sorted(case, problem=f"has images that {differ}, {both}: resample one to the other")
+            return SortedCase(case, problem=f"has images that {differ}, {both}: resample one to the other")
     missing = set(range(len(channels.names))) - set(geometries)
-    outdated = {number for number in ours if differences[number]}  # filled like an image that has been replaced
-    lists = ([channels.names[number] for number in sorted(kind)] for kind in (present, missing | ours, zeros - ours))
+    outdated = {number for number in filled if differences[number]}  # filled like an image that has been replaced
+    kinds = (present, missing | filled, zeros - filled)
+    contrasts = Contrasts(*([channels.names[number] for number in sorted(kind)] for kind in kinds))
     to_write = [
         case.folder / channel_file_name(case.name, number, channels.ending) for number in sorted(missing | outdated)
     ]
-    return Sorted(case, Contrasts(*lists), to_write, case.files[like])
+    return SortedCase(case, contrasts, to_write, case.files[like])
 
 
-def _fill(finding: Sorted) -> None:
-    assert finding.like is not None
-    for file in finding.to_write:
-        for leftover in file.parent.glob(f".[0-9]*.{escape(file.name)}"):  # of a call that was killed while it wrote
+def _fill(case: SortedCase) -> None:
+    assert case.like is not None
+    for file in case.to_write:
+        for leftover in file.parent.glob(f".[0-9]*.{escape(file.name)}"):  # of a call that was killed while writing
             leftover.unlink()
         try:
-            write_zeros(file, finding.like)
+            write_zeros(file, case.like)
         except (OSError, RuntimeError) as error:  # RuntimeError is SimpleITK's
             raise UserError(
-                f"{file} cannot be written ({reader_reason(error)}): mend that and run the command again; "
-                "what it has written so far is whole."
+                f"{file} cannot be written ({reader_reason(error)}): fix that and run the command again, which "
+                "continues where it stopped."
             ) from None
 
 
-def _refuse_absent_ct(findings: list[Sorted], raw: Path) -> None:
-    """Zeros would not stay zeros: nnU-Net subtracts the data set's mean from a channel of that name."""
-    for finding in findings:
-        absent = finding.contrasts.filled + finding.contrasts.blank if finding.contrasts else []
+def _refuse_absent_ct(cases: list[SortedCase], raw: Path) -> None:
+    """Raise `UserError` if a CT is absent: nnU-Net shifts CT by its mean, so that zeros would not stay zero."""
+    for case in cases:
+        absent = case.contrasts.filled + case.contrasts.blank if case.contrasts else []
         for name in absent:
             if name.casefold() == "ct":  # as nnU-Net compares it
                 raise UserError(
-                    f"{finding.case} lacks {name}, and nnU-Net's normalisation of a channel of that name would turn "
-                    f"zeros into other numbers: rename the channel in {raw / 'dataset.json'}, for instance to CT_scan, "
-                    "which gets the z-scores of other contrasts."
+                    f"{case.images} lacks {name}, and nnU-Net's normalisation of a channel of that name does not keep "
+                    f"zeros: rename the channel in {raw / 'dataset.json'}, for instance to CT_scan, which is "
+                    "normalised to z-scores like other contrasts."
                 )
 
 
 def _check_access(folders: list[Path]) -> None:
     for folder in dict.fromkeys(folders):
         try:
-            TemporaryFile(dir=folder).close()  # the only honest test: permissions say little on a network drive
+            TemporaryFile(dir=folder).close()  # permissions alone do not tell on a network drive
         except OSError as error:
             raise UserError(
-                f"{folder} cannot be written to ({error.strerror}): get write access, or copy the data set to where "
-                "you have it."
+                f"{folder} cannot be written to ({error.strerror}): get write access, or copy the dataset to a folder "
+                "of your own."
             ) from None
 
 
-def _record(findings: list[Sorted], former: Record) -> Record:
-    """What was found; a case with a problem keeps what was known of it, so that files filled earlier stay known."""
-    record: Record = defaultdict(dict)
-    for finding in findings:
-        folder, name = finding.case.folder.name, finding.case.name
-        contrasts = finding.contrasts or former.get(folder, {}).get(name)
+def _new_record(cases: list[SortedCase], former: ContrastRecord) -> ContrastRecord:
+    """Return the new record; a case with a problem keeps its entry, so that files filled earlier stay known."""
+    record: ContrastRecord = defaultdict(dict)
+    for case in cases:
+        folder, name = case.images.folder.name, case.images.name
+        contrasts = case.contrasts or former.get(folder, {}).get(name)
         if contrasts:
             record[folder][name] = contrasts
     return dict(record)
 
 
-def _replaced(former: Record, record: Record) -> Iterator[str]:
+def _replaced(former: ContrastRecord, record: ContrastRecord) -> Iterator[str]:
+    """Yield the contrasts that were filled and are acquired images now."""
     for folder, cases in record.items():
         for case, contrasts in cases.items():
             filled = former.get(folder, {}).get(case, Contrasts()).filled
@@ -290,6 +312,6 @@ def _case_and_channel(file_name: str, ending: str) -> tuple[str, int | None]:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    """List whatever could be an image, in nnU-Net's ending or another one."""
+    """List all files that could be images, whatever the dataset's file ending."""
     files = visible_files(folder) if folder.is_dir() else []
     return [file for file in files if file.name.lower().endswith(IMAGE_ENDINGS)]

@@ -1,4 +1,4 @@
-"""Tables and lists that people keep of their scans: a CSV file with a row for each case, or a name on each line."""
+"""Tables and lists of cases: a CSV file with a row for each case, or a text file with a name on each line."""
 
 from __future__ import annotations
 
@@ -10,44 +10,59 @@ from pathlib import Path
 
 from nnunet_vit_mae.errors import UserError, abbreviated
 
-DELIMITERS = ",;\t"  # spreadsheets write semicolons where the comma is the decimal sign
+DELIMITERS = ",;\t"  # spreadsheets write semicolons where the comma is the decimal separator
+
+
+@dataclass(frozen=True)
+class PatientColumns:
+    """The table that lists patients, if there is one, and its columns; `case` is None if it is to be detected."""
+
+    file: Path | None = None
+    case: str | None = None
+    patient: str = "patient"
 
 
 @dataclass(frozen=True)
 class CaseTable:
-    """A CSV file with a row for each case: column -> case -> what is written there."""
+    """A CSV file with a row for each case: `columns` holds the fields by column and case."""
 
     file: Path
     columns: Mapping[str, Mapping[str, str]]
 
     def column(self, name: str, flag: str) -> Mapping[str, str]:
-        """A column by its name; raises `UserError` when there is none."""
+        """Return a column; raises `UserError` that mentions `flag` if there is none of that name."""
         if name not in self.columns:
             raise UserError(f"{self.file} has no column {name}, only {', '.join(self.columns)}: check {flag}.")
         return self.columns[name]
 
     def patients(self, name: str) -> dict[str, str]:
-        """Patient by case; raises `UserError` when one is empty."""
+        """Return the patients by case; raises `UserError` if a field is empty."""
         patients = dict(self.column(name, "--patient"))
         if empty := [case for case, patient in patients.items() if not patient]:
             raise UserError(
-                f"{self.file} has no {name} for {abbreviated(empty)}: fill in the column, or remove the rows."
+                f"{self.file} has no {name} for {abbreviated(empty)}: complete the column, or remove these rows."
             )
         return patients
 
 
 def read_case_table(file: Path, case_column: str | None, cases: Collection[str]) -> CaseTable:
-    """Read a CSV file; its column of cases is named, or else found: the one in which most of `cases` occur.
+    """Read a CSV file with a row for each case.
 
-    Fields are separated by commas, semicolons or tabs, whichever the first line has most of. Raises `UserError` for a
-    file that is missing, no table, without a column of cases, or with two different rows for one case.
+    Args:
+        file: The table; fields are separated by commas, semicolons or tabs, whichever is most frequent in the first
+            line.
+        case_column: Name of the column with the case names; None chooses the column in which most of `cases` occur.
+        cases: Names of the cases.
+
+    Raises:
+        UserError: If the file is missing, is not a table, has no column of cases, or has two different rows for a case.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise UserError(f"{file} is missing: check --csv.") from None
     except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{file} cannot be read as text ({error}): save it as CSV in UTF-8.") from None
+        raise UserError(f"{file} cannot be read as text ({error}): save it as a CSV file in UTF-8.") from None
     first_line = re.sub('"[^"]*"', "", (lines or [""])[0])
     delimiter = max(DELIMITERS, key=first_line.count)
     header, *rows = [[field.strip() for field in row] for row in csv.reader(lines, delimiter=delimiter) if row] or [[]]
@@ -55,7 +70,7 @@ def read_case_table(file: Path, case_column: str | None, cases: Collection[str])
     if not rows:
         raise UserError(f"{file} has no rows: give a table with a header and a row for each case.")
     if len(set(header)) < len(header):
-        raise UserError(f"{file} has two columns of one name: rename one of them.")
+        raise UserError(f"{file} has two columns of the same name: rename one of them.")
     for number, row in enumerate(rows, 2):
         if len(row) != len(header):
             raise UserError(
@@ -69,30 +84,33 @@ def read_case_table(file: Path, case_column: str | None, cases: Collection[str])
 
 
 def read_names(file: Path, known: Collection[str], flag: str) -> list[str]:
-    """Names of cases, one a line, without lines that are empty or start with #; raises `UserError` for unknown ones."""
+    """Read case names, one per line; empty lines and lines that start with # are skipped.
+
+    Raises `UserError` if the file cannot be read or names a case that is not in `known`.
+    """
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read ({error}): check {flag}.") from None
     names = [line for line in lines if line and not line.startswith("#")]
     if unknown := sorted({*names} - {*known}):
-        raise UserError(f"{file} names {abbreviated(unknown)}, which is no case there: correct the name.")
+        raise UserError(f"{file} lists unknown cases ({abbreviated(unknown)}): correct the names.")
     return names
 
 
 def _column_of_cases(file: Path, header: list[str], rows: list[list[str]], cases: Collection[str]) -> str:
-    found = {name: len(set(cases) & {row[number] for row in rows}) for number, name in enumerate(header)}
-    best = max(found, key=lambda name: (found[name], name == "case"))  # the first one of equals
-    if not found[best]:
+    matches = {name: len(set(cases) & {row[number] for row in rows}) for number, name in enumerate(header)}
+    best = max(matches, key=lambda name: (matches[name], name == "case"))  # the first of several equal ones
+    if not matches[best]:
         raise UserError(
-            f"{file} has no column with names of cases such as {next(iter(cases), '')}: add one, named as the files "
-            "are without _0000 and ending."
+            f"{file} has no column with case names such as {next(iter(cases), '')}: add one, with file names without "
+            "_0000 and file ending."
         )
     return best
 
 
 def _without_empty_columns(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    """Spreadsheets end lines with delimiters of columns that nobody has filled."""
+    """Remove empty columns at the end, for which spreadsheets write delimiters."""
     used = max((number + 1 for row in [header, *rows] for number, field in enumerate(row) if field), default=0)
     return header[:used], [row[:used] for row in rows]
 

@@ -1,1 +1,1 @@
-"""Images as files: volumes and their geometry, labels, DICOM, registration, and how nnU-Net names channels."""
+"""Image files: volumes and their geometry, labels, DICOM series, registration, and nnU-Net's file names."""

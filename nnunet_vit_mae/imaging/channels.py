@@ -10,16 +10,24 @@ from pathlib import Path
 from nnunet_vit_mae.errors import UserError
 
 NIFTI = (".nii.gz", ".nii")
-IMAGE_ENDINGS = (*NIFTI, ".nrrd", ".mha", ".gipl")  # what nnU-Net reads with a geometry
+IMAGE_ENDINGS = (*NIFTI, ".nrrd", ".mha", ".gipl")  # formats that nnU-Net reads with their geometry
 
 
 def case_and_channel(stem: str) -> tuple[str, int | None]:
-    """Split a file name without its ending into the case and the channel number, None if it has no such number.
+    """Split a file name without its ending into the case and the channel number.
 
-    >>> case_and_channel("head_12_0001")
-    ('head_12', 1)
-    >>> case_and_channel("head_12")
-    ('head_12', None)
+    Args:
+        stem: File name without the ending.
+
+    Returns:
+        The case and its channel; the channel is None if the name does not end with four digits.
+
+    Example:
+
+        >>> case_and_channel("head_12_0001")
+        ('head_12', 1)
+        >>> case_and_channel("head_12")
+        ('head_12', None)
     """
     match = re.fullmatch(r"(.+)_([0-9]{4})", stem, flags=re.DOTALL)
     return (match[1], int(match[2])) if match else (stem, None)
@@ -28,27 +36,47 @@ def case_and_channel(stem: str) -> tuple[str, int | None]:
 def channel_file_name(case: str, channel: int, ending: str) -> str:
     """Return the file name of one channel of a case.
 
-    >>> channel_file_name("head_12", 1, ".nii.gz")
-    'head_12_0001.nii.gz'
+    Args:
+        case: Name of the case.
+        channel: Channel number.
+        ending: File ending, with its dot.
+
+    Example:
+
+        >>> channel_file_name("head_12", 1, ".nii.gz")
+        'head_12_0001.nii.gz'
     """
     return f"{case}_{channel:04d}{ending}"
 
 
 def without_ending(name: str, endings: Sequence[str]) -> str:
-    """Remove the ending of an image from a file name, whatever its capitals; other names stay as they are."""
+    """Remove the ending of an image from a file name, regardless of case; other names stay unchanged.
+
+    Args:
+        name: A file name.
+        endings: Possible endings, longer ones first.
+
+    Example:
+        >>> without_ending("head.NII.GZ", (".nii.gz", ".nii"))
+        'head'
+    """
     return re.sub(rf"({'|'.join(map(re.escape, endings))})$", "", name, flags=re.IGNORECASE)
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """List the files of a folder that are not hidden; macOS leaves copies such as ._case.nii.gz behind."""
+    """List the files of a folder, sorted, except hidden ones such as the ._case.nii.gz that macOS leaves behind."""
     return sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
 
 
 def channels_by_case(folder: Path, ending: str) -> tuple[dict[str, dict[int, Path]], list[Path]]:
-    """Find the images with an ending in a folder, which need not exist.
+    """Find the images of a folder.
+
+    Args:
+        folder: The folder, which need not exist.
+        ending: File ending of the images.
 
     Returns:
-        The files by case and channel number, both sorted, and the files that are named otherwise.
+        The files by case and channel number, both sorted, and the files whose name has no channel number.
     """
     cases: dict[str, dict[int, Path]] = defaultdict(dict)
     misnamed = []
@@ -62,23 +90,35 @@ def channels_by_case(folder: Path, ending: str) -> tuple[dict[str, dict[int, Pat
 
 
 def cases_in(folder: Path, ending: str) -> dict[str, Path]:
-    """Return the files with an ending by the name that is left without it, sorted; of labels, that is the case."""
+    """Find the files of a folder by their name without the ending, which is the case if they are labels.
+
+    Args:
+        folder: The folder, which need not exist.
+        ending: File ending of the images.
+
+    Returns:
+        The files by name, sorted.
+    """
     files = visible_files(folder) if folder.is_dir() else []
     return {file.name.removesuffix(ending): file for file in files if file.name.endswith(ending)}
 
 
 def ending_in(folder: Path, flag: str) -> str:
-    """Return the one ending that the images in a folder have.
+    """Return the file ending of the images in a folder.
+
+    Args:
+        folder: The folder to search.
+        flag: The command-line flag that named it, for the error message.
 
     Raises:
-        UserError: If the folder is missing, or has no images or several endings; `flag` names where it was given.
+        UserError: If the folder is missing, has no images, or has images of several formats.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: check {flag}.")
-    found = {ending for file in visible_files(folder) for ending in IMAGE_ENDINGS if file.name.endswith(ending)}
-    if len(found) != 1:
+    endings = {ending for file in visible_files(folder) for ending in IMAGE_ENDINGS if file.name.endswith(ending)}
+    if len(endings) != 1:
         raise UserError(
             f"{folder} must hold images of one format ({', '.join(IMAGE_ENDINGS)}), but has "
-            f"{' and '.join(sorted(found)) or 'none'}: check {flag}."
+            f"{' and '.join(sorted(endings)) or 'none'}: check {flag}."
         )
-    return found.pop()
+    return endings.pop()

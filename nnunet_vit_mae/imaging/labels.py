@@ -1,4 +1,4 @@
-"""Segmentations: the labels that dataset.json lists, and the voxels of label images."""
+"""Segmentations: the labels in dataset.json and the voxels of label images."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ IGNORE = "ignore"
 
 @dataclass(frozen=True)
 class Labels:
-    """Values by name as in dataset.json, several for a region; `ignore` marks voxels that nobody has judged."""
+    """Label values by name as in dataset.json, several for a region; `ignore` marks voxels without annotation."""
 
     values: Mapping[str, tuple[int, ...]]
     ignore: int | None = None
 
     @property
     def foreground(self) -> tuple[int, ...]:
-        """Values that mean something, ascending."""
+        """Foreground values, ascending."""
         return tuple(sorted({value for values in self.values.values() for value in values} - {0}))
 
     @property
@@ -36,26 +36,48 @@ class Labels:
 
 
 def read_labels(file: Path) -> Labels:
-    """What a `dataset.json` lists; raises `UserError` when it lists no labels as nnU-Net wants them."""
+    """Read the labels from a `dataset.json`.
+
+    Args:
+        file: The `dataset.json`.
+
+    Raises:
+        UserError: If the file lists no labels in nnU-Net's format.
+    """
     content = read_json(file)
     listed: Any = content.get("labels") if isinstance(content, dict) else None
     try:
         values = {str(name): tuple(int(number) for number in np.atleast_1d(value)) for name, value in listed.items()}
     except (AttributeError, TypeError, ValueError):
-        raise UserError(f'{file} has no labels as nnU-Net writes them, such as "labels": {{"tumour": 1}}.') from None
+        raise UserError(f'{file} has no valid labels: add them, for instance "labels": {{"tumour": 1}}.') from None
     ignore = values.pop(IGNORE, (None,))[0]
     return Labels({name: numbers for name, numbers in values.items() if set(numbers) != {0}}, ignore)
 
 
 def read_volume(file: Path) -> tuple[np.ndarray, Geometry]:
-    """Voxels z y x, and the geometry; raises an error of some kind when the file is no volume, or damaged."""
+    """Read a 3D image.
+
+    Args:
+        file: The image file.
+
+    Returns:
+        The voxels (z y x) and the geometry.
+
+    Raises:
+        Exception: Whatever a reader raises if the file is damaged or is not a 3D image.
+    """
     geometry = read_geometry(file)
     array = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
     if array.ndim != 3:
-        raise ValueError(f"{file.name} has {array.ndim} dimensions, but three are needed")
+        raise ValueError(f"{file.name} has {array.ndim} dimensions instead of three")
     return array, geometry
 
 
 def whole_numbers(array: np.ndarray) -> bool:
-    """Whether all voxels are integers, in whatever type they are stored; NaN and infinity are none."""
+    """Return whether all voxels are integers, whatever the data type; NaN and Inf are not.
+
+    Example:
+        >>> whole_numbers(np.array([0.0, 2.0])), whole_numbers(np.array([0.5]))
+        (True, False)
+    """
     return array.dtype.kind in "iub" or bool(np.isfinite(array).all() and np.array_equal(array, np.rint(array)))

@@ -1,4 +1,4 @@
-"""Scans as hospitals and tools leave them: NIfTI, NRRD, MHA, or a folder with one DICOM series."""
+"""Scans in any common form: NIfTI, NRRD, MHA, or a folder with one DICOM series."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from nnunet_vit_mae.imaging.dicom import SeriesError, find_series, read_series
 from nnunet_vit_mae.imaging.volumes import ScanError, read_geometry, without_warnings_of_itk
 
 SCAN_ENDINGS = (*NIFTI, ".nrrd", ".nhdr", ".mha", ".mhd")
-ENDING = ".nii.gz"  # of everything that is written
+ENDING = ".nii.gz"  # of all files that are written
 
 
 @dataclass(frozen=True)
 class Scan:
-    """Channels of one case by number, each a file or the folder of a DICOM series, and its label."""
+    """The channels of one case by number, each a file or the folder of a DICOM series, and its label."""
 
     name: str
     channels: dict[int, Path] = field(default_factory=dict)
@@ -27,13 +27,19 @@ class Scan:
 
 
 def find_scans(images: Path, labels: Path | None) -> list[Scan]:
-    """Cases in `images`, by name; where there is a CASE_0000, _0001 and so on are channels, otherwise part of a name.
+    """Find the scans in a folder, sorted by name.
 
-    Raises `UserError` for a folder without scans, two files for one channel, and labels that fit no case.
+    Args:
+        images: Folder of scans. If one of them is named CASE_0000, the endings _0000, _0001 and so on are channels;
+            otherwise they are part of the name.
+        labels: Folder of labels, named like their scans.
+
+    Raises:
+        UserError: If there are no scans, two files for one channel, or labels without a scan.
     """
     scans: dict[str, Scan] = {}
     entries = _entries(images, folders=True)
-    has_channels = any(_stem(path).endswith("_0000") for path in entries)  # else it may be a year
+    has_channels = any(_stem(path).endswith("_0000") for path in entries)  # otherwise, four digits may be a year
     for path in entries:
         name, channel = case_and_channel(_stem(path)) if has_channels else (_stem(path), None)
         number = channel or 0
@@ -43,18 +49,24 @@ def find_scans(images: Path, labels: Path | None) -> list[Scan]:
         channels[number] = path
     if not scans:
         raise UserError(
-            f"There are no scans in {images}: put NIfTI, NRRD or MHA files there, or a folder of DICOM files each."
+            f"There are no scans in {images}: put NIfTI, NRRD or MHA files there, or one folder of DICOM files each."
         )
-    of_case = {_stem(path): path for path in _entries(labels, folders=False)} if labels else {}
-    if unknown := sorted(set(of_case) - set(scans)):
-        raise UserError(f"{of_case[unknown[0]]} is the label of no scan in {images}: name it like its scan.")
-    return [Scan(name, dict(sorted(scan.channels.items())), of_case.get(name)) for name, scan in sorted(scans.items())]
+    label_of = {_stem(path): path for path in _entries(labels, folders=False)} if labels else {}
+    if unknown := sorted(set(label_of) - set(scans)):
+        raise UserError(f"{label_of[unknown[0]]} belongs to no scan in {images}: name it like its scan.")
+    return [Scan(name, dict(sorted(scan.channels.items())), label_of.get(name)) for name, scan in sorted(scans.items())]
 
 
 def read_scan(path: Path, name: str | None = None) -> sitk.Image:
-    """A volume with its geometry and no other header; raises `ScanError` when it is none, damaged or cut off.
+    """Read a volume with its geometry and without any other header.
 
-    The error calls it by `name` where its own is secret, and is silent on what ITK says, which has the path in it.
+    Args:
+        path: An image file, or a folder with one DICOM series.
+        name: What error messages call the scan if its own name is confidential; they then leave out ITK's reason too,
+            which contains the path.
+
+    Raises:
+        ScanError: If the scan is damaged, truncated or not a volume.
     """
     called = name or path.name
     try:
@@ -80,32 +92,32 @@ def read_scan(path: Path, name: str | None = None) -> sitk.Image:
 
 
 def checked_volume(image: sitk.Image, name: str) -> sitk.Image:
-    """The same image without its header; raises `ScanError` when it is too thin to be a volume."""
+    """Remove the header of an image and return it; raises `ScanError` if it has fewer than 4 voxels along an axis."""
     if image.GetDimension() != 3 or min(image.GetSize()) < 4:
-        raise ScanError(f"{name} is no volume, it has {'x'.join(map(str, image.GetSize()))} voxels")
+        raise ScanError(f"{name} is not a volume, it has {'x'.join(map(str, image.GetSize()))} voxels")
     return without_header(image)
 
 
 def without_header(image: sitk.Image) -> sitk.Image:
-    """The same image, of which only voxels and geometry are written."""
+    """Remove all header entries but the geometry from an image, in place, and return it."""
     for key in image.GetMetaDataKeys():
         image.EraseMetaData(key)
     return image
 
 
 def write_image(image: sitk.Image, file: Path) -> None:
-    """Write an image that is whole or not there, without any header but its geometry."""
+    """Write an image without any header entries but its geometry; the file is complete or absent."""
     with replacing(file) as temporary, without_warnings_of_itk():
         sitk.WriteImage(without_header(image), str(temporary), useCompression=True)
 
 
 def _entries(folder: Path, *, folders: bool) -> list[Path]:
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: give the folder that the scans are in.")
+        raise UserError(f"{folder} is not a folder: give the folder of the scans.")
     visible = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     return [path for path in visible if (folders and path.is_dir()) or path.name.lower().endswith(SCAN_ENDINGS)]
 
 
 def _stem(path: Path) -> str:
-    """Return the name without the ending of an image; folders keep their dots."""
+    """Return the name without the ending of an image; dots in the names of folders stay."""
     return path.name if path.is_dir() else without_ending(path.name, SCAN_ENDINGS)

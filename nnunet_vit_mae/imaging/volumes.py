@@ -1,4 +1,4 @@
-"""Image files of a data set as far as their headers go: geometry, completeness, and images of zeros."""
+"""Headers of image files: geometry, truncated files, and images of zeros."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from nnunet_vit_mae.imaging.channels import NIFTI
 
 
 class ScanError(ValueError):
-    """An image that cannot be used; the message says why, without a full stop."""
+    """An unusable image; the message says why, without a full stop."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Size in voxels, spacing and origin in mm, and direction cosines, all x y z as in SimpleITK."""
+    """Size in voxels, spacing and origin in mm, and direction cosines, in the order x y z of SimpleITK."""
 
     size: tuple[int, ...]
     spacing: tuple[float, ...]
@@ -34,10 +34,10 @@ class Geometry:
     direction: tuple[float, ...]
 
     def difference(self, other: Geometry) -> str | None:
-        """What differs, in words; rounding does not count.
+        """Return in words how another geometry differs, or None if it is equal up to rounding.
 
-        nnU-Net's own tolerance holds for the spacing. It stops at no other origin or direction, but a contrast that
-        lies elsewhere teaches nonsense.
+        Spacings are compared as nnU-Net does. nnU-Net accepts other origins and directions, but a contrast that lies
+        elsewhere is useless for training.
         """
         if self.size != other.size:
             return f"size ({_numbers(self.size)} and {_numbers(other.size)} voxels)"
@@ -51,9 +51,18 @@ class Geometry:
 
 
 def read_geometry(file: Path, name: str | None = None) -> Geometry:
-    """From the header alone; raises an error of some kind when the file is no image, several, or cut off.
+    """Read the geometry from the header of an image file.
 
-    A `ScanError` calls the file by `name`, else by its own; errors of any other kind may hold its path.
+    Args:
+        file: The image file.
+        name: What error messages call the file; None uses the file name.
+
+    Returns:
+        The geometry, in the order x y z.
+
+    Raises:
+        ScanError: If the file holds several images or is truncated.
+        Exception: Whatever a reader raises if the file is not an image; such a message may contain its path.
     """
     name = name or file.name
     reader = _header(file)
@@ -64,11 +73,20 @@ def read_geometry(file: Path, name: str | None = None) -> Geometry:
     return Geometry(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
 
 
-def only_zeros(file: Path, geometry: Geometry) -> bool:
-    """Whether all voxels are zero. The voxels of an acquired image are hardly ever read, so that thousands go fast.
+def geometry_of(image: sitk.Image) -> Geometry:
+    """Return the geometry of an image in memory."""
+    return Geometry(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
 
-    Zeros that are not compressed are zeros in the middle of the file too, and compressed ones take a two-hundredth of
-    their bytes or less: at 8 bytes a voxel, a 25th of a byte for each voxel.
+
+def only_zeros(file: Path, geometry: Geometry) -> bool:
+    """Return whether all voxels of an image file are zero, mostly without reading them.
+
+    Compressed zeros take at most a two-hundredth of their size, i.e. 1/25 byte per voxel of 8 bytes. A larger file is
+    only read if the bytes in its middle are zeros, as in an uncompressed image of zeros.
+
+    Args:
+        file: The image file.
+        geometry: Its geometry, from `read_geometry`.
     """
     size = file.stat().st_size
     if size > 2**16 + math.prod(geometry.size) // 25:
@@ -76,14 +94,14 @@ def only_zeros(file: Path, geometry: Geometry) -> bool:
             stream.seek(size // 2)
             if any(stream.read(2**14)):
                 return False
-    image = sitk.ReadImage(str(file))  # by name, as the view does not keep it alive
+    image = sitk.ReadImage(str(file))  # keep a reference: the view below does not
     return not sitk.GetArrayViewFromImage(image).any()
 
 
 def _is_cut_off(file: Path) -> bool:
-    """Whether a NIfTI ends too early, as after a broken copy: SimpleITK reads zeros there without a word.
+    """Return whether a NIfTI file is truncated; SimpleITK would silently read zeros.
 
-    A gzip file ends with the number of its bytes (modulo 2^32), so that intact ones need not be read.
+    A gzip file ends with its uncompressed size modulo 2^32, so that intact files need not be read.
     """
     image: Any = nibabel.load(file)
     expected = image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize
@@ -93,7 +111,7 @@ def _is_cut_off(file: Path) -> bool:
         stream.seek(-4, SEEK_END)
         if int.from_bytes(stream.read(4), "little") == expected % 2**32:
             return False
-    try:  # some tools write several pieces, or more than is needed
+    try:  # some tools write several gzip members, or trailing bytes
         with gzip.open(file) as stream:
             return sum(len(piece) for piece in iter(lambda: stream.read(2**20), b"")) < expected
     except (EOFError, OSError, zlib.error):
@@ -101,14 +119,18 @@ def _is_cut_off(file: Path) -> bool:
 
 
 def write_zeros(file: Path, like: Path) -> None:
-    """Write zeros of one byte each, compressed where the format can, with the geometry of the image `like`.
+    """Write an image of zeros (uint8, compressed if possible) with the geometry of another image.
 
-    A NIfTI gets the header of `like`: SimpleITK rounds direction cosines anew whenever it writes one.
+    A NIfTI file gets a copy of the header, because SimpleITK rounds direction cosines whenever it writes one.
+
+    Args:
+        file: The file to write; its ending sets the format.
+        like: The image whose geometry is copied.
     """
     with replacing(file) as temporary:
         if file.name.endswith(NIFTI):
             content = _nifti_of_zeros(like)
-            # without a date, so that the same zeros are the same bytes
+            # without a date, so that equal images are equal files
             temporary.write_bytes(gzip.compress(content, mtime=0) if file.name.endswith(".gz") else content)
         else:
             reader = _header(like)
@@ -131,7 +153,7 @@ def _nifti_of_zeros(like: Path) -> bytes:
 
 @contextmanager
 def without_warnings_of_itk() -> Iterator[None]:
-    """ITK warns of rounded header fields, which are common, once for every file that it opens."""
+    """Silence ITK's warnings in the block; it warns of rounded header fields, which are common, for every file."""
     before = sitk.ProcessObject.GetGlobalWarningDisplay()
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     try:

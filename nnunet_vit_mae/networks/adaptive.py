@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float, Int, Num, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -53,8 +53,8 @@ def groups(present: list[list[int]], device: torch.device) -> Iterator[Group]:
 
 
 def split_contrasts(
-    volume: Float[Tensor, "b c *rest"], present: list[list[int]]
-) -> tuple[Float[Tensor, "s 1 *rest"], Int[Tensor, " s"]]:
+    volume: Shaped[Tensor, "b c *rest"], present: list[list[int]]
+) -> tuple[Shaped[Tensor, "s 1 *rest"], Int[Tensor, " s"]]:
     """Return the contrast images of a batch, and which contrast each of them is."""
     studies = [study for study, contrasts in enumerate(present) for _ in contrasts]
     contrasts = torch.tensor([contrast for own in present for contrast in own], device=volume.device)

@@ -31,6 +31,7 @@ class Encoded(NamedTuple):
     grid: Triple
     present: list[list[int]] | None = None  # channels of each study, where contrasts are adaptive
     stem: Sequence[Float[Tensor, "b f _ _ _"]] = ()  # maps of a convolutional tokenizer, fine to coarse
+    shape: Triple | None = None  # of the volume before it was padded
 
 
 class Encoder(nn.Module):
@@ -101,10 +102,11 @@ class Encoder(nn.Module):
 
         All channels are stacked in the tokens, so `present` plays no part here.
         """
+        z, y, x = volume.shape[2:]
         volume, grid = padded(volume, self.token), grid_of(volume, self.token)
         tokens, stem = self.tokenizer.with_maps(patchify(volume, self.token), grid)
         places = self.places(grid, volume.device)
         tokens, rotation = self._with_registers(tokens + places.embedding, places.rotation)
         tokens, hidden = self.transformer.with_hidden(tokens, rotation, taps)
         tokens, *hidden = map(self._without_registers, [tokens, *hidden])
-        return Encoded(tokens, hidden, volume, grid, stem=stem)
+        return Encoded(tokens, hidden, volume, grid, stem=stem, shape=(z, y, x))

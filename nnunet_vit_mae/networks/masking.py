@@ -58,16 +58,16 @@ class Masking:
             hidden = order[:, visible:]
             return Masks(order[:, :visible], hidden, torch.ones_like(hidden, dtype=torch.bool))
         available = taking_part.sum(dim=1)
-        empty = available == 0  # such a sample shows and hides anything, and nothing of it counts
-        available = torch.where(empty, noise.shape[1], available)
         order = noise.masked_fill(~taking_part, torch.inf).argsort(dim=1)
-        visible = (available * (1 - self.mask_ratio)).round().long().clamp(min=1)
-        hidden = available - visible
-        shown, rebuilt = (torch.arange(max(1, round(counts.float().mean().item()))) for counts in (visible, hidden))
+        # float64, as in `count_visible`; a sample without tokens shows one, for there has to be a sequence
+        visible = (available.double() * (1 - self.mask_ratio)).round().long().clamp(min=1)
+        hidden = (available - visible).clamp(min=0)
+        shown, rebuilt = (torch.arange(round(counts.double().mean().item())) for counts in (visible, hidden))
+        places = visible[:, None] + rebuilt % hidden[:, None].clamp(min=1)
         return Masks(
             order.gather(1, shown % visible[:, None]),
-            order.gather(1, (visible[:, None] + rebuilt % hidden[:, None].clamp(min=1)).clamp(max=noise.shape[1] - 1)),
-            (rebuilt < hidden[:, None]) & ~empty[:, None],
+            order.gather(1, places.clamp(max=noise.shape[1] - 1)),
+            rebuilt < hidden[:, None],
         )
 
     def rounds(self, masks: Masks) -> list[Masks]:

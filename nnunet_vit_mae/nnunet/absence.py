@@ -1,7 +1,7 @@
-"""Absent contrasts stay absent: a pair of transforms around nnU-Net's augmentation.
+"""A pair of transforms around nnU-Net's augmentation that keeps absent contrasts absent.
 
-A contrast that was not acquired is a channel of exact zeros. Augmentation adds noise to it; the pair notes which
-channels are zero before, and clears them after.
+A contrast that was not acquired is a channel of exact zeros. Augmentation would add noise to it; the pair notes which
+channels are zero before augmentation, and sets them to zero again after it.
 """
 
 from __future__ import annotations
@@ -16,22 +16,21 @@ KEY = "absent_contrasts"
 
 
 def keeping_absence(transform: BasicTransform, *, dropout: float) -> BasicTransform:
-    """The transform with absent contrasts kept at zero, and each present one taken away with a probability."""
+    """Return the transform with absent contrasts kept at zero; `dropout` is the probability to drop a present one."""
     return ComposeTransforms([NoteAbsence(dropout), transform, ClearAbsent()])
 
 
 def kept_contrasts(present: np.ndarray, dropout: float) -> np.ndarray:
-    """Which of the present contrasts (bools) a sample keeps: one at least, if there is any."""
-    # a generator of its own each time: nnU-Net's workers are forked, and would all draw the same numbers
-    random = np.random.default_rng()
-    kept = present & (random.random(len(present)) >= dropout)
+    """Draw which of the present contrasts (bools) a sample keeps: at least one, if there is any."""
+    # numpy's global generator: the trainer seeds it, and nnU-Net seeds it in each of its forked workers
+    kept = present & (np.random.random(len(present)) >= dropout)  # noqa: NPY002
     if present.any() and not kept.any():
-        kept[random.choice(np.flatnonzero(present))] = True
+        kept[np.random.choice(np.flatnonzero(present))] = True  # noqa: NPY002
     return kept
 
 
 class NoteAbsence(BasicTransform):
-    """Note which channels of the image (c z y x) are zero, and with dropout some more, but never all of them."""
+    """Note which channels of the image (c z y x) are zero, and drop others at random, but never all of them."""
 
     def __init__(self, dropout: float):
         super().__init__()
@@ -43,7 +42,7 @@ class NoteAbsence(BasicTransform):
 
 
 class ClearAbsent(BasicTransform):
-    """Set the channels to zero that were noted."""
+    """Set the noted channels to zero."""
 
     def apply(self, data_dict: dict, **params: Any) -> dict:
         data_dict["image"][data_dict.pop(KEY)] = 0

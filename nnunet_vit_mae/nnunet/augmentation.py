@@ -1,7 +1,7 @@
-"""nnU-Net's own training transforms, drawn by nnU-Net and applied to a batch on the device that trains.
+"""nnU-Net's training transforms, applied to a whole batch on the training device.
 
-Whether and how strongly a sample is changed is drawn by the `get_parameters` of nnU-Net's transforms themselves, so
-that probabilities and ranges are theirs, whatever a version of nnU-Net makes them. Only the arithmetic is ours.
+Whether and how strongly a sample is changed is drawn by `get_parameters` of nnU-Net's own transforms, so that
+probabilities and ranges are those of the installed version of nnU-Net. Only the arithmetic is ours.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from batchgeneratorsv2.transforms.spatial.low_resolution import SimulateLowResol
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
@@ -31,11 +32,12 @@ from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTransform
 from batchgeneratorsv2.transforms.utils.seg_to_regions import ConvertSegmentationToRegionsTransform
 from torch import Tensor
 
-from nnunet_vit_mae import batch_transforms as augmentation
+from nnunet_vit_mae import batch_transforms
+from nnunet_vit_mae.batch_transforms import centre_crop, resample_images, resample_labels
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.nnunet.absence import kept_contrasts
 
-SPATIAL = {  # what ours does, beside the affine maps that are drawn
+SUPPORTED_SPATIAL = {  # settings of `SpatialTransform`, beside those of its affine maps
     "p_elastic_deform": 0,
     "random_crop": False,
     "mode_image": "bilinear",
@@ -44,43 +46,47 @@ SPATIAL = {  # what ours does, beside the affine maps that are drawn
     "border_mode_seg": "constant",
     "padding_value_seg": -1,
 }
-Drawn = Sequence[dict[str, Any] | None]  # parameters for each sample; None: it stays as it is
+Drawn = Sequence[dict[str, Any] | None]  # the parameters of each sample, None if it is not changed
 
 
 @dataclass
 class SegmentationBatch:
-    """Images (b c z y x), segmentations (b 1 z y x), and the labels that may be in these."""
+    """Images (b c z y x), segmentations (b 1 z y x), and the labels that may occur in these."""
 
     image: Tensor
     segmentation: Tensor
     labels: Sequence[int]
+    resolutions: list[Tensor] | None = None  # the segmentation, fine to coarse, with deep supervision
 
 
 class BatchAugmentation:
-    """Augments a batch as nnU-Net's `transform` augments each of its samples; absent contrasts stay absent.
+    """Augment a batch as nnU-Net's `transform` augments each sample, and keep absent contrasts absent.
 
-    Raises `UserError` when nnU-Net has a transform, or a setting of its spatial one, that is not known here.
+    Raises `UserError` for a transform, or a setting of the spatial transform, that is not supported here.
     """
 
     def __init__(self, transform: ComposeTransforms, labels: Sequence[int], *, contrast_dropout: float):
-        self.steps = [_Step.of(one) for one in transform.transforms]
+        self.steps = [_Step.of(part) for part in transform.transforms]
         self.labels, self.contrast_dropout = labels, contrast_dropout
 
     @torch.no_grad()
-    def __call__(self, image: Tensor, segmentation: Tensor) -> tuple[Tensor, Tensor]:
-        """Enlarged patches as nnU-Net's loader cuts them in; images and targets of the patch's size out."""
+    def __call__(self, image: Tensor, segmentation: Tensor) -> tuple[Tensor, Tensor | list[Tensor]]:
+        """Take enlarged patches from nnU-Net's loader, and return images and targets of the patch size.
+
+        With deep supervision there are targets for all resolutions.
+        """
         present = image.flatten(2).any(dim=2).cpu().numpy()
         absent = torch.from_numpy(~np.stack([kept_contrasts(sample, self.contrast_dropout) for sample in present]))
         batch = SegmentationBatch(image, segmentation, self.labels)
         for step in self.steps:
             step.apply(batch)
         batch.image[absent.to(image.device)] = 0
-        return batch.image, batch.segmentation
+        return batch.image, batch.resolutions or batch.segmentation
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A transform, its twin that only draws parameters, and the probability of a sample to meet it (None: always)."""
+    """A transform, its copy that draws parameters, and the probability that it is applied (None: always)."""
 
     transform: Any
     drawing: Any
@@ -93,25 +99,27 @@ class _Step:
             probability, transform = transform.apply_probability, transform.transform
         if type(transform) not in APPLY:
             raise UserError(
-                f"nnU-Net's {type(transform).__name__} has no counterpart for a batch: plan with "
+                f"nnU-Net's {type(transform).__name__} has no counterpart on the device: plan with "
                 'finetuning.augmentation "loader".'
             )
         drawing = transform
         if isinstance(transform, SpatialTransform):
-            other = {name: now for name, does in SPATIAL.items() if (now := getattr(transform, name)) != does}
+            other = {
+                name: now for name, value in SUPPORTED_SPATIAL.items() if (now := getattr(transform, name)) != value
+            }
             if other:
                 raise UserError(
-                    f"nnU-Net's SpatialTransform has settings without a counterpart for a batch ({other}): plan with "
+                    f"nnU-Net's SpatialTransform has settings without a counterpart on the device ({other}): plan with "
                     'finetuning.augmentation "loader".'
                 )
-            # the twin, for the transform itself would compute the place of every voxel, on the CPU
+            # a copy with a tiny patch: the transform itself would compute the coordinates of every voxel on the CPU
             drawing = copy(transform)
             drawing.patch_size = [1] * len(transform.patch_size)
         return cls(transform, drawing, probability)
 
     def apply(self, batch: SegmentationBatch) -> None:
         """Change the batch in place."""
-        stub = torch.empty(()).expand(batch.image.shape[1:])  # of an image they draw for, only the shape counts
+        stub = torch.empty(()).expand(batch.image.shape[1:])  # only the shape of the image matters for drawing
         drawn = [
             self.drawing.get_parameters(image=stub)
             if self.probability is None or torch.rand(()).item() < self.probability
@@ -126,14 +134,13 @@ class _Step:
 
 def _spatial(transform: SpatialTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
     patch = tuple(transform.patch_size)
-    affines = {n: found["affine"] for n, found in enumerate(drawn) if found and found["affine"] is not None}
+    affines = {n: values["affine"] for n, values in enumerate(drawn) if values and values["affine"] is not None}
     image, labels = batch.image, batch.segmentation
-    # a copy: these views are written to
-    batch.image, batch.segmentation = (augmentation.centre_crop(one, patch).clone() for one in (image, labels))
+    batch.image, batch.segmentation = (centre_crop(volumes, patch).clone() for volumes in (image, labels))
     if affines:
         moved, affine = list(affines), torch.from_numpy(np.stack([*affines.values()])).to(image)
-        batch.image[moved] = augmentation.resample_images(image[moved], affine, patch)
-        batch.segmentation[moved] = augmentation.resample_labels(labels[moved], affine, patch, batch.labels)
+        batch.image[moved] = resample_images(image[moved], affine, patch)
+        batch.segmentation[moved] = resample_labels(labels[moved], affine, patch, batch.labels)
 
 
 def _slices(transform: Convert3DTo2DTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
@@ -141,39 +148,42 @@ def _slices(transform: Convert3DTo2DTransform, batch: SegmentationBatch, drawn: 
 
 
 def _volumes(transform: Convert2DTo3DTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
-    depth = batch.segmentation.shape[1]  # it had one channel
-    batch.image, batch.segmentation = (one.unflatten(1, (-1, depth)) for one in (batch.image, batch.segmentation))
+    depth = batch.segmentation.shape[1]  # the segmentation has one channel
+    batch.image, batch.segmentation = (
+        batch.image.unflatten(1, (-1, depth)),
+        batch.segmentation.unflatten(1, (-1, depth)),
+    )
 
 
 def _noise(transform: GaussianNoiseTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
-    _change(batch, drawn, augmentation.noise, "sigmas", where="apply_idx")
+    _change(batch, drawn, batch_transforms.noise, "sigmas", where="apply_idx")
 
 
 def _blur(transform: GaussianBlurTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
-    _change(batch, drawn, augmentation.blur, "sigmas")
+    _change(batch, drawn, batch_transforms.blur, "sigmas")
 
 
 def _brightness(transform: MultiplicativeBrightnessTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
-    _change(batch, drawn, augmentation.brightness, "multipliers")
+    _change(batch, drawn, batch_transforms.brightness, "multipliers")
 
 
 def _contrast(transform: ContrastTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
-    function = partial(augmentation.contrast, preserve_range=transform.preserve_range)
+    function = partial(batch_transforms.contrast, preserve_range=transform.preserve_range)
     _change(batch, drawn, function, "multipliers")
 
 
 def _low_resolution(transform: SimulateLowResolutionTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
-    _change(batch, drawn, augmentation.lower_resolution, "scales")
+    _change(batch, drawn, batch_transforms.lower_resolution, "scales")
 
 
 def _gamma(transform: GammaTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
-    _change(batch, drawn, augmentation.gamma, "gamma", "invert_image", "retain_stats")
+    _change(batch, drawn, batch_transforms.gamma, "gamma", "invert_image", "retain_stats")
 
 
 def _mirror(transform: MirrorTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
-    for sample, found in enumerate(drawn):
-        if found and found["axes"]:
-            axes = [axis + 1 for axis in found["axes"]]
+    for sample, values in enumerate(drawn):
+        if values and values["axes"]:
+            axes = [axis + 1 for axis in values["axes"]]
             batch.image[sample] = batch.image[sample].flip(axes)
             batch.segmentation[sample] = batch.segmentation[sample].flip(axes)
 
@@ -193,6 +203,11 @@ def _regions(transform: ConvertSegmentationToRegionsTransform, batch: Segmentati
     batch.segmentation = torch.stack([torch.isin(labels, region.to(labels)) for region in transform.regions], dim=1)
 
 
+def _resolutions(transform: DownsampleSegForDSTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
+    samples = [transform(segmentation=sample)["segmentation"] for sample in batch.segmentation]
+    batch.resolutions = [torch.stack(parts) for parts in zip(*samples, strict=True)]
+
+
 def _change(
     batch: SegmentationBatch,
     drawn: Drawn,
@@ -200,24 +215,24 @@ def _change(
     *names: str,
     where: str = "apply_to_channel",
 ) -> None:
-    """Give `function` all channels that were drawn as rows, with the parameters of each by these names."""
+    """Call `function` with all drawn channels as rows, and with the parameters of these names for each row."""
     rows: list[tuple[int, int]] = []
     columns: list[list[Tensor]] = [[] for _ in names]
-    for sample, found in enumerate(drawn):
-        chosen = [] if found is None else _numbers(found[where])
-        if found is None or not chosen:
+    for sample, parameters in enumerate(drawn):
+        channels = [] if parameters is None else _channel_numbers(parameters[where])
+        if parameters is None or not channels:
             continue
-        rows += [(sample, channel) for channel in chosen]
+        rows += [(sample, channel) for channel in channels]
         for column, name in zip(columns, names, strict=True):
-            values = torch.as_tensor(found[name])  # one for each channel, or one for all
-            column.append(values if values.ndim else values.expand(len(chosen)))
+            values = torch.as_tensor(parameters[name])  # one for each channel, or one for all
+            column.append(values if values.ndim else values.expand(len(channels)))
     if rows:
         place = tuple(torch.tensor(rows, device=batch.image.device).T)
         batch.image[place] = function(batch.image[place], *map(torch.cat, columns))
 
 
-def _numbers(channels: Any) -> list[int]:
-    """Channels as nnU-Net writes them: numbers, or a mask."""
+def _channel_numbers(channels: Any) -> list[int]:
+    """Return the numbers of channels that nnU-Net gives as numbers or as a mask."""
     chosen = torch.as_tensor(channels)
     return (chosen.nonzero().flatten() if chosen.dtype == torch.bool else chosen).tolist()
 
@@ -236,4 +251,5 @@ APPLY: Mapping[type, Callable[[Any, SegmentationBatch, Drawn], None]] = {
     MaskImageTransform: _mask,
     RemoveLabelTransform: _remove_label,
     ConvertSegmentationToRegionsTransform: _regions,
+    DownsampleSegForDSTransform: _resolutions,
 }

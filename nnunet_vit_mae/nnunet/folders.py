@@ -1,4 +1,4 @@
-"""Where nnU-Net keeps a data set, and where we put what nnU-Net has no place for."""
+"""Where nnU-Net keeps a dataset, and where this package keeps what nnU-Net has no place for."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
+from nnunet_vit_mae.datasets.split.files import PREPROCESSED_LABELS
 from nnunet_vit_mae.errors import UserError
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """One data set of nnU-Net: `Dataset501_Name` and its three folders (which need not exist yet)."""
+    """A dataset of nnU-Net: its name (`Dataset501_Name`) and its three folders, which need not exist yet."""
 
     name: str
     raw: Path
@@ -26,25 +27,30 @@ class Dataset:
         """The three digits that `-d` takes."""
         return dataset_id(self.name)
 
+    @property
+    def references(self) -> Path:
+        """nnU-Net's copies of the reference segmentations."""
+        return self.preprocessed / PREPROCESSED_LABELS
+
     def plans_file(self, plans_name: str) -> Path:
-        """The plans that `-p` names."""
+        """Return the file of the plans that `-p` names."""
         return self.preprocessed / f"{plans_name}.json"
 
 
 def dataset_id(name: str) -> str:
-    """The three digits in `Dataset501_Name`."""
+    """Return the three digits in a name such as `Dataset501_Name`."""
     return name[len("Dataset") :].split("_")[0]
 
 
 def encoder_file(results: Path, plans_name: str, configuration: str, fold: str) -> Path:
-    """Where `mae3d_pretrain` puts the encoder of a fold (or of `all`) in a data set's results, named as in nnU-Net."""
+    """Return where `mae3d_pretrain` writes the encoder of a fold (or of `all`) in a dataset's results folder."""
     return results / f"mae3d_pretrain__{plans_name}__{configuration}" / f"fold_{fold}" / "encoder.safetensors"
 
 
 def find_dataset(id_or_name: str) -> Dataset:
-    """The data set that `-d` names, by number (`505`) or by name (`Dataset505_MandibleCT`).
+    """Find the dataset that `-d` names, by number (`505`) or by name (`Dataset505_MandibleCT`).
 
-    Raises `UserError` when one of nnU-Net's variables is not set or when no data set, or several, fit.
+    Raises `UserError` if one of nnU-Net's variables is not set, or if no dataset or several datasets match.
     """
     roots = {path.env_var_name: path for path in (nnUNet_raw, nnUNet_preprocessed, nnUNet_results)}
     missing = [name for name, path in roots.items() if not path.is_set()]
@@ -54,15 +60,15 @@ def find_dataset(id_or_name: str) -> Dataset:
 
     name = id_or_name if id_or_name.startswith("Dataset") else _name_of_number(id_or_name)
     if not (raw / name).is_dir() and not (preprocessed / name).is_dir():
-        raise UserError(f"There is no data set {name} in {raw} or {preprocessed}: check -d and nnU-Net's variables.")
+        raise UserError(f"There is no dataset {name} in {raw} or {preprocessed}: check -d and nnU-Net's variables.")
     return Dataset(name, raw / name, preprocessed / name, results / name)
 
 
 def _name_of_number(number: str) -> str:
     if not number.isdigit():
-        raise UserError(f"-d {number} is neither a data set number such as 501 nor a name such as Dataset501_Name.")
+        raise UserError(f"-d {number} is neither a dataset number such as 501 nor a name such as Dataset501_Name.")
     candidates = find_candidate_datasets(int(number))
     if len(candidates) != 1:
         found = ", ".join(candidates) or "none"
-        raise UserError(f"-d {number} must fit exactly one data set in nnU-Net's three folders; found: {found}.")
+        raise UserError(f"-d {number} must match exactly one dataset in nnU-Net's three folders; found: {found}.")
     return str(candidates[0])

@@ -1,4 +1,7 @@
-"""Which preprocessed cases pre-training may see: fold hygiene lives here. Test images are never read."""
+"""Labelled cases, nnU-Net's folds, and the preprocessed cases that pre-training may read.
+
+Pre-training never reads the validation images of its fold, nor any test image.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,17 @@ from pathlib import Path
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
+from nnunet_vit_mae.datasets.split.files import SPLITS, read_splits
 from nnunet_vit_mae.datasets.split.patients import separation_warning
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import read_json, write_json
+from nnunet_vit_mae.files import write_json
+from nnunet_vit_mae.imaging.channels import cases_in
 from nnunet_vit_mae.nnunet.plans import Plan
 from nnunet_vit_mae.nnunet.preprocessing import preprocessed_pool
 
 logger = logging.getLogger(__name__)
 
-FOLDS = 5  # nnU-Net's own default
+FOLDS = 5  # nnU-Net's default
 
 
 @dataclass(frozen=True)
@@ -28,39 +33,61 @@ class PreprocessedCase:
     file: Path
 
 
-def pretraining_cases(plan: Plan, fold: str) -> list[PreprocessedCase]:
-    """The training cases of a fold (a number, or `all`) and then the unlabelled pool, each sorted by name.
-
-    Raises `UserError` when there is nothing preprocessed or no such fold.
-    """
-    labelled = _labelled(plan.preprocessed_folder)
-    if not labelled:
+def labelled_cases(plan: Plan) -> list[PreprocessedCase]:
+    """Return the preprocessed labelled cases, sorted by name. Raises `UserError` if there are none."""
+    folder = plan.preprocessed_folder
+    names = sorted(nnUNetDatasetBlosc2.get_identifiers(str(folder))) if folder.is_dir() else []
+    if not names:
         raise UserError(
-            f"There are no preprocessed cases in {plan.preprocessed_folder}: "
+            f"There are no preprocessed cases in {folder}: "
             f"run nnUNetv2_preprocess -d {plan.dataset.id} -c {plan.name} first."
         )
-    training = set(training_names(plan, fold, [case.name for case in labelled]))
-    seen = [case for case in labelled if case.name in training] + _unlabelled_pool(plan)
+    return [PreprocessedCase(name, folder / f"{name}.b2nd") for name in names]
+
+
+def reference_segmentations(plan: Plan) -> dict[str, Path]:
+    """Return the reference segmentations of the labelled cases by case. Raises `UserError` if there are none."""
+    files = cases_in(plan.dataset.references, plan.dataset_json["file_ending"])
+    if not files:
+        raise UserError(
+            f"There are no reference segmentations in {plan.dataset.references}: run nnUNetv2_preprocess first."
+        )
+    return files
+
+
+def pretraining_cases(plan: Plan, fold: str) -> list[PreprocessedCase]:
+    """Return the training cases of a fold (a number, or `all`) and then the unlabelled pool, each sorted by name.
+
+    Raises `UserError` if no labelled case is preprocessed, or if there is no such fold.
+    """
+    labelled = labelled_cases(plan)
+    names = [case.name for case in labelled]
+    training = set(training_names(plan, fold, names))
+    cases = [case for case in labelled if case.name in training] + _unlabelled_pool(plan)
     if fold != "all":
-        validation = split_of(plan, fold, [case.name for case in labelled])["val"]
-        if warning := separation_warning(plan.dataset.preprocessed, [case.name for case in seen], validation):
+        validation = split_of(plan, fold, names)["val"]
+        if warning := separation_warning(plan.dataset.preprocessed, [case.name for case in cases], validation):
             logger.warning(warning)
-    return seen
+    return cases
 
 
 def training_names(plan: Plan, fold: str, names: list[str]) -> list[str]:
-    """Training cases of a fold; all of `names` for `all`."""
+    """Return the training cases of a fold, or all of `names` for `all`."""
     return names if fold == "all" else split_of(plan, fold, names)["train"]
 
 
 def split_of(plan: Plan, fold: str, names: list[str]) -> dict[str, list[str]]:
-    """`train` and `val` of a fold in `splits_final.json`, which is made as nnU-Net makes it when it is not there."""
-    file = plan.dataset.preprocessed / "splits_final.json"
+    """Return `train` and `val` of a fold in `splits_final.json`.
+
+    If there is no such file, the labelled cases `names` are split as nnU-Net does, and the file is written. Raises
+    `UserError` if the file is not a list of folds, if it has no such fold, or if there are too few cases to split.
+    """
+    file = plan.dataset.preprocessed / SPLITS
     if not file.is_file():
         if len(names) < FOLDS:
             raise UserError(f"{len(names)} labelled cases cannot be split into {FOLDS} folds: use -f all.")
         write_json(generate_crossval_split(sorted(names), seed=12345, n_splits=FOLDS), file)
-    splits = read_json(file)
+    splits = read_splits(file)
     if fold not in map(str, range(len(splits))):
         raise UserError(f"-f {fold} is neither 'all' nor one of the {len(splits)} folds in {file} (counted from 0).")
     return splits[int(fold)]
@@ -70,18 +97,9 @@ def _unlabelled_pool(plan: Plan) -> list[PreprocessedCase]:
     files, missing = preprocessed_pool(plan)
     if missing:
         logger.warning(
-            "%d unlabelled images in %s are not preprocessed and will not be seen: run mae3d_preprocess -d %s first.",
+            "%d unlabelled images in %s are not preprocessed and will not be used: run mae3d_preprocess -d %s first.",
             len(missing),
             plan.dataset.raw / "imagesUn",
             plan.dataset.id,
         )
     return [PreprocessedCase(file.name.removesuffix(".b2nd"), file) for file in files]
-
-
-def _labelled(folder: Path) -> list[PreprocessedCase]:
-    if not folder.is_dir():
-        return []
-    return [
-        PreprocessedCase(name, folder / f"{name}.b2nd")
-        for name in sorted(nnUNetDatasetBlosc2.get_identifiers(str(folder)))
-    ]

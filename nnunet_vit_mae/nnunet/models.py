@@ -1,4 +1,4 @@
-"""Trained models in nnU-Net's results, of any trainer."""
+"""Trained models in nnU-Net's results folder, from any trainer."""
 
 from __future__ import annotations
 
@@ -11,49 +11,49 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import read_json
 from nnunet_vit_mae.nnunet.folders import Dataset
-from nnunet_vit_mae.nnunet.plans import Plan
+from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade
 
 
 @dataclass(frozen=True)
 class Model:
-    """What `nnUNetv2_train` made, with the plans as they were then."""
+    """A model made by `nnUNetv2_train`, with the plans that it was trained with."""
 
     plan: Plan
     trainer: str
-    folds: tuple[str, ...]  # of several, nnU-Net averages the predictions
+    folds: tuple[str, ...]  # nnU-Net averages the predictions of several folds
     checkpoint: str
 
     @property
     def folder(self) -> Path:
-        """Where nnU-Net keeps it."""
+        """The model's folder in nnU-Net's results."""
         return model_folder(self.plan.dataset, self.trainer, self.plan.plans.plans_name, self.plan.name)
 
     @property
     def files(self) -> list[Path]:
-        """A checkpoint for each fold."""
+        """The checkpoint of each fold."""
         return [self.folder / f"fold_{fold}" / self.checkpoint for fold in self.folds]
 
     @property
     def flags(self) -> list[str]:
-        """What names it on a command line, but for folds and checkpoint."""
+        """The flags that name the model on a command line, without folds and checkpoint."""
         plan = self.plan
         return ["-d", plan.dataset.name, "-c", plan.name, "-p", plan.plans.plans_name, "-tr", self.trainer]
 
     def command(self, images: Path, output: Path, device: str) -> list[str]:
-        """What a user types to predict a folder."""
+        """Return the command that predicts a folder with this model."""
         chosen = ["-f", *self.folds, "-chk", self.checkpoint, "-device", device]
         return ["nnUNetv2_predict", "-i", str(images), "-o", str(output), *self.flags, *chosen]
 
 
 def model_folder(dataset: Dataset, trainer: str, plans_name: str, configuration: str) -> Path:
-    """Where nnU-Net keeps a model, whether it is there or not."""
+    """Return where nnU-Net keeps a model, whether it exists or not."""
     return dataset.results / f"{trainer}__{plans_name}__{configuration}"
 
 
 def find_model(
     dataset: Dataset, plans_name: str, configuration: str, *, trainer: str, folds: Sequence[str], checkpoint: str
 ) -> Model:
-    """The model that these flags name. Raises `UserError` when a checkpoint is missing, and for a cascade."""
+    """Find the model that these flags name. Raises `UserError` if a checkpoint is missing, and for a cascade."""
     folder = model_folder(dataset, trainer, plans_name, configuration)
     for fold in folds:
         file = folder / f"fold_{fold}" / checkpoint
@@ -64,6 +64,5 @@ def find_model(
             )
     plans, dataset_json = PlansManager(read_json(folder / "plans.json")), read_json(folder / "dataset.json")
     plan = Plan(dataset, plans, configuration, dataset_json)
-    if plan.configuration.previous_stage_name is not None:
-        raise UserError(f"-c {configuration} needs the segmentation of another stage: choose one without with -c.")
+    refuse_cascade(plan.configuration)
     return Model(plan, trainer, tuple(folds), checkpoint)

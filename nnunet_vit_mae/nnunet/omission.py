@@ -1,9 +1,9 @@
-"""What a trained network loses when contrasts are taken away (AMAE, section 2.4 and tables 1 and 2).
+"""How much worse a trained network segments without some contrasts (AMAE, section 2.4 and tables 1 and 2).
 
-Test cases are predicted with all contrasts, and again with some of them replaced by zeros, by nnU-Net's own command;
-nnU-Net's own evaluation gives the Dice of both. A case that has none of those contrasts is not predicted again, for
-its prediction would be the same. Neither is one that has no other: what a network makes of no image at all says
-nothing about a contrast.
+nnU-Net's own command predicts the test cases with all contrasts, and again with some contrasts replaced by zeros;
+nnU-Net's own evaluation computes the Dice of both. A case without any of the omitted contrasts is not predicted again,
+because its prediction would be the same. Neither is a case that has no other contrast, because a prediction from no
+image at all says nothing about a contrast.
 """
 
 from __future__ import annotations
@@ -28,127 +28,132 @@ from nnunet_vit_mae.imaging.volumes import write_zeros
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.omission_table import EMPTY_REFERENCE, NOTHING_LEFT, NOTHING_TO_OMIT, OmissionRow, write_csv
 from nnunet_vit_mae.nnunet.plans import Plan
-from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, find_reference, link, predict
+from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, find_reference, link, predict_folder
 from nnunet_vit_mae.presets import canonical_contrast
 
 
 @dataclass(frozen=True)
 class OmissionCase:
-    """A test case that has been looked into."""
+    """A test case, with the contrasts that it has."""
 
     case: PredictionCase
     reference: Path
-    omitted: tuple[int, ...]  # the channels to omit that hold anything but zeros
-    others: bool  # whether any other channel does
+    omitted: tuple[int, ...]  # those of the channels to omit that are not all zeros
+    others: bool  # whether any other channel is not all zeros
+
+    @property
+    def name(self) -> str:
+        """The name of the case."""
+        return self.case.name
 
     @property
     def predicted_again(self) -> bool:
-        """Whether there is something to omit, and something to segment with."""
+        """Whether the case has a contrast to omit and another one to segment with."""
         return bool(self.omitted) and self.others
 
 
 def find_channels(plan: Plan, names: Sequence[str]) -> list[int]:
-    """The channels of these contrasts, ascending; spellings are matched as `presets.contrast` does.
+    """Return the channels of these contrasts, ascending; spellings are matched by `presets.canonical_contrast`.
 
-    Raises `UserError` for images without a geometry, for unknown names, for all contrasts at once, and where nnU-Net
-    turns zeros into other values.
+    Raises `UserError` for images without a geometry, for unknown names, for all contrasts at once, and if nnU-Net's
+    normalisation turns zeros into other values.
     """
     ending = plan.dataset_json["file_ending"]
     if ending not in IMAGE_ENDINGS:
-        raise UserError(f"{plan.dataset.name} has {ending} files; zeros can replace {_list(IMAGE_ENDINGS)}.")
-    known, wanted = (
-        [canonical_contrast(name) for name in plan.channel_names],
-        {canonical_contrast(name) for name in names},
-    )
+        raise UserError(
+            f"{plan.dataset.name} has {ending} files, but only {_list(IMAGE_ENDINGS)} can be replaced by zeros."
+        )
+    known = [canonical_contrast(name) for name in plan.channel_names]
+    omitted = {canonical_contrast(name) for name in names}
     unknown = [name for name in names if canonical_contrast(name) not in known]
     if unknown:
         raise UserError(f"--omit {_list(unknown)}: {plan.dataset.name} has only {_list(plan.channel_names)}.")
-    if wanted == set(known):
-        raise UserError(f"--omit {_list(names)} would leave nothing of {_list(plan.channel_names)}: omit fewer.")
-    channels = [channel for channel, name in enumerate(known) if name in wanted]
+    if omitted == set(known):
+        raise UserError(f"--omit {_list(names)} would leave none of {_list(plan.channel_names)}: omit fewer.")
+    channels = [channel for channel, name in enumerate(known) if name in omitted]
     for channel in channels:
         if not _zeros_stay_zeros(plan, channel):
             raise UserError(
                 f"--omit {plan.channel_names[channel]}: nnU-Net's {plan.configuration.normalization_schemes[channel]} "
-                "turns zeros into other values there, which would not mean absence."
+                "turns zeros into other values, which would not mean that the contrast is absent."
             )
     return channels
 
 
 def find_omission_cases(plan: Plan, images: Path, references: Path, channels: Sequence[int]) -> list[OmissionCase]:
-    """Find the cases, and see which contrasts each has.
+    """Find the cases, and read which contrasts each of them has.
 
-    Raises `UserError` for files that are missing, cannot be read or do not fit each other, and when no case can be
-    compared.
+    Raises `UserError` for files that are missing, cannot be read or do not match, and if no case can be compared.
     """
-    cases = [(case, find_reference(plan, case.name, references)) for case in find_prediction_cases(plan, images)]
-    studies = []
-    for case, reference in tqdm(cases, unit="case", desc="looking"):
-        present = _present(plan, case, reference)
+    files = [(case, find_reference(plan, case.name, references)) for case in find_prediction_cases(plan, images)]
+    cases = []
+    for case, reference in tqdm(files, unit="case", desc="reading"):
+        present = _present_channels(plan, case, reference)
         omitted = tuple(channel for channel in channels if present[channel])
-        studies.append(OmissionCase(case, reference, omitted, any(np.delete(present, channels))))
+        cases.append(OmissionCase(case, reference, omitted, any(np.delete(present, channels))))
     names = _list([plan.channel_names[channel] for channel in channels])
-    if not any(study.omitted for study in studies):
-        raise UserError(f"None of the {len(studies)} cases has {names}, only zeros: there is nothing to omit.")
-    if not any(study.predicted_again for study in studies):
-        raise UserError(f"No case that has {names} has another contrast: nothing would be left to segment with.")
-    return studies
+    if not any(case.omitted for case in cases):
+        raise UserError(f"None of the {len(cases)} cases has {names}: these channels hold only zeros.")
+    if not any(case.predicted_again for case in cases):
+        raise UserError(f"No case that has {names} has another contrast to segment with: omit fewer.")
+    return cases
 
 
 def omit(
-    model: Model, studies: Sequence[OmissionCase], channels: Sequence[int], *, images: Path, output: Path, device: str
+    model: Model, cases: Sequence[OmissionCase], channels: Sequence[int], *, images: Path, output: Path, device: str
 ) -> list[OmissionRow]:
-    """Predict the folder `images` twice and evaluate both; everything goes to a new folder.
+    """Predict the folder `images` with and without the channels, and compute the Dice of both.
 
-    That is `with_all/predictions`, `without_NAME/images` and `/predictions`, `log.txt`, `omission.csv`.
-    Raises `UserError` when the folder is in use or cannot be made, or when a prediction fails.
+    The new folder `output` gets `with_all/predictions`, `without_NAME/images`, `without_NAME/predictions`, `log.txt`
+    and `omission.csv`. Raises `UserError` if the folder is not new or cannot be made, or if a prediction fails.
     """
     refuse_in_use(output)
-    plan, log = model.plan, output / "log.txt"
-    fewer = output / "_".join(["without", *(re.sub(r"\W+", "_", plan.channel_names[channel]) for channel in channels)])
-    again = [study for study in studies if study.predicted_again]
+    with_all = output / "with_all" / "predictions"
+    names = [re.sub(r"\W+", "_", model.plan.channel_names[channel]) for channel in channels]
+    without = output / "_".join(["without", *names])
+    again = [case for case in cases if case.predicted_again]
     try:
-        write_images(again, fewer / "images")
+        write_images(again, without / "images")
     except OSError as error:
-        raise UserError(f"{output} cannot be written to ({error}): choose another place with -o.") from None
+        raise UserError(f"{output} cannot be written to ({error}): choose another folder with -o.") from None
 
-    folders = [(images, output / "with_all" / "predictions"), (fewer / "images", fewer / "predictions")]
-    for (source, predictions), predicted in zip(folders, (studies, again), strict=True):
-        command = model.command(source, predictions, device)
-        predict(command, [predictions / study.reference.name for study in predicted], log)
+    places = {"log": output / "log.txt", "device": device}
+    predict_folder(model, images, [case.name for case in cases], with_all, **places)
+    predict_folder(model, without / "images", [case.name for case in again], without / "predictions", **places)
     rows = []
-    for study in tqdm(studies, unit="case", desc="evaluating"):
-        rows += _rows(plan, study, *(predictions for _, predictions in folders))
+    for case in tqdm(cases, unit="case", desc="evaluating"):
+        rows += _case_rows(model.plan, case, with_all, without / "predictions")
     write_csv(rows, output / "omission.csv")
     return rows
 
 
-def write_images(studies: Sequence[OmissionCase], folder: Path) -> None:
-    """The images for the second prediction: zeros for what is omitted, links to everything else."""
+def write_images(cases: Sequence[OmissionCase], folder: Path) -> None:
+    """Write the images for the second prediction: zeros for omitted contrasts, links to all others."""
     folder.mkdir(parents=True)
-    for study in studies:
-        for channel, image in enumerate(study.case.images):
-            if channel in study.omitted:
+    for case in cases:
+        for channel, image in enumerate(case.case.images):
+            if channel in case.omitted:
                 write_zeros(folder / image.name, image)
             else:
                 link(image, folder / image.name)
 
 
-def summary(plan: Plan, studies: Sequence[OmissionCase], channels: Sequence[int]) -> str:
-    """In how many cases there is something to omit, as text."""
-    some = sum(bool(study.omitted) for study in studies)
+def summary(plan: Plan, cases: Sequence[OmissionCase], channels: Sequence[int]) -> str:
+    """Say in how many cases there is something to omit, and which cases are left out."""
+    concerned = [case for case in cases if case.omitted]
     counts = [
-        f"{plan.channel_names[channel]} in {sum(channel in study.omitted for study in studies)}" for channel in channels
+        f"{plan.channel_names[channel]} in {len([case for case in concerned if channel in case.omitted])}"
+        for channel in channels
     ]
-    lines = [f"There is something to omit in {some} of {len(studies)} cases: {', '.join(counts)}."]
-    alone = [study.case.name for study in studies if study.omitted and not study.others]
-    if alone:
-        lines.append(f"Left out, for no contrast would be left to segment with: {', '.join(alone)}.")
+    lines = [f"There is something to omit in {len(concerned)} of {len(cases)} cases: {', '.join(counts)}."]
+    left_out = [case.name for case in concerned if not case.others]
+    if left_out:
+        lines.append(f"Left out, because no contrast would be left to segment with: {', '.join(left_out)}.")
     return "\n".join(lines)
 
 
 def _zeros_stay_zeros(plan: Plan, channel: int) -> bool:
-    """Whether nnU-Net's normalisation leaves an image of zeros as it is: not so for CT, where zero is water."""
+    """Whether nnU-Net's normalisation leaves an image of zeros unchanged. For CT it does not: there, 0 HU is water."""
     scheme: Any = recursive_find_python_class(
         str(Path(nnunetv2.__path__[0], "preprocessing", "normalization")),
         plan.configuration.normalization_schemes[channel],
@@ -159,44 +164,46 @@ def _zeros_stay_zeros(plan: Plan, channel: int) -> bool:
     return not scheme(plan.configuration.use_mask_for_norm[channel], intensities).run(zeros.copy(), zeros).any()
 
 
-def _present(plan: Plan, case: PredictionCase, file: Path) -> list[bool]:
-    """Which channels hold anything but zeros, as nnU-Net reads them."""
+def _present_channels(plan: Plan, case: PredictionCase, file: Path) -> list[bool]:
+    """Return, for each channel, whether it holds anything but zeros."""
     reader = plan.plans.image_reader_writer_class()
     with reading(f"The case {case.name}"):
         volume, _ = reader.read_images([str(image) for image in case.images])  # c z y x
         reference, _ = reader.read_seg(str(file))
     if reference.shape[1:] != volume.shape[1:]:
         sizes = [" x ".join(map(str, array.shape[1:])) for array in (reference, volume)]
-        raise UserError(f"{file} has {sizes[0]} voxels (z y x), but the images of that case have {sizes[1]}.")
+        raise UserError(f"{file} has {sizes[0]} voxels (z y x), but the images of this case have {sizes[1]}.")
     return [bool(channel.any()) for channel in volume]
 
 
-def _rows(plan: Plan, study: OmissionCase, complete: Path, without: Path) -> list[OmissionRow]:
-    """A row for each label or region of a case."""
+def _case_rows(plan: Plan, case: OmissionCase, with_all: Path, without: Path) -> list[OmissionRow]:
+    """Return a row for each label or region of a case."""
     names = {_values(label): name for name, label in plan.dataset_json["labels"].items()}
-    first = _metrics(plan, study.reference, complete)
-    # the same images give the same prediction; of no images there is none
-    same = first if not study.omitted else {}
-    second = _metrics(plan, study.reference, without) if study.predicted_again else same
+    metrics_with = _metrics(plan, case.reference, with_all)
+    if case.predicted_again:
+        metrics_without = _metrics(plan, case.reference, without)
+    else:
+        metrics_without = {} if case.omitted else metrics_with  # the same images give the same prediction
     rows = []
-    for label, metrics in first.items():
-        dice = metrics["Dice"], second[label]["Dice"] if second else math.nan
+    for label, metrics in metrics_with.items():
+        dice_with = float(metrics["Dice"])
+        dice_without = float(metrics_without[label]["Dice"]) if metrics_without else math.nan
         rows.append(
             OmissionRow(
-                case=study.case.name,
+                case=case.name,
                 label=names[_values(label)],
-                dice_with=float(dice[0]),
-                dice_without=float(dice[1]),
-                difference=float(dice[1] - dice[0]),
-                omitted=_list([plan.channel_names[channel] for channel in study.omitted]),
-                left_out=_why_left_out(study, empty=metrics["TP"] + metrics["FN"] == 0),
+                dice_with=dice_with,
+                dice_without=dice_without,
+                difference=dice_without - dice_with,
+                omitted=_list([plan.channel_names[channel] for channel in case.omitted]),
+                left_out=_why_left_out(case, empty=metrics["TP"] + metrics["FN"] == 0),
             )
         )
     return rows
 
 
 def _metrics(plan: Plan, reference: Path, predictions: Path) -> dict[Any, dict[str, float]]:
-    """nnU-Net's metrics of each label or region, with the ignore label left out."""
+    """Return nnU-Net's metrics of each label or region; voxels with the ignore label do not count."""
     manager = plan.plans.get_label_manager(plan.dataset_json)
     labels = manager.foreground_regions if manager.has_regions else manager.foreground_labels
     reader = plan.plans.image_reader_writer_class()
@@ -204,20 +211,20 @@ def _metrics(plan: Plan, reference: Path, predictions: Path) -> dict[Any, dict[s
     return compute_metrics(str(reference), str(prediction), reader, labels, manager.ignore_label)["metrics"]
 
 
-def _why_left_out(study: OmissionCase, *, empty: bool) -> str:
-    """Why a label of a case is not compared, if so.
+def _why_left_out(case: OmissionCase, *, empty: bool) -> str:
+    """Return why a label of a case is not compared, or an empty string.
 
-    Where the reference is empty there is no overlap to measure: nnU-Net gives no Dice, or 0 for a single voxel.
+    Without a reference there is no overlap to measure: nnU-Net gives no Dice, or 0 if a single voxel is predicted.
     """
-    if study.omitted and not study.others:
+    if case.omitted and not case.others:
         return NOTHING_LEFT
     if empty:
         return EMPTY_REFERENCE
-    return "" if study.omitted else NOTHING_TO_OMIT
+    return "" if case.omitted else NOTHING_TO_OMIT
 
 
 def _values(label: Any) -> tuple[int, ...]:
-    """A label, or a region of several, in the same form."""
+    """Return the values of a label or of a region of several labels."""
     return tuple(int(value) for value in np.atleast_1d(label))
 
 

@@ -11,14 +11,19 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
+
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.memory import finetuning_memory, pretraining_memory
 from nnunet_vit_mae.nnunet.encoders import Start, find_encoder
 from nnunet_vit_mae.nnunet.plans import Plan, build_unet, changed, destination, settings_of
 from nnunet_vit_mae.planning import GB, TOKEN_BUDGET, Memory, fit_to_memory, in_gb
 from nnunet_vit_mae.presets import DECODERS, UPSAMPLINGS, Network, Settings, token_grid
+from nnunet_vit_mae.pretraining.volumes import open_volume
 from nnunet_vit_mae.transfer import adapt_encoder
 
+SOFT_TISSUE_HU = 20.0  # blood, muscle and organs begin about there
+FEW_CASES = 5
 RESERVED = 1 * GB  # of a GPU: CUDA itself, workspaces of convolutions, fragmentation
 
 
@@ -68,7 +73,39 @@ def choose_settings(
             target=max(0, int(memory_target * GB) - RESERVED),
             estimate=estimate,
         )
-    return fitted, _explain(source, fitted, settings, origins, estimate(fitted)) + choices
+    choices = _explain(source, fitted, settings, origins, estimate(fitted)) + choices
+    return fitted, choices + [Choice("", "", warning) for warning in clipping_warnings(source)]
+
+
+def clipping_warnings(plan: Plan) -> list[str]:
+    """Return a sentence for each CT channel whose soft tissue nnU-Net's normalisation makes one constant.
+
+    nnU-Net clips CT at percentiles of the foreground. Where all labels are dense, such as calcifications, everything
+    darker becomes one value, for the U-Net and the ViT alike. The share of such voxels is measured on a few
+    preprocessed cases, if there are any.
+    """
+    warnings = []
+    for channel, scheme in enumerate(plan.configuration.normalization_schemes):
+        if scheme != "CTNormalization":
+            continue
+        intensities = plan.plans.foreground_intensity_properties_per_channel[str(channel)]
+        lowest = intensities["percentile_00_5"]
+        if lowest < SOFT_TISSUE_HU:
+            continue
+        share = _share_below(plan, channel, (lowest - intensities["mean"]) / max(intensities["std"], 1e-8))
+        measured = "" if share is None else f" ({share:.0%} of the voxels of a few cases)"
+        warnings.append(
+            f"nnU-Net clips channel {channel} ({plan.channel_names[channel]}) below {lowest:.0f} HU, as no label is "
+            f"darker: all soft tissue becomes one constant{measured}. Call the channel CT_zscore in dataset.json and "
+            "plan again to keep it."
+        )
+    return warnings
+
+
+def _share_below(plan: Plan, channel: int, lowest: float) -> float | None:
+    files = [file for file in plan.preprocessed_folder.glob("*.b2nd") if not file.name.endswith("_seg.b2nd")]
+    shares = [(open_volume(file)[channel] <= lowest + 1e-3).mean() for file in sorted(files)[:FEW_CASES]]
+    return float(np.mean(shares)) if shares else None
 
 
 def _starting_from(source: Plan, settings: Settings, start: Start) -> tuple[Settings, list[Choice]]:
@@ -126,7 +163,9 @@ def _explain(
         token_origin = "the smallest that fits the memory"
     elif token_origin == "default":
         token_origin = f"the smallest of 4 to 16 (fewer in thick slices) within about {TOKEN_BUDGET} tokens"
-    upsampling = UPSAMPLINGS[network.upsampling] if network.decoder != "mae" else "not used by this decoder"
+    upsampling = (
+        UPSAMPLINGS[network.upsampling] if network.decoder not in ("mae", "unet") else "not used by this decoder"
+    )
     choices = [
         Choice("size", network.size, origin("network", "size")),
         Choice("token", _by(network.token), f"{token_origin}: {tokens}"),

@@ -122,11 +122,11 @@ def settings_for(configuration: ConfigurationManager, contrasts: int, *, adaptiv
 
 
 def refuse_cascade(configuration: ConfigurationManager) -> None:
-    """Raise `UserError` for the second stage of a cascade: its network has inputs that no unlabelled image has."""
+    """Raise `UserError` for the second stage of a cascade, whose network needs more input than images."""
     if configuration.previous_stage_name is not None:
         raise UserError(
-            "This configuration is the second stage of a cascade, whose network also takes the first stage's "
-            "segmentation: an encoder cannot be pre-trained for it, choose 3d_fullres or 3d_lowres with -c."
+            "This configuration is the second stage of a cascade, whose network also needs the segmentation of the "
+            "first stage: choose 3d_fullres or 3d_lowres with -c."
         )
 
 

@@ -1,4 +1,4 @@
-"""Folders of images as nnU-Net wants them, and its own command to predict them."""
+"""Images to predict, named as nnU-Net expects, and nnU-Net's own command to predict them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.channels import channels_by_case
 from nnunet_vit_mae.installation import trainers_folder
+from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import Plan
 
 logger = logging.getLogger(__name__)
@@ -25,91 +26,139 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PredictionCase:
-    """A case to predict: its images in the order of their channel numbers."""
+    """A case to predict: its name, and its images in the order of their channel numbers."""
 
     name: str
     images: tuple[Path, ...]
 
 
 def find_prediction_cases(plan: Plan, images: Path) -> list[PredictionCase]:
-    """The cases in a folder named as nnU-Net wants it, sorted by name.
+    """Return the cases in a folder that is named as nnU-Net expects, sorted by name.
 
-    Raises `UserError` when there are none, or when one lacks a channel.
+    Raises `UserError` if there are none, if a file has another name, or if a case lacks a channel.
     """
     ending = plan.dataset_json["file_ending"]
-    found, misnamed = channels_by_case(images, ending)
+    channels, misnamed = channels_by_case(images, ending)
     if misnamed:
-        raise UserError(f"{misnamed[0]} is not named as nnU-Net wants it (CASE_0000{ending}): rename or remove it.")
-    if not found:
+        raise UserError(f"{misnamed[0]} is not named as nnU-Net expects (CASE_0000{ending}): rename or remove it.")
+    if not channels:
         raise UserError(f"There are no images such as CASE_0000{ending} in {images}: check -i.")
-    return [_case(plan, name, files) for name, files in found.items()]
+    return [_prediction_case(plan, name, files) for name, files in channels.items()]
 
 
 def find_reference(plan: Plan, case: str, references: Path) -> Path:
-    """The reference segmentation of a case. Raises `UserError` when it is missing."""
+    """Return the reference segmentation of a case. Raises `UserError` if it is missing."""
     reference = references / f"{case}{plan.dataset_json['file_ending']}"
     if not reference.is_file():
         raise UserError(f"The case {case} has no reference segmentation {reference}: add it, or check the folder.")
     return reference
 
 
+def predict_cases(
+    model: Model,
+    images: Path,
+    cases: Sequence[str],
+    output: Path,
+    *,
+    links: Path,
+    log: Path,
+    device: str,
+    probabilities: bool = False,
+) -> None:
+    """Predict some of the cases in a folder of images, except those that are in the output folder already.
+
+    The images are linked into the folder `links`, which is removed after the prediction. The output of nnU-Net's
+    command is appended to `log`. Raises `UserError` if images are missing or the prediction fails.
+    """
+    endings = [model.plan.dataset_json["file_ending"], *([".npz"] if probabilities else [])]
+    if all((output / f"{case}{ending}").is_file() for case in cases for ending in endings):
+        return
+    shutil.rmtree(links, ignore_errors=True)
+    links.mkdir(parents=True)
+    images_of = {case.name: case.images for case in find_prediction_cases(model.plan, images)}
+    for case in cases:
+        if case not in images_of:
+            raise UserError(f"There are no images of the case {case} in {images}: add them.")
+        for image in images_of[case]:
+            link(image, links / image.name)
+    flags = [*(["--save_probabilities"] if probabilities else []), "--continue_prediction"]
+    predict_folder(model, links, cases, output, log=log, device=device, flags=flags)
+    shutil.rmtree(links)
+
+
+def predict_folder(
+    model: Model, images: Path, cases: Iterable[str], output: Path, *, log: Path, device: str, flags: Sequence[str] = ()
+) -> None:
+    """Predict the cases in a folder of images with `nnUNetv2_predict`, and show its progress.
+
+    The output of the command is appended to `log`. Raises `UserError` if it fails.
+    """
+    ending = model.plan.dataset_json["file_ending"]
+    _run([*model.command(images, output, device), *flags], [output / f"{case}{ending}" for case in cases], log)
+
+
 def link(source: Path, file: Path) -> None:
-    """Put a file into another folder, without a copy of its content where the system allows it."""
+    """Link a file into another folder, or copy it if the system allows no links."""
     source = source.resolve()
-    for linked in (file.symlink_to, file.hardlink_to):
+    for make_link in (file.symlink_to, file.hardlink_to):
         with suppress(OSError, NotImplementedError):
-            return linked(source)
+            return make_link(source)
     shutil.copyfile(source, file)
     return None
 
 
-def predict(command: Sequence[str], files: Sequence[Path], log: Path) -> None:
-    """Type `nnUNetv2_predict`, and count the files that it is to write as they come.
-
-    Raises `UserError` when it fails; its output is in `log`.
-    """
+def _run(command: Sequence[str], expected: Sequence[Path], log: Path) -> None:
+    """Run nnU-Net's command, and count the expected files as they are written."""
     logger.info("$ %s", shlex.join(command))
     program = Path(sysconfig.get_path("scripts")) / command[0]
-    environment = dict(os.environ)
-    own, others = str(trainers_folder()), environment.get("nnUNet_extTrainer", "")
-    environment["nnUNet_extTrainer"] = os.pathsep.join(dict.fromkeys([*filter(None, others.split(os.pathsep)), own]))
 
     def count() -> int:
-        return sum(file.is_file() for file in files)
+        return sum(file.is_file() for file in expected)
 
-    with log.open("a", encoding="utf-8") as stream, tqdm(total=len(files), unit="case", desc="predicting") as bar:
+    with log.open("a", encoding="utf-8") as stream, tqdm(total=len(expected), unit="case", desc="predicting") as bar:
         stream.write(f"$ {shlex.join(command)}\n")
         stream.flush()
-        process = subprocess.Popen([program, *command[1:]], env=environment, stdout=stream, stderr=stream)
+        process = subprocess.Popen([program, *command[1:]], env=_environment(), stdout=stream, stderr=stream)
         try:
-            while _still_runs(process):
-                if new := count() - bar.n:  # a bar in a job's log is a line for each update
+            while _is_running(process):
+                if new := count() - bar.n:  # in the log of a job, each update is a line
                     bar.update(new)
         finally:
             process.terminate()
             process.wait()
         bar.update(count() - bar.n)
-    if process.returncode or count() < len(files):
+    if process.returncode or count() < len(expected):
         raise UserError(
-            f"{command[0]} gave {count()} of {len(files)} predictions and exit code {process.returncode}: "
-            f"the reason is in {log}; mend it and try again."
+            f"{command[0]} wrote {count()} of {len(expected)} predictions and ended with exit code "
+            f"{process.returncode}: see {log} for the reason, fix it and try again."
         )
 
 
-def _still_runs(process: subprocess.Popen) -> bool:
-    """Whether a process has not ended after another second."""
+def _environment() -> dict[str, str]:
+    """Return the environment of this process, extended so that nnU-Net finds our trainers."""
+    environment = dict(os.environ)
+    folders = [folder for folder in environment.get("nnUNet_extTrainer", "").split(os.pathsep) if folder]
+    folders.append(str(trainers_folder()))
+    return environment | {"nnUNet_extTrainer": os.pathsep.join(dict.fromkeys(folders))}
+
+
+def _is_running(process: subprocess.Popen) -> bool:
+    """Wait for a second at most, and return whether the process is still running."""
     with suppress(subprocess.TimeoutExpired):
         process.wait(timeout=1)
     return process.returncode is None
 
 
-def _case(plan: Plan, name: str, files: Mapping[int, Path]) -> PredictionCase:
-    if list(files) != list(range(len(plan.channel_names))):
-        given, expected = (
-            [f"{number:04d}" for number in numbers] for numbers in (files, range(len(plan.channel_names)))
-        )
+def _prediction_case(plan: Plan, name: str, files: Mapping[int, Path]) -> PredictionCase:
+    expected = range(len(plan.channel_names))
+    if list(files) != list(expected):
         raise UserError(
-            f"The case {name} has the channels {', '.join(given)}, but {plan.dataset.name} has {', '.join(expected)} "
-            f"({', '.join(plan.channel_names)}): write zeros for what was not acquired, as mae3d_fill_contrasts does."
+            f"The case {name} has the channels {_numbers(files)}, but {plan.dataset.name} has {_numbers(expected)} "
+            f"({', '.join(plan.channel_names)}): write zeros for contrasts that were not acquired, as "
+            "mae3d_fill_contrasts does."
         )
     return PredictionCase(name, tuple(files.values()))
+
+
+def _numbers(channels: Iterable[int]) -> str:
+    return ", ".join(f"{channel:04d}" for channel in channels)

@@ -86,7 +86,7 @@ def pretrain(
         files=[case.file for case in cases],
         channel_names=plan.channel_names,
         patch_size=plan.patch_size,
-        spacing=tuple(plan.configuration.spacing),
+        spacing=tuple(map(float, plan.configuration.spacing)),
         network=settings.network,
         protocol=change(settings.pretraining),
         seed=seed,

@@ -1,13 +1,13 @@
-"""A table of volumes for routine use: a folder of scans in, a row for each case and label out.
+"""A table of volumes for routine use, with a row for each case and label of a folder of scans.
 
-The segmentations are kept beside the table, so that a stopped run goes on where it was; a note of the model lies with
-them, so that no table mixes two models. A scan that cannot be read gets a row that says so and stops nothing else.
+The segmentations are kept beside the table, so that a stopped run can be continued; a note of the model is kept with
+them, so that no table mixes two models. A scan that cannot be read gets a row with the reason and does not stop the
+others.
 """
 
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,28 +23,29 @@ from nnunet_vit_mae.evaluation.clinical import find_cutoffs, group_names, group_
 from nnunet_vit_mae.files import read_json, replacing, write_json
 from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
 from nnunet_vit_mae.nnunet.calibration import CALIBRATED, CALIBRATION_RECORD
+from nnunet_vit_mae.nnunet.folds import reference_segmentations
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import classes_of
-from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, link, predict
+from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, predict_cases
 from nnunet_vit_mae.thresholds import Classes
 from nnunet_vit_mae.weights import file_hash
 
-TRAINING = "training_volumes.json"  # in the model's folder, so that labels are read once
-NOTE = "model.json"
-TOLERANCE = 1.01  # of a spacing: headers are rounded
+TRAINING_VOLUMES = "training_volumes.json"  # in the model's folder, so that the labels are read only once
+MODEL_NOTE = "model.json"
+TOLERANCE = 1.01  # of a spacing, because headers are rounded
 
 
 @dataclass(frozen=True)
 class TrainingRange:
-    """What the model was trained on."""
+    """Spacings and volumes of the cases that the model was trained on."""
 
-    spacings: np.ndarray  # cases 3, each ascending: the last one is the slice thickness
+    spacings: np.ndarray  # mm, cases x 3, each row ascending: the last value is the slice thickness
     volumes: Mapping[str, np.ndarray]  # mm3 of each case, by label
 
 
 @dataclass(frozen=True)
 class Part:
-    """The cases that one of several processes predicts, as nnU-Net shares them out."""
+    """One of several processes among which the cases are divided, as nnU-Net divides them."""
 
     number: int
     of: int
@@ -52,38 +53,38 @@ class Part:
     def __post_init__(self) -> None:
         if not 0 <= self.number < self.of:
             raise UserError(
-                f"-part_id {self.number} is not among the parts 0 to {self.of - 1} of -num_parts {self.of}."
+                f"-part_id {self.number} is not one of the parts 0 to {self.of - 1} of -num_parts {self.of}."
             )
 
     def table(self, table: Path) -> Path:
-        """Where the part's own rows go."""
+        """Return the file for the rows of this part."""
         return table if self.of == 1 else table.with_name(f"{table.stem}_part{self.number}of{self.of}{table.suffix}")
 
 
 def quantify(
     model: Model, images: Path, table: Path, part: Part, *, cutoffs: Sequence[float] | None, device: str
 ) -> list[Path]:
-    """Predict a folder, or a part of it, and write the table; whoever ends last of several joins their tables.
+    """Predict a folder, or a part of it, and write the table; the part that ends last joins the tables of all parts.
 
-    Segmentations go to `TABLE_segmentations` beside the table. Raises `UserError` for a folder without images, for
-    segmentations of another model there, and when the prediction fails.
+    Segmentations are written to `TABLE_segmentations` beside the table. Returns the tables that were written. Raises
+    `UserError` for a folder without images, for segmentations of another model there, and if the prediction fails.
     """
     if table.is_dir() or table.suffix != ".csv":
-        raise UserError(f"-o {table} is no file that ends in .csv: name the table to write.")
-    seen, work = read_training_range(model), table.with_name(f"{table.stem}_segmentations")
+        raise UserError(f"-o {table} is not a file name that ends in .csv: name the table to write.")
+    training, work = read_training_range(model), table.with_name(f"{table.stem}_segmentations")
     cases = find_prediction_cases(model.plan, images)[part.number :: part.of]
     identity = model_hash(model)
     _refuse_other_model(work, identity)
-    checked = {case.name: _check(case) for case in tqdm(cases, unit="case", desc="checking")}
-    readable = [case for case in cases if isinstance(checked[case.name], Geometry)]
-    _predict(model, readable, work, part, device)
+    geometries = {case.name: _check_images(case) for case in tqdm(cases, unit="case", desc="checking")}
+    readable = [name for name, geometry in geometries.items() if isinstance(geometry, Geometry)]
+    places = {"links": work / f"images_part{part.number}", "log": work / f"log_part{part.number}.txt"}
+    predict_cases(model, images, readable, work, **places, device=device)
     rows = []
-    for case in tqdm(cases, unit="case", desc="measuring"):
-        rows += _rows(model, case.name, checked[case.name], work, seen, cutoffs)
-    found = pd.DataFrame(rows).assign(model=identity)
+    for name, geometry in tqdm(geometries.items(), unit="case", desc="measuring"):
+        rows += _case_rows(model, name, geometry, work, training, cutoffs)
     written = [part.table(table)]
     with replacing(written[0]) as temporary:
-        found.to_csv(temporary, index=False, lineterminator="\n")
+        pd.DataFrame(rows).assign(model=identity).to_csv(temporary, index=False, lineterminator="\n")
     parts = [Part(number, part.of).table(table) for number in range(part.of)]
     if part.of > 1 and all(file.is_file() for file in parts):
         joined = pd.concat([pd.read_csv(file, dtype=str, keep_default_na=False) for file in parts])
@@ -94,66 +95,67 @@ def quantify(
 
 
 def best_checkpoint(folder: Path, folds: Sequence[str]) -> str:
-    """The calibrated checkpoint where all folds have one, else the last one."""
+    """Return the calibrated checkpoint if all folds have one, otherwise the final one."""
     calibrated = all((folder / f"fold_{fold}" / CALIBRATED).is_file() for fold in folds)
     return CALIBRATED if calibrated else "checkpoint_final.pth"
 
 
 def model_hash(model: Model) -> str:
-    """Twelve digits that change whenever a checkpoint does."""
+    """Return twelve hexadecimal digits that change with the checkpoints."""
     return hashlib.sha256("".join(file_hash(file) for file in model.files).encode()).hexdigest()[:12]
 
 
 def thresholds_of(model: Model) -> dict[str, float]:
-    """By label: what `mae3d_calibrate` found, or nnU-Net's own 0.5."""
+    """Return the threshold of each label: the calibrated one, or nnU-Net's 0.5."""
     if model.checkpoint == CALIBRATED:
         return read_json(model.folder / CALIBRATION_RECORD)["thresholds"]
     return dict.fromkeys(classes_of(model.plan).names, 0.5)
 
 
 def read_training_range(model: Model) -> TrainingRange:
-    """Spacings and volumes of the training cases; raises `UserError` when their records are missing."""
+    """Return spacings and volumes of the training cases. Raises `UserError` if their records are missing."""
     fingerprint = read_json(model.plan.dataset.preprocessed / "dataset_fingerprint.json")
-    file = model.folder / TRAINING
+    file = model.folder / TRAINING_VOLUMES
     if not file.is_file():
         write_json(_training_volumes(model), file)
     volumes = {label: np.array(values, float) for label, values in read_json(file).items()}
     return TrainingRange(np.sort(np.array(fingerprint["spacings"], float), axis=1), volumes)
 
 
-def warnings_of(geometry: Geometry, volumes: Mapping[str, float], seen: TrainingRange) -> dict[str, list[str]]:
-    """What a reader should look at, by label."""
-    *fine, thickness = sorted(geometry.spacing)
-    common = []
-    if _outside(thickness, seen.spacings[:, -1]):
-        common.append(f"slice thickness {thickness:.3g} mm, trained on {_range(seen.spacings[:, -1])} mm")
-    for axis, spacing in enumerate(fine):
-        if spacing != thickness and _outside(spacing, seen.spacings[:, axis]):
-            common.append(f"spacing {spacing:.3g} mm, trained on {_range(seen.spacings[:, axis])} mm")
+def warnings_of(geometry: Geometry, volumes: Mapping[str, float], training: TrainingRange) -> dict[str, list[str]]:
+    """Return, for each label, in what a case differs from the training cases."""
+    common = _spacing_warnings(geometry, training)
+    return {label: common + _volume_warnings(volume, training.volumes[label]) for label, volume in volumes.items()}
+
+
+def _spacing_warnings(geometry: Geometry, training: TrainingRange) -> list[str]:
+    *in_plane, thickness = sorted(geometry.spacing)
+    warnings = []
+    if _outside(thickness, training.spacings[:, -1]):
+        warnings.append(f"slice thickness {thickness:.3g} mm, trained on {_range(training.spacings[:, -1])} mm")
+    for axis, spacing in enumerate(in_plane):
+        if spacing != thickness and _outside(spacing, training.spacings[:, axis]):
+            warnings.append(f"spacing {spacing:.3g} mm, trained on {_range(training.spacings[:, axis])} mm")
             break
-    found = {}
-    for label, volume in volumes.items():
-        own = list(common)
-        if volume == 0:
-            own.append("nothing found")
-        elif volume > seen.volumes[label].max() or volume < seen.volumes[label].min():
-            own.append(f"volume outside the {_range(seen.volumes[label])} mm3 of the training cases")
-        found[label] = own
-    return found
+    return warnings
+
+
+def _volume_warnings(volume: float, training: np.ndarray) -> list[str]:
+    if volume == 0:
+        return ["nothing found"]
+    if volume > training.max() or volume < training.min():
+        return [f"volume outside the {_range(training)} mm3 of the training cases"]
+    return []
 
 
 def _training_volumes(model: Model) -> dict[str, list[float]]:
-    plan, classes = model.plan, classes_of(model.plan)
-    folder, ending = plan.dataset.preprocessed / "gt_segmentations", plan.dataset_json["file_ending"]
-    files = sorted(folder.glob(f"*{ending}"))
-    if not files:
-        raise UserError(f"There are no reference segmentations in {folder}: run nnUNetv2_preprocess first.")
-    found = [_volumes(file, classes) for file in tqdm(files, unit="case", desc="training labels")]
-    return {label: [volumes[label] for volumes in found] for label in classes.names}
+    classes, files = classes_of(model.plan), reference_segmentations(model.plan).values()
+    by_case = [_volumes(file, classes) for file in tqdm(files, unit="case", desc="training labels")]
+    return {label: [volumes[label] for volumes in by_case] for label in classes.names}
 
 
 def _volumes(file: Path, classes: Classes) -> dict[str, float]:
-    """Volume of each label in mm3."""
+    """Return the volume of each label in mm3."""
     with without_warnings_of_itk():
         mask, geometry = read_mask(file), read_geometry(file)
     voxel = float(np.prod(geometry.spacing))
@@ -164,75 +166,66 @@ def _volumes(file: Path, classes: Classes) -> dict[str, float]:
 
 
 def _refuse_other_model(work: Path, identity: str) -> None:
-    note = work / NOTE
+    note = work / MODEL_NOTE
     if note.is_file() and read_json(note)["model"] != identity:
-        raise UserError(f"{work} has segmentations of another model: give another -o, or remove that folder.")
+        raise UserError(f"{work} holds segmentations of another model: give another -o, or remove that folder.")
     if not note.is_file():
         if work.exists() and any(work.iterdir()):
-            raise UserError(f"{work} is in use: give another -o, or remove that folder.")
+            raise UserError(f"{work} is not empty: give another -o, or remove that folder.")
         write_json({"model": identity}, note)
 
 
-def _check(case: PredictionCase) -> Geometry | str:
-    """The geometry of a case, or why it cannot be predicted."""
-    found = []
+def _check_images(case: PredictionCase) -> Geometry | str:
+    """Return the geometry of a case, or why it cannot be predicted."""
+    geometries = []
     for image in case.images:
         try:
             with without_warnings_of_itk():
-                found.append(read_geometry(image))
+                geometries.append(read_geometry(image))
         except Exception as error:  # noqa: BLE001 (each reader has errors of its own; the reason goes into the table)
             return f"{image.name} cannot be read ({reader_reason(error)})"
-        if difference := found[0].difference(found[-1]):
+        if difference := geometries[0].difference(geometries[-1]):
             return f"{image.name} and {case.images[0].name} differ in {difference}"
-    return found[0]
+    return geometries[0]
 
 
-def _predict(model: Model, cases: Sequence[PredictionCase], work: Path, part: Part, device: str) -> None:
-    files = [work / f"{case.name}{model.plan.dataset_json['file_ending']}" for case in cases]
-    if all(file.is_file() for file in files):
-        return
-    images = work / f"images_part{part.number}"
-    shutil.rmtree(images, ignore_errors=True)
-    images.mkdir(parents=True)
-    for case in cases:
-        for image in case.images:
-            link(image, images / image.name)
-    command = [*model.command(images, work, device), "--continue_prediction"]
-    predict(command, files, work / f"log_part{part.number}.txt")
-    shutil.rmtree(images)
-
-
-def _rows(
-    model: Model, case: str, checked: Geometry | str, work: Path, seen: TrainingRange, cutoffs: Sequence[float] | None
+def _case_rows(
+    model: Model,
+    case: str,
+    geometry: Geometry | str,
+    work: Path,
+    training: TrainingRange,
+    cutoffs: Sequence[float] | None,
 ) -> list[dict[str, Any]]:
+    """Return a row for each label of a case; the geometry is the reason if the case could not be predicted."""
     classes, thresholds = classes_of(model.plan), thresholds_of(model)
-    if isinstance(checked, str):
-        return [{"case": case, "label": label, "warnings": checked} for label in classes.names]
+    if isinstance(geometry, str):
+        return [{"case": case, "label": label, "warnings": geometry} for label in classes.names]
     volumes = _volumes(work / f"{case}{model.plan.dataset_json['file_ending']}", classes)
-    warnings = warnings_of(checked, volumes, seen)
+    warnings = warnings_of(geometry, volumes, training)
     return [
         {
             "case": case,
             "label": label,
             "volume_mm3": round(volume, 3),
-            "risk_group": _group(volume, seen.volumes[label], cutoffs),
+            "risk_group": _risk_group(volume, training.volumes[label], cutoffs),
             "threshold": round(thresholds[label], 6),
-            "slice_thickness_mm": round(max(checked.spacing), 4),
+            "slice_thickness_mm": round(max(geometry.spacing), 4),
             "warnings": "; ".join(warnings[label]),
         }
         for label, volume in volumes.items()
     ]
 
 
-def _group(volume: float, training: np.ndarray, given: Sequence[float] | None) -> str:
+def _risk_group(volume: float, training: np.ndarray, given: Sequence[float] | None) -> str:
     cutoffs = tuple(given) if given else find_cutoffs(training, None)[0]
     if not cutoffs:
         return ""
     return group_names(cutoffs, bool(given))[int(group_of(np.array(volume), cutoffs))]
 
 
-def _outside(value: float, seen: np.ndarray) -> bool:
-    return value > seen.max() * TOLERANCE or value < seen.min() / TOLERANCE
+def _outside(value: float, training: np.ndarray) -> bool:
+    return value > training.max() * TOLERANCE or value < training.min() / TOLERANCE
 
 
 def _range(values: np.ndarray) -> str:

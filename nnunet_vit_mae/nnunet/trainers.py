@@ -61,9 +61,10 @@ class ScheduledTrainer(nnUNetTrainer):
         Runs with the same seed are equal where nnU-Net augments in one process (`nnUNet_n_proc_DA=0`).
         """
         if self.seed >= 0:
-            random.seed(self.seed)
-            np.random.seed(self.seed)  # noqa: NPY002 (nnU-Net draws from numpy's global generator)
-            torch.manual_seed(self.seed)
+            seed = self.seed + self.local_rank  # each GPU draws other samples; DDP takes the weights from the first
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002 (nnU-Net draws from numpy's global generator)
+            torch.manual_seed(seed)
         super().initialize()
 
     @exit_on_user_error
@@ -127,7 +128,7 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
             num_input_channels,
             num_output_channels,
             drop_path=settings.finetuning.drop_path,
-            spacing=tuple(configuration_manager.spacing),
+            spacing=tuple(map(float, configuration_manager.spacing)),
             unet=unet,
         )
 

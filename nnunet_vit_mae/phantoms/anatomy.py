@@ -1,10 +1,10 @@
-"""The body of a phantom patient: carotid siphons with plaques in a skull base, drawn analytically in HU.
+"""The anatomy of a phantom patient: carotid siphons with plaques in a skull base, drawn analytically in HU.
 
 An anatomy is a formula, not a volume, so that every scan of a patient samples the same body in another pose.
 
-Arrays and coordinate triples run z, y, x; z points up, y backwards, x to the patient's left (the LPS frame of NIfTI and
-SimpleITK). Lengths are mm from the centre of the region, densities Hounsfield units (HU). A "surface" below is an
-approximate signed distance in mm, negative inside; "mirrored" points have |x| in place of x.
+Arrays and coordinates are z y x; z points to superior, y to posterior, x to the patient's left (LPS, as in SimpleITK).
+Lengths are mm from the centre of the region, densities Hounsfield units (HU). A "surface" below is an approximate
+signed distance in mm, negative inside; "mirrored" points have |x| in place of x.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from scipy import ndimage
 
 Seed = int | tuple[int, ...]
 
-FINE_MM = 0.5  # the isotropic grid on which the body is drawn before a scanner averages it
+FINE_MM = 0.5  # isotropic grid on which the body is drawn, before a scanner averages it
 VESSEL_WALL_MM, SHEATH_MM = 0.4, 1.4
-PLAQUE_COUNT_SHARES = (0.1, 0.15, 0.25, 0.25, 0.15, 0.1)  # of patients with 0, 1, ... 5 plaques
+PLAQUE_COUNT_SHARES = (0.1, 0.15, 0.25, 0.25, 0.15, 0.1)  # shares of patients with 0, 1, ... 5 plaques
 
-# HU of tissues that do not vary between patients. The fluid fills the cisterns round the brain; the sheath is fluid
-# and a little fat round the vessel, without which blood would hardly show beside brain.
+# HU of tissues that do not vary between patients. The fluid fills the cisterns around the brain; the sheath is fluid
+# and a little fat around the vessel, without which blood would hardly contrast with brain.
 AIR, FAT, SHEATH, FLUID, BRAIN, MUSCLE = -1000.0, -85.0, -10.0, 8.0, 36.0, 58.0
 
 # Centre line of the left siphon from the petrous canal upwards; the right one is its mirror image.
@@ -37,20 +37,20 @@ SIPHON = np.transpose(
 
 @dataclass(frozen=True, eq=False)
 class Waves:
-    """A smooth random field of mean 0 and deviation 1: plane waves, which any pose samples without interpolation."""
+    """A smooth random field of mean 0 and deviation 1, a sum of plane waves, so that no pose needs interpolation."""
 
     vectors: np.ndarray
     phases: np.ndarray
 
     def __call__(self, points: np.ndarray) -> np.ndarray:
-        """Values (z y x) of the field at points (3 z y x)."""
+        """Return the values (z y x) of the field at points (3 z y x)."""
         angles = np.tensordot(self.vectors, points, axes=1) + column(self.phases)
         return np.sin(angles).sum(0) * np.float32(np.sqrt(2 / len(self.phases)))
 
 
 @dataclass(frozen=True)
 class Plaque:
-    """A crescent in the vessel wall: where along the vessel (mm) and round it (radians), half sizes in mm, and HU."""
+    """A crescent in the vessel wall: position along (mm) and around the vessel (radians), half sizes in mm, and HU."""
 
     position: float
     angle: float
@@ -62,7 +62,7 @@ class Plaque:
 
 @dataclass(frozen=True, eq=False)
 class Vessel:
-    """One siphon: centre line (points, 3) at equal steps of `step` mm, lumen radius in mm, and its plaques."""
+    """One siphon: centre line (points, 3) in equal steps of `step` mm, lumen radius in mm, and plaques."""
 
     line: np.ndarray
     step: float
@@ -72,7 +72,7 @@ class Vessel:
 
 @dataclass(frozen=True, eq=False)
 class Anatomy:
-    """All that is particular to one patient; lengths in mm, densities in HU."""
+    """Everything that varies between patients; lengths in mm, densities in HU."""
 
     scale: np.ndarray
     warp: tuple[Waves, ...]
@@ -97,7 +97,7 @@ class Rendering:
 
 
 def draw_anatomy(patient_seed: Seed, plaque_scale: float = 1.0) -> Anatomy:
-    """The anatomy that `patient_seed` stands for; `plaque_scale` multiplies the half sizes of its plaques."""
+    """Draw the anatomy of a patient; `plaque_scale` multiplies the half sizes of the plaques."""
     rng = generator(1, patient_seed)
     knots = SIPHON + rng.normal(0, 0.6, SIPHON.shape)
     burden = rng.lognormal(0.0, 0.3)
@@ -121,7 +121,7 @@ def draw_anatomy(patient_seed: Seed, plaque_scale: float = 1.0) -> Anatomy:
 
 
 def generator(stream: int, seed: Seed) -> np.random.Generator:
-    """Random numbers for one purpose, so that equal seeds of patient and scan have nothing in common."""
+    """Return the random generator of one purpose, so that equal seeds of patient and scan are independent."""
     return np.random.default_rng([stream, *np.atleast_1d(seed).tolist()])
 
 
@@ -168,7 +168,7 @@ def _draw_plaque(rng: np.random.Generator, vessel_length: float, burden: float, 
 
 
 def render(anatomy: Anatomy, points: np.ndarray) -> Rendering:
-    """Draw a patient at `points` (3 z y x), mm."""
+    """Sample a patient's body at `points` (3 z y x, mm)."""
     points = points / column(anatomy.scale)
     points = points + np.float32(0.9) * np.stack([waves(points) for waves in anatomy.warp])
     mirrored = np.stack([points[0], points[1], np.abs(points[2])])
@@ -179,7 +179,7 @@ def render(anatomy: Anatomy, points: np.ndarray) -> Rendering:
 
     septum = np.abs(points[2] - anatomy.septum) - 0.45
     throat = np.maximum(_ellipsoid(mirrored, (-19, -6, 0), (6, 9, 6.5)), 2.5 - sinus)
-    # A millimetre of wall and bone always parts the vessel from the sinus, as where the carotid bulges into it.
+    # 1 mm of wall and bone always separates the vessel from the sinus, as where the carotid bulges into it
     air_share = _share(np.minimum(reduce(np.maximum, (sinus, -septum, 1.0 - lumen)), throat))
     bone_share = _share(bone) * _share(VESSEL_WALL_MM - lumen) * (1 - air_share)
     core = np.clip((-bone - 1.0) / 0.8, 0, 1)  # 0 in the cortical shell, 1 in the spongy inside
@@ -199,7 +199,7 @@ def _paint(density: np.ndarray, share: np.ndarray, tissue: np.ndarray | float) -
 
 
 def _bones(mirrored: np.ndarray, sinus: np.ndarray) -> np.ndarray:
-    """Surface of the skull base."""
+    """Return the surface of the skull base."""
     hollow = mirrored - column((1, 0, 0)) * (0.013 * (mirrored[1] + 3) ** 2)
     parts = [
         sinus - 1.1,  # thin wall of the sphenoid sinus
@@ -217,7 +217,7 @@ def _bones(mirrored: np.ndarray, sinus: np.ndarray) -> np.ndarray:
 
 
 def _soft_tissue(mirrored: np.ndarray, texture: np.ndarray) -> np.ndarray:
-    """HU of everything but bone, air and vessels."""
+    """Return the HU of everything but bone, air and vessels."""
     z, y, _ = mirrored
     before_clivus = (y - 11.5) + 0.32 * z
     below_base = np.maximum(z + 11, before_clivus)
@@ -237,31 +237,30 @@ def _soft_tissue(mirrored: np.ndarray, texture: np.ndarray) -> np.ndarray:
 
 
 def _render_vessels(anatomy: Anatomy, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Surface of the lumens, share of plaque and HU of plaque, each (z y x)."""
+    """Return the surface of the lumens, the share of plaque and its HU, each (z y x)."""
     margin = 5.0
     lumen = np.full(points.shape[1:], margin, np.float32)
-    plaque, density = np.zeros_like(lumen), np.zeros_like(lumen)
+    shares, density = np.zeros_like(lumen), np.zeros_like(lumen)
     for vessel in anatomy.vessels:
         low, high = column(vessel.line.min(0) - margin), column(vessel.line.max(0) + margin)
         near = ((points > low) & (points < high)).all(0)
         distance, along, angle = _vessel_coordinates(points[:, near], vessel)
         lumen[near] = np.minimum(lumen[near], distance - vessel.radius)
-        for one in vessel.plaques:
-            share = _plaque_share(one, vessel.radius, distance, along, angle)
-            density[near] = np.where(share > plaque[near], one.density, density[near])
-            plaque[near] = np.maximum(plaque[near], share)
-    return lumen, plaque, density
+        for plaque in vessel.plaques:
+            share = _plaque_share(plaque, vessel.radius, distance, along, angle)
+            density[near] = np.where(share > shares[near], plaque.density, density[near])
+            shares[near] = np.maximum(shares[near], share)
+    return lumen, shares, density
 
 
 def _vessel_coordinates(points: np.ndarray, vessel: Vessel) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per point (3, n): mm from the centre line, mm along it, and the angle round it (0 is the patient's left)."""
+    """Return mm from the centre line, mm along it, and the angle around it (0 is left) for points (3, n)."""
     line = vessel.line
     nearest = np.argmin((line**2).sum(1)[:, None] - 2 * (line @ points), axis=0)
     tangents = np.gradient(line, axis=0)
     tangents /= np.linalg.norm(tangents, axis=1, keepdims=True)
-    lateral = (
-        np.array((0, 0, 1), np.float32) - tangents[:, 2:] * tangents
-    )  # the siphon bends in planes of nearly constant x
+    # the siphon bends in planes of nearly constant x
+    lateral = np.array((0, 0, 1), np.float32) - tangents[:, 2:] * tangents
     lateral /= np.linalg.norm(lateral, axis=1, keepdims=True)
     offset = points.T - line[nearest]
     ahead = (offset * tangents[nearest]).sum(1)
@@ -280,12 +279,12 @@ def _plaque_share(
 
 
 def _share(surface: np.ndarray) -> np.ndarray:
-    """Share of each fine voxel that lies inside a surface."""
+    """Return the share of each fine voxel that lies inside a surface."""
     return np.clip(0.5 - surface / np.float32(FINE_MM), 0, 1)
 
 
 def _blend(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Union of two surfaces with the crease between them filled."""
+    """Unite two surfaces and fill the crease between them."""
     width = 2.0
     crease = np.maximum(width - np.abs(first - second), 0) / width
     return np.minimum(first, second) - crease**2 * (width / 4)
@@ -297,7 +296,7 @@ def _ellipsoid(points: np.ndarray, centre: tuple, radii: tuple) -> np.ndarray:
 
 
 def _rod(points: np.ndarray, start: tuple, end: tuple, radius: float) -> np.ndarray:
-    """A rod with round ends, in as many dimensions as `start` has."""
+    """Return the surface of a rod with round ends, in the dimensions of `start`."""
     first, last = np.array([start, end], np.float32)
     span = last - first
     offsets = [axis - middle for axis, middle in zip(points, first, strict=True)]
@@ -309,12 +308,12 @@ def _rod(points: np.ndarray, start: tuple, end: tuple, radius: float) -> np.ndar
 def _sheet(
     points: np.ndarray, axis: int, start: tuple, end: tuple, radius: float, reach: tuple[float, float]
 ) -> np.ndarray:
-    """A plate: a two-dimensional rod across `axis`, drawn out along it from reach[0] to reach[1]."""
+    """Return the surface of a plate: a 2D rod across `axis`, extruded along it from reach[0] to reach[1]."""
     middle, half = sum(reach) / 2, (reach[1] - reach[0]) / 2
     across = _rod(np.delete(points, axis, axis=0), start, end, radius)
     return np.maximum(across, np.abs(points[axis] - middle) - half)
 
 
 def column(values: np.ndarray | tuple) -> np.ndarray:
-    """One number for each component of points (3 z y x)."""
+    """Reshape one number per component to broadcast with points (3 z y x)."""
     return np.asarray(values, np.float32)[:, None, None, None]

@@ -1,8 +1,8 @@
-"""Synthetic CT of the skull base round the carotid siphons, written as an nnU-Net v2 raw data set.
+"""Synthetic CT of the skull base around the carotid siphons, written as an nnU-Net v2 raw dataset.
 
-The phantoms stand in for the clinical scans of the ViTiac paper (its data section: patches round the cavernous carotid
-artery, calcification labelled by circling a plaque, keeping what reaches 130 HU and dropping single voxels). Here the
-patients are shared out among the sets; `phantom_anatomy` draws them and `phantom_scanner` scans and labels them.
+The phantoms replace the clinical scans of the ViTiac paper: patches around the cavernous carotid artery, in which
+calcification was labelled by circling a plaque, keeping what reaches 130 HU and removing single voxels. This module
+assigns patients to the sets; `anatomy.py` draws them, and `scanner.py` scans and labels them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LABEL_FOLDERS = {"labelled": "labelsTr", "test": "labelsTs"}
 
 @dataclass(frozen=True)
 class PlannedScan:
-    """A place in the data set: number of the patient, number of their scan, and the set it goes to."""
+    """A scan of the dataset: number of the patient, number of the scan, and the set it belongs to."""
 
     patient: int
     number: int
@@ -36,12 +36,12 @@ class PlannedScan:
 
     @property
     def patient_name(self) -> str:
-        """Name of the patient in the table."""
+        """Patient in the table."""
         return f"p{self.patient:03d}"
 
     @property
     def case(self) -> str:
-        """Name of the case in the data set."""
+        """Case in the dataset."""
         return f"phantom_{self.patient_name}_s{self.number}"
 
 
@@ -56,42 +56,54 @@ def write_phantom_dataset(
     extent_mm: tuple[float, float, float] = (32.0, 40.0, 40.0),
     plaque_scale: float = 1.0,
 ) -> Path:
-    """Write an nnU-Net v2 raw data set of phantoms and return its folder, `folder`/Dataset900_CarotidPhantom.
+    """Write an nnU-Net v2 raw dataset of phantoms: images, labels, dataset.json and scans.csv.
 
-    It holds imagesTr with labelsTr, imagesTs with labelsTs, imagesUn (no labels), dataset.json, and scans.csv (case,
-    patient, set, scanner, kernel, slice_thickness in mm). Labelled and test scans are of one patient each and show
-    plaque; unlabelled scans are never of test patients. `extent_mm` (z y x) is the region that a scan covers, and
-    `plaque_scale` multiplies the length, width and thickness of the plaques. The folder appears once it is complete.
+    Labelled and test scans are of one patient each and show plaque; unlabelled scans are never of test patients. The
+    folder appears once it is complete.
 
-    Raises `UserError` for impossible numbers, or when that data set already exists.
+    Args:
+        folder: The folder in which the dataset is created.
+        dataset_id: Number of the dataset.
+        labelled: Number of scans in imagesTr and labelsTr.
+        unlabelled: Number of scans in imagesUn.
+        test: Number of scans in imagesTs and labelsTs.
+        seed: Random seed.
+        extent_mm: Size of the region that a scan covers (z y x, mm).
+        plaque_scale: Factor of the length, width and thickness of plaques.
+
+    Returns:
+        The folder of the dataset, `folder`/Dataset900_CarotidPhantom.
+
+    Raises:
+        UserError: If a number is impossible, or if the dataset already exists.
     """
     if not 1 <= dataset_id <= 999:
-        raise UserError(f"dataset_id is {dataset_id}, but it must be from 1 to 999.")
+        raise UserError(f"dataset_id is {dataset_id}, but must be between 1 and 999.")
     if labelled < 1 or unlabelled < 0 or test < 0:
         raise UserError(
-            f"A phantom data set of {labelled} labelled, {unlabelled} unlabelled and {test} test scans is impossible: "
-            "ask for at least 1 labelled scan and no negative number."
+            f"A phantom dataset of {labelled} labelled, {unlabelled} unlabelled and {test} test scans is impossible: "
+            "give at least 1 labelled scan and no negative number."
         )
     target = Path(folder) / f"Dataset{dataset_id:03d}_CarotidPhantom"
     if target.exists():
-        raise UserError(f"The data set {target} already exists: remove it or choose another dataset_id or folder.")
+        raise UserError(f"The dataset {target} already exists: remove it, or choose another dataset_id or folder.")
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=target.parent, prefix=".phantom_") as partial:
         growing = Path(partial) / target.name
         rows = []
         for place, scan in _scans(_plan(labelled, unlabelled, test), seed, extent_mm, plaque_scale):
             _write_scan(growing, place, scan)
-            how = (scan.scanner, scan.kernel, scan.slice_thickness)
-            rows.append((place.case, place.patient_name, place.set_name, *how))
-        _write_tables(growing, rows, labelled)
+            acquisition = (scan.scanner, scan.kernel, scan.slice_thickness)
+            rows.append((place.case, place.patient_name, place.set_name, *acquisition))
+        _write_description(growing, rows, labelled)
         growing.rename(target)
     return target
 
 
 def _plan(labelled: int, unlabelled: int, test: int) -> list[PlannedScan]:
-    """One labelled scan for each training patient, one for each test patient, and the unlabelled ones.
+    """Plan one labelled scan per training patient, one scan per test patient, and the unlabelled scans.
 
-    A third of the unlabelled scans are second scans of training patients; the rest are one to three of new patients.
+    A third of the unlabelled scans are second scans of training patients; new patients have one to three scans each.
     """
     plan = [PlannedScan(patient, 0, "labelled") for patient in range(labelled)]
     plan += [PlannedScan(labelled + patient, 0, "test") for patient in range(test)]
@@ -108,8 +120,8 @@ def _plan(labelled: int, unlabelled: int, test: int) -> list[PlannedScan]:
 def _scans(
     plan: list[PlannedScan], seed: int, extent_mm: tuple[float, float, float], plaque_scale: float
 ) -> Iterator[tuple[PlannedScan, PhantomScan]]:
-    """Take the planned scans; a patient whose labelled scan shows too little plaque is drawn anew."""
-    attempts: dict[int, int] = {}  # by which attempt each patient was accepted
+    """Make the planned scans; a patient whose labelled scan shows too little plaque is drawn again."""
+    attempts: dict[int, int] = {}  # the attempt at which each patient was accepted
     for place in plan:
         for attempt in range(attempts.get(place.patient, 0), MOST_REDRAWS):
             patient_seed, scan_seed = (seed, place.patient, attempt), (seed, place.patient, place.number, attempt)
@@ -119,7 +131,7 @@ def _scans(
         else:
             raise UserError(
                 f"None of {MOST_REDRAWS} patients drawn for {place.case} has a label of {SMALLEST_LABEL_MM3} mm3 "
-                f"at plaque_scale {plaque_scale}: choose a larger one."
+                f"at plaque_scale {plaque_scale}: choose a larger plaque_scale."
             )
         attempts[place.patient] = attempt
         yield place, scan
@@ -140,7 +152,8 @@ def _write_volume(file: Path, volume: np.ndarray, spacing: tuple[float, float, f
     sitk.WriteImage(image, str(file), useCompression=True)
 
 
-def _write_tables(folder: Path, rows: list[tuple], labelled: int) -> None:
+def _write_description(folder: Path, rows: list[tuple], labelled: int) -> None:
+    """Write dataset.json and scans.csv."""
     description = {
         "channel_names": {"0": "CT"},
         "labels": {"background": 0, "calcification": 1},

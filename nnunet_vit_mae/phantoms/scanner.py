@@ -1,6 +1,6 @@
-"""Taking a phantom scan: pose, reconstruction kernel, slice thickness and noise turn an anatomy into a labelled image.
+"""Phantom scans: pose, reconstruction kernel, slice thickness and noise turn an anatomy into a labelled image.
 
-The four scanners and two kernels are invented; they differ in the ways that real ones do.
+The four scanners and two kernels are invented, but differ as real ones do.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SLICE_SHARES = (0.05, 0.07, 0.1, 0.23, 0.2, 0.1, 0.1, 0.08, 0.04, 0.03)
 
 @dataclass(frozen=True)
 class PhantomScanner:
-    """One machine: noise and offset in HU, the range of pixel sizes in mm, how often it uses the bone kernel."""
+    """A scanner: noise and offset in HU, range of pixel sizes in mm, and share of scans with the bone kernel."""
 
     noise: float
     offset: float
@@ -33,7 +33,7 @@ class PhantomScanner:
 
 @dataclass(frozen=True)
 class Kernel:
-    """In-plane reconstruction filter: blur in mm, then an overshoot at edges; its noise relative to the scanner's."""
+    """An in-plane reconstruction kernel: blur in mm, overshoot at edges, and noise relative to the scanner's."""
 
     blur: float
     overshoot: float
@@ -51,7 +51,7 @@ KERNELS = {"soft": Kernel(blur=0.5, overshoot=0.0, noise=1.0), "bone": Kernel(bl
 
 @dataclass(frozen=True)
 class Examination:
-    """How one scan is taken: names of scanner and kernel, slice and pixel size in mm, and the pose of the head."""
+    """How a scan is acquired: scanner, kernel, slice thickness and pixel size in mm, and pose (mm and degrees)."""
 
     scanner: str
     kernel: str
@@ -63,7 +63,7 @@ class Examination:
 
 @dataclass(frozen=True, eq=False)
 class PhantomScan:
-    """One scan: int16 HU image and uint8 label of equal shape (z y x), spacing in mm (z y x), and how it was taken."""
+    """A scan: int16 HU image and uint8 label of equal shape (z y x), spacing in mm (z y x), and its acquisition."""
 
     image: np.ndarray
     label: np.ndarray
@@ -88,16 +88,24 @@ def make_scan(
     slice_thickness: float | None = None,
     plaque_scale: float = 1.0,
 ) -> PhantomScan:
-    """Scan a patient: equal `patient_seed` is equal anatomy, equal `scan_seed` equal pose, scanner and noise.
+    """Scan a phantom patient.
 
-    `extent_mm` (z y x) is the region covered. `scanner`, `kernel` (keys of SCANNERS and KERNELS) and `slice_thickness`
-    (mm) replace what `scan_seed` would draw; pose and pixel size stay. `plaque_scale` multiplies the length, width and
-    thickness of the plaques. Raises `UserError` for what no scanner or patient can have.
+    Args:
+        patient_seed: Random seed of the anatomy.
+        scan_seed: Random seed of pose, scanner, kernel, slice thickness and noise.
+        extent_mm: Size of the region covered (z y x, mm).
+        scanner: Key of SCANNERS that replaces the drawn one.
+        kernel: Key of KERNELS that replaces the drawn one.
+        slice_thickness: Slice thickness in mm that replaces the drawn one.
+        plaque_scale: Factor of the length, width and thickness of plaques.
+
+    Raises:
+        UserError: If an argument is out of range.
     """
-    wishes = {"scanner": scanner, "kernel": kernel, "slice_thickness": slice_thickness}
-    wishes = {name: value for name, value in wishes.items() if value is not None}
-    examination = replace(draw_examination(scan_seed), **wishes)
-    _check(examination, extent_mm, plaque_scale)
+    given = {"scanner": scanner, "kernel": kernel, "slice_thickness": slice_thickness}
+    given = {name: value for name, value in given.items() if value is not None}
+    examination = replace(draw_examination(scan_seed), **given)
+    _check_arguments(examination, extent_mm, plaque_scale)
 
     body = render(draw_anatomy(patient_seed, plaque_scale), fine_points(examination, extent_mm))
     machine, filtering = SCANNERS[examination.scanner], KERNELS[examination.kernel]
@@ -108,14 +116,14 @@ def make_scan(
     density = density + filtering.overshoot * (density - _in_plane_blur(density, OVERSHOOT_WIDTH_MM / FINE_MM))
     image = sample(density, spacing) + machine.offset
     deviation = machine.noise * filtering.noise * np.sqrt(REFERENCE_SLICE_MM / examination.slice_thickness)
-    image += deviation * _noise(generator(3, scan_seed), image.shape, filtering)
+    image += deviation * _kernel_noise(generator(3, scan_seed), image.shape, filtering)
     image = np.clip(np.rint(image), *HU_RANGE).astype(np.int16)
-    label = _label(image, sample(plaque, spacing), sample(bone, spacing))
+    label = _label_plaques(image, sample(plaque, spacing), sample(bone, spacing))
     return PhantomScan(image, label, spacing, examination.scanner, examination.kernel, examination.slice_thickness)
 
 
 def draw_examination(scan_seed: Seed) -> Examination:
-    """The examination that `scan_seed` stands for."""
+    """Draw the acquisition of a scan."""
     rng = generator(2, scan_seed)
     scanner = str(rng.choice(list(SCANNERS)))
     return Examination(
@@ -128,21 +136,21 @@ def draw_examination(scan_seed: Seed) -> Examination:
     )
 
 
-def _check(examination: Examination, extent_mm: tuple[float, float, float], plaque_scale: float) -> None:
+def _check_arguments(examination: Examination, extent_mm: tuple[float, float, float], plaque_scale: float) -> None:
     if examination.scanner not in SCANNERS:
         raise UserError(f"There is no phantom scanner {examination.scanner!r}: choose from {', '.join(SCANNERS)}.")
     if examination.kernel not in KERNELS:
         raise UserError(f"There is no phantom kernel {examination.kernel!r}: choose from {', '.join(KERNELS)}.")
     if not 0.5 <= examination.slice_thickness <= 5:
-        raise UserError(f"slice_thickness is {examination.slice_thickness} mm, but it must be from 0.5 to 5 mm.")
+        raise UserError(f"slice_thickness is {examination.slice_thickness} mm, but must be between 0.5 and 5 mm.")
     if min(extent_mm) < 10:
         raise UserError(f"extent_mm is {extent_mm}, but every side must be at least 10 mm.")
     if not 0 < plaque_scale <= 3:
-        raise UserError(f"plaque_scale is {plaque_scale}, but it must be above 0 and at most 3.")
+        raise UserError(f"plaque_scale is {plaque_scale}, but must be above 0 and at most 3.")
 
 
 def fine_points(examination: Examination, extent_mm: tuple[float, float, float]) -> np.ndarray:
-    """Patient coordinates in mm, (3 z y x) float32, of the fine voxels under the pose of an examination."""
+    """Return the patient coordinates of the fine voxels in the pose of an examination (3 z y x, mm, float32)."""
     axes = [(np.arange(round(extent / FINE_MM)) + 0.5) * FINE_MM - extent / 2 for extent in extent_mm]
     grid = np.stack(np.meshgrid(*axes, indexing="ij")).astype(np.float32)
     turn = np.eye(3) + np.cross(np.eye(3), np.deg2rad(examination.tilt))  # to first order, enough for a few degrees
@@ -154,7 +162,7 @@ def _in_plane_blur(volume: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def sample(fine: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarray:
-    """Average a fine volume over voxels of `spacing` mm, as many as fit, centred in the region."""
+    """Average a fine volume (z y x) over voxels of `spacing` mm (z y x); as many as fit, centred in the region."""
     for axis, step in enumerate(spacing):
         size = fine.shape[axis] * FINE_MM
         count = int(size / step + 1e-6)
@@ -168,16 +176,16 @@ def sample(fine: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarray:
     return fine
 
 
-def _noise(rng: np.random.Generator, shape: tuple[int, ...], kernel: Kernel) -> np.ndarray:
-    """Noise of deviation 1 in the grain of a kernel: coarse where it blurs, fine where it sharpens."""
+def _kernel_noise(rng: np.random.Generator, shape: tuple[int, ...], kernel: Kernel) -> np.ndarray:
+    """Return noise of standard deviation 1 with the texture of a kernel: coarse if it blurs, fine if it sharpens."""
     white = rng.normal(size=shape)
     coarse = _in_plane_blur(white, 0.7)
     grain = white - coarse if kernel.overshoot else coarse
     return grain / grain.std()
 
 
-def _label(image: np.ndarray, plaque: np.ndarray, bone: np.ndarray) -> np.ndarray:
-    """The reader's rule: inside the circle round a plaque, at least 130 HU, and no single voxels."""
+def _label_plaques(image: np.ndarray, plaque: np.ndarray, bone: np.ndarray) -> np.ndarray:
+    """Label as a reader does: inside the circle around a plaque, at least 130 HU, and no single voxels."""
     label = (image >= THRESHOLD_HU) & (plaque >= 0.1) & (plaque >= bone)
     pieces = np.zeros(label.shape, np.int32)
     ndimage.label(label, np.ones((3, 3, 3)), output=pieces)

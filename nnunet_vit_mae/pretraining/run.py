@@ -143,7 +143,7 @@ def _train(
         job.files, job.patch_size, job.drawing, job.seed, job.cache, crops_per_volume=job.protocol.crops_per_volume
     )
     batches = iter(_batches(job, crops, first_step, device, readers))
-    sample = crops[[0]].samples(device).first()
+    sample = crops[[0]].samples(device).first() if is_first else None
     saved = time.monotonic()
     network.train()
     with tqdm(total=job.steps, initial=first_step, unit="step", desc="pre-training", disable=not is_first) as bar:
@@ -167,7 +167,7 @@ def _train(
                 "epoch %d: loss %.6f, learning rate %.2e, %.1f s (%.1f%% waiting for crops), %.1f samples/s",
                 epoch + 1, losses[-1], rate, seconds, 100 * waited / seconds, speed,
             )  # fmt: skip
-            if not is_first:
+            if sample is None:  # rank 0 alone writes
                 continue
             is_last = epoch + 1 == job.protocol.epochs
             if is_last or time.monotonic() - saved > SAVE_EVERY_SECONDS:

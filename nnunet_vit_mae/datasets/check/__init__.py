@@ -1,1 +1,1 @@
-"""`mae3d_check`: what is wrong with a raw dataset, within each case and across cases."""
+"""`mae3d_check`: find problems of a raw dataset, within each case and between cases."""

@@ -1,4 +1,4 @@
-"""What only shows between cases: copies, patients on two sides, outliers, other orientations and empty labels."""
+"""Problems that only show between cases: duplicates, leakage of patients, outliers, orientations and empty labels."""
 
 from __future__ import annotations
 
@@ -12,141 +12,141 @@ from nnunet_vit_mae.datasets.contrasts import Channels
 from nnunet_vit_mae.imaging.labels import Labels
 
 OUTLIER = 3.5  # modified z-score (Iglewicz and Hoaglin, How to Detect and Handle Outliers, 1993)
-UNIT = 0.02  # of the usual range from the 1st to the 99th percentile: what differs less than that is alike
-FEWEST = 8  # cases without which nothing stands out
-BIN = 0.5  # mm of the histogram of slice thickness
+SMALLEST_UNIT = 0.02  # of the median range from the 1st to the 99th percentile: smaller differences do not count
+FEWEST = 8  # with fewer cases, there are no outliers
+BIN = 0.5  # mm, in the histogram of slice thickness
 
 
 def findings_across_cases(
-    looks: Sequence[CaseSummary], channels: Channels, labels: Labels, patients: Mapping[str, str]
+    cases: Sequence[CaseSummary], channels: Channels, labels: Labels, patients: Mapping[str, str]
 ) -> Iterator[Finding]:
-    """Findings about several cases; patients as far as they are known."""
-    yield from _copies(looks)
-    yield from _names(looks)
-    yield from _patients(looks, patients)
-    yield from _orientations(looks)
-    yield from _outliers(looks, channels)
-    yield from _labels(looks, labels)
+    """Yield findings about several cases; `patients` holds the known patients by case."""
+    yield from _duplicates(cases)
+    yield from _same_names(cases)
+    yield from _shared_patients(cases, patients)
+    yield from _orientations(cases)
+    yield from _intensity_outliers(cases, channels)
+    yield from _label_findings(cases, labels)
 
 
 def robust_z(values: Sequence[float], smallest: float) -> np.ndarray:
-    """Distance from the median in units of the median absolute deviation, scaled to a normal distribution.
+    """Return each value's distance from the median, in median absolute deviations scaled to a normal distribution.
 
-    `smallest` is the least that a unit is, so that scans that agree closely do not make an outlier of a good one.
+    `smallest` is the least unit, so that a good scan is no outlier among scans that agree closely.
     """
     distance = np.asarray(values, float) - np.median(values)
     return distance / max(1.4826 * float(np.median(np.abs(distance))), smallest, 1e-12)
 
 
-def intensity_scores(looks: Sequence[CaseSummary], number: int) -> dict[str, tuple[float, float]]:
-    """Scores of the median and of the 99th percentile of a channel, by case; empty with few cases."""
-    having = [look for look in looks if number in look.channels]
-    if len(having) < FEWEST:
+def intensity_scores(cases: Sequence[CaseSummary], number: int) -> dict[str, tuple[float, float]]:
+    """Return the robust z-scores of a channel's median and 99th percentile by case; empty if there are few cases."""
+    with_channel = [case for case in cases if number in case.channels]
+    if len(with_channel) < FEWEST:
         return {}
-    seen = [look.channels[number] for look in having]
-    unit = UNIT * float(np.median([one.p99 - one.p1 for one in seen]))
-    medians = robust_z([one.median for one in seen], unit)
-    highs = robust_z([one.p99 for one in seen], unit)
-    return {str(look): (float(a), float(b)) for look, a, b in zip(having, medians, highs, strict=True)}
+    channels = [case.channels[number] for case in with_channel]
+    unit = SMALLEST_UNIT * float(np.median([channel.p99 - channel.p1 for channel in channels]))
+    medians = robust_z([channel.median for channel in channels], unit)
+    highs = robust_z([channel.p99 for channel in channels], unit)
+    return {str(case): (float(a), float(b)) for case, a, b in zip(with_channel, medians, highs, strict=True)}
 
 
-def outliers_by_channel(looks: Sequence[CaseSummary], channels: Channels) -> list[set[str]]:
-    """Cases that stand out in each channel."""
+def outliers_by_channel(cases: Sequence[CaseSummary], channels: Channels) -> list[set[str]]:
+    """Return the outlying cases of each channel."""
     return [
-        {case for case, scores in intensity_scores(looks, number).items() if max(map(abs, scores)) > OUTLIER}
+        {case for case, scores in intensity_scores(cases, number).items() if max(map(abs, scores)) > OUTLIER}
         for number in range(len(channels.names))
     ]
 
 
-def thickness_histogram(looks: Sequence[CaseSummary]) -> dict[str, int]:
-    """Number of cases by slice thickness (the largest spacing), in bins of half a millimetre."""
-    bins = Counter(int(look.thickness / BIN + 1e-6) for look in looks if look.geometry)
+def thickness_histogram(cases: Sequence[CaseSummary]) -> dict[str, int]:
+    """Count cases by slice thickness (the largest spacing), in bins of half a millimetre."""
+    bins = Counter(int(case.thickness / BIN + 1e-6) for case in cases if case.geometry)
     return {f"{number * BIN:g}-{(number + 1) * BIN:g} mm": bins[number] for number in sorted(bins)}
 
 
-def _copies(looks: Sequence[CaseSummary]) -> Iterator[Finding]:
+def _duplicates(cases: Sequence[CaseSummary]) -> Iterator[Finding]:
     by_hash: dict[str, list[CaseSummary]] = defaultdict(list)
-    for look in looks:
-        for channel in dict.fromkeys(channel.hash for channel in look.channels.values()):
-            by_hash[channel].append(look)
-    told = set()
+    for case in cases:
+        for image_hash in dict.fromkeys(channel.hash for channel in case.channels.values()):
+            by_hash[image_hash].append(case)
+    reported = set()
     for same in by_hash.values():
-        first, *others = sorted(same, key=lambda look: look.folder != "imagesTs")  # a test case, if there is one
+        first, *others = sorted(same, key=lambda case: case.folder != "imagesTs")  # a test case, if there is one
         for other in others:
-            if (str(first), str(other)) not in told:
-                told.add((str(first), str(other)))
+            if (str(first), str(other)) not in reported:
+                reported.add((str(first), str(other)))
                 level = ERROR if (first.folder == "imagesTs") != (other.folder == "imagesTs") else WARNING
-                yield Finding(level, "duplicate", str(other), f"has an image with the voxels of one of {first}")
+                yield Finding(level, "duplicate", str(other), f"has an image with the same voxels as one of {first}")
 
 
-def _names(looks: Sequence[CaseSummary]) -> Iterator[Finding]:
-    for name, folders in _folders_of({str(look): look.name for look in looks}, looks).items():
+def _same_names(cases: Sequence[CaseSummary]) -> Iterator[Finding]:
+    for name, folders in _first_cases({str(case): case.name for case in cases}, cases).items():
         if len(folders) > 1:
-            listed = " and in ".join(sorted(folders))
-            yield Finding(WARNING, "same name", f"{sorted(folders)[-1]}/{name}", f"has the name of a case in {listed}")
+            case = f"{sorted(folders)[-1]}/{name}"
+            yield Finding(WARNING, "same name", case, f"has a name that occurs in {' and in '.join(sorted(folders))}")
 
 
-def _patients(looks: Sequence[CaseSummary], patients: Mapping[str, str]) -> Iterator[Finding]:
-    of_case = {str(look): patients[look.name] for look in looks if look.name in patients}
-    for patient, folders in _folders_of(of_case, looks).items():
+def _shared_patients(cases: Sequence[CaseSummary], patients: Mapping[str, str]) -> Iterator[Finding]:
+    patient_of = {str(case): patients[case.name] for case in cases if case.name in patients}
+    for patient, folders in _first_cases(patient_of, cases).items():
         if len(folders) > 1:
             level = ERROR if "imagesTs" in folders else WARNING
-            cases = " and ".join(folders[folder] for folder in sorted(folders))
-            yield Finding(level, "patient on two sides", folders[sorted(folders)[-1]], f"is {patient}, as {cases} are")
+            listed = " and ".join(folders[folder] for folder in sorted(folders))
+            text = f"is of patient {patient}: {listed}"
+            yield Finding(level, "patient on two sides", folders[sorted(folders)[-1]], text)
 
 
-def _folders_of(keys: Mapping[str, str], looks: Sequence[CaseSummary]) -> dict[str, dict[str, str]]:
-    """Key -> folder -> the first case there."""
+def _first_cases(keys: Mapping[str, str], cases: Sequence[CaseSummary]) -> dict[str, dict[str, str]]:
+    """Return the first case by key and folder; `keys` holds the key of each case."""
     folders: dict[str, dict[str, str]] = defaultdict(dict)
-    for look in looks:
-        if str(look) in keys:
-            folders[keys[str(look)]].setdefault(look.folder, str(look))
+    for case in cases:
+        if str(case) in keys:
+            folders[keys[str(case)]].setdefault(case.folder, str(case))
     return folders
 
 
-def _orientations(looks: Sequence[CaseSummary]) -> Iterator[Finding]:
-    orientations = Counter(look.orientation for look in looks if look.geometry)
+def _orientations(cases: Sequence[CaseSummary]) -> Iterator[Finding]:
+    orientations = Counter(case.orientation for case in cases if case.geometry)
     most = max(orientations, key=lambda name: orientations[name], default="")
-    for look in looks:
-        if look.geometry is None:
+    for case in cases:
+        if case.geometry is None:
             continue
-        if look.orientation != most:
-            text = f"has axes {look.orientation}, most have {most}: nnU-Net does not turn images"
-            yield Finding(WARNING, "orientation", str(look), text)
-        thick = int(np.argmax(look.geometry.spacing))
-        finer = sorted(look.geometry.spacing)[-2]
-        if thick != 2 and look.thickness > 2 * finer:
-            text = f"has its thick slices across {'xyz'[thick]}, and those of most scans are across z"
-            yield Finding(WARNING, "orientation", str(look), text)
+        if case.orientation != most:
+            text = f"has axes {case.orientation}, most have {most}: nnU-Net does not reorient images"
+            yield Finding(WARNING, "orientation", str(case), text)
+        thick = int(np.argmax(case.geometry.spacing))
+        finer = sorted(case.geometry.spacing)[-2]
+        if thick != 2 and case.thickness > 2 * finer:
+            text = f"has thick slices along {'xyz'[thick]}, while most scans have them along z"
+            yield Finding(WARNING, "orientation", str(case), text)
 
 
-def _outliers(looks: Sequence[CaseSummary], channels: Channels) -> Iterator[Finding]:
-    by_name = {str(look): look for look in looks}
+def _intensity_outliers(cases: Sequence[CaseSummary], channels: Channels) -> Iterator[Finding]:
+    by_name = {str(case): case for case in cases}
     for number, name in enumerate(channels.names):
-        for case, scores in intensity_scores(looks, number).items():
+        for case, (median_score, p99_score) in intensity_scores(cases, number).items():
             channel = by_name[case].channels[number]
-            for what, value, score in zip(
-                ("median", "99th percentile"), (channel.median, channel.p99), scores, strict=True
-            ):
+            scores = (("median", channel.median, median_score), ("99th percentile", channel.p99, p99_score))
+            for measure, value, score in scores:
                 if abs(score) > OUTLIER:
-                    text = f"has {name} with a {what} of {value:g}, {score:+.1f} robust deviations from the other cases"
+                    text = f"has {name} with a {measure} of {value:g}, a robust z-score of {score:+.1f}"
                     yield Finding(WARNING, "intensity", case, text)
 
 
-def _labels(looks: Sequence[CaseSummary], labels: Labels) -> Iterator[Finding]:
-    labelled = [look for look in looks if look.volumes is not None and look.folder == "imagesTr"]
+def _label_findings(cases: Sequence[CaseSummary], labels: Labels) -> Iterator[Finding]:
+    labelled = [case for case in cases if case.volumes is not None and case.folder == "imagesTr"]
     for value in labels.foreground:
-        if labelled and not any(value in (look.volumes or {}) for look in labelled):
+        if labelled and not any(value in (case.volumes or {}) for case in labelled):
             yield Finding(WARNING, "unused label", "", f"label {value} of dataset.json occurs in no case of labelsTr")
-    if empty := empty_labels(looks, labels):
-        text = f"{len(empty)} of {len(labelled)} labels in labelsTr are empty; --list_empty names them"
+    if empty := empty_labels(cases, labels):
+        text = f"{len(empty)} of {len(labelled)} labels in labelsTr are empty; --list_empty lists them"
         yield Finding(WARNING, "empty label", "", text)
 
 
-def empty_labels(looks: Sequence[CaseSummary], labels: Labels) -> list[str]:
-    """Training cases without any foreground."""
+def empty_labels(cases: Sequence[CaseSummary], labels: Labels) -> list[str]:
+    """Return the names of training cases without any foreground."""
     return [
-        look.name
-        for look in looks
-        if look.folder == "imagesTr" and look.volumes is not None and not set(look.volumes) - {labels.ignore}
+        case.name
+        for case in cases
+        if case.folder == "imagesTr" and case.volumes is not None and not set(case.volumes) - {labels.ignore}
     ]

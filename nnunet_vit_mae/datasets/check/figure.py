@@ -1,4 +1,4 @@
-"""The picture of `mae3d_check`: spacings, label volumes, and the intensities of every case, with outliers by name."""
+"""The figure of `mae3d_check`: spacings, label volumes, and the intensities of every case, with outliers by name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nnunet_vit_mae.datasets.check.inspection import CaseSummary
+from nnunet_vit_mae.datasets.check.inspection import CaseSummary, ChannelSummary
 from nnunet_vit_mae.datasets.contrasts import Channels
 from nnunet_vit_mae.imaging.labels import Labels
 
@@ -16,33 +16,33 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FOLDER_COLOURS = {"imagesTr": "tab:blue", "imagesTs": "tab:orange", "imagesUn": "tab:gray"}
-NAMED = 12  # outliers that have room for their names
-MOST_TICKS = 40  # cases that have room for their names on the axis
-FEW_VALUES = 12  # spacings that get a bar each
-WIDE = 20  # ratio of volumes that needs a logarithm
+NAMED = 12  # at most so many outliers are named
+MOST_TICKS = 40  # at most so many cases are named on the axis
+FEW_VALUES = 12  # at most so many spacings get a bar each
+WIDE = 20  # ratio of volumes from which the axis is logarithmic
 
 
-def draw(
-    looks: Sequence[CaseSummary], channels: Channels, labels: Labels, outliers: Sequence[Collection[str]]
+def check_figure(
+    cases: Sequence[CaseSummary], channels: Channels, labels: Labels, outliers: Sequence[Collection[str]]
 ) -> Figure:
-    """Spacings and label volumes above, a row for each channel below; `outliers` are cases of each channel."""
+    """Draw spacings and label volumes above and a row for each channel below; `outliers` holds cases by channel."""
     from matplotlib.figure import Figure
 
     rows = len(channels.names)
     figure = Figure(figsize=(11, 3.4 + 2.9 * rows), layout="constrained")
     grid = figure.add_gridspec(rows + 1, 6, height_ratios=[1.1] + [1] * rows)
-    having = [look for look in looks if look.geometry]
-    thickness = [look.thickness for look in having]
-    finest = [min(look.geometry.spacing) for look in having if look.geometry]
-    _spacings(figure.add_subplot(grid[0, :2]), thickness, "slice thickness (largest spacing), mm")
-    _spacings(figure.add_subplot(grid[0, 2:4]), finest, "smallest spacing, mm")
-    _volumes(figure.add_subplot(grid[0, 4:]), looks, labels)
+    thickness = [case.thickness for case in cases if case.geometry]
+    finest = [min(case.geometry.spacing) for case in cases if case.geometry]
+    _draw_spacings(figure.add_subplot(grid[0, :2]), thickness, "slice thickness (largest spacing), mm")
+    _draw_spacings(figure.add_subplot(grid[0, 2:4]), finest, "smallest spacing, mm")
+    _draw_label_volumes(figure.add_subplot(grid[0, 4:]), cases, labels)
     for number, name in enumerate(channels.names):
-        _intensities(figure.add_subplot(grid[number + 1, :]), looks, number, name, outliers[number])
+        axes = figure.add_subplot(grid[number + 1, :])
+        _draw_intensities(axes, [case for case in cases if number in case.channels], number, name, outliers[number])
     return figure
 
 
-def _spacings(axes: Axes, values: Sequence[float], title: str) -> None:
+def _draw_spacings(axes: Axes, values: Sequence[float], title: str) -> None:
     axes.set_title(title, fontsize=9)
     rounded, counts = np.unique(np.round(values, 2), return_counts=True)
     if len(rounded) <= FEW_VALUES:
@@ -54,18 +54,18 @@ def _spacings(axes: Axes, values: Sequence[float], title: str) -> None:
     axes.set_ylabel("images")
 
 
-def _volumes(axes: Axes, looks: Sequence[CaseSummary], labels: Labels) -> None:
-    """Ascending volumes of each label in ml; cases without it are counted in the legend, as a logarithm has no zero."""
+def _draw_label_volumes(axes: Axes, cases: Sequence[CaseSummary], labels: Labels) -> None:
+    """Draw ascending volumes of each label in ml; the legend counts cases without it, as a logarithm has no zero."""
     from matplotlib.ticker import FuncFormatter
 
-    labelled = [look for look in looks if look.volumes is not None and look.folder == "imagesTr"]
+    labelled = [case for case in cases if case.volumes is not None and case.folder == "imagesTr"]
     axes.set_title("label volume of training cases, ml", fontsize=9)
     for name, values in labels.values.items():
-        volumes = [sum((look.volumes or {}).get(value, 0.0) for value in values) / 1000 for look in labelled]
-        there = sorted(volume for volume in volumes if volume)
-        without = len(volumes) - len(there)
-        caption = name + (f" ({without} without)" if without else "")
-        axes.plot(np.arange(1, len(there) + 1), there, marker=".", markersize=4, linewidth=1, label=caption)
+        volumes = [sum((case.volumes or {}).get(value, 0.0) for value in values) / 1000 for case in labelled]
+        present = sorted(volume for volume in volumes if volume)
+        absent = len(volumes) - len(present)
+        caption = f"{name} ({absent} without)" if absent else name
+        axes.plot(np.arange(1, len(present) + 1), present, marker=".", markersize=4, linewidth=1, label=caption)
     axes.set_xlabel("cases, smallest first", fontsize=8)
     drawn = [volume for line in axes.get_lines() for volume in np.asarray(line.get_ydata())]
     if drawn and max(drawn) > WIDE * min(drawn):
@@ -78,40 +78,68 @@ def _volumes(axes: Axes, looks: Sequence[CaseSummary], labels: Labels) -> None:
         axes.legend(fontsize=7)
 
 
-def _intensities(axes: Axes, looks: Sequence[CaseSummary], number: int, name: str, outliers: Collection[str]) -> None:
-    """1st to 99th percentile of each case as a bar, the median as a dot; outliers are red."""
-    having = [look for look in looks if number in look.channels]
-    axes.set_title(
-        f"{name}: 1st to 99th percentile and median of each of {len(having)} images, {len(outliers)} stand out (red)",
-        fontsize=9,
-        loc="left",
-    )
-    places = np.arange(len(having))
+def _draw_intensities(
+    axes: Axes, cases: Sequence[CaseSummary], number: int, name: str, outliers: Collection[str]
+) -> None:
+    """Draw the 1st to 99th percentile of each case as a bar and the median as a dot; outliers are red."""
+    title = f"{name}: 1st to 99th percentile and median of each of {len(cases)} images, {len(outliers)} outliers (red)"
+    axes.set_title(title, fontsize=9, loc="left")
     for folder, colour in FOLDER_COLOURS.items():
-        for red in (False, True):
-            here = [look.folder == folder and (str(look) in outliers) == red for look in having]
-            chosen = [look.channels[number] for look, wanted in zip(having, here, strict=True) if wanted]
-            if not chosen:
-                continue
-            at = places[here]
-            shown = "tab:red" if red else colour
-            width = float(np.clip(400 / len(having), 0.5, 4))
-            axes.vlines(at, [one.p1 for one in chosen], [one.p99 for one in chosen], shown, linewidth=width, alpha=0.6)
-            axes.plot(
-                at,
-                [one.median for one in chosen],
-                "o",
-                color=shown,
-                markersize=3,
-                markeredgecolor="white",
-                markeredgewidth=0.5,
-                label=None if red else folder,
-            )
-    named = [(float(place), look) for place, look in zip(places, having, strict=True) if str(look) in outliers][:NAMED]
-    for place, look in named if len(having) > MOST_TICKS else ():
+        for is_outlier in (False, True):
+            places = [
+                place
+                for place, case in enumerate(cases)
+                if case.folder == folder and (str(case) in outliers) == is_outlier
+            ]
+            channels = [cases[place].channels[number] for place in places]
+            if channels:
+                width = float(np.clip(400 / len(cases), 0.5, 4))
+                label = None if is_outlier else folder
+                _draw_channels(axes, places, channels, "tab:red" if is_outlier else colour, width, label)
+    named = [(place, case) for place, case in enumerate(cases) if str(case) in outliers][:NAMED]
+    if len(cases) <= MOST_TICKS:
+        rotation = 60 if len(cases) > 12 else 0
+        axes.set_xticks(range(len(cases)), [case.name for case in cases], rotation=rotation, fontsize=7)
+        for tick, case in zip(axes.get_xticklabels(), cases, strict=True):
+            tick.set_color("tab:red" if str(case) in outliers else "black")
+    else:
+        _name_outliers(axes, [(place, case.name, case.channels[number].p99) for place, case in named])
+        axes.set_xlabel("images, by folder and name", fontsize=8)
+    axes.set_xlim(-1, max(1, len(cases)))
+    axes.margins(y=0.18 if named else 0.05)
+    axes.grid(alpha=0.3, axis="y")
+    if cases:
+        axes.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, borderaxespad=0)
+
+
+def _draw_channels(
+    axes: Axes,
+    places: Sequence[int],
+    channels: Sequence[ChannelSummary],
+    colour: str,
+    width: float,
+    label: str | None,
+) -> None:
+    low, high = [channel.p1 for channel in channels], [channel.p99 for channel in channels]
+    axes.vlines(places, low, high, colour, linewidth=width, alpha=0.6)
+    axes.plot(
+        places,
+        [channel.median for channel in channels],
+        "o",
+        color=colour,
+        markersize=3,
+        markeredgecolor="white",
+        markeredgewidth=0.5,
+        label=label,
+    )
+
+
+def _name_outliers(axes: Axes, named: Sequence[tuple[int, str, float]]) -> None:
+    """Write the names of cases at their place and height."""
+    for place, name, height in named:
         axes.annotate(
-            look.name,
-            (place, look.channels[number].p99),
+            name,
+            (place, height),
             xytext=(0, 3),
             textcoords="offset points",
             fontsize=7,
@@ -119,14 +147,3 @@ def _intensities(axes: Axes, looks: Sequence[CaseSummary], number: int, name: st
             rotation=25,
             bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5},
         )
-    if len(having) <= MOST_TICKS:
-        axes.set_xticks(places, [look.name for look in having], rotation=60 if len(having) > 12 else 0, fontsize=7)
-        for tick, look in zip(axes.get_xticklabels(), having, strict=True):
-            tick.set_color("tab:red" if str(look) in outliers else "black")
-    else:
-        axes.set_xlabel("images, by folder and name", fontsize=8)
-    axes.set_xlim(-1, max(1, len(having)))
-    axes.margins(y=0.18 if named else 0.05)
-    axes.grid(alpha=0.3, axis="y")
-    if having:
-        axes.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, borderaxespad=0)

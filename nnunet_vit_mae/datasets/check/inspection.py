@@ -1,7 +1,7 @@
-"""One look over a raw data set before days of GPU time: every image and label is read once, one case at a time.
+"""Inspection of single cases: every image and label of a raw dataset is read once, one case at a time.
 
-An error stops training or makes its result wrong; a warning may be intended. What is compared between cases are a few
-numbers of each, so that memory does not grow with the data set. Volumes are z y x; spacings are mm, x y z.
+An error stops training or makes its result wrong; a warning may be intended. Only a few numbers of each case are kept
+to compare cases, so that memory does not grow with the dataset. Volumes are z y x; spacings are mm, x y z.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_vit_mae.datasets.contrasts import Channels, find_raw_cases, read_channels, read_contrasts
+from nnunet_vit_mae.datasets.contrasts import Channels, find_case_images, read_channels, read_contrasts
 from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.files import read_json
 from nnunet_vit_mae.imaging.channels import NIFTI, cases_in
@@ -27,12 +27,12 @@ from nnunet_vit_mae.workers import run_each
 
 ERROR, WARNING = "error", "warning"
 LABELS_OF = {"imagesTr": "labelsTr", "imagesTs": "labelsTs", "imagesUn": None}
-SAMPLE = 1_000_000  # voxels that percentiles are taken of: enough for three digits
+SAMPLE = 1_000_000  # voxels used for percentiles: enough for three digits
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong, in one clause, with a case (`folder/name`) or, without one, with the data set."""
+    """One thing that is wrong with a case (`folder/name`) or, if `case` is empty, with the dataset."""
 
     level: str
     kind: str
@@ -41,8 +41,8 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Channel:
-    """Intensities of one image above its own minimum, which is the background; and the hash of all its voxels."""
+class ChannelSummary:
+    """Percentiles of one image's intensities above its minimum (the background), and the hash of all its voxels."""
 
     p1: float
     median: float
@@ -52,11 +52,11 @@ class Channel:
 
 @dataclass(frozen=True)
 class CaseSummary:
-    """What one case gave; volumes are mm3 by label value, None without a (readable) label."""
+    """What is known about one case; volumes are mm3 by label value, None without a readable label."""
 
     folder: str
     name: str
-    channels: Mapping[int, Channel] = field(default_factory=dict)
+    channels: Mapping[int, ChannelSummary] = field(default_factory=dict)
     geometry: Geometry | None = None
     volumes: Mapping[int, float] | None = None
     findings: tuple[Finding, ...] = ()
@@ -66,19 +66,19 @@ class CaseSummary:
 
     @property
     def thickness(self) -> float:
-        """Largest spacing in mm; NaN when nothing could be read."""
+        """Largest spacing in mm; NaN if nothing could be read."""
         return max(self.geometry.spacing) if self.geometry else float("nan")
 
     @property
     def orientation(self) -> str:
-        """Where the axes x y z point, as three letters, such as LPS."""
+        """Directions of the axes x y z as three letters, such as LPS."""
         assert self.geometry is not None
         return str(sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(self.geometry.direction))
 
 
 @dataclass(frozen=True)
 class InspectionTask:
-    """A case to look at: images by channel, label, and the channels that may be all zeros."""
+    """A case to inspect: images by channel, label, and the channels that may be all zeros."""
 
     folder: str
     name: str
@@ -87,7 +87,7 @@ class InspectionTask:
     blank: frozenset[int]
 
     def finding(self, level: str, kind: str, text: str) -> Finding:
-        """A finding in this case."""
+        """Return a finding in this case."""
         return Finding(level, kind, f"{self.folder}/{self.name}", text)
 
 
@@ -95,15 +95,15 @@ class InspectionTask:
 
 
 def find_tasks(raw: Path) -> tuple[list[InspectionTask], Channels, Labels, list[Finding]]:
-    """All cases of the three image folders, and what is wrong without opening an image.
+    """Find the cases of the three image folders, and what is wrong without opening an image.
 
-    Raises `UserError` when dataset.json is no description, or when there are no images.
+    Raises `UserError` if dataset.json does not describe a dataset, or if there are no images.
     """
     channels, labels = read_channels(raw), read_labels(raw / "dataset.json")
     record = read_contrasts(raw)
     tasks, findings = [], list(_description_findings(raw, labels))
     label_files = {folder: cases_in(raw / name, channels.ending) if name else {} for folder, name in LABELS_OF.items()}
-    for case in find_raw_cases(raw, channels):
+    for case in find_case_images(raw, channels):
         folder = case.folder.name
         of_case = record.get(folder, {}).get(case.name)
         absent = {*of_case.filled, *of_case.blank} if of_case else set()
@@ -114,13 +114,14 @@ def find_tasks(raw: Path) -> tuple[list[InspectionTask], Channels, Labels, list[
             task.finding(ERROR, "misnamed", f"{file.name} is not named like {case.name}_0000{channels.ending}")
             for file in case.misnamed
         ]
-        findings += list(_missing(task, case.files, channels, bool(case.misnamed)))
+        if not case.misnamed:  # otherwise, the names have to be corrected first
+            findings += _missing_files(task, case.files, channels)
         tasks.append(task)
     if not any(task.images for task in tasks):
         raise UserError(f"There are no images such as CASE_0000{channels.ending} in {raw}: put them into imagesTr.")
     stated = read_json(raw / "dataset.json").get("numTraining")
-    if stated != (found := len(label_files["imagesTr"])):
-        text = f"numTraining is {stated} in dataset.json, but labelsTr has {found} labels"
+    if stated != (count := len(label_files["imagesTr"])):
+        text = f"numTraining is {stated} in dataset.json, but labelsTr has {count} labels"
         findings.append(Finding(ERROR, "numTraining", "", text))
     return [task for task in tasks if task.images], channels, labels, findings
 
@@ -128,41 +129,39 @@ def find_tasks(raw: Path) -> tuple[list[InspectionTask], Channels, Labels, list[
 def _description_findings(raw: Path, labels: Labels) -> Iterator[Finding]:
     values = sorted(labels.known)
     if values != list(range(len(values))):
-        text = f"labels in dataset.json are {', '.join(map(str, values))}, but nnU-Net wants 0, 1, 2 and so on"
+        text = f"labels in dataset.json are {', '.join(map(str, values))}, but nnU-Net requires 0, 1, 2 and so on"
         yield Finding(ERROR, "label values", "", text)
     if not (raw / "labelsTr").is_dir():
         yield Finding(ERROR, "no labels", "", "there is no folder labelsTr")
 
 
-def _missing(task: InspectionTask, files: Collection[int], channels: Channels, misnamed: bool) -> Iterator[Finding]:
-    if misnamed:
-        return  # its names are to be mended first
+def _missing_files(task: InspectionTask, files: Collection[int], channels: Channels) -> Iterator[Finding]:
     if not files:
         yield task.finding(ERROR, "no image", "has a label, but no image")
         return
     for number, name in enumerate(channels.names):
         if number not in files:
-            text = f"lacks channel {number:04d} ({name}); mae3d_fill_contrasts stands in for what was not acquired"
+            text = f"lacks channel {number:04d} ({name}); if it was not acquired, use mae3d_fill_contrasts"
             yield task.finding(ERROR, "missing channel", text)
     if beyond := [number for number in files if number >= len(channels.names)]:
         yield task.finding(ERROR, "unknown channel", f"has channel {min(beyond):04d}, which dataset.json does not list")
     if task.folder == "imagesTr" and task.label is None:
-        yield task.finding(ERROR, "missing label", "has no label in labelsTr; without one it belongs into imagesUn")
+        yield task.finding(ERROR, "missing label", "has no label in labelsTr; move unlabelled cases to imagesUn")
 
 
 # ---------- one case
 
 
 def inspect_case(task: InspectionTask, known: frozenset[int]) -> CaseSummary:
-    """Read the files of a case, one after the other; never raises for what is in them."""
+    """Read the files of a case; unusable files become findings. `known` are the label values in dataset.json."""
     findings: list[Finding] = []
-    seen: dict[int, Channel] = {}
+    summaries: dict[int, ChannelSummary] = {}
     reference: Geometry | None = None
     with without_warnings_of_itk():
         for number, file in task.images.items():
             try:
-                array, geometry = _stored(file)
-            except Exception as error:  # noqa: BLE001 (readers raise many kinds, and all other files must be seen)
+                array, geometry = _stored_volume(file)
+            except Exception as error:  # noqa: BLE001 (readers raise many kinds, and all other files are inspected too)
                 findings.append(
                     task.finding(ERROR, "unreadable", f"{file.name} cannot be read: {reader_reason(error)}")
                 )
@@ -170,77 +169,79 @@ def inspect_case(task: InspectionTask, known: frozenset[int]) -> CaseSummary:
             reference = reference or geometry
             if difference := reference.difference(geometry):
                 findings.append(task.finding(ERROR, "geometry", f"{file.name} differs from the first in {difference}"))
-            channel = _channel(task, number, array, findings)
-            if channel:
-                seen[number] = channel
-        if len({channel.hash for channel in seen.values()}) < len(seen):
+            summary = _summarise_channel(task, number, array, findings)
+            if summary:
+                summaries[number] = summary
+        if len({summary.hash for summary in summaries.values()}) < len(summaries):
             findings.append(task.finding(WARNING, "duplicate", "has the same voxels in two channels"))
-        volumes = _label(task, known, reference, findings) if task.label else None
-    return CaseSummary(task.folder, task.name, seen, reference, volumes, tuple(findings))
+        volumes = _label_volumes(task, known, reference, findings) if task.label else None
+    return CaseSummary(task.folder, task.name, summaries, reference, volumes, tuple(findings))
 
 
-def _stored(file: Path) -> tuple[np.ndarray, Geometry]:
-    """Voxels z y x and geometry. SimpleITK gives 0 for what is no number in a NIfTI, so that others read those."""
+def _stored_volume(file: Path) -> tuple[np.ndarray, Geometry]:
+    """Return voxels (z y x) and geometry; nibabel reads NIfTI files, because SimpleITK replaces NaN by 0."""
     if not file.name.endswith(NIFTI):
         return read_volume(file)
     geometry = read_geometry(file)
     if len(geometry.size) != 3:
-        raise ValueError(f"{file.name} has {len(geometry.size)} dimensions, but three are needed")
+        raise ValueError(f"{file.name} has {len(geometry.size)} dimensions instead of three")
     image: Any = nibabel.load(file)
     return np.asanyarray(image.dataobj).T.reshape(geometry.size[::-1]), geometry
 
 
-def _channel(task: InspectionTask, number: int, array: np.ndarray, findings: list[Finding]) -> Channel | None:
+def _summarise_channel(
+    task: InspectionTask, number: int, array: np.ndarray, findings: list[Finding]
+) -> ChannelSummary | None:
+    """Summarise the intensities of an image; return None and append a finding if it is unusable."""
     name = task.images[number].name
     values = array.ravel()
     if values.dtype.kind == "f" and (bad := int(np.count_nonzero(~np.isfinite(values)))):
-        text = f"{name} has {bad} voxels that are NaN or infinite, which nnU-Net's usual reader takes for 0"
+        text = f"{name} has {bad} voxels that are NaN or infinite, which nnU-Net's default reader replaces by 0"
         findings.append(task.finding(ERROR, "NaN or infinity", text))
         return None
     low, high = float(values.min()), float(values.max())
     if low == high:
         if low == 0 and number in task.blank:
             return None
-        what = "all zeros; if it was not acquired, mae3d_fill_contrasts says so" if low == 0 else f"{low:g} everywhere"
+        what = "all zeros; if it was not acquired, use mae3d_fill_contrasts" if low == 0 else f"{low:g} everywhere"
         findings.append(task.finding(ERROR, "constant", f"{name} is {what}"))
         return None
     sample = values[:: max(1, values.size // SAMPLE)]
     sample = sample[sample > low] if (sample > low).any() else sample
     p1, median, p99 = (float(value) for value in np.percentile(sample, (1, 50, 99)))
     digest = hashlib.sha256(str(array.shape).encode())
-    for plane in array:  # as single precision, so that a copy in another type is the same
+    for plane in array:  # in single precision, so that a copy of another data type has the same hash
         digest.update(np.ascontiguousarray(plane, np.float32).tobytes())
-    return Channel(p1, median, p99, digest.hexdigest())
+    return ChannelSummary(p1, median, p99, digest.hexdigest())
 
 
-def _label(
+def _label_volumes(
     task: InspectionTask, known: frozenset[int], reference: Geometry | None, findings: list[Finding]
 ) -> dict[int, float] | None:
+    """Return the volume of each label in mm3; return None and append a finding if the label is unusable."""
     assert task.label is not None
     name = f"the label {task.label.parent.name}/{task.label.name}"
     try:
-        array, geometry = _stored(task.label)
+        array, geometry = _stored_volume(task.label)
     except Exception as error:  # noqa: BLE001 (as above)
         findings.append(task.finding(ERROR, "unreadable", f"{name} cannot be read: {reader_reason(error)}"))
         return None
     if reference and (difference := reference.difference(geometry)):
         findings.append(task.finding(ERROR, "geometry", f"{name} differs from the image in {difference}"))
     if not whole_numbers(array):
-        findings.append(task.finding(ERROR, "not integers", f"{name} holds numbers that are not integers"))
+        findings.append(task.finding(ERROR, "not integers", f"{name} has values that are not integers"))
         return None
     values, counts = np.unique(array, return_counts=True)
-    found = {int(value): int(count) for value, count in zip(values, counts, strict=True)}
-    if unknown := sorted(set(found) - known):
-        listed = ", ".join(map(str, unknown[:5]))
-        findings.append(
-            task.finding(ERROR, "unknown label", f"{name} holds {listed}, which dataset.json does not list")
-        )
-    voxel = float(np.prod(geometry.spacing))
-    return {value: count * voxel for value, count in found.items() if value}
+    voxels = {int(value): int(count) for value, count in zip(values, counts, strict=True)}
+    if unknown := sorted(set(voxels) - known):
+        text = f"{name} holds {', '.join(map(str, unknown[:5]))}, which dataset.json does not list"
+        findings.append(task.finding(ERROR, "unknown label", text))
+    voxel_volume = float(np.prod(geometry.spacing))
+    return {value: count * voxel_volume for value, count in voxels.items() if value}
 
 
 def inspect_all(tasks: Sequence[InspectionTask], labels: Labels, processes: int) -> Iterator[CaseSummary]:
-    """Look at every case, as they are done; one that its process did not survive has that as its finding."""
-    for task, found in run_each(partial(inspect_case, known=frozenset(labels.known)), tasks, processes):
-        lost = task.finding(ERROR, "unreadable", "needs more memory than there is: give a smaller -np")
-        yield found or CaseSummary(task.folder, task.name, findings=(lost,))
+    """Inspect all cases and yield each summary as soon as it is done; a case whose process died gets a finding."""
+    for task, summary in run_each(partial(inspect_case, known=frozenset(labels.known)), tasks, processes):
+        lost = task.finding(ERROR, "unreadable", "needs more memory than is available: give a smaller -np")
+        yield summary or CaseSummary(task.folder, task.name, findings=(lost,))

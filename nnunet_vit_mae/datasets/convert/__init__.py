@@ -1,1 +1,1 @@
-"""`mae3d_convert`: from DICOM or BIDS to a raw dataset."""
+"""`mae3d_convert`: convert DICOM or BIDS to a raw dataset."""

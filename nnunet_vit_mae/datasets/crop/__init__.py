@@ -1,1 +1,1 @@
-"""`mae3d_crop_roi`: a region drawn on a template, found in every scan by registration and cropped."""
+"""`mae3d_crop_roi`: crop a region drawn on a template from every scan, located by registration."""

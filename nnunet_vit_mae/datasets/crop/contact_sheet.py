@@ -1,6 +1,6 @@
-"""Pictures for the reader who checks registrations: one thumbnail for each case, and sheets of them, worst first.
+"""Pictures for checking registrations by eye: a thumbnail for each case, and contact sheets of them, worst first.
 
-All thumbnails show the same place of the template, so that the one that does not belong there stands out.
+All thumbnails show the same place of the template, so that a wrong registration stands out.
 """
 
 from __future__ import annotations
@@ -14,16 +14,22 @@ import SimpleITK as sitk
 from nnunet_vit_mae.datasets.crop.region import Region
 from nnunet_vit_mae.files import replacing
 
-PIXELS = 110  # a side of one view
-AROUND = 0.5  # of the region's largest side is shown on each side of it: one must see where it lies
+PIXELS = 110  # along a side of one view
+AROUND = 0.5  # share of the region's largest side that is shown around it on each side
 RED = (255, 60, 40)
-COLUMNS, ROWS = 4, 10  # of a sheet
+COLUMNS, ROWS = 4, 10  # thumbnails on a sheet
 
 
 def thumbnail(region: Region, scan: sitk.Image, transform: sitk.Transform) -> np.ndarray:
-    """Axial, coronal and sagittal slices of the scan through the region's centre, with its outline (h w 3, bytes).
+    """Draw axial, coronal and sagittal slices of the scan through the region's centre, with the region's outline.
 
-    The scan is shown as the transform takes it to the template; beyond its field of view all is blue.
+    Args:
+        region: The region on its template.
+        scan: The registered scan.
+        transform: Maps points of the template to points of the scan (mm).
+
+    Returns:
+        RGB values (height width 3, uint8) on the template's axes; everything outside the scan is blue.
     """
     extent = np.ptp(region.points, axis=0)
     side = float(extent.max()) * (1 + 2 * AROUND)
@@ -33,29 +39,25 @@ def thumbnail(region: Region, scan: sitk.Image, transform: sitk.Transform) -> np
     shown = sitk.Resample(scan, grid, transform, sitk.sitkLinear, float("nan"), sitk.sitkFloat32)
     mask = sitk.Resample(region.mask, grid, sitk.Transform(3, sitk.sitkIdentity), sitk.sitkNearestNeighbor, 0)
     grey, inside = sitk.GetArrayFromImage(shown), sitk.GetArrayFromImage(mask) > 0
-    seen = grey[np.isfinite(grey)]
-    low, high = np.percentile(seen, (1, 99.5)) if seen.size else (0.0, 1.0)
-    middle = PIXELS // 2
+    in_view = grey[np.isfinite(grey)]
+    low, high = np.percentile(in_view, (1, 99.5)) if in_view.size else (0.0, 1.0)
     views = []
     for axis in range(3):
-        picture, area = (
-            grey.take(middle, axis),
-            np.max(inside, axis=axis),
-        )  # its whole shadow: it may be a tube
-        if axis:  # z grows to the head, and rows go down
+        picture, area = grey.take(PIXELS // 2, axis), inside.max(axis)  # the region's projection, as it may be a tube
+        if axis:  # z increases towards the head, but rows go down
             picture, area = picture[::-1], area[::-1]
         views.append(_painted(picture, area, float(low), float(high)))
     return np.concatenate(views, axis=1)
 
 
 def write_thumbnail(picture: np.ndarray, file: Path) -> None:
-    """As a PNG that is whole or not there."""
+    """Write a thumbnail as PNG; the file is complete or absent."""
     with replacing(file) as temporary:
         sitk.WriteImage(sitk.GetImageFromArray(picture, isVector=True), str(temporary))
 
 
 def write_sheets(pictures: Sequence[tuple[Path, str]], folder: Path) -> list[Path]:
-    """Thumbnails with a text each, in the order given, on as many sheets as they need; older sheets are removed."""
+    """Draw thumbnails with their captions on contact sheets, in the given order; older sheets are removed."""
     from matplotlib.figure import Figure  # `--help` does not wait for it
 
     for old in folder.glob("contact_sheet_[0-9]*.png"):
@@ -77,7 +79,7 @@ def write_sheets(pictures: Sequence[tuple[Path, str]], folder: Path) -> list[Pat
 
 
 def _painted(grey: np.ndarray, area: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Grey values and a mask (both h w) as colours (h w 3): the mask's outline red, what is not finite blue."""
+    """Colour grey values (h w): the mask's outline red, values that are not finite blue; returns h w 3, uint8."""
     scaled = np.clip((grey - low) / max(high - low, 1e-6), 0, 1)
     colours = np.repeat((255 * np.nan_to_num(scaled)).astype(np.uint8)[..., None], 3, axis=2)
     colours[~np.isfinite(grey)] = (40, 50, 90)

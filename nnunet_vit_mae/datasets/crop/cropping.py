@@ -1,7 +1,7 @@
-"""From a folder of scans to an nnU-Net raw data set of crops, with all that a reader needs to check them.
+"""Crop a folder of scans to an nnU-Net raw dataset, with everything that is needed to check the crops by eye.
 
-`qc.csv` is the memory: a case is done when it has a row there without a problem, made of the same files in the same
-way, and everything that was written for it is still there. So a call that was stopped goes on where it was.
+A case is done if it has a row without a problem in `qc.csv`, made from the same files with the same settings, and if
+all of its files still exist. A call that was stopped can therefore be repeated and continues where it was.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import SimpleITK as sitk
 from tqdm import tqdm
 
 from nnunet_vit_mae.datasets.crop.contact_sheet import thumbnail, write_thumbnail
-from nnunet_vit_mae.datasets.crop.dataset import Cropping
+from nnunet_vit_mae.datasets.crop.dataset import Cropping, describe_like, finish
 from nnunet_vit_mae.datasets.crop.qc_table import (
     DONE,
     FAILED,
@@ -27,22 +27,23 @@ from nnunet_vit_mae.datasets.crop.qc_table import (
     QCRow,
     files_of,
     read_qc_table,
-    remove,
+    remove_files,
     worst_first,
     write_qc_table,
 )
 from nnunet_vit_mae.datasets.crop.region import (
+    Box,
     Region,
     crop,
     displacement,
     find_box,
-    geometry_of,
     name_of,
     read_region,
     resample_region,
 )
+from nnunet_vit_mae.datasets.tables import read_case_table
 from nnunet_vit_mae.errors import UserError, reader_reason
-from nnunet_vit_mae.files import replacing
+from nnunet_vit_mae.files import make_folder, replacing
 from nnunet_vit_mae.imaging.channels import channel_file_name
 from nnunet_vit_mae.imaging.labels import whole_numbers
 from nnunet_vit_mae.imaging.registration import (
@@ -55,21 +56,31 @@ from nnunet_vit_mae.imaging.registration import (
     similarity,
     single_itk_thread,
 )
-from nnunet_vit_mae.imaging.scans import ENDING, Scan, ScanError, read_scan, write_image
+from nnunet_vit_mae.imaging.scans import ENDING, Scan, ScanError, find_scans, read_scan, write_image
+from nnunet_vit_mae.imaging.volumes import geometry_of
 from nnunet_vit_mae.workers import run_each
 
-PAUSE = 5.0  # seconds between two writes of the table: it may have thousands of rows
+PAUSE = 5.0  # seconds between two writes of the table, which may have thousands of rows
 
 
 @dataclass(frozen=True)
 class CropSettings:
-    """How all cases are cropped; templates and regions are paired."""
+    """How all cases are cropped; templates and regions are paired, the margin is in mm."""
 
     output: Path
     templates: list[Path]
     regions: list[Path]
-    margin: float = 0.0  # mm
+    margin: float = 0.0
     resample: bool = False
+
+
+@dataclass(frozen=True)
+class TemplateColumn:
+    """The table that names a template for each case, its column of cases (None: detected) and of templates."""
+
+    file: Path
+    case: str | None
+    template: str
 
 
 @dataclass(frozen=True)
@@ -82,19 +93,52 @@ class CropTask:
     made_of: str
 
 
+def crop_folder(
+    images: Path,
+    labels: Path | None,
+    settings: CropSettings,
+    column: TemplateColumn | None,
+    contrasts: Sequence[str] | None,
+    processes: int,
+) -> Cropping:
+    """Crop all scans in a folder and describe them in dataset.json.
+
+    Args:
+        images: Folder of scans.
+        labels: Folder of their labels, if there are any.
+        settings: How to crop.
+        column: The templates of the cases; None uses the most similar template.
+        contrasts: Channel names; None uses those of the dataset that the scans belong to.
+        processes: Number of processes.
+
+    Raises:
+        UserError: If scans, templates or the table are unusable, or if the output holds something else.
+    """
+    scans = find_scans(images, labels)
+    if settings.output.absolute() in images.absolute().parents:
+        raise UserError(f"{settings.output} holds the scans themselves: give another dataset with -o.")
+    template_of = None
+    if column:
+        table = read_case_table(column.file, column.case, [scan.name for scan in scans])
+        template_of = table.column(column.template, "--template_column")
+    make_folder(settings.output)
+    description = describe_like(images, contrasts)
+    return finish(crop_scans(scans, settings, template_of, processes), settings.output, description)
+
+
 def crop_scans(
     scans: Sequence[Scan], settings: CropSettings, template_of: Mapping[str, str] | None, processes: int
 ) -> Cropping:
-    """Crop all that is not done yet; `template_of` names the template of each case, else the most similar is taken.
+    """Crop all scans that are not done yet; `template_of` names each case's template, else the most similar is used.
 
-    A scan that cannot be cropped has its reason in `qc.csv` and is tried again by the next call. Raises `UserError`
-    when templates and regions do not fit, or the folder is in use by something else.
+    A scan that cannot be cropped has its reason in `qc.csv` and is tried again by the next call. Raises `UserError` if
+    templates and regions do not match, or if the folder holds something else.
     """
     if len(settings.templates) != len(settings.regions):
         raise UserError(f"{len(settings.templates)} templates and {len(settings.regions)} regions: give one for each.")
     names = [name_of(template) for template in settings.templates]
     if len(set(names)) < len(names):
-        raise UserError(f"Templates are named {', '.join(names)}: give each a name of its own.")
+        raise UserError(f"Several templates have the same name ({', '.join(names)}): rename them.")
     for template, region in zip(settings.templates, settings.regions, strict=True):
         read_region(template, region)
     rows = {row.case: row for row in read_qc_table(settings.output)}
@@ -104,12 +148,12 @@ def crop_scans(
             candidates = _candidates(scan, names, template_of)
         except ScanError as error:
             if scan.name in rows:
-                remove(rows[scan.name], settings.output)
-            rows[scan.name] = QCRow(scan.name, problem=str(error), source=_source(scan))
+                remove_files(rows[scan.name], settings.output)
+            rows[scan.name] = QCRow(scan.name, problem=str(error), source=_source_of(scan))
             continue
         _refuse_other_case(rows.get(scan.name), scan)
         job = CropTask(scan, settings, candidates, _checksum(scan, settings, candidates))
-        if not _is_done(rows.get(scan.name), job):
+        if not _is_cropped(rows.get(scan.name), job):
             jobs.append(job)
     cropped = _crop_all(jobs, rows, settings.output, processes)
     return Cropping(worst_first(rows.values()), cropped)
@@ -119,15 +163,15 @@ def crop_scans(
 
 
 def crop_case(job: CropTask) -> QCRow:
-    """Register, crop and write one case; a failure is a row too, and leaves no files."""
+    """Register, crop and write one case; a failure becomes a row with a problem and leaves no files."""
     try:
         with single_itk_thread():
             return _crop_case(job)
     except (ScanError, RegistrationError) as error:
         row = _failed(job, str(error))
-    except Exception as error:  # noqa: BLE001  one scan must not stop thousands
+    except Exception as error:  # noqa: BLE001  one scan must not stop the others
         row = _failed(job, f"{type(error).__name__}: {reader_reason(error)}")
-    remove(row, job.settings.output)
+    remove_files(row, job.settings.output)
     return row
 
 
@@ -140,54 +184,54 @@ def _crop_case(job: CropTask) -> QCRow:
     label = read_scan(scan.label) if scan.label else None
     _check_grids(first, images, label)
     _check_values(label)
-    region, alignment = max(
-        ((region, register(region.template, first, affine=True)) for region in map(_region, *_pairs(job))),
-        key=lambda found: found[1].similarity.mutual_information,
-    )
+    region, alignment = _register_to_best(job, first)
     box = find_box(region, alignment.transform, first, settings.margin)
     folder = settings.output / ("imagesTr" if label is not None else "imagesUn")
     for number, image in images.items():
-        cut = _cut(image, region, alignment, job, label=False) if settings.resample else crop(image, box)
+        cut = _cut(image, box, region, alignment, job, label=False)
         write_image(cut, folder / channel_file_name(scan.name, number, ENDING))
-    values, label_inside = np.zeros(0, int), None
+    label_values, label_inside = "", None
     if label is not None:
-        label_inside = _labelled(crop(label, box)) / max(1, _labelled(label))
-        cut = _cut(label, region, alignment, job, label=True) if settings.resample else crop(label, box)
+        label_inside = _labelled_voxels(crop(label, box)) / max(1, _labelled_voxels(label))
+        cut = _cut(label, box, region, alignment, job, label=True)
         write_image(cut, settings.output / "labelsTr" / f"{scan.name}{ENDING}")
-        values = np.unique(sitk.GetArrayViewFromImage(cut)).astype(int)
+        label_values = " ".join(map(str, np.unique(sitk.GetArrayViewFromImage(cut)).astype(int)))
     write_thumbnail(thumbnail(region, first, alignment.transform), settings.output / "thumbnails" / f"{scan.name}.png")
     with replacing(settings.output / "transforms" / f"{scan.name}.tfm") as temporary:
         sitk.WriteTransform(alignment.transform, str(temporary))
-    near = _similarity_near(region, first, alignment.transform)
+    around = _similarity_around(region, first, alignment.transform)
     return QCRow(
         scan.name,
         DONE,
         folder.name,
         region.name,
-        near.correlation,
-        near.mutual_information,
-        alignment.similarity.correlation,
-        alignment.similarity.mutual_information,
-        displacement(region, alignment.transform),
-        rotation_degrees(alignment.transform),
-        scale(alignment.transform),
-        box.coverage,
-        label_inside,
-        " ".join(map(str, images)),
-        " ".join(map(str, values)),
-        "",
-        job.made_of,
-        _source(scan),
+        region_correlation=around.correlation,
+        region_mutual_information=around.mutual_information,
+        correlation=alignment.similarity.correlation,
+        mutual_information=alignment.similarity.mutual_information,
+        displacement_mm=displacement(region, alignment.transform),
+        rotation_degrees=rotation_degrees(alignment.transform),
+        scale=scale(alignment.transform),
+        coverage=box.coverage,
+        label_inside=label_inside,
+        channels=" ".join(map(str, images)),
+        label_values=label_values,
+        made_of=job.made_of,
+        source=_source_of(scan),
     )
 
 
-def _pairs(job: CropTask) -> tuple[list[Path], list[Path]]:
-    settings = job.settings
-    return [settings.templates[i] for i in job.candidates], [settings.regions[i] for i in job.candidates]
+def _register_to_best(job: CropTask, image: sitk.Image) -> tuple[Region, Alignment]:
+    """Register an image to each candidate and return the most similar template."""
+    candidates = []
+    for number in job.candidates:
+        region = _cached_region(job.settings.templates[number], job.settings.regions[number])
+        candidates.append((region, register(region.template, image, affine=True)))
+    return max(candidates, key=lambda candidate: candidate[1].similarity.mutual_information)
 
 
 @lru_cache(maxsize=16)
-def _region(template: Path, region: Path) -> Region:
+def _cached_region(template: Path, region: Path) -> Region:
     return read_region(template, region)
 
 
@@ -202,25 +246,29 @@ def _check_values(label: sitk.Image | None) -> None:
     if label is not None:
         array = sitk.GetArrayViewFromImage(label)
         if not whole_numbers(array) or array.min() < 0:
-            raise ScanError("its label has values that are not whole numbers from 0 on")
+            raise ScanError("its label has values that are not integers from 0 on")
 
 
-def _labelled(label: sitk.Image) -> int:
+def _labelled_voxels(label: sitk.Image) -> int:
     return int(np.count_nonzero(sitk.GetArrayViewFromImage(label)))
 
 
-def _cut(image: sitk.Image, region: Region, alignment: Alignment, job: CropTask, *, label: bool) -> sitk.Image:
-    return resample_region(image, region, alignment.transform, job.settings.margin, label=label)
+def _cut(
+    image: sitk.Image, box: Box, region: Region, alignment: Alignment, job: CropTask, *, label: bool
+) -> sitk.Image:
+    if job.settings.resample:
+        return resample_region(image, region, alignment.transform, job.settings.margin, label=label)
+    return crop(image, box)
 
 
-def _similarity_near(region: Region, scan: sitk.Image, transform: sitk.Transform) -> Similarity:
-    """In the box of the region and half its sides around: whether this place fits, not the head as a whole."""
+def _similarity_around(region: Region, scan: sitk.Image, transform: sitk.Transform) -> Similarity:
+    """Return the similarity around the region only, in its box and half a side around it."""
     extent = float(np.ptp(region.points, axis=0).mean())
     identity = sitk.Transform(3, sitk.sitkIdentity)
     place = crop(region.template, find_box(region, identity, region.template, extent / 2))
     try:
         return similarity(place, scan, transform)
-    except RegistrationError:  # a sliver of it is in the scan
+    except RegistrationError:  # hardly any of it is in the scan
         return Similarity(0.0, 0.0)
 
 
@@ -228,10 +276,10 @@ def _failed(job: CropTask, problem: str) -> QCRow:
     scan = job.scan
     folder, channels = "imagesTr" if scan.label else "imagesUn", " ".join(map(str, scan.channels))
     row = QCRow(scan.name, folder=folder, channels=channels, problem=problem)
-    return replace(row, made_of=job.made_of, source=_source(scan))
+    return replace(row, made_of=job.made_of, source=_source_of(scan))
 
 
-# ---------- what is done, and what is to do
+# ---------- which cases are done, and which remain
 
 
 def _candidates(scan: Scan, names: Sequence[str], template_of: Mapping[str, str] | None) -> list[int]:
@@ -246,16 +294,17 @@ def _candidates(scan: Scan, names: Sequence[str], template_of: Mapping[str, str]
 
 
 def _crop_all(jobs: list[CropTask], rows: dict[str, QCRow], output: Path, processes: int) -> list[str]:
-    """Do the jobs and keep `rows` and the table up to date; gives the names of those that went well."""
-    for job in jobs:  # what an earlier call made of other files or settings must not stay beside the new
+    """Do the jobs, keep `rows` and the table up to date, and return the names of the cropped cases."""
+    for job in jobs:  # remove what an earlier call made from other files or settings
         if row := rows.pop(job.scan.name, None):
-            remove(row, output)
+            remove_files(row, output)
     _thumbnails_of_templates(jobs, output)
     cropped, written = [], time.monotonic()
     try:
         for job, row in tqdm(run_each(crop_case, jobs, processes), total=len(jobs), unit="case", disable=not jobs):
-            rows[job.scan.name] = row or _failed(job, "its process was killed: give more memory or a smaller -np")
-            cropped += [job.scan.name] * (rows[job.scan.name].status == DONE)
+            rows[job.scan.name] = row or _failed(job, "its process was killed: give a smaller -np or more memory")
+            if rows[job.scan.name].status == DONE:
+                cropped.append(job.scan.name)
             if time.monotonic() - written > PAUSE:
                 write_qc_table(rows.values(), output)
                 written = time.monotonic()
@@ -265,36 +314,37 @@ def _crop_all(jobs: list[CropTask], rows: dict[str, QCRow], output: Path, proces
 
 
 def _thumbnails_of_templates(jobs: list[CropTask], output: Path) -> None:
-    """What all others are compared with."""
+    """Write the thumbnails that all others are compared with."""
     if jobs:
-        for template, region in zip(jobs[0].settings.templates, jobs[0].settings.regions, strict=True):
-            of_template = _region(template, region)
-            picture = thumbnail(of_template, of_template.template, sitk.Transform(3, sitk.sitkIdentity))
-            write_thumbnail(picture, output / "thumbnails" / f"template.{of_template.name}.png")
+        for template, region_file in zip(jobs[0].settings.templates, jobs[0].settings.regions, strict=True):
+            region = _cached_region(template, region_file)
+            picture = thumbnail(region, region.template, sitk.Transform(3, sitk.sitkIdentity))
+            write_thumbnail(picture, output / "thumbnails" / f"template.{region.name}.png")
 
 
-def _is_done(row: QCRow | None, job: CropTask) -> bool:
+def _is_cropped(row: QCRow | None, job: CropTask) -> bool:
     if row is None or row.status == FAILED:
         return False
-    if row.status == REJECTED:  # a reader's decision holds, whatever the settings are
+    if row.status == REJECTED:  # a reader's decision holds whatever the settings
         return True
     return row.made_of == job.made_of and all(file.exists() for file in files_of(row, job.settings.output))
 
 
-def _source(scan: Scan) -> str:
-    """Where the scan came from: another scan of the same name is another case."""
+def _source_of(scan: Scan) -> str:
+    """Return where a scan comes from; another scan of the same name is another case."""
     return str(next(iter(scan.channels.values())).absolute())
 
 
 def _refuse_other_case(row: QCRow | None, scan: Scan) -> None:
-    if row and row.source and row.source != _source(scan) and Path(row.source).exists():
+    if row and row.source and row.source != _source_of(scan) and Path(row.source).exists():
         raise UserError(
-            f"{_source(scan)} and {row.source} would be one case, {scan.name}: rename one of them, or give another -o."
+            f"{_source_of(scan)} and {row.source} would be one case, {scan.name}: rename one of them, or give another "
+            "dataset with -o."
         )
 
 
 def _checksum(scan: Scan, settings: CropSettings, candidates: Sequence[int]) -> str:
-    """Of names, sizes and dates of all files that a case is made of, and of the settings."""
+    """Return a checksum of the names, sizes and dates of all files of a case, and of the settings."""
     paths = [*scan.channels.values(), *([scan.label] if scan.label else [])]
     paths += [pair[number] for number in candidates for pair in (settings.templates, settings.regions)]
     parts = [f"{settings.margin:g} {settings.resample}"]

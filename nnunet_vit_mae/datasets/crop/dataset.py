@@ -1,4 +1,4 @@
-"""A data set of crops as a whole: dataset.json, contact sheets, and what a reader decides on them."""
+"""The dataset of crops: dataset.json, contact sheets, and cases that a reader rejects."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import read_json, write_json
 from nnunet_vit_mae.imaging.scans import ENDING
 
-KEPT = ("channel_names", "labels", "regions_class_order")  # of the dataset.json beside the scans
+KEPT = ("channel_names", "labels", "regions_class_order")  # taken from the dataset.json beside the scans
+COMPLETE = 0.999  # coverage from which a region counts as fully in view
 
 
 @dataclass(frozen=True)
 class Cropping:
-    """What a call did: rows of all cases, worst first, names of those cropped now, and the sheets."""
+    """The result of a call: rows of all cases, worst first, names of the cases cropped by it, and contact sheets."""
 
     rows: list[QCRow]
     cropped: list[str] = field(default_factory=list)
@@ -43,26 +44,61 @@ class Cropping:
         """Problems by case."""
         return {row.case: row.problem for row in self.rows if row.status == FAILED}
 
+    def failure(self) -> str:
+        """Return a sentence about the cases that could not be cropped."""
+        reasons = "; ".join(f"{case}: {problem}" for case, problem in sorted(self.failed.items()))
+        return (
+            f"{len(self.failed)} of {len(self.rows)} cases could not be cropped ({reasons}): fix or remove them and "
+            "run the command again, which skips all others."
+        )
 
-def finish(cropping: Cropping, output: Path, describe: Mapping[str, Any]) -> Cropping:
-    """Write the table, dataset.json and the contact sheets; `describe` has channel_names and labels where known."""
+
+def cropping_report(cropping: Cropping, output: Path) -> str:
+    """Return what the command prints: the number of cases, and what the reader should check."""
+    done = [row for row in cropping.rows if row.status == DONE]
+    rejected = [row for row in cropping.rows if row.status == REJECTED]
+    labelled = sum(row.folder == "imagesTr" for row in done)
+    lines = [
+        f"{output} has {labelled} cases with labels and {len(done) - labelled} without; "
+        f"{len(cropping.cropped)} were cropped now, {len(rejected)} are rejected."
+    ]
+    if partly := [row for row in done if row.coverage is not None and row.coverage < COMPLETE]:
+        lines.append(
+            f"In {len(partly)} cases the region exceeds the field of view: see coverage in {output / QC_TABLE}."
+        )
+    if cut := [row for row in done if row.label_inside is not None and row.label_inside < 1]:
+        lines.append(
+            f"In {len(cut)} cases the crop cuts off labelled voxels: see label_inside in {output / QC_TABLE}, and "
+            "--margin."
+        )
+    if cropping.sheets:
+        lines.append(
+            f"Look through {cropping.sheets[0]} from the top, worst first, until all registrations fit; write the "
+            "cases that do not fit to a text file, one per line, and give it with --reject."
+        )
+    return "\n".join(lines)
+
+
+def finish(cropping: Cropping, output: Path, description: Mapping[str, Any]) -> Cropping:
+    """Write the table, dataset.json and the contact sheets; `description` has known channel names and labels."""
     rows = cropping.rows
     write_qc_table(rows, output)
     done = [row for row in rows if row.status == DONE]
     former = read_json(output / "dataset.json") if (output / "dataset.json").exists() else {}
     counts = {"numTraining": sum(row.folder == "imagesTr" for row in done), "file_ending": ENDING}
-    write_json(_with_defaults({**former, **describe}, done) | counts, output / "dataset.json")
-    pictures = [(output / "thumbnails" / f"{row.case}.png", caption(row)) for row in done]
-    pictures = [(file, text) for file, text in pictures if file.exists()]
-    templates = sorted((output / "thumbnails").glob("template.*.png"))
+    write_json(_with_defaults({**former, **description}, done) | counts, output / "dataset.json")
+    folder = output / "thumbnails"
     pictures = [
-        (file, "TEMPLATE " + file.name.removeprefix("template.").removesuffix(".png")) for file in templates
-    ] + pictures
+        (file, "TEMPLATE " + file.name.removeprefix("template.").removesuffix(".png"))
+        for file in sorted(folder.glob("template.*.png"))
+    ]
+    of_cases = [(folder / f"{row.case}.png", caption(row)) for row in done]
+    pictures += [(file, text) for file, text in of_cases if file.exists()]
     return Cropping(rows, cropping.cropped, write_sheets(pictures, output))
 
 
 def _with_defaults(known: dict[str, Any], done: Sequence[QCRow]) -> dict[str, Any]:
-    """Channels and labels that occur, with the names that are known for them."""
+    """Complete the known channel names and labels by default names for all that occur."""
     labels = known.get("labels", {"background": 0})
     named = {int(value) for values in labels.values() for value in np.atleast_1d(values)}
     values = sorted({int(value) for row in done for value in row.label_values.split()} - named)
@@ -74,10 +110,19 @@ def _with_defaults(known: dict[str, Any], done: Sequence[QCRow]) -> dict[str, An
     }
 
 
-def reject(output: Path, decisions: Path) -> Cropping:
-    """Move the cases that a list names (one a line) to `rejected`, and say so in the table; nothing is deleted.
+def reject_cases(
+    output: Path, decisions: Path, names: Sequence[str] | None = None, cropped: Sequence[str] = ()
+) -> Cropping:
+    """Move the cases listed in a text file to the folder `rejected` and record it in the table; nothing is deleted.
 
-    Raises `UserError` when the folder has no cropped cases, or not those.
+    Args:
+        output: The dataset of crops.
+        decisions: Text file with a case per line.
+        names: Channel names for dataset.json; None keeps the known ones.
+        cropped: Cases that were cropped by the same call.
+
+    Raises:
+        UserError: If the folder has no cropped cases, or not these.
     """
     if not (output / QC_TABLE).exists():
         raise UserError(f"{output} has no {QC_TABLE}: check -o.")
@@ -89,11 +134,12 @@ def reject(output: Path, decisions: Path) -> Cropping:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 file.replace(target)
         rows[name] = replace(rows[name], status=REJECTED)
-    return Cropping(worst_first(rows.values()))
+    cropping = Cropping(worst_first(rows.values()), list(cropped))
+    return finish(cropping, output, describe_like(output / "imagesTr", names))
 
 
 def describe_like(images: Path, names: Sequence[str] | None) -> dict[str, Any]:
-    """Channel names and labels of the data set that `images` belongs to, as far as there is one; `names` come first."""
+    """Return channel names and labels of the dataset that `images` belongs to, if any; `names` replace its names."""
     source = images.absolute().parent / "dataset.json"
     content = read_json(source) if source.exists() else {}
     known: dict[str, Any] = {key: content[key] for key in KEPT if key in content}

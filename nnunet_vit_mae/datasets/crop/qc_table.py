@@ -1,4 +1,4 @@
-"""`qc.csv`: how well each scan fits its template, and what became of it."""
+"""`qc.csv`: how well each scan fits its template, and whether it was cropped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DONE, FAILED, REJECTED = "done", "failed", "rejected"
 
 @dataclass(frozen=True)
 class QCRow:
-    """A row of `qc.csv`; what a failed case has no number for is empty."""
+    """A row of `qc.csv`; fields that a failed case lacks are empty."""
 
     case: str
     status: str = FAILED  # or done, or rejected
@@ -42,37 +42,38 @@ class QCRow:
 
 
 def read_qc_table(output: Path) -> list[QCRow]:
-    """Rows of a former call, or none; raises `UserError` for a folder with something else in it."""
+    """Read the rows of an earlier call, if any; raises `UserError` if the folder holds something else."""
     file = output / QC_TABLE
     if not file.exists():
         if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-            raise UserError(f"{output} is in use, but has no {QC_TABLE}: give a new folder with -o, or remove it.")
+            raise UserError(f"{output} exists, but has no {QC_TABLE}: give a new folder with -o, or remove it.")
         return []
     try:
         with file.open(newline="", encoding="utf-8") as stream:
-            return [_row(line) for line in csv.DictReader(stream)]
+            return [_qc_row(line) for line in csv.DictReader(stream)]
     except (TypeError, ValueError, KeyError):
-        raise UserError(f"{file} is no table of mae3d_crop_roi: give a new folder with -o.") from None
+        raise UserError(f"{file} was not written by mae3d_crop_roi: give a new folder with -o.") from None
 
 
 def worst_first(rows: Iterable[QCRow]) -> list[QCRow]:
-    """As they are to be looked at: failed ones, then by similarity, rejected ones last."""
+    """Sort rows for the reader: failed cases first, then by increasing similarity, rejected cases last."""
     order = (FAILED, DONE, REJECTED)
     return sorted(rows, key=lambda row: (order.index(row.status), row.region_mutual_information or 0.0, row.case))
 
 
 def write_qc_table(rows: Iterable[QCRow], output: Path) -> None:
-    """Write all rows; the file is whole at any time."""
+    """Write all rows; the file is complete at any time."""
     with replacing(output / QC_TABLE) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(one.name for one in fields(QCRow))
+        columns = [field.name for field in fields(QCRow)]
+        writer.writerow(columns)
         for row in rows:
-            values = (getattr(row, one.name) for one in fields(QCRow))
+            values = (getattr(row, column) for column in columns)
             writer.writerow(f"{value:.4f}" if isinstance(value, float) else value for value in values)
 
 
-def _row(line: Mapping[str, str]) -> QCRow:
-    numbers = {one.name for one in fields(QCRow) if "float" in str(one.type)}
+def _qc_row(line: Mapping[str, str]) -> QCRow:
+    numbers = {field.name for field in fields(QCRow) if "float" in str(field.type)}
     values: dict[str, Any] = {
         name: (float(text) if text else None) if name in numbers else text for name, text in line.items()
     }
@@ -80,7 +81,7 @@ def _row(line: Mapping[str, str]) -> QCRow:
 
 
 def caption(row: QCRow) -> str:
-    """What stands above a thumbnail."""
+    """Return the caption of a thumbnail."""
     partly = "" if row.coverage is None or row.coverage > 0.999 else f", {100 * row.coverage:.0f}% in view"
     return (
         f"{row.case}: MI {row.region_mutual_information or 0:.2f}, r {row.region_correlation or 0:.2f}, "
@@ -89,7 +90,7 @@ def caption(row: QCRow) -> str:
 
 
 def files_of(row: QCRow, output: Path) -> list[Path]:
-    """All that is written for a case."""
+    """Return all files that are written for a case."""
     if not row.folder:
         return []
     images = [output / row.folder / channel_file_name(row.case, int(number), ENDING) for number in row.channels.split()]
@@ -97,7 +98,7 @@ def files_of(row: QCRow, output: Path) -> list[Path]:
     return [*images, *labels, output / "transforms" / f"{row.case}.tfm", output / "thumbnails" / f"{row.case}.png"]
 
 
-def remove(row: QCRow, output: Path) -> None:
-    """Delete what was written for a case."""
+def remove_files(row: QCRow, output: Path) -> None:
+    """Delete the files that were written for a case."""
     for file in files_of(row, output):
         file.unlink(missing_ok=True)

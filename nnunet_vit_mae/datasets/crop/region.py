@@ -1,7 +1,7 @@
-"""A region drawn on a template, found in a scan and cropped there in the scan's own voxels.
+"""A region drawn on a template, located in a scan and cropped in the scan's own voxels.
 
-The voxels of the region are taken into the scan's physical space, with all their corners, and the crop is the box of
-indices in the scan's grid that holds them: so it does in an oblique or flipped scan too, and no voxel is interpolated.
+The corners of all voxels of the region are mapped to the scan's physical space. The crop is the box of indices in the
+scan's grid that holds them, in an oblique or flipped scan too, and nothing is interpolated.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import SimpleITK as sitk
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.registration import map_points
 from nnunet_vit_mae.imaging.scans import ScanError, read_scan
-from nnunet_vit_mae.imaging.volumes import Geometry
+from nnunet_vit_mae.imaging.volumes import geometry_of
 
-CENTRES = 50_000  # voxels that the share of a region is counted with
+CENTRES = 50_000  # voxels with which the share of a region in view is counted
 
 
 @dataclass(frozen=True)
 class Region:
-    """A template, the region (0 and 1) on its grid, and points of it (n, 3; x y z in mm).
+    """A template, the region (0 and 1) on its grid, and points of the region (n, 3; x y z in mm).
 
-    `points` are the outermost corners of its voxels, `centres` the centres of all voxels, or of many if there are more.
+    `points` are the outermost corners of its voxels, `centres` the centres of its voxels, or a sample of them.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Region:
 
     @property
     def centre(self) -> np.ndarray:
-        """Of the region's box (x y z in mm)."""
+        """Centre of the region's bounding box (x y z in mm)."""
         return (self.points.min(0) + self.points.max(0)) / 2
 
 
@@ -52,11 +52,14 @@ class Box:
 
 
 def read_region(template: Path, region: Path) -> Region:
-    """Raises `UserError` when one cannot be read, their grids differ, or the region is empty."""
+    """Read a template and its region.
+
+    Raises `UserError` if one of them cannot be read, their grids differ, or the region is empty.
+    """
     try:
         image, mask = read_scan(template), read_scan(region)
     except ScanError as error:
-        raise UserError(f"A template or its region is no use, {error}: mend {template} or {region}.") from None
+        raise UserError(f"A template or its region is unusable, {error}: repair {template} or {region}.") from None
     if difference := geometry_of(image).difference(geometry_of(mask)):
         raise UserError(f"{template} and {region} differ in {difference}: draw the region on the template's own grid.")
     mask = sitk.Cast(mask != 0, sitk.sitkUInt8)
@@ -68,19 +71,21 @@ def read_region(template: Path, region: Path) -> Region:
 
 
 def name_of(template: Path) -> str:
-    """A template's name in tables: that of its file without the ending."""
+    """Return a template's name in tables, its file name without the ending."""
     return template.name.split(".")[0]
 
 
-def geometry_of(image: sitk.Image) -> Geometry:
-    """What `volumes.read_geometry` gives for a file."""
-    return Geometry(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
-
-
 def find_box(region: Region, transform: sitk.Transform, scan: sitk.Image, margin: float) -> Box:
-    """Where the region is in the scan, `margin` mm wider on each side; raises `ScanError` when it lies outside.
+    """Find the box of a region in a scan.
 
-    `transform` takes points of the template to points of the scan.
+    Args:
+        region: The region on its template.
+        transform: Maps points of the template to points of the scan (mm).
+        scan: The image to crop.
+        margin: Width added on each side, in mm.
+
+    Raises:
+        ScanError: If the region lies outside the scan.
     """
     size = np.array(scan.GetSize())
     centres = continuous_index(scan, map_points(transform, region.centres))
@@ -91,46 +96,46 @@ def find_box(region: Region, transform: sitk.Transform, scan: sitk.Image, margin
     first = np.floor(index.min(0) - wider + 0.5 + 1e-4).astype(int).clip(0)
     last = np.ceil(index.max(0) + wider - 0.5 - 1e-4).astype(int).clip(max=size - 1)
     if inside == 0 or np.any(first > last):
-        raise ScanError("the region lies outside of the scan")
+        raise ScanError("the region lies outside the scan")
     return Box(tuple(first.tolist()), tuple((last - first + 1).tolist()), inside)
 
 
 def crop(image: sitk.Image, box: Box) -> sitk.Image:
-    """The voxels of a box, unchanged and where they were in space."""
+    """Return the voxels of a box, unchanged and at their place in space."""
     return sitk.RegionOfInterest(image, box.size, box.start)
 
 
 def resample_region(
     image: sitk.Image, region: Region, transform: sitk.Transform, margin: float, *, label: bool
 ) -> sitk.Image:
-    """The image on the template's grid round the region: values of the nearest voxel for labels, else linear."""
+    """Resample an image to the template's grid around the region: nearest neighbour for labels, else linear."""
     identity = sitk.Transform(3, sitk.sitkIdentity)
     grid = crop(region.template, find_box(region, identity, region.template, margin))
     if label:
         return sitk.Resample(image, grid, transform, sitk.sitkNearestNeighbor, 0)
-    lowest = float(sitk.GetArrayViewFromImage(image).min())  # air, beyond the scan
+    lowest = float(sitk.GetArrayViewFromImage(image).min())  # fills what lies outside the scan, as air does
     return sitk.Resample(image, grid, transform, sitk.sitkLinear, lowest, sitk.sitkFloat32)
 
 
 def displacement(region: Region, transform: sitk.Transform) -> float:
-    """How far the region's centre goes from the template to the scan, in mm."""
+    """Return the distance in mm by which the transform moves the region's centre."""
     return math.dist(map_points(transform, region.centre[None])[0], region.centre)
 
 
 def continuous_index(image: sitk.Image, points: np.ndarray) -> np.ndarray:
-    """Points (n, 3; x y z in mm) as indices x y z, where a whole number is the centre of a voxel."""
+    """Convert points (n, 3; x y z in mm) to continuous indices x y z; integers are the centres of voxels."""
     direction = np.array(image.GetDirection()).reshape(3, 3)
     return (points - image.GetOrigin()) @ np.linalg.inv(direction).T / np.array(image.GetSpacing())
 
 
 def physical_points(image: sitk.Image, index: np.ndarray) -> np.ndarray:
-    """Indices (n, 3; x y z) as points in mm."""
+    """Convert indices (n, 3; x y z) to points in mm."""
     direction = np.array(image.GetDirection()).reshape(3, 3)
     return (index * np.array(image.GetSpacing())) @ direction.T + image.GetOrigin()
 
 
 def _outermost_points(mask: sitk.Image) -> np.ndarray:
-    """Corners of the first and last voxel in each row along x: all others are between them, in any linear map."""
+    """Return the corners of the first and last voxel in each row along x; all others lie between them."""
     array = sitk.GetArrayViewFromImage(mask) > 0
     rows: Sequence[np.ndarray] = np.nonzero(array.any(axis=2))  # z, y
     first = array[rows[0], rows[1]].argmax(axis=1)

@@ -1,1 +1,1 @@
-"""`mae3d_split`: cross-validation folds and test sets in which no patient is on two sides."""
+"""`mae3d_split`: cross-validation folds and test sets that keep the cases of a patient together."""

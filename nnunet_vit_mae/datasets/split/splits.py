@@ -1,13 +1,12 @@
 """Splits in which no patient is on two sides, for nnU-Net's `splits_final.json`.
 
-nnU-Net knows one file of splits and a fold by its number in it, and it takes as many folds as there are. So the splits
-for learning curves, with few labels to train on, are further folds of the same file: with 3 folds and `--few 10 25`,
-folds 0 to 2 are the cross-validation, 3 to 5 train on 10 patients of folds 0 to 2 and validate on the same cases as
-these, and 6 to 8 on 25 patients, the 10 among them. `nnUNetv2_train ... 3` then picks one. Another file for each number
-would have to be swapped in by hand before every training.
+nnU-Net reads a single file of splits, with any number of folds. The folds for learning curves, with few training
+patients, are therefore appended to the same file: with 3 folds and `--few 10 25`, folds 0 to 2 are the
+cross-validation, folds 3 to 5 train on 10 patients of folds 0 to 2 and validate on the same cases, and folds 6 to 8
+train on 25 patients that include those 10. `nnUNetv2_train ... 3` trains one of them.
 
-Patients are split, never cases; strata (a column of a table, thirds of the labelled volume) are kept in proportion as
-far as patients allow. The numbers of `--few` are patients too.
+Patients are split, never cases. Strata (a column of a table, tertiles of the labelled volume) are kept in proportion
+as far as possible.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from nnunet_vit_mae.datasets.split.patients import on_both_sides
 from nnunet_vit_mae.errors import UserError, abbreviated
 
 Split = dict[str, list[str]]  # train and val, as in splits_final.json
-THIRDS = ("low", "middle", "high")
+TERTILES = ("low", "middle", "high")
 
 
 @dataclass(frozen=True)
 class LabelledCase:
-    """A labelled case, the patient whom it shows, and its stratum."""
+    """A labelled case, its patient and its stratum."""
 
     case: str
     patient: str
@@ -39,9 +38,9 @@ class LabelledCase:
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """What to split into: `folds` of cross-validation, or one fold with a `development` share; both beside `test`.
+    """How to split: a cross-validation of `folds`, or one fold that validates on a `development` share of patients.
 
-    Shares are of patients. `few` are numbers of patients to train on, for learning curves.
+    `test` is the share of patients held out of every fold. `few` are numbers of training patients for learning curves.
     """
 
     folds: int = 5
@@ -54,7 +53,7 @@ class SplitOptions:
 
 @dataclass(frozen=True)
 class Splits:
-    """Folds as nnU-Net wants them, what each of them is, cases in none of them, and what one should know."""
+    """Folds as nnU-Net reads them, a description of each, cases in no fold, and notes for the user."""
 
     folds: list[Split]
     meanings: list[str]
@@ -63,54 +62,54 @@ class Splits:
     notes: list[str] = field(default_factory=list)
 
 
-def make_splits(series: Sequence[LabelledCase], wishes: SplitOptions) -> Splits:
-    """Split patients as wished; the same wishes and seed give the same splits, in whatever order cases come.
+def make_splits(cases: Sequence[LabelledCase], options: SplitOptions) -> Splits:
+    """Split patients; the same options give the same splits, whatever the order of the cases.
 
-    Raises `UserError` when there are too few patients.
+    Raises `UserError` if there are too few patients.
     """
-    ordered = sorted(series, key=lambda one: one.case)
-    chosen = _one_per_patient(ordered, wishes.seed) if wishes.one_per_patient else ordered
-    left_out = sorted({one.case for one in ordered} - {one.case for one in chosen})
+    ordered = sorted(cases, key=lambda case: case.case)
+    chosen = _one_per_patient(ordered, options.seed) if options.one_per_patient else ordered
+    left_out = sorted({case.case for case in ordered} - {case.case for case in chosen})
     notes: list[str] = []
-    patients = len({one.patient for one in chosen})
-    in_test, in_development = _number(wishes.test, patients), _number(wishes.development, patients)
-    if patients - in_test - in_development < (1 if wishes.development else wishes.folds):
+    patients = len({case.patient for case in chosen})
+    in_test, in_development = _number(options.test, patients), _number(options.development, patients)
+    if patients - in_test - in_development < (1 if options.development else options.folds):
         raise UserError(
-            f"{patients} patients are too few for {_described(wishes)}: a patient is never divided, so ask for less."
+            f"{patients} patients are too few for {_flags(options)}: give less, as patients are not divided."
         )
-    test = _hold_out(chosen, in_test, wishes.seed, notes)
-    rest = [one for one in chosen if one.patient not in test]
-    if wishes.development:
-        held = [_hold_out(rest, in_development, wishes.seed + 1, notes)]
+    test = _hold_out(chosen, in_test, options.seed, notes)
+    rest = [case for case in chosen if case.patient not in test]
+    if options.development:
+        held_out = [_hold_out(rest, in_development, options.seed + 1, notes)]
         meanings = ["training and development"]
     else:
-        held = _cross_validation(rest, wishes.folds, wishes.seed, notes)
-        meanings = [f"cross-validation, fold {fold} of {wishes.folds}" for fold in range(wishes.folds)]
-    splits = [_split(rest, validated) for validated in held]
-    for few in sorted(set(wishes.few)):
-        for fold, validated in enumerate(held):
-            training = [one for one in rest if one.patient not in validated]
-            splits.append({"train": _few(training, few, (wishes.seed, fold)), "val": splits[fold]["val"]})
+        held_out = _cross_validation(rest, options.folds, options.seed, notes)
+        meanings = [f"cross-validation, fold {fold} of {options.folds}" for fold in range(options.folds)]
+    folds = [_fold(rest, patients_held_out) for patients_held_out in held_out]
+    for few in sorted(set(options.few)):
+        for fold, patients_held_out in enumerate(held_out):
+            training = [case for case in rest if case.patient not in patients_held_out]
+            folds.append({"train": _few(training, few, (options.seed, fold)), "val": folds[fold]["val"]})
             meanings.append(f"{few} training patients of fold {fold}")
-    return Splits(splits, meanings, [one.case for one in chosen if one.patient in test], left_out, notes)
+    return Splits(folds, meanings, [case.case for case in chosen if case.patient in test], left_out, notes)
 
 
-def strata(columns: Sequence[Mapping[str, str]], cases: Sequence[str]) -> dict[str, str]:
-    """One stratum for each case from several columns; many different numbers in a column become thirds."""
+def assign_strata(columns: Sequence[Mapping[str, str]], cases: Sequence[str]) -> dict[str, str]:
+    """Combine several columns to one stratum per case; a column of many different numbers is cut into tertiles."""
     parts = []
     for column in columns:
         values = {case: column.get(case, "") or "unknown" for case in cases}
-        parts.append(_thirds(values))
+        parts.append(_tertiles(values))
     return {case: " / ".join(part[case] for part in parts) for case in cases}
 
 
-def verify(
+def find_problems(
     folds: Sequence[Split],
     patients: Mapping[str, str],
     cases: Collection[str],
     outside: Collection[str] = (),
 ) -> list[str]:
-    """What is wrong with splits, a clause for each; `outside` are cases that are meant to be in no fold."""
+    """Return what is wrong with splits, one clause each; `outside` are cases that are in no fold on purpose."""
     problems = []
     for number, fold in enumerate(folds):
         training, validation = fold["train"], fold["val"]
@@ -125,7 +124,7 @@ def verify(
         elif both := on_both_sides(patients, training, validation):
             problems.append(f"fold {number} has patient {abbreviated(both)} in train and in val")
         if unknown := sorted(used - {*cases}):
-            problems.append(f"fold {number} has {abbreviated(unknown)}, without a label in the data set")
+            problems.append(f"fold {number} has {abbreviated(unknown)}, without a label in the dataset")
         if held := sorted(used & {*outside}):
             problems.append(f"fold {number} has {abbreviated(held)}, a test case or one that was left out")
     listed = {case for fold in folds for case in (*fold["train"], *fold["val"])}
@@ -135,7 +134,11 @@ def verify(
 
 
 def alike_names(patients: Collection[str]) -> list[list[str]]:
-    """Names that differ only in capitals, leading zeros, or in `.0` of a number: spreadsheets change names so."""
+    """Group names that differ only in case, leading zeros or a trailing `.0`, as spreadsheets change them.
+
+    >>> alike_names(["007", "7", "8"])
+    [['007', '7']]
+    """
     groups: dict[str, list[str]] = defaultdict(list)
     for name in sorted(patients):
         groups[re.sub(r"\.0+$", "", re.sub(r"\b0+(?=.)", "", name.lower()))].append(name)
@@ -143,93 +146,93 @@ def alike_names(patients: Collection[str]) -> list[list[str]]:
 
 
 def _number(share: float, patients: int) -> int:
-    """How many patients a share is: one at least, when there is a share."""
+    """Return how many patients a share is: at least one, unless the share is 0."""
     return max(1, round(share * patients)) if share else 0
 
 
-def _described(wishes: SplitOptions) -> str:
-    parts = [f"--test {wishes.test:g}"] if wishes.test else []
-    parts += [f"--development {wishes.development:g}" if wishes.development else f"--folds {wishes.folds}"]
+def _flags(options: SplitOptions) -> str:
+    parts = [f"--test {options.test:g}"] if options.test else []
+    parts += [f"--development {options.development:g}" if options.development else f"--folds {options.folds}"]
     return " and ".join(parts)
 
 
-def _one_per_patient(series: Sequence[LabelledCase], seed: int) -> list[LabelledCase]:
+def _one_per_patient(cases: Sequence[LabelledCase], seed: int) -> list[LabelledCase]:
     random = np.random.default_rng(seed)
-    by_patient = _by_patient(series)
-    chosen = [of_one[int(random.integers(len(of_one)))] for _, of_one in sorted(by_patient.items())]
-    return sorted(chosen, key=lambda one: one.case)
+    by_patient = sorted(_by_patient(cases).items())
+    chosen = [of_patient[int(random.integers(len(of_patient)))] for _, of_patient in by_patient]
+    return sorted(chosen, key=lambda case: case.case)
 
 
-def _by_patient(series: Sequence[LabelledCase]) -> dict[str, list[LabelledCase]]:
+def _by_patient(cases: Sequence[LabelledCase]) -> dict[str, list[LabelledCase]]:
     by_patient: dict[str, list[LabelledCase]] = defaultdict(list)
-    for one in series:
-        by_patient[one.patient].append(one)
+    for case in cases:
+        by_patient[case.patient].append(case)
     return dict(by_patient)
 
 
-def _stratum_of_patients(series: Sequence[LabelledCase]) -> dict[str, str]:
-    """Most of the patient's cases are in it; sorted by patient."""
-    by_patient = sorted(_by_patient(series).items())
-    return {patient: Counter(one.stratum for one in of_one).most_common(1)[0][0] for patient, of_one in by_patient}
-
-
-def _split(series: Sequence[LabelledCase], validation: Collection[str]) -> Split:
+def _stratum_of_patients(cases: Sequence[LabelledCase]) -> dict[str, str]:
+    """Return the most frequent stratum of each patient, sorted by patient."""
+    by_patient = sorted(_by_patient(cases).items())
     return {
-        "train": [one.case for one in series if one.patient not in validation],
-        "val": [one.case for one in series if one.patient in validation],
+        patient: Counter(case.stratum for case in of_patient).most_common(1)[0][0] for patient, of_patient in by_patient
     }
 
 
-def _hold_out(series: Sequence[LabelledCase], number: int, seed: int, notes: list[str]) -> set[str]:
-    """So many patients, in proportion to their strata."""
+def _fold(cases: Sequence[LabelledCase], validation: Collection[str]) -> Split:
+    return {
+        "train": [case.case for case in cases if case.patient not in validation],
+        "val": [case.case for case in cases if case.patient in validation],
+    }
+
+
+def _hold_out(cases: Sequence[LabelledCase], number: int, seed: int, notes: list[str]) -> set[str]:
+    """Draw a number of patients, in proportion to their strata."""
     from sklearn.model_selection import train_test_split
 
     if not number:
         return set()
-    stratum = _stratum_of_patients(series)
+    stratum = _stratum_of_patients(cases)
     patients, labels = list(stratum), list(stratum.values())
     if len(set(labels)) == 1:
         return set(train_test_split(patients, test_size=number, random_state=seed)[1])
     try:
         return set(train_test_split(patients, test_size=number, random_state=seed, stratify=labels)[1])
     except ValueError:  # a stratum of one patient, or more strata than patients to hold out
-        notes.append(f"{number} patients were held out without regard to strata, of which some are too small for that.")
+        notes.append(f"{number} patients were held out without stratification, because some strata are too small.")
         return set(train_test_split(patients, test_size=number, random_state=seed)[1])
 
 
-def _cross_validation(series: Sequence[LabelledCase], folds: int, seed: int, notes: list[str]) -> list[set[str]]:
-    """Patients to validate on in each fold; all patients occur once."""
+def _cross_validation(cases: Sequence[LabelledCase], folds: int, seed: int, notes: list[str]) -> list[set[str]]:
+    """Return the patients to validate on in each fold; each patient occurs once."""
     from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
-    patients, labels = [one.patient for one in series], [one.stratum for one in series]
+    patients, labels = [case.patient for case in cases], [case.stratum for case in cases]
     if len(set(labels)) > 1 and max(Counter(labels).values()) < folds:
-        notes.append("Strata are not kept, as each has fewer cases than there are folds: ask for fewer of either.")
+        notes.append("The folds are not stratified, because each stratum has fewer cases than there are folds.")
         labels = [""] * len(labels)
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():  # of strata that are not in every fold, which is no harm: the table shows them
+    with warnings.catch_warnings():  # about strata that are not in every fold: harmless, and the table shows them
         warnings.simplefilter("ignore", UserWarning)
-        found = list(splitter.split(patients, labels, patients))
-    held = [{patients[index] for index in indices} for _, indices in found]
-    if not all(held):  # it may leave a fold without any, where patients differ much in their number of cases
-        notes.append("Strata could not be kept, as patients are few or have very different numbers of cases.")
-        found = GroupKFold(folds).split(patients, None, patients)
-        held = [{patients[index] for index in indices} for _, indices in found]
-    return held
+        indices_of_folds = list(splitter.split(patients, labels, patients))
+    held_out = [{patients[index] for index in indices} for _, indices in indices_of_folds]
+    if not all(held_out):  # a fold may stay empty if patients have very different numbers of cases
+        notes.append("The folds are not stratified, because patients are few or differ much in their number of cases.")
+        indices_of_folds = GroupKFold(folds).split(patients, None, patients)
+        held_out = [{patients[index] for index in indices} for _, indices in indices_of_folds]
+    return held_out
 
 
 def _few(training: Sequence[LabelledCase], number: int, seed: tuple[int, int]) -> list[str]:
-    """Cases of the first patients in an order that keeps strata in proportion: more patients include fewer."""
-    order = _order(_stratum_of_patients(training), seed)
+    """Return the cases of the first patients in a stratified order, so that larger numbers include smaller ones."""
+    order = _stratified_order(_stratum_of_patients(training), seed)
     if number > len(order):
-        raise UserError(
-            f"--few {number}: fold {seed[1]} has only {len(order)} training patients; give at most so many."
-        )
+        raise UserError(f"--few {number} is too many: fold {seed[1]} has only {len(order)} training patients.")
     first = set(order[:number])
-    return [one.case for one in training if one.patient in first]
+    return [case.case for case in training if case.patient in first]
 
 
-def _order(stratum: Mapping[str, str], seed: tuple[int, int]) -> list[str]:
-    """Patients at random, each stratum spread evenly over the order."""
+def _stratified_order(stratum: Mapping[str, str], seed: tuple[int, int]) -> list[str]:
+    """Shuffle the patients and spread each stratum evenly over the order."""
     random = np.random.default_rng(seed)
     members: dict[str, list[str]] = defaultdict(list)
     for patient in sorted(stratum):
@@ -242,15 +245,15 @@ def _order(stratum: Mapping[str, str], seed: tuple[int, int]) -> list[str]:
     return sorted(places, key=lambda patient: (places[patient], patient))
 
 
-def _thirds(values: Mapping[str, str]) -> dict[str, str]:
-    """Thirds by rank where values are many different numbers, and 0 (nothing labelled) for itself; else as they are."""
+def _tertiles(values: Mapping[str, str]) -> dict[str, str]:
+    """Replace many different numbers by tertiles, with a class of its own for 0; return anything else as it is."""
     try:
         numbers = {case: float(value) for case, value in values.items() if value != "unknown"}
         numbers = {case: number for case, number in numbers.items() if math.isfinite(number)}
     except ValueError:
         return dict(values)
-    if len(set(numbers.values())) <= len(THIRDS) + 2:  # a grade or a field strength is a class already
+    if len(set(numbers.values())) <= len(TERTILES) + 2:  # a grade or a field strength is a class already
         return dict(values)
     ranked = sorted(set(numbers.values()) - {0.0})
-    named = {value: THIRDS[len(THIRDS) * rank // len(ranked)] for rank, value in enumerate(ranked)}
+    named = {value: TERTILES[len(TERTILES) * rank // len(ranked)] for rank, value in enumerate(ranked)}
     return {case: named.get(numbers[case], "none") if case in numbers else "unknown" for case in values}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
@@ -44,17 +43,21 @@ class UNetDecoder(nn.Module):
         super().__init__()
         self.unet: Any = unet
         self.stage = matching_stage(unet, token)
+        self.stride = strides(unet)[self.stage]
         self.projection = nn.Conv3d(in_width, self.unet.encoder.output_channels[self.stage], kernel_size=1, bias=False)
         nn.init.zeros_(self.projection.weight)
 
     def forward(self, encoded: Encoded) -> Float[Tensor, "b classes z y x"] | list[Tensor]:
         """Return logits; with deep supervision those of all resolutions, fine to coarse."""
-        features = self.unet.encoder(encoded.volume)
+        padded = encoded.volume.shape[2:]
+        z, y, x = encoded.shape or padded
+        features = self.unet.encoder(encoded.volume[:, :, :z, :y, :x])  # its norms would see padding
         joined = self.projection(as_map(encoded.tokens, encoded.grid))
-        shape = features[self.stage].shape[2:]
-        if joined.shape[2:] != shape:  # no stage has the token's stride along all axes
-            joined = functional.interpolate(joined, shape, mode="trilinear")
-        features[self.stage] = features[self.stage] + joined
+        covered = [math.ceil(side / stride) for side, stride in zip(padded, self.stride, strict=True)]
+        if list(joined.shape[2:]) != covered:  # no stage has the token's stride along all axes
+            joined = functional.interpolate(joined, covered, mode="trilinear")
+        z, y, x = features[self.stage].shape[2:]
+        features[self.stage] = features[self.stage] + joined[:, :, :z, :y, :x]
         return self.unet.decoder(features)
 
     @property
@@ -74,12 +77,18 @@ class UNetDecoder(nn.Module):
 
 def matching_stage(unet: Any, token: Triple) -> int:
     """Return the stage of a U-Net's encoder whose features are spaced most like tokens."""
-    strides = torch.tensor([_triple(stride) for stride in unet.encoder.strides]).cumprod(dim=0)
     distances = [
-        sum(abs(math.log2(stride / side)) for stride, side in zip(stage, token, strict=True))
-        for stage in strides.tolist()
+        sum(abs(math.log2(own / side)) for own, side in zip(stride, token, strict=True)) for stride in strides(unet)
     ]
     return distances.index(min(distances))
+
+
+def strides(unet: Any) -> list[list[int]]:
+    """Return the stride of each stage of a U-Net's encoder with respect to voxels (z y x)."""
+    stages = [[1, 1, 1]]
+    for step in unet.encoder.strides:
+        stages.append([side * factor for side, factor in zip(stages[-1], _triple(step), strict=True)])
+    return stages[1:]
 
 
 def _triple(stride: Any) -> list[int]:

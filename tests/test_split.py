@@ -1,4 +1,4 @@
-"""Splits by patient: nobody on two sides, everybody validated once, nested few, and files that are never lost."""
+"""Splits by patient: no patient on two sides, each validated once, nested few-label folds, and no file lost."""
 
 import json
 import logging
@@ -12,14 +12,21 @@ from hypothesis import strategies as st
 
 from nnunet_vit_mae.cli.split import main
 from nnunet_vit_mae.datasets.split.patients import on_both_sides, separation_warning
-from nnunet_vit_mae.datasets.split.splits import LabelledCase, SplitOptions, alike_names, make_splits, strata, verify
+from nnunet_vit_mae.datasets.split.splits import (
+    LabelledCase,
+    SplitOptions,
+    alike_names,
+    assign_strata,
+    find_problems,
+    make_splits,
+)
 from nnunet_vit_mae.datasets.tables import read_case_table
 from nnunet_vit_mae.errors import UserError
 
 cohorts = st.lists(st.tuples(st.integers(1, 6), st.sampled_from("AB"), st.integers(0, 2)), min_size=1, max_size=14)
 
 
-def series_of(cohort) -> list[LabelledCase]:
+def cases_of(cohort) -> list[LabelledCase]:
     """A patient for each entry: number of cases, scanner, volume class of the last one."""
     return [
         LabelledCase(f"{patient:02d}_{case}", f"P{patient}", f"{scanner}{volume if case == cases - 1 else 0}")
@@ -31,15 +38,15 @@ def series_of(cohort) -> list[LabelledCase]:
 @settings(max_examples=60, deadline=None)
 @given(cohort=cohorts, folds=st.integers(2, 6), seed=st.integers(0, 99), one=st.booleans(), order=st.randoms())
 def test_cross_validation_by_patient(cohort, folds, seed, one, order):
-    series = series_of(cohort)
-    wishes = SplitOptions(folds, one_per_patient=one, seed=seed)
+    cases = cases_of(cohort)
+    options = SplitOptions(folds, one_per_patient=one, seed=seed)
     if len(cohort) < folds:
         with pytest.raises(UserError, match="too few for --folds"):
-            make_splits(series, wishes)
+            make_splits(cases, options)
         return
-    splits = make_splits(series, wishes)
-    patients = {entry.case: entry.patient for entry in series}
-    chosen = {entry.case for entry in series} - {*splits.left_out}
+    splits = make_splits(cases, options)
+    patients = {entry.case: entry.patient for entry in cases}
+    chosen = {entry.case for entry in cases} - {*splits.left_out}
     assert len(splits.folds) == folds
     assert sorted(case for fold in splits.folds for case in fold["val"]) == sorted(chosen)
     for fold in splits.folds:
@@ -47,28 +54,28 @@ def test_cross_validation_by_patient(cohort, folds, seed, one, order):
         assert fold["val"]
         assert not on_both_sides(patients, fold["train"], fold["val"])
         assert {*fold["train"], *fold["val"]} == chosen
-    assert not verify(splits.folds, patients, list(patients), splits.left_out)
+    assert not find_problems(splits.folds, patients, list(patients), splits.left_out)
     if one:
         assert len(chosen) == len(cohort)
-    shuffled = list(series)
+    shuffled = list(cases)
     order.shuffle(shuffled)
-    assert make_splits(shuffled, wishes) == splits
+    assert make_splits(shuffled, options) == splits
 
 
 @settings(max_examples=40, deadline=None)
 @given(cohort=cohorts, few=st.sets(st.integers(1, 5), min_size=1), seed=st.integers(0, 99))
 def test_few_are_nested_and_validate_on_the_same_cases(cohort, few, seed):
     assume(len(cohort) >= 3)
-    series, folds = series_of(cohort), 3
-    patients = {entry.case: entry.patient for entry in series}
-    base = make_splits(series, SplitOptions(folds, seed=seed))
+    cases, folds = cases_of(cohort), 3
+    patients = {entry.case: entry.patient for entry in cases}
+    base = make_splits(cases, SplitOptions(folds, seed=seed))
     smallest = min(len({patients[case] for case in fold["train"]}) for fold in base.folds)
-    wishes = SplitOptions(folds, few=tuple(few), seed=seed)
+    options = SplitOptions(folds, few=tuple(few), seed=seed)
     if max(few) > smallest:
         with pytest.raises(UserError, match="has only"):
-            make_splits(series, wishes)
+            make_splits(cases, options)
         return
-    splits = make_splits(series, wishes)
+    splits = make_splits(cases, options)
     assert splits.folds[:folds] == base.folds
     larger = base.folds
     for step, number in reversed(list(enumerate(sorted(few), 1))):
@@ -89,9 +96,9 @@ def test_few_are_nested_and_validate_on_the_same_cases(cohort, few, seed):
 @given(cohort=cohorts, seed=st.integers(0, 99), development=st.sampled_from([0.0, 0.15, 0.4]))
 def test_a_test_share_is_in_no_fold(cohort, seed, development):
     assume(len(cohort) >= 5)
-    series = series_of(cohort)
-    patients = {entry.case: entry.patient for entry in series}
-    splits = make_splits(series, SplitOptions(3, development=development, test=0.15, seed=seed))
+    cases = cases_of(cohort)
+    patients = {entry.case: entry.patient for entry in cases}
+    splits = make_splits(cases, SplitOptions(3, development=development, test=0.15, seed=seed))
     assert splits.test
     assert len(splits.folds) == (1 if development else 3)
     for fold in splits.folds:
@@ -102,9 +109,9 @@ def test_a_test_share_is_in_no_fold(cohort, seed, development):
 
 
 def test_strata_are_kept_in_proportion():
-    series = [LabelledCase(f"c{n:02d}", f"p{n:02d}", "rare" if n % 5 == 0 else "common") for n in range(60)]
-    rare = {one.case for one in series if one.stratum == "rare"}
-    splits = make_splits(series, SplitOptions(4, few=(5, 10, 20), test=0.2))
+    cases = [LabelledCase(f"c{n:02d}", f"p{n:02d}", "rare" if n % 5 == 0 else "common") for n in range(60)]
+    rare = {case.case for case in cases if case.stratum == "rare"}
+    splits = make_splits(cases, SplitOptions(4, few=(5, 10, 20), test=0.2))
     assert len(rare & {*splits.test}) in (2, 3)
     assert all(len(rare & {*fold["val"]}) in (2, 3) for fold in splits.folds[:4])
     for fold, meaning in zip(splits.folds[4:], splits.meanings[4:], strict=True):
@@ -116,16 +123,16 @@ def test_many_numbers_become_thirds_and_few_stay_classes():
     cases = [f"c{n}" for n in range(10)]
     volume = {case: str(n * 1.5) for n, case in enumerate(cases)}
     field = {case: "3" if n % 2 else "1.5" for n, case in enumerate(cases[:-1])}
-    made = strata([volume, field], cases)
+    made = assign_strata([volume, field], cases)
     assert made["c0"] == "none / 1.5"
     assert [made[f"c{n}"].split(" / ")[0] for n in range(1, 10)] == ["low"] * 3 + ["middle"] * 3 + ["high"] * 3
     assert made["c9"] == "high / unknown"
-    assert set(strata([], cases).values()) == {""}
+    assert set(assign_strata([], cases).values()) == {""}
 
 
 def test_a_small_stratum_cannot_stop_a_split_and_is_mentioned_when_it_matters():
-    series = [LabelledCase(f"c{n}", f"p{n}", f"s{n}") for n in range(7)]
-    splits = make_splits(series, SplitOptions(3, test=0.2))
+    cases = [LabelledCase(f"c{n}", f"p{n}", f"s{n}") for n in range(7)]
+    splits = make_splits(cases, SplitOptions(3, test=0.2))
     assert len(splits.notes) == 2
 
 
@@ -152,10 +159,10 @@ def test_tables_as_spreadsheets_leave_them(tmp_path):
     [
         ("", "has no rows"),
         ("case,patient\n", "has no rows"),
-        ("case,case\na,b\n", "two columns of one name"),
+        ("case,case\na,b\n", "two columns of the same name"),
         ("case,patient\nc0,A,1\n", "has 3 fields in row 2"),
         ("case,patient\nc0,A\nc0,B\n", "two different rows for c0"),
-        ("case,patient\nx,A\ny,B\n", "no column with names of cases such as c0"),
+        ("case,patient\nx,A\ny,B\n", "no column with case names such as c0"),
         ("case,patient\nc0,A\n", "has no row for c1, c2, c3 and 5 more"),
         ("case,patient\n" + "".join(f"c{n},\n" for n in range(9)), "has no patient for c0, c1, c2 and 6 more"),
         ("case,person\n" + "".join(f"c{n},{n}\n" for n in range(9)), "no column patient, only case, person"),
@@ -242,7 +249,7 @@ def test_cases_can_be_left_out(data, tmp_path, refused):
     assert json.loads((data / "split.json").read_text())["left_out"] == ["c0"]
     typed("--verify")
     (tmp_path / "empty.txt").write_text("c99\n")
-    assert "names c99" in refused(lambda _: typed("--leave_out", str(tmp_path / "empty.txt")))
+    assert "unknown cases (c99)" in refused(lambda _: typed("--leave_out", str(tmp_path / "empty.txt")))
     assert "check --leave_out" in refused(lambda _: typed("--leave_out", str(tmp_path / "nowhere.txt")))
 
 
@@ -251,19 +258,19 @@ def test_names_that_a_spreadsheet_has_changed_are_mentioned(data, tmp_path, caps
     table = tmp_path / "table.csv"
     table.write_text("case,patient\n" + "".join(f"c{n},{'0' * (n % 2)}{n // 2}\n" for n in range(9)))
     main(["-d", "905", "--csv", str(table), "--folds", "2"])
-    assert "Are these patients different ones? 0, 00; 01, 1;" in capsys.readouterr().out
+    assert "Are these different patients? 0, 00; 01, 1;" in capsys.readouterr().out
 
 
 def test_without_a_table_each_case_is_a_patient_or_those_of_a_former_call(data, capsys):
     main(["-d", "905", "--folds", "9"])
-    assert "every case counts as a patient of its own" in capsys.readouterr().out
+    assert "each case counts as a patient of its own" in capsys.readouterr().out
     typed("--folds", "3", "--overwrite")
     main(["-d", "905", "--folds", "2", "--overwrite"])
     assert "Patients are taken from" in capsys.readouterr().out
     assert json.loads((data / "patients.json").read_text())["c8"] == "P4"
 
 
-def test_labels_of_the_preprocessed_data_set_do(data, tmp_path):
+def test_labels_of_the_preprocessed_dataset_do(data, tmp_path):
     raw = tmp_path / "raw" / "Dataset905_Cohort"
     data.mkdir(parents=True)
     (raw / "labelsTr").rename(data / "gt_segmentations")
@@ -308,7 +315,7 @@ def test_verify_finds_a_test_case_in_a_fold(data, refused):
     (data / "splits_final.json").write_text(json.dumps(folds))
     assert f"fold 1 has {held[0]}" in refused(lambda _: typed("--verify"))
     (data / "split.json").write_text("[]")
-    assert "is not a record of mae3d_split" in refused(lambda _: typed("--verify"))
+    assert "was not written by mae3d_split" in refused(lambda _: typed("--verify"))
 
 
 @pytest.mark.parametrize(
@@ -317,9 +324,9 @@ def test_verify_finds_a_test_case_in_a_fold(data, refused):
         ("--folds 6", "5 patients are too few for --folds 6"),
         ("--folds 1", "give 2 or more"),
         ("--folds 4 --test 0.3", "too few for --test 0.3 and --folds 4"),
-        ("--development 0.5 --test 0.5", "leave nothing to train on"),
+        ("--development 0.5 --test 0.5", "leave no patient to train on"),
         ("--development 0.45 --test 0.54", "too few for --test 0.54 and --development 0.45"),
-        ("--folds 3 --few 4", "--few 4: fold"),
+        ("--folds 3 --few 4", "--few 4 is too many: fold"),
         ("--stratify scanner", "no column scanner, only case, patient, vendor: check --stratify"),
         ("--case name", "no column name, only case, patient, vendor: check --case"),
         ("--patient who", "no column who"),
@@ -381,11 +388,11 @@ def test_pretraining_and_training_warn_of_separated_patients(in_workspace, caplo
 
     with caplog.at_level(logging.WARNING):
         pretraining_cases(plan, "0")
-    assert "validated on" not in caplog.text + trained()
+    assert "too optimistic" not in caplog.text + trained()
     (folder / "patients.json").write_text(json.dumps({"train_3": "P", "train_4": "P"}))
     with caplog.at_level(logging.WARNING):
         pretraining_cases(plan, "all")
-        assert "validated on" not in caplog.text
+        assert "too optimistic" not in caplog.text
         pretraining_cases(plan, "0")
     assert "seen in training too (P)" in caplog.text
     assert "seen in training too (P)" in trained()

@@ -1,0 +1,147 @@
+"""Positions and blocks: attention sees distances, and places travel with their tokens."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
+from nnunet_vit_mae.networks.masking import Masking
+from nnunet_vit_mae.networks.positions import Positions, forget_positions, rotary_positions, rotated
+from nnunet_vit_mae.networks.transformer import Attention, GatedMLP, Transformer, plain_mlp
+from nnunet_vit_mae.presets import BLOCKS, POSITIONS, Network, Pretraining, token_grid
+
+CPU = torch.device("cpu")
+GRID = (3, 4, 5)
+ONE = (1.0, 1.0, 1.0)
+few = settings(max_examples=15, deadline=None)
+
+
+def index(z: int, y: int, x: int) -> int:
+    return (z * GRID[1] + y) * GRID[2] + x
+
+
+places = st.tuples(*(st.integers(0, side - 1) for side in GRID))
+shifts = st.tuples(*(st.integers(-2, 2) for _ in GRID))
+
+
+@few
+@given(places, places, shifts, st.integers(0, 999))
+def test_rotary_scores_depend_on_the_distance_of_two_tokens_alone(first, second, shift, seed):
+    """Both tokens moved by the same shift have the same score, along unequal axes."""
+    moved = [tuple(a + b for a, b in zip(place, shift, strict=True)) for place in (first, second)]
+    if any(not 0 <= a < side for place in moved for a, side in zip(place, GRID, strict=True)):
+        return
+    generator = torch.Generator().manual_seed(seed)
+    query, key = torch.randn(2, 1, 1, 1, 1, 26, generator=generator)
+    table = rotary_positions(GRID, 26, CPU, ONE, 100.0)
+
+    def score(one: tuple[int, int, int], other: tuple[int, int, int]) -> torch.Tensor:
+        a, b = (rotated(x, table[index(*place)][None]) for x, place in ((query, one), (key, other)))
+        return (a * b).sum()
+
+    torch.testing.assert_close(score(first, second), score(*moved), atol=1e-4, rtol=1e-4)
+
+
+def test_rotation_keeps_lengths_and_leaves_the_rest_alone():
+    heads = torch.randn(2, 3, 2, math.prod(GRID), 26)
+    table = rotary_positions(GRID, 26, CPU, ONE, 100.0)
+    turned = rotated(heads, table, padding=6)
+    assert table.shape == (math.prod(GRID), 2, 12)
+    torch.testing.assert_close(turned[..., :26].norm(dim=-1), heads.norm(dim=-1))
+    torch.testing.assert_close(turned[..., 24:26], heads[..., 24:])
+    assert not turned[..., 26:].any()
+    torch.testing.assert_close(turned[..., 0, :26], heads[..., 0, :])  # the token at the origin is not turned
+
+
+def test_a_step_in_mm_scales_all_axes_of_the_coordinates():
+    """A token of thick slices is as far from its neighbour as two thin ones are apart."""
+    thin, thick = (Positions("rotary", step).places((4, 3, 3), 24, 24, CPU).rotation for step in (ONE, (2.0, 1.0, 1.0)))
+    torch.testing.assert_close(thick[9], thin[18])  # the second token along z, and the third
+    blueprint = Network(size="XS", token=(4, 8, 8), decoder="mae", position_unit="mm")
+    networks = [
+        build_segmenter(blueprint, 1, 2, drop_path=0.0, spacing=spacing)
+        for spacing in ((1.0, 1.0, 1.0), (3.0, 0.5, 0.5))
+    ]
+    steps = [network.encoder.positions.step for network in networks]
+    assert steps == [(0.5, 1.0, 1.0), (1.5, 0.5, 0.5)]
+
+
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_positions_are_in_no_state_dict(kind):
+    network = Network(size="XS", token=(4, 8, 8), positions=kind)
+    autoencoder = build_autoencoder(network, 2, Pretraining())
+    assert not any("position" in name or "rot" in name for name in autoencoder.state_dict())
+    assert set(autoencoder.state_dict()) == set(
+        build_autoencoder(Network(token=(4, 8, 8), size="XS"), 2, Pretraining()).state_dict()
+    )
+
+
+@pytest.mark.parametrize(("kind", "differ"), [("rotary", True), ("both", True)])
+def test_attention_alone_tells_tokens_apart(kind, differ):
+    """Equal tokens, nothing added: with rotary positions their outputs differ by place, without they cannot."""
+    torch.manual_seed(0)
+    attention, tokens = Attention(24, 2), torch.randn(1, 1, 24).expand(1, math.prod(GRID), 24).clone()
+    tokens[:, 0] += 1  # something to look at
+    table = Positions(kind).places(GRID, 24, 12, CPU).rotation
+    turned, plain = attention(tokens, table)[0, 1:], attention(tokens)[0, 1:]
+    assert (turned.std(dim=0).max() > 1e-5) == differ
+    assert plain.std(dim=0).max() < 1e-5
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize("cross", [False, True])
+def test_a_subset_in_another_order_gives_the_same_tokens(blocks, cross):
+    """Attention has no order of its own: places travel with their tokens."""
+    torch.manual_seed(1)
+    transformer = Transformer(36, 2, 3, blocks=blocks).eval()
+    everywhere = Positions("both").places(GRID, 36, 12, CPU)
+    chosen = torch.randperm(math.prod(GRID))[:9]
+    tokens = torch.randn(1, 9, 36)
+    order = torch.randperm(9)
+    context = torch.randn(1, 5, 36) if cross else None
+    rotation_of_context = everywhere.at(torch.arange(5)).rotation if cross else None
+    outputs = [
+        transformer(tokens[:, o], everywhere.at(chosen[o]).rotation, context, rotation_of_context)
+        for o in (torch.arange(9), order)
+    ]
+    torch.testing.assert_close(outputs[0][:, order], outputs[1], atol=1e-5, rtol=1e-4)
+
+
+def test_batches_with_places_of_their_own_equal_one_sample_at_a_time():
+    torch.manual_seed(2)
+    network = build_autoencoder(Network(size="XS", token=(4, 8, 8)), 2, Pretraining()).eval()
+    volume = torch.randn(3, 2, 9, 20, 27)
+    tokens = math.prod(token_grid(volume.shape[2:], (4, 8, 8)))
+    masks = Masking(mask_ratio=0.6).draw(torch.rand(3, tokens))
+    together = network(volume, masks).patches
+    alone = [network(volume[i : i + 1], type(masks)(*(part[i : i + 1] for part in masks))).patches for i in range(3)]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-4)
+
+
+def test_rotary_positions_are_cached_and_forgotten():
+    first = rotary_positions(GRID, 24, CPU, ONE, 100.0)
+    assert rotary_positions(GRID, 24, CPU, ONE, 100.0) is first
+    forget_positions()
+    assert rotary_positions(GRID, 24, CPU, ONE, 100.0) is not first
+
+
+def test_modern_blocks_start_near_the_identity_and_have_as_many_weights():
+    tokens = torch.randn(2, 7, 96)
+    vit, modern = (Transformer(96, 4, 6, blocks=kind) for kind in ("vit", "modern"))
+    moved = [(block(tokens) - tokens).norm() for block in (vit.blocks[0], modern.blocks[0])]
+    assert moved[1] < 0.3 * moved[0]
+    sizes = [sum(p.numel() for p in mlp.parameters()) for mlp in (plain_mlp(96), GatedMLP(96))]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
+
+
+@pytest.mark.parametrize("kind", POSITIONS)
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_every_weight_learns(kind, blocks):
+    torch.manual_seed(0)
+    network = Network(size="XS", token=(4, 8, 8), decoder="mae", positions=kind, blocks=blocks)
+    segmenter = build_segmenter(network, 2, 3, drop_path=0.0)
+    segmenter(torch.randn(2, 2, 9, 20, 27)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in segmenter.parameters())

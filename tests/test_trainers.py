@@ -1,0 +1,200 @@
+"""The trainers inside of nnU-Net: the hybrid with its U-Net, the schedule per step, random seeds, new weights."""
+
+import json
+import shutil
+import sys
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import SimpleITK as sitk
+import torch
+from conftest import SHAPE, Workspace
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerViTScratch
+from nnunet_vit_mae.optimisation import warmup_cosine
+from nnunet_vit_mae.presets import SIZES
+from nnunet_vit_mae.weights import load_encoder
+
+pytestmark = pytest.mark.slow
+
+DEPTH = SIZES["XS"].depth
+LAYER_DECAY = 0.5
+EPOCHS, ITERATIONS, WARMUP, LR = 2, 6, 0.5, 1e-3
+INTERRUPTED = 75  # an exit code
+
+
+def copy_of(workspace, folder):
+    shutil.copytree(workspace.root, folder / "nnunet")
+    return Workspace(folder / "nnunet")
+
+
+def plan(workspace, name, flags="", **finetuning):
+    """Write plans for a tiny network with these settings of fine-tuning."""
+    recipe = workspace.root / f"{name}.recipe.json"
+    recipe.write_text(json.dumps({"finetuning": {"batch_size": 2, **finetuning}}))
+    workspace.call(*f"mae3d_plan -d 901 -o {name} --recipe {recipe} --size XS --token 4 {flags}".split())
+
+
+def train(workspace, plans, trainer, *flags, fold=0, interrupted=False):
+    """Train, up to the end of the first epoch if `interrupted`; return (rate, scale) of each parameter at each step."""
+    steps, step, epoch_end = [], nnUNetTrainerViTScratch.train_step, nnUNetTrainerViTScratch.on_epoch_end
+
+    def recording(self, batch):
+        result = step(self, batch)
+        names = {id(parameter): name for name, parameter in self.segmenter.named_parameters()}
+        groups = self.optimizer.param_groups
+        steps.append({names[id(p)]: (group["lr"], group["lr_scale"]) for group in groups for p in group["params"]})
+        return result
+
+    def stopping(self):
+        epoch_end(self)
+        sys.exit(INTERRUPTED)
+
+    command = f"nnUNetv2_train 901 3d_fullres {fold} -p {plans} -device cpu -tr {trainer}".split()
+    with (
+        mock.patch.object(nnUNetTrainerViTScratch, "train_step", recording),
+        mock.patch.object(nnUNetTrainerViTScratch, "on_epoch_end", stopping if interrupted else epoch_end),
+    ):
+        workspace.call(*command, *flags, code=INTERRUPTED if interrupted else 0)
+    return steps
+
+
+def checkpoint_of(workspace, plans, trainer, *, fold=0, name="checkpoint_final.pth"):
+    folder = workspace.results / f"{trainer}__{plans}__3d_fullres" / f"fold_{fold}"
+    return torch.load(folder / name, weights_only=False)
+
+
+# ---------- the hybrid
+
+
+@pytest.fixture(scope="module")
+def hybrid(planned, tmp_path_factory):
+    """The hybrid, trained at once in fold 0, and interrupted and continued in fold 1; with the rates of both."""
+    workspace = copy_of(planned, tmp_path_factory.mktemp("hybrid"))
+    schedule = {"epochs": EPOCHS, "iterations": ITERATIONS, "warmup": WARMUP, "lr": LR}
+    plan(workspace, "Hybrid", "--decoder unet", **schedule)
+    workspace.call(*"mae3d_preprocess -d 901 -np 1".split())
+    workspace.call(*"mae3d_pretrain -d 901 -p Hybrid --epochs 1 --batch_size 4 -device cpu".split())
+    arguments = (workspace, "Hybrid", "nnUNetTrainerViTMAE")
+    at_once = train(*arguments)
+    before = train(*arguments, fold=1, interrupted=True)
+    after = train(*arguments, "--c", fold=1)
+    return SimpleNamespace(workspace=workspace, at_once=at_once, before=before, after=after)
+
+
+@pytest.mark.parametrize("deep_supervision", [True, False])
+def test_at_the_first_step_the_hybrid_is_nnunets_own_u_net(planned, deep_supervision):
+    content = json.loads((planned.preprocessed / "nnUNetPlans.json").read_text())
+    block = {"network": {"size": "XS", "token": [4, 4, 4], "decoder": "unet"}}
+    content["configurations"]["3d_fullres"]["vit_mae"] = block
+    plans = PlansManager(content)
+    configuration = plans.get_configuration("3d_fullres")
+    hybrid, unet = (
+        trainer.build_network_architecture(plans, configuration, 2, 2, deep_supervision)
+        for trainer in (nnUNetTrainerViTScratch, nnUNetTrainer)
+    )
+    unet.load_state_dict(hybrid.decoder.unet.state_dict())
+    volume = torch.randn(2, 2, *configuration.patch_size)
+    with torch.no_grad():
+        ours, theirs = hybrid(volume), unet(volume)
+    assert isinstance(ours, list) == deep_supervision
+    pairs = list(zip(ours, theirs, strict=True)) if deep_supervision else [(ours, theirs)]
+    assert len(pairs) > deep_supervision
+    for own, reference in pairs:
+        assert torch.equal(own, reference)
+
+
+def test_the_hybrid_learns_to_use_the_vit_and_the_vit_learns(hybrid):
+    weights = checkpoint_of(hybrid.workspace, "Hybrid", "nnUNetTrainerViTMAE")["network_weights"]
+    assert weights["decoder.projection.weight"].any()  # it starts at zero
+    file = hybrid.workspace.results / "mae3d_pretrain__Hybrid__3d_fullres" / "fold_all" / "encoder.safetensors"
+    tensors, _ = load_encoder(file)
+    assert all(not torch.equal(weights[f"encoder.{name}"], tensor) for name, tensor in tensors.items())
+
+
+def test_nnunet_predicts_with_the_hybrid(hybrid, tmp_path):
+    images = hybrid.workspace.raw / "imagesTs"
+    model = "-d 901 -c 3d_fullres -f 1 -p Hybrid -device cpu -tr nnUNetTrainerViTMAE"
+    hybrid.workspace.call(*f"nnUNetv2_predict -i {images} -o {tmp_path} {model}".split())
+    for case in ("test_0", "test_1"):
+        assert sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / f"{case}.nii.gz"))).shape == SHAPE
+
+
+# ---------- the schedule
+
+
+def test_the_warm_up_is_per_step(hybrid):
+    rates = [step["decoder.projection.weight"][0] for step in hybrid.at_once]
+    total = EPOCHS * ITERATIONS
+    assert rates == pytest.approx([LR * warmup_cosine((n + 1) / (total + 1), WARMUP) for n in range(total)])
+    assert 0 < rates[0] < 0.2 * LR
+    assert max(rates) > 0.9 * LR
+
+
+def test_a_continued_run_has_the_rates_of_one_at_once(hybrid):
+    assert (len(hybrid.before), len(hybrid.after)) == (ITERATIONS, ITERATIONS)
+    assert hybrid.before + hybrid.after == hybrid.at_once
+    checkpoint = checkpoint_of(hybrid.workspace, "Hybrid", "nnUNetTrainerViTMAE", fold=1)
+    assert len(checkpoint["logging"]["train_losses"]) == EPOCHS
+
+
+# ---------- what does not come from the encoder
+
+
+@pytest.fixture(scope="module")
+def moved(planned, tmp_path_factory):
+    """An adaptive encoder in a network that stacks its channels, interrupted and continued."""
+    workspace = copy_of(planned, tmp_path_factory.mktemp("moved"))
+    finetuning = {"epochs": 2, "iterations": 1, "layer_decay": LAYER_DECAY, "freeze_epochs": 1}
+    plan(workspace, "Moved", "--decoder mae", **finetuning)
+    workspace.call(*"mae3d_preprocess -d 901 -np 1".split())
+    workspace.call(*"mae3d_pretrain -d 901 -p Moved --adaptive --epochs 1 --batch_size 4 -device cpu".split())
+    file = workspace.results / "mae3d_pretrain__Moved__3d_fullres" / "fold_all" / "encoder.safetensors"
+    brought = {f"encoder.{name}": t for name, t in load_encoder(file)[0].items() if not name.startswith("tokenizer.")}
+    arguments = (workspace, "Moved", "nnUNetTrainerViTMAE")
+    (frozen,) = train(*arguments, interrupted=True)
+    weights = checkpoint_of(*arguments, name="checkpoint_best.pth")["network_weights"]
+    (free,) = train(*arguments, "--c")
+    return SimpleNamespace(brought=brought, frozen=frozen, weights=weights, free=free)
+
+
+def test_a_new_tokenizer_learns_at_the_full_rate_and_the_blocks_at_their_own(moved):
+    assert {scale for name, (_, scale) in moved.frozen.items() if name not in moved.brought} == {1.0}
+    assert {name for name in moved.frozen if name.startswith("encoder.tokenizer.")}.isdisjoint(moved.brought)
+    for name, (_, scale) in moved.frozen.items():
+        if name.startswith("encoder.transformer.blocks."):
+            assert scale == LAYER_DECAY ** (DEPTH - int(name.split(".")[3]))
+
+
+def test_freezing_holds_what_the_encoder_brought_and_nothing_else(moved):
+    assert {name for name, (rate, _) in moved.frozen.items() if rate == 0} == set(moved.brought)
+    assert all(torch.equal(moved.weights[name], tensor) for name, tensor in moved.brought.items())
+
+
+def test_a_continued_run_keeps_the_scales_and_ends_the_freezing(moved):
+    assert {name: scale for name, (_, scale) in moved.free.items()} == {
+        name: scale for name, (_, scale) in moved.frozen.items()
+    }
+    peak = moved.free["encoder.tokenizer.projection.weight"][0]
+    assert peak > 0
+    assert all(rate == pytest.approx(peak * scale) for rate, scale in moved.free.values())
+
+
+# ---------- random seeds
+
+
+@pytest.mark.parametrize("trainer", ["nnUNetTrainerViTScratch", "nnUNetTrainerBaseline"])
+def test_a_seed_decides_all_losses(planned, tmp_path, trainer):
+    workspace = copy_of(planned, tmp_path)
+    losses = []
+    for seed in (1, 1, 2):
+        plan(workspace, "Seeded", epochs=1, iterations=2, contrast_dropout=0.3, seed=seed)
+        train(workspace, "Seeded", trainer)
+        logging = checkpoint_of(workspace, "Seeded", trainer)["logging"]
+        # nnU-Net measures which way of blurring is the faster one, and they round differently
+        losses.append(pytest.approx(logging["train_losses"] + logging["val_losses"], rel=1e-4))
+    assert losses[0].expected == losses[1]
+    assert losses[0].expected != losses[2]
