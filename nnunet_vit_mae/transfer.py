@@ -20,6 +20,10 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.presets import canonical_contrast
 from nnunet_vit_mae.weights import Card
 
+CHANNEL_KERNELS = ("tokenizer.projection.weight", "tokenizer.entry.weight")  # linear, convolutional
+    "tokenizer.projection.weight",
+    "tokenizer.entry.weight",
+)  # linear and convolutional: (width, channels)
 STANDARDISED = {"CTNormalization", "ZScoreNormalization"}  # both give about mean 0 and deviation 1
 
 
@@ -98,13 +102,15 @@ def _match_channels(
 
     With new channels the whole is scaled by old / new number, so that a token's embedding stays about as large.
     """
-    weight = tensors["tokenizer.projection.weight"]
-    kernels, new, note = _by_name(rearrange(weight, "width (c voxels) -> c width voxels", c=len(there)), there, here)
+    name = next(name for name in CHANNEL_KERNELS if name in tensors)
+    weight = tensors[name]
+    by_channel = rearrange(weight.flatten(1), "width (c voxels) -> c width voxels", c=len(there))
+    kernels, new, note = _by_name(by_channel, there, here)
     if new and len(there) != len(here):
         kernels = kernels * (len(there) / len(here))
         note += f", all scaled by {len(there)}/{len(here)}"
     matched = rearrange(kernels, "c width voxels -> width (c voxels)").contiguous()
-    return {"tokenizer.projection.weight": matched}, note
+    return {name: matched.reshape(len(weight), -1, *weight.shape[2:])}, note
 
 
 def _match_modality_vectors(

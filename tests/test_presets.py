@@ -240,8 +240,8 @@ def test_not_a_number_is_refused_by_name(section, key):
 
 def test_a_size_that_is_not_there_is_answered_with_those_that_are():
     assert (
-        refused("network", "size", "XL")
-        == "network.size is 'XL', but it must be one of XS, S, M, B, L, PrimusS, PrimusB, PrimusM, PrimusL, ViTTi, ViTS, ViTL."
+        refused("network", "size", "XL") == "network.size is 'XL', but it must be one of XS, S, M, B, L, "
+        "PrimusS, PrimusB, PrimusM, PrimusL, ViTTi, ViTS, ViTL."
     )
 
 
