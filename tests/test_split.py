@@ -386,13 +386,100 @@ def test_pretraining_and_training_warn_of_separated_patients(in_workspace, caplo
         trainer.get_tr_and_val_datasets()
         return Path(trainer.log_file).read_text()
 
-    with caplog.at_level(logging.WARNING):
-        pretraining_cases(plan, "0")
-    assert "too optimistic" not in caplog.text + trained()
-    (folder / "patients.json").write_text(json.dumps({"train_3": "P", "train_4": "P"}))
-    with caplog.at_level(logging.WARNING):
-        pretraining_cases(plan, "all")
-        assert "too optimistic" not in caplog.text
-        pretraining_cases(plan, "0")
-    assert "seen in training too (P)" in caplog.text
+    with caplog.at_level(logging.INFO):
+        assert [case.name for case in pretraining_cases(plan, "0")] == names[:4]
+        assert "are not read" not in caplog.text
+        assert "too optimistic" not in trained()
+        (folder / "patients.json").write_text(json.dumps({"train_3": "P", "train_4": "P"}))
+        assert [case.name for case in pretraining_cases(plan, "all")] == names
+        assert "are not read" not in caplog.text
+        assert [case.name for case in pretraining_cases(plan, "0")] == names[:3]
+    assert "1 scans of patients held out" in caplog.text
     assert "seen in training too (P)" in trained()
+
+
+LABELLED, POOL = [f"train_{number}" for number in range(6)], [f"pool_{number}" for number in range(3)]
+
+
+@pytest.fixture
+def pretraining_names(in_workspace):
+    """Return the names of the preprocessed cases that pre-training reads for a fold."""
+    from nnunet_vit_mae.cli import preprocess
+    from nnunet_vit_mae.nnunet.folders import find_dataset
+    from nnunet_vit_mae.nnunet.folds import pretraining_cases
+    from nnunet_vit_mae.nnunet.plans import load_plan
+
+    preprocess.main("-d 901 -np 1".split())
+    plan = load_plan(find_dataset("901"), "nnUNetPlans", "3d_fullres")
+    return lambda fold: [case.name for case in pretraining_cases(plan, fold)]
+
+
+def split_901(in_workspace, patients: dict[str, str], *flags: str) -> dict:
+    table = in_workspace.root / "patients.csv"
+    table.write_text("case,patient\n" + "".join(f"{case},{patient}\n" for case, patient in patients.items()))
+    main(["-d", "901", "--csv", str(table), *flags])
+    return json.loads((in_workspace.preprocessed / "split.json").read_text())
+
+
+@pytest.mark.slow
+def test_pretraining_reads_no_scan_of_a_test_patient(in_workspace, pretraining_names, caplog):
+    patients = {case: f"P{number // 2}" for number, case in enumerate(LABELLED)}  # two labelled scans of each
+    patients |= {case: f"P{number}" for number, case in enumerate(POOL)}
+    record = split_901(in_workspace, patients, "--folds", "2", "--test", "0.3")
+    tested = {patients[case] for case in record["test"]}
+    expected = [case for case in [*LABELLED, *POOL] if patients[case] not in tested]
+    assert len(expected) == 6
+    with caplog.at_level(logging.INFO):
+        assert pretraining_names("all") == expected
+    assert "3 scans of patients held out for testing or validation are not read" in caplog.text
+    for fold in ("0", "1"):
+        split = json.loads((in_workspace.preprocessed / "splits_final.json").read_text())[int(fold)]
+        closed = tested | {patients[case] for case in split["val"]}
+        assert pretraining_names(fold) == [case for case in expected if patients[case] not in closed]
+
+
+@pytest.mark.slow
+def test_a_fold_of_few_patients_is_pretrained_on_the_scans_of_its_parent(in_workspace, pretraining_names):
+    record = split_901(in_workspace, {case: case for case in LABELLED}, "--folds", "3", "--few", "1", "2")
+    assert record["parents"] == [0, 1, 2] * 3
+    for fold, parent in enumerate(record["parents"]):
+        assert pretraining_names(str(fold)) == pretraining_names(str(parent))
+    splits = json.loads((in_workspace.preprocessed / "splits_final.json").read_text())
+    splits[3] |= {"train": splits[4]["train"], "val": splits[4]["val"]}  # another hand changed the file of splits
+    (in_workspace.preprocessed / "splits_final.json").write_text(json.dumps(splits))
+    assert pretraining_names("3") == [*splits[4]["train"], *POOL]
+
+
+@pytest.mark.slow
+def test_other_series_of_training_patients_belong_to_pretraining(in_workspace, pretraining_names):
+    patients = {case: f"P{number // 2}" for number, case in enumerate(LABELLED)}
+    (in_workspace.root / "bad.txt").write_text("train_5\n")
+    flags = ["--folds", "2", "--one_per_patient", "--leave_out", str(in_workspace.root / "bad.txt")]
+    record = split_901(in_workspace, patients, *flags)
+    assert len(record["other_series"]) == 2
+    assert set(record["left_out"]) == {*record["other_series"], "train_5"}
+    assert pretraining_names("all") == [*LABELLED[:5], *POOL]
+    splits = json.loads((in_workspace.preprocessed / "splits_final.json").read_text())
+    for number, split in enumerate(splits):
+        of_training = {patients[case] for case in split["train"]}
+        expected = [case for case in LABELLED[:5] if patients[case] in of_training]
+        assert set(split["train"]) < set(expected) or expected == split["train"]
+        assert pretraining_names(str(number)) == [*expected, *POOL]
+
+
+@pytest.mark.slow
+def test_training_with_few_patients_takes_the_encoder_of_the_parent(in_workspace):
+    import torch
+
+    from nnunet_vit_mae.nnunet.folders import encoder_file
+    from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerViTMAE
+
+    split_901(in_workspace, {case: case for case in LABELLED}, "--folds", "3", "--few", "1")
+    plans = json.loads((in_workspace.preprocessed / "nnUNetPlans.json").read_text()) | {"continue_training": False}
+    description = json.loads((in_workspace.preprocessed / "dataset.json").read_text())
+    trainer = nnUNetTrainerViTMAE(plans, "3d_fullres", 4, description, torch.device("cpu"))
+    for fold in ("all", "1", "4"):  # each is preferred to those before
+        file = encoder_file(in_workspace.results, "nnUNetPlans", "3d_fullres", fold)
+        file.parent.mkdir(parents=True)
+        file.touch()
+        assert trainer._find_encoder() == file

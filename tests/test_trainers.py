@@ -9,10 +9,13 @@ from unittest import mock
 import pytest
 import SimpleITK as sitk
 import torch
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 from conftest import SHAPE, Workspace
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation
 from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerViTScratch
 from nnunet_vit_mae.optimisation import warmup_cosine
 from nnunet_vit_mae.presets import SIZES
@@ -72,14 +75,18 @@ def checkpoint_of(workspace, plans, trainer, *, fold=0, name="checkpoint_final.p
 
 @pytest.fixture(scope="module")
 def hybrid(planned, tmp_path_factory):
-    """The hybrid, trained at once in fold 0, and interrupted and continued in fold 1; with the rates of both."""
+    """The hybrid, trained at once in fold 0, and interrupted and continued in fold 1; with the rates of both.
+
+    In fold 0 it augments on the device that trains.
+    """
     workspace = copy_of(planned, tmp_path_factory.mktemp("hybrid"))
     schedule = {"epochs": EPOCHS, "iterations": ITERATIONS, "warmup": WARMUP, "lr": LR}
-    plan(workspace, "Hybrid", "--decoder unet", **schedule)
+    plan(workspace, "Hybrid", "--decoder unet", augmentation="device", **schedule)
     workspace.call(*"mae3d_preprocess -d 901 -np 1".split())
     workspace.call(*"mae3d_pretrain -d 901 -p Hybrid --epochs 1 --batch_size 4 -device cpu".split())
     arguments = (workspace, "Hybrid", "nnUNetTrainerViTMAE")
     at_once = train(*arguments)
+    plan(workspace, "Hybrid", "--decoder unet", **schedule)
     before = train(*arguments, fold=1, interrupted=True)
     after = train(*arguments, "--c", fold=1)
     return SimpleNamespace(workspace=workspace, at_once=at_once, before=before, after=after)
@@ -113,6 +120,17 @@ def test_the_hybrid_learns_to_use_the_vit_and_the_vit_learns(hybrid):
     file = hybrid.workspace.results / "mae3d_pretrain__Hybrid__3d_fullres" / "fold_all" / "encoder.safetensors"
     tensors, _ = load_encoder(file)
     assert all(not torch.equal(weights[f"encoder.{name}"], tensor) for name, tensor in tensors.items())
+
+
+def test_augmentation_on_the_device_gives_targets_of_all_resolutions():
+    transform = DownsampleSegForDSTransform([[1, 1, 1], [0.5, 1, 0.5], [0.25, 0.5, 0.25]])
+    augment = BatchAugmentation(ComposeTransforms([transform]), [0, 1], contrast_dropout=0)
+    segmentation = torch.randint(0, 2, (3, 1, 8, 8, 12), dtype=torch.int16)
+    _, targets = augment(torch.randn(3, 2, 8, 8, 12), segmentation)
+    samples = [transform(segmentation=sample)["segmentation"] for sample in segmentation]
+    assert [tuple(target.shape[2:]) for target in targets] == [(8, 8, 12), (4, 8, 6), (2, 4, 3)]
+    for target, expected in zip(targets, zip(*samples, strict=True), strict=True):
+        assert torch.equal(target, torch.stack(expected))
 
 
 def test_nnunet_predicts_with_the_hybrid(hybrid, tmp_path):

@@ -22,6 +22,8 @@ def keeping_absence(transform: BasicTransform, *, dropout: float) -> BasicTransf
 
 def kept_contrasts(present: np.ndarray, dropout: float) -> np.ndarray:
     """Draw which of the present contrasts (bools) a sample keeps: at least one, if there is any."""
+    if not dropout:
+        return present  # without a draw, so that nnU-Net's own draws stay what they were
     # numpy's global generator: the trainer seeds it, and nnU-Net seeds it in each of its forked workers
     kept = present & (np.random.random(len(present)) >= dropout)  # noqa: NPY002
     if present.any() and not kept.any():

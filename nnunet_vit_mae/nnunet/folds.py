@@ -1,6 +1,7 @@
 """Labelled cases, nnU-Net's folds, and the preprocessed cases that pre-training may read.
 
-Pre-training never reads the validation images of its fold, nor any test image.
+Pre-training never reads the validation images of its fold, nor any test image, nor another scan of these patients as
+far as `patients.json` and `split.json` know them.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from pathlib import Path
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
-from nnunet_vit_mae.datasets.split.files import SPLITS, read_splits
-from nnunet_vit_mae.datasets.split.patients import separation_warning
+from nnunet_vit_mae.datasets.split.files import SPLITS, parent_fold, read_split_record, read_splits
+from nnunet_vit_mae.datasets.split.patients import patient_of, recorded_patients
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import write_json
 from nnunet_vit_mae.imaging.channels import cases_in
@@ -56,18 +57,27 @@ def reference_segmentations(plan: Plan) -> dict[str, Path]:
 
 
 def pretraining_cases(plan: Plan, fold: str) -> list[PreprocessedCase]:
-    """Return the training cases of a fold (a number, or `all`) and then the unlabelled pool, each sorted by name.
+    """Return the cases for the pre-training of a fold (a number, or `all`), labelled ones first, each sorted by name.
 
-    Raises `UserError` if no labelled case is preprocessed, or if there is no such fold.
+    These are the training cases of the fold's parent, further series of their patients, and the unlabelled pool. Scans
+    of patients that are held out, for testing or to validate the fold, are not among them; the log says how many there
+    are. Raises `UserError` if no labelled case is preprocessed, if there is no such fold, or if no case is left.
     """
     labelled = labelled_cases(plan)
+    record, patients = read_split_record(plan.dataset.preprocessed), recorded_patients(plan.dataset.preprocessed)
     names = [case.name for case in labelled]
-    training = set(training_names(plan, fold, names))
-    cases = [case for case in labelled if case.name in training] + _unlabelled_pool(plan)
-    if fold != "all":
-        validation = split_of(plan, fold, names)["val"]
-        if warning := separation_warning(plan.dataset.preprocessed, [case.name for case in cases], validation):
-            logger.warning(warning)
+    if fold == "all":
+        training, validation = set(names) - (set(record.left_out) - set(record.other_series)), []
+    else:
+        split = split_of(plan, parent_fold(plan.dataset.preprocessed, fold), names)
+        training, validation = {*split["train"], *record.other_series}, split["val"]
+    held_out = {patient_of(case, patients) for case in (*record.test, *validation)}
+    candidates = [case for case in labelled if case.name in training] + _unlabelled_pool(plan)
+    cases = [case for case in candidates if patient_of(case.name, patients) not in held_out]
+    if not cases:
+        raise UserError(f"No scan is left to pre-train on in fold {fold}: see {plan.dataset.preprocessed / SPLITS}.")
+    if closed := len(candidates) - len(cases):
+        logger.info("%d scans of patients held out for testing or validation are not read.", closed)
     return cases
 
 

@@ -22,6 +22,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunet_vit_mae.datasets.split.files import parent_fold
 from nnunet_vit_mae.datasets.split.patients import separation_warning
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
 from nnunet_vit_mae.networks.build import build_segmenter
@@ -287,13 +288,15 @@ class nnUNetTrainerViTMAE(nnUNetTrainerViTScratch):  # noqa: N801
             self.print_to_log_file(note)
 
     def _find_encoder(self) -> Path:
-        """Return the plans' own encoder; without one, that of this fold, or else that of all training images."""
+        """Return the plans' own encoder; without one, that of this fold, of its parent, or else of all images."""
         refuse_cascade(self.configuration_manager)
         if self.settings.encoder.file:
             return _unchanged(self.settings.encoder)
         results = Path(self.output_folder_base).parent
         dataset, plans_name = self.plans_manager.dataset_name, self.plans_manager.plans_name
-        for fold in dict.fromkeys((str(self.fold), "all")):
+        own = str(self.fold)
+        parent = parent_fold(Path(self.preprocessed_dataset_folder_base), own)
+        for fold in dict.fromkeys((own, parent, "all")):
             file = encoder_file(results, plans_name, self.configuration_name, fold)
             if file.is_file():
                 return file

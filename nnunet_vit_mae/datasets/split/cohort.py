@@ -9,9 +9,9 @@ from pathlib import Path
 from nnunet_vit_mae.datasets.split.files import (
     SPLITS,
     LabelFiles,
-    cases_in_no_fold,
     find_label_files,
     label_volumes,
+    read_split_record,
     read_splits,
     write_splits,
 )
@@ -127,7 +127,8 @@ def verify_folder(cohort: Cohort, folder: Path) -> tuple[str, list[str]]:
     """
     file = folder / SPLITS
     folds = read_splits(file)
-    if problems := find_problems(folds, cohort.patients, cohort.cases, cases_in_no_fold(folder)):
+    record = read_split_record(folder)
+    if problems := find_problems(folds, cohort.patients, cohort.cases, {*record.test, *record.left_out}):
         return "", problems
     cases = {case for fold in folds for side in ("train", "val") for case in fold[side]}
     patients = {cohort.patients[case] for case in cases}

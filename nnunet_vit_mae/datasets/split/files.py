@@ -1,14 +1,14 @@
 """Files of a split: labels are read; `splits_final.json`, `patients.json` and `split.json` are written.
 
-`split.json` records the options, the content of each fold, and the cases in no fold. Earlier files are never lost,
-because models may have been trained with them.
+`split.json` records the options, the content and the parent of each fold, and the cases in no fold. Earlier files are
+never lost, because models may have been trained with them.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
 
@@ -77,16 +77,41 @@ def _is_split(fold: object) -> bool:
     return all(isinstance(side, list) and all(isinstance(case, str) for case in side) for side in sides)
 
 
-def cases_in_no_fold(folder: Path) -> set[str]:
-    """Return the cases that an earlier split put into no fold on purpose."""
+@dataclass(frozen=True)
+class SplitRecord:
+    """What `split.json` says: the parent of each fold, and the cases in no fold (see `Splits`)."""
+
+    parents: list[int] = field(default_factory=list)
+    test: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    other_series: list[str] = field(default_factory=list)
+
+
+def read_split_record(folder: Path) -> SplitRecord:
+    """Read `split.json` of a folder; without one, the record is empty. Raises `UserError` for any other content."""
     file = folder / SPLIT_RECORD
     if not file.is_file():
-        return set()
-    record = read_json(file)
-    try:
-        return {*record["test"], *record["left_out"]}
-    except (KeyError, TypeError):
-        raise UserError(f"{file} was not written by mae3d_split: remove it.") from None
+        return SplitRecord()
+    content = read_json(file)
+    if not isinstance(content, dict) or not {"test", "left_out"} <= content.keys():
+        raise UserError(f"{file} was not written by mae3d_split: remove it.")
+    # earlier versions did not write all fields
+    return SplitRecord(**{entry.name: list(content.get(entry.name, [])) for entry in fields(SplitRecord)})
+
+
+def parent_fold(folder: Path, fold: str) -> str:
+    """Return the fold that the few training patients of a fold for learning curves are from; other folds are their own.
+
+    A fold that `split.json` gives as parent does not count if it validates on other cases, for the file of splits may
+    have been changed.
+    """
+    parents = dict(enumerate(read_split_record(folder).parents))
+    parent = str(parents.get(int(fold), fold)) if fold.isdigit() else fold
+    if parent == fold or not (folder / SPLITS).is_file():
+        return fold
+    splits = dict(enumerate(read_splits(folder / SPLITS)))
+    own, other = (set(splits[int(number)]["val"]) if int(number) in splits else None for number in (fold, parent))
+    return parent if own == other else fold
 
 
 def write_splits(
@@ -99,8 +124,10 @@ def write_splits(
     record = {
         "wishes": asdict(options),  # this key is part of the file format
         "folds": splits.meanings,
+        "parents": splits.parents,
         "test": splits.test,
         "left_out": splits.left_out,
+        "other_series": splits.other_series,
     }
     contents = {SPLITS: splits.folds, PATIENTS: dict(sorted(patients.items())), SPLIT_RECORD: record}
     moved = []

@@ -22,20 +22,27 @@ def read_patients(file: Path) -> dict[str, str]:
     return patients
 
 
+def recorded_patients(folder: Path) -> dict[str, str]:
+    """Return the patients by case in `patients.json` of a folder: none if there is no such file."""
+    return read_patients(folder / PATIENTS) if (folder / PATIENTS).is_file() else {}
+
+
+def patient_of(case: str, patients: Mapping[str, str]) -> str:
+    """Return the patient of a case; a case of an unknown patient counts as a patient of its own."""
+    return patients.get(case, f"case {case}")
+
+
 def on_both_sides(patients: Mapping[str, str], first: Iterable[str], second: Iterable[str]) -> list[str]:
-    """Return the patients with cases on both sides; a case of an unknown patient counts as a patient of its own."""
-    sides = [{patients.get(case, f"case {case}") for case in side} for side in (first, second)]
+    """Return the patients with cases on both sides."""
+    sides = [{patient_of(case, patients) for case in side} for side in (first, second)]
     return sorted(sides[0] & sides[1])
 
 
 def separation_warning(folder: Path, training: Iterable[str], validation: Iterable[str]) -> str | None:
     """Return a warning if, by `patients.json` in `folder`, patients are both trained on and validated on, else None."""
-    file = folder / PATIENTS
-    if not file.is_file():
-        return None
-    if not (both := on_both_sides(read_patients(file), training, validation)):
+    if not (both := on_both_sides(recorded_patients(folder), training, validation)):
         return None
     return (
         f"Patients in the validation set are seen in training too ({abbreviated(both)}): the validation will be too "
-        "optimistic. Split by patient with mae3d_split, and keep scans of validation patients out of imagesUn."
+        "optimistic. Split by patient with mae3d_split."
     )

@@ -34,7 +34,7 @@ def _cases_in_no_fold(splits: Splits, cohort: Cohort) -> Iterator[str]:
     siblings = [case for case in splits.left_out if cohort.patients[case] in test_patients]
     also = f", and {abbreviated(siblings)} too, which are of the same patients" if siblings else ""
     yield (
-        "Training and pre-training with fold all use every case of imagesTr: first move the test cases to "
+        "Training with fold all uses every case of imagesTr, unlike pre-training: first move the test cases to "
         f"imagesTs{also}."
     )
 

@@ -53,12 +53,18 @@ class SplitOptions:
 
 @dataclass(frozen=True)
 class Splits:
-    """Folds as nnU-Net reads them, a description of each, cases in no fold, and notes for the user."""
+    """Folds as nnU-Net reads them, a description and the parent of each, cases in no fold, and notes for the user.
+
+    The parent of a fold with few training patients is the fold that they were drawn from; other folds are their own.
+    `other_series` are those of `left_out` that were left out only because another case of the patient was chosen.
+    """
 
     folds: list[Split]
     meanings: list[str]
+    parents: list[int]
     test: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    other_series: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -69,7 +75,7 @@ def make_splits(cases: Sequence[LabelledCase], options: SplitOptions) -> Splits:
     """
     ordered = sorted(cases, key=lambda case: case.case)
     chosen = _one_per_patient(ordered, options.seed) if options.one_per_patient else ordered
-    left_out = sorted({case.case for case in ordered} - {case.case for case in chosen})
+    other_series = sorted({case.case for case in ordered} - {case.case for case in chosen})
     notes: list[str] = []
     patients = len({case.patient for case in chosen})
     in_test, in_development = _number(options.test, patients), _number(options.development, patients)
@@ -86,12 +92,15 @@ def make_splits(cases: Sequence[LabelledCase], options: SplitOptions) -> Splits:
         held_out = _cross_validation(rest, options.folds, options.seed, notes)
         meanings = [f"cross-validation, fold {fold} of {options.folds}" for fold in range(options.folds)]
     folds = [_fold(rest, patients_held_out) for patients_held_out in held_out]
+    parents = list(range(len(folds)))
     for few in sorted(set(options.few)):
         for fold, patients_held_out in enumerate(held_out):
             training = [case for case in rest if case.patient not in patients_held_out]
             folds.append({"train": _few(training, few, (options.seed, fold)), "val": folds[fold]["val"]})
             meanings.append(f"{few} training patients of fold {fold}")
-    return Splits(folds, meanings, [case.case for case in chosen if case.patient in test], left_out, notes)
+            parents.append(fold)
+    held_out_for_test = [case.case for case in chosen if case.patient in test]
+    return Splits(folds, meanings, parents, held_out_for_test, other_series, other_series, notes)
 
 
 def assign_strata(columns: Sequence[Mapping[str, str]], cases: Sequence[str]) -> dict[str, str]:
