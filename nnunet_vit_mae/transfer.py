@@ -21,9 +21,6 @@ from nnunet_vit_mae.presets import canonical_contrast
 from nnunet_vit_mae.weights import Card
 
 CHANNEL_KERNELS = ("tokenizer.projection.weight", "tokenizer.entry.weight")  # linear, convolutional
-    "tokenizer.projection.weight",
-    "tokenizer.entry.weight",
-)  # linear and convolutional: (width, channels)
 STANDARDISED = {"CTNormalization", "ZScoreNormalization"}  # both give about mean 0 and deviation 1
 
 
