@@ -9,5 +9,9 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["nnunet_vit_mae*"]), "nnunet_vit_mae.trainers", "nnunet_vit_mae.plans"],
     package_dir={"nnunet_vit_mae.trainers": "trainers", "nnunet_vit_mae.plans": "plans"},
-    package_data={"nnunet_vit_mae.plans": ["*.json"], "nnunet_vit_mae.evaluation": ["*.j2"]},
+    package_data={
+        "nnunet_vit_mae.plans": ["*.json"],
+        "nnunet_vit_mae.evaluation": ["*.j2"],
+        "nnunet_vit_mae.study": ["*.j2", "Snakefile"],
+    },
 )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,16 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def link(source: Path, file: Path) -> None:
+    """Put a file into another folder, without a copy of its content where the system allows it."""
+    source = source.resolve()
+    for linked in (file.symlink_to, file.hardlink_to):
+        with suppress(OSError, NotImplementedError):
+            return linked(source)
+    shutil.copyfile(source, file)
+    return None
 
 
 def write_json(content: Any, file: Path) -> None:

@@ -60,8 +60,8 @@ def random_masks(seed: int = 0) -> Masks:
 def autoencoder(channels: int = C) -> MaskedAutoencoder:
     """Build a network with heads 10 wide, as in the paper's size S, and a decoder width that positions do not fill."""
     torch.manual_seed(0)
-    encoder = Encoder(Tokenizer(channels, TOKEN, 30), Transformer(30, 2, 3), token=TOKEN, width=30)
-    decoder = TokenDecoder(30, Transformer(20, 1, 2), width=20, outputs=channels * VOXELS)
+    encoder = Encoder(Tokenizer(channels, TOKEN, 30), Transformer(30, 2, 3), token=TOKEN)
+    decoder = TokenDecoder(30, Transformer(20, 1, 2), outputs=channels * VOXELS)
     return MaskedAutoencoder(encoder, decoder)
 
 

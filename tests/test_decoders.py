@@ -2,11 +2,13 @@
 
 import itertools
 import math
+from functools import partial
 from importlib import import_module
 from pkgutil import iter_modules
 
 import pytest
 import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -14,8 +16,10 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_vit_mae.networks import decoders as decoders_package
+from nnunet_vit_mae.networks.blueprint import Blueprint
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
-from nnunet_vit_mae.networks.decoders.upscale import UpscaleDecoder
+from nnunet_vit_mae.networks.decoders import upscale
+from nnunet_vit_mae.networks.decoders.unetr import shares
 from nnunet_vit_mae.networks.encoder import Encoded
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.networks.tokenizer import Triple, doublings, padded
@@ -31,10 +35,11 @@ VOLUMES = {  # for each token three unequal sides that it does not divide; unequ
     (8, 4, 2): (5, 9, 3),
     (1, 1, 1): (3, 5, 7),
 }
+UPSAMPLED = ("unetr", "sfpn", "upscale")  # decoders that `upsampling` and `decoder_width` concern
 FEW_TOKENS = {TOKEN: SIDES, (32, 4, 2): (5, 7, 9), (1, 1, 1): (3, 5, 7)}
 
 kinds = st.sampled_from(sorted(UPSAMPLINGS))
-decoders = st.sampled_from(sorted(DECODERS))
+of_tokens = st.sampled_from(sorted(DECODERS.keys() - {"unet"}))
 tokens = st.tuples(*[st.sampled_from((1, 2, 4, 8))] * 3)
 factors = st.tuples(*[st.sampled_from((1, 2))] * 3)
 unequal_sides = st.lists(st.integers(1, 13), min_size=3, max_size=3, unique=True)
@@ -45,12 +50,23 @@ def random_volume(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def unet(channels: int, classes: int) -> PlainConvUNet:
+    """Build a U-Net that keeps the resolution, so that it takes volumes of any sides."""
+    return PlainConvUNet(
+        channels, 2, (4, 6), nn.Conv3d, 3, (1, 1), 1, classes, 1, norm_op=nn.InstanceNorm3d,
+        norm_op_kwargs={"affine": True}, nonlin=nn.LeakyReLU,
+    )  # fmt: skip
+
+
 def segmenter(
     decoder: str, token: Triple = TOKEN, channels: int = 2, classes: int = 3, *, drop_path=0.0, seed=0, **choices
 ) -> Segmenter:
     torch.manual_seed(seed)
     network = Network(size="XS", token=token, decoder=decoder, **choices)
-    return build_segmenter(network, channels, classes, drop_path=drop_path)
+    built = build_segmenter(network, channels, classes, drop_path=drop_path, unet=partial(unet, channels, classes))
+    if decoder == "unet":
+        nn.init.normal_(built.decoder.projection.weight)  # it starts at zero, where the encoder does not matter yet
+    return built
 
 
 def encoded(token: Triple, grid: Triple, *, width: int = 96, taps: int = 0) -> Encoded:
@@ -69,7 +85,8 @@ def test_the_decoders_are_the_modules_of_their_names():
     )}  # fmt: skip
     assert {name for name, module in modules.items() if hasattr(module, "build")} == set(DECODERS)
     for name in DECODERS:
-        built = modules[name].build(Network(size="XS", token=TOKEN, decoder=name), 2, 3)
+        network = Network(size="XS", token=TOKEN, decoder=name)
+        built = modules[name].build(Blueprint(network=network, channels=2, classes=3, unet=partial(unet, 2, 3)))
         assert isinstance(built, nn.Module)
         assert type(built).__module__ == modules[name].__name__
 
@@ -158,19 +175,24 @@ def touched(decoder: nn.Module, first: Encoded, second: Encoded) -> torch.Tensor
 @pytest.mark.parametrize(("decoder", "kind", "part", "convolutions"), REACH)
 def test_a_token_changes_its_own_voxels_and_those_that_convolutions_reach(decoder, kind, part, convolutions):
     token, grid = (1, 2, 4), (15, 9, 7)
-    given = encoded(token, grid, taps=decoder == "unetr")
+    given = encoded(token, grid, taps=3 if decoder == "unetr" else 0)
     nudge = torch.zeros_like(given.tokens)
     nudge[1, (7 * 9 + 4) * 7 + 3] = 1.0  # token (7, 4, 3) of sample 1
-    nudged = {"tokens": given.tokens + nudge, "hidden": [state + nudge for state in given.hidden]}
+    others = [given._replace(tokens=given.tokens + nudge)]
+    if part == "hidden":  # each of the three states by itself
+        others = [
+            given._replace(hidden=[state + nudge * (i == n) for i, state in enumerate(given.hidden)]) for n in range(3)
+        ]
     z, y, x = (convolutions * cells for cells in (1 + 1, 1 + 1, 2 + 1))  # cells of 1 x 1 x 2 and 1 x 1 x 1 voxels
     expected = torch.zeros(2, 15, 18, 28, dtype=torch.bool)
     expected[1, 7 - z : 8 + z, 8 - y : 10 + y, 12 - x : 16 + x] = True
     decode = segmenter(decoder, token, upsampling=kind).decoder
-    assert torch.equal(touched(decode, given, given._replace(**{part: nudged[part]})), expected)
+    for other in others:
+        assert torch.equal(touched(decode, given, other), expected)
 
 
 def test_a_voxel_of_the_image_changes_the_logits_around_it_in_unetr():
-    given = encoded((2, 4, 4), (5, 3, 4), taps=1)
+    given = encoded((2, 4, 4), (5, 3, 4), taps=3)
     other = given._replace(volume=given.volume.clone())
     other.volume[1, 0, 5, 6, 7] += 1.0
     expected = torch.zeros(2, 10, 12, 16, dtype=torch.bool)
@@ -178,7 +200,7 @@ def test_a_voxel_of_the_image_changes_the_logits_around_it_in_unetr():
     assert torch.equal(touched(segmenter("unetr", (2, 4, 4)).decoder, given, other), expected)
 
 
-@pytest.mark.parametrize("decoder", sorted(DECODERS.keys() - {"unetr"}))
+@pytest.mark.parametrize("decoder", sorted(DECODERS.keys() - {"unetr", "unet"}))
 def test_other_decoders_build_on_the_last_tokens_alone(decoder):
     network = segmenter(decoder)
     given = encoded(TOKEN, (4, 2, 3))
@@ -198,17 +220,35 @@ def recorded(network: Segmenter, volume: torch.Tensor) -> dict[str, tuple[torch.
     return seen
 
 
-@pytest.mark.parametrize(("taps", "early", "late"), [((), 2, 4), ((1, 3), 1, 3), ((2, 2), 2, 2)])
+@pytest.mark.parametrize(("taps", "skips"), [(1, 1), (3, 1), (2, 2), (3, 2), (4, 2), (7, 3), (4, 4)])
+def test_every_skip_of_unetr_has_a_state_and_coarser_ones_have_at_most_one_more(taps, skips):
+    found = shares(taps, skips)
+    assert len(found) == skips
+    assert sum(found) == taps
+    assert found == sorted(found, reverse=True)
+    assert 1 <= found[-1] <= found[0] <= found[-1] + 1
+
+
+@pytest.mark.parametrize(
+    ("taps", "early", "late"),  # blocks of the finer and of the coarser skip; by default 2, 3 and 4 are tapped
+    [
+        ((), [2], [4, 3]),
+        ((1, 3), [1], [3]),
+        ((2, 2), [2], [2]),
+        ((1, 2, 4), [1], [4, 2]),
+        ((1, 2, 3, 4), [2, 1], [4, 3]),
+    ],
+)
 def test_unetr_feeds_the_image_to_the_finest_skip_and_later_blocks_to_coarser_ones(taps, early, late):
     volume = random_volume(2, 2, *SIDES)
     seen = recorded(segmenter("unetr", taps=taps), volume)
     blocks = {n: as_map(seen[f"encoder.transformer.blocks.{n - 1}"][1], (4, 2, 3)) for n in (1, 2, 3, 4)}
     assert torch.equal(seen["decoder.expand"][0], as_map(seen["encoder.transformer.norm"][1], (4, 2, 3)))
-    assert torch.equal(seen["decoder.skips.0"][0], blocks[late])
-    assert torch.equal(seen["decoder.skips.1"][0], blocks[early])
+    assert torch.equal(seen["decoder.skips.0"][0], torch.cat([blocks[n] for n in late], dim=1))
+    assert torch.equal(seen["decoder.skips.1"][0], torch.cat([blocks[n] for n in early], dim=1))
     assert torch.equal(seen["decoder.stem"][0], padded(volume, TOKEN))
     shapes = [tuple(seen[f"decoder.{name}"][1].shape[1:]) for name in ("skips.0", "skips.1", "stem")]
-    assert shapes == [(64, 8, 4, 6), (32, 8, 8, 12), (16, 8, 8, 24)]
+    assert shapes == [(32, 8, 4, 6), (16, 8, 8, 12), (8, 8, 8, 24)]
     assert [seen[f"decoder.expand.stages.{i}.block"][1].shape[1:] for i in range(3)] == shapes
 
 
@@ -223,13 +263,22 @@ def test_sfpn_makes_a_level_for_every_stage_from_the_last_map():
 
 
 def test_upscale_ends_at_a_sixteenth_of_the_width_and_halves_towards_it():
-    decoder = UpscaleDecoder(240, token=(2, 8, 4), classes=3, kind="nearest")
+    network = Network(size="S", token=(2, 8, 4), decoder="upscale")
+    decoder = upscale.build(Blueprint(network=network, channels=1, classes=3))
     convolutions = [module for module in decoder.modules() if isinstance(module, nn.Conv3d)]
     assert [c.in_channels for c in convolutions] == [240, 64, 32, 16]
 
 
+@pytest.mark.parametrize("decoder", UPSAMPLED)
+def test_a_chosen_width_is_that_of_the_last_stage_and_doubles_towards_the_tokens(decoder):
+    network = segmenter(decoder, decoder_width=12)
+    seen = recorded(network, random_volume(2, 2, *SIDES))
+    outputs = {id(module): seen[name][1] for name, module in network.named_modules() if name in seen}
+    assert [outputs[id(stage)].shape[1] for stage in network.decoder.stages] == [48, 24, 12]
+
+
 def test_without_doublings_the_logits_of_upscale_come_from_the_voxels_own_token():
-    decoder = UpscaleDecoder(6, token=(1, 1, 1), classes=3, kind="nearest").double()
+    decoder = upscale.UpscaleDecoder(6, [], token=(1, 1, 1), classes=3, kind="nearest").double()
     given, logits = encoded((1, 1, 1), (2, 3, 4), width=6), torch.empty(2, 3, 2, 3, 4, dtype=torch.float64)
     weight, bias = decoder.head.weight.detach().flatten(1), decoder.head.bias.detach()
     for b, z, y, x in itertools.product(range(2), range(2), range(3), range(4)):
@@ -253,7 +302,8 @@ def test_the_outputs_of_mae_are_classes_then_voxels():
 @pytest.mark.parametrize(("channels", "classes"), [(1, 4), (3, 2)])
 @pytest.mark.parametrize("token", VOLUMES, ids=str)
 @pytest.mark.parametrize(
-    ("decoder", "kind"), [pair for pair in itertools.product(DECODERS, UPSAMPLINGS) if pair != ("mae", "transposed")]
+    ("decoder", "kind"),
+    [(decoder, kind) for decoder in DECODERS for kind in UPSAMPLINGS if kind == "nearest" or decoder in UPSAMPLED],
 )
 def test_a_segmenter_trains_all_its_parameters_and_predicts_the_same_when_reloaded(
     decoder, kind, token, channels, classes
@@ -298,7 +348,7 @@ def test_every_weight_of_a_segmenter_matters(decoder, token, kind):
 
 
 @few
-@given(sides=unequal_sides, token=tokens, decoder=decoders, kind=kinds)
+@given(sides=unequal_sides, token=tokens, decoder=of_tokens, kind=kinds)
 def test_a_segmenter_takes_any_volume_and_its_decoder_covers_whole_tokens(sides, token, decoder, kind):
     network = segmenter(decoder, token, upsampling=kind).eval()
     volume = random_volume(2, 2, *sides)
@@ -324,7 +374,8 @@ def test_a_segmenter_treats_each_sample_for_itself(decoder, kind):
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_a_segmenter_stores_nothing_but_its_parameters(decoder):
     network = segmenter(decoder)
-    assert set(network.state_dict()) == {name for name, _ in network.named_parameters()}
+    # nnU-Net's U-Net holds some of its modules under several names
+    assert set(network.state_dict()) == {name for name, _ in network.named_parameters(remove_duplicate=False)}
     assert not any("position" in name for name in network.state_dict())
 
 

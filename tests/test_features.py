@@ -133,7 +133,7 @@ def test_one_cell_has_nothing_to_repeat_and_less_is_an_error():
 # ---------- the maps
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", sorted(DECODERS.keys() - {"unet"}))  # a U-Net covers the volume, not the tokens
 @pytest.mark.parametrize("token", [(4, 4, 4), (1, 2, 4), (1, 1, 1)])
 def test_maps_come_from_coarse_to_fine_and_cover_the_tokens(decoder, token):
     maps = feature_maps(segmenter(decoder, token=token), smooth(3, 5, 7))

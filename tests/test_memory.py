@@ -5,6 +5,8 @@ import sys
 import memory as benchmark
 import pytest
 import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from torch import nn
 
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.memory import finetuning_memory, pretraining_memory
@@ -13,6 +15,14 @@ from nnunet_vit_mae.presets import DECODERS, Network, Pretraining
 
 PATCH = (14, 18, 22)
 BYTES_PER_PARAMETER = 16  # weight, gradient and two moments of AdamW, in fp32
+
+
+def unet() -> PlainConvUNet:
+    """Build what the hybrid needs; other decoders leave it alone."""
+    return PlainConvUNet(
+        2, 3, (4, 6, 8), nn.Conv3d, 3, (1, (1, 2, 2), (2, 1, 1)), 1, 3, 1, norm_op=nn.InstanceNorm3d,
+        norm_op_kwargs={"affine": True}, nonlin=nn.LeakyReLU, deep_supervision=True,
+    )  # fmt: skip
 
 
 MEASURED = [
@@ -38,8 +48,8 @@ def test_the_estimate_is_within_a_quarter_of_what_a_step_takes(case):
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_memory_grows_with_the_batch_from_what_weights_and_moments_take(decoder, on_gpu):
     network = Network(size="XS", token=(4, 4, 8), decoder=decoder)
-    one, two, three = (finetuning_memory(network, PATCH, 2, 3, batch, on_gpu=on_gpu) for batch in (1, 2, 3))
-    parameters = sum(p.numel() for p in build_segmenter(network, 2, 3, drop_path=0.0).parameters())
+    one, two, three = (finetuning_memory(network, PATCH, 2, 3, batch, on_gpu=on_gpu, unet=unet) for batch in (1, 2, 3))
+    parameters = sum(p.numel() for p in build_segmenter(network, 2, 3, drop_path=0.0, unet=unet).parameters())
     assert one > BYTES_PER_PARAMETER * parameters
     assert two > one
     assert three - two == pytest.approx(two - one, rel=0.2)

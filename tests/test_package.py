@@ -63,6 +63,9 @@ FLAGS = {
     "mae3d_split": {"-h", "--help", "-d", "-o", "--csv", "--case", "--patient", "--folds", "--development", "--test"}
     | {"--stratify", "--stratify_volume", "--few", "--one_per_patient", "--leave_out", "--seed", "--overwrite"}
     | {"--verify"},
+    "mae3d_study": {"-h", "--help", "-d", "-o", "-c", "--arms", "--few", "--seeds", "--development", "--test", "--csv"}
+    | {"--patient", "--recipe", "--epochs", "--iterations", "--pretrain_epochs", "--config", "-j", "--executor"}
+    | {"--dry-run", "--step", "-device"},
     "mae3d_demo": {"-h", "--help", "-o", "--seed"},
     "mae3d_trainers": {"-h", "--help"},
 }
@@ -89,6 +92,7 @@ LAYERS = {
     "foreign": 2,
     "pretraining": 2,
     "evaluation": 2,
+    "study": 3,
     "nnunet": 3,
     "demonstration": 3,
     "cli": 4,
@@ -188,7 +192,7 @@ def test_command_line_is_frozen(command, capsys):
         entry.load()(["--help"])
     assert stop.value.code == 0
     usage = capsys.readouterr().out
-    assert set(re.findall(r"(?<![\w-])(--?[a-z]\w*)", usage.split("options:")[1])) == FLAGS[command]
+    assert set(re.findall(r"(?<![\w-])(--?[a-z][\w-]*)", usage.split("options:")[1])) == FLAGS[command]
 
 
 def commands_in(document: Path) -> list[list[str]]:
@@ -206,7 +210,7 @@ def test_documented_commands_exist_with_these_flags(document):
     for name, *arguments in commands_in(document):
         assert name in scripts, name
         if name in FLAGS:
-            flags = {word for word in arguments if re.fullmatch(r"--?[a-z]\w*", word)}
+            flags = {word for word in arguments if re.fullmatch(r"--?[a-z][\w-]*", word)}
             assert flags <= FLAGS[name], (name, arguments)
 
 

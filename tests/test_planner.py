@@ -84,7 +84,7 @@ def not_planned(in_workspace, linear_estimates, refused):
 
 @pytest.fixture
 def encoder_of(tmp_path):
-    """Write an encoder that fits the tiny data set but for the changes in its card."""
+    """Write an encoder that fits the tiny dataset but for the changes in its card."""
 
     def write(**changes) -> Path:
         card = make_card(**(HERE | changes))

@@ -13,6 +13,7 @@ from nnunet_vit_mae.networks.autoencoder import Reconstruction, reconstruction_l
 from nnunet_vit_mae.networks.build import Autoencoder, build_autoencoder
 from nnunet_vit_mae.networks.masking import Masks, count_rebuilt, count_visible
 from nnunet_vit_mae.networks.memory import pretraining_memory
+from nnunet_vit_mae.networks.positions import Places
 from nnunet_vit_mae.networks.tokenizer import patchify
 from nnunet_vit_mae.presets import SIZES, Network, Pretraining
 from nnunet_vit_mae.pretraining.crops import MaskDrawing, Samples
@@ -54,9 +55,10 @@ def protocol(**changes) -> Pretraining:
     return Pretraining(**{"mask_ratio": 0.6} | changes)
 
 
-def autoencoder(adaptive: bool = False, **changes) -> Autoencoder:
+def autoencoder(adaptive: bool = False, positions: str = "both", **changes) -> Autoencoder:
     torch.manual_seed(0)
-    return build_autoencoder(Network(size="XS", token=TOKEN, adaptive=adaptive), C, protocol(**changes))
+    network = Network(size="XS", token=TOKEN, adaptive=adaptive, positions=positions)
+    return build_autoencoder(network, C, protocol(**changes))
 
 
 def drawing(adaptive: bool = False, **changes) -> MaskDrawing:
@@ -68,10 +70,15 @@ def drawing(adaptive: bool = False, **changes) -> MaskDrawing:
     ).drawing  # fmt: skip
 
 
+def all_inside(volume: torch.Tensor) -> torch.Tensor:
+    """Return bounds of crops that lie in their volumes."""
+    return torch.tensor([[0, side] for side in volume.shape[2:]]).expand(len(volume), 3, 2)
+
+
 def masks_for(volume: torch.Tensor, seed: int = 0, *, adaptive: bool = False, **changes) -> Masks:
     """Return all hidden tokens of the samples."""
-    noise = noise_for(adaptive, seed, len(volume))
-    return drawing(adaptive, **changes).draw(volume, torch.zeros(len(volume), 3, dtype=torch.bool), noise)[0]
+    noise, none = noise_for(adaptive, seed, len(volume)), torch.zeros(len(volume), 3, dtype=torch.bool)
+    return drawing(adaptive, **changes).draw(volume, all_inside(volume), none, noise)[0]
 
 
 def trained(volume: torch.Tensor, seed: int = 0, *, adaptive: bool = False, **changes) -> Masks:
@@ -99,7 +106,7 @@ def samples_of(adaptive: bool) -> int:
     ],
 )
 def test_the_default_protocol_gives_the_losses_that_it_gave_before_there_were_options(adaptive, expected):
-    network, losses = autoencoder(adaptive), []
+    network, losses = autoencoder(adaptive, positions="sine_cosine"), []
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     for seed in range(3):
         volume = random_volume(seed)
@@ -143,11 +150,13 @@ def test_only_what_is_rebuilt_enters_the_decoder(adaptive, decoder, ratio, share
     seen = count_visible(TOKENS, ratio)
     made = count_rebuilt(TOKENS - seen, share)
     assert rebuilt.patches.shape[:2] == rebuilt.targets.shape[:2] == (samples_of(adaptive), made)
-    ((tokens, context),) = inputs
+    ((tokens, rotation, context, context_rotation),) = inputs
+    assert rotation.shape[-3] == tokens.shape[1]
     per_sample = C if adaptive else 1
     if decoder == "cross":
         assert tokens.shape[:2] == (B, per_sample * made)
         assert context.shape[:2] == (B, per_sample * seen)
+        assert context_rotation.shape[-3] == context.shape[1]
     else:
         assert tokens.shape[:2] == (B, per_sample * (seen + made))
         assert context is None
@@ -157,10 +166,13 @@ def test_blanks_and_their_context_know_where_they_are():
     decoder, inputs = autoencoder(decoder="cross").decoder, []
     decoder.transformer.blocks[0].register_forward_pre_hook(lambda _, given: inputs.append(given))
     encoded, positions, blanks = (torch.randn(B, *shape) for shape in ((5, 96), (12, 48), (7, 48)))
-    decoder(encoded, positions, blanks)
-    ((tokens, context),) = inputs
+    turns = decoder.places((3, 2, 2), torch.device("cpu")).rotation
+    decoder(encoded, Places(positions, turns), blanks)
+    ((tokens, rotation, context, context_rotation),) = inputs
     assert torch.equal(tokens, blanks + positions[:, 5:])
     assert torch.equal(context, decoder.embed(encoded) + positions[:, :5])
+    assert torch.equal(rotation, turns[5:])
+    assert torch.equal(context_rotation, turns[:5])
 
 
 @both_kinds
@@ -233,14 +245,14 @@ def test_the_loss_is_the_mean_over_the_rebuilt_tokens_with_content(adaptive):
 @both_kinds
 def test_masks_are_those_of_the_crop_after_its_flips(adaptive):
     volume, options = with_air(random_volume()), drawing(adaptive, skip_background=True)
-    noise, none = noise_for(adaptive), torch.zeros(B, 3, dtype=torch.bool)
+    noise, none, inside = noise_for(adaptive), torch.zeros(B, 3, dtype=torch.bool), all_inside(volume)
     flips = torch.tensor([[False, True, True], [True, False, True], [True, True, True]])
     flipped = torch.stack([
         crop.flip([axis + 1 for axis in range(3) if flip[axis]]) for crop, flip in zip(volume, flips, strict=True)
     ])  # fmt: skip
-    masks, expected = options.draw(volume, flips, noise)[0], options.draw(flipped, none, noise)[0]
+    masks, expected = options.draw(volume, inside, flips, noise)[0], options.draw(flipped, inside, none, noise)[0]
     assert all(torch.equal(a, b) for a, b in zip(masks, expected, strict=True))
-    unflipped = options.draw(volume, none, noise)[0]
+    unflipped = options.draw(volume, inside, none, noise)[0]
     assert not torch.equal(masks.visible, unflipped.visible)
 
 

@@ -70,13 +70,15 @@ def raw_dataset_folder(output: Path) -> Path:
 
 
 def patient_columns(args: argparse.Namespace, raw: Path) -> PatientColumns:
-    """Return where the patients are listed; a table that is not found here may be in the raw dataset."""
+    """Return where the patients are listed; see `table_file`."""
     from nnunet_vit_mae.datasets.tables import PatientColumns
 
-    file = args.csv
-    if file is not None and not file.exists() and (raw / file).exists():
-        file = raw / file
-    return PatientColumns(file, args.case, args.patient)
+    return PatientColumns(table_file(args.csv, raw), args.case, args.patient)
+
+
+def table_file(file: Path | None, raw: Path) -> Path | None:
+    """Return the file of `--csv`; one that is not found here may be in the raw dataset."""
+    return raw / file if file is not None and not file.exists() and (raw / file).exists() else file
 
 
 def seed(text: str) -> int:
@@ -100,6 +102,14 @@ def positive_float(text: str) -> float:
     number = float(text)
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
+
+
+def share(text: str) -> float:
+    """Argparse type of a share of patients."""
+    number = float(text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return number
 
 

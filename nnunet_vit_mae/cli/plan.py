@@ -11,6 +11,8 @@ from nnunet_vit_mae.cli.arguments import add_plan_arguments, parser_for, positiv
 from nnunet_vit_mae.errors import exit_on_user_error
 from nnunet_vit_mae.presets import DECODERS, SIZES, UPSAMPLINGS
 
+SAME_AS_PLANS = "plans"
+
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=positive_int, help="epochs of fine-tuning and of nnUNetTrainerBaseline")
     parser.add_argument("--iterations", type=positive_int, help="iterations per epoch, for the same trainers")
     parser.add_argument(
-        "--batch_size", type=positive_int, help="batch size of fine-tuning (the baseline keeps nnU-Net's)"
+        "--batch_size",
+        type=_batch,
+        metavar="N",
+        help="batch size of fine-tuning (the baseline keeps nnU-Net's); 'plans' takes that of -p, as the U-Net does",
     )
     parser.add_argument("--lr", type=positive_float, help="peak learning rate of fine-tuning")
     args = parser.parse_args(argv)
@@ -62,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nnunet_vit_mae.nnunet.plans import load_plan, read_recipe, refuse_name, write_plans
 
     source = load_plan(find_dataset(args.dataset), args.plans, args.configuration)
+    if args.batch_size == SAME_AS_PLANS:
+        args.batch_size = source.configuration.batch_size
     changes = _over(read_recipe(args.recipe) if args.recipe else {}, _changes(args))
     encoder = find_encoder(source, args.encoder, name=args.output, token=_token(args), token_order=args.token_order)
     settings, choices = choose_settings(source, changes, encoder=encoder, memory_target=args.gpu_memory_target)
@@ -72,6 +79,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for choice in choices:
         print(f"{choice.name:20}  {choice.value:12}  {choice.reason}")
     print(f"Wrote {file}, with every other setting in its block vit_mae. Use it with -p {args.output}.")
+
+
+def _batch(text: str) -> int | str:
+    return text if text == SAME_AS_PLANS else positive_int(text)
 
 
 def _changes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:

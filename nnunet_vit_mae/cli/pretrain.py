@@ -1,4 +1,4 @@
-"""Pre-train the ViT encoder by masked autoencoding on a data set's training and unlabelled images."""
+"""Pre-train the ViT encoder by masked autoencoding on a dataset's training and unlabelled images."""
 
 from __future__ import annotations
 

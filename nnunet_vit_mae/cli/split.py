@@ -14,6 +14,7 @@ from nnunet_vit_mae.cli.arguments import (
     patient_columns,
     positive_int,
     seed,
+    share,
 )
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
 
@@ -57,8 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     add("-o", dest="output", type=Path, metavar="FOLDER", help="output folder (otherwise where nnU-Net looks)")
     add_patient_arguments(parser)
     add("--folds", type=positive_int, default=5, metavar="N", help="number of cross-validation folds")
-    add("--development", type=_fraction, default=0.0, metavar="SHARE", help="one fold that validates on this share")
-    add("--test", type=_fraction, default=0.0, metavar="SHARE", help="share of patients to hold out of every fold")
+    add("--development", type=share, default=0.0, metavar="SHARE", help="one fold that validates on this share")
+    add("--test", type=share, default=0.0, metavar="SHARE", help="share of patients to hold out of every fold")
     add("--stratify", nargs="+", default=[], metavar="COLUMN", help="columns to stratify by, e.g. the scanner")
     add("--stratify_volume", action="store_true", help="stratify by tertiles of the labelled volume")
     add("--few", type=positive_int, nargs="+", default=[], metavar="N", help="add folds with N training patients")
@@ -68,14 +69,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="move existing splits aside")
     add("--verify", action="store_true", help="only verify existing splits")
     return parser
-
-
-def _fraction(text: str) -> float:
-    """Argparse type of a share of patients."""
-    number = float(text)
-    if not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return number
 
 
 def _refuse_contradictions(args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from nnunet_vit_mae.evaluation import words
 from nnunet_vit_mae.evaluation.calibration_record import CalibrationRecord
@@ -54,7 +54,10 @@ def write_report(
     }
     page = output / "index.html"
     with replacing(page) as temporary:
-        temporary.write_text(_environment().get_template("report.html.j2").render(context), encoding="utf-8")
+        temporary.write_text(
+            template_environment("nnunet_vit_mae.evaluation").get_template("report.html.j2").render(context),
+            encoding="utf-8",
+        )
     return [page, *gallery.written]
 
 
@@ -137,9 +140,10 @@ def _setting_text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _environment() -> Environment:
+def template_environment(*packages: str) -> Environment:
+    """Return jinja2's environment for pages whose templates lie in these packages."""
     return Environment(
-        loader=PackageLoader("nnunet_vit_mae.evaluation", "."),
+        loader=ChoiceLoader([PackageLoader(package, ".") for package in packages]),
         autoescape=True,  # names come from users
         undefined=StrictUndefined,
         trim_blocks=True,

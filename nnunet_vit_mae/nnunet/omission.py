@@ -22,13 +22,13 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from tqdm import tqdm
 
 from nnunet_vit_mae.errors import UserError, reading
-from nnunet_vit_mae.files import refuse_in_use
+from nnunet_vit_mae.files import link, refuse_in_use
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS
 from nnunet_vit_mae.imaging.volumes import write_zeros
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.omission_table import EMPTY_REFERENCE, NOTHING_LEFT, NOTHING_TO_OMIT, OmissionRow, write_csv
 from nnunet_vit_mae.nnunet.plans import Plan
-from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, find_reference, link, predict_folder
+from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, find_reference, predict_folder
 from nnunet_vit_mae.presets import canonical_contrast
 
 

@@ -31,7 +31,7 @@ NOT_FOR_PLANS = ("dataset", "dataset_fingerprint", "splits_final")  # nnU-Net's 
 
 @dataclass(frozen=True)
 class Plan:
-    """One configuration of one plans file of one data set, with everything that is derived from them."""
+    """One configuration of one plans file of one dataset, with everything that is derived from them."""
 
     dataset: Dataset
     plans: PlansManager

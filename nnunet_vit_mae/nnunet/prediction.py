@@ -16,6 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.files import link
 from nnunet_vit_mae.imaging.channels import channels_by_case
 from nnunet_vit_mae.installation import trainers_folder
 from nnunet_vit_mae.nnunet.models import Model
@@ -95,16 +96,6 @@ def predict_folder(
     """
     ending = model.plan.dataset_json["file_ending"]
     _run([*model.command(images, output, device), *flags], [output / f"{case}{ending}" for case in cases], log)
-
-
-def link(source: Path, file: Path) -> None:
-    """Link a file into another folder, or copy it if the system allows no links."""
-    source = source.resolve()
-    for make_link in (file.symlink_to, file.hardlink_to):
-        with suppress(OSError, NotImplementedError):
-            return make_link(source)
-    shutil.copyfile(source, file)
-    return None
 
 
 def _run(command: Sequence[str], expected: Sequence[Path], log: Path) -> None:

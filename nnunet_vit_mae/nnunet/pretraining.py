@@ -1,4 +1,4 @@
-"""From a data set's plans to a pre-trained encoder with its card."""
+"""From a dataset's plans to a pre-trained encoder with its card."""
 
 from __future__ import annotations
 

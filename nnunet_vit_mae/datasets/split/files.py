@@ -17,8 +17,8 @@ import numpy as np
 from nnunet_vit_mae.datasets.split.patients import PATIENTS
 from nnunet_vit_mae.datasets.split.splits import Split, SplitOptions, Splits
 from nnunet_vit_mae.errors import UserError, reading
-from nnunet_vit_mae.files import read_json, write_json
-from nnunet_vit_mae.imaging.channels import cases_in
+from nnunet_vit_mae.files import link, read_json, write_json
+from nnunet_vit_mae.imaging.channels import cases_in, channels_by_case
 from nnunet_vit_mae.imaging.labels import read_labels, read_volume
 from nnunet_vit_mae.imaging.volumes import without_warnings_of_itk
 
@@ -112,6 +112,34 @@ def parent_fold(folder: Path, fold: str) -> str:
     splits = dict(enumerate(read_splits(folder / SPLITS)))
     own, other = (set(splits[int(number)]["val"]) if int(number) in splits else None for number in (fold, parent))
     return parent if own == other else fold
+
+
+def collect_test_cases(raw: Path, folder: Path, images: Path, labels: Path) -> int:
+    """Link the test cases that `mae3d_split --test` set apart, which stay in imagesTr; gives their number.
+
+    Args:
+        raw: The raw dataset.
+        folder: Where the split is recorded.
+        images: Folder for their images.
+        labels: Folder for their labels.
+
+    Raises:
+        UserError: If the split has no test cases, or a file is missing.
+    """
+    names = read_split_record(folder).test
+    if not names:
+        raise UserError(f"{folder / SPLIT_RECORD} has no test cases: split with mae3d_split --test.")
+    ending = str(read_json(raw / "dataset.json").get("file_ending", ".nii.gz"))
+    channels, _ = channels_by_case(raw / "imagesTr", ending)
+    references = cases_in(raw / RAW_LABELS, ending)
+    for name in names:
+        if name not in channels or name not in references:
+            raise UserError(f"The test case {name} has no image or label in {raw}: put it back, or split anew.")
+        for source, target in [*((file, images) for file in channels[name].values()), (references[name], labels)]:
+            target.mkdir(parents=True, exist_ok=True)
+            (target / source.name).unlink(missing_ok=True)
+            link(source, target / source.name)
+    return len(names)
 
 
 def write_splits(

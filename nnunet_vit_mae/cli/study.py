@@ -1,0 +1,259 @@
+"""Compare arms on one's own data: split, pre-train, fine-tune with few labels, calibrate, test, and report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nnunet_vit_mae.cli.arguments import add_device_argument, parser_for, positive_int, share
+from nnunet_vit_mae.errors import UserError, exit_on_user_error
+from nnunet_vit_mae.files import make_folder, read_json
+from nnunet_vit_mae.study.arms import ARMS, choose_arms, merged
+from nnunet_vit_mae.study.design import Study, check_unchanged, read_study
+
+if TYPE_CHECKING:
+    from nnunet_vit_mae.nnunet.folders import Dataset
+
+STEPS = {
+    "test": "collect the test cases of the split",
+    "calibrate": "calibrate an ensemble, named by its run",
+    "report": "measure and report what is done",
+}
+DEFAULT_ARMS = ["unet", "vit", "scratch"]
+DEFAULT_TEST = 0.2
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `mae3d_study`; the exit code is 1 when a step has failed."""
+    args = _parse(argv)
+    output = args.output.resolve()
+    if args.step:
+        _do_step(read_study(output), *args.step)
+        return
+
+    from nnunet_vit_mae.study.workflow import refuse_missing_snakemake, run_workflow, show_workflow
+
+    refuse_missing_snakemake(args.executor)
+    study = _study(args, output)
+    check_unchanged(study)
+    if args.dry_run:
+        show_workflow(study)
+        return
+    make_folder(output)
+    complete = run_workflow(study, args.jobs, args.executor, lambda line: print(line, flush=True))
+    if not complete:
+        _tell_failures(study)
+    print(f"Wrote index.html, results.csv, comparisons.csv, figures and evaluations to {args.output}.")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = parser_for("mae3d_study", __doc__)
+    add = parser.add_argument
+    add("-d", dest="dataset", metavar="ID", help="dataset number or name, e.g. 501")
+    add("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="folder of the study; again to continue")
+    add("-c", dest="configuration", default="3d_fullres", metavar="NAME", help="configuration")
+    add("--arms", nargs="+", default=DEFAULT_ARMS, metavar="ARM", help=f"{', '.join(ARMS)}, or JSON files of arms")
+    add("--few", type=positive_int, nargs="+", metavar="N", help="numbers of labelled training patients")
+    add("--seeds", type=positive_int, default=3, metavar="N", help="training runs of each arm and number of labels")
+    add("--development", type=share, default=0.2, metavar="SHARE", help="share of patients to calibrate on")
+    add("--test", type=share, metavar="SHARE", help=f"share of patients to test on ({DEFAULT_TEST} without labelsTs)")
+    add("--csv", type=Path, metavar="FILE", help="table with patients, as in mae3d_split")
+    add("--patient", default="patient", metavar="COLUMN", help="its column of patients")
+    add("--recipe", metavar="NAME|FILE", help="settings for all arms, as in mae3d_plan")
+    add("--epochs", type=positive_int, metavar="N", help="of training, for all arms")
+    add("--iterations", type=positive_int, metavar="N", help="per epoch of training")
+    add("--pretrain_epochs", type=positive_int, metavar="N", help="of pre-training (default: as the plans say)")
+    add("--config", type=Path, metavar="FILE", help="JSON file with these choices by name; flags go before it")
+    add("-j", dest="jobs", type=positive_int, default=1, metavar="N", help="steps that run at once")
+    add("--executor", metavar="NAME", help="Snakemake's plugin for a cluster, e.g. slurm")
+    add("--dry-run", dest="dry_run", action="store_true", help="only print the commands that are left to run")
+    steps = "; ".join(f"{name}: {text}" for name, text in STEPS.items())
+    add("--step", nargs="+", metavar="NAME", help=f"only do a step that the workflow types ({steps})")
+    add_device_argument(parser, "cuda")
+    args = parser.parse_args(argv)
+    if args.config:
+        parser.set_defaults(**_read_choices(args.config, vars(args)))
+        args = parser.parse_args(argv)
+    return args
+
+
+def _read_choices(file: Path, known: dict[str, Any]) -> dict[str, Any]:
+    """Read the choices in a JSON file, which are checked as flags are."""
+    choices = read_json(file)
+    allowed = sorted(set(known) - {"config", "step", "dry_run", "output"})
+    if not isinstance(choices, dict):
+        raise UserError(f"{file} must be an object of choices, with names from {', '.join(allowed)}.")
+    if unknown := sorted(set(choices) - set(allowed)):
+        raise UserError(f"{file} has the unknown choice {unknown[0]}: choose from {', '.join(allowed)}.")
+    for name, value in choices.items():
+        expected = (list,) if name in ("arms", "few") else (str, int, float)
+        if isinstance(value, bool) or not isinstance(value, expected):
+            raise UserError(f"{file} has {name} = {value!r}, which has the wrong type.")
+    # what comes as text is parsed by argparse like a flag
+    texts = {name: str(value) for name, value in choices.items() if not isinstance(value, list)}
+    lists = {name: value for name, value in choices.items() if isinstance(value, list)}
+    if not all(type(number) is int and number > 0 for number in lists.get("few", [])):
+        raise UserError(f"{file} has few = {lists['few']!r}: give numbers of patients above 0.")
+    for name in ("arms", "recipe"):
+        if name in lists:
+            lists[name] = [_beside(file, str(entry)) for entry in lists[name]]
+        elif name in texts:
+            texts[name] = _beside(file, texts[name])
+    return texts | lists
+
+
+def _beside(file: Path, name: str) -> str:
+    """Return a JSON file that another one names, or a name as it is."""
+    return str(file.parent / name) if name.endswith(".json") else name
+
+
+def _study(args: argparse.Namespace, output: Path) -> Study:
+    """Return the study that the flags describe, with what is there already."""
+    if not args.dataset or not args.few:
+        raise UserError(f"{'--few' if args.dataset else '-d'} is missing: give -d, --few and -o, or --config FILE.")
+    if args.patient != "patient" and not args.csv:
+        raise UserError("--patient needs a table with that column: give it with --csv.")
+    arms = choose_arms(args.arms)
+
+    from nnunet_vit_mae.cli.arguments import table_file, usable_device
+    from nnunet_vit_mae.nnunet.folders import find_dataset
+    from nnunet_vit_mae.nnunet.plans import read_recipe
+    from nnunet_vit_mae.presets import Settings
+
+    dataset = find_dataset(args.dataset)
+    if not args.dry_run and not args.executor:
+        usable_device(args.device)
+    schedule = {name: getattr(args, name) for name in ("epochs", "iterations") if getattr(args, name)}
+    recipe = merged(read_recipe(args.recipe) if args.recipe else {}, {"finetuning": schedule} if schedule else {})
+    study = Study(
+        output=str(output),
+        dataset=dataset.name,
+        raw=str(dataset.raw),
+        preprocessed_folder=str(dataset.preprocessed),
+        results=str(dataset.results),
+        arms=arms,
+        few=tuple(sorted(set(args.few))),
+        seeds=args.seeds,
+        configuration=args.configuration,
+        development=args.development,
+        test=_test_share(args, dataset),
+        csv=_table(table_file(args.csv, dataset.raw)),
+        patient=args.patient,
+        recipe=recipe,
+        pretrain_epochs=args.pretrain_epochs or 0,
+        device=args.device,
+        unlabelled=(dataset.raw / "imagesUn").is_dir(),
+        preprocessed=_is_preprocessed(dataset, args.configuration),
+    )
+    for name in study.trained:
+        Settings.from_dict(study.recipe_of(name))  # refuses unknown settings before anything runs
+    return study
+
+
+def _table(file: Path | None) -> str:
+    if file is None:
+        return ""
+    if not file.is_file():
+        raise UserError(f"There is no table {file}: check --csv.")
+    return str(file.resolve())
+
+
+def _test_share(args: argparse.Namespace, dataset: Dataset) -> float:
+    """Return the share of patients to test on; 0 where the dataset has a test set of its own."""
+    has_test_set = (dataset.raw / "labelsTs").is_dir() and any((dataset.raw / "labelsTs").iterdir())
+    if has_test_set and args.test:
+        raise UserError(f"{dataset.raw} has a test set in labelsTs: leave --test out, or move labelsTs aside.")
+    test = 0.0 if has_test_set else args.test or DEFAULT_TEST
+    if args.development + test >= 1:
+        raise UserError(f"--development {args.development:g} and --test {test:g} leave nothing to train on.")
+    return test
+
+
+def _is_preprocessed(dataset: Dataset, configuration: str) -> bool:
+    """Return whether nnU-Net has planned the dataset and preprocessed every labelled case."""
+    file = dataset.plans_file("nnUNetPlans")
+    if not file.is_file():
+        return False
+    configurations = read_json(file)["configurations"]
+    if configuration not in configurations:
+        known = ", ".join(configurations)
+        raise UserError(f"The plans nnUNetPlans have no configuration {configuration} (they have {known}): check -c.")
+
+    from nnunet_vit_mae.datasets.split.files import find_label_files
+
+    folder = dataset.preprocessed / configurations[configuration].get("data_identifier", "")
+    cases = find_label_files(dataset.raw, dataset.preprocessed).files
+    return all((folder / f"{case}.pkl").is_file() for case in cases)
+
+
+def _do_step(study: Study, name: str, *runs: str) -> None:
+    if name not in STEPS or bool(runs) != (name == "calibrate"):
+        raise UserError(
+            f"--step {' '.join((name, *runs))}: give test, report, or calibrate with the run of an ensemble."
+        )
+    {"test": _collect_test_cases, "report": _report, "calibrate": _calibrate}[name](study, *runs)
+
+
+def _collect_test_cases(study: Study) -> None:
+    from nnunet_vit_mae.datasets.split.files import collect_test_cases
+
+    cases = collect_test_cases(Path(study.raw), Path(study.preprocessed_folder), study.test_images, study.test_labels)
+    print(f"Linked {cases} test cases to {study.test_images} and {study.test_labels}.")
+
+
+def _calibrate(study: Study, run: str) -> None:
+    from nnunet_vit_mae.nnunet.ensembling import calibrate_ensemble
+    from nnunet_vit_mae.nnunet.folders import find_dataset
+    from nnunet_vit_mae.nnunet.plans import load_plan
+
+    models = {model.run: model for model in study.models() if model.calibrated and study.arms[model.arm].members}
+    if run not in models:
+        raise UserError(
+            f"--step calibrate {run}: there is no such ensemble; choose from {', '.join(models) or 'none'}."
+        )
+    model = models[run]
+    members = study.arms[model.arm].members
+    fold = f"fold_{study.fold(model.few)}"
+    record = calibrate_ensemble(
+        load_plan(find_dataset(study.dataset), study.plans(members[0], model.seed), study.configuration),
+        [study.model_folder(member, model.seed) / fold / "validation" for member in members],
+        study.predictions(next(m for m in study.models() if m.run == run and not m.calibrated)),
+        study.predictions(model),
+    )
+    print(f"Wrote {record} and the calibrated segmentations beside it.")
+
+
+def _report(study: Study) -> None:
+    from nnunet_vit_mae.study.comparisons import answer, questions_of, sentence_of
+    from nnunet_vit_mae.study.costs import cost_of
+    from nnunet_vit_mae.study.report import write_study_report
+    from nnunet_vit_mae.study.results import measure_study
+
+    table, missing = measure_study(study)
+    page = write_study_report(study, table, missing, [cost_of(study, arm) for arm in study.arms])
+    for question in questions_of(study.arms):
+        if answers := [paired for paired in answer(question, table) if paired.measure == "dice"]:
+            print(question.title)
+            print("\n".join(f"  {sentence_of(paired)}" for paired in answers))
+    print(f"Wrote {page}, results.csv and comparisons.csv.")
+
+
+def _tell_failures(study: Study) -> None:
+    """Name the steps that failed, report what is there, and exit with code 1."""
+    from nnunet_vit_mae.study.workflow import progress_of
+
+    progress = progress_of(study)
+    for step in progress.failed:
+        print(f"Failed or interrupted: {step.kind} {step.name}, see {Path(study.output, step.log)}.", file=sys.stderr)
+    if progress.waiting:
+        print(f"{len(progress.waiting)} steps wait for these.", file=sys.stderr)
+    try:
+        _report(study)
+    except UserError as error:
+        print(error, file=sys.stderr)
+    print("Call the same command again to continue.", file=sys.stderr)
+    sys.exit(1)

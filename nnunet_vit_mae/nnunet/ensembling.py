@@ -1,0 +1,107 @@
+"""Calibrate an ensemble, which has no checkpoint: the thresholds are fitted to the mean of its members' probabilities.
+
+`mae3d_calibrate` shifts the logits in a model's checkpoint. The mean of probabilities has none, so its log odds are
+shifted after the prediction, which is the same threshold; nnU-Net's own code then makes the segmentation.
+"""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from nnunet_vit_mae.errors import UserError, reading
+from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
+from nnunet_vit_mae.files import write_json
+from nnunet_vit_mae.nnunet.plans import Plan, classes_of
+from nnunet_vit_mae.thresholds import Calibration, CalibrationCase, Classes, fit_thresholds
+
+
+def calibrate_ensemble(plan: Plan, development: Sequence[Path], predictions: Path, output: Path) -> Path:
+    """Fit the thresholds of an ensemble and segment its predictions with them.
+
+    Args:
+        plan: The plans of a member.
+        development: nnU-Net's validation folder of each member, with probabilities (`--npz`).
+        predictions: The ensemble's predictions with probabilities (`nnUNetv2_ensemble --save_npz`).
+        output: Folder for the segmentations and the thresholds.
+
+    Returns:
+        The record of the thresholds.
+
+    Raises:
+        UserError: If there are no probabilities, or members have those of different cases.
+    """
+    cases = _development_cases(plan, development)
+    classes = classes_of(plan)
+    found = fit_thresholds(cases, classes, "volume")
+    output.mkdir(parents=True, exist_ok=True)
+    manager = plan.plans.get_label_manager(plan.dataset_json)
+    writer, ending = plan.plans.image_reader_writer_class(), plan.dataset_json["file_ending"]
+    for file in _probabilities_in(predictions):
+        shifted = shift_probabilities(_read(file), classes, found.shifts)
+        segmentation = np.asarray(manager.convert_probabilities_to_segmentation(shifted))
+        properties = pickle.loads(file.with_suffix(".pkl").read_bytes())  # written by nnU-Net beside the probabilities
+        writer.write_seg(segmentation, str(output / f"{file.stem}{ending}"), properties)
+    shutil.copyfile(predictions / "dataset.json", output / "dataset.json")
+    write_json(_record(found, classes, cases), output / CALIBRATION_RECORD)
+    return output / CALIBRATION_RECORD
+
+
+def shift_probabilities(probabilities: np.ndarray, classes: Classes, shifts: Sequence[float]) -> np.ndarray:
+    """Return the probabilities (channels z y x) after a shift of each class's logit.
+
+    >>> both = np.array([0.75, 0.25]).reshape(2, 1, 1, 1)
+    >>> shift_probabilities(both, Classes(("lesion",), ((1,),)), [np.log(3)]).ravel().round(2).tolist()
+    [0.5, 0.5]
+    """
+    factors = np.exp([*shifts] if classes.regions else [0.0, *shifts]).reshape(-1, 1, 1, 1)
+    shifted = probabilities * factors
+    total = shifted + (1 - probabilities) if classes.regions else shifted.sum(axis=0)
+    return (shifted / total).astype(np.float32)
+
+
+def _development_cases(plan: Plan, folders: Sequence[Path]) -> list[CalibrationCase]:
+    names = [[file.name for file in _probabilities_in(folder)] for folder in folders]
+    if any(others != names[0] for others in names):
+        raise UserError(f"{folders[0]} and {folders[1]} have probabilities of different cases: predict both anew.")
+    return [_case(plan, [folder / name for folder in folders]) for name in names[0]]
+
+
+def _case(plan: Plan, files: Sequence[Path]) -> CalibrationCase:
+    reference = plan.dataset.preprocessed / "gt_segmentations" / f"{files[0].stem}{plan.dataset_json['file_ending']}"
+
+    def read_reference() -> tuple[np.ndarray, Sequence[float]]:
+        with reading(reference):
+            labels, properties = plan.plans.image_reader_writer_class().read_seg(str(reference))
+        return labels[0], properties["spacing"]
+
+    def read() -> tuple[np.ndarray, np.ndarray]:
+        return np.mean([_read(file) for file in files], axis=0), read_reference()[0]
+
+    return CalibrationCase(files[0].stem, float(np.prod(read_reference()[1])), read)
+
+
+def _probabilities_in(folder: Path) -> list[Path]:
+    if not (files := sorted(folder.glob("*.npz"))):
+        raise UserError(
+            f"There are no probabilities in {folder}: train with --npz, or predict with --save_probabilities."
+        )
+    return files
+
+
+def _read(file: Path) -> np.ndarray:
+    with reading(file), np.load(file) as stored:
+        return stored["probabilities"].astype(np.float32)
+
+
+def _record(found: Calibration, classes: Classes, cases: Sequence[CalibrationCase]) -> dict[str, object]:
+    return {
+        "thresholds": dict(zip(classes.names, found.thresholds, strict=True)),
+        "shifts": dict(zip(classes.names, found.shifts, strict=True)),
+        "objective": "volume",
+        "cases": [case.name for case in cases],
+    }

@@ -1,0 +1,106 @@
+"""What each arm of a study costs: parameters, samples, hours and memory, from checkpoints, plans and Snakemake."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnunet_vit_mae.files import read_json
+from nnunet_vit_mae.study.design import CHECKPOINTS, Study
+from nnunet_vit_mae.study.workflow import Compute, duration_text, read_compute
+
+VIT_TRAINERS = ("ViT", "AMAE")  # parts of the names of trainers that take the batch of the vit_mae block
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A row of the table of costs; empty texts where nothing is known."""
+
+    arm: str
+    parameters: str
+    samples: str  # of training
+    training: str  # mean time of a training with its calibration
+    prediction: str  # mean time to predict the test cases
+    pretraining: str  # time of the encoder, which seeds and arms share
+    cpu: str  # of the training
+    memory: str
+
+
+def cost_of(study: Study, arm: str) -> Cost:
+    """Return what an arm costs."""
+    if study.arms[arm].members:
+        return Cost(arm, "", f"mean of {' and '.join(study.arms[arm].members)}", "", "", "", "", "")
+    training = _compute(study, "train", arm)
+    calibration = _compute(study, "calibrate", arm)
+    prediction = [*_compute(study, "predict", arm), *_compute(study, "predict_probabilities", arm)]
+    pretraining = _pretraining(study, arm)
+    return Cost(
+        arm=arm,
+        parameters=_parameters_text(study, arm),
+        samples=_samples_text(study, arm),
+        training=_mean_text([*training], calibration),
+        prediction=_mean_text(prediction),
+        pretraining=duration_text(pretraining.seconds) if pretraining else "",
+        cpu=duration_text(_mean([taken.cpu_seconds for taken in training])) if training else "",
+        memory=f"{max(taken.memory_mb for taken in training) / 1000:.1f} GB" if training else "",
+    )
+
+
+def _compute(study: Study, kind: str, arm: str) -> list[Compute]:
+    folder = Path(study.output) / "compute" / kind
+    files = [file for few in study.few for file in sorted(folder.glob(f"{arm}_{few}_s*.tsv"))]
+    return [taken for file in files if (taken := read_compute(file)) is not None]
+
+
+def _pretraining(study: Study, arm: str) -> Compute | None:
+    if not study.arms[arm].encoder:
+        return None
+    return read_compute(Path(study.output) / "compute" / "pretrain" / f"{study.encoder_of(arm)}.tsv")
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = [*values]
+    return sum(values) / len(values)
+
+
+def _mean_text(*kinds: list[Compute]) -> str:
+    """Return the sum of the mean times of some kinds of step."""
+    known = [_mean(taken.seconds for taken in kind) for kind in kinds if kind]
+    return duration_text(sum(known)) if known else ""
+
+
+def _parameters_text(study: Study, arm: str) -> str:
+    for few in study.few:
+        for seed in range(study.seeds):
+            file = study.model_folder(arm, seed) / f"fold_{study.fold(few)}" / CHECKPOINTS[False]
+            if file.is_file():
+                return f"{count_parameters(file) / 1e6:.1f} M"
+    return ""
+
+
+def count_parameters(checkpoint: Path) -> int:
+    """Count the weights in a checkpoint of nnU-Net, which names some of them twice."""
+    weights = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)["network_weights"]
+    return sum({tensor.data_ptr(): tensor.numel() for tensor in weights.values()}.values())
+
+
+def _samples_text(study: Study, arm: str) -> str:
+    file = study.model_folder(arm, 0) / "plans.json"
+    if not file.is_file():
+        return ""
+    if not study.arms[arm].scheduled:
+        return "as its trainer"
+    return samples_text(read_json(file)["configurations"][study.configuration], study.arms[arm].trainer)
+
+
+def samples_text(configuration: dict[str, Any], trainer: str) -> str:
+    """Return the number of training samples: epochs x iterations x batch."""
+    finetuning = configuration["vit_mae"]["finetuning"]
+    of_block = any(part in trainer for part in VIT_TRAINERS)
+    batch = finetuning["batch_size"] if of_block else configuration["batch_size"]
+    epochs, iterations = finetuning["epochs"], finetuning["iterations"]
+    return f"{epochs * iterations * batch:,} ({epochs} x {iterations} x {batch})"

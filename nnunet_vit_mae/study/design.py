@@ -1,0 +1,200 @@
+"""What a study compares and where: written to `study.json` in its folder, which every later call reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.files import read_json
+from nnunet_vit_mae.study.arms import Arm, arms_from, arms_to_json, encoder_recipe, merged
+
+STUDY_FILE = "study.json"
+CHECKPOINTS = {False: "checkpoint_final.pth", True: "checkpoint_calibrated.pth"}  # by whether it is calibrated
+MAY_CHANGE = ("arms", "seeds", "device", "preprocessed")  # of a study that was begun
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """The choices of a study. `few` are numbers of training patients, as in `mae3d_split --few`."""
+
+    output: str  # folder of the study
+    dataset: str  # Dataset501_Name
+    raw: str  # its folders
+    preprocessed_folder: str
+    results: str
+    arms: Mapping[str, Arm]
+    few: tuple[int, ...]
+    seeds: int = 3
+    configuration: str = "3d_fullres"
+    development: float = 0.2  # share of patients to calibrate on
+    test: float = 0.0  # share of patients to test on; 0: imagesTs and labelsTs
+    csv: str = ""  # which case belongs to which patient
+    patient: str = "patient"
+    recipe: Mapping[str, Any] = field(default_factory=dict)  # a partial vit_mae block for all arms
+    pretrain_epochs: int = 0  # 0: as the plans say
+    device: str = "cuda"
+    unlabelled: bool = False  # whether there are imagesUn
+    preprocessed: bool = False  # whether nnU-Net had preprocessed the dataset before
+
+    @property
+    def id(self) -> str:
+        """The number of the dataset, as `-d` takes it."""
+        return self.dataset.removeprefix("Dataset").split("_")[0]
+
+    @property
+    def name(self) -> str:
+        """The name of the folder, with which the names of plans begin."""
+        return "".join(sign if sign.isalnum() else "_" for sign in Path(self.output).name)
+
+    @property
+    def trained(self) -> dict[str, Arm]:
+        """The arms that are trained, without ensembles."""
+        return {name: arm for name, arm in self.arms.items() if not arm.members}
+
+    @property
+    def members(self) -> set[str]:
+        """The arms that belong to an ensemble."""
+        return {member for arm in self.arms.values() for member in arm.members}
+
+    def fold(self, few: int) -> int:
+        """Return the fold of `mae3d_split` with so many training patients; fold 0 has all of them."""
+        return 1 + self.few.index(few)
+
+    def recipe_of(self, arm: str) -> dict[str, Any]:
+        """Return the settings of an arm, without the seed."""
+        return merged(self.recipe, self.arms[arm].recipe)
+
+    def encoder_of(self, arm: str) -> str:
+        """Return the first arm with the same encoder, after which the encoder is named."""
+
+        def key(name: str) -> tuple[str, dict[str, Any]]:
+            return self.arms[name].plans, encoder_recipe(self.recipe_of(name))
+
+        return next(name for name, other in self.arms.items() if other.encoder and key(name) == key(arm))
+
+    @property
+    def encoders(self) -> list[str]:
+        """The distinct encoders."""
+        return list(dict.fromkeys(self.encoder_of(name) for name, arm in self.arms.items() if arm.encoder))
+
+    def plans(self, arm: str, seed: int) -> str:
+        """Return the name of the plans of an arm."""
+        return f"{self.name}_{arm}_s{seed}"
+
+    def encoder_plans(self, arm: str) -> str:
+        """Return the name of the plans of an encoder."""
+        return f"{self.name}_encoder_{arm}"
+
+    def encoder_file(self, arm: str) -> Path:
+        """Return where `mae3d_pretrain` writes an encoder."""
+        folder = f"mae3d_pretrain__{self.encoder_plans(arm)}__{self.configuration}"
+        return Path(self.results, folder, "fold_0", "encoder.safetensors")
+
+    def model_folder(self, arm: str, seed: int) -> Path:
+        """Return where nnU-Net keeps a model."""
+        return Path(self.results, f"{self.arms[arm].trainer}__{self.plans(arm, seed)}__{self.configuration}")
+
+    def recipe_file(self, arm: str, seed: int) -> Path:
+        """Return the recipe of an arm and seed, which `mae3d_plan` reads."""
+        return Path(self.output, "recipes", f"{arm}_s{seed}.json")
+
+    def encoder_recipe_file(self, arm: str) -> Path:
+        """Return the recipe of an encoder."""
+        return Path(self.output, "recipes", f"encoder_{arm}.json")
+
+    def recipes(self) -> dict[Path, dict[str, Any]]:
+        """Return the content of all recipes by file."""
+        recipes = {self.encoder_recipe_file(name): encoder_recipe(self.recipe_of(name)) for name in self.encoders}
+        for name in self.trained:
+            for seed in range(self.seeds):
+                recipe = merged(self.recipe_of(name), {"finetuning": {"seed": seed}})
+                recipes[self.recipe_file(name, seed)] = recipe
+        return recipes
+
+    def predictions(self, model: Model) -> Path:
+        """Return the folder of a model's predictions of the test cases."""
+        return Path(self.output, "predictions", model.name)
+
+    @property
+    def test_images(self) -> Path:
+        """Images to test on."""
+        return Path(self.output, "test", "imagesTs") if self.test else Path(self.raw, "imagesTs")
+
+    @property
+    def test_labels(self) -> Path:
+        """Reference segmentations to test with."""
+        return Path(self.output, "test", "labelsTs") if self.test else Path(self.raw, "labelsTs")
+
+    def models(self) -> list[Model]:
+        """Return all models that are tested."""
+        return [
+            Model(name, few, seed, calibrated)
+            for name, arm in self.arms.items()
+            for few in self.few
+            for seed in range(self.seeds)
+            for calibrated in ((False, True) if arm.calibrate else (False,))
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the study as JSON holds it."""
+        content = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return content | {"arms": arms_to_json(self.arms), "few": list(self.few), "recipe": merged(self.recipe)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Study:
+        """Return the study that `to_json` wrote."""
+        return cls(**{**content, "arms": arms_from(content["arms"]), "few": tuple(content["few"])})
+
+
+@dataclass(frozen=True)
+class Model:
+    """An arm with so many labels and a seed, calibrated or as trained."""
+
+    arm: str
+    few: int
+    seed: int
+    calibrated: bool
+
+    @property
+    def run(self) -> str:
+        """The training that it comes from."""
+        return f"{self.arm}_{self.few}_s{self.seed}"
+
+    @property
+    def name(self) -> str:
+        """The name of its predictions."""
+        return f"{self.run}_{'calibrated' if self.calibrated else 'final'}"
+
+
+def read_study(output: Path) -> Study:
+    """Read the study in a folder. Raises `UserError` when there is none."""
+    file = output / STUDY_FILE
+    content = read_json(file)
+    try:
+        return Study.from_json(content)
+    except (TypeError, KeyError, AttributeError):
+        raise UserError(f"{file} was not written by mae3d_study: give the folder of a study with -o.") from None
+
+
+def check_unchanged(study: Study) -> None:
+    """Raise `UserError` when the folder holds a study with other choices: its models would be mixed with new ones.
+
+    Arms and seeds may be added.
+    """
+    if not (Path(study.output) / STUDY_FILE).is_file():
+        return
+    before, now = read_study(Path(study.output)).to_json(), study.to_json()
+    changed = [key for key in now if key not in MAY_CHANGE and now[key] != before[key]]
+    if changed:
+        key = changed[0]
+        raise UserError(
+            f"{study.output} holds a study with {key} = {before[key]!r} instead of {now[key]!r}: give another folder "
+            "with -o, or the same choices to continue."
+        )
+    for name, arm in before["arms"].items():
+        if name in now["arms"] and now["arms"][name] != arm:
+            raise UserError(f"{study.output} holds a study with another arm {name}: give the new one another name.")

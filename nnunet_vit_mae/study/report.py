@@ -1,0 +1,182 @@
+"""The report of a study: one HTML page with its figures, and `comparisons.csv` beside `results.csv`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from nnunet_vit_mae.evaluation.pictures import Gallery
+from nnunet_vit_mae.evaluation.report import template_environment
+from nnunet_vit_mae.evaluation.summary import REPORTED_PACKAGES
+from nnunet_vit_mae.evaluation.words import format_values, p_text
+from nnunet_vit_mae.files import replacing
+from nnunet_vit_mae.study.comparisons import (
+    COMPARED,
+    OPTIONS,
+    PairedDifference,
+    Question,
+    Variant,
+    answer,
+    distinct,
+    limits_of_study,
+    measure_title,
+    point_of,
+    questions_of,
+    sentence_of,
+    verdict_of,
+)
+from nnunet_vit_mae.study.costs import Cost
+from nnunet_vit_mae.study.design import Model, Study
+from nnunet_vit_mae.study.figures import differences_figure, learning_curves
+from nnunet_vit_mae.weights import package_versions
+
+PAGE = "index.html"
+MODEL_NAMES_SHOWN = 12  # of those that are missing
+PACKAGES = (*REPORTED_PACKAGES, "nnunetv2", "torch", "snakemake")
+CURVES = (
+    "Mean over the test cases by number of labelled training patients. Lines and bands: mean over seeds of each case, "
+    "and its 95% bootstrap interval over cases. Small dots: seeds."
+)
+DIFFERENCES = (
+    "Paired differences (diamonds) with 95% bootstrap intervals over cases (bars); small dots: seeds. Blue: "
+    "significant after Holm's correction. Right of zero is better for Dice, left of it for the volume difference."
+)
+
+
+def write_study_report(study: Study, table: pd.DataFrame, missing: Sequence[Model], costs: Sequence[Cost]) -> Path:
+    """Write the page, its figures and the table of comparisons.
+
+    Args:
+        study: The study.
+        table: The results, as in `results.csv`.
+        missing: Models without results.
+        costs: What each arm costs.
+
+    Returns:
+        The page.
+    """
+    output = Path(study.output)
+    labels = distinct(table, "label")
+    answers = {question: answer(question, table) for question in questions_of(study.arms)}
+    known = {question: found for question, found in answers.items() if found}
+    _write_comparisons(known, output / "comparisons.csv")
+    gallery = Gallery(labels, output / "figures")
+    all_answers = [paired for found in known.values() for paired in found]
+    limits = limits_of_study(
+        all_answers,
+        study.arms,
+        seeds=len(distinct(table, "seed")),
+        cases=len(distinct(table, "case")),
+        by_patient=bool(study.csv),
+    )
+    context = {
+        "study": study,
+        "cases": len(distinct(table, "case")),
+        "labels": [_label_context(study, table, label, known, gallery) for label in labels],
+        "limits": [*limits, *_missing(missing)],
+        "measures": [measure_title(measure) for measure in COMPARED],
+        "costs": costs,
+        "evaluations": [few for few in study.few if (output / "evaluations" / f"{few}_labels" / PAGE).is_file()],
+        "resamples": OPTIONS.resamples,
+        "versions": package_versions(PACKAGES),
+    }
+    page = output / PAGE
+    environment = template_environment("nnunet_vit_mae.study", "nnunet_vit_mae.evaluation")
+    with replacing(page) as temporary:
+        temporary.write_text(environment.get_template("study.html.j2").render(context), encoding="utf-8")
+    return page
+
+
+def _missing(missing: Sequence[Model]) -> list[str]:
+    if not missing:
+        return []
+    names = ", ".join(model.name for model in missing[:MODEL_NAMES_SHOWN])
+    more = f" and {len(missing) - MODEL_NAMES_SHOWN} more" if len(missing) > MODEL_NAMES_SHOWN else ""
+    return [f"{len(missing)} models have no results, because a step failed or has not run yet: {names}{more}."]
+
+
+def _label_context(
+    study: Study,
+    table: pd.DataFrame,
+    label: str,
+    answers: dict[Question, list[PairedDifference]],
+    gallery: Gallery,
+) -> dict[str, Any]:
+    curves = gallery.add(
+        learning_curves(table, list(study.arms), label),
+        "learning_curves",
+        label,
+        CURVES,
+        f"Learning curves of {label}.",
+    )
+    numbers, questions = count(1), []
+    for question, found in answers.items():
+        chosen = [paired for paired in found if paired.label == label]
+        if chosen:
+            name, alt = f"differences_{next(numbers)}", f"{question.title}, {label}."
+            picture = gallery.add(differences_figure(chosen), name, label, f"{question.title}. {DIFFERENCES}", alt)
+            rows = [_row(paired) for paired in chosen]
+            sentences = [sentence_of(paired) for paired in chosen if paired.measure == "dice" or paired.significant]
+            questions.append({"title": question.title, "rows": rows, "picture": picture, "sentences": sentences})
+    return {"name": label, "curves": curves, "questions": questions, "means": _means(study, table, label)}
+
+
+def _means(study: Study, table: pd.DataFrame, label: str) -> list[dict[str, Any]]:
+    """Return a row for each arm and number of labels, with the mean and interval of each measure."""
+    variants = [Variant(name, calibrated) for name in study.arms for calibrated in (False, True)]
+    rows = []
+    for few in study.few:
+        for variant in variants:
+            points = [point_of(table, variant, few, label, measure) for measure in COMPARED]
+            if any(points):
+                cells = [_cell(measure, point) for measure, point in zip(COMPARED, points, strict=True)]
+                rows.append({"few": few, "variant": str(variant), "cells": cells})
+    return rows
+
+
+def _cell(measure: str, point: Any) -> dict[str, str]:
+    if point is None:
+        return {"mean": "", "interval": "", "seeds": ""}
+    mean, low, high, *seeds = format_values(measure, point.mean, point.low, point.high, *point.seeds)
+    return {"mean": mean, "interval": f"{low} to {high}", "seeds": ", ".join(seeds)}
+
+
+def _row(paired: PairedDifference) -> dict[str, Any]:
+    first, second = format_values(paired.measure, paired.first_mean, paired.second_mean)
+    difference, low, high = format_values(paired.measure, paired.difference, paired.low, paired.high, sign=True)
+    return {
+        "few": paired.few,
+        "first": str(paired.first),
+        "second": str(paired.second),
+        "measure": measure_title(paired.measure),
+        "means": (first, second),
+        "difference": difference,
+        "interval": f"{low} to {high}",
+        "cases": paired.cases,
+        "p": p_text(paired.p),
+        "p_holm": p_text(paired.p_holm),
+        "verdict": verdict_of(paired),
+        "significant": paired.significant,
+    }
+
+
+def _write_comparisons(answers: dict[Question, list[PairedDifference]], file: Path) -> None:
+    rows = [
+        {
+            "question": question.title,
+            **asdict(paired),
+            "first": str(paired.first),
+            "second": str(paired.second),
+            "seed_differences": " ".join(f"{value:.6g}" for value in paired.seed_differences),
+            "sentence": sentence_of(paired),
+        }
+        for question, found in answers.items()
+        for paired in found
+    ]
+    with replacing(file) as temporary:
+        pd.DataFrame(rows).to_csv(temporary, index=False, encoding="utf-8", lineterminator="\n")

@@ -1,0 +1,53 @@
+"""The measures of all models of a study on its test cases, as one table: `results.csv`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.evaluation.cases import find_evaluation_set, measure_cases
+from nnunet_vit_mae.evaluation.results import EvaluationOptions
+from nnunet_vit_mae.files import replacing
+from nnunet_vit_mae.study.design import Model, Study
+from nnunet_vit_mae.study.steps import prediction_marker
+
+RESULTS = "results.csv"
+KEY = ["arm", "few", "seed", "calibrated", "case", "label"]
+
+
+def measure_study(study: Study) -> tuple[pd.DataFrame, list[Model]]:
+    """Measure the predictions of all models that are done.
+
+    Args:
+        study: The study.
+
+    Returns:
+        A row for each arm, number of labels, seed, calibration, case and label, and the models that are not done.
+
+    Raises:
+        UserError: If no model is done, or a prediction cannot be read.
+    """
+    done = [model for model in study.models() if (Path(study.output) / prediction_marker(study, model)).is_file()]
+    if not done:
+        raise UserError(f"No model of {study.output} has been tested yet: run mae3d_study first.")
+    table = pd.concat([_measured(study, model) for model in done], ignore_index=True)
+    with replacing(Path(study.output) / RESULTS) as temporary:
+        table.to_csv(temporary, index=False, encoding="utf-8", lineterminator="\n")
+    return table, [model for model in study.models() if model not in done]
+
+
+def _measured(study: Study, model: Model) -> pd.DataFrame:
+    """Measure a model, or read what was measured since it predicted."""
+    file = Path(study.output) / "measures" / f"{model.name}.csv"
+    predicted = (Path(study.output) / prediction_marker(study, model)).stat().st_mtime
+    if not file.is_file() or file.stat().st_mtime < predicted:
+        evaluation_set = find_evaluation_set(study.test_labels, {model.name: study.predictions(model)})
+        measures, _ = measure_cases(evaluation_set, EvaluationOptions())
+        with replacing(file) as temporary:
+            measures.drop(columns="model").to_csv(temporary, index=False, encoding="utf-8")
+    measures = pd.read_csv(file, dtype={"case": str, "label": str})
+    key = {"arm": model.arm, "few": model.few, "seed": model.seed, "calibrated": model.calibrated}
+    others = [column for column in measures if column not in KEY]
+    return measures.assign(**key).reindex(columns=[*KEY, *others])

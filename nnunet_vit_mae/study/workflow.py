@@ -1,0 +1,179 @@
+"""Run the steps of a study with Snakemake, which knows what is done, what can run at once and what has failed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.files import locked, write_json
+from nnunet_vit_mae.installation import trainers_folder
+from nnunet_vit_mae.study.design import STUDY_FILE, Study
+from nnunet_vit_mae.study.steps import Step, steps_of
+
+POLL_SECONDS = 20.0  # between two looks at what is done
+
+
+def refuse_missing_snakemake(executor: str | None) -> None:
+    """Raise `UserError` when Snakemake or its plugin for a cluster is not installed."""
+    if find_spec("snakemake") is None:
+        raise UserError('mae3d_study needs Snakemake: pip install "nnunet-vit-mae[study]".')
+    if executor and find_spec(f"snakemake_executor_plugin_{executor.replace('-', '_')}") is None:
+        raise UserError(
+            f"--executor {executor} needs Snakemake's plugin: pip install snakemake-executor-plugin-{executor}."
+        )
+
+
+def show_workflow(study: Study) -> None:
+    """Print the commands that are left to run, as Snakemake's dry run; only Snakemake's own folder is written."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, STUDY_FILE)
+        file.write_text(json.dumps(study.to_json()), encoding="utf-8")
+        subprocess.run([*snakemake_command(study, file), "--cores", "1", "--dry-run"], env=environment(), check=False)
+
+
+def run_workflow(study: Study, jobs: int, executor: str | None, say: Callable[[str], None]) -> bool:
+    """Write `study.json` and the recipes, and run what is left to do.
+
+    Args:
+        study: The study.
+        jobs: Number of steps that run at once.
+        executor: Name of Snakemake's plugin for a cluster; None for this machine.
+        say: Called with a line when a step is done.
+
+    Returns:
+        Whether all steps have succeeded.
+
+    Raises:
+        UserError: If another process runs this study.
+    """
+    output = Path(study.output)
+    with locked(output):
+        write_json(study.to_json(), output / STUDY_FILE)
+        for file, recipe in study.recipes().items():
+            write_json(recipe, file)
+        command = snakemake_command(study, output / STUDY_FILE)
+        command += ["--jobs", str(jobs), "--executor", executor] if executor else ["--cores", str(jobs)]
+        return _follow(command, study, jobs, say) == 0
+
+
+def snakemake_command(study: Study, configuration: Path) -> list[str]:
+    """Return the call of Snakemake; a study continues where it was interrupted."""
+    return [
+        *(sys.executable, "-m", "snakemake", "--snakefile", str(files("nnunet_vit_mae.study") / "Snakefile")),
+        *("--directory", study.output, "--configfile", str(configuration)),
+        *("--keep-going", "--rerun-incomplete", "--rerun-triggers", "mtime", "--printshellcmds"),
+        "--nolock",  # Snakemake's lock outlives a process that was killed; ours does not
+    ]
+
+
+def environment() -> Mapping[str, str]:
+    """Return the environment of the steps: our commands are found, and our trainers by nnU-Net."""
+    outer = dict(os.environ)
+    paths = [sysconfig.get_path("scripts"), outer.get("PATH", "")]
+    trainers = [*filter(None, outer.get("nnUNet_extTrainer", "").split(os.pathsep)), str(trainers_folder())]
+    return outer | {
+        "PATH": os.pathsep.join(paths),
+        "nnUNet_extTrainer": os.pathsep.join(dict.fromkeys(trainers)),
+    }
+
+
+def _follow(command: Sequence[str], study: Study, jobs: int, say: Callable[[str], None]) -> int:
+    """Run Snakemake, and tell the time left whenever steps are done."""
+    process = subprocess.Popen(command, env=environment())
+    told = ""
+    try:
+        while process.poll() is None:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=POLL_SECONDS)
+            if (line := progress_of(study).text(jobs)) != told and process.poll() is None:
+                say(told := line)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    return process.returncode
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a study is."""
+
+    done: int
+    failed: list[Step]  # or interrupted: they have a log, but are not done
+    waiting: list[Step]  # for others
+    seconds: Mapping[str, float]  # mean time of the steps that are done, by kind
+
+    def text(self, jobs: int) -> str:
+        """Return a line with the time left, where steps of the kind have been done before."""
+        left = [*self.failed, *self.waiting]
+        known = sum(self.seconds.get(step.kind, 0.0) for step in left) / jobs
+        bound = "about" if all(step.kind in self.seconds for step in left) else "at least"
+        total = self.done + len(left)
+        return f"{self.done} of {total} steps are done; {bound} {duration_text(known)} left."
+
+
+def progress_of(study: Study) -> Progress:
+    """Return what is done of a study, from the files in its folder."""
+    folder = Path(study.output)
+    seconds: dict[str, list[float]] = defaultdict(list)
+    left = []
+    for step in (steps := steps_of(study)):
+        if not (folder / step.marker).exists():
+            left.append(step)
+        elif (taken := read_compute(folder / step.compute)) is not None:
+            seconds[step.kind].append(taken.seconds)
+    failed = [step for step in left if (folder / step.log).exists()]
+    means = {kind: sum(values) / len(values) for kind, values in seconds.items()}
+    return Progress(len(steps) - len(left), failed, [step for step in left if step not in failed], means)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What a step took."""
+
+    seconds: float
+    cpu_seconds: float
+    memory_mb: float  # largest at once, of all its processes, without that of a GPU
+
+
+def read_compute(file: Path) -> Compute | None:
+    """Read Snakemake's benchmark file; None if there is none."""
+    if not file.is_file():
+        return None
+    rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines(), delimiter="\t"))
+    if not rows:
+        return None
+    return Compute(*(_number(rows[-1].get(column)) for column in ("s", "cpu_time", "max_rss")))
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text or 0)
+    except ValueError:  # NA, of a step that was too short to measure
+        return 0.0
+
+
+def duration_text(seconds: float) -> str:
+    """Format a time.
+
+    >>> duration_text(50), duration_text(4000), duration_text(200000)
+    ('1 min', '1 h 7 min', '2 d 8 h')
+    """
+    minutes = max(1, round(seconds / 60)) if seconds else 0
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

@@ -1,0 +1,490 @@
+"""`mae3d_study`: arms and commands as data, the workflow on a tiny dataset, and the report from made-up results."""
+
+import importlib.util
+import itertools
+import json
+import pickle
+import shlex
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+import torch
+
+from nnunet_vit_mae.cli import study as command
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.presets import Settings
+from nnunet_vit_mae.study import comparisons, costs, workflow
+from nnunet_vit_mae.study.arms import ARMS, arms_from, arms_to_json, choose_arms, encoder_recipe, scratch_pairs
+from nnunet_vit_mae.study.comparisons import Question, Variant
+from nnunet_vit_mae.study.design import Model, Study, check_unchanged
+from nnunet_vit_mae.study.report import write_study_report
+from nnunet_vit_mae.study.results import measure_study
+from nnunet_vit_mae.study.steps import EVALUATE, steps_of
+
+
+def study_of(folder, *arms, **changes) -> Study:
+    choices = {
+        "output": str(folder / "my study"),
+        "dataset": "Dataset901_Tiny",
+        "raw": str(folder / "raw"),
+        "preprocessed_folder": str(folder / "preprocessed"),
+        "results": str(folder / "results"),
+        "arms": choose_arms(arms or ["unet", "vit"]),
+        "few": (10, 25),
+        "seeds": 2,
+        "device": "cpu",
+    }
+    return Study(**{**choices, **changes})
+
+
+def by_name(study) -> dict[tuple[str, str], list[str]]:
+    return {(step.kind, step.name): list(step.command) for step in steps_of(study)}
+
+
+# ---------- arms
+
+
+def test_every_built_in_arm_has_settings_that_exist():
+    for arm in ARMS.values():
+        Settings.from_dict(arm.recipe)
+    assert arms_from(arms_to_json(ARMS)) == ARMS
+
+
+def test_arms_of_a_file_stand_beside_those_of_ours(tmp_path):
+    file = tmp_path / "my_arms.json"
+    file.write_text(
+        json.dumps({"large": {"trainer": "nnUNetTrainerViTMAE", "encoder": True, "recipe": {"network": {"size": "M"}}}})
+    )
+    arms = choose_arms([str(file), "unet", "vit"])
+    assert list(arms) == ["large", "unet", "vit"]
+    assert arms["large"].recipe == {"network": {"size": "M"}}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "object of arms"),
+        ({"a b": {"trainer": "T"}}, "letters, digits and underscores"),
+        ({"a": {"trainer": "T", "size": "M"}}, "unknown key size"),
+        ({"a": {"trainer": 3}}, "trainer of the arm a"),
+        ({"a": {}}, "either a trainer, or members"),
+        ({"a": {"trainer": "T", "members": ["unet", "vit"]}}, "either a trainer, or members"),
+        ({"a": {"trainer": "T", "recipe": {"network": 1}}}, "object of objects"),
+        ({"a": []}, "must be an object with"),
+    ],
+)
+def test_a_bad_file_of_arms_is_refused(tmp_path, content, message):
+    file = tmp_path / "arms.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        choose_arms([str(file)])
+
+
+def test_unknown_and_missing_arms_are_named():
+    with pytest.raises(UserError, match="--arms Vit: choose from unet"):
+        choose_arms(["Vit"])
+    with pytest.raises(UserError, match="unet twice"):
+        choose_arms(["unet", "unet"])
+    with pytest.raises(UserError, match="add vit to --arms"):
+        choose_arms(["unet", "ensemble"])
+
+
+def test_arms_that_differ_in_their_decoder_share_an_encoder(tmp_path):
+    arms = {**choose_arms(["unet", "vit", "hybrid"]), "m": replace(ARMS["vit"], recipe={"network": {"size": "M"}})}
+    study = study_of(tmp_path, arms=arms)
+    assert study.encoders == ["vit", "m"]
+    assert study.encoder_of("hybrid") == "vit"
+    assert encoder_recipe({"network": {"decoder": "unet", "size": "S"}, "finetuning": {"lr": 1.0}}) == {
+        "network": {"size": "S"},
+        "pretraining": {},
+    }
+
+
+def test_an_arm_from_scratch_belongs_to_the_same_network_pre_trained():
+    arms = choose_arms(["scratch", "hybrid_scratch", "vit", "hybrid", "unet"])
+    assert scratch_pairs(arms) == [("scratch", "vit"), ("hybrid_scratch", "hybrid")]
+
+
+# ---------- steps
+
+
+def test_each_step_is_a_command_that_can_be_typed(tmp_path):
+    study = study_of(tmp_path, "unet", "vit", unlabelled=True, pretrain_epochs=7)
+    steps = {key: shlex.join(words) for key, words in by_name(study).items()}
+    output, results = study.output, tmp_path / "results"
+    assert steps["preprocess", "labelled"] == "nnUNetv2_plan_and_preprocess -d 901 -c 3d_fullres"
+    assert steps["preprocess", "unlabelled"] == "mae3d_preprocess -d 901 -c 3d_fullres"
+    assert steps["split", "patients"] == "mae3d_split -d 901 --development 0.2 --few 10 25"
+    assert steps["pretrain", "vit"] == (
+        "mae3d_pretrain -d 901 -c 3d_fullres -p my_study_encoder_vit -f 0 --epochs 7 --c -device cpu"
+    )
+    encoder = results / "mae3d_pretrain__my_study_encoder_vit__3d_fullres" / "fold_0" / "encoder.safetensors"
+    assert steps["plan", "vit_s1"] == (
+        f"mae3d_plan -d 901 -c 3d_fullres -p nnUNetPlans -o my_study_vit_s1 --recipe '{output}/recipes/vit_s1.json' "
+        f"--batch_size plans --encoder {encoder}"
+    )
+    assert "--encoder" not in steps["plan", "unet_s0"]
+    assert steps["train", "vit_25_s1"] == (
+        "nnUNetv2_train 901 3d_fullres 2 -p my_study_vit_s1 -tr nnUNetTrainerViTMAE --npz --c -device cpu"
+    )
+    assert steps["calibrate", "unet_10_s0"] == (
+        "mae3d_calibrate -d 901 -c 3d_fullres -p my_study_unet_s0 -tr nnUNetTrainerBaseline -f 1 -device cpu"
+    )
+    assert steps["predict", "unet_10_s0_calibrated"].endswith("-f 1 -device cpu -chk checkpoint_calibrated.pth")
+    assert steps["report", "study"] == f"mae3d_study -o '{output}' --step report"
+    assert f"-p 'unet calibrated={output}/predictions/unet_10_s0_calibrated'" in steps[EVALUATE, "10_labels"]
+
+
+def test_every_step_waits_for_steps_that_exist(tmp_path):
+    study = study_of(tmp_path, *ARMS, test=0.2, csv="patients.csv", preprocessed=True)
+    steps = steps_of(study)
+    done: set[str] = set()
+    for step in steps:
+        assert set(step.after) <= done, step
+        done.add(step.marker)
+    assert len(done) == len(steps)
+    commands = by_name(study)
+    assert ("preprocess", "labelled") not in commands
+    assert "--test 0.2 --csv patients.csv --patient patient" in shlex.join(commands["split", "patients"])
+    assert commands["plan_architecture", "nnUNetPlannerResEncM"][-2:] == ["-pl", "nnUNetPlannerResEncM"]
+    assert ("calibrate", "primus_10_s0") not in commands
+
+
+def test_an_ensemble_takes_probabilities_and_is_calibrated(tmp_path):
+    study = study_of(tmp_path, "unet", "vit", "scratch", "ensemble")
+    commands = by_name(study)
+    assert "--save_probabilities" in commands["predict_probabilities", "vit_10_s0_final"]
+    assert ("predict", "scratch_10_s0_final") in commands
+    folders = [str(Path(study.output, "predictions", f"{name}_10_s0_final")) for name in ("unet", "vit", "ensemble")]
+    assert commands["ensemble", "ensemble_10_s0"] == [
+        *("nnUNetv2_ensemble", "-i", folders[0], folders[1], "-o", folders[2], "--save_npz")
+    ]
+    assert commands["calibrate_ensemble", "ensemble_10_s0"][-3:] == ["--step", "calibrate", "ensemble_10_s0"]
+
+
+def test_recipes_hold_the_seed_and_the_same_schedule_for_all_arms(tmp_path):
+    recipe = {"network": {"size": "XS"}, "finetuning": {"epochs": 5}}
+    recipes = study_of(tmp_path, "unet", "hybrid", recipe=recipe).recipes()
+    by_file = {file.name: content for file, content in recipes.items()}
+    assert by_file["unet_s1.json"]["finetuning"] == {"epochs": 5, "seed": 1}
+    assert by_file["hybrid_s0.json"]["network"] == {"size": "XS", "decoder": "unet"}
+    assert by_file["encoder_hybrid.json"] == {"network": {"size": "XS"}, "pretraining": {}}
+
+
+def test_a_study_is_continued_with_the_same_choices_only(tmp_path):
+    study = study_of(tmp_path, "unet", "vit")
+    Path(study.output).mkdir()
+    Path(study.output, "study.json").write_text(json.dumps(study.to_json()))
+    check_unchanged(replace(study, seeds=5, arms=choose_arms(["unet", "vit", "scratch"])))
+    with pytest.raises(UserError, match="few = "):
+        check_unchanged(replace(study, few=(10,)))
+    with pytest.raises(UserError, match="another arm vit"):
+        check_unchanged(replace(study, arms={"vit": replace(ARMS["vit"], recipe={"network": {"size": "M"}})}))
+
+
+# ---------- progress
+
+
+def test_progress_knows_what_failed_and_how_long_the_rest_takes(tmp_path):
+    study = study_of(tmp_path, "unet", few=(10,), preprocessed=True)
+    steps = {(step.kind, step.name): step for step in steps_of(study)}
+    folder = Path(study.output)
+
+    def put(name: str, text: str = "") -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+    for key in (("split", "patients"), ("plan", "unet_s0"), ("plan", "unet_s1"), ("train", "unet_10_s0")):
+        put(steps[key].marker)
+        put(steps[key].compute, "s\tmax_rss\tcpu_time\n7200.0\t3000\tNA\n")
+    put(steps["train", "unet_10_s1"].log)
+    progress = workflow.progress_of(study)
+    assert [step.name for step in progress.failed] == ["unet_10_s1"]
+    assert progress.text(jobs=1) == f"4 of {len(steps)} steps are done; at least 2 h 0 min left."
+    assert progress.text(jobs=2).endswith("at least 1 h 0 min left.")
+    cost = costs.cost_of(study, "unet")
+    assert (cost.training, cost.memory, cost.pretraining) == ("2 h 0 min", "3.0 GB", "")
+
+
+def test_samples_and_parameters_are_those_of_the_trainer(tmp_path):
+    configuration = {"batch_size": 2, "vit_mae": {"finetuning": {"batch_size": 4, "epochs": 10, "iterations": 5}}}
+    assert costs.samples_text(configuration, "nnUNetTrainerBaseline") == "100 (10 x 5 x 2)"
+    assert costs.samples_text(configuration, "nnUNetTrainerViTMAE") == "200 (10 x 5 x 4)"
+    weight = torch.zeros(3, 4)
+    torch.save({"network_weights": {"a": weight, "same": weight, "b": torch.zeros(5)}}, tmp_path / "checkpoint.pth")
+    assert costs.count_parameters(tmp_path / "checkpoint.pth") == 17
+
+
+# ---------- report
+
+
+def made_up(arms, few=(10, 25), seeds=3, cases=12, labels=("a & b",)) -> pd.DataFrame:
+    """Results in which the ViT is better than the U-Net by 0.1 and calibration halves the volume difference."""
+    random = np.random.default_rng(0)
+    difficulty = random.uniform(0, 0.2, cases)
+    rows = []
+    for arm, number, seed, calibrated, case, label in itertools.product(
+        arms, few, range(seeds), (False, True), range(cases), labels
+    ):
+        dice = 0.5 + 0.1 * (arm == "vit") + 0.005 * number - difficulty[case] + random.normal(0, 0.01)
+        volume = 100 * (1 - dice) / (1 + calibrated)
+        key = {"arm": arm, "few": number, "seed": seed, "calibrated": calibrated, "case": f"c{case}", "label": label}
+        rows.append(key | {"dice": dice, "absolute_difference_mm3": volume})
+    return pd.DataFrame(rows)
+
+
+def test_pairs_are_means_over_seeds_of_the_same_case():
+    table = made_up(["unet", "vit"], few=(10,), seeds=2, cases=3)
+    table.loc[(table["case"] == "c0") & (table["arm"] == "vit"), "dice"] = np.nan
+    paired = comparisons.compare_pair(table, Variant("unet", False), Variant("vit", False), 10, "a & b", "dice")
+    chosen = table[~table["calibrated"] & (table["case"] != "c0")].groupby("arm")["dice"].mean()
+    assert paired is not None
+    assert (paired.cases, paired.seeds, len(paired.seed_differences)) == (2, 2, 2)
+    assert paired.difference == pytest.approx(chosen["vit"] - chosen["unet"])
+    only_seed_0 = table[(table["seed"] == 0) | (table["arm"] == "vit")]
+    paired = comparisons.compare_pair(only_seed_0, Variant("unet", False), Variant("vit", False), 10, "a & b", "dice")
+    assert paired is not None
+    assert paired.seeds == 1
+    assert comparisons.compare_pair(table, Variant("x", False), Variant("vit", False), 10, "a & b", "dice") is None
+
+
+def test_an_answer_is_corrected_and_put_into_a_sentence():
+    pair = (Variant("unet", False), Variant("vit", False))
+    answers = comparisons.answer(Question("?", (pair,)), made_up(["unet", "vit"]))
+    dice = [paired for paired in answers if paired.measure == "dice"]
+    assert [paired.few for paired in dice] == [10, 25]
+    assert all(paired.p_holm == pytest.approx(2 * paired.p) for paired in dice if paired.p is not None)
+    assert comparisons.verdict_of(dice[0]) == "vit is better"
+    sentence = comparisons.sentence_of(dice[0])
+    assert sentence.startswith("With 10 labels, a & b: mean Dice was 0.5")
+    assert "(95% confidence interval 0." in sentence
+    assert sentence.endswith("12 test cases, means of 3 seeds).")
+    volume = next(paired for paired in answers if paired.measure != "dice")
+    assert volume.difference < 0
+    assert comparisons.verdict_of(volume) == "vit is better"
+
+
+def test_what_cannot_be_said_is_said():
+    arms = choose_arms(["unet", "vit", "primus", "resenc"])
+    text = " ".join(comparisons.limits_of_study([], arms, seeds=1, cases=5, by_patient=False))
+    for part in ("one training run", "only 5 test cases", "Without --csv", "primus: nnU-Net's own", "resenc: plans"):
+        assert part in text
+    text = " ".join(comparisons.limits_of_study([], choose_arms(["unet"]), seeds=3, cases=50, by_patient=True))
+    assert text.startswith("The intervals and tests are over test cases")
+
+
+@pytest.mark.parametrize(("few", "labels"), [((10, 60), ("a & b", "c")), ((10,), ("a & b",))])
+def test_the_report_has_curves_comparisons_and_limits(tmp_path, few, labels):
+    study = study_of(tmp_path, "unet", "vit", "scratch", few=few)
+    table = made_up(study.arms, few=few, labels=labels)
+    missing = [Model("scratch", 10, 1, True)]
+    page = write_study_report(study, table, missing, [costs.cost_of(study, arm) for arm in study.arms])
+    text = page.read_text()
+    assert text.count("data:image/svg+xml") == len(labels) * (1 + 5)
+    for part in ("Pre-trained minus from scratch", "a &amp; b", "scratch_10_s1_calibrated", "What cannot be said"):
+        assert part in text
+    rows = pd.read_csv(tmp_path / "my study" / "comparisons.csv")
+    pairs = 1 + 2 + 2 + 2 + 3  # of scratch, of the U-Net thrice, of calibration
+    assert len(rows) == pairs * len(few) * len(labels) * 2
+    assert set(rows["first"]) == {"scratch", "unet", "calibrated unet", "vit"}
+    assert len(list((tmp_path / "my study" / "figures").glob("learning_curves*.png"))) == len(labels)
+
+
+def test_models_that_are_done_are_measured_once(tmp_path):
+    study = study_of(tmp_path, "unet", few=(10,), seeds=1, preprocessed=True)
+    mask = np.zeros((4, 5, 6), np.uint8)
+    mask[1, 1:3, 2:4] = 1
+    model = Model("unet", 10, 0, False)
+    for folder in (study.test_labels, study.predictions(model)):
+        folder.mkdir(parents=True)
+        sitk.WriteImage(sitk.GetImageFromArray(mask), str(folder / "007.nii.gz"))
+    with pytest.raises(UserError, match="No model"):
+        measure_study(study)
+    marker = Path(study.output, "done", "predict", model.name)
+    marker.parent.mkdir(parents=True)
+    marker.touch()
+    table, missing = measure_study(study)
+    assert table[["arm", "few", "seed", "calibrated", "case", "dice"]].to_numpy().tolist() == [
+        ["unet", 10, 0, False, "007", 1]
+    ]
+    assert missing == [Model("unet", 10, 0, True)]
+    shutil.rmtree(study.predictions(model))
+    again, _ = measure_study(study)
+    pd.testing.assert_frame_equal(table, again)
+
+
+# ---------- the ensemble
+
+
+def test_an_ensemble_is_calibrated_on_the_mean_of_its_members(planned, tmp_path, monkeypatch):
+    from nnunet_vit_mae.nnunet.ensembling import calibrate_ensemble
+    from nnunet_vit_mae.nnunet.folders import Dataset
+    from nnunet_vit_mae.nnunet.plans import load_plan
+
+    plan = load_plan(
+        Dataset(planned.dataset, planned.raw, planned.preprocessed, planned.results), "nnUNetPlans", "3d_fullres"
+    )
+    image = sitk.ReadImage(str(planned.raw / "labelsTr" / "train_0.nii.gz"))
+    labels = sitk.GetArrayFromImage(image)
+    geometry = {"spacing": image.GetSpacing(), "origin": image.GetOrigin(), "direction": image.GetDirection()}
+    properties = {"sitk_stuff": geometry, "spacing": image.GetSpacing()[::-1]}
+
+    def put(folder: Path, name: str, foreground: np.ndarray) -> None:
+        folder.mkdir(exist_ok=True)
+        np.savez_compressed(
+            folder / f"{name}.npz", probabilities=np.stack([1 - foreground, foreground]).astype(np.float32)
+        )
+        (folder / f"{name}.pkl").write_bytes(pickle.dumps(properties))
+
+    # the mean is 0.3 in the label and 0.1 outside: nothing at 0.5, everything right at the fitted threshold
+    put(tmp_path / "unet", "train_0", np.where(labels == 1, 0.5, 0.1))
+    put(tmp_path / "vit", "train_0", np.where(labels == 1, 0.1, 0.1))
+    put(tmp_path / "test", "test_0", np.where(labels == 1, 0.3, 0.1))
+    (tmp_path / "test" / "dataset.json").write_text("{}")
+    record = calibrate_ensemble(plan, [tmp_path / "unet", tmp_path / "vit"], tmp_path / "test", tmp_path / "out")
+    assert 0.1 < json.loads(record.read_text())["thresholds"]["blob"] < 0.3
+    np.testing.assert_array_equal(
+        sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "test_0.nii.gz"))), labels
+    )
+    put(tmp_path / "vit", "train_1", np.where(labels == 1, 0.1, 0.1))
+    with pytest.raises(UserError, match="different cases"):
+        calibrate_ensemble(plan, [tmp_path / "unet", tmp_path / "vit"], tmp_path / "test", tmp_path / "out")
+
+
+# ---------- the command
+
+
+def test_bad_input_gets_one_sentence(in_workspace, tmp_path, refused, monkeypatch):
+    common = ("-o", str(tmp_path / "study"), "-device", "cpu", "--dry-run")
+    known = (*common, "-d", "901", "--few", "2")
+    assert "-d is missing" in refused(command.main, *common)
+    assert "--few is missing" in refused(command.main, *common, "-d", "901")
+    assert "choose from unet" in refused(command.main, *known, "--arms", "resnet")
+    assert "leave --test out" in refused(command.main, *known, "--test", "0.2")
+    assert "There is no table" in refused(command.main, *known, "--csv", "nowhere.csv")
+    assert "There is no recipe" in refused(command.main, *known, "--recipe", "nowhere")
+    assert "no configuration 4d" in refused(command.main, *known, "-c", "4d")
+    assert "study.json is missing" in refused(command.main, *common, "--step", "report")
+    assert "pip install snakemake-executor-plugin-nowhere" in refused(command.main, *known, "--executor", "nowhere")
+    monkeypatch.setattr(workflow, "find_spec", lambda name: None)
+    assert 'pip install "nnunet-vit-mae[study]"' in refused(command.main, *known)
+    assert not (tmp_path / "study").exists()
+
+
+def test_choices_can_stand_in_a_file(in_workspace, tmp_path, refused):
+    file, arms = tmp_path / "choices.json", tmp_path / "mine.json"
+    arms.write_text(json.dumps({"mine": {"trainer": "nnUNetTrainerViTMAE", "encoder": True}}))
+    choices = {"dataset": "901", "arms": ["unet", "mine.json"], "few": [2], "development": 0.34, "recipe": "quick"}
+    file.write_text(json.dumps(choices))
+    args = command._parse(["-o", str(tmp_path / "study"), "--config", str(file), "--seeds", "1", "-device", "cpu"])
+    study = command._study(args, tmp_path / "study")
+    assert (list(study.arms), study.few, study.seeds, study.development) == (["unet", "mine"], (2,), 1, 0.34)
+    assert study.recipe["network"]["size"] == "XS"
+    assert (study.unlabelled, study.preprocessed, study.test) == (True, True, 0)
+    for wrong, message in (({"sise": 3}, "unknown choice sise"), ({"few": 3}, "wrong type"), ([], "object of choices")):
+        file.write_text(json.dumps(wrong))
+        assert message in refused(command.main, "-o", str(tmp_path / "study"), "--config", str(file))
+
+
+def test_test_cases_of_the_split_are_linked(tmp_path):
+    study = study_of(tmp_path, test=0.2)
+    for name in ("imagesTr/a_0000", "imagesTr/b_0000", "labelsTr/a", "labelsTr/b"):
+        (tmp_path / "raw" / f"{name}.nii.gz").parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "raw" / f"{name}.nii.gz").touch()
+    (tmp_path / "raw" / "dataset.json").write_text("{}")
+    (tmp_path / "preprocessed").mkdir()
+    (tmp_path / "preprocessed" / "split.json").write_text(json.dumps({"test": ["b"]}))
+    for _ in range(2):
+        command._do_step(study, "test")
+    assert [file.name for file in study.test_images.iterdir()] == ["b_0000.nii.gz"]
+    assert [file.name for file in study.test_labels.iterdir()] == ["b.nii.gz"]
+    with pytest.raises(UserError, match="give test, report, or calibrate"):
+        command._do_step(study, "calibrate")
+    with pytest.raises(UserError, match="no such ensemble"):
+        command._do_step(study, "calibrate", "unet_10_s0")
+
+
+def snakemake_is_here() -> bool:
+    return importlib.util.find_spec("snakemake") is not None
+
+
+needs_snakemake = pytest.mark.skipif(not snakemake_is_here(), reason="the extra `study` is not installed")
+
+
+@needs_snakemake
+def test_a_dry_run_prints_the_commands(in_workspace, tmp_path, capfd):
+    few = "--arms unet vit ensemble --few 2 --seeds 1 --development 0.34 -device cpu --dry-run".split()
+    command.main(["-d", "901", "-o", str(tmp_path / "study"), *few])
+    printed = capfd.readouterr().out
+    for part in ("mae3d_preprocess -d 901", "nnUNetv2_train 901 3d_fullres 1 -p study_vit_s0", "nnUNetv2_ensemble -i"):
+        assert f"Shell command: {part}" in printed
+    assert "nnUNetv2_plan_and_preprocess" not in printed
+    assert not list(tmp_path.rglob("*.json")) or not (tmp_path / "study" / "study.json").exists()
+
+
+@needs_snakemake
+def test_a_failed_step_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    """With stand-ins for nnU-Net's commands and ours, of which the calibration of the ViT fails."""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    for name in ("split", "plan", "pretrain", "calibrate", "evaluate", "study"):
+        fails = "case $* in *_vit_*) exit 3;; esac" if name == "calibrate" else ""
+        (bin_folder / f"mae3d_{name}").write_text(f"#!/bin/sh\necho $0\n{fails}\n")
+    for name in ("train", "predict"):
+        (bin_folder / f"nnUNetv2_{name}").write_text("#!/bin/sh\n")
+    for file in bin_folder.iterdir():
+        file.chmod(0o755)
+    monkeypatch.setattr(workflow.sysconfig, "get_path", lambda name: str(bin_folder))
+    study = study_of(tmp_path, few=(10,), seeds=1, preprocessed=True)
+    lines: list[str] = []
+    assert not workflow.run_workflow(study, 2, None, lines.append)
+    progress = workflow.progress_of(study)
+    assert [(step.kind, step.name) for step in progress.failed] == [("calibrate", "vit_10_s0")]
+    assert {step.kind for step in progress.waiting} == {"predict", EVALUATE, "report"}
+    with pytest.raises(SystemExit) as stop:
+        command._tell_failures(study)
+    assert stop.value.code == 1
+    assert "Failed or interrupted: calibrate vit_10_s0" in capsys.readouterr().err
+    (bin_folder / "mae3d_calibrate").write_text("#!/bin/sh\n")
+    (bin_folder / "mae3d_evaluate").write_text(f"#!/bin/sh\nmkdir -p '{study.output}/evaluations/10_labels'\n")
+    (bin_folder / "nnUNetv2_train").write_text("#!/bin/sh\nexit 1\n")  # is done, so it is not typed again
+    assert workflow.run_workflow(study, 1, None, lines.append)
+
+
+@pytest.mark.slow
+@needs_snakemake
+def test_a_study_from_beginning_to_end(in_workspace, tmp_path, capfd):
+    """A pre-trained ViT and an arm of the user's, with one label number and seed."""
+    shutil.rmtree(in_workspace.raw / "imagesUn")
+    arms = tmp_path / "arms.json"
+    arms.write_text(json.dumps({"mine": {"trainer": "nnUNetTrainerViTScratch", "calibrate": False}}))
+    flags = "--few 2 --seeds 1 --development 0.34 --recipe quick --epochs 1 --iterations 1 --pretrain_epochs 1"
+    call = ["-d", "901", "-o", str(tmp_path / "study"), "--arms", "vit", str(arms), *flags.split(), "-device", "cpu"]
+    command.main(call)
+    folder = tmp_path / "study"
+    table = pd.read_csv(folder / "results.csv")
+    assert set(zip(table["arm"], table["calibrated"], strict=True)) == {("vit", False), ("vit", True), ("mine", False)}
+    assert set(table["case"]) == {"test_0", "test_1"}
+    page = (folder / "index.html").read_text()
+    assert "Pre-trained minus from scratch" in page
+    assert "2 (1 x 1 x 2)" in page  # samples: the batch of nnU-Net's plans
+    assert (folder / "evaluations" / "2_labels" / "index.html").is_file()
+    log = next(
+        (in_workspace.results / "nnUNetTrainerViTMAE__study_vit_s0__3d_fullres" / "fold_1").glob("training_log*")
+    )
+    assert "Loaded the encoder" in log.read_text()
+    capfd.readouterr()
+    command.main(call)  # everything is done
+    assert "Shell command: nnUNetv2_train" not in capfd.readouterr().out
+
+
+def test_the_arms_of_the_documentation_are_those_of_the_code():
+    page = (Path(__file__).parent.parent / "docs" / "study.md").read_text()
+    for name, arm in ARMS.items():
+        assert f"| `{name}` |" in page
+        assert not arm.trainer or arm.trainer in page
