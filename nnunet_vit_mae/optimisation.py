@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import nn
 
+WITHOUT_DECAY = ("encoder.position_table.values", "encoder.register_tokens")
+
 
 def warmup_cosine(progress: float, warmup: float) -> float:
     """Return the factor of the learning rate at a share `progress` (0 to 1) of the schedule.
@@ -35,8 +37,8 @@ def parameter_groups(
     The first has scale 1 and is never frozen, for its rate is the one that nnU-Net logs.
 
     Layer-wise decay (fine-tuning protocol of He et al. 2022): the head learns at the full rate, block i of `depth` at
-    `layer_decay ** (depth - i)`, the tokenizer at `layer_decay ** (depth + 1)`. Vectors (biases, norms, the mask token)
-    have no weight decay.
+    `layer_decay ** (depth - i)`, tokenizer and learned positions at `layer_decay ** (depth + 1)`. Vectors (biases,
+    norms, the mask token) and learned positions have no weight decay.
 
     Args:
         named_parameters: Parameters of a network by name.
@@ -47,7 +49,8 @@ def parameter_groups(
     """
     groups: dict[tuple[bool, int, bool], dict] = {}
     for name, parameter in named_parameters:
-        in_encoder, layer, is_vector = name.startswith("encoder."), _layer(name, depth), parameter.ndim <= 1
+        in_encoder, layer = name.startswith("encoder."), _layer(name, depth)
+        is_vector = parameter.ndim <= 1 or name in WITHOUT_DECAY
         group = groups.setdefault(
             (not in_encoder, layer, is_vector),
             {
@@ -66,9 +69,9 @@ def parameter_groups(
 
 
 def _layer(name: str, depth: int) -> int:
-    """Return 0 for the tokenizer, i + 1 for block i of the encoder, depth + 1 for everything behind it."""
+    """Return 0 for tokenizer and positions, i + 1 for block i of the encoder, depth + 1 for everything behind it."""
     parts = name.split(".")
-    if parts[:2] == ["encoder", "tokenizer"]:
+    if parts[:2] == ["encoder", "tokenizer"] or name in WITHOUT_DECAY:
         return 0
     if parts[:3] == ["encoder", "transformer", "blocks"]:
         return min(int(parts[3]), depth) + 1

@@ -38,6 +38,10 @@ SIZES = {
     "PrimusB": Size(792, 12, 12, 384, 4, 12),
     "PrimusM": Size(864, 16, 12, 432, 4, 12),
     "PrimusL": Size(1056, 24, 16, 528, 4, 16),
+    # timm's other sizes, for encoders from there; the decoder is the original MAE's
+    "ViTTi": Size(192, 12, 3, 96, 4, 3),
+    "ViTS": Size(384, 12, 6, 192, 4, 6),
+    "ViTL": Size(1024, 24, 16, 512, 8, 16),
 }
 
 DECODERS = {
@@ -58,12 +62,24 @@ POSITION_UNITS = ("token", "mm")
 BLOCKS = {
     "vit": "the blocks of both papers",
     "modern": "gated MLP, a norm inside of attention, and branches that start small (Primus)",
+    "gated": "the same without the norm inside of attention (the first Primus)",
 }
 
 TOKENIZERS = {
     "linear": "one linear layer (both papers)",
     "convolutional": "a residual convolutional stem inside of each token",
 }
+
+ENCODER_SETTINGS = (
+    "positions",
+    "position_unit",
+    "rotary_base",
+    "blocks",
+    "tokenizer",
+    "norm_eps",
+    "learned_positions",
+    "register_tokens",
+)
 
 PRETRAINING_DECODERS = {
     "self": "visible and hidden tokens attend to one another (MAE)",
@@ -125,6 +141,9 @@ class Network:
     rotary_base: float = 100.0  # the slowest rotary frequency is about 1 / base
     blocks: str = "vit"
     tokenizer: str = "linear"
+    norm_eps: float = 1e-5  # of the encoder's layer norms; timm's ViTs have 1e-6
+    learned_positions: tuple[int, ...] = ()  # grid (z y x) of a table in the encoder, in place of sine-cosine positions
+    register_tokens: int = 0  # learned tokens without a place that take part in the encoder's attention
     adaptive: bool = (
         False  # each contrast has its own sequence of tokens (AMAE), instead of being a channel of one sequence
     )
@@ -146,8 +165,14 @@ class Network:
             value = getattr(self, name)
             _require(value in known, f"network.{name}", value, f"one of {', '.join(known)}")
         _require(self.decoder_width >= 0, "network.decoder_width", self.decoder_width, "0 or more")
-        _require_positive(self, "network", "rotary_base")
+        _require_positive(self, "network", "rotary_base", "norm_eps")
+        _require(self.register_tokens >= 0, "network.register_tokens", self.register_tokens, "0 or more")
+        grid = self.learned_positions
+        grid_fits = len(grid) in (0, 3) and all(tokens > 0 for tokens in grid)
+        _require(grid_fits, "network.learned_positions", list(grid), "empty, or three numbers of tokens (z y x)")
         if self.adaptive:
+            _require(not grid, "network.learned_positions", list(grid), "empty, as adaptive is set")
+            _require(not self.register_tokens, "network.register_tokens", self.register_tokens, "0, as adaptive is set")
             _require(self.tokenizer == "linear", "network.tokenizer", self.tokenizer, "linear, as adaptive is set")
             _require(self.decoder != "unet", "network.decoder", self.decoder, "another one, as adaptive is set")
         if self.taps:
@@ -158,6 +183,11 @@ class Network:
         fit = 0 < skips <= len(taps) and all(1 <= block <= depth for block in taps) and taps == sorted(taps)
         number = f"{skips} or more blocks from 1 to {depth}, ascending" if skips else "empty"
         _require(fit, "network.taps", taps, f"{number}, with the decoder {self.decoder} and this token")
+
+    @property
+    def encoder_settings(self) -> dict[str, Any]:
+        """Return what belongs to the weights of an encoder beside size, token and channels, as in plans."""
+        return {name: value for name, value in to_json_types(self).items() if name in ENCODER_SETTINGS}
 
     def token_sequences(self, channels: int) -> int:
         """Return how many sequences of tokens a volume has at most: one, or one for each contrast."""

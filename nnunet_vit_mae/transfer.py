@@ -1,14 +1,16 @@
 """An encoder in a place it was not pre-trained for: what fits, what is adapted and said, what is refused.
 
-Positions belong to no checkpoint, so patch size and spacing may differ. Size and token must be equal: they decide the
-shape of every weight. Channels are matched by name. Between an adaptive network (AMAE) and one that stacks its channels
-the tokenizer stays behind (AMAE, section 2.3, second approach).
+Positions belong to no checkpoint (learned ones of encoders from elsewhere are interpolated), so patch size and spacing
+may differ. Size, token and what else belongs to the weights must be equal. Channels are matched by name. Between an
+adaptive network (AMAE) and one that stacks its channels the tokenizer stays behind (AMAE, section 2.3, second
+approach).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -18,6 +20,7 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.presets import canonical_contrast
 from nnunet_vit_mae.weights import Card
 
+CHANNEL_KERNELS = ("tokenizer.projection.weight", "tokenizer.entry.weight")  # linear, convolutional
 STANDARDISED = {"CTNormalization", "ZScoreNormalization"}  # both give about mean 0 and deviation 1
 
 
@@ -33,6 +36,7 @@ class Destination:
     normalization: list[str]
     patch_size: list[int]
     spacing: list[float]
+    network: dict[str, Any] = field(default_factory=dict)
 
 
 def adapt_encoder(
@@ -48,6 +52,12 @@ def adapt_encoder(
         for name in ("size", "token")
         if getattr(card, name) != getattr(destination, name)
     ]
+    refused += [
+        f"{name} {value} there, {destination.network[name]} here"
+        for name, value in card.network.items()
+        if destination.network.get(name, value) != value
+        and (name != "tokenizer" or card.adaptive == destination.adaptive)  # it stays behind where they differ
+    ]
     there, here = set(card.normalization), set(destination.normalization)
     if there != here and not there | here <= STANDARDISED:
         refused.append(f"intensities normalised by {_list(sorted(there))} there, {_list(sorted(here))} here")
@@ -56,13 +66,14 @@ def adapt_encoder(
     if refused:
         raise UserError("; ".join(refused))
 
+    learned = "position_table.values" in tensors
     notes = [
         f"{name} {getattr(card, key)} there, {getattr(destination, key)} here{consequence}."
         for key, name, consequence in (
-            ("patch_size", "Patch", ": positions are rebuilt for it"),
+            ("patch_size", "Patch", f": positions are {'interpolated to' if learned else 'rebuilt for'} it"),
             ("spacing", "Spacing (mm)", ": a token has another length"),
         )
-        if getattr(card, key) != getattr(destination, key)
+        if getattr(card, key) not in ([], getattr(destination, key))
     ]
     if there != here:
         notes.append(f"Intensities were normalised by {_list(sorted(there))}, here by {_list(sorted(here))}.")
@@ -71,7 +82,7 @@ def adapt_encoder(
         adapted = {name: tensor for name, tensor in tensors.items() if not name.startswith("tokenizer.")}
         way = "takes one contrast at a time" if card.adaptive else "stacks all contrasts"
         notes.append(f"Tokenizer: the pre-trained one {way}, this network does not, so it starts with a new one.")
-    elif card.channel_names != destination.channel_names:
+    elif card.channel_names != destination.channel_names and any(name.startswith("tokenizer.") for name in tensors):
         match = _match_modality_vectors if card.adaptive else _match_channels
         changed, note = match(tensors, card.channel_names, destination.channel_names)
         adapted |= changed
@@ -88,13 +99,15 @@ def _match_channels(
 
     With new channels the whole is scaled by old / new number, so that a token's embedding stays about as large.
     """
-    weight = tensors["tokenizer.projection.weight"]
-    kernels, new, note = _by_name(rearrange(weight, "width (c voxels) -> c width voxels", c=len(there)), there, here)
+    name = next(name for name in CHANNEL_KERNELS if name in tensors)
+    weight = tensors[name]
+    by_channel = rearrange(weight.flatten(1), "width (c voxels) -> c width voxels", c=len(there))
+    kernels, new, note = _by_name(by_channel, there, here)
     if new and len(there) != len(here):
         kernels = kernels * (len(there) / len(here))
         note += f", all scaled by {len(there)}/{len(here)}"
     matched = rearrange(kernels, "c width voxels -> width (c voxels)").contiguous()
-    return {"tokenizer.projection.weight": matched}, note
+    return {name: matched.reshape(len(weight), -1, *weight.shape[2:])}, note
 
 
 def _match_modality_vectors(

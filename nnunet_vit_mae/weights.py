@@ -8,20 +8,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import replacing
 
 CARD_KEY = "mae3d_card"
+OPTIONAL = {"network", "source", "notes"}  # entries that cards of earlier versions lack
 PACKAGES = ("nnunet-vit-mae", "nnunetv2", "torch")
 
 
@@ -50,6 +51,16 @@ class Card:
     seed: int
     data_licence: str
     packages: dict[str, str]
+    network: dict[str, Any] = field(default_factory=dict)  # settings that belong to the weights
+    source: str = ""  # of an encoder that was converted: the kind of checkpoint
+    notes: list[str] = field(default_factory=list)  # what the conversion adapted or left out
+
+    @property
+    def origin(self) -> str:
+        """Return in words where the weights come from."""
+        if self.source:
+            return f"converted from {self.source}"
+        return f"pre-trained on {len(self.cases_seen)} cases of {self.dataset}"
 
     @classmethod
     def from_json(cls, text: str) -> Card:
@@ -58,7 +69,9 @@ class Card:
             entries = json.loads(text)
         except json.JSONDecodeError as error:
             raise UserError(f"its card is not valid JSON ({error})") from None
-        names = {field.name for field in dataclasses.fields(cls)}
+        names = {entry.name for entry in dataclasses.fields(cls)}
+        if isinstance(entries, dict):
+            names -= OPTIONAL - set(entries)
         if not isinstance(entries, dict) or set(entries) != names:
             difference = ", ".join(sorted(names ^ set(entries if isinstance(entries, dict) else ())))
             raise UserError(f"its card was written by another version of this package (differs in: {difference})")
@@ -86,9 +99,14 @@ def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 
 def save_encoder(encoder: nn.Module, card: Card, file: Path) -> None:
     """Write an encoder's state dict and its card; the file is whole or not there."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     with replacing(file) as temporary:
-        save_file(tensors, temporary, metadata={CARD_KEY: card.to_json()})
+        temporary.write_bytes(encoder_content(encoder.state_dict(), card))
+
+
+def encoder_content(tensors: Mapping[str, Tensor], card: Card) -> bytes:
+    """Return the content of an encoder's file."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return save(plain, metadata={CARD_KEY: card.to_json()})
 
 
 def load_encoder(file: Path) -> tuple[dict[str, Tensor], Card]:

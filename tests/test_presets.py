@@ -50,6 +50,9 @@ networks = st.builds(
     rotary_base=positive,
     blocks=st.sampled_from(sorted(BLOCKS)),
     tokenizer=st.sampled_from(sorted(TOKENIZERS)),
+    norm_eps=positive,
+    learned_positions=st.one_of(st.just(()), st.tuples(*[st.integers(1, 40)] * 3)),
+    register_tokens=st.integers(0, 9),
 ).flatmap(with_taps)
 pretrainings = st.builds(
     lambda reads, crops, masks, **others: Pretraining(
@@ -237,8 +240,8 @@ def test_not_a_number_is_refused_by_name(section, key):
 
 def test_a_size_that_is_not_there_is_answered_with_those_that_are():
     assert (
-        refused("network", "size", "XL")
-        == "network.size is 'XL', but it must be one of XS, S, M, B, L, PrimusS, PrimusB, PrimusM, PrimusL."
+        refused("network", "size", "XL") == "network.size is 'XL', but it must be one of XS, S, M, B, L, "
+        "PrimusS, PrimusB, PrimusM, PrimusL, ViTTi, ViTS, ViTL."
     )
 
 

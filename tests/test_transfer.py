@@ -12,7 +12,7 @@ from torch import nn
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.adaptive import DynamicTokenizer, ModalityVectors
-from nnunet_vit_mae.networks.build import build_autoencoder
+from nnunet_vit_mae.networks.build import build_autoencoder, build_encoder
 from nnunet_vit_mae.networks.tokenizer import Tokenizer, patchify
 from nnunet_vit_mae.presets import MODALITY_VECTORS, Network, Pretraining
 from nnunet_vit_mae.transfer import Destination, adapt_encoder
@@ -277,6 +277,16 @@ def test_what_comes_out_loads_strictly_into_an_encoder_for_the_new_channels(tens
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(tensor, tensors[name]) == (name != TOKENIZER)
     assert encoder(torch.randn(1, 8, len(here), 64), (2, 2, 2)).isfinite().all()
+
+
+def test_a_convolutional_tokenizer_gives_a_new_channel_the_mean_of_its_kernels():
+    network = Network(size="XS", token=(2, 4, 8), tokenizer="convolutional")
+    tensors, here = build_encoder(network, 2).state_dict(), ["late phase", "CT", "PET"]
+    adapted, _ = adapt_encoder(tensors, make_card(), destination_of(make_card(), channel_names=here))
+    build_encoder(network, 3).load_state_dict(adapted)
+    ct, late = tensors["tokenizer.entry.weight"].unbind(1)
+    expected = torch.stack([late, ct, (ct + late) / 2], dim=1) * (2 / 3)
+    torch.testing.assert_close(adapted["tokenizer.entry.weight"], expected)
 
 
 # ---------- adaptive networks

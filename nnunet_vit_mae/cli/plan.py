@@ -31,7 +31,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--adaptive", action="store_true", default=None, help="a network for any number of contrasts per case (AMAE)"
     )
     parser.add_argument(
-        "--encoder", type=Path, metavar="FILE", help="start from this encoder, which sets size and token"
+        "--encoder",
+        type=Path,
+        metavar="FILE",
+        help="start from this encoder, which sets size and token: one of ours, or a checkpoint of nnssl (OpenMind), "
+        "timm or MONAI, which is converted",
+    )
+    parser.add_argument(
+        "--token_order",
+        choices=("yzx", "zyx"),
+        help="order in which a checkpoint of nnssl flattens its tokens (default: that of its trainer)",
     )
     parser.add_argument(
         "-gpu_memory_target",
@@ -52,15 +61,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.token and len(args.token) not in (1, 3):
         parser.error(f"--token takes one number or three (z y x), but {len(args.token)} were given")
 
+    from nnunet_vit_mae.nnunet.encoders import find_encoder
     from nnunet_vit_mae.nnunet.folders import find_dataset
     from nnunet_vit_mae.nnunet.planner import choose_settings
-    from nnunet_vit_mae.nnunet.plans import load_plan, read_recipe, write_plans
+    from nnunet_vit_mae.nnunet.plans import load_plan, read_recipe, refuse_name, write_plans
 
     source = load_plan(find_dataset(args.dataset), args.plans, args.configuration)
     if args.batch_size == SAME_AS_PLANS:
         args.batch_size = source.configuration.batch_size
     changes = _over(read_recipe(args.recipe) if args.recipe else {}, _changes(args))
-    settings, choices = choose_settings(source, changes, encoder=args.encoder, memory_target=args.gpu_memory_target)
+    encoder = find_encoder(source, args.encoder, name=args.output, token=_token(args), token_order=args.token_order)
+    settings, choices = choose_settings(source, changes, encoder=encoder, memory_target=args.gpu_memory_target)
+    refuse_name(source, args.output)
+    if encoder is not None:
+        encoder.write_if_converted()
     file = write_plans(source, args.output, settings)
     for choice in choices:
         print(f"{choice.name:20}  {choice.value:12}  {choice.reason}")
@@ -73,11 +87,17 @@ def _batch(text: str) -> int | str:
 
 def _changes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Return the block that the flags spell out; flags that were not given are left out."""
-    token = args.token and (args.token * 3 if len(args.token) == 1 else args.token)
-    network = {"token": token} | {name: getattr(args, name) for name in ("size", "decoder", "upsampling", "adaptive")}
+    network = {"token": _token(args)} | {
+        name: getattr(args, name) for name in ("size", "decoder", "upsampling", "adaptive")
+    }
     names = ("epochs", "iterations", "batch_size", "lr")
     block = {"network": network, "finetuning": {name: getattr(args, name) for name in names}}
     return {section: {k: v for k, v in values.items() if v is not None} for section, values in block.items()}
+
+
+def _token(args: argparse.Namespace) -> list[int] | None:
+    """Return the voxels of a token along z y x, if given."""
+    return args.token and (args.token * 3 if len(args.token) == 1 else args.token)
 
 
 def _over(recipe: dict[str, Any], flags: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from nnunet_vit_mae.networks.positions import Positions
+from nnunet_vit_mae.networks.positions import Positions, PositionTable
 from nnunet_vit_mae.networks.token_decoder import TokenDecoder
 from nnunet_vit_mae.networks.tokenizer import ConvolutionalTokenizer, Tokenizer, Triple
 from nnunet_vit_mae.networks.transformer import Transformer
@@ -77,7 +77,21 @@ class Blueprint:
     def transformer(self, *, drop_path: float) -> Transformer:
         """Build the transformer of the encoder."""
         size = self.size
-        return Transformer(size.width, size.depth, size.heads, drop_path=drop_path, blocks=self.network.blocks)
+        return Transformer(
+            size.width,
+            size.depth,
+            size.heads,
+            drop_path=drop_path,
+            blocks=self.network.blocks,
+            norm_eps=self.network.norm_eps,
+        )
+
+    def position_table(self) -> PositionTable | None:
+        """Build the learned positions of the encoder, if it has any."""
+        if not self.network.learned_positions:
+            return None
+        z, y, x = self.network.learned_positions
+        return PositionTable((z, y, x), self.size.width)
 
     def token_decoder(self, *, outputs_per_voxel: int, heads: int = 0, cross: bool = False) -> TokenDecoder:
         """Build the light decoder of the size; `heads` replaces its number of attention heads."""

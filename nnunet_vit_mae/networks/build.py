@@ -56,10 +56,16 @@ def build_segmenter(
     return Segmenter(_encoder(blueprint, drop_path=drop_path), decoder, taps=network.tapped_blocks)
 
 
+def build_encoder(network: Network, channels: int, *, spacing: tuple[float, ...] = ONE_MM) -> Encoder | AdaptiveEncoder:
+    """Build the encoder alone."""
+    return _encoder(Blueprint(network=network, channels=channels, spacing=spacing), drop_path=0.0)
+
+
 def _encoder(blueprint: Blueprint, *, drop_path: float) -> Encoder | AdaptiveEncoder:
     parts = {"token": blueprint.token, "positions": blueprint.positions}
     transformer = blueprint.transformer(drop_path=drop_path)
     if blueprint.network.adaptive:
         vectors = ModalityVectors(blueprint.channels, blueprint.network.modality_vectors)
         return AdaptiveEncoder(DynamicTokenizer(vectors, blueprint.token, blueprint.size.width), transformer, **parts)
-    return Encoder(blueprint.tokenizer(), transformer, **parts)
+    table, registers = blueprint.position_table(), blueprint.network.register_tokens
+    return Encoder(blueprint.tokenizer(), transformer, position_table=table, register_tokens=registers, **parts)

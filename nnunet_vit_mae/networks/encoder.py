@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nnunet_vit_mae.networks.masking import take
-from nnunet_vit_mae.networks.positions import Places, Positions
+from nnunet_vit_mae.networks.positions import Places, Positions, PositionTable
 from nnunet_vit_mae.networks.tokenizer import (
     ConvolutionalTokenizer,
     Tokenizer,
@@ -35,7 +35,16 @@ class Encoded(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Tokenizer, positions, transformer. Hidden tokens never enter it: with 90% masked it works on a tenth."""
+    """Tokenizer, positions, transformer. Hidden tokens never enter it: with 90% masked it works on a tenth.
+
+    Args:
+        tokenizer: From cut patches to tokens.
+        transformer: Its blocks.
+        token: Voxels of a token (z y x).
+        positions: How tokens are told apart.
+        position_table: Learned positions, in place of sine-cosine ones.
+        register_tokens: Number of learned tokens without a place, which only attention sees.
+    """
 
     def __init__(
         self,
@@ -44,10 +53,15 @@ class Encoder(nn.Module):
         *,
         token: Triple,
         positions: Positions | None = None,
+        position_table: PositionTable | None = None,
+        register_tokens: int = 0,
     ):
         super().__init__()
-        self.tokenizer, self.transformer = tokenizer, transformer
+        self.tokenizer, self.transformer, self.position_table = tokenizer, transformer, position_table
         self.token, self.positions = token, positions or Positions()
+        self.register_tokens = None
+        if register_tokens:
+            self.register_tokens = nn.Parameter(torch.randn(register_tokens, transformer.width) * 0.02)
 
     def forward(
         self, patches: Float[Tensor, "b n c v"], grid: Triple, visible: Int[Tensor, "b k"] | None = None
@@ -56,11 +70,30 @@ class Encoder(nn.Module):
         places = self.places(grid, patches.device)
         if visible is not None:
             patches, places = take(patches, visible), places.at(visible)
-        return self.transformer(self.tokenizer(patches) + places.embedding, places.rotation)
+        tokens, rotation = self._with_registers(self.tokenizer(patches) + places.embedding, places.rotation)
+        return self._without_registers(self.transformer(tokens, rotation))
 
     def places(self, grid: Triple, device: torch.device) -> Places:
         """Return the places of all tokens of a grid."""
-        return self.positions.places(grid, self.transformer.width, self.transformer.head_width, device)
+        places = self.positions.places(grid, self.transformer.width, self.transformer.head_width, device)
+        return places if self.position_table is None else places._replace(embedding=self.position_table(grid))
+
+    def _with_registers(
+        self, tokens: Float[Tensor, "b n d"], rotation: Float[Tensor, "*b n 2 r"] | None
+    ) -> tuple[Float[Tensor, "b rn d"], Float[Tensor, "*b rn 2 r"] | None]:
+        """Put the register tokens, which attention does not turn, before the others."""
+        if self.register_tokens is None:
+            return tokens, rotation
+        count = len(self.register_tokens)
+        tokens = torch.cat([self.register_tokens.expand(len(tokens), -1, -1).to(tokens), tokens], dim=1)
+        if rotation is not None:
+            cosine, sine = rotation[..., :1, :1, :], rotation[..., :1, 1:, :]
+            unturned = torch.cat([torch.ones_like(cosine), torch.zeros_like(sine)], dim=-2)
+            rotation = torch.cat([*[unturned] * count, rotation], dim=-3)
+        return tokens, rotation
+
+    def _without_registers(self, tokens: Float[Tensor, "b rn d"]) -> Float[Tensor, "b n d"]:
+        return tokens if self.register_tokens is None else tokens[:, len(self.register_tokens) :]
 
     def encode(
         self, volume: Float[Tensor, "b c z y x"], taps: Sequence[int], present: list[list[int]] | None = None
@@ -73,5 +106,7 @@ class Encoder(nn.Module):
         volume, grid = padded(volume, self.token), grid_of(volume, self.token)
         tokens, stem = self.tokenizer.with_maps(patchify(volume, self.token), grid)
         places = self.places(grid, volume.device)
-        tokens, hidden = self.transformer.with_hidden(tokens + places.embedding, places.rotation, taps)
+        tokens, rotation = self._with_registers(tokens + places.embedding, places.rotation)
+        tokens, hidden = self.transformer.with_hidden(tokens, rotation, taps)
+        tokens, *hidden = map(self._without_registers, [tokens, *hidden])
         return Encoded(tokens, hidden, volume, grid, stem=stem, shape=(z, y, x))

@@ -3,7 +3,7 @@
 Sine-cosine positions are those of He et al. 2022, extended to three axes (ViTiac, section 2.2). Rotary positions turn
 queries and keys by their place (Su et al. 2021, https://arxiv.org/abs/2104.09864), so that attention sees how far apart
 two tokens are along each axis. Both are rebuilt for the grid at hand and never stored, so an encoder moves between
-patch sizes without interpolation.
+patch sizes without interpolation. Encoders from elsewhere may have learned positions, which are weights of theirs.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from nnunet_vit_mae.networks.tokenizer import Triple
 
 PERIOD = 10_000
+TABLE_DEVIATION = 0.02  # of learned positions before anything is learned, as in other ViTs
 ROTARY_BASE = 100.0  # the slowest frequency turns once in about 600 units: grids have some tens of tokens along an axis
 
 
@@ -54,6 +57,22 @@ class Positions:
             return Places(embedding, None)
         rotation = rotary_positions(grid, head_width, device, self.step, self.base)
         return Places(embedding if self.kind == "both" else torch.zeros_like(embedding), rotation)
+
+
+class PositionTable(nn.Module):
+    """Learned positions, made for one grid (z y x) and interpolated to any other."""
+
+    def __init__(self, grid: Triple, width: int):
+        super().__init__()
+        self.values = nn.Parameter(torch.randn(*grid, width) * TABLE_DEVIATION)
+
+    def forward(self, grid: Triple) -> Float[Tensor, "n d"]:
+        """Return the positions of all tokens of a grid, in the order z y x."""
+        values = self.values
+        if tuple(values.shape[:3]) != grid:
+            spread = functional.interpolate(rearrange(values, "z y x d -> 1 d z y x"), size=grid, mode="trilinear")
+            values = rearrange(spread, "1 d z y x -> z y x d")
+        return values.flatten(0, 2)
 
 
 @torch.compiler.assume_constant_result  # a compiled network holds the table as it holds its weights

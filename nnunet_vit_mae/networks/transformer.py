@@ -1,8 +1,9 @@
-"""A pre-norm transformer, the trunk of encoder and decoder, with one of two kinds of blocks.
+"""A pre-norm transformer, the trunk of encoder and decoder, with one of three kinds of blocks.
 
 `vit` blocks are those of both papers (Dosovitskiy et al. 2021). `modern` ones are what made transformers competitive in
 nnU-Net's own comparison (Primus, Wald et al. 2025, https://arxiv.org/abs/2503.01835): a gated MLP (SwiGLU), a norm
-inside of attention, and residual branches that start small (LayerScale).
+inside of attention, and residual branches that start small (LayerScale). `gated` ones lack the norm inside of
+attention.
 """
 
 from __future__ import annotations
@@ -30,16 +31,29 @@ class Transformer(nn.Module):
         depth: Number of blocks.
         heads: Attention heads of each block.
         drop_path: Probability to leave out a branch of the last block in training, rising from 0 at the first one.
-        blocks: `vit` or `modern`.
+        blocks: `vit`, `modern` or `gated`.
+        norm_eps: What layer norms add to the variance.
     """
 
-    def __init__(self, width: int, depth: int, heads: int, *, drop_path: float = 0.0, blocks: str = "vit"):
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        *,
+        drop_path: float = 0.0,
+        blocks: str = "vit",
+        norm_eps: float = 1e-5,
+    ):
         super().__init__()
         self.width, self.head_width = width, width // heads
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(width, heads, drop_path=rate, modern=blocks == "modern") for rate in rates)
+        self.blocks = nn.ModuleList(Block(width, heads, drop_path=rate, kind=blocks) for rate in rates)
         self.norm = nn.LayerNorm(width)
         self.apply(_reset_linear)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = norm_eps
 
     def forward(
         self,
@@ -68,10 +82,11 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each behind a norm and beside a residual."""
 
-    def __init__(self, width: int, heads: int, *, drop_path: float, modern: bool = False):
+    def __init__(self, width: int, heads: int, *, drop_path: float, kind: str = "vit"):
         super().__init__()
+        modern = kind != "vit"
         self.attention_norm = nn.LayerNorm(width)
-        self.attention = Attention(width, heads, inner_norm=modern)
+        self.attention = Attention(width, heads, inner_norm=kind == "modern")
         self.attention_scale = BranchScale(width) if modern else nn.Identity()
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = GatedMLP(width) if modern else plain_mlp(width)

@@ -9,20 +9,18 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.memory import finetuning_memory, pretraining_memory
+from nnunet_vit_mae.nnunet.encoders import Start, find_encoder
 from nnunet_vit_mae.nnunet.plans import Plan, build_unet, changed, destination, settings_of
 from nnunet_vit_mae.planning import GB, TOKEN_BUDGET, Memory, fit_to_memory, in_gb
 from nnunet_vit_mae.presets import DECODERS, UPSAMPLINGS, Network, Settings, token_grid
 from nnunet_vit_mae.pretraining.volumes import open_volume
 from nnunet_vit_mae.transfer import adapt_encoder
-from nnunet_vit_mae.weights import Card, file_hash, load_encoder
 
 SOFT_TISSUE_HU = 20.0  # blood, muscle and organs begin about there
 FEW_CASES = 5
@@ -38,26 +36,24 @@ class Choice:
     reason: str
 
 
-class Start(NamedTuple):
-    """An encoder from elsewhere."""
-
-    file: Path
-    tensors: dict[str, Tensor]
-    card: Card
-
-
 def choose_settings(
-    source: Plan, changes: Mapping[str, Any], *, encoder: Path | None = None, memory_target: float | None = None
+    source: Plan,
+    changes: Mapping[str, Any],
+    *,
+    encoder: Start | None = None,
+    memory_target: float | None = None,
 ) -> tuple[Settings, list[Choice]]:
     """Return the source's settings with `changes` (a partial block), for an encoder and a GPU memory (GB) if given.
 
     An encoder that the source names is taken as if it were given. Raises `UserError` for bad changes, for an encoder
     that does not fit, or when nothing fits the memory.
     """
-    start = _find_start(source, encoder)
+    start = encoder or find_encoder(source, None)
     network, contrasts = dict(changes.get("network", {})), None
     if start is not None:
-        network = {"size": start.card.size, "token": start.card.token, "adaptive": start.card.adaptive} | network
+        card = start.card
+        own = {"size": card.size, "token": card.token, "adaptive": card.adaptive} | card.network
+        network = own | network
     if network.get("adaptive"):
         contrasts, network = len(source.channel_names), {"decoder": "unetr"} | network
     origins = {("network", key): "as the encoder" for key in network}
@@ -112,23 +108,17 @@ def _share_below(plan: Plan, channel: int, lowest: float) -> float | None:
     return float(np.mean(shares)) if shares else None
 
 
-def _find_start(source: Plan, encoder: Path | None) -> Start | None:
-    if encoder is None and source.settings.encoder.file:
-        encoder = Path(source.settings.encoder.file)
-    return None if encoder is None else Start(encoder.resolve(), *load_encoder(encoder))
-
-
 def _starting_from(source: Plan, settings: Settings, start: Start) -> tuple[Settings, list[Choice]]:
     """Return the settings with a foreign encoder in them, if it fits."""
-    file, tensors, card = start
+    file, tensors, card = start.file, start.tensors, start.card
     place = destination(settings.network, source.configuration, source.dataset_json)
     try:
         _, notes = adapt_encoder(tensors, card, place)
     except UserError as error:
         raise UserError(f"The encoder {file} does not fit here ({error}): choose others, or another encoder.") from None
-    settings = settings.updated({"encoder": {"file": str(file), "sha256": file_hash(file)}})
-    origin = f"pre-trained on {len(card.cases_seen)} cases of {card.dataset}"
-    return settings, [Choice("encoder", file.name, origin), *(Choice("", "", note) for note in notes)]
+    settings = settings.updated({"encoder": {"file": str(file), "sha256": start.sha256}})
+    notes = card.notes + notes
+    return settings, [Choice("encoder", file.name, card.origin), *(Choice("", "", note) for note in notes)]
 
 
 def _estimator(source: Plan, settings: Settings) -> Callable[[Settings], Memory]:

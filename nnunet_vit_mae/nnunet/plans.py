@@ -141,6 +141,7 @@ def destination(network: Network, configuration: ConfigurationManager, dataset_j
         normalization=list(configuration.normalization_schemes),
         patch_size=list(configuration.patch_size),
         spacing=list(configuration.spacing),
+        network=network.encoder_settings,
     )
 
 
@@ -193,17 +194,22 @@ def write_plans(source: Plan, name: str, settings: Settings) -> Path:
 
     Raises `UserError` when the name belongs to plans that are not ours to replace.
     """
+    refuse_name(source, name)
     file = source.dataset.plans_file(name)
-    if not name.isidentifier() or name in NOT_FOR_PLANS:
-        raise UserError(f"-o {name} is not a name for plans: use letters, digits and underscores, such as ViT_small.")
-    if file.exists() and not _is_ours(read_json(file)):
-        raise UserError(f"{file} was not written by mae3d_plan and is left as it is: choose another name with -o.")
-
     plans = json.loads(json.dumps(source.plans.plans))
     plans["plans_name"] = name
     plans["configurations"][source.name][BLOCK] = settings.to_dict()
     write_json(plans, file)
     return file
+
+
+def refuse_name(source: Plan, name: str) -> None:
+    """Raise `UserError` when the name of plans to write is none, or belongs to plans that are not ours to replace."""
+    file = source.dataset.plans_file(name)
+    if not name.isidentifier() or name in NOT_FOR_PLANS:
+        raise UserError(f"-o {name} is not a name for plans: use letters, digits and underscores, such as ViT_small.")
+    if file.exists() and not _is_ours(read_json(file)):
+        raise UserError(f"{file} was not written by mae3d_plan and is left as it is: choose another name with -o.")
 
 
 def _is_ours(plans: Any) -> bool:

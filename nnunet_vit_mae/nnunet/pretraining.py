@@ -165,6 +165,7 @@ def _card(plan: Plan, fold: str, job: PretrainingRun, cases: list[PreprocessedCa
         seed=job.seed,
         data_licence=plan.dataset_json.get("licence", plan.dataset_json.get("license", "not stated in dataset.json")),
         packages=package_versions(),
+        network=job.network.encoder_settings,
     )
 
 

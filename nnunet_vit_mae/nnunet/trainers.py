@@ -282,10 +282,9 @@ class nnUNetTrainerViTMAE(nnUNetTrainerViTScratch):  # noqa: N801
         self.optimizer, self.lr_scheduler = self.configure_optimizers()  # what is new learns at the full rate
         self.print_to_log_file(
             f"Loaded the encoder {file}: {len(tensors)} of {len(own)} tensors; "
-            f"pre-trained on {len(card.cases_seen)} cases of {card.dataset} for {card.epochs} epochs, "
-            f"last loss {card.loss:.4f}."
+            f"{card.origin}{'' if card.source else f' for {card.epochs} epochs, last loss {card.loss:.4f}'}."
         )
-        for note in notes:
+        for note in card.notes + notes:
             self.print_to_log_file(note)
 
     def _find_encoder(self) -> Path:

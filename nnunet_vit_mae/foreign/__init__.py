@@ -1,0 +1,1 @@
+"""Encoders that other projects have pre-trained, converted into ours."""

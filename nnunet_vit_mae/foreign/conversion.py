@@ -1,0 +1,120 @@
+"""From a checkpoint of another project to an encoder of ours with its card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nnunet_vit_mae.errors import UserError, abbreviated
+from nnunet_vit_mae.foreign import monai_vit, primus, timm_vit
+from nnunet_vit_mae.foreign.checkpoints import read_checkpoint, weights_in
+from nnunet_vit_mae.foreign.parts import Conversion
+from nnunet_vit_mae.networks.build import build_encoder
+from nnunet_vit_mae.presets import Settings
+from nnunet_vit_mae.weights import Card, file_hash, package_versions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a conversion needs to know of the data that the encoder will see.
+
+    Args:
+        patch_size: Voxels along z y x.
+        spacing: mm along z y x.
+        token_depth: Voxels along z of a token of a two-dimensional ViT; None: about a cube in mm.
+        token_order: In which a checkpoint of nnssl flattens its tokens, `yzx` or `zyx`; None: that of its trainer.
+    """
+
+    patch_size: Sequence[int]
+    spacing: Sequence[float]
+    token_depth: int | None = None
+    token_order: str | None = None
+
+
+def convert_checkpoint(file: Path, target: Target) -> tuple[dict[str, Tensor], Card]:
+    """Return the weights of our encoder and its card.
+
+    Raises:
+        UserError: The file is none of nnssl, timm or MONAI, or holds a network that ours cannot express.
+    """
+    try:
+        conversion = _convert(file, target)
+        _check(conversion)
+    except UserError as error:
+        if str(file) in str(error):
+            raise
+        raise UserError(f"The checkpoint {file} cannot be used: {error}.") from None
+    return {name: tensor.contiguous() for name, tensor in conversion.tensors.items()}, _card(file, conversion)
+
+
+def _convert(file: Path, target: Target) -> Conversion:
+    checkpoint = read_checkpoint(file)
+    if primus.PLAN in checkpoint:
+        return primus.convert(checkpoint, order=target.token_order)
+    if target.token_order is not None:
+        raise UserError("an order of tokens is only asked for with checkpoints of nnssl")
+    weights = weights_in(checkpoint)
+    if monai_vit.POSITIONS in weights:
+        return monai_vit.convert(checkpoint)
+    if timm_vit.KERNEL in weights:
+        return timm_vit.convert(
+            checkpoint,
+            patch_size=target.patch_size,
+            spacing=target.spacing,
+            token_depth=target.token_depth,
+        )
+    raise UserError(
+        "it is none of what can be converted, which is nnssl's checkpoints (with an nnssl_adaptation_plan), "
+        "timm's ViTs, and MONAI's ViT and MaskedAutoEncoderViT"
+    )
+
+
+def _check(conversion: Conversion) -> None:
+    """Raise `UserError` if the weights do not fill an encoder of ours, apart from its tokenizer."""
+    block = {"size": conversion.size, "token": conversion.token} | conversion.network
+    network = Settings.from_dict({"network": block}).network
+    with torch.device("meta"):
+        encoder = build_encoder(network, len(conversion.channel_names))
+    expected = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in conversion.tensors.items()}
+    if not any(name.startswith("tokenizer.") for name in found):
+        expected = {name: shape for name, shape in expected.items() if not name.startswith("tokenizer.")}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise UserError(f"weights of other shapes than those of size {conversion.size} ({abbreviated(wrong)})")
+    damaged = sorted(name for name, tensor in conversion.tensors.items() if not tensor.isfinite().all())
+    if damaged:
+        raise UserError(f"it has NaN or Inf in {abbreviated(damaged)}")
+
+
+def _card(file: Path, conversion: Conversion) -> Card:
+    return Card(
+        size=conversion.size,
+        token=conversion.token,
+        adaptive=False,
+        modality_vectors="one_hot",
+        channel_names=conversion.channel_names,
+        dataset=conversion.dataset,
+        plans="",
+        configuration="",
+        fold="",
+        patch_size=conversion.patch_size,
+        spacing=conversion.spacing,
+        normalization=conversion.normalization,
+        data_fingerprint="",
+        cases_seen=[],
+        epochs=0,
+        steps=0,
+        loss=0.0,
+        pretraining={},
+        seed=-1,
+        data_licence=conversion.licence,
+        packages=package_versions(),
+        network=conversion.network,
+        source=f"{conversion.kind}, {file.name} (SHA-256 {file_hash(file)})",
+        notes=conversion.notes,
+    )

@@ -1,0 +1,126 @@
+"""MONAI's `ViT` (also inside of its `UNETR`) and `MaskedAutoEncoderViT`.
+
+MONAI reads volumes as x y z, nnU-Net as z y x: kernels and positions are transposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.foreign.checkpoints import Weights, weights_in
+from nnunet_vit_mae.foreign.parts import Conversion, checked_token, cube_root, plain_mlp, size_of
+from nnunet_vit_mae.presets import SIZES
+
+POSITIONS = "patch_embedding.position_embeddings"
+CONVOLUTION, LINEAR = "patch_embedding.patch_embeddings", "patch_embedding.patch_embeddings.1"
+
+
+def convert(checkpoint: Mapping[str, Any], *, grid: Sequence[int] | None = None) -> Conversion:
+    """Convert a ViT or the encoder of a masked autoencoder of MONAI.
+
+    Args:
+        checkpoint: A state dict, or a dictionary with one.
+        grid: Tokens along x y z of the learned positions; None: as many along each.
+
+    Raises:
+        UserError: The network is none that ours can express.
+    """
+    weights = Weights(weights_in(checkpoint))
+    table = weights.take(POSITIONS)[0]
+    width, depth = table.shape[1], _depth(weights)
+    size = size_of(width, depth)
+    kernel, bias = _kernel(weights)
+    token = checked_token(list(kernel.shape[2:]))
+    notes = [
+        "Axes are x y z there, z y x here: kernels and positions are transposed.",
+        f"Heads are not in a checkpoint: {SIZES[size].heads} as in size {size}.",
+        "How intensities were normalised is not in a checkpoint: to about mean 0 and deviation 1 is assumed.",
+    ]
+    tensors = {"tokenizer.projection.weight": kernel.flatten(1).contiguous(), "tokenizer.projection.bias": bias}
+    for number in range(depth):
+        block = _block(weights, f"blocks.{number}.")
+        tensors |= {f"transformer.blocks.{number}.{name}": tensor for name, tensor in block.items()}
+    final = "norm" if "norm.weight" in weights else f"blocks.{depth}"  # the autoencoder's is in its list of blocks
+    tensors |= {f"transformer.norm.{part}": weights.take(f"{final}.{part}") for part in ("weight", "bias")}
+    weights.refuse_rest("blocks.", except_for=("norm_cross_attn", "cross_attn"))  # made, but never used
+
+    learned: list[int] = []
+    side = cube_root(len(table))
+    grid = grid or ((side, side, side) if side else None)
+    if grid is None:
+        notes.append(f"Learned positions: {len(table)} fill no cube, sine-cosine ones take their place.")
+    else:
+        x, y, z = grid
+        tensors["position_table.values"] = rearrange(table, "(x y z) d -> z y x d", x=x, y=y, z=z).contiguous()
+        learned = [z, y, x]
+    registers = weights.take_if_there("cls_token")
+    if registers is not None:
+        tensors["register_tokens"] = registers.reshape(-1, width)
+    return Conversion(
+        kind="MONAI (a ViT)",
+        size=size,
+        token=token,
+        network={
+            "blocks": "vit",
+            "tokenizer": "linear",
+            "norm_eps": 1e-5,
+            "positions": "sine_cosine",
+            "position_unit": "token",
+            "learned_positions": learned,
+            "register_tokens": 0 if registers is None else 1,
+        },
+        tensors=tensors,
+        channel_names=[f"image {number + 1}" for number in range(kernel.shape[1])],
+        dataset="unknown",
+        patch_size=[side * tokens for side, tokens in zip(token, learned, strict=False)],
+        notes=[*notes, weights.report],
+    )
+
+
+def _depth(weights: Weights) -> int:
+    """Return the number of blocks; the norm behind an autoencoder's blocks has a number of its own."""
+    depth = weights.depth("blocks.")
+    while depth and f"blocks.{depth - 1}.norm1.weight" not in weights:
+        depth -= 1
+    return depth
+
+
+def _kernel(weights: Weights) -> tuple[Tensor, Tensor]:
+    """Return the kernel (width, channels, z y x) and bias of the tokenizer, a convolution or a linear layer there."""
+    if f"{CONVOLUTION}.weight" in weights:
+        kernel = weights.take(f"{CONVOLUTION}.weight")
+        if kernel.ndim != 5:
+            raise UserError(f"its kernels have {kernel.ndim - 2} axes, not 3")
+        return rearrange(kernel, "d c x y z -> d c z y x"), weights.take(f"{CONVOLUTION}.bias")
+    weight = weights.take(f"{LINEAR}.weight")
+    for channels in range(1, 9):  # a cube of voxels, with each voxel's channels side by side
+        side = cube_root(weight.shape[1] // channels) if weight.shape[1] % channels == 0 else 0
+        if side:
+            pattern = "d (x y z c) -> d c z y x"
+            return rearrange(weight, pattern, x=side, y=side, z=side), weights.take(f"{LINEAR}.bias")
+    raise UserError(f"its tokens of {weight.shape[1]} voxels are no cubes, so their sides are unknown")
+
+
+def _block(weights: Weights, prefix: str) -> dict[str, Tensor]:
+    """Return one block of ours."""
+    tensors = {
+        f"{ours}.{part}": weights.take(f"{prefix}{theirs}.{part}")
+        for theirs, ours in {"norm1": "attention_norm", "norm2": "mlp_norm", "attn.out_proj": "attention.out"}.items()
+        for part in ("weight", "bias")
+    }
+    joined = f"{prefix}attn.qkv" if f"{prefix}attn.qkv.weight" in weights else None
+    names = [joined] if joined else [f"{prefix}attn.to_{part}" for part in "qkv"]
+    tensors["attention.qkv.weight"] = torch.cat([weights.take(f"{name}.weight") for name in names])
+    biases = [weights.take(f"{name}.bias") for name in names if f"{name}.bias" in weights]
+    tensors["attention.qkv.bias"] = torch.cat(biases) if biases else torch.zeros(len(tensors["attention.qkv.weight"]))
+    first, second = (
+        (weights.take(f"{prefix}mlp.{layer}.weight"), weights.take(f"{prefix}mlp.{layer}.bias"))
+        for layer in ("linear1", "linear2")
+    )
+    return tensors | plain_mlp(first, second)

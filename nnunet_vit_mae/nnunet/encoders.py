@@ -1,0 +1,75 @@
+"""The encoder that plans start from: one of ours, or a checkpoint of another project, converted beside the plans."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.files import replacing
+from nnunet_vit_mae.foreign.checkpoints import is_foreign
+from nnunet_vit_mae.foreign.conversion import Target, convert_checkpoint
+from nnunet_vit_mae.nnunet.plans import Plan
+from nnunet_vit_mae.weights import Card, encoder_content, file_hash, load_encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """An encoder from elsewhere; `converted` is the content of its file, if that is still to be written."""
+
+    file: Path
+    tensors: dict[str, Tensor]
+    card: Card
+    sha256: str
+    converted: bytes = b""
+
+    def write_if_converted(self) -> None:
+        """Write the file of an encoder that was converted."""
+        if self.converted:
+            with replacing(self.file) as temporary:
+                temporary.write_bytes(self.converted)
+
+
+def find_encoder(
+    source: Plan,
+    file: Path | None,
+    *,
+    name: str = "",
+    token: Sequence[int] | None = None,
+    token_order: str | None = None,
+) -> Start | None:
+    """Return the encoder of a file, or that of the plans, if there is one.
+
+    Args:
+        source: The plans to start from.
+        file: An encoder of ours or a checkpoint of another project; None: what the plans name.
+        name: Of the plans to write, and so of a converted encoder.
+        token: Voxels of a token (z y x), if they were given.
+        token_order: Of a checkpoint of nnssl, if it was given.
+
+    Raises:
+        UserError: The file is missing, damaged or none that can be used.
+    """
+    if file is not None and is_foreign(file):
+        configuration = source.configuration
+        depth = token[0] if token else None
+        target = Target(
+            patch_size=source.patch_size, spacing=configuration.spacing, token_depth=depth, token_order=token_order
+        )
+        tensors, card = convert_checkpoint(file, target)
+        content = encoder_content(tensors, card)
+        converted = (source.dataset.preprocessed / "encoders" / f"{name}.safetensors").resolve()
+        digest = hashlib.sha256(content).hexdigest()
+        return Start(file=converted, tensors=tensors, card=card, sha256=digest, converted=content)
+    if token_order is not None:
+        raise UserError("--token_order is for a checkpoint of nnssl, which --encoder must name.")
+    if file is None and source.settings.encoder.file:
+        file = Path(source.settings.encoder.file)
+    if file is None:
+        return None
+    tensors, card = load_encoder(file)
+    return Start(file=file.resolve(), tensors=tensors, card=card, sha256=file_hash(file))
