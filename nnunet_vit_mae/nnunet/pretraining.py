@@ -69,8 +69,8 @@ def pretrain(
     """Pre-train on the cases of a fold (or `all`) and the unlabelled pool; gives the encoder's file.
 
     `change` turns the plans' protocol into the one to use; `adaptive` takes each contrast on its own even if the plans
-    do not say so. An earlier run in the same place is moved aside, never overwritten. Raises `UserError` for everything
-    that the user can mend.
+    do not say so. An earlier run in the same place is moved aside, never overwritten. Raises `UserError` for every
+    mistake that the user can correct.
     """
     refuse_cascade(plan.configuration)
     settings = plan.settings
