@@ -21,7 +21,7 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.foreign import monai_vit, primus, timm_vit
 from nnunet_vit_mae.foreign.checkpoints import is_foreign
 from nnunet_vit_mae.foreign.conversion import Target, convert_checkpoint
-from nnunet_vit_mae.foreign.parts import Conversion, cube_root, plain_mlp
+from nnunet_vit_mae.foreign.parts import ConvertedEncoder, cube_root, mlp_tensors
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder, build_encoder, build_segmenter
 from nnunet_vit_mae.networks.encoder import Encoder
@@ -100,7 +100,7 @@ def primus_features(network: Primus, volume: Tensor, order: str) -> Tensor:
     return rearrange(features, f"{forth} -> {back}", z=z, y=y, x=x)
 
 
-def encoder_from(conversion: Conversion) -> Encoder:
+def encoder_from(conversion: ConvertedEncoder) -> Encoder:
     block = {"size": conversion.size, "token": conversion.token} | conversion.network
     encoder = build_encoder(Settings.from_dict({"network": block}).network, len(conversion.channel_names))
     encoder.load_state_dict(conversion.tensors)
@@ -139,7 +139,7 @@ def assert_equal_features(ours: Tensor, theirs: Tensor) -> None:
 def test_features_are_those_of_primus(grid, order, options):
     network = make_primus(grid, order, **options)
     checkpoint = checkpoint_of(network, [SIDE * side for side in grid])
-    encoder, volume = encoder_from(primus.convert(checkpoint, order=order)), volume_of(grid)
+    encoder, volume = encoder_from(primus.convert_primus(checkpoint, order=order)), volume_of(grid)
     assert_equal_features(features_of(encoder, volume), primus_features(network, volume, order))
 
 
@@ -148,14 +148,14 @@ def test_features_are_those_of_primus(grid, order, options):
 @given(grid=st.tuples(*[st.integers(1, 4)] * 3), order=st.sampled_from(["yzx", "zyx"]), seed=st.integers(0, 99))
 def test_rotary_positions_alone_fit_any_grid_in_either_order(grid, order, seed):
     network = scrambled(make_primus(grid, order, use_abs_pos_embed=False), seed)
-    encoder, volume = encoder_from(primus.convert(checkpoint_of(network), order=order)), volume_of(grid)
+    encoder, volume = encoder_from(primus.convert_primus(checkpoint_of(network), order=order)), volume_of(grid)
     assert_equal_features(features_of(encoder, volume), primus_features(network, volume, order))
 
 
 @torch.no_grad()
 def test_the_wrong_order_gives_other_features():
     network, volume = make_primus((4, 4, 4), "yzx"), volume_of((4, 4, 4))
-    ours = features_of(encoder_from(primus.convert(checkpoint_of(network), order="zyx")), volume)
+    ours = features_of(encoder_from(primus.convert_primus(checkpoint_of(network), order="zyx")), volume)
     assert (ours - primus_features(network, volume, "yzx")).abs().max() > 0.1
 
 
@@ -165,7 +165,7 @@ def test_register_tokens_take_part():
     embedded = rearrange(network.down_projection(volume), PATTERNS["zyx"])
     tokens = torch.cat([network.register_tokens.expand(2, -1, -1), embedded], dim=1)
     theirs = network.eva(tokens)[0][:, 3:]
-    conversion = primus.convert(checkpoint_of(network, [8, 12, 16]), order="zyx")
+    conversion = primus.convert_primus(checkpoint_of(network, [8, 12, 16]), order="zyx")
     assert conversion.network["register_tokens"] == 3
     encoder = encoder_from(conversion)
     assert_equal_features(encoder.encode(volume, ()).tokens, theirs)
@@ -173,7 +173,7 @@ def test_register_tokens_take_part():
 
 
 def test_what_the_card_of_a_primus_says():
-    conversion = primus.convert(checkpoint_of(make_primus((4, 4, 4), "yzx")))
+    conversion = primus.convert_primus(checkpoint_of(make_primus((4, 4, 4), "yzx")))
     assert (conversion.size, conversion.token, conversion.dataset) == ("Tiny", [4, 4, 4], "Dataset745_OpenMind")
     assert conversion.network == {
         "blocks": "modern",
@@ -195,12 +195,12 @@ def test_what_the_card_of_a_primus_says():
 @pytest.mark.parametrize(("trainer", "order"), [("BaseEvaMAETrainer", "y z x"), ("SimMIMEvaTrainer_BS8", "z y x")])
 def test_the_trainer_of_nnssl_decides_the_order(trainer, order):
     checkpoint = checkpoint_of(make_primus((4, 4, 4))) | {"trainer_name": trainer}
-    assert f"order {order} there" in primus.convert(checkpoint).notes[0]
+    assert f"order {order} there" in primus.convert_primus(checkpoint).notes[0]
 
 
 def test_a_convolutional_stem_stays_behind_and_is_said():
     network = scrambled(PrimusV2(1, WIDTH, (8, 8, 8), 2, DEPTH, HEADS, input_shape=(16, 16, 16)))
-    conversion = primus.convert(checkpoint_of(network))
+    conversion = primus.convert_primus(checkpoint_of(network))
     assert conversion.token == [8, 8, 8]
     assert not any(name.startswith("tokenizer.") for name in conversion.tensors)
     assert "tokenizer" not in conversion.network
@@ -210,11 +210,11 @@ def test_a_convolutional_stem_stays_behind_and_is_said():
 def test_a_grid_on_which_rotary_positions_are_misplaced_is_refused():
     network = make_primus((2, 3, 4), "yzx")
     with pytest.raises(UserError, match="2 x 3 x 4 tokens in the order y z x"):
-        primus.convert(checkpoint_of(network, [8, 12, 16]))
+        primus.convert_primus(checkpoint_of(network, [8, 12, 16]))
 
 
 def test_positions_of_an_unknown_grid_are_left_out_and_said():
-    conversion = primus.convert(checkpoint_of(make_primus((2, 3, 4)), [16, 16, 16]), order="zyx")
+    conversion = primus.convert_primus(checkpoint_of(make_primus((2, 3, 4)), [16, 16, 16]), order="zyx")
     assert conversion.network["learned_positions"] == []
     assert any("24 fill no known grid" in note for note in conversion.notes)
 
@@ -253,13 +253,13 @@ def test_features_of_a_grey_picture_are_those_of_timm(token_depth, options):
     network, picture = make_timm(**options), torch.randn(2, 1, 32, 32)
     theirs = network.forward_features(picture.expand(-1, 3, -1, -1))[:, network.num_prefix_tokens :]
     target = {"patch_size": (token_depth, 32, 32), "spacing": (1.0, 1.0, 1.0), "token_depth": token_depth}
-    encoder = encoder_from(timm_vit.convert({"model": network.state_dict()}, **target))
+    encoder = encoder_from(timm_vit.convert_timm_vit({"model": network.state_dict()}, **target))
     volume = picture[:, :, None].expand(-1, -1, token_depth, -1, -1)
     assert_equal_features(encoder.encode(volume, ()).tokens, theirs)
 
 
 def test_positions_are_repeated_along_z():
-    conversion = timm_vit.convert(make_timm().state_dict(), patch_size=(24, 32, 32), spacing=(1.0, 1.0, 1.0))
+    conversion = timm_vit.convert_timm_vit(make_timm().state_dict(), patch_size=(24, 32, 32), spacing=(1.0, 1.0, 1.0))
     assert (conversion.token, conversion.network["learned_positions"]) == ([8, 8, 8], [3, 4, 4])
     table = conversion.tensors["position_table.values"]
     assert (table == table[:1]).all()
@@ -267,7 +267,7 @@ def test_positions_are_repeated_along_z():
 
 def test_a_norm_of_queries_and_keys_is_refused():
     with pytest.raises(UserError, match=r"no place for \(blocks.0.attn.q_norm.weight"):
-        timm_vit.convert(make_timm(qk_norm=True).state_dict(), patch_size=(8, 32, 32), spacing=(1.0, 1.0, 1.0))
+        timm_vit.convert_timm_vit(make_timm(qk_norm=True).state_dict(), patch_size=(8, 32, 32), spacing=(1.0, 1.0, 1.0))
 
 
 @given(st.sampled_from([8, 16]), st.floats(0.2, 10), st.floats(0.2, 2))
@@ -304,14 +304,14 @@ def test_features_are_those_of_monai(grid, projection, kind, options):
         if "pos_embed_type" not in options:
             options = options | {"pos_embed_type": "sincos"}
     network = scrambled(kind(2, (x, y, z), SIDE, proj_type=projection, **sizes, **options))
-    conversion = monai_vit.convert(network.state_dict(), grid=grid[::-1])
+    conversion = monai_vit.convert_monai_vit(network.state_dict(), grid=grid[::-1])
     volume = volume_of(grid, channels=2)
     assert_equal_features(encoder_from(conversion).encode(volume, ()).tokens, monai_features(network, volume))
 
 
 def test_positions_of_monai_that_fill_no_cube_are_left_out_and_said():
     network = ViT(1, (8, 12, 16), SIDE, WIDTH, 4 * WIDTH, DEPTH, HEADS)
-    conversion = monai_vit.convert(network.state_dict())
+    conversion = monai_vit.convert_monai_vit(network.state_dict())
     assert conversion.network["learned_positions"] == []
     assert any("24 fill no cube" in note for note in conversion.notes)
 
@@ -328,7 +328,7 @@ def test_cube_roots_are_exact(side):
 def test_a_wider_mlp_is_refused():
     layers = (torch.ones(9, 2), torch.ones(9)), (torch.ones(2, 9), torch.ones(2))
     with pytest.raises(UserError, match="9 features wide, more than 4 x 2"):
-        plain_mlp(*layers)
+        mlp_tensors(*layers)
 
 
 @settings(max_examples=20)

@@ -12,7 +12,7 @@ from torch import Tensor
 from nnunet_vit_mae.errors import UserError, abbreviated
 from nnunet_vit_mae.foreign import monai_vit, primus, timm_vit
 from nnunet_vit_mae.foreign.checkpoints import read_checkpoint, weights_in
-from nnunet_vit_mae.foreign.parts import Conversion
+from nnunet_vit_mae.foreign.parts import ConvertedEncoder
 from nnunet_vit_mae.networks.build import build_encoder
 from nnunet_vit_mae.presets import Settings
 from nnunet_vit_mae.weights import Card, file_hash, package_versions
@@ -51,17 +51,17 @@ def convert_checkpoint(file: Path, target: Target) -> tuple[dict[str, Tensor], C
     return {name: tensor.contiguous() for name, tensor in conversion.tensors.items()}, _card(file, conversion)
 
 
-def _convert(file: Path, target: Target) -> Conversion:
+def _convert(file: Path, target: Target) -> ConvertedEncoder:
     checkpoint = read_checkpoint(file)
     if primus.PLAN in checkpoint:
-        return primus.convert(checkpoint, order=target.token_order)
+        return primus.convert_primus(checkpoint, order=target.token_order)
     if target.token_order is not None:
         raise UserError("an order of tokens is only asked for with checkpoints of nnssl")
     weights = weights_in(checkpoint)
     if monai_vit.POSITIONS in weights:
-        return monai_vit.convert(checkpoint)
+        return monai_vit.convert_monai_vit(checkpoint)
     if timm_vit.KERNEL in weights:
-        return timm_vit.convert(
+        return timm_vit.convert_timm_vit(
             checkpoint,
             patch_size=target.patch_size,
             spacing=target.spacing,
@@ -73,7 +73,7 @@ def _convert(file: Path, target: Target) -> Conversion:
     )
 
 
-def _check(conversion: Conversion) -> None:
+def _check(conversion: ConvertedEncoder) -> None:
     """Raise `UserError` if the weights do not fill an encoder of ours, apart from its tokenizer."""
     block = {"size": conversion.size, "token": conversion.token} | conversion.network
     network = Settings.from_dict({"network": block}).network
@@ -91,7 +91,7 @@ def _check(conversion: Conversion) -> None:
         raise UserError(f"it has NaN or Inf in {abbreviated(damaged)}")
 
 
-def _card(file: Path, conversion: Conversion) -> Card:
+def _card(file: Path, conversion: ConvertedEncoder) -> Card:
     return Card(
         size=conversion.size,
         token=conversion.token,

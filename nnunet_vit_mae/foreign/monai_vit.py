@@ -14,14 +14,14 @@ from torch import Tensor
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.foreign.checkpoints import Weights, weights_in
-from nnunet_vit_mae.foreign.parts import Conversion, checked_token, cube_root, plain_mlp, size_of
+from nnunet_vit_mae.foreign.parts import ConvertedEncoder, checked_token, cube_root, mlp_tensors, size_of
 from nnunet_vit_mae.presets import SIZES
 
 POSITIONS = "patch_embedding.position_embeddings"
 CONVOLUTION, LINEAR = "patch_embedding.patch_embeddings", "patch_embedding.patch_embeddings.1"
 
 
-def convert(checkpoint: Mapping[str, Any], *, grid: Sequence[int] | None = None) -> Conversion:
+def convert_monai_vit(checkpoint: Mapping[str, Any], *, grid: Sequence[int] | None = None) -> ConvertedEncoder:
     """Convert a ViT or the encoder of a masked autoencoder of MONAI.
 
     Args:
@@ -62,7 +62,7 @@ def convert(checkpoint: Mapping[str, Any], *, grid: Sequence[int] | None = None)
     registers = weights.take_if_there("cls_token")
     if registers is not None:
         tensors["register_tokens"] = registers.reshape(-1, width)
-    return Conversion(
+    return ConvertedEncoder(
         kind="MONAI (a ViT)",
         size=size,
         token=token,
@@ -123,4 +123,4 @@ def _block(weights: Weights, prefix: str) -> dict[str, Tensor]:
         (weights.take(f"{prefix}mlp.{layer}.weight"), weights.take(f"{prefix}mlp.{layer}.bias"))
         for layer in ("linear1", "linear2")
     )
-    return tensors | plain_mlp(first, second)
+    return tensors | mlp_tensors(first, second)

@@ -17,7 +17,7 @@ Z_SCORE = "ZScoreNormalization"
 
 
 @dataclass(kw_only=True)
-class Conversion:
+class ConvertedEncoder:
     """An encoder of ours in the making: its weights, and what its card says."""
 
     kind: str
@@ -56,7 +56,7 @@ def cube_root(tokens: int) -> int:
     return side if side**3 == tokens else 0
 
 
-def plain_mlp(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+def mlp_tensors(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """Return the two layers (weight, bias) of a `vit` block's MLP, which is `MLP_RATIO` times as wide as the tokens.
 
     A narrower one is filled up: new features have random weights from the tokens and zero weights to the output, so

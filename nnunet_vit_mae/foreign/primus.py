@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.foreign.checkpoints import Weights, weights_in
-from nnunet_vit_mae.foreign.parts import Z_SCORE, Conversion, checked_token, cube_root, size_of
+from nnunet_vit_mae.foreign.parts import Z_SCORE, ConvertedEncoder, checked_token, cube_root, size_of
 from nnunet_vit_mae.presets import SIZES
 
 PLAN = "nnssl_adaptation_plan"
@@ -35,7 +35,7 @@ RENAMED = {
 }
 
 
-def convert(checkpoint: Mapping[str, Any], *, order: str | None = None) -> Conversion:
+def convert_primus(checkpoint: Mapping[str, Any], *, order: str | None = None) -> ConvertedEncoder:
     """Convert a checkpoint of nnssl.
 
     Args:
@@ -93,7 +93,7 @@ def convert(checkpoint: Mapping[str, Any], *, order: str | None = None) -> Conve
         "learned_positions": [] if learned is None else list(learned.shape[:3]),
         "register_tokens": 0 if registers is None else len(registers),
     }
-    return Conversion(
+    return ConvertedEncoder(
         kind=f"nnssl ({plan.get('architecture_plans', {}).get('arch_class_name', 'Primus')})",
         size=size,
         token=token,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.foreign.checkpoints import Weights, weights_in
-from nnunet_vit_mae.foreign.parts import Conversion, checked_token, plain_mlp, size_of
+from nnunet_vit_mae.foreign.parts import ConvertedEncoder, checked_token, mlp_tensors, size_of
 from nnunet_vit_mae.presets import SIZES, TOKEN_SIDES, token_grid
 
 KERNEL = "patch_embed.proj.weight"
@@ -19,13 +19,13 @@ NORM_EPS = 1e-6
 PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")  # in timm's order
 
 
-def convert(
+def convert_timm_vit(
     checkpoint: Mapping[str, Any],
     *,
     patch_size: Sequence[int],
     spacing: Sequence[float],
     token_depth: int | None = None,
-) -> Conversion:
+) -> ConvertedEncoder:
     """Convert a ViT of timm.
 
     Args:
@@ -69,7 +69,7 @@ def convert(
     grid_depth = token_grid(patch_size, token)[0]
     places, more = _places(weights, width, grid_depth)
     learned, registers = places.get("position_table.values"), places.get("register_tokens")
-    return Conversion(
+    return ConvertedEncoder(
         kind="timm (a two-dimensional ViT)",
         size=size,
         token=token,
@@ -122,7 +122,9 @@ def _block(weights: Weights, prefix: str) -> dict[str, Tensor]:
     out = _linear(weights, f"{prefix}attn.proj", weights.take_if_there(f"{prefix}ls1.gamma"))
     tensors["attention.out.weight"], tensors["attention.out.bias"] = out
     first = _linear(weights, f"{prefix}mlp.fc1")
-    return tensors | plain_mlp(first, _linear(weights, f"{prefix}mlp.fc2", weights.take_if_there(f"{prefix}ls2.gamma")))
+    return tensors | mlp_tensors(
+        first, _linear(weights, f"{prefix}mlp.fc2", weights.take_if_there(f"{prefix}ls2.gamma"))
+    )
 
 
 def _linear(weights: Weights, name: str, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
