@@ -196,16 +196,16 @@ def test_batches_are_halved_to_fit_the_memory_and_that_is_said(plan):
 
 def test_the_token_grows_to_fit_the_memory_and_takes_its_decoder_along(plan):
     rows, _, settings = plan("--size XS -gpu_memory_target 3.39")
-    assert settings.network.token == (8, 8, 8)
-    assert rows["token"] == ("8 x 8 x 8", "the smallest that fits the memory: 18 tokens in a patch of 14 x 20 x 24")
+    assert settings.network.token == (4, 4, 8)
+    assert rows["token"] == ("4 x 4 x 8", "the smallest that fits the memory: 60 tokens in a patch of 14 x 20 x 24")
     assert rows["decoder"][0] == settings.network.decoder == "upscale"
-    assert rows["batch, fine-tuning"] == ("4", "default")
+    assert rows["batch, fine-tuning"] == ("2", "4 halved to fit the memory")
 
 
 def test_what_is_given_stays_when_memory_is_short(plan):
     rows, _, settings = plan("--size XS --decoder sfpn --batch_size 3 -gpu_memory_target 3.39")
     assert rows["batch, fine-tuning"] == ("3", "as given")
-    assert (settings.network.token, settings.network.decoder) == ((8, 8, 8), "sfpn")
+    assert (settings.network.token, settings.network.decoder) == ((4, 4, 8), "sfpn")
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_taps_of_other_plans_are_reset_by_another_token(plan, tmp_path):
     file = recipe(tmp_path, {"size": "XS", "token": [8, 8, 8], "decoder": "unetr", "taps": [1, 2]})
     plan(f"--recipe {file}", "First")
     network = plan("-p First --token 4 --decoder unetr")[2].network
-    assert (network.taps, network.tapped_blocks) == ((), (3,))
+    assert (network.taps, network.tapped_blocks) == ((), (2, 3, 4))
 
 
 def test_taps_are_reset_when_memory_asks_for_another_token(in_workspace, linear_estimates):
@@ -262,8 +262,8 @@ def test_taps_are_reset_when_memory_asks_for_another_token(in_workspace, linear_
     kept, _ = choose_settings(tiny_plan(), changes, memory_target=3.41)
     reset, choices = choose_settings(tiny_plan(), changes, memory_target=3.39)
     assert (kept.network.token, kept.network.taps) == ((4, 4, 4), (1,))
-    assert (reset.network.token, reset.network.taps, reset.network.decoder) == ((8, 8, 8), (), "unetr")
-    assert {choice.name: choice.value for choice in choices}["taps"] == "2, 4"
+    assert (reset.network.token, reset.network.taps, reset.network.decoder) == ((4, 4, 8), (), "unetr")
+    assert {choice.name: choice.value for choice in choices}["taps"] == "2, 3, 4"
 
 
 def test_taps_that_do_not_fit_a_token_that_is_given_are_refused(not_planned, tmp_path):
