@@ -1,4 +1,4 @@
-"""Files of a split: labels are read; `splits_final.json`, `patients.json` and `split.json` are written.
+"""Files of a split: labels are read; `splits_final.json`, `patients.json` and `split.json` are written and read again.
 
 `split.json` records the options, the content and the parent of each fold, and the cases in no fold. Earlier files are
 never lost, because models may have been trained with them.
@@ -115,7 +115,7 @@ def parent_fold(folder: Path, fold: str) -> str:
 
 
 def collect_test_cases(raw: Path, folder: Path, images: Path, labels: Path) -> int:
-    """Link the test cases that `mae3d_split --test` set apart, which stay in imagesTr; gives their number.
+    """Link the test cases that `mae3d_split --test` set apart, which stay in imagesTr, and return their number.
 
     Args:
         raw: The raw dataset.
