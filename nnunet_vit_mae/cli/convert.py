@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunet_vit_mae.cli.arguments import parser_for, positive_int, raw_dataset_folder
-from nnunet_vit_mae.errors import UserError, exit_on_user_error
+from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import refuse_in_use
+from nnunet_vit_mae.signals import command
 
 
-@exit_on_user_error
+@command("Studies that are done are kept, and the same command goes on with the others.")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_convert`; the exit code is 2 if a study or an image could not be converted."""
     parser = parser_for("mae3d_convert", __doc__)

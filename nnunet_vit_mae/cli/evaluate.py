@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunet_vit_mae.cli.arguments import parser_for, positive_float, positive_int, whole_number
-from nnunet_vit_mae.errors import UserError, exit_on_user_error
+from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, CalibrationRecord, read_calibration
 from nnunet_vit_mae.files import make_folder, refuse_in_use
+from nnunet_vit_mae.signals import command
 
 if TYPE_CHECKING:
     from nnunet_vit_mae.evaluation.results import Evaluation, Mean
@@ -22,7 +23,7 @@ HEADLINE = {  # title and decimals by measure
 }
 
 
-@exit_on_user_error
+@command()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_evaluate`."""
     parser = parser_for("mae3d_evaluate", __doc__)

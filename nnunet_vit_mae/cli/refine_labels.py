@@ -10,11 +10,12 @@ from pathlib import Path
 
 from nnunet_vit_mae.cli.arguments import parser_for, positive_int, whole_number
 from nnunet_vit_mae.datasets.refinement_rule import CONNECTIVITIES, RefinementRule
-from nnunet_vit_mae.errors import UserError, exit_on_user_error
+from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import refuse_in_use
+from nnunet_vit_mae.signals import command
 
 
-@exit_on_user_error
+@command()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_refine_labels`; the exit code is 2 if a case could not be refined."""
     args = _parser().parse_args(argv)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import link
+from nnunet_vit_mae.guard import guarded
 from nnunet_vit_mae.imaging.channels import channels_by_case
 from nnunet_vit_mae.installation import trainers_folder
 from nnunet_vit_mae.nnunet.models import Model
@@ -109,14 +110,10 @@ def _run(command: Sequence[str], expected: Sequence[Path], log: Path) -> None:
     with log.open("a", encoding="utf-8") as stream, tqdm(total=len(expected), unit="case", desc="predicting") as bar:
         stream.write(f"$ {shlex.join(command)}\n")
         stream.flush()
-        process = subprocess.Popen([program, *command[1:]], env=_environment(), stdout=stream, stderr=stream)
-        try:
+        with guarded([program, *command[1:]], env=_environment(), stdout=stream, stderr=stream) as process:
             while _is_running(process):
                 if new := count() - bar.n:  # in the log of a job, each update is a line
                     bar.update(new)
-        finally:
-            process.terminate()
-            process.wait()
         bar.update(count() - bar.n)
     if process.returncode or count() < len(expected):
         raise UserError(
