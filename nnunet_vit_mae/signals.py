@@ -105,7 +105,7 @@ def stoppable(kept: str, say: Callable[[str], None] | None = None) -> Iterator[N
             if not isinstance(error, KeyboardInterrupt) and not _request.number:
                 raise
             # what else is raised after a signal is its consequence: a lost terminal, a child that ended first
-            number = _request.number or signal.SIGINT
+            number = error.number if isinstance(error, Stopped) else _request.number or signal.SIGINT
             for other in SIGNALS:
                 signal.signal(other, signal.SIG_IGN)
             end_children()
@@ -207,14 +207,27 @@ def _follow_after_forks() -> None:
 def end_children(children: set[Any] | None = None) -> None:
     """End child processes, by default all of this one; those that do not answer are killed."""
     children = set(active_children()) if children is None else children
-    for child in children:
-        child.terminate()
-    deadline = time.monotonic() + GRACE_SECONDS
-    for child in children:
-        child.join(max(0.0, deadline - time.monotonic()))
-        if child.is_alive():
-            child.kill()
-            child.join(GRACE_SECONDS)
+    with _no_reports_of_children():
+        for child in children:
+            child.terminate()
+        deadline = time.monotonic() + GRACE_SECONDS
+        for child in children:
+            child.join(max(0.0, deadline - time.monotonic()))
+            if child.is_alive():
+                child.kill()
+                child.join(GRACE_SECONDS)
+
+
+@contextmanager
+def _no_reports_of_children() -> Iterator[None]:
+    """Keep torch from raising an error for each of its workers that is ended."""
+    in_main = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+    usual = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main else None
+    try:
+        yield
+    finally:
+        if usual is not None:
+            signal.signal(signal.SIGCHLD, usual)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from nnunet_vit_mae.presets import Pretraining
 from nnunet_vit_mae.signals import command
 
 
-@command("Nothing of this run is saved yet, and the same command starts it again.")
+@command("What was saved before is kept, and the same command starts again.")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_pretrain`."""
     parser = parser_for("mae3d_pretrain", __doc__)

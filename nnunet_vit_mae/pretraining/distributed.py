@@ -31,9 +31,13 @@ logger = logging.getLogger(__name__)
 R = TypeVar("R")
 Task = Callable[[torch.device], None]
 
-NOTHING_SAVED = "Nothing of this run is saved yet, and the same command starts it again."
+NOT_STARTED = "What was saved before is kept, and the same command starts again."
 STOPPING_SECONDS = 60.0  # for all processes to finish their step and save
 GRACE_SECONDS = 2.0  # for the launcher to see who ended first, before the others end as well
+
+
+class LostProcessError(UserError):
+    """A process was killed, and all others have ended."""
 
 
 def start(task: Task, device: torch.device, processes: int) -> None:
@@ -184,7 +188,7 @@ def _supervise(task: Task, device: torch.device, processes: int) -> None:
         except ProcessExitedException as error:
             if error.signal_name is None:
                 sys.exit(error.exit_code)  # the process has reported why
-            raise UserError(
+            raise LostProcessError(
                 f"A process of this pre-training was ended by {error.signal_name}, as the system does when memory runs "
                 "out: use fewer processes, a smaller batch or a smaller --cache."
             ) from None
@@ -201,7 +205,7 @@ def _worker(number: int, task: Task, device: torch.device, processes: int, store
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     place = {"init_method": store, "rank": number, "world_size": processes}
     say = None if number == 0 else logger.debug  # rank 0 speaks for all
-    with stoppable(NOTHING_SAVED, say):
+    with stoppable(NOT_STARTED, say):
         exit_on_user_error(partial(_take_part, task, device, number, **place))()
 
 
