@@ -68,6 +68,7 @@ FLAGS = {
     | {"--dry-run", "--step", "-device"},
     "mae3d_demo": {"-h", "--help", "-o", "--seed"},
     "mae3d_trainers": {"-h", "--help"},
+    "mae3d_doctor": {"-h", "--help", "-d", "-c", "-p", "--json"},
 }
 
 # an arrow goes to a smaller number only, or stays inside its own folder
@@ -77,6 +78,7 @@ LAYERS = {
     "files": 0,
     "presets": 0,
     "planning": 0,
+    "doctor": 0,
     "networks": 1,
     "optimisation": 1,
     "batch_transforms": 1,
