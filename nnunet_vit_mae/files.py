@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from nnunet_vit_mae.errors import UserError, WriteError
+from nnunet_vit_mae.errors import UserError, WriteError, reader_reason
 
 
 @contextmanager
@@ -68,19 +68,30 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def written_otherwise(temporary: Path) -> OSError:
-    """Return why a library wrote less to a file than it was given, or nothing, without the system's error.
+@contextmanager
+def read_back(temporary: Path) -> Iterator[None]:
+    """Turn what a library raises in the block, where it writes a file and reads it back, into the system's reason.
 
-    The system gives the reason when the file is to grow: a full disk, a quota, or a limit on the size of files.
+    Libraries that write files themselves report a full disk with an error of their own, or not at all.
     """
     try:
-        with temporary.open("ab") as stream:
+        yield
+    except Exception as error:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno):
+            raise
+        raise _reason_not_to_grow(temporary) or OSError(errno.EIO, reader_reason(error), str(temporary)) from None
+
+
+def _reason_not_to_grow(file: Path) -> OSError | None:
+    """Return why the system lets a file not grow: a full disk, a quota, or a limit on the size of files."""
+    try:
+        with file.open("ab") as stream:
             stream.write(bytes(2**20))
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
         return error
-    return OSError(errno.EIO, "it does not read back as it was written", str(temporary))
+    return None
 
 
 def inside(root: Path, *names: object, source: object) -> Path:
@@ -100,11 +111,12 @@ def inside(root: Path, *names: object, source: object) -> Path:
         >>> inside(Path("raw"), "imagesTr", "case_1.nii.gz", source="qc.csv").as_posix()
         'raw/imagesTr/case_1.nii.gz'
     """
+    path = root
     for name in names:
-        is_part = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
-        if not is_part or Path(name).name != name:
+        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0") or Path(name).name != name:
             raise UserError(f"{source} holds {name!r}, which is no name of a file or folder in {root}: correct it.")
-    return root.joinpath(*map(str, names))
+        path /= name
+    return path
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -96,7 +96,7 @@ def test_others_may_read_a_file_whatever_the_library_chose(tmp_path):
 
 def test_the_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(str(Path(f"/proc/self/fd/{number}").readlink())))
     with replacing(tmp_path / "plans.json") as temporary:
         temporary.write_text("new")
     assert synced == [str(temporary), str(tmp_path)]
@@ -105,9 +105,8 @@ def test_the_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
 def test_a_refused_write_names_the_file_and_leaves_it(tmp_path):
     file = tmp_path / "plans.json"
     file.write_text("old")
-    with pytest.raises(WriteError, match="No space left") as caught, replacing(file) as temporary:
-        temporary.write_text("half of the n")
-        Path("/dev/full").write_text("new")
+    with pytest.raises(WriteError, match="No space left") as caught:
+        write_half(file, partial(OSError, errno.ENOSPC, "No space left on device"))
     assert caught.value.errno == errno.ENOSPC
     assert caught.value.filename == str(file)
     assert file.read_text() == "old"
@@ -128,9 +127,7 @@ def test_a_name_becomes_a_path_below_its_root(tmp_path, name):
     assert inside(tmp_path, "imagesTr", name, source="qc.csv") == tmp_path / "imagesTr" / name
 
 
-@pytest.mark.parametrize(
-    "name", ["..", ".", "", "../other", "/etc", "a/b", "a/../../b", "..\\b", "a\0b", None, 3, ["a"]]
-)
+@pytest.mark.parametrize("name", ["..", ".", "", "../other", "/etc", "a/b", "a/../../b", "..\\b", "a\0b", None, 3])
 def test_a_name_that_leads_elsewhere_is_refused(tmp_path, name):
     with pytest.raises(UserError, match=r"qc\.csv holds .* no name of a file"):
         inside(tmp_path, "imagesTr", name, source="qc.csv")
