@@ -117,6 +117,7 @@ def canonical_contrast(name: str) -> str:
     return spellings.get(name.lower(), name.upper())
 
 
+LARGEST = 2**32 - 1  # of every number: the largest seed, and far more than any other setting can use
 LEAST_TAPS = 3  # as many as UNETR has
 TOKEN_SIDES = (1, 2, 4, 8, 16, 32)  # convolutional decoders double their grid until it reaches the voxels
 
@@ -374,12 +375,18 @@ def _refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any], where: s
 
 def _typed(value: Any, example: Any, name: str) -> Any:
     """Return `value` as the type of `example`; JSON has no tuples, and writes 1.0 as 1."""
-    if isinstance(example, tuple) and isinstance(value, list | tuple) and all(type(side) is int for side in value):
+    if (
+        isinstance(example, tuple)
+        and isinstance(value, list | tuple)
+        and all(type(side) is int and abs(side) <= LARGEST for side in value)
+    ):
         return tuple(value)
-    if type(example) is float and type(value) is int:
+    if type(example) is float and type(value) is int and abs(value) <= LARGEST:
         return float(value)
     expected = "a list of whole numbers" if isinstance(example, tuple) else f"of type {type(example).__name__}"
     _require(type(value) is type(example), name, value, expected)
+    if isinstance(value, int | float):
+        _require(abs(value) <= LARGEST, name, value, f"a number of at most {LARGEST:,}")
     return value
 
 

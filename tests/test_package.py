@@ -76,6 +76,7 @@ LAYERS = {
     "errors": 0,
     "installation": 0,
     "files": 0,
+    "entries": 0,
     "presets": 0,
     "planning": 0,
     "doctor": 0,
@@ -102,6 +103,8 @@ LAYERS = {
 SAME_LAYER = {
     ("presets", "errors"),
     ("files", "errors"),
+    ("entries", "errors"),
+    ("entries", "files"),
     ("planning", "errors"),
     ("planning", "presets"),
     ("transfer", "weights"),
