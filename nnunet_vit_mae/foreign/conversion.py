@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.foreign import monai_vit, primus, timm_vit
 from nnunet_vit_mae.foreign.checkpoints import read_checkpoint, weights_in
 from nnunet_vit_mae.foreign.parts import ConvertedEncoder
@@ -39,8 +40,8 @@ def convert_checkpoint(file: Path, target: Target) -> tuple[dict[str, Tensor], C
         UserError: The file is none of nnssl, timm or MONAI, or holds a network that ours cannot express.
     """
     try:
-        conversion = _convert(file, target)
-        card = _card(file, conversion)
+        conversion = _converted(file, target)
+        card = Card.from_json(_card(file, conversion).to_json())
         check_encoder(conversion.tensors, card)
     except UserError as error:
         if str(file) in str(error):
@@ -49,8 +50,18 @@ def convert_checkpoint(file: Path, target: Target) -> tuple[dict[str, Tensor], C
     return {name: tensor.contiguous() for name, tensor in conversion.tensors.items()}, card
 
 
-def _convert(file: Path, target: Target) -> ConvertedEncoder:
+def _converted(file: Path, target: Target) -> ConvertedEncoder:
     checkpoint = read_checkpoint(file)
+    try:
+        return _convert(checkpoint, target)
+    except UserError:
+        raise
+    except Exception as error:  # names told what network it is, but shapes and the plan may be anything
+        reason = reader_reason(error)
+        raise UserError(f"its weights or its plan have another form than those of its project ({reason})") from error
+
+
+def _convert(checkpoint: dict[str, Any], target: Target) -> ConvertedEncoder:
     if primus.PLAN in checkpoint:
         return primus.convert_primus(checkpoint, order=target.token_order)
     if target.token_order is not None:

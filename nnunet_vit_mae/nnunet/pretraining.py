@@ -163,7 +163,9 @@ def _card(plan: Plan, fold: str, job: PretrainingRun, cases: list[PreprocessedCa
         loss=result.losses[-1],
         pretraining=to_json_types(job.protocol),
         seed=job.seed,
-        data_licence=plan.dataset_json.get("licence", plan.dataset_json.get("license", "not stated in dataset.json")),
+        data_licence=str(
+            plan.dataset_json.get("licence", plan.dataset_json.get("license", "not stated in dataset.json"))
+        ),
         packages=package_versions(),
         network=job.network.encoder_settings,
     )
