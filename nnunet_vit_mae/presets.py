@@ -119,6 +119,7 @@ def canonical_contrast(name: str) -> str:
 
 LARGEST = 2**32 - 1  # of every number: the largest seed, and far more than any other setting can use
 LEAST_TAPS = 3  # as many as UNETR has
+MOST_TOKENS = 1024  # along an axis: far more than any memory holds
 TOKEN_SIDES = (1, 2, 4, 8, 16, 32)  # convolutional decoders double their grid until it reaches the voxels
 
 
@@ -167,10 +168,11 @@ class Network:
             _require(value in known, f"network.{name}", value, f"one of {', '.join(known)}")
         _require(self.decoder_width >= 0, "network.decoder_width", self.decoder_width, "0 or more")
         _require_positive(self, "network", "rotary_base", "norm_eps")
-        _require(self.register_tokens >= 0, "network.register_tokens", self.register_tokens, "0 or more")
-        grid = self.learned_positions
-        grid_fits = len(grid) in (0, 3) and all(tokens > 0 for tokens in grid)
-        _require(grid_fits, "network.learned_positions", list(grid), "empty, or three numbers of tokens (z y x)")
+        registers, grid = self.register_tokens, self.learned_positions
+        _require(0 <= registers <= MOST_TOKENS, "network.register_tokens", registers, f"from 0 to {MOST_TOKENS}")
+        grid_fits = len(grid) in (0, 3) and all(0 < tokens <= MOST_TOKENS for tokens in grid)
+        expected = f"empty, or three numbers of tokens (z y x), none above {MOST_TOKENS}"
+        _require(grid_fits, "network.learned_positions", list(grid), expected)
         if self.adaptive:
             _require(not grid, "network.learned_positions", list(grid), "empty, as adaptive is set")
             _require(not self.register_tokens, "network.register_tokens", self.register_tokens, "0, as adaptive is set")
