@@ -17,6 +17,7 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
+from nnunet_vit_mae.imaging.channels import visible_below
 from nnunet_vit_mae.imaging.dicom_header import TRAITS, DicomHeader, Frame, is_image_class, read_header
 
 GAP = 0.02  # slice distances may differ by this share, or by 0.1 mm: positions are stored with few digits
@@ -89,7 +90,8 @@ def find_series(folder: Path, *, progress: bool = False) -> tuple[list[DicomSeri
     files_of: dict[tuple[object, ...], list[DicomHeader]] = defaultdict(list)
     originals: dict[tuple[str, ...], Path] = {}
     damaged: Counter[str | None] = Counter()
-    for file in tqdm(_visible_files(folder), unit="file", desc="reading headers", disable=not progress):
+    files = [file for file in visible_below(folder) if file.is_file()]
+    for file in tqdm(files, unit="file", desc="reading headers", disable=not progress):
         try:
             header = read_header(file)
             if header and header.is_image:
@@ -190,7 +192,7 @@ def _why_at_same_position(ordered: Sequence[Frame], distances: np.ndarray) -> st
     pair = [dict(ordered[number].traits) for number in (first, first + 1)]
     differing = [words for keyword, words in TRAITS.items() if pair[0].get(keyword) != pair[1].get(keyword)]
     if not differing:
-        return "has two slices at the same position"
+        return "has two slices at the same position: if it holds several volumes, export each as a series of its own"
     by = " and ".join(dict.fromkeys(differing))
     return f"has two slices at the same position, which differ in the {by}: export each volume as a series of its own"
 
@@ -236,11 +238,6 @@ def _rescaled(plane: np.ndarray, applied: tuple[float, float], own: tuple[float,
 
 
 # ---------- files
-
-
-def _visible_files(folder: Path) -> list[Path]:
-    files = (file for file in folder.rglob("*") if file.is_file())
-    return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts))
 
 
 def _check_pixels(file: Path) -> None:
