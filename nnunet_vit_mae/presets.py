@@ -234,6 +234,7 @@ class Pretraining:
     weight_decay: float = 0.05
     warmup: float = 0.05  # share of the schedule: 40 of 800 epochs
     norm_pix: bool = True
+    plain_share: float = 0.0  # of the epochs: the first ones, whose loss is plain, before norm-pix takes over
     gradient_clip: float = 1.0
 
     def __post_init__(self) -> None:
@@ -248,6 +249,9 @@ class Pretraining:
         share = self.rebuilt_share
         _require(0 < share <= 1, "pretraining.rebuilt_share", share, "a share above 0 and at most 1")
         _require(0 <= self.warmup < 1, "pretraining.warmup", self.warmup, "a share from 0 up to, but not, 1")
+        share = self.plain_share
+        _require(0 <= share < 1, "pretraining.plain_share", share, "a share from 0 up to, but not, 1")
+        _require(self.norm_pix or not share, "pretraining.plain_share", share, "0, as norm_pix is not set")
         _require(self.weight_decay >= 0, "pretraining.weight_decay", self.weight_decay, "0 or more")
 
     @property
@@ -259,6 +263,15 @@ class Pretraining:
     def reads(self) -> int:
         """Return how many volumes are read for a batch."""
         return self.batch_size // self.samples_per_read
+
+    @property
+    def plain_epochs(self) -> int:
+        """Return in how many epochs, the first ones, the loss is plain although `norm_pix` is set; never in all."""
+        return min(round(self.plain_share * self.epochs), self.epochs - 1)
+
+    def norm_pix_in(self, epoch: int) -> bool:
+        """Return whether the loss of an epoch, counted from 0, is norm-pix."""
+        return self.norm_pix and epoch >= self.plain_epochs
 
     @property
     def lr(self) -> float:

@@ -17,6 +17,7 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
+from nnunet_vit_mae.datasets.acquisition import KERNEL, SCANS_TABLE, SLICE_THICKNESS
 from nnunet_vit_mae.datasets.contrasts import fill_contrasts
 from nnunet_vit_mae.datasets.convert.studies import FoundStudies, Study, read_image_source
 from nnunet_vit_mae.datasets.tables import read_case_table
@@ -29,7 +30,7 @@ from nnunet_vit_mae.imaging.volumes import geometry_of
 from nnunet_vit_mae.imaging.writing import write_image
 from nnunet_vit_mae.workers import run_each
 
-SCANS_TABLE, PROBLEMS, UNUSED = "scans.csv", "problems.csv", "unused.csv"
+PROBLEMS, UNUSED = "problems.csv", "unused.csv"
 LABEL, WHOLE_STUDY = "label", "study"  # a problem may concern these instead of a contrast
 ALL, UNKNOWN = "all", "unknown"  # a problem may concern these instead of a case
 UNUSED_SHOWN = 10  # kinds of images not used that are printed
@@ -282,7 +283,7 @@ def _resampled(image: sitk.Image, reference: sitk.Image, transform: sitk.Transfo
 
 def _first_columns(job: ConversionTask, reference: str) -> dict[str, str]:
     scanner = asdict(job.study.images[reference].scanner)
-    thickness = {"slice_thickness_mm": scanner.pop("slice_thickness")}
+    thickness = {SLICE_THICKNESS: scanner.pop("slice_thickness")}
     patient, session = job.case.split("_")
     return (
         {"case": job.case, "patient": patient, "session": session, "contrasts": "", "reference": reference}
@@ -303,9 +304,9 @@ def _contrast_columns(study: Study, contrast: str, image: sitk.Image) -> dict[st
 
 
 def _write_conversion_tables(studies: Sequence[ConvertedStudy], contrasts: Sequence[str], output: Path) -> None:
-    first = ("case", "patient", "session", "contrasts", "reference", "manufacturer", "model", "kernel")
+    first = ("case", "patient", "session", "contrasts", "reference", "manufacturer", "model", KERNEL)
     of_contrast = ("spacing_mm", "slice_thickness_mm", "model", "kernel", "mutual_information")
-    columns = [*first, "slice_thickness_mm", *(f"{name}_{column}" for name in contrasts for column in of_contrast)]
+    columns = [*first, SLICE_THICKNESS, *(f"{name}_{column}" for name in contrasts for column in of_contrast)]
     _write_rows([study.row for study in studies if study.folder], columns, output / SCANS_TABLE)
     problems = [
         {"case": study.case, "image": image, "problem": reason}
