@@ -75,6 +75,7 @@ LAYERS = {
     "errors": 0,
     "installation": 0,
     "files": 0,
+    "csv_tables": 0,
     "presets": 0,
     "planning": 0,
     "networks": 1,
@@ -100,6 +101,8 @@ LAYERS = {
 SAME_LAYER = {
     ("presets", "errors"),
     ("files", "errors"),
+    ("csv_tables", "errors"),
+    ("csv_tables", "files"),
     ("planning", "errors"),
     ("planning", "presets"),
     ("transfer", "weights"),

@@ -6,9 +6,8 @@ written to the `key` only, a file outside the dataset.
 
 from __future__ import annotations
 
-import csv
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,11 +15,12 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
+from nnunet_vit_mae.csv_tables import write_records, write_rows
 from nnunet_vit_mae.datasets.contrasts import fill_contrasts
 from nnunet_vit_mae.datasets.convert.studies import Study, read_image_source
 from nnunet_vit_mae.datasets.tables import read_case_table
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import make_folder, replacing, write_json
+from nnunet_vit_mae.files import make_folder, write_json
 from nnunet_vit_mae.imaging.channels import channel_file_name
 from nnunet_vit_mae.imaging.registration import RegistrationError, register, single_itk_thread
 from nnunet_vit_mae.imaging.scans import ENDING, ScanError, write_image
@@ -285,20 +285,13 @@ def _write_conversion_tables(studies: Sequence[ConvertedStudy], contrasts: Seque
     first = ("case", "patient", "session", "contrasts", "reference", "manufacturer", "model", "kernel")
     of_contrast = ("spacing_mm", "slice_thickness_mm", "model", "kernel", "mutual_information")
     columns = [*first, "slice_thickness_mm", *(f"{name}_{column}" for name in contrasts for column in of_contrast)]
-    _write_rows([study.row for study in studies if study.folder], columns, output / SCANS_TABLE)
+    write_records([study.row for study in studies if study.folder], columns, output / SCANS_TABLE)
     problems = [
         {"case": study.case, "image": image, "problem": reason}
         for study in studies
         for image, reason in study.problems.items()
     ]
-    _write_rows(problems, ("case", "image", "problem"), output / PROBLEMS)
-
-
-def _write_rows(rows: Iterable[dict[str, str]], columns: Sequence[str], file: Path) -> None:
-    with replacing(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_records(problems, ("case", "image", "problem"), output / PROBLEMS)
 
 
 # ---------- pseudonyms
@@ -335,7 +328,7 @@ def _read_key(key: Path) -> dict[tuple[str, str], str]:
 def _write_key(names: dict[tuple[str, str], str], key: Path) -> None:
     """Write the key, before the first image is written, so that it exists whatever happens later."""
     try:
-        _write_rows([dict(zip(KEY_FIELDS, (case, *of), strict=True)) for of, case in names.items()], KEY_FIELDS, key)
+        write_rows(KEY_FIELDS, ((case, *of) for of, case in names.items()), key)
     except OSError as error:
         raise UserError(
             f"{key} cannot be written ({error.strerror}): give a file in a writable folder with --key."
