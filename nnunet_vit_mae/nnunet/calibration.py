@@ -34,8 +34,8 @@ from nnunet_vit_mae.weights import file_hash, package_versions
 
 CALIBRATED = "checkpoint_calibrated.pth"
 FOLDER = "calibration"  # in the model's folder, for probabilities that nnU-Net has not saved
-# of our decoders, of nnU-Net's U-Nets, and of those inside of our decoder unet
-HEAD = re.compile(r"decoder\.(?:(?:.+\.)?head|(?:unet\.decoder\.)?seg_layers\.\d+)\.bias")
+# of our decoders, of nnU-Net's U-Nets, of those inside of our decoder unet, and of nnU-Net's Primus
+HEAD = re.compile(r"decoder\.(?:(?:.+\.)?head|(?:unet\.decoder\.)?seg_layers\.\d+)\.bias|up_projection\.decode\.\d+\.bias")
 RECORDED_PACKAGES = ("nnunet-vit-mae", "nnunetv2", "torch", "numpy")
 
 
@@ -146,8 +146,8 @@ def shift_head(weights: Mapping[str, Tensor], shifts: Sequence[float]) -> dict[s
     heads = [name for name in weights if HEAD.fullmatch(name)]
     if not heads:
         raise UserError(
-            "mae3d_calibrate does not know the last layer of this network: calibrate a model of this package, or a "
-            "U-Net with decoder.seg_layers."
+            "mae3d_calibrate does not know the last layer of this network: calibrate a model of this package, a U-Net "
+            "with decoder.seg_layers, or a Primus."
         )
     shifted = dict(weights)
     for name in heads:
