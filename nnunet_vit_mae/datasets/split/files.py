@@ -18,7 +18,8 @@ from nnunet_vit_mae.datasets.split.patients import PATIENTS
 from nnunet_vit_mae.datasets.split.splits import Split, SplitOptions, Splits
 from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.files import link, read_json, write_json
-from nnunet_vit_mae.imaging.channels import cases_in, channels_by_case
+from nnunet_vit_mae.imaging.channels import NIFTI, cases_in, channels_by_case
+from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.imaging.labels import read_labels, read_volume
 from nnunet_vit_mae.imaging.volumes import without_warnings_of_itk
 
@@ -40,9 +41,9 @@ def find_label_files(raw: Path, preprocessed: Path) -> LabelFiles:
     Raises `UserError` if there are none.
     """
     for folder, labels in ((raw, RAW_LABELS), (preprocessed, PREPROCESSED_LABELS)):
-        description = folder / "dataset.json"
+        description = folder / DESCRIPTION
         if description.is_file():
-            ending = str(read_json(description).get("file_ending", ".nii.gz"))
+            ending = read_description(description).file_ending or NIFTI[0]
             if files := cases_in(folder / labels, ending):
                 return LabelFiles(files, description)
     raise UserError(f"There are no labels in {raw / RAW_LABELS} with the file ending in dataset.json: check -d.")
@@ -129,7 +130,7 @@ def collect_test_cases(raw: Path, folder: Path, images: Path, labels: Path) -> i
     names = read_split_record(folder).test
     if not names:
         raise UserError(f"{folder / SPLIT_RECORD} has no test cases: split with mae3d_split --test.")
-    ending = str(read_json(raw / "dataset.json").get("file_ending", ".nii.gz"))
+    ending = read_description(raw / DESCRIPTION).file_ending or NIFTI[0]
     channels, _ = channels_by_case(raw / "imagesTr", ending)
     references = cases_in(raw / RAW_LABELS, ending)
     for name in names:
