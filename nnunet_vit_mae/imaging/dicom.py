@@ -16,6 +16,8 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
+from nnunet_vit_mae.limits import too_many_voxels
+
 PATIENT, STUDY, SERIES, INSTANCE = "0010|0020", "0020|000d", "0020|000e", "0008|0018"
 DATE, TIME = "0008|0020", "0008|0030"
 SERIES_DESCRIPTION, SERIES_NUMBER, MODALITY = "0008|103e", "0020|0011", "0008|0060"
@@ -103,6 +105,9 @@ def read_series(series: DicomSeries) -> sitk.Image:
     if series.is_damaged:  # a missing first or last slice would go unnoticed
         raise SeriesError("has a slice that cannot be read, copy it again")
     ordered, gap, axis = _stack(series.slices)
+    sides = ordered[0].size
+    if problem := too_many_voxels(sides if axis is None else (*sides[:2], len(ordered))):
+        raise SeriesError(problem)
     files = [str(file.file) for file in ordered]
     same_scale = len({(file.tags.get(SLOPE), file.tags.get(INTERCEPT)) for file in ordered}) == 1
     # in the data type of the first slice, often integer, the values of the others would be rounded

@@ -221,8 +221,8 @@ def _checked_mean(losses: list[Tensor], epoch: int, output: Path) -> float:
 
 def _save_state(output: Path, network: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
     state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
-    with replacing(output / STATE) as temporary:
-        torch.save(state, temporary)
+    with replacing(output / STATE) as temporary, temporary.open("wb") as stream:
+        torch.save(state, stream)
 
 
 def _prepare(output: Path, job: PretrainingRun, *, resume: bool) -> dict[str, Any] | None:

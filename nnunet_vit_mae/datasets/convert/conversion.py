@@ -19,12 +19,13 @@ from nnunet_vit_mae.csv_tables import write_records, write_rows
 from nnunet_vit_mae.datasets.contrasts import fill_contrasts
 from nnunet_vit_mae.datasets.convert.studies import Study, read_image_source
 from nnunet_vit_mae.datasets.tables import read_case_table
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, WriteError
 from nnunet_vit_mae.files import make_folder, write_json
 from nnunet_vit_mae.imaging.channels import channel_file_name
 from nnunet_vit_mae.imaging.registration import RegistrationError, register, single_itk_thread
-from nnunet_vit_mae.imaging.scans import ENDING, ScanError, write_image
+from nnunet_vit_mae.imaging.scans import ENDING, ScanError
 from nnunet_vit_mae.imaging.volumes import geometry_of
+from nnunet_vit_mae.imaging.writing import write_image
 from nnunet_vit_mae.workers import run_each
 
 SCANS_TABLE, PROBLEMS = "scans.csv", "problems.csv"
@@ -157,6 +158,8 @@ def convert_study(job: ConversionTask) -> ConvertedStudy:
             return _convert_study(job, problems)
     except ScanError as error:
         return ConvertedStudy(job.case, problems={**problems, WHOLE_STUDY: str(error)})
+    except WriteError:  # a full disk is nothing about this study, and stops the others too
+        raise
     except Exception as error:  # noqa: BLE001  one study must not stop the others; messages may hold names
         return ConvertedStudy(
             job.case, problems={**problems, WHOLE_STUDY: f"could not be converted ({type(error).__name__})"}
