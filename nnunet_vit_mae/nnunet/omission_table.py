@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nnunet_vit_mae.csv_tables import write_rows
 from nnunet_vit_mae.statistics import FEW_PAIRS, Comparison, compare
