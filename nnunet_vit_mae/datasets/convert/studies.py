@@ -81,5 +81,3 @@ def read_image_source(source: ImageSource) -> sitk.Image:
         return checked_volume(read_series(source.origin), "the series")
     except SeriesError as error:
         raise ScanError(str(error)) from None
-
-
