@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -123,8 +123,7 @@ def convert(
     counts = Counter((image, reason) for _, image, reason in unused)
     _write_conversion_tables(converted, contrasts, output)
     if unused:
-        rows = [dict(zip(UNUSED_FIELDS, row, strict=True)) for row in unused]
-        write_records(rows, UNUSED_FIELDS, output / UNUSED)
+        write_rows(UNUSED_FIELDS, unused, output / UNUSED)
     if not any(study.folder for study in converted):
         reasons = "; ".join(Conversion(converted).problems[:5])
         raise UserError(f"None of {len(jobs)} studies could be converted ({reasons}): see {output / PROBLEMS}.")
