@@ -41,16 +41,16 @@ class StoppableTrainer(nnUNetTrainer):
             return super().save_checkpoint(filename)
         with replacing(Path(filename)) as temporary:
             super().save_checkpoint(str(temporary))
-        tell(what_is_kept(Path(filename).parent, self.saved_since))
+        tell(what_training_keeps(Path(filename).parent, self.saved_since))
         return None
 
     def _stoppable(self) -> AbstractContextManager[None]:
         # the first process speaks for all
         say = partial(self.print_to_log_file, also_print_to_console=True) if self.local_rank == 0 else lambda _: None
-        return stoppable(what_is_kept(Path(self.output_folder), self.saved_since), say)
+        return stoppable(what_training_keeps(Path(self.output_folder), self.saved_since), say)
 
 
-def what_is_kept(folder: Path, since: float) -> str:
+def what_training_keeps(folder: Path, since: float) -> str:
     """Return a sentence about what a training has saved since a time, and how `nnUNetv2_train` goes on from it."""
     final, latest, best = (folder / name for name in (FINAL, LATEST, BEST))
     saved = [file for file in (final, latest, best) if file.is_file() and file.stat().st_mtime >= since]
