@@ -25,7 +25,7 @@ LEFTOVER_SECONDS = 2.0  # for processes that outlive their command
 
 
 @contextmanager
-def guarded(command: Sequence[str | os.PathLike[str]], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+def guarded(command: Sequence[str | os.PathLike[str]], **options: Any) -> Iterator[subprocess.Popen[Any]]:
     """Start a command under a guard, and end it and all its processes when the block ends.
 
     `options` are those of `subprocess.Popen`. The exit code is the command's; one that a signal ended gives 128 and
@@ -60,14 +60,14 @@ def main(command: Sequence[str]) -> int:
     return 128 - code if code < 0 else code
 
 
-def _end_when_closed(process: subprocess.Popen[bytes], closed: threading.Event) -> None:
+def _end_when_closed(process: subprocess.Popen[Any], closed: threading.Event) -> None:
     while os.read(0, 1024):
         pass
     closed.set()
     _end_all(process, ENDING_SECONDS)
 
 
-def _end_all(process: subprocess.Popen[bytes], patience: float) -> None:
+def _end_all(process: subprocess.Popen[Any], patience: float) -> None:
     """End the processes of the command's session, and kill those that are still there after some seconds."""
     if os.name != "posix":
         return process.terminate()
@@ -82,7 +82,7 @@ def _end_all(process: subprocess.Popen[bytes], patience: float) -> None:
     return None
 
 
-def _reap(process: subprocess.Popen[bytes]) -> None:
+def _reap(process: subprocess.Popen[Any]) -> None:
     """Let go of adopted processes that have ended."""
     if process.returncode is not None:
         with suppress(ChildProcessError):

@@ -81,6 +81,9 @@ LAYERS = {
     "presets": 0,
     "planning": 0,
     "doctor": 0,
+    "signals": 0,
+    "unfinished": 0,
+    "guard": 1,
     "networks": 1,
     "optimisation": 1,
     "batch_transforms": 1,
@@ -110,7 +113,10 @@ SAME_LAYER = {
     ("entries", "files"),
     ("planning", "errors"),
     ("planning", "presets"),
+    ("signals", "errors"),
     ("transfer", "weights"),
+    ("unfinished", "errors"),
+    ("unfinished", "files"),
 }
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.files import link
 from nnunet_vit_mae.guard import guarded
 from nnunet_vit_mae.imaging.channels import channels_by_case
-from nnunet_vit_mae.imaging.volumes import refuse_large
+from nnunet_vit_mae.imaging.volumes import read_geometry, read_image, refuse_large
 from nnunet_vit_mae.installation import trainers_folder
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import Plan
@@ -68,12 +68,14 @@ def predict_cases(
     device: str,
     probabilities: bool = False,
 ) -> None:
-    """Predict some of the cases in a folder of images, except those that are in the output folder already.
+    """Predict some of the cases in a folder of images, except those that are whole in the output folder already.
 
     The images are linked into the folder `links`, which is removed after the prediction. The output of nnU-Net's
     command is appended to `log`. Raises `UserError` if images are missing or the prediction fails.
     """
     endings = [model.plan.dataset_json["file_ending"], *([".npz"] if probabilities else [])]
+    for case in cases:
+        _remove_if_cut_off(output / f"{case}{endings[0]}")
     if all((output / f"{case}{ending}").is_file() for case in cases for ending in endings):
         return
     shutil.rmtree(links, ignore_errors=True)
@@ -87,6 +89,18 @@ def predict_cases(
     flags = [*(["--save_probabilities"] if probabilities else []), "--continue_prediction"]
     predict_folder(model, links, cases, output, log=log, device=device, flags=flags)
     shutil.rmtree(links)
+
+
+def _remove_if_cut_off(segmentation: Path) -> None:
+    """Remove a segmentation that nnU-Net had not finished writing, the last file of a case, when it was stopped."""
+    if segmentation.is_file():
+        try:
+            read_geometry(segmentation)  # which looks for the end of a NIfTI file
+            if ".nii" not in segmentation.suffixes:
+                read_image(segmentation)
+        except Exception as error:  # noqa: BLE001 (each reader has errors of its own)
+            logger.info("%s is predicted again, for it cannot be read (%s)", segmentation.name, reader_reason(error))
+            segmentation.unlink()
 
 
 def predict_folder(

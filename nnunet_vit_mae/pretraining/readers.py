@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from multiprocessing import active_children
 from signal import SIG_IGN
 from typing import Any
@@ -40,7 +40,7 @@ class _Shared(Dataset):
         return batch
 
 
-def read_batches(crops: RandomCrops, steps: Sampler, readers: int, *, pin_memory: bool) -> Iterator[CropBatch]:
+def read_batches(crops: RandomCrops, steps: Sampler, readers: int, *, pin_memory: bool) -> Generator[CropBatch, None, None]:
     """Yield the batches of all steps, read by as many processes as `readers` says, or by this one if that is 0.
 
     Close the iterator to end the readers. Raises `UserError` when a reader has ended, when none gives a batch for a

@@ -216,7 +216,7 @@ def _step(
 
 def _batches(
     job: PretrainingRun, crops: RandomCrops, first_step: int, device: torch.device, readers: int
-) -> Generator[CropBatch]:
+) -> Generator[CropBatch, None, None]:
     """Return the batches of all steps to come, so that readers start only once."""
     place = {"rank": distributed.rank(), "processes": distributed.process_count()}
     steps = ConsecutiveBatches(first_step, job.steps, job.protocol.reads, **place)
