@@ -76,6 +76,7 @@ LAYERS = {
     "errors": 0,
     "installation": 0,
     "files": 0,
+    "limits": 0,
     "presets": 0,
     "planning": 0,
     "doctor": 0,
@@ -83,6 +84,7 @@ LAYERS = {
     "optimisation": 1,
     "batch_transforms": 1,
     "weights": 1,
+    "pickles": 1,
     "transfer": 1,
     "plots": 1,
     "imaging": 1,
@@ -102,6 +104,7 @@ LAYERS = {
 SAME_LAYER = {
     ("presets", "errors"),
     ("files", "errors"),
+    ("limits", "errors"),
     ("planning", "errors"),
     ("planning", "presets"),
     ("transfer", "weights"),

@@ -18,7 +18,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import read_json, write_json
+from nnunet_vit_mae.files import inside, read_json, write_json
 from nnunet_vit_mae.nnunet.folders import Dataset
 from nnunet_vit_mae.planning import default_decoder, default_settings
 from nnunet_vit_mae.presets import Finetuning, Network, Settings
@@ -37,6 +37,12 @@ class Plan:
     plans: PlansManager
     name: str  # of the configuration
     dataset_json: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        refuse_paths(self.plans, self.name)
+        inside(
+            self.dataset.raw, f"case{self.dataset_json.get('file_ending')}", source="The file_ending of dataset.json"
+        )
 
     @property
     def configuration(self) -> ConfigurationManager:
@@ -92,6 +98,14 @@ def load_plan(dataset: Dataset, plans_name: str, configuration: str) -> Plan:
         known = ", ".join(plans.available_configurations)
         raise UserError(f"The plans {plans_name} have no configuration {configuration} (they have {known}): check -c.")
     return Plan(dataset, plans, configuration, read_json(dataset.preprocessed / "dataset.json"))
+
+
+def refuse_paths(plans: PlansManager, configuration: str) -> None:
+    """Raise `UserError` if a name in plans, from which nnU-Net and we make folders, leads out of its folder."""
+    names = {key: plans.plans.get(key) for key in ("dataset_name", "plans_name")}
+    names["data_identifier"] = plans.get_configuration(configuration).configuration.get("data_identifier")
+    for key, name in names.items():
+        inside(Path(), name, source=f"The {key} of the plans")
 
 
 def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:

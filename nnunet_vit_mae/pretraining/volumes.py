@@ -15,16 +15,28 @@ import joblib
 import numpy as np
 from tqdm import tqdm
 
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, reader_reason
+from nnunet_vit_mae.limits import too_many_voxels
 
 SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it; other systems have no limit of their own
 ITEM = np.dtype(np.float16).itemsize
 
 
 def open_volume(file: Path, *, threads: int = 1) -> Any:
-    """Open a preprocessed volume (c z y x), to be read by slicing."""
-    # not mapped: page faults cost more than reads where the file has to come from a disk
-    return blosc2.open(urlpath=str(file), mode="r", dparams={"nthreads": threads})
+    """Open a preprocessed volume (c z y x), to be read by slicing.
+
+    Raises `UserError` if the file is damaged, holds no array, or has more voxels than the limit.
+    """
+    try:
+        # not mapped: page faults cost more than reads where the file has to come from a disk
+        volume: Any = blosc2.open(urlpath=str(file), mode="r", dparams={"nthreads": threads})
+    except Exception as error:  # noqa: BLE001 (blosc2 raises many kinds for damaged files)
+        raise UserError(f"{file} cannot be read ({reader_reason(error)}): preprocess this case again.") from None
+    if not isinstance(volume, blosc2.NDArray) or volume.ndim != 4 or volume.dtype.kind not in "fiu":
+        raise UserError(f"{file} holds no preprocessed volume (c z y x): preprocess this case again.")
+    if problem := too_many_voxels(volume.shape[1:]):
+        raise UserError(f"{file} {problem}.")
+    return volume
 
 
 class Cache(AbstractContextManager):
