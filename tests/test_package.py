@@ -49,7 +49,7 @@ FLAGS = {
     "mae3d_features": PLAN_FLAGS | {"-tr", "-f", "-chk", "--case", "-o", "-device"},
     "mae3d_fill_contrasts": {"-h", "--help", "-d"},
     "mae3d_omit": PLAN_FLAGS | {"-tr", "-f", "-chk", "-i", "-r", "--omit", "-o", "-device"},
-    "mae3d_evaluate": {"-h", "--help", "-r", "-p", "-i", "-o", "--cutoffs", "--thickness_bins", "--tolerance"}
+    "mae3d_evaluate": {"-h", "--help", "-r", "-p", "-i", "-o", "--csv", "--cutoffs", "--thickness_bins", "--tolerance"}
     | {"--min_lesion_voxels", "--resamples", "--seed", "--calibration", "-np"},
     "mae3d_calibrate": PLAN_FLAGS
     | {"-tr", "-f", "-chk", "--objective", "-i", "-l", "--allow_training_cases", "-device"},
@@ -77,6 +77,7 @@ LAYERS = {
     "installation": 0,
     "files": 0,
     "limits": 0,
+    "entries": 0,
     "presets": 0,
     "planning": 0,
     "doctor": 0,
@@ -105,6 +106,8 @@ SAME_LAYER = {
     ("presets", "errors"),
     ("files", "errors"),
     ("limits", "errors"),
+    ("entries", "errors"),
+    ("entries", "files"),
     ("planning", "errors"),
     ("planning", "presets"),
     ("transfer", "weights"),
