@@ -119,6 +119,7 @@ def canonical_contrast(name: str) -> str:
 
 LARGEST = 2**32 - 1  # of every number: the largest seed, and far more than any other setting can use
 LEAST_TAPS = 3  # as many as UNETR has
+MOST_TOKENS = 1024  # along an axis: far more than any memory holds
 TOKEN_SIDES = (1, 2, 4, 8, 16, 32)  # convolutional decoders double their grid until it reaches the voxels
 
 
@@ -167,10 +168,11 @@ class Network:
             _require(value in known, f"network.{name}", value, f"one of {', '.join(known)}")
         _require(self.decoder_width >= 0, "network.decoder_width", self.decoder_width, "0 or more")
         _require_positive(self, "network", "rotary_base", "norm_eps")
-        _require(self.register_tokens >= 0, "network.register_tokens", self.register_tokens, "0 or more")
-        grid = self.learned_positions
-        grid_fits = len(grid) in (0, 3) and all(tokens > 0 for tokens in grid)
-        _require(grid_fits, "network.learned_positions", list(grid), "empty, or three numbers of tokens (z y x)")
+        registers, grid = self.register_tokens, self.learned_positions
+        _require(0 <= registers <= MOST_TOKENS, "network.register_tokens", registers, f"from 0 to {MOST_TOKENS}")
+        grid_fits = len(grid) in (0, 3) and all(0 < tokens <= MOST_TOKENS for tokens in grid)
+        expected = f"empty, or three numbers of tokens (z y x), none above {MOST_TOKENS}"
+        _require(grid_fits, "network.learned_positions", list(grid), expected)
         if self.adaptive:
             _require(not grid, "network.learned_positions", list(grid), "empty, as adaptive is set")
             _require(not self.register_tokens, "network.register_tokens", self.register_tokens, "0, as adaptive is set")
@@ -232,6 +234,7 @@ class Pretraining:
     weight_decay: float = 0.05
     warmup: float = 0.05  # share of the schedule: 40 of 800 epochs
     norm_pix: bool = True
+    plain_share: float = 0.0  # of the epochs: the first ones, whose loss is plain, before norm-pix takes over
     gradient_clip: float = 1.0
 
     def __post_init__(self) -> None:
@@ -246,6 +249,9 @@ class Pretraining:
         share = self.rebuilt_share
         _require(0 < share <= 1, "pretraining.rebuilt_share", share, "a share above 0 and at most 1")
         _require(0 <= self.warmup < 1, "pretraining.warmup", self.warmup, "a share from 0 up to, but not, 1")
+        share = self.plain_share
+        _require(0 <= share < 1, "pretraining.plain_share", share, "a share from 0 up to, but not, 1")
+        _require(self.norm_pix or not share, "pretraining.plain_share", share, "0, as norm_pix is not set")
         _require(self.weight_decay >= 0, "pretraining.weight_decay", self.weight_decay, "0 or more")
 
     @property
@@ -257,6 +263,15 @@ class Pretraining:
     def reads(self) -> int:
         """Return how many volumes are read for a batch."""
         return self.batch_size // self.samples_per_read
+
+    @property
+    def plain_epochs(self) -> int:
+        """Return in how many epochs, the first ones, the loss is plain although `norm_pix` is set; never in all."""
+        return min(round(self.plain_share * self.epochs), self.epochs - 1)
+
+    def norm_pix_in(self, epoch: int) -> bool:
+        """Return whether the loss of an epoch, counted from 0, is norm-pix."""
+        return self.norm_pix and epoch >= self.plain_epochs
 
     @property
     def lr(self) -> float:

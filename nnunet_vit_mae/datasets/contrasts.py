@@ -33,8 +33,8 @@ from nnunet_vit_mae.imaging.volumes import (
     only_zeros,
     read_geometry,
     without_warnings_of_itk,
-    write_zeros,
 )
+from nnunet_vit_mae.imaging.writing import write_zeros
 
 CONTRAST_RECORD = "contrasts.json"
 LABELS_BESIDE = {"imagesTr": "labelsTr", "imagesTs": None, "imagesUn": None}  # test labels without images are harmless
@@ -241,13 +241,7 @@ def _fill(case: SortedCase) -> None:
     for file in case.to_write:
         for leftover in file.parent.glob(f".[0-9]*.{escape(file.name)}"):  # of a call that was killed while writing
             leftover.unlink()
-        try:
-            write_zeros(file, case.like)
-        except (OSError, RuntimeError) as error:  # RuntimeError is SimpleITK's
-            raise UserError(
-                f"{file} cannot be written ({reader_reason(error)}): fix that and run the command again, which "
-                "continues where it stopped."
-            ) from None
+        write_zeros(file, case.like)
 
 
 def _refuse_absent_ct(cases: list[SortedCase], raw: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_vit_mae.imaging.description import read_description
-from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry
+from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, read_image
 
 IGNORE = "ignore"
 
@@ -60,7 +60,7 @@ def read_volume(file: Path) -> tuple[np.ndarray, Geometry]:
         Exception: Whatever a reader raises if the file is damaged or is not a 3D image.
     """
     geometry = read_geometry(file)
-    array = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+    array = sitk.GetArrayFromImage(read_image(file))
     if array.ndim != 3:
         raise ValueError(f"{file.name} has {array.ndim} dimensions instead of three")
     return array, geometry
