@@ -14,6 +14,7 @@ from nnunet_vit_mae.files import read_back_otherwise, replacing
 from nnunet_vit_mae.imaging.channels import NIFTI
 from nnunet_vit_mae.imaging.volumes import geometry_of, read_geometry, read_image, without_warnings_of_itk
 
+
 def write_image(image: sitk.Image, file: Path) -> None:
     """Write a volume without any header entries but its geometry, compressed if possible.
 
