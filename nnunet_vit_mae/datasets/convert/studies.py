@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -80,3 +81,5 @@ def read_image_source(source: ImageSource) -> sitk.Image:
         return checked_volume(read_series(source.origin), "the series")
     except SeriesError as error:
         raise ScanError(str(error)) from None
+
+
