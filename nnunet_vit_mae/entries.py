@@ -19,6 +19,21 @@ from nnunet_vit_mae.files import read_json
 
 T = TypeVar("T")
 
+EXPECTED = {  # by pydantic's type of error, in the words of this package
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "greater_than": "above {gt}",
+    "greater_than_equal": "{ge} or more",
+    "less_than_equal": "at most {le}",
+    "too_short": "a list of {min_length} or more",
+    "too_long": "a list of {max_length} at most",
+    "value_error": "{error}",
+}
+
 Whole = Annotated[int, Field(gt=0, le=10**9)]  # a number of something
 Length = Annotated[FiniteFloat, Field(gt=0)]
 Value = Annotated[FiniteFloat, Field()]
@@ -54,12 +69,9 @@ def _reason(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"it has no {place}"
     value = _short(first["input"])
-    expected = {
-        "too_short": f"have {context.get('min_length')} or more entries",
-        "too_long": f"have at most {context.get('max_length')} entries",
-        "value_error": f"be {context.get('error')}",
-    }.get(first["type"], f"be {first['msg'].removeprefix('Input should be ')}")
-    return f"{place or 'its content'} is {value}, but it must {expected}"
+    message = first["msg"].removeprefix("Input should be ")
+    expected = EXPECTED.get(first["type"], message).format(**context)
+    return f"{place or 'its content'} is {value}, but it must be {expected}"
 
 
 def _place(location: Sequence[str | int]) -> str:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -270,6 +271,35 @@ def test_outliers_and_orientations(data, found, capsys):
     }
     assert "has axes RAS, most have LPS" in findings["warnings"]["imagesTr/a3", "orientation"]
     assert "Warning: intensity (2)" in capsys.readouterr().out
+
+
+def write_ct(data, labelled_hu: float) -> None:
+    """Write CT of which 60% of the voxels are soft tissue, with a label of a given intensity."""
+    data.describe(channel_names={"0": "CT"})
+    for case in (*(f"imagesTr/a{number}" for number in range(6)), "imagesUn/u", "imagesTs/t"):
+        data.file(f"{case}_0001").unlink()
+        array = np.linspace(0, 100, np.prod(SIZE), dtype=np.float32).reshape(SIZE[::-1])
+        array += 150 * (array > 60) + zlib.crc32(case.encode()) % 7  # no two are equal
+        if case.startswith("imagesTr"):
+            array[data.array(case.replace("images", "labels")) > 0] = labelled_hu
+        data.write(f"{case}_0000", array)
+
+
+def test_ct_whose_soft_tissue_nnunet_clips_away_is_warned_about(data, found):
+    write_ct(data, labelled_hu=131)
+    warnings = found()["warnings"]
+    assert list(warnings) == [("", "CT clipping")]
+    text = warnings["", "CT clipping"]
+    assert "clips the channel CT below 131 HU" in text
+    assert re.search(r"one constant \((59|60|61)% of the voxels of all labelled cases\)", text)
+    assert "Name the channel CT_zscore in dataset.json" in text
+
+
+@pytest.mark.parametrize(("name", "labelled_hu"), [("CT", 5.0), ("CT_zscore", 131.0)])
+def test_ct_that_keeps_its_soft_tissue_is_not_warned_about(data, found, name, labelled_hu):
+    write_ct(data, labelled_hu)
+    data.describe(channel_names={"0": name})
+    assert not found()["warnings"]
 
 
 @pytest.mark.parametrize("cases", [6, 1])

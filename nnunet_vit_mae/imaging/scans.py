@@ -75,9 +75,10 @@ def read_scan(path: Path, name: str | None = None) -> sitk.Image:
                 series, lost = find_series(path)
                 if lost:
                     raise ScanError(f"{called} has {lost} DICOM files that cannot be read, copy them again")
-                if len(series) != 1:
-                    raise ScanError(f"{called} has {len(series)} DICOM series, but one is needed")
-                image = read_series(series[0])
+                images = [one for one in series if not one.passed_over]
+                if len(images) != 1:
+                    raise ScanError(f"{called} has {len(images)} DICOM series of images, but one is needed")
+                image = read_series(images[0])
             else:
                 read_geometry(path, called)
                 image = read_image(path, called)

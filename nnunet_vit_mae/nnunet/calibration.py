@@ -37,7 +37,7 @@ CALIBRATED = "checkpoint_calibrated.pth"
 FOLDER = "calibration"  # in the model's folder, for probabilities that nnU-Net has not saved
 # of our decoders, of nnU-Net's U-Nets, of those inside of our decoder unet, and of nnU-Net's Primus
 HEAD = re.compile(
-    r"decoder\.(?:(?:.+\.)?head|(?:unet\.decoder\.)?seg_layers\.\d+)\.bias|up_projection\.decode\.\d+\.bias"
+    r"(?:decoder\.(?:(?:.+\.)?head|(?:unet\.decoder\.)?seg_layers\.\d+)|up_projection\.decode\.\d+)\.bias"
 )
 RECORDED_PACKAGES = ("nnunet-vit-mae", "nnunetv2", "torch", "numpy")
 

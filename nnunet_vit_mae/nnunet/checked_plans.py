@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,7 +76,7 @@ class ConfigurationEntries:
     batch_dice: bool
     architecture: dict[str, Any]
     previous_stage: str | None = None
-    vit_mae: dict[str, Any] = Field(default_factory=dict)
+    vit_mae: dict[str, Any] = field(default_factory=dict)
 
 
 def read_plans(file: Path, name: str, configuration: str, description: Description) -> PlansManager:

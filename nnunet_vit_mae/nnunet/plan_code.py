@@ -80,4 +80,6 @@ def _refuse_out_of_proportion(value: Any, source: str, entry: str = "arch_kwargs
     elif isinstance(value, int):
         largest = MOST_BLOCKS if entry.startswith(("n_blocks", "n_conv", "n_stages")) else LARGEST
         if abs(value) > largest:
-            raise UserError(f"{source} has {value} as {entry}, where {largest} is the largest allowed: correct it.")
+            raise UserError(
+                f"{source} has {value} as {entry}, but the largest that makes sense is {largest}: correct it."
+            )

@@ -70,6 +70,12 @@ class Plan:
         return channel_names(self.dataset_json)
 
     @property
+    def licence(self) -> str:
+        """Return the licence of the data, as far as `dataset.json` states it."""
+        description = describe(self.dataset_json, DESCRIPTION)
+        return description.licence or description.license or "not stated in dataset.json"
+
+    @property
     def preprocessed_folder(self) -> Path:
         """Return the folder of nnU-Net's preprocessed training cases."""
         return self.dataset.preprocessed / self.configuration.data_identifier
