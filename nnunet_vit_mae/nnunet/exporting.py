@@ -12,7 +12,6 @@ from nnunet_vit_mae.entries import checked_entries, read_entries
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, read_calibration
 from nnunet_vit_mae.nnunet.calibration import CALIBRATED
-from nnunet_vit_mae.nnunet.checkpoints import read_checkpoint
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.nnunet.shared_models import (
@@ -36,6 +35,7 @@ from nnunet_vit_mae.nnunet.training_range import (
     fingerprint_file,
     read_training_volumes,
 )
+from nnunet_vit_mae.pickles import read_trained
 from nnunet_vit_mae.weights import package_versions
 
 RENAME = "train the model with a name of letters, digits and underscores"
@@ -121,7 +121,7 @@ def _numbered(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _checkpoint_members(model: Model, fold: str, file: Path) -> Iterator[tuple[str, bytes]]:
     """Return the weights of a checkpoint and the rest of it, after a check of both."""
-    checkpoint = read_checkpoint(file)
+    checkpoint = read_trained(file)
     weights, axes = checkpoint["network_weights"], checkpoint.get("inference_allowed_mirroring_axes")
     refuse_other_weights(weights, expected_tensors(model.plan, model.trainer, str(model.folder)), str(file))
     content, shared = weights_content(weights)

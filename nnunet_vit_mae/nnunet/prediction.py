@@ -13,13 +13,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
-from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import link
+from nnunet_vit_mae.errors import UserError, reader_reason
+from nnunet_vit_mae.files import inside, link
 from nnunet_vit_mae.imaging.channels import channels_by_case
 from nnunet_vit_mae.imaging.volumes import refuse_large
 from nnunet_vit_mae.installation import trainers_folder
+from nnunet_vit_mae.limits import too_many_voxels
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import Plan
 
@@ -50,7 +52,7 @@ def find_prediction_cases(plan: Plan, images: Path) -> list[PredictionCase]:
 
 def find_reference(plan: Plan, case: str, references: Path) -> Path:
     """Return the reference segmentation of a case. Raises `UserError` if it is missing."""
-    reference = references / f"{case}{plan.dataset_json['file_ending']}"
+    reference = inside(references, f"{case}{plan.dataset_json['file_ending']}", source="A list of cases")
     if not reference.is_file():
         raise UserError(f"The case {case} has no reference segmentation {reference}: add it, or check the folder.")
     return reference
@@ -97,6 +99,38 @@ def predict_folder(
     """
     ending = model.plan.dataset_json["file_ending"]
     _run([*model.command(images, output, device), *flags], [output / f"{case}{ending}" for case in cases], log)
+
+
+def read_probabilities(file: Path, outputs: int) -> np.ndarray:
+    """Read the probabilities of a case that nnU-Net has saved.
+
+    Args:
+        file: The `.npz` file.
+        outputs: The outputs of the model.
+
+    Returns:
+        The probabilities (outputs z y x).
+
+    Raises:
+        UserError: If the file is damaged, or has another number of outputs or more voxels than the limit.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            with stored.zip.open("probabilities.npy") as stream:  # before all of it is read
+                version = np.lib.format.read_magic(stream)
+                reads = (
+                    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                )
+                shape = reads(stream)[0]
+            if len(shape) != 4 or shape[0] != outputs:
+                raise ValueError(f"it has the shape {shape}, but the model has {outputs} outputs")
+            if problem := too_many_voxels(shape[1:]):
+                raise ValueError(f"it {problem}")
+            return stored["probabilities"]
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 (damaged files raise many kinds)
+        raise UserError(f"{file} cannot be read ({reader_reason(error)}): remove it and try again.") from None
 
 
 def _run(command: Sequence[str], expected: Sequence[Path], log: Path) -> None:

@@ -25,13 +25,22 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_vit_mae.datasets.split.files import parent_fold
 from nnunet_vit_mae.datasets.split.patients import separation_warning
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
+from nnunet_vit_mae.files import read_back, replacing
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.nnunet.absence import keeping_absence
 from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation
 from nnunet_vit_mae.nnunet.folders import dataset_id, encoder_file
-from nnunet_vit_mae.nnunet.plans import channel_names, destination, refuse_cascade, schedule_of, settings_for
+from nnunet_vit_mae.nnunet.plans import (
+    channel_names,
+    destination,
+    refuse_cascade,
+    refuse_paths,
+    schedule_of,
+    settings_for,
+)
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
+from nnunet_vit_mae.pickles import read_trained
 from nnunet_vit_mae.presets import SIZES, EncoderFile, Settings
 from nnunet_vit_mae.transfer import adapt_encoder
 from nnunet_vit_mae.weights import Card, file_hash, load_encoder
@@ -48,6 +57,7 @@ class ScheduledTrainer(nnUNetTrainer):
     def __init__(
         self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
     ) -> None:
+        refuse_paths(PlansManager(plans), configuration)
         super().__init__(plans, configuration, fold, dataset_json, device)
         schedule = schedule_of(self.configuration_manager)
         self.seed = schedule.seed
@@ -67,6 +77,20 @@ class ScheduledTrainer(nnUNetTrainer):
             np.random.seed(seed)  # noqa: NPY002 (nnU-Net draws from numpy's global generator)
             torch.manual_seed(seed)
         super().initialize()
+
+    @exit_on_user_error
+    def save_checkpoint(self, filename: str) -> None:
+        """Save as nnU-Net does, but so that a full disk or a kill leaves the checkpoint before."""
+        if self.local_rank == 0 and not self.disable_checkpointing:
+            file = Path(filename)
+            with replacing(file) as temporary, read_back(temporary):
+                super().save_checkpoint(str(temporary))
+
+    @exit_on_user_error
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """Load a checkpoint as nnU-Net does, which would run code in it: one with more than weights is refused."""
+        read_trained(Path(filename_or_checkpoint))
+        super().load_checkpoint(filename_or_checkpoint)
 
     @exit_on_user_error
     def get_tr_and_val_datasets(self) -> tuple:
