@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_vit_mae.datasets.split.files import parent_fold
 from nnunet_vit_mae.datasets.split.patients import separation_warning
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
-from nnunet_vit_mae.files import read_back, replacing
+from nnunet_vit_mae.files import replacing
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.nnunet.absence import keeping_absence
@@ -83,7 +83,7 @@ class ScheduledTrainer(nnUNetTrainer):
         """Save as nnU-Net does, but so that a full disk or a kill leaves the checkpoint before."""
         if self.local_rank == 0 and not self.disable_checkpointing:
             file = Path(filename)
-            with replacing(file) as temporary, read_back(temporary):
+            with replacing(file) as temporary:
                 super().save_checkpoint(str(temporary))
 
     @exit_on_user_error
