@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import torch
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -52,10 +52,20 @@ DESCRIBING = {
     *("regions_class_order", "numTraining", "file_ending", "overwrite_image_reader_writer"),
 }
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}$")]
-DatasetName = Annotated[str, Field(pattern=r"^Dataset[0-9]{3}_[A-Za-z0-9_.+-]{1,80}$")]
-Fold = Annotated[str, Field(pattern=r"^(all|[0-9]{1,3})$")]
-CheckpointName = Annotated[str, Field(pattern=r"^checkpoint_[A-Za-z0-9_]{1,40}\.pth$")]
+
+def _matching(pattern: str, expected: str) -> AfterValidator:
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(expected)
+        return text
+
+    return AfterValidator(check)
+
+
+Name = Annotated[str, _matching(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}", "a name of letters, digits and underscores")]
+DatasetName = Annotated[str, _matching(r"Dataset[0-9]{3}_[A-Za-z0-9_.+-]{1,80}", "a name such as Dataset501_Name")]
+Fold = Annotated[str, _matching(r"all|[0-9]{1,3}", "the number of a fold, or all")]
+CheckpointName = Annotated[str, _matching(r"checkpoint_[A-Za-z0-9_]{1,40}\.pth", "a name such as checkpoint_final.pth")]
 
 
 @dataclass(frozen=True, kw_only=True)
