@@ -316,7 +316,7 @@ FILE_ROWS = [
     Row("made_with.json of other plans", PRETRAIN, "other plans", put_json(POOL.replace("pool_0.b2nd", "made_with.json"), [])),
     Row("a saved state cut off", f"{PRETRAIN} --c", "state.pt cannot be read", cut(f"{RUN}/state.pt")),
     Row("a saved state of garbage", f"{PRETRAIN} --c", "state.pt cannot be read", put(f"{RUN}/state.pt", b"garbage")),
-    Row("a saved state of another network", f"{PRETRAIN} --c", "another network", saved(f"{RUN}/state.pt", lambda s: s["network"].pop("mask_token", None) and None or s["network"].update(other=torch.ones(1)))),
+    Row("a saved state of another network", f"{PRETRAIN} --c", "another network", saved(f"{RUN}/state.pt", lambda s: (s["network"].pop("mask_token", None) and None) or s["network"].update(other=torch.ones(1)))),
     Row("a saved state that is a list", f"{PRETRAIN} --c", "not the state", saved(f"{RUN}/state.pt", lambda s: [1])),
     Row("a saved state with too many epochs", f"{PRETRAIN} --c", "has 9 epochs", saved(f"{RUN}/state.pt", lambda s: s.update(losses=[0.5] * 9))),
     Row("a saved state without losses", f"{PRETRAIN} --c", "losses", saved(f"{RUN}/state.pt", lambda s: s.pop("losses") and None)),

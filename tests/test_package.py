@@ -54,6 +54,8 @@ FLAGS = {
     "mae3d_calibrate": PLAN_FLAGS
     | {"-tr", "-f", "-chk", "--objective", "-i", "-l", "--allow_training_cases", "-device"},
     "mae3d_quantify": PLAN_FLAGS | {"-i", "-o", "-tr", "-f", "-chk", "--cutoffs", "-num_parts", "-part_id", "-device"},
+    "mae3d_export": PLAN_FLAGS | {"-tr", "-f", "-chk", "-o", "--case_names"},
+    "mae3d_import": {"-h", "--help", "-o", "--overwrite"},
     "mae3d_check": {"-h", "--help", "-d", "-o", "--csv", "--case", "--patient", "--list_empty", "-np"},
     "mae3d_convert": {"-h", "--help", "-i", "-o", "--contrast", "--reference", "--labels", "--key", "-np"},
     "mae3d_crop_roi": {"-h", "--help", "-i", "-l", "-o", "-t", "-r", "--margin", "--csv", "--case", "--template_column"}
@@ -88,6 +90,7 @@ LAYERS = {
     "networks": 1,
     "optimisation": 1,
     "batch_transforms": 1,
+    "archives": 1,
     "weights": 1,
     "pickles": 1,
     "transfer": 1,
