@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pydicom
+from pydicom import config, dcmread
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
@@ -149,13 +149,13 @@ def read_header(file: Path) -> DicomHeader | None:
 
 def _dataset(file: Path) -> Dataset | None:
     try:
-        return pydicom.dcmread(file, stop_before_pixels=True, specific_tags=READ)
+        return dcmread(file, stop_before_pixels=True, specific_tags=READ)
     except InvalidDicomError:  # there is no preamble: an old file, which starts with group 0002 or 0008, or no DICOM
         with file.open("rb") as stream:
             start = stream.read(8)
         if start[:4] not in (b"\x02\0\0\0", b"\x08\0\0\0", b"\x08\0\x05\0", b"\x08\0\x08\0", b"\x08\0\x16\0"):
             return None
-        return pydicom.dcmread(file, stop_before_pixels=True, specific_tags=READ, force=True)
+        return dcmread(file, stop_before_pixels=True, specific_tags=READ, force=True)
 
 
 def _frames(file: Path, dataset: Dataset, tags: dict[str, str]) -> tuple[Frame, ...]:
@@ -225,13 +225,13 @@ def _in_colour(dataset: Dataset, tags: dict[str, str]) -> bool:
 @contextmanager
 def _silent() -> Iterator[None]:
     """Silence pydicom, which quotes invalid values of any tag, and accept such values."""
-    logger, mode = logging.getLogger("pydicom"), pydicom.config.settings.reading_validation_mode
+    logger, mode = logging.getLogger("pydicom"), config.settings.reading_validation_mode
     was_disabled, logger.disabled = logger.disabled, True
-    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+    config.settings.reading_validation_mode = config.IGNORE
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.disabled = was_disabled
-        pydicom.config.settings.reading_validation_mode = mode
+        config.settings.reading_validation_mode = mode

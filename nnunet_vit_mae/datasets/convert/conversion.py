@@ -113,13 +113,15 @@ def convert(
     for job, result in tqdm(run_each(convert_study, jobs, processes), total=len(jobs), unit="study"):
         lost = ConvertedStudy(job.case, problems={WHOLE_STUDY: "needs more memory than is available: lower -np"})
         by_case[job.case] = result or lost
-    converted = [by_case[case] for case in sorted(by_case)] + _of_no_case(list(by_case.values()), contrasts, found.damaged)
+    converted = [by_case[case] for case in sorted(by_case)] + _of_no_case(
+        list(by_case.values()), contrasts, found.damaged
+    )
     unused = [(names[study.patient, study.session], *of_study) for study in studies for of_study in study.unused]
     unused += [("", *object_) for object_ in found.unused]
     counts = Counter((image, reason) for _, image, reason in unused)
     _write_conversion_tables(converted, contrasts, output)
     if unused:
-        rows = [dict(zip(UNUSED_FIELDS, row, strict=True)) for row in unused]
+        rows = [{"case": case, "image": image, "reason": reason} for case, image, reason in unused]
         _write_rows(rows, UNUSED_FIELDS, output / UNUSED)
     if not any(study.folder for study in converted):
         reasons = "; ".join(Conversion(converted).problems[:5])
