@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from nnunet_vit_mae.imaging.channels import visible_below
 from nnunet_vit_mae.imaging.dicom_header import TRAITS, DicomHeader, Frame, is_image_class, read_header
+from nnunet_vit_mae.limits import too_many_voxels
 
 GAP = 0.02  # slice distances may differ by this share, or by 0.1 mm: positions are stored with few digits
 NO_IMAGE = "is no image"
@@ -133,6 +134,9 @@ def read_series(series: DicomSeries) -> sitk.Image:
     if any(file.in_colour for file in series.files):
         raise SeriesError("is in colour, but must be in grey values")
     _refuse_incomplete(series.files)
+    sides = [max(int(file.tags[side] or 0) for file in series.files) for side in ("Columns", "Rows")]
+    if problem := too_many_voxels((*sides, len(series.frames))):
+        raise SeriesError(problem)
     stack = _stack(series.frames)
     image = sitk.GetImageFromArray(_read_frames(stack.frames, series.files))
     image.SetDirection(stack.direction.ravel().tolist())

@@ -43,6 +43,8 @@ TEXTS = (
     "PhotometricInterpretation",
     "NumberOfFrames",
     "InConcatenationTotalNumber",
+    "Rows",
+    "Columns",
 )
 GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleSlope", "RescaleIntercept")
 TRAITS = {  # what tells apart the volumes of one series, in the words of a message

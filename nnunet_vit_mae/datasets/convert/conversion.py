@@ -17,18 +17,20 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
+from nnunet_vit_mae.datasets.acquisition import KERNEL, SCANS_TABLE, SLICE_THICKNESS
 from nnunet_vit_mae.datasets.contrasts import fill_contrasts
 from nnunet_vit_mae.datasets.convert.studies import FoundStudies, Study, read_image_source
 from nnunet_vit_mae.datasets.tables import read_case_table
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, WriteError
 from nnunet_vit_mae.files import make_folder, replacing, write_json
 from nnunet_vit_mae.imaging.channels import channel_file_name
 from nnunet_vit_mae.imaging.registration import RegistrationError, register, single_itk_thread
-from nnunet_vit_mae.imaging.scans import ENDING, ScanError, write_image
+from nnunet_vit_mae.imaging.scans import ENDING, ScanError
 from nnunet_vit_mae.imaging.volumes import geometry_of
+from nnunet_vit_mae.imaging.writing import write_image
 from nnunet_vit_mae.workers import run_each
 
-SCANS_TABLE, PROBLEMS, UNUSED = "scans.csv", "problems.csv", "unused.csv"
+PROBLEMS, UNUSED = "problems.csv", "unused.csv"
 LABEL, WHOLE_STUDY = "label", "study"  # a problem may concern these instead of a contrast
 ALL, UNKNOWN = "all", "unknown"  # a problem may concern these instead of a case
 UNUSED_SHOWN = 10  # kinds of images not used that are printed
@@ -177,6 +179,8 @@ def convert_study(job: ConversionTask) -> ConvertedStudy:
             return _convert_study(job, problems)
     except ScanError as error:
         return ConvertedStudy(job.case, problems={**problems, WHOLE_STUDY: str(error)})
+    except WriteError:  # a full disk is nothing about this study, and stops the others too
+        raise
     except Exception as error:  # noqa: BLE001  one study must not stop the others; messages may hold names
         return ConvertedStudy(
             job.case, problems={**problems, WHOLE_STUDY: f"could not be converted ({type(error).__name__})"}
@@ -281,7 +285,7 @@ def _resampled(image: sitk.Image, reference: sitk.Image, transform: sitk.Transfo
 
 def _first_columns(job: ConversionTask, reference: str) -> dict[str, str]:
     scanner = asdict(job.study.images[reference].scanner)
-    thickness = {"slice_thickness_mm": scanner.pop("slice_thickness")}
+    thickness = {SLICE_THICKNESS: scanner.pop("slice_thickness")}
     patient, session = job.case.split("_")
     return (
         {"case": job.case, "patient": patient, "session": session, "contrasts": "", "reference": reference}
@@ -302,9 +306,9 @@ def _contrast_columns(study: Study, contrast: str, image: sitk.Image) -> dict[st
 
 
 def _write_conversion_tables(studies: Sequence[ConvertedStudy], contrasts: Sequence[str], output: Path) -> None:
-    first = ("case", "patient", "session", "contrasts", "reference", "manufacturer", "model", "kernel")
+    first = ("case", "patient", "session", "contrasts", "reference", "manufacturer", "model", KERNEL)
     of_contrast = ("spacing_mm", "slice_thickness_mm", "model", "kernel", "mutual_information")
-    columns = [*first, "slice_thickness_mm", *(f"{name}_{column}" for name in contrasts for column in of_contrast)]
+    columns = [*first, SLICE_THICKNESS, *(f"{name}_{column}" for name in contrasts for column in of_contrast)]
     _write_rows([study.row for study in studies if study.folder], columns, output / SCANS_TABLE)
     problems = [
         {"case": study.case, "image": image, "problem": reason}
