@@ -134,8 +134,8 @@ def read_series(series: DicomSeries) -> sitk.Image:
     if any(file.in_colour for file in series.files):
         raise SeriesError("is in colour, but must be in grey values")
     _refuse_incomplete(series.files)
-    sides = [max(int(file.tags[side] or 0) for file in series.files) for side in ("Columns", "Rows")]
-    if problem := too_many_voxels((*sides, len(series.frames))):
+    rows, columns = (max(file.plane[side] for file in series.files) for side in (0, 1))
+    if problem := too_many_voxels((columns, rows, len(series.frames))):
         raise SeriesError(problem)
     stack = _stack(series.frames)
     image = sitk.GetImageFromArray(_read_frames(stack.frames, series.files))
