@@ -25,8 +25,9 @@ from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warn
 from nnunet_vit_mae.nnunet.calibration import CALIBRATED, CALIBRATION_RECORD
 from nnunet_vit_mae.nnunet.folds import reference_segmentations
 from nnunet_vit_mae.nnunet.models import Model
-from nnunet_vit_mae.nnunet.plans import classes_of
+from nnunet_vit_mae.nnunet.plans import Plan, classes_of
 from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, predict_cases
+from nnunet_vit_mae.nnunet.preprocessing import resampled_problem
 from nnunet_vit_mae.thresholds import Classes
 from nnunet_vit_mae.weights import file_hash
 
@@ -75,7 +76,7 @@ def quantify(
     cases = find_prediction_cases(model.plan, images)[part.number :: part.of]
     identity = model_hash(model)
     _refuse_other_model(work, identity)
-    geometries = {case.name: _check_images(case) for case in tqdm(cases, unit="case", desc="checking")}
+    geometries = {case.name: _check_images(model.plan, case) for case in tqdm(cases, unit="case", desc="checking")}
     readable = [name for name, geometry in geometries.items() if isinstance(geometry, Geometry)]
     places = {"links": work / f"images_part{part.number}", "log": work / f"log_part{part.number}.txt"}
     predict_cases(model, images, readable, work, **places, device=device)
@@ -175,7 +176,7 @@ def _refuse_other_model(work: Path, identity: str) -> None:
         write_json({"model": identity}, note)
 
 
-def _check_images(case: PredictionCase) -> Geometry | str:
+def _check_images(plan: Plan, case: PredictionCase) -> Geometry | str:
     """Return the geometry of a case, or why it cannot be predicted."""
     geometries = []
     for image in case.images:
@@ -186,7 +187,8 @@ def _check_images(case: PredictionCase) -> Geometry | str:
             return f"{image.name} cannot be read ({reader_reason(error)})"
         if difference := geometries[0].difference(geometries[-1]):
             return f"{image.name} and {case.images[0].name} differ in {difference}"
-    return geometries[0]
+    shape, spacing = geometries[0].size[::-1], geometries[0].spacing[::-1]
+    return resampled_problem(plan, shape, spacing) or geometries[0]
 
 
 def _case_rows(
