@@ -76,6 +76,7 @@ LAYERS = {
     "errors": 0,
     "installation": 0,
     "files": 0,
+    "csv_tables": 0,
     "entries": 0,
     "presets": 0,
     "planning": 0,
@@ -103,6 +104,8 @@ LAYERS = {
 SAME_LAYER = {
     ("presets", "errors"),
     ("files", "errors"),
+    ("csv_tables", "errors"),
+    ("csv_tables", "files"),
     ("entries", "errors"),
     ("entries", "files"),
     ("planning", "errors"),

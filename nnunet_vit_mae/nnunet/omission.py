@@ -27,7 +27,13 @@ from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS
 from nnunet_vit_mae.imaging.volumes import refuse_large
 from nnunet_vit_mae.imaging.writing import write_zeros
 from nnunet_vit_mae.nnunet.models import Model
-from nnunet_vit_mae.nnunet.omission_table import EMPTY_REFERENCE, NOTHING_LEFT, NOTHING_TO_OMIT, OmissionRow, write_csv
+from nnunet_vit_mae.nnunet.omission_table import (
+    EMPTY_REFERENCE,
+    NOTHING_LEFT,
+    NOTHING_TO_OMIT,
+    OmissionRow,
+    write_omission_table,
+)
 from nnunet_vit_mae.nnunet.plans import Plan
 from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, find_reference, predict_folder
 from nnunet_vit_mae.presets import canonical_contrast
@@ -124,7 +130,7 @@ def omit(
     rows = []
     for case in tqdm(cases, unit="case", desc="evaluating"):
         rows += _case_rows(model.plan, case, with_all, without / "predictions")
-    write_csv(rows, output / "omission.csv")
+    write_omission_table(rows, output / "omission.csv")
     return rows
 
 

@@ -6,10 +6,9 @@ written to the `key` only, a file outside the dataset.
 
 from __future__ import annotations
 
-import csv
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -17,12 +16,13 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
+from nnunet_vit_mae.csv_tables import write_records, write_rows
 from nnunet_vit_mae.datasets.acquisition import KERNEL, SCANS_TABLE, SLICE_THICKNESS
 from nnunet_vit_mae.datasets.contrasts import fill_contrasts
 from nnunet_vit_mae.datasets.convert.studies import FoundStudies, Study, read_image_source
 from nnunet_vit_mae.datasets.tables import read_case_table
 from nnunet_vit_mae.errors import UserError, WriteError
-from nnunet_vit_mae.files import make_folder, replacing, write_json
+from nnunet_vit_mae.files import make_folder, write_json
 from nnunet_vit_mae.imaging.channels import channel_file_name
 from nnunet_vit_mae.imaging.registration import RegistrationError, register, single_itk_thread
 from nnunet_vit_mae.imaging.scans import ENDING, ScanError
@@ -123,8 +123,7 @@ def convert(
     counts = Counter((image, reason) for _, image, reason in unused)
     _write_conversion_tables(converted, contrasts, output)
     if unused:
-        rows = [{"case": case, "image": image, "reason": reason} for case, image, reason in unused]
-        _write_rows(rows, UNUSED_FIELDS, output / UNUSED)
+        write_rows(UNUSED_FIELDS, unused, output / UNUSED)
     if not any(study.folder for study in converted):
         reasons = "; ".join(Conversion(converted).problems[:5])
         raise UserError(f"None of {len(jobs)} studies could be converted ({reasons}): see {output / PROBLEMS}.")
@@ -309,20 +308,13 @@ def _write_conversion_tables(studies: Sequence[ConvertedStudy], contrasts: Seque
     first = ("case", "patient", "session", "contrasts", "reference", "manufacturer", "model", KERNEL)
     of_contrast = ("spacing_mm", "slice_thickness_mm", "model", "kernel", "mutual_information")
     columns = [*first, SLICE_THICKNESS, *(f"{name}_{column}" for name in contrasts for column in of_contrast)]
-    _write_rows([study.row for study in studies if study.folder], columns, output / SCANS_TABLE)
+    write_records([study.row for study in studies if study.folder], columns, output / SCANS_TABLE)
     problems = [
         {"case": study.case, "image": image, "problem": reason}
         for study in studies
         for image, reason in study.problems.items()
     ]
-    _write_rows(problems, ("case", "image", "problem"), output / PROBLEMS)
-
-
-def _write_rows(rows: Iterable[dict[str, str]], columns: Sequence[str], file: Path) -> None:
-    with replacing(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_records(problems, ("case", "image", "problem"), output / PROBLEMS)
 
 
 # ---------- pseudonyms
@@ -359,7 +351,7 @@ def _read_key(key: Path) -> dict[tuple[str, str], str]:
 def _write_key(names: dict[tuple[str, str], str], key: Path) -> None:
     """Write the key, before the first image is written, so that it exists whatever happens later."""
     try:
-        _write_rows([dict(zip(KEY_FIELDS, (case, *of), strict=True)) for of, case in names.items()], KEY_FIELDS, key)
+        write_rows(KEY_FIELDS, ((case, *of) for of, case in names.items()), key)
     except OSError as error:
         raise UserError(
             f"{key} cannot be written ({error.strerror}): give a file in a writable folder with --key."
