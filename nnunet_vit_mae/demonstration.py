@@ -5,7 +5,6 @@ The commands run in processes of their own, so that the demonstration shows what
 
 from __future__ import annotations
 
-import csv
 import os
 import shlex
 import subprocess
@@ -18,8 +17,10 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from nnunet_vit_mae.csv_tables import write_rows
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import refuse_in_use, replacing
+from nnunet_vit_mae.files import refuse_in_use
+from nnunet_vit_mae.imaging.volumes import read_image
 from nnunet_vit_mae.installation import trainers_folder
 from nnunet_vit_mae.phantoms.dataset import write_phantom_dataset
 from nnunet_vit_mae.plots import Segmented, plot_segmentations
@@ -103,8 +104,8 @@ class Shell:
 
 def score_case(model: str, reference_file: Path, predictions: Path) -> CaseScore:
     """Compare the prediction of the same name with a reference segmentation."""
-    reference = sitk.ReadImage(str(reference_file))
-    prediction = sitk.ReadImage(str(predictions / reference_file.name))
+    reference = read_image(reference_file)
+    prediction = read_image(predictions / reference_file.name)
     overlap = sitk.LabelOverlapMeasuresImageFilter()
     overlap.Execute(reference, prediction)
     voxel_volume = float(np.prod(reference.GetSpacing()))
@@ -126,10 +127,7 @@ def score_table(scores: list[CaseScore]) -> str:
 
 
 def _write_scores(scores: list[CaseScore], file: Path) -> None:
-    with replacing(file) as temporary, temporary.open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(CaseScore.__dataclass_fields__)
-        writer.writerows(vars(score).values() for score in scores)
+    write_rows(list(CaseScore.__dataclass_fields__), (vars(score).values() for score in scores), file)
 
 
 def _draw_examples(raw: Path, folder: Path, scores: list[CaseScore]) -> None:
@@ -147,4 +145,4 @@ def _draw_examples(raw: Path, folder: Path, scores: list[CaseScore]) -> None:
 
 
 def _read_array(file: Path) -> np.ndarray:
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+    return sitk.GetArrayFromImage(read_image(file))

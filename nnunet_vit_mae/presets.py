@@ -117,7 +117,9 @@ def canonical_contrast(name: str) -> str:
     return spellings.get(name.lower(), name.upper())
 
 
+LARGEST = 2**32 - 1  # of every number: the largest seed, and far more than any other setting can use
 LEAST_TAPS = 3  # as many as UNETR has
+MOST_TOKENS = 1024  # along an axis: far more than any memory holds
 TOKEN_SIDES = (1, 2, 4, 8, 16, 32)  # convolutional decoders double their grid until it reaches the voxels
 
 
@@ -170,10 +172,11 @@ class Network:
             self.upscale_convolutions in (1, 2), "network.upscale_convolutions", self.upscale_convolutions, "1 or 2"
         )
         _require_positive(self, "network", "rotary_base", "norm_eps")
-        _require(self.register_tokens >= 0, "network.register_tokens", self.register_tokens, "0 or more")
-        grid = self.learned_positions
-        grid_fits = len(grid) in (0, 3) and all(tokens > 0 for tokens in grid)
-        _require(grid_fits, "network.learned_positions", list(grid), "empty, or three numbers of tokens (z y x)")
+        registers, grid = self.register_tokens, self.learned_positions
+        _require(0 <= registers <= MOST_TOKENS, "network.register_tokens", registers, f"from 0 to {MOST_TOKENS}")
+        grid_fits = len(grid) in (0, 3) and all(0 < tokens <= MOST_TOKENS for tokens in grid)
+        expected = f"empty, or three numbers of tokens (z y x), none above {MOST_TOKENS}"
+        _require(grid_fits, "network.learned_positions", list(grid), expected)
         if self.adaptive:
             _require(not grid, "network.learned_positions", list(grid), "empty, as adaptive is set")
             _require(not self.register_tokens, "network.register_tokens", self.register_tokens, "0, as adaptive is set")
@@ -391,12 +394,18 @@ def _refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any], where: s
 
 def _typed(value: Any, example: Any, name: str) -> Any:
     """Return `value` as the type of `example`; JSON has no tuples, and writes 1.0 as 1."""
-    if isinstance(example, tuple) and isinstance(value, list | tuple) and all(type(side) is int for side in value):
+    if (
+        isinstance(example, tuple)
+        and isinstance(value, list | tuple)
+        and all(type(side) is int and abs(side) <= LARGEST for side in value)
+    ):
         return tuple(value)
-    if type(example) is float and type(value) is int:
+    if type(example) is float and type(value) is int and abs(value) <= LARGEST:
         return float(value)
     expected = "a list of whole numbers" if isinstance(example, tuple) else f"of type {type(example).__name__}"
     _require(type(value) is type(example), name, value, expected)
+    if isinstance(value, int | float):
+        _require(abs(value) <= LARGEST, name, value, f"a number of at most {LARGEST:,}")
     return value
 
 

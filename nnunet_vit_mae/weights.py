@@ -12,18 +12,26 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import torch
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, abbreviated
 from nnunet_vit_mae.files import replacing
+from nnunet_vit_mae.networks.build import build_encoder
+from nnunet_vit_mae.presets import ENCODER_SETTINGS, Network, Settings
 
 CARD_KEY = "mae3d_card"
 OPTIONAL = {"network", "source", "notes"}  # entries that cards of earlier versions lack
 PACKAGES = ("nnunet-vit-mae", "nnunetv2", "torch")
+
+Voxels = Annotated[int, Field(gt=0, le=10**6)]  # along an axis
+Millimetres = Annotated[FiniteFloat, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,22 +39,24 @@ class Card:
     """All that is needed to use an encoder, and to say in a paper where it comes from."""
 
     size: str
-    token: list[int]  # z y x
+    token: list[Voxels]  # z y x
     adaptive: bool
     modality_vectors: str  # of an adaptive encoder
-    channel_names: list[str]
+    channel_names: Annotated[list[str], Field(min_length=1)]
     dataset: str
     plans: str
     configuration: str
     fold: str
-    patch_size: list[int]  # voxels, z y x
-    spacing: list[float]  # mm, z y x
+    patch_size: Annotated[
+        list[Voxels], Field(max_length=3)
+    ]  # z y x; empty where it is not known, as spacing and normalization may be
+    spacing: Annotated[list[Millimetres], Field(max_length=3)]  # z y x
     normalization: list[str]
     data_fingerprint: str
     cases_seen: list[str]  # hashes of the names: enough to tell whether a case was seen
-    epochs: int
-    steps: int
-    loss: float
+    epochs: Count
+    steps: Count
+    loss: FiniteFloat
     pretraining: dict[str, Any]  # the protocol, as in the plans
     seed: int
     data_licence: str
@@ -62,12 +72,21 @@ class Card:
             return f"converted from {self.source}"
         return f"pre-trained on {len(self.cases_seen)} cases of {self.dataset}"
 
+    @property
+    def settings(self) -> Network:
+        """Return the settings of the encoder's network; raises `UserError` for one that there is not."""
+        unknown = sorted(set(self.network) - set(ENCODER_SETTINGS))
+        if unknown:
+            raise UserError(f"its card has network settings that are none of an encoder ({', '.join(unknown)})")
+        own = {name: getattr(self, name) for name in ("size", "token", "adaptive", "modality_vectors")}
+        return Settings.from_dict({"network": self.network | own}).network
+
     @classmethod
     def from_json(cls, text: str) -> Card:
         """Read a card; raises `UserError` when it is not one of ours."""
         try:
             entries = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"its card is not valid JSON ({error})") from None
         names = {entry.name for entry in dataclasses.fields(cls)}
         if isinstance(entries, dict):
@@ -75,7 +94,14 @@ class Card:
         if not isinstance(entries, dict) or set(entries) != names:
             difference = ", ".join(sorted(names ^ set(entries if isinstance(entries, dict) else ())))
             raise UserError(f"its card was written by another version of this package (differs in: {difference})")
-        return cls(**entries)
+        try:
+            card = TypeAdapter(cls).validate_json(text, strict=True)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(map(str, first["loc"]))
+            raise UserError(f"{place} in its card is {first['input']!r:.60}: {first['msg']}") from None
+        card.settings  # noqa: B018 (raises for a network that there is not)
+        return card
 
     def to_json(self) -> str:
         """Return the card as it stands in the header."""
@@ -98,19 +124,28 @@ def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 
 
 def save_encoder(encoder: nn.Module, card: Card, file: Path) -> None:
-    """Write an encoder's state dict and its card; the file is whole or not there."""
+    """Write an encoder's state dict and its card; the file is whole or not there.
+
+    Raises `UserError` for an encoder that `load_encoder` would not take.
+    """
+    content = encoder_content(encoder.state_dict(), card)
     with replacing(file) as temporary:
-        temporary.write_bytes(encoder_content(encoder.state_dict(), card))
+        temporary.write_bytes(content)
 
 
 def encoder_content(tensors: Mapping[str, Tensor], card: Card) -> bytes:
-    """Return the content of an encoder's file."""
+    """Return the content of an encoder's file; raises `UserError` for one that cannot be used."""
+    check_encoder(tensors, card)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return save(plain, metadata={CARD_KEY: card.to_json()})
 
 
 def load_encoder(file: Path) -> tuple[dict[str, Tensor], Card]:
-    """Read an encoder and its card. Raises `UserError` when the file is missing, damaged or not an encoder of ours."""
+    """Read an encoder and its card; whoever gets them may use them without a look at either.
+
+    Raises:
+        UserError: The file is missing, damaged or not an encoder of ours, or `check_encoder` refuses it.
+    """
     if not file.is_file():
         raise UserError(f"The encoder {file} is missing.")
     try:
@@ -122,9 +157,40 @@ def load_encoder(file: Path) -> tuple[dict[str, Tensor], Card]:
     if CARD_KEY not in metadata:
         raise UserError(f"The encoder {file} has no card: it was not written by mae3d_pretrain.")
     try:
-        return tensors, Card.from_json(metadata[CARD_KEY])
+        card = Card.from_json(metadata[CARD_KEY])
+        check_encoder(tensors, card)
     except UserError as error:
-        raise UserError(f"The encoder {file} cannot be used: {error}.") from None
+        raise UserError(f"The encoder {file} cannot be used: {str(error).rstrip('.')}.") from None
+    return tensors, card
+
+
+def check_encoder(tensors: Mapping[str, Tensor], card: Card) -> None:
+    """Raise `UserError` unless the tensors are the weights of the encoder that the card describes.
+
+    Names and shapes are those of the network, and all values are finite numbers. A conversion may leave out the
+    tokenizer, as a whole.
+    """
+    with torch.device("meta"):
+        encoder = build_encoder(card.settings, len(card.channel_names))
+    expected = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
+    if not any(name.startswith("tokenizer.") for name in tensors):
+        expected = {name: shape for name, shape in expected.items() if not name.startswith("tokenizer.")}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for reason, names in {
+        "it lacks": expected.keys() - found.keys(),
+        f"an encoder of size {card.size} has no": found.keys() - expected.keys(),
+        f"its card (size {card.size}, token {card.token}) calls for other shapes of": {
+            name for name, shape in expected.items() if found.get(name, shape) != shape
+        },
+        "it has no floating-point numbers in": {
+            name for name, tensor in tensors.items() if not tensor.is_floating_point()
+        },
+    }.items():
+        if names:
+            raise UserError(f"{reason} {abbreviated(sorted(names))}")
+    damaged = sorted(name for name, tensor in tensors.items() if not tensor.float().isfinite().all())
+    if damaged:
+        raise UserError(f"it has NaN or Inf in {abbreviated(damaged)}")
 
 
 def file_hash(file: Path) -> str:

@@ -327,7 +327,7 @@ def test_mistakes_get_one_sentence(data, tmp_path, refused):
     assert "choose another folder with -o" in refused(main, "-d", "906", "-o", str(tmp_path / "file"))
     assert "check --csv" in refused(main, "-d", "906", "--csv", "nowhere.csv")
     data.describe(labels=[1, 2])
-    assert "has no valid labels" in refused(main, "-d", "906")
+    assert "labels is [1, 2], but it must be an object" in refused(main, "-d", "906")
     data.describe()
     for folder in ("imagesTr", "imagesTs", "imagesUn"):
         (data.raw / folder).rename(tmp_path / folder)

@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import math
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,7 @@ from nnunet_vit_mae.networks.positions import PositionTable
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.plans import load_plan
 from nnunet_vit_mae.optimisation import parameter_groups
-from nnunet_vit_mae.presets import SIZES, Pretraining, Settings, Size
+from nnunet_vit_mae.presets import SIZES, Network, Pretraining, Settings, Size
 from nnunet_vit_mae.transfer import Destination, adapt_encoder
 from nnunet_vit_mae.weights import load_encoder, save_encoder
 
@@ -406,7 +408,8 @@ def test_a_timm_file_in_safetensors_is_the_same(tmp_path):
 
 
 def test_ours_are_not_foreign(tmp_path):
-    save_encoder(nn.Linear(2, 3), make_card(), tmp_path / "ours.safetensors")
+    network = Network(size="XS", token=(2, 4, 8))
+    save_encoder(build_encoder(network, 2), make_card(), tmp_path / "ours.safetensors")
     assert not is_foreign(tmp_path / "ours.safetensors")
     assert not is_foreign(tmp_path / "missing.pth")
     (tmp_path / "broken.safetensors").write_bytes(b"")
@@ -446,6 +449,56 @@ def test_other_files_are_refused_in_a_sentence(tmp_path, content, reason):
         convert(file)
     assert str(caught.value).count(str(file)) == 1
     assert str(caught.value).endswith(".")
+
+
+CHANGES = {
+    "removed": lambda tensor: None,
+    "no elements": lambda tensor: tensor[:0],
+    "a scalar": lambda tensor: torch.tensor(1.0),
+    "flat": lambda tensor: tensor.flatten(),
+    "an axis more": lambda tensor: tensor[None],
+    "longer": lambda tensor: torch.cat([tensor, tensor]),
+    "integers": lambda tensor: tensor.long(),
+    "text": lambda tensor: "text",
+}
+
+
+@pytest.mark.parametrize("kind", ["nnssl", "timm", "MONAI"])
+def test_whatever_a_tensor_is_there_is_an_encoder_or_a_sentence(tmp_path, kind):
+    content = {
+        "nnssl": lambda: checkpoint_of(make_primus((4, 4, 4)))["network_weights"],
+        "timm": lambda: make_timm().state_dict(),
+        "MONAI": lambda: ViT(1, (8, 8, 8), SIDE, WIDTH, 4 * WIDTH, DEPTH, HEADS).state_dict(),
+    }[kind]()
+    plan = checkpoint_of(make_primus((4, 4, 4))) if kind == "nnssl" else {}
+    for name in (name for name in content if "blocks.1" not in name):
+        for change in CHANGES.values():
+            other = content | {name: change(content[name])}
+            file = saved(plan | {"network_weights": other}, tmp_path / "checkpoint.pth")
+            with suppress(UserError):
+                convert(file)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architecture_plans": [1]},
+        {"pretrain_plan": "text"},
+        {"pretrain_plan": {"configurations": {"a": {"spacing": [math.nan, 1, 1]}}}},
+        {"pretrain_plan": {"configurations": {"a": {"patch_size": ["big"]}}}},
+        {"pretrain_plan": {"configurations": {"a": {"normalization_schemes": [1]}}}},
+        {"pretrain_num_input_channels": 10**12, "key_to_stem": "stem"},
+        {"pretrain_num_input_channels": "one", "key_to_stem": "stem"},
+        {"key_to_encoder": ["eva"]},
+    ],
+)
+def test_a_plan_of_nnssl_of_another_form_is_refused(tmp_path, changes):
+    checkpoint = checkpoint_of(make_primus((4, 4, 4)), **changes)
+    if changes.get("key_to_stem") == "stem":  # only where there is no kernel is the plan asked for channels
+        checkpoint["network_weights"].pop("down_projection.proj.weight")
+    file = saved(checkpoint, tmp_path / "checkpoint.pth")
+    with pytest.raises(UserError, match=r"checkpoint\.pth"):
+        convert(file)
 
 
 @given(content=st.binary(max_size=60))

@@ -68,6 +68,7 @@ FLAGS = {
     | {"--dry-run", "--step", "-device"},
     "mae3d_demo": {"-h", "--help", "-o", "--seed"},
     "mae3d_trainers": {"-h", "--help"},
+    "mae3d_doctor": {"-h", "--help", "-d", "-c", "-p", "--json"},
 }
 
 # an arrow goes to a smaller number only, or stays inside its own folder
@@ -75,8 +76,11 @@ LAYERS = {
     "errors": 0,
     "installation": 0,
     "files": 0,
+    "csv_tables": 0,
+    "entries": 0,
     "presets": 0,
     "planning": 0,
+    "doctor": 0,
     "networks": 1,
     "optimisation": 1,
     "batch_transforms": 1,
@@ -100,6 +104,10 @@ LAYERS = {
 SAME_LAYER = {
     ("presets", "errors"),
     ("files", "errors"),
+    ("csv_tables", "errors"),
+    ("csv_tables", "files"),
+    ("entries", "errors"),
+    ("entries", "files"),
     ("planning", "errors"),
     ("planning", "presets"),
     ("transfer", "weights"),

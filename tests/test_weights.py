@@ -3,8 +3,12 @@
 import dataclasses
 import io
 import json
+import os
 import pickle
+import re
+import stat
 import tempfile
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -17,7 +21,17 @@ from torch import nn
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.presets import Network, Pretraining
-from nnunet_vit_mae.weights import CARD_KEY, Card, file_hash, hashed_name, load_encoder, package_versions, save_encoder
+from nnunet_vit_mae.weights import (
+    CARD_KEY,
+    Card,
+    check_encoder,
+    encoder_content,
+    file_hash,
+    hashed_name,
+    load_encoder,
+    package_versions,
+    save_encoder,
+)
 
 CASES = ["carotid_left_0017", "carotid_right_0042"]
 
@@ -81,20 +95,23 @@ def test_tensors_come_back_bitwise(file, encoder):
         assert tensor.numpy().tobytes() == written[name].numpy().tobytes()
 
 
-def test_tensors_that_are_not_contiguous_come_back(tmp_path):
-    module = nn.Module()
-    module.weight = nn.Parameter(torch.arange(6.0).reshape(2, 3).T)
-    save_encoder(module, make_card(), tmp_path / "encoder.safetensors")
+def test_tensors_that_are_not_contiguous_come_back(tmp_path, encoder):
+    copy = deepcopy(encoder)
+    weight = copy.transformer.blocks[0].attention.qkv.weight
+    weight.data = weight.data.T.contiguous().T
+    assert not weight.is_contiguous()
+    save_encoder(copy, make_card(), tmp_path / "encoder.safetensors")
     tensors, _ = load_encoder(tmp_path / "encoder.safetensors")
-    assert tensors["weight"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert torch.equal(tensors["transformer.blocks.0.attention.qkv.weight"], weight)
 
 
-def test_special_numbers_come_back_bitwise(tmp_path):
-    module = nn.Module()
-    module.weight = nn.Parameter(torch.tensor([float("nan"), -0.0, float("inf"), 1e-45]))
-    save_encoder(module, make_card(), tmp_path / "encoder.safetensors")
-    tensors, _ = load_encoder(tmp_path / "encoder.safetensors")
-    assert tensors["weight"].numpy().tobytes() == module.weight.detach().numpy().tobytes()
+def test_others_may_read_the_file_as_the_umask_says(tmp_path, encoder):
+    before = os.umask(0o022)
+    try:
+        save_encoder(encoder, make_card(), tmp_path / "encoder.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "encoder.safetensors").stat().st_mode) == 0o644
 
 
 def test_the_card_comes_back(file):
@@ -103,9 +120,9 @@ def test_the_card_comes_back(file):
 
 @given(
     dataset=st.text(),
-    loss=st.floats(allow_nan=False),
+    loss=st.floats(allow_nan=False, allow_infinity=False),
     seed=st.integers(),
-    names=st.lists(st.text(), max_size=3),
+    names=st.lists(st.text(), min_size=1, max_size=3),
     norm_pix=st.booleans(),
 )
 def test_a_card_survives_json(dataset, loss, seed, names, norm_pix):
@@ -225,6 +242,117 @@ def test_a_card_that_is_none_is_refused(tmp_path, card):
     save_file({"weight": torch.zeros(1)}, file, metadata={CARD_KEY: card})
     with pytest.raises(UserError, match="card"):
         load_encoder(file)
+
+
+# ---------- encoders that cannot be used
+
+WEIGHT, BIAS = "transformer.blocks.1.attention.qkv.weight", "tokenizer.projection.bias"
+
+
+def damaged(value: float):
+    def change(tensors):
+        tensors[WEIGHT][3, 2] = value
+
+    return change
+
+
+def without(*names):
+    def change(tensors):
+        for name in names:
+            del tensors[name]
+
+    return change
+
+
+def instead(name, value):
+    def change(tensors):
+        tensors[name] = value(tensors[name]) if name in tensors else value(torch.ones(2))
+
+    return change
+
+
+BAD_WEIGHTS = {
+    "one NaN": (damaged(torch.nan), f"NaN or Inf in {WEIGHT}"),
+    "one infinite number": (damaged(-torch.inf), f"NaN or Inf in {WEIGHT}"),
+    "all NaN": (
+        lambda tensors: tensors.update({name: tensor * torch.nan for name, tensor in tensors.items()}),
+        "NaN or Inf in .* more",
+    ),
+    "no tensors": (lambda tensors: tensors.clear(), "it lacks"),
+    "a tensor missing": (without(WEIGHT), f"it lacks {WEIGHT}"),
+    "half of the tokenizer": (without(BIAS), f"it lacks {BIAS}"),
+    "a tensor more": (instead("head.weight", lambda _: torch.ones(2)), "an encoder of size XS has no head.weight"),
+    "integers": (instead(BIAS, lambda tensor: tensor.long()), f"no floating-point numbers in {BIAS}"),
+    "truth values": (instead(BIAS, lambda tensor: tensor > 0), f"no floating-point numbers in {BIAS}"),
+    "another shape": (instead(WEIGHT, lambda tensor: tensor.T), f"calls for other shapes of {WEIGHT}"),
+    "no elements": (instead(WEIGHT, lambda tensor: tensor[:0]), f"calls for other shapes of {WEIGHT}"),
+    "beyond single precision": (instead(BIAS, lambda tensor: tensor.double() + 1e300), f"NaN or Inf in {BIAS}"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), BAD_WEIGHTS.values(), ids=BAD_WEIGHTS)
+def test_weights_that_are_none_of_an_encoder_are_neither_read_nor_written(tmp_path, encoder, change, reason):
+    tensors = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    change(tensors)
+    file = tmp_path / "encoder.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {CARD_KEY: make_card().to_json()})
+    assert re.search(reason, refused(file))
+    with pytest.raises(UserError, match=reason):
+        encoder_content(tensors, make_card())
+
+
+def test_a_converted_encoder_may_lack_the_tokenizer_as_a_whole(encoder):
+    tensors = {name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith("tokenizer.")}
+    check_encoder(tensors, make_card())
+
+
+BAD_ENTRIES = {
+    "size": ["XXL", 3, None, ["S"]],
+    "token": [[2, 4], [3, 4, 8], [2, 4, 8.5], ["2", "4", "8"], "248", [], [2, 4, -8], [10**30] * 3],
+    "adaptive": ["yes", 1, None],
+    "modality_vectors": ["two_hot", 0],
+    "channel_names": [[], "CT", [1, 2], ["CT"], None],
+    "dataset": [3, None],
+    "fold": [0],
+    "patch_size": [[0, 1, 1], [1.5, 2, 2], "32", [1, 2, 3, 4]],
+    "spacing": [[0.0, 1, 1], [-1.0, 1, 1], [1.0, float("nan"), 1], [1.0, float("inf"), 1], {"z": 1}],
+    "normalization": ["CTNormalization", [3], None],
+    "cases_seen": ["abc", [1], None],
+    "epochs": [-1, 1.5, "800", True],
+    "steps": [-1, None],
+    "loss": [float("nan"), float("inf"), "small", None],
+    "pretraining": [[], None, "mae"],
+    "seed": ["7", 1.5],
+    "data_licence": [None, {}],
+    "packages": [[], {"torch": 2.4}],
+    "network": [[], {"positions": "nowhere"}, {"size": "S"}, {"learned_positions": [10**9] * 3}, {"blocks": 3}],
+    "source": [None, 4],
+    "notes": ["a note", [1]],
+}
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"), [(entry, value) for entry, values in BAD_ENTRIES.items() for value in values]
+)
+def test_every_entry_of_a_card_is_checked(tmp_path, encoder, entry, value):
+    file = tmp_path / "encoder.safetensors"
+    entries = json.loads(make_card().to_json()) | {entry: value}
+    save_file(encoder.state_dict(), file, {CARD_KEY: json.dumps(entries)})
+    message = refused(file)
+    assert message.startswith(f"The encoder {file} cannot be used: ")
+    assert message.endswith(".")
+
+
+def test_no_entry_of_a_card_is_without_a_bad_value():
+    text = {"plans", "configuration", "data_fingerprint"}  # as `dataset`
+    assert {entry.name for entry in dataclasses.fields(Card)} == BAD_ENTRIES.keys() | text
+
+
+@pytest.mark.parametrize("card", ["[" * 100_000, "1" * 5000, '{"size": "\\ud800"}'])
+def test_a_card_that_breaks_readers_is_refused(tmp_path, card):
+    file = tmp_path / "encoder.safetensors"
+    save_file({"weight": torch.zeros(1)}, file, metadata={CARD_KEY: card})
+    assert "card" in refused(file)
 
 
 # ---------- hashes of files

@@ -83,9 +83,11 @@ class Weights:
         return name in self._tensors
 
     def take(self, name: str) -> Tensor:
-        """Return a tensor in single precision; raise `UserError` if it is missing."""
+        """Return a tensor in single precision; raise `UserError` if it is missing or holds anything but floats."""
         if name not in self._tensors:
             raise UserError(f"it has no {name}")
+        if not self._tensors[name].is_floating_point():
+            raise UserError(f"it has no floating-point numbers in {name}")
         self._taken.add(name)
         return self._tensors[name].detach().float()
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from nnunet_vit_mae.errors import UserError, abbreviated
+from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.foreign import monai_vit, primus, timm_vit
 from nnunet_vit_mae.foreign.checkpoints import read_checkpoint, weights_in
 from nnunet_vit_mae.foreign.parts import ConvertedEncoder
-from nnunet_vit_mae.networks.build import build_encoder
-from nnunet_vit_mae.presets import Settings
-from nnunet_vit_mae.weights import Card, file_hash, package_versions
+from nnunet_vit_mae.weights import Card, check_encoder, file_hash, package_versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,17 +40,28 @@ def convert_checkpoint(file: Path, target: Target) -> tuple[dict[str, Tensor], C
         UserError: The file is none of nnssl, timm or MONAI, or holds a network that ours cannot express.
     """
     try:
-        conversion = _convert(file, target)
-        _check(conversion)
+        conversion = _converted(file, target)
+        card = Card.from_json(_card(file, conversion).to_json())
+        check_encoder(conversion.tensors, card)
     except UserError as error:
         if str(file) in str(error):
             raise
         raise UserError(f"The checkpoint {file} cannot be used: {error}.") from None
-    return {name: tensor.contiguous() for name, tensor in conversion.tensors.items()}, _card(file, conversion)
+    return {name: tensor.contiguous() for name, tensor in conversion.tensors.items()}, card
 
 
-def _convert(file: Path, target: Target) -> ConvertedEncoder:
+def _converted(file: Path, target: Target) -> ConvertedEncoder:
     checkpoint = read_checkpoint(file)
+    try:
+        return _convert(checkpoint, target)
+    except UserError:
+        raise
+    except Exception as error:  # names told what network it is, but shapes and the plan may be anything
+        reason = reader_reason(error)
+        raise UserError(f"its weights or its plan have another form than those of its project ({reason})") from error
+
+
+def _convert(checkpoint: dict[str, Any], target: Target) -> ConvertedEncoder:
     if primus.PLAN in checkpoint:
         return primus.convert_primus(checkpoint, order=target.token_order)
     if target.token_order is not None:
@@ -71,24 +80,6 @@ def _convert(file: Path, target: Target) -> ConvertedEncoder:
         "it is none of what can be converted, which is nnssl's checkpoints (with an nnssl_adaptation_plan), "
         "timm's ViTs, and MONAI's ViT and MaskedAutoEncoderViT"
     )
-
-
-def _check(conversion: ConvertedEncoder) -> None:
-    """Raise `UserError` if the weights do not fill an encoder of ours, apart from its tokenizer."""
-    block = {"size": conversion.size, "token": conversion.token} | conversion.network
-    network = Settings.from_dict({"network": block}).network
-    with torch.device("meta"):
-        encoder = build_encoder(network, len(conversion.channel_names))
-    expected = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in conversion.tensors.items()}
-    if not any(name.startswith("tokenizer.") for name in found):
-        expected = {name: shape for name, shape in expected.items() if not name.startswith("tokenizer.")}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        raise UserError(f"weights of other shapes than those of size {conversion.size} ({abbreviated(wrong)})")
-    damaged = sorted(name for name, tensor in conversion.tensors.items() if not tensor.isfinite().all())
-    if damaged:
-        raise UserError(f"it has NaN or Inf in {abbreviated(damaged)}")
 
 
 def _card(file: Path, conversion: ConvertedEncoder) -> Card:

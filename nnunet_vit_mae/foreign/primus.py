@@ -22,6 +22,7 @@ from nnunet_vit_mae.presets import SIZES
 PLAN = "nnssl_adaptation_plan"
 ROTARY_BASE = 10_000.0  # timm's temperature
 STEM_TOKEN = [8, 8, 8]  # of the convolutional stems of Primus V2 and V3
+MOST_CHANNELS = 100
 ORDERS = {"yzx": (1, 0, 2), "zyx": (0, 1, 2)}  # in which axes are flattened, slowest first
 RENAMED = {
     "norm1": "attention_norm",
@@ -93,6 +94,8 @@ def convert_primus(checkpoint: Mapping[str, Any], *, order: str | None = None) -
         "learned_positions": [] if learned is None else list(learned.shape[:3]),
         "register_tokens": 0 if registers is None else len(registers),
     }
+    if not 0 < channels <= MOST_CHANNELS:
+        raise UserError(f"its plan has {channels} input channels")
     return ConvertedEncoder(
         kind=f"nnssl ({plan.get('architecture_plans', {}).get('arch_class_name', 'Primus')})",
         size=size,

@@ -24,9 +24,16 @@ from tqdm import tqdm
 from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.files import link, refuse_in_use
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS
-from nnunet_vit_mae.imaging.volumes import write_zeros
+from nnunet_vit_mae.imaging.volumes import refuse_large
+from nnunet_vit_mae.imaging.writing import write_zeros
 from nnunet_vit_mae.nnunet.models import Model
-from nnunet_vit_mae.nnunet.omission_table import EMPTY_REFERENCE, NOTHING_LEFT, NOTHING_TO_OMIT, OmissionRow, write_csv
+from nnunet_vit_mae.nnunet.omission_table import (
+    EMPTY_REFERENCE,
+    NOTHING_LEFT,
+    NOTHING_TO_OMIT,
+    OmissionRow,
+    write_omission_table,
+)
 from nnunet_vit_mae.nnunet.plans import Plan
 from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, find_reference, predict_folder
 from nnunet_vit_mae.presets import canonical_contrast
@@ -123,7 +130,7 @@ def omit(
     rows = []
     for case in tqdm(cases, unit="case", desc="evaluating"):
         rows += _case_rows(model.plan, case, with_all, without / "predictions")
-    write_csv(rows, output / "omission.csv")
+    write_omission_table(rows, output / "omission.csv")
     return rows
 
 
@@ -167,6 +174,7 @@ def _zeros_stay_zeros(plan: Plan, channel: int) -> bool:
 def _present_channels(plan: Plan, case: PredictionCase, file: Path) -> list[bool]:
     """Return, for each channel, whether it holds anything but zeros."""
     reader = plan.plans.image_reader_writer_class()
+    refuse_large([*case.images, file])
     with reading(f"The case {case.name}"):
         volume, _ = reader.read_images([str(image) for image in case.images])  # c z y x
         reference, _ = reader.read_seg(str(file))

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from nnunet_vit_mae.entries import read_entries
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import read_json, remove_unfinished, replacing, write_json
+from nnunet_vit_mae.files import remove_unfinished, replacing, write_json
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import Autoencoder, build_autoencoder
 from nnunet_vit_mae.networks.masking import BACKGROUND_DEVIATION, Masking, count_rebuilt, count_visible
@@ -35,6 +37,7 @@ from nnunet_vit_mae.presets import PRETRAINING_DECODERS, Network, Pretraining, t
 from nnunet_vit_mae.pretraining import distributed
 from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, MaskDrawing, RandomCrops, Samples
 from nnunet_vit_mae.pretraining.pictures import rebuild
+from nnunet_vit_mae.pretraining.saved_state import read_state
 from nnunet_vit_mae.pretraining.volumes import Cache
 
 logger = logging.getLogger(__name__)
@@ -120,7 +123,9 @@ def run(
     network = build_autoencoder(job.network, len(job.channel_names), job.protocol, spacing=job.spacing).to(device)
     groups = parameter_groups(network.named_parameters(), weight_decay=job.protocol.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
-    losses = _restore(distributed.from_rank_0(lambda: _prepare(output, job, resume=resume)), network, optimizer)
+    losses = _restore(
+        distributed.from_rank_0(lambda: _prepare(output, job, network, optimizer, resume=resume)), network, optimizer
+    )
     with _logging_to(output / "log.txt") if distributed.is_rank_0() else nullcontext():
         _announce(job, network, device, done=len(losses))
         _train(job, output, network, optimizer, losses, device, readers)
@@ -224,25 +229,39 @@ def _checked_mean(losses: list[Tensor], epoch: int, output: Path) -> float:
 
 def _save_state(output: Path, network: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
     state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
-    with replacing(output / STATE) as temporary:
-        torch.save(state, temporary)
+    with replacing(output / STATE) as temporary, temporary.open("wb") as stream:
+        torch.save(state, stream)
 
 
-def _prepare(output: Path, job: PretrainingRun, *, resume: bool) -> dict[str, Any] | None:
-    """Make the folder, and return the state to continue from (on the CPU), None for a new run."""
-    output.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(output)
+def _prepare(
+    output: Path, job: PretrainingRun, network: nn.Module, optimizer: torch.optim.Optimizer, *, resume: bool
+) -> dict[str, Any] | None:
+    """Make the folder, and return the state to continue from (on the CPU), None for a new run.
+
+    An earlier run that is not continued is moved aside.
+    """
     if not (resume and (output / STATE).is_file()):
+        _move_aside(output)
+        output.mkdir(parents=True, exist_ok=True)
         write_json(job.to_dict(), output / "config.json")
         return None
-    before, now = read_json(output / "config.json"), job.to_dict()
+    remove_unfinished(output)
+    before = read_entries(dict[str, Any], output / "config.json", "start again without --c, which moves this run aside")
+    now = job.to_dict()
     different = [name for name in now if before.get(name) != now[name]]
     if different:
         raise UserError(
             f"The run in {output} was started with other {', '.join(different)} (see its config.json): "
             "give the same flags and data to continue it, or start again without --c."
         )
-    return torch.load(output / STATE, map_location="cpu", weights_only=True)
+    return read_state(output / STATE, network, optimizer, job.protocol.epochs)
+
+
+def _move_aside(output: Path) -> None:
+    if output.exists():
+        moved = output.with_name(f"{output.name}_until_{datetime.now():%Y-%m-%d_%H-%M-%S}")
+        output.rename(moved)
+        logger.warning("An earlier run was moved to %s (--c continues one that has a saved state).", moved)
 
 
 def _restore(state: dict[str, Any] | None, network: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:

@@ -20,9 +20,9 @@ import SimpleITK as sitk
 from nnunet_vit_mae.datasets.check.ct_intensities import CTIntensities
 from nnunet_vit_mae.datasets.contrasts import Channels, find_case_images, read_channels, read_contrasts
 from nnunet_vit_mae.errors import UserError, reader_reason
-from nnunet_vit_mae.files import read_json
 from nnunet_vit_mae.imaging.channels import NIFTI, cases_in
 from nnunet_vit_mae.imaging.ct_clipping import is_ct
+from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.imaging.labels import Labels, read_labels, read_volume, whole_numbers
 from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
 from nnunet_vit_mae.workers import run_each
@@ -108,7 +108,7 @@ def find_tasks(raw: Path) -> tuple[list[InspectionTask], Channels, Labels, list[
 
     Raises `UserError` if dataset.json does not describe a dataset, or if there are no images.
     """
-    channels, labels = read_channels(raw), read_labels(raw / "dataset.json")
+    channels, labels = read_channels(raw), read_labels(raw / DESCRIPTION)
     record = read_contrasts(raw)
     tasks, findings = [], list(_description_findings(raw, labels))
     ct = frozenset(number for number, name in enumerate(channels.names) if is_ct(name))
@@ -129,7 +129,7 @@ def find_tasks(raw: Path) -> tuple[list[InspectionTask], Channels, Labels, list[
         tasks.append(task)
     if not any(task.images for task in tasks):
         raise UserError(f"There are no images such as CASE_0000{channels.ending} in {raw}: put them into imagesTr.")
-    stated = read_json(raw / "dataset.json").get("numTraining")
+    stated = read_description(raw / DESCRIPTION).content.get("numTraining")
     if stated != (count := len(label_files["imagesTr"])):
         text = f"numTraining is {stated} in dataset.json, but labelsTr has {count} labels"
         findings.append(Finding(ERROR, "numTraining", "", text))

@@ -6,9 +6,9 @@ written to the `key` only, a file outside the dataset.
 
 from __future__ import annotations
 
-import csv
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,21 +16,25 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
+from nnunet_vit_mae.csv_tables import write_records, write_rows
 from nnunet_vit_mae.datasets.acquisition import KERNEL, SCANS_TABLE, SLICE_THICKNESS
 from nnunet_vit_mae.datasets.contrasts import fill_contrasts
-from nnunet_vit_mae.datasets.convert.studies import Study, read_image_source
+from nnunet_vit_mae.datasets.convert.studies import FoundStudies, Study, read_image_source
 from nnunet_vit_mae.datasets.tables import read_case_table
-from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import make_folder, replacing, write_json
+from nnunet_vit_mae.errors import UserError, WriteError
+from nnunet_vit_mae.files import make_folder, write_json
 from nnunet_vit_mae.imaging.channels import channel_file_name
 from nnunet_vit_mae.imaging.registration import RegistrationError, register, single_itk_thread
-from nnunet_vit_mae.imaging.scans import ENDING, ScanError, write_image
+from nnunet_vit_mae.imaging.scans import ENDING, ScanError
 from nnunet_vit_mae.imaging.volumes import geometry_of
+from nnunet_vit_mae.imaging.writing import write_image
 from nnunet_vit_mae.workers import run_each
 
-PROBLEMS = "problems.csv"
+PROBLEMS, UNUSED = "problems.csv", "unused.csv"
 LABEL, WHOLE_STUDY = "label", "study"  # a problem may concern these instead of a contrast
 ALL, UNKNOWN = "all", "unknown"  # a problem may concern these instead of a case
+UNUSED_SHOWN = 10  # kinds of images not used that are printed
+UNUSED_FIELDS = ("case", "image", "reason")
 KEY_FIELDS = ("case", "patient", "session")
 
 
@@ -58,9 +62,13 @@ class ConvertedStudy:
 
 @dataclass(frozen=True)
 class Conversion:
-    """All converted studies by case, problems of no single case, and the reason why contrasts were not filled."""
+    """All converted studies by case, problems of no single case, and the reason why contrasts were not filled.
+
+    `unused` counts what was not used, by description and reason.
+    """
 
     studies: list[ConvertedStudy]
+    unused: Mapping[tuple[str, str], int] = field(default_factory=dict)
     unfilled: str = ""
 
     @property
@@ -80,19 +88,19 @@ class Conversion:
 
 
 def convert(
-    studies: Sequence[Study],
+    found: FoundStudies,
     contrasts: Sequence[str],
     reference: str | None,
     output: Path,
     key: Path | None,
     processes: int,
-    damaged: int = 0,
 ) -> Conversion:
     """Write all studies to the new raw dataset `output`; an unusable study or image does not stop the others.
 
-    Absent contrasts are filled as by `mae3d_fill_contrasts`. `damaged` is the number of damaged files that belong to
-    no study. Raises `UserError` if the dataset or the key cannot be written, or if nothing could be converted.
+    Absent contrasts are filled as by `mae3d_fill_contrasts`. Raises `UserError` if the dataset or the key cannot be
+    written, or if nothing could be converted.
     """
+    studies = found.studies
     if key is not None and output.resolve() in key.resolve().parents:
         raise UserError(f"{key} is inside the dataset and would be shared with it: give another folder with --key.")
     names = _pseudonyms(studies, key)
@@ -107,8 +115,15 @@ def convert(
     for job, result in tqdm(run_each(convert_study, jobs, processes), total=len(jobs), unit="study"):
         lost = ConvertedStudy(job.case, problems={WHOLE_STUDY: "needs more memory than is available: lower -np"})
         by_case[job.case] = result or lost
-    converted = [by_case[case] for case in sorted(by_case)] + _of_no_case(list(by_case.values()), contrasts, damaged)
+    converted = [by_case[case] for case in sorted(by_case)] + _of_no_case(
+        list(by_case.values()), contrasts, found.damaged
+    )
+    unused = [(names[study.patient, study.session], *of_study) for study in studies for of_study in study.unused]
+    unused += [("", *object_) for object_ in found.unused]
+    counts = Counter((image, reason) for _, image, reason in unused)
     _write_conversion_tables(converted, contrasts, output)
+    if unused:
+        write_rows(UNUSED_FIELDS, unused, output / UNUSED)
     if not any(study.folder for study in converted):
         reasons = "; ".join(Conversion(converted).problems[:5])
         raise UserError(f"None of {len(jobs)} studies could be converted ({reasons}): see {output / PROBLEMS}.")
@@ -123,8 +138,8 @@ def convert(
     try:
         fill_contrasts(output)
     except UserError as error:  # nothing has to be converted again
-        return Conversion(converted, f"{str(error).rstrip('.')}, then run mae3d_fill_contrasts.")
-    return Conversion(converted)
+        return Conversion(converted, counts, f"{str(error).rstrip('.')}, then run mae3d_fill_contrasts.")
+    return Conversion(converted, counts)
 
 
 def _of_no_case(studies: list[ConvertedStudy], contrasts: Sequence[str], damaged: int) -> list[ConvertedStudy]:
@@ -141,10 +156,15 @@ def _of_no_case(studies: list[ConvertedStudy], contrasts: Sequence[str], damaged
 def conversion_report(conversion: Conversion, contrasts: Sequence[str], output: Path) -> str:
     """Return what the command prints about the new dataset."""
     folders = [study.folder for study in conversion.studies]
-    return (
+    lines = [
         f"{output} has {folders.count('imagesTr')} cases with labels and {folders.count('imagesUn')} without, with "
         f"contrasts {', '.join(contrasts)}; the scanners are listed in {output / SCANS_TABLE}."
-    )
+    ]
+    by_count = sorted(conversion.unused.items(), key=lambda item: (-item[1], item[0]))
+    lines += [f"Not used: {count} x {image}: {reason}." for (image, reason), count in by_count[:UNUSED_SHOWN]]
+    if by_count:
+        lines.append(f"{output / UNUSED} lists all {sum(conversion.unused.values())} that were not used, by case.")
+    return "\n".join(lines)
 
 
 # ---------- one study, in a process of its own
@@ -158,6 +178,8 @@ def convert_study(job: ConversionTask) -> ConvertedStudy:
             return _convert_study(job, problems)
     except ScanError as error:
         return ConvertedStudy(job.case, problems={**problems, WHOLE_STUDY: str(error)})
+    except WriteError:  # a full disk is nothing about this study, and stops the others too
+        raise
     except Exception as error:  # noqa: BLE001  one study must not stop the others; messages may hold names
         return ConvertedStudy(
             job.case, problems={**problems, WHOLE_STUDY: f"could not be converted ({type(error).__name__})"}
@@ -286,20 +308,13 @@ def _write_conversion_tables(studies: Sequence[ConvertedStudy], contrasts: Seque
     first = ("case", "patient", "session", "contrasts", "reference", "manufacturer", "model", KERNEL)
     of_contrast = ("spacing_mm", "slice_thickness_mm", "model", "kernel", "mutual_information")
     columns = [*first, SLICE_THICKNESS, *(f"{name}_{column}" for name in contrasts for column in of_contrast)]
-    _write_rows([study.row for study in studies if study.folder], columns, output / SCANS_TABLE)
+    write_records([study.row for study in studies if study.folder], columns, output / SCANS_TABLE)
     problems = [
         {"case": study.case, "image": image, "problem": reason}
         for study in studies
         for image, reason in study.problems.items()
     ]
-    _write_rows(problems, ("case", "image", "problem"), output / PROBLEMS)
-
-
-def _write_rows(rows: Iterable[dict[str, str]], columns: Sequence[str], file: Path) -> None:
-    with replacing(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_records(problems, ("case", "image", "problem"), output / PROBLEMS)
 
 
 # ---------- pseudonyms
@@ -336,7 +351,7 @@ def _read_key(key: Path) -> dict[tuple[str, str], str]:
 def _write_key(names: dict[tuple[str, str], str], key: Path) -> None:
     """Write the key, before the first image is written, so that it exists whatever happens later."""
     try:
-        _write_rows([dict(zip(KEY_FIELDS, (case, *of), strict=True)) for of, case in names.items()], KEY_FIELDS, key)
+        write_rows(KEY_FIELDS, ((case, *of) for of, case in names.items()), key)
     except OSError as error:
         raise UserError(
             f"{key} cannot be written ({error.strerror}): give a file in a writable folder with --key."
