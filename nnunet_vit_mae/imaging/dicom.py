@@ -154,7 +154,9 @@ def read_series(series: DicomSeries) -> sitk.Image:
 def _refuse_incomplete(files: Sequence[DicomHeader]) -> None:
     parts = {file.tags["InConcatenationTotalNumber"] for file in files} - {""}
     if parts and parts != {str(len(files))}:
-        raise SeriesError(f"is split into {' or '.join(sorted(parts))} files, but {len(files)} are there, copy it again")
+        raise SeriesError(
+            f"is split into {' or '.join(sorted(parts))} files, but {len(files)} are there, copy it again"
+        )
     if len({file.tags["FrameOfReferenceUID"] for file in files}) > 1:
         raise SeriesError("has slices of several frames of reference, whose positions cannot be compared")
 
@@ -169,7 +171,9 @@ def _stack(frames: Sequence[Frame]) -> tuple[list[Frame], np.ndarray, float]:
         raise SeriesError("has slices without a pixel spacing")
     if len({frame.spacing for frame in frames}) > 1:
         raise SeriesError("has slices of different sizes or pixel spacings")
-    orientations, positions = (np.array([getattr(frame, name) for frame in frames]) for name in ("orientation", "position"))
+    orientations, positions = (
+        np.array([getattr(frame, name) for frame in frames]) for name in ("orientation", "position")
+    )
     if np.ptp(orientations, axis=0).max() > 1e-3:
         raise SeriesError("has slices of mixed orientation")
     row, column = orientations[0].reshape(2, 3)

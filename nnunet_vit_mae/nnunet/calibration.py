@@ -7,7 +7,6 @@ model is therefore an ordinary checkpoint, with which nnU-Net's own command pred
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nnunet_vit_mae.csv_tables import write_rows
 from nnunet_vit_mae.datasets.split.files import SPLITS
 from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.evaluation.calibration_figures import agreement_figure, curve_figure
@@ -259,9 +259,9 @@ def _means(volumes: Sequence[CaseVolumes], label: str, when: str) -> dict[str, f
 
 
 def _write_curves(curves: Mapping[str, ThresholdCurve], file: Path) -> None:
-    with replacing(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["label", "threshold", "absolute_difference_mm3", "dice"])
-        for label, curve in curves.items():
-            points = zip(curve.thresholds.tolist(), curve.difference_mm3.tolist(), curve.dice.tolist(), strict=True)
-            writer.writerows([label, *point] for point in points)
+    rows = [
+        (label, *point)
+        for label, curve in curves.items()
+        for point in zip(curve.thresholds.tolist(), curve.difference_mm3.tolist(), curve.dice.tolist(), strict=True)
+    ]
+    write_rows(("label", "threshold", "absolute_difference_mm3", "dice"), rows, file)

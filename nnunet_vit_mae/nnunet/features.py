@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import Tensor
 
+from nnunet_vit_mae.csv_tables import write_rows
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import replacing
 from nnunet_vit_mae.networks.checkerboard import FeatureMap, checkerboard, feature_maps, inner
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.nnunet.folds import labelled_cases, split_of
@@ -91,7 +90,8 @@ def draw_features(models: Sequence[Model], case: str | None, file: Path, device:
     title = f"{models[0].plan.dataset.name}, {case}, one slice across z;\nthe channel of each map that varies most"
     try:
         plot_features(rows, title, file)
-        _write_csv(table, file.with_suffix(".csv"))
+        columns = list(MapCheckerboard.__dataclass_fields__)
+        write_rows(columns, (vars(row).values() for row in table), file.with_suffix(".csv"))
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error}): choose another file with -o.") from None
     return table
@@ -222,10 +222,3 @@ def _slice(entry: FeatureMap, channel: int, patch: Patch) -> np.ndarray:
     _, height, width = patch.image.shape[1:]
     values = entry.values[channel, patch.z // z]
     return values.repeat_interleave(y, dim=0).repeat_interleave(x, dim=1)[:height, :width].numpy()
-
-
-def _write_csv(checkerboards: Sequence[MapCheckerboard], file: Path) -> None:
-    with replacing(file) as temporary, temporary.open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(MapCheckerboard.__dataclass_fields__)
-        writer.writerows(vars(row).values() for row in checkerboards)

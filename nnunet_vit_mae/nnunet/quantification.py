@@ -17,10 +17,11 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from nnunet_vit_mae.csv_tables import read_frame, write_frame
 from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.evaluation.cases import read_mask
 from nnunet_vit_mae.evaluation.clinical import find_cutoffs, group_names, group_of
-from nnunet_vit_mae.files import read_json, replacing, write_json
+from nnunet_vit_mae.files import read_json, write_json
 from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
 from nnunet_vit_mae.nnunet.calibration import CALIBRATED, CALIBRATION_RECORD
 from nnunet_vit_mae.nnunet.folds import reference_segmentations
@@ -83,13 +84,11 @@ def quantify(
     for name, geometry in tqdm(geometries.items(), unit="case", desc="measuring"):
         rows += _case_rows(model, name, geometry, work, training, cutoffs)
     written = [part.table(table)]
-    with replacing(written[0]) as temporary:
-        pd.DataFrame(rows).assign(model=identity).to_csv(temporary, index=False, lineterminator="\n")
+    write_frame(pd.DataFrame(rows).assign(model=identity), written[0])
     parts = [Part(number, part.of).table(table) for number in range(part.of)]
     if part.of > 1 and all(file.is_file() for file in parts):
-        joined = pd.concat([pd.read_csv(file, dtype=str, keep_default_na=False) for file in parts])
-        with replacing(table) as temporary:
-            joined.sort_values("case", kind="stable").to_csv(temporary, index=False, lineterminator="\n")
+        joined = pd.concat([read_frame(file, dtype=str, keep_default_na=False) for file in parts])
+        write_frame(joined.sort_values("case", kind="stable"), table)
         written.append(table)
     return written
 

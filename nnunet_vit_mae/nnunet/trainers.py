@@ -35,6 +35,7 @@ from nnunet_vit_mae.nnunet.checked_plans import check_plans
 from nnunet_vit_mae.nnunet.checkpoints import refuse_other_network
 from nnunet_vit_mae.nnunet.folders import dataset_id, encoder_file
 from nnunet_vit_mae.nnunet.plans import channel_names, destination, refuse_cascade, schedule_of, settings_for
+from nnunet_vit_mae.nnunet.stopping import StoppableTrainer
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
 from nnunet_vit_mae.pickles import read_trained
 from nnunet_vit_mae.presets import SIZES, EncoderFile, Settings
@@ -45,7 +46,7 @@ CUDA = torch.device("cuda")
 VALIDATION_SHARE = 5  # nnU-Net's own 250 training iterations come with 50 of validation
 
 
-class ScheduledTrainer(nnUNetTrainer):
+class ScheduledTrainer(StoppableTrainer):
     """nnU-Net's trainer with the length of its schedule taken from the plans."""
 
     # nnU-Net reads the names of these parameters by introspection: any other signature is a KeyError there
@@ -113,7 +114,6 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
         self.enable_deep_supervision = self.settings.network.decoder == "unet"  # the others have one output
         self.initial_lr = self.settings.finetuning.lr
         self.weight_decay = self.settings.finetuning.weight_decay
-        self.save_every = 5  # nnU-Net's 50 lose a day on a slow machine
         self.augment: BatchAugmentation | None = None
         self.pretrained: set[str] = set()  # names of weights that an encoder has brought
         self.steps_done = 0  # in this epoch

@@ -149,7 +149,9 @@ def _patients(images: Sequence[DicomSeries]) -> tuple[dict[tuple[tuple[str, str,
             patients[person, study] = f"{number} born {birth} {sex}"
         else:
             patients[person, study] = number
-    shared = sum(len(of_one) for of_one in people.values() if _differ(of_one) and not is_placeholder(next(iter(of_one))[0]))
+    shared = sum(
+        len(of_one) for of_one in people.values() if _differ(of_one) and not is_placeholder(next(iter(of_one))[0])
+    )
     warnings = []
     if many := sum(count for count in nobody.values() if count > 1):
         warnings.append(
