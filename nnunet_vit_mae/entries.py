@@ -69,8 +69,8 @@ def _reason(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"it has no {place}"
     value = _short(first["input"])
-    message = first["msg"].removeprefix("Input should be ")
-    expected = EXPECTED.get(first["type"], message).format(**context)
+    known = EXPECTED.get(first["type"])  # pydantic's own words may hold braces
+    expected = known.format(**context) if known else first["msg"].removeprefix("Input should be ")
     return f"{place or 'its content'} is {value}, but it must be {expected}"
 
 

@@ -1,6 +1,6 @@
 """Run a command that ends, with every process that it has started, when the process that asked for it does.
 
-`python -m nnunet_vit_mae.guard COMMAND ...`: the guard lives in a session of its own, where no signal for the asking
+`python -m nnunet_vit_mae.guard SECONDS COMMAND ...`: the guard lives in a session of its own, where no signal for the asking
 process reaches it. It ends the command as soon as its standard input is closed, which the system does for a process
 that was killed.
 """
@@ -25,13 +25,15 @@ LEFTOVER_SECONDS = 2.0  # for processes that outlive their command
 
 
 @contextmanager
-def guarded(command: Sequence[str | os.PathLike[str]], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+def guarded(
+    command: Sequence[str | os.PathLike[str]], *, seconds: float = ENDING_SECONDS, **options: Any
+) -> Iterator[subprocess.Popen[Any]]:
     """Start a command under a guard, and end it and all its processes when the block ends.
 
-    `options` are those of `subprocess.Popen`. The exit code is the command's; one that a signal ended gives 128 and
-    the number of the signal.
+    Its processes are sent SIGTERM and killed after some seconds. `options` are those of `subprocess.Popen`. The exit
+    code is the command's; one that a signal ended gives 128 and the number of the signal.
     """
-    guard = [sys.executable, "-m", "nnunet_vit_mae.guard", *command]
+    guard = [sys.executable, "-m", "nnunet_vit_mae.guard", str(seconds), *command]
     process = subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True, **options)
     assert process.stdin
     try:
@@ -42,7 +44,7 @@ def guarded(command: Sequence[str | os.PathLike[str]], **options: Any) -> Iterat
         process.wait()
 
 
-def main(command: Sequence[str]) -> int:
+def main(command: Sequence[str], seconds: float) -> int:
     """Run a command until it ends or standard input is closed, and return its exit code."""
     options: dict[str, Any] = {}
     if os.name == "posix":
@@ -50,7 +52,7 @@ def main(command: Sequence[str]) -> int:
         options = {"start_new_session": True, "preexec_fn": partial(end_with_parent, signal.SIGTERM)}
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
     closed = threading.Event()
-    ending = threading.Thread(target=_end_when_closed, args=(process, closed), daemon=True)
+    ending = threading.Thread(target=_end_when_closed, args=(process, closed, seconds), daemon=True)
     ending.start()
     code = process.wait()
     if closed.is_set():
@@ -60,11 +62,11 @@ def main(command: Sequence[str]) -> int:
     return 128 - code if code < 0 else code
 
 
-def _end_when_closed(process: subprocess.Popen[Any], closed: threading.Event) -> None:
+def _end_when_closed(process: subprocess.Popen[Any], closed: threading.Event, seconds: float) -> None:
     while os.read(0, 1024):
         pass
     closed.set()
-    _end_all(process, ENDING_SECONDS)
+    _end_all(process, seconds)
 
 
 def _end_all(process: subprocess.Popen[Any], patience: float) -> None:
@@ -91,4 +93,4 @@ def _reap(process: subprocess.Popen[Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[2:], float(sys.argv[1])))

@@ -67,9 +67,18 @@ def find_dataset(id_or_name: str) -> Dataset:
     name = id_or_name if id_or_name.startswith("Dataset") else _name_of_number(id_or_name)
     if not re.fullmatch(r"Dataset[0-9]{3,}_[^/\\]+", name):
         raise UserError(f"-d {name} is not the name of a dataset: give one such as Dataset501_Name, or its number.")
-    if not (raw / name).is_dir() and not (preprocessed / name).is_dir():
-        raise UserError(f"There is no dataset {name} in {raw} or {preprocessed}: check -d and nnU-Net's variables.")
+    if not any((root / name).is_dir() for root in (raw, preprocessed, results)):  # results: of a model from elsewhere
+        raise UserError(
+            f"There is no dataset {name} in {raw}, {preprocessed} or {results}: check -d and nnU-Net's variables."
+        )
     return Dataset(name, raw / name, preprocessed / name, results / name)
+
+
+def results_folder() -> Path:
+    """Return nnU-Net's folder of results. Raises `UserError` if its variable is not set."""
+    if not nnUNet_results.is_set():
+        raise UserError("The environment variable nnUNet_results is not set: set it, or give a folder with -o.")
+    return Path(os.fspath(nnUNet_results))
 
 
 def _name_of_number(number: str) -> str:

@@ -76,6 +76,12 @@ class ScheduledTrainer(StoppableTrainer):
         super().initialize()
 
     @exit_on_user_error
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """Load a checkpoint as nnU-Net does, which would run code in it: one with more than weights is refused."""
+        read_trained(Path(filename_or_checkpoint))
+        super().load_checkpoint(filename_or_checkpoint)
+
+    @exit_on_user_error
     def get_tr_and_val_datasets(self) -> tuple:
         """Return nnU-Net's datasets, and log a warning when cases of one patient are in both.
 

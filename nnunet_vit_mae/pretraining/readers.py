@@ -40,7 +40,9 @@ class _Shared(Dataset):
         return batch
 
 
-def read_batches(crops: RandomCrops, steps: Sampler, readers: int, *, pin_memory: bool) -> Generator[CropBatch, None, None]:
+def read_batches(
+    crops: RandomCrops, steps: Sampler, readers: int, *, pin_memory: bool
+) -> Generator[CropBatch, None, None]:
     """Yield the batches of all steps, read by as many processes as `readers` says, or by this one if that is 0.
 
     Close the iterator to end the readers. Raises `UserError` when a reader has ended, when none gives a batch for a
