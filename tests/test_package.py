@@ -78,8 +78,6 @@ LAYERS = {
     "errors": 0,
     "installation": 0,
     "files": 0,
-    "limits": 0,
-    "csv_tables": 0,
     "csv_tables": 0,
     "limits": 0,
     "entries": 0,
@@ -114,9 +112,6 @@ LAYERS = {
 SAME_LAYER = {
     ("presets", "errors"),
     ("files", "errors"),
-    ("limits", "errors"),
-    ("csv_tables", "errors"),
-    ("csv_tables", "files"),
     ("csv_tables", "errors"),
     ("csv_tables", "files"),
     ("limits", "errors"),
