@@ -70,7 +70,7 @@ def read_geometry(file: Path, name: str | None = None) -> Geometry:
     name = name or file.name
     if problem := spacing_problem(file):
         raise ScanError(f"{name} {problem}")
-    reader = read_header(file, name)
+    reader = image_header(file, name)
     if reader.GetDimension() > 3:
         raise ScanError(f"{name} holds more than one image, but every channel has a file of its own")
     if reader.GetDimension() < 3:
@@ -95,11 +95,11 @@ def read_image(file: Path, name: str | None = None) -> sitk.Image:
         ScanError: If it has more voxels than the limit.
         Exception: Whatever a reader raises if the file is not an image; such a message may contain its path.
     """
-    read_header(file, name)
+    image_header(file, name)
     return sitk.ReadImage(str(file))
 
 
-def read_header(file: Path, name: str | None = None) -> sitk.ImageFileReader:
+def image_header(file: Path, name: str | None = None) -> sitk.ImageFileReader:
     """Read the header of an image, with the arguments and errors of `read_image`."""
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(file))
@@ -114,7 +114,7 @@ def refuse_large(files: Iterable[Path]) -> None:
     for file in files:
         if file.name.endswith(IMAGE_ENDINGS):
             with reading(file), without_warnings_of_itk():
-                read_header(file)
+                image_header(file)
 
 
 def geometry_of(image: sitk.Image) -> Geometry:
