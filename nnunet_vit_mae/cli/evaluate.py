@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from nnunet_vit_mae.cli.arguments import parser_for, positive_float, positive_int, whole_number
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, CalibrationRecord, read_calibration
-from nnunet_vit_mae.files import make_folder, refuse_in_use
+from nnunet_vit_mae.files import locked, make_folder, refuse_in_use
 
 if TYPE_CHECKING:
     from nnunet_vit_mae.evaluation.results import Evaluation, Mean
@@ -94,15 +94,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if table := args.csv or find_scans_table([args.references, *folders]):
         known = slice_thickness(read_scans_table(table, [case.name for case in evaluation_set.cases]))
         evaluation_set = evaluation_set.with_slice_thickness(known, table)
-    make_folder(args.output)
     # a process takes as long to start as several cases take to measure
     processes = args.processes or min(4, 1 + len(evaluation_set.cases) // 20)
-    cases, notes = measure_cases(evaluation_set, options, processes)
-    labels = list(evaluation_set.labels.values)
-    evaluation = evaluate(cases, evaluation_set.models, labels, options, [*evaluation_set.notes, *notes])
-    write_tables(evaluation, args.output)
-    print(headline_text(evaluation), flush=True)
-    write_report(evaluation, evaluation_set, calibrations, args.output)
+    make_folder(args.output)
+    with locked(args.output):
+        refuse_in_use(args.output)  # by a call that has ended since the first look
+        cases, notes = measure_cases(evaluation_set, options, processes)
+        labels = list(evaluation_set.labels.values)
+        evaluation = evaluate(cases, evaluation_set.models, labels, options, [*evaluation_set.notes, *notes])
+        write_tables(evaluation, args.output)
+        print(headline_text(evaluation), flush=True)
+        write_report(evaluation, evaluation_set, calibrations, args.output)
     print(f"Wrote index.html, cases.csv, summary.json and figures to {args.output}.")
 
 

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import blosc2
-import nibabel
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 
 from nnunet_vit_mae.errors import UserError, WriteError, reader_reason
 from nnunet_vit_mae.files import read_json, remove_unfinished, replacing, write_json
 from nnunet_vit_mae.imaging.channels import case_and_channel, channels_by_case
-from nnunet_vit_mae.imaging.volumes import refuse_large
+from nnunet_vit_mae.imaging.volumes import all_finite, refuse_large
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.plans import Plan, load_plan
 from nnunet_vit_mae.workers import run_each
@@ -114,7 +113,7 @@ def _preprocess_files(plan: Plan, case: str, files: list[Path]) -> str | None:
     volume, properties = plan.plans.image_reader_writer_class().read_images([str(file) for file in files])
     if volume.shape[0] != len(plan.channel_names):
         return f"has {volume.shape[0]} channels in its files, but dataset.json has {len(plan.channel_names)}"
-    if not np.isfinite(volume).all() or any(_nifti_holds_nan(file) for file in files):
+    if not all(all_finite(channel, file) for channel, file in zip(volume, files, strict=True)):
         return "holds voxels that are NaN or infinite"
     preprocessor = plan.configuration.preprocessor_class(verbose=False)
     volume, _, _ = preprocessor.run_case_npy(
@@ -122,14 +121,6 @@ def _preprocess_files(plan: Plan, case: str, files: list[Path]) -> str | None:
     )
     _save(volume, plan, case)
     return None
-
-
-def _nifti_holds_nan(file: Path) -> bool:
-    """Check the file itself: ITK, with which nnU-Net reads, silently turns NaN in a NIfTI file into zeros."""
-    if ".nii" not in file.suffixes:
-        return False
-    image = nibabel.load(file)
-    return image.get_data_dtype().kind == "f" and not np.isfinite(np.asanyarray(image.dataobj)).all()
 
 
 def _save(volume: np.ndarray, plan: Plan, case: str) -> None:
