@@ -39,7 +39,7 @@ Length = Annotated[FiniteFloat, Field(gt=0)]
 Value = Annotated[FiniteFloat, Field()]
 
 
-def read_entries(kind: type[T], file: Path, advice: str) -> T:
+def read_entries(kind: type[T] | Any, file: Path, advice: str) -> T:
     """Read a JSON file as `kind`, a dataclass or another type that pydantic knows; other entries are ignored.
 
     `advice` ends the sentence of a `UserError`, which is raised when the file is missing, is not JSON, or does not

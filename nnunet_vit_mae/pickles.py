@@ -49,15 +49,15 @@ def read_trained(file: Path, *, mmap: bool = False) -> dict[str, Any]:
                     raise pickle.UnpicklingError("it is compressed, as no checkpoint of nnU-Net is")
         with torch.serialization.safe_globals([(value, name) for name, value in ALLOWED.items()]):
             checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("network_weights"), dict):
-            raise pickle.UnpicklingError("it has no network_weights")
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 (torch raises many kinds for damaged files)
         raise UserError(
-            f"{file} is damaged, or holds more than the weights and plain values of a checkpoint of nnU-Net, which is "
-            f"never unpickled ({_first_line(error)})."
+            f"{file} cannot be read ({_first_line(error)}), for only weights and plain values are unpickled: train "
+            "again, or name another checkpoint."
         ) from None
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("network_weights"), dict):
+        raise UserError(f"{file} is not a checkpoint of nnU-Net: train again, or name another file.")
     return checkpoint
 
 
@@ -78,8 +78,8 @@ def read_properties(file: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # noqa: BLE001 (damaged pickles raise many kinds)
         raise UserError(
-            f"{file} is damaged, or holds more than plain values and arrays, which is never unpickled "
-            f"({_first_line(error)}): make it again with nnU-Net."
+            f"{file} cannot be read ({_first_line(error)}), for only plain values and arrays are unpickled: make it "
+            "again with nnU-Net."
         ) from None
     return properties
 

@@ -64,7 +64,7 @@ FLAGS = {
     | {"--labels", "--channel"},
     "mae3d_split": {"-h", "--help", "-d", "-o", "--csv", "--case", "--patient", "--folds", "--development", "--test"}
     | {"--stratify", "--stratify_volume", "--few", "--one_per_patient", "--leave_out", "--seed", "--overwrite"}
-    | {"--verify"},
+    | {"--verify", "--figure"},
     "mae3d_study": {"-h", "--help", "-d", "-o", "-c", "--arms", "--few", "--seeds", "--development", "--test", "--csv"}
     | {"--patient", "--recipe", "--epochs", "--iterations", "--pretrain_epochs", "--config", "-j", "--executor"}
     | {"--dry-run", "--step", "-device"},
@@ -84,6 +84,9 @@ LAYERS = {
     "presets": 0,
     "planning": 0,
     "doctor": 0,
+    "signals": 0,
+    "unfinished": 0,
+    "guard": 1,
     "networks": 1,
     "optimisation": 1,
     "batch_transforms": 1,
@@ -116,7 +119,10 @@ SAME_LAYER = {
     ("entries", "files"),
     ("planning", "errors"),
     ("planning", "presets"),
+    ("signals", "errors"),
     ("transfer", "weights"),
+    ("unfinished", "errors"),
+    ("unfinished", "files"),
 }
 
 

@@ -25,7 +25,7 @@ def turned_like(array: np.ndarray, geometry: Geometry, like: Geometry) -> tuple[
     """
     order, flipped = _axes_along(geometry, like)
     turned = array.transpose([2 - order[2 - axis] for axis in range(3)])  # arrays are z y x, geometries x y z
-    turned = np.flip(turned, [2 - axis for axis in range(3) if flipped[axis]])
+    turned = np.flip(turned, tuple(2 - axis for axis in range(3) if flipped[axis]))
     return turned, turned_geometry(geometry, like)
 
 

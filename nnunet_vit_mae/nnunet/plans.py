@@ -18,7 +18,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import inside, read_json, write_json
+from nnunet_vit_mae.files import read_json, write_json
 from nnunet_vit_mae.imaging.description import DESCRIPTION, describe, read_description
 from nnunet_vit_mae.nnunet.checked_plans import BLOCK, read_plans
 from nnunet_vit_mae.nnunet.folders import Dataset
@@ -38,12 +38,6 @@ class Plan:
     plans: PlansManager
     name: str  # of the configuration
     dataset_json: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        refuse_paths(self.plans, self.name)
-        inside(
-            self.dataset.raw, f"case{self.dataset_json.get('file_ending')}", source="The file_ending of dataset.json"
-        )
 
     @property
     def configuration(self) -> ConfigurationManager:
@@ -104,14 +98,6 @@ def load_plan(dataset: Dataset, plans_name: str, configuration: str) -> Plan:
     description.needed("file_ending")
     plans = read_plans(file, plans_name, configuration, description)
     return Plan(dataset, plans, configuration, dict(description.content))
-
-
-def refuse_paths(plans: PlansManager, configuration: str) -> None:
-    """Raise `UserError` if a name in plans, from which nnU-Net and we make folders, leads out of its folder."""
-    names = {key: plans.plans.get(key) for key in ("dataset_name", "plans_name")}
-    names["data_identifier"] = plans.get_configuration(configuration).configuration.get("data_identifier")
-    for key, name in names.items():
-        inside(Path(), name, source=f"The {key} of the plans")
 
 
 def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:

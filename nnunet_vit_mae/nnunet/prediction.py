@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.files import inside, link
+from nnunet_vit_mae.guard import guarded
 from nnunet_vit_mae.imaging.channels import channels_by_case
-from nnunet_vit_mae.imaging.volumes import refuse_large
+from nnunet_vit_mae.imaging.volumes import read_geometry, read_image, refuse_large
 from nnunet_vit_mae.installation import trainers_folder
 from nnunet_vit_mae.limits import too_many_voxels
 from nnunet_vit_mae.nnunet.models import Model
@@ -69,12 +70,14 @@ def predict_cases(
     device: str,
     probabilities: bool = False,
 ) -> None:
-    """Predict some of the cases in a folder of images, except those that are in the output folder already.
+    """Predict some of the cases in a folder of images, except those that are whole in the output folder already.
 
     The images are linked into the folder `links`, which is removed after the prediction. The output of nnU-Net's
     command is appended to `log`. Raises `UserError` if images are missing or the prediction fails.
     """
     endings = [model.plan.dataset_json["file_ending"], *([".npz"] if probabilities else [])]
+    for case in cases:
+        _remove_if_cut_off(output / f"{case}{endings[0]}")
     if all((output / f"{case}{ending}").is_file() for case in cases for ending in endings):
         return
     shutil.rmtree(links, ignore_errors=True)
@@ -88,6 +91,18 @@ def predict_cases(
     flags = [*(["--save_probabilities"] if probabilities else []), "--continue_prediction"]
     predict_folder(model, links, cases, output, log=log, device=device, flags=flags)
     shutil.rmtree(links)
+
+
+def _remove_if_cut_off(segmentation: Path) -> None:
+    """Remove a segmentation that nnU-Net had not finished writing, the last file of a case, when it was stopped."""
+    if segmentation.is_file():
+        try:
+            read_geometry(segmentation)  # which looks for the end of a NIfTI file
+            if ".nii" not in segmentation.suffixes:
+                read_image(segmentation)
+        except Exception as error:  # noqa: BLE001 (each reader has errors of its own)
+            logger.info("%s is predicted again, for it cannot be read (%s)", segmentation.name, reader_reason(error))
+            segmentation.unlink()
 
 
 def predict_folder(
@@ -147,14 +162,10 @@ def _run(command: Sequence[str], expected: Sequence[Path], log: Path) -> None:
     with log.open("a", encoding="utf-8") as stream, tqdm(total=len(expected), unit="case", desc="predicting") as bar:
         stream.write(f"$ {shlex.join(command)}\n")
         stream.flush()
-        process = subprocess.Popen([program, *command[1:]], env=_environment(), stdout=stream, stderr=stream)
-        try:
+        with guarded([program, *command[1:]], env=_environment(), stdout=stream, stderr=stream) as process:
             while _is_running(process):
                 if new := count() - bar.n:  # in the log of a job, each update is a line
                     bar.update(new)
-        finally:
-            process.terminate()
-            process.wait()
         bar.update(count() - bar.n)
     if process.returncode or count() < len(expected):
         raise UserError(

@@ -25,8 +25,9 @@ from nnunet_vit_mae.files import locked, read_json, write_json
 from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
 from nnunet_vit_mae.nnunet.calibration import CALIBRATED
 from nnunet_vit_mae.nnunet.models import Model
-from nnunet_vit_mae.nnunet.plans import classes_of
+from nnunet_vit_mae.nnunet.plans import Plan, classes_of
 from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, predict_cases
+from nnunet_vit_mae.nnunet.preprocessing import resampled_problem
 from nnunet_vit_mae.nnunet.training_range import TrainingRange, read_training_range, volumes_in, warnings_of
 from nnunet_vit_mae.weights import file_hash
 
@@ -73,7 +74,7 @@ def _quantify(
     cases = find_prediction_cases(model.plan, images)[part.number :: part.of]
     identity = model_hash(model)
     _refuse_other_model(work, identity)
-    geometries = {case.name: _check_images(case) for case in tqdm(cases, unit="case", desc="checking")}
+    geometries = {case.name: _check_images(model.plan, case) for case in tqdm(cases, unit="case", desc="checking")}
     readable = [name for name, geometry in geometries.items() if isinstance(geometry, Geometry)]
     places = {"links": work / f"images_part{part.number}", "log": work / f"log_part{part.number}.txt"}
     predict_cases(model, images, readable, work, **places, device=device)
@@ -121,7 +122,7 @@ def _refuse_other_model(work: Path, identity: str) -> None:
         write_json({"model": identity}, note)
 
 
-def _check_images(case: PredictionCase) -> Geometry | str:
+def _check_images(plan: Plan, case: PredictionCase) -> Geometry | str:
     """Return the geometry of a case, or why it cannot be predicted."""
     geometries = []
     for image in case.images:
@@ -132,7 +133,8 @@ def _check_images(case: PredictionCase) -> Geometry | str:
             return f"{image.name} cannot be read ({reader_reason(error)})"
         if difference := geometries[0].difference(geometries[-1]):
             return f"{image.name} and {case.images[0].name} differ in {difference}"
-    return geometries[0]
+    shape, spacing = geometries[0].size[::-1], geometries[0].spacing[::-1]
+    return resampled_problem(plan, shape, spacing) or geometries[0]
 
 
 def _case_rows(

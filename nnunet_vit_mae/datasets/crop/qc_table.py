@@ -46,13 +46,17 @@ def read_qc_table(output: Path) -> list[QCRow]:
     """Read the rows of an earlier call, if any; raises `UserError` if the folder holds something else."""
     file = output / QC_TABLE
     if not file.exists():
-        if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        if output.exists() and not (output.is_dir() and all(_is_half_written(file) for file in output.iterdir())):
             raise UserError(f"{output} exists, but has no {QC_TABLE}: give a new folder with -o, or remove it.")
         return []
     try:
         return [_qc_row(line) for line in read_rows(file)]
     except (TypeError, ValueError, KeyError):
         raise UserError(f"{file} was not written by mae3d_crop_roi: give a new folder with -o.") from None
+
+
+def _is_half_written(file: Path) -> bool:
+    return file.name.startswith(".") and file.name.endswith(f".{QC_TABLE}")
 
 
 def worst_first(rows: Iterable[QCRow]) -> list[QCRow]:
