@@ -4,6 +4,7 @@ import csv
 import gc
 import json
 import math
+import re
 from collections import defaultdict
 from dataclasses import replace
 
@@ -21,6 +22,9 @@ from nnunet_vit_mae.evaluation import cases
 from nnunet_vit_mae.evaluation.cases import find_evaluation_set, labels_in, measure_cases, read_mask
 from nnunet_vit_mae.evaluation.results import MEASURES, EvaluationOptions
 from nnunet_vit_mae.evaluation.summary import Measurements, evaluate, paired_tests, write_tables
+from nnunet_vit_mae.files import locked
+from nnunet_vit_mae.imaging.grids import distance_mm, turned_like
+from nnunet_vit_mae.imaging.volumes import geometry_of
 from nnunet_vit_mae.workers import run_each
 
 SHAPE = (6, 11, 13)  # z y x
@@ -229,14 +233,77 @@ def test_chosen_groups_and_bins(data, capsys, no_report):
     assert "after Holm" not in capsys.readouterr().out
 
 
-def test_surplus_predictions_and_other_origins_are_noted(data, capsys, no_report):
+def test_surplus_predictions_and_small_shifts_are_noted(data, capsys, no_report):
     write(data / "vit" / "case_9.nii.gz", volume(2))
-    rewrite(data / "unet" / "case_1.nii.gz", origin=(5.0, 0.0, 0.0))
+    rewrite(data / "unet" / "case_1.nii.gz", origin=(0.4, 0.0, 0.0))
     command.main(arguments(data))
     shown = capsys.readouterr().out
     assert "ViT: predictions without a reference are left out (case_9)." in shown
-    assert "nnU-Net: predictions have another origin or direction than their references" in shown
+    assert "nnU-Net: predictions lie up to a voxel beside their references, and are compared voxel by voxel" in shown
     assert "(case_1)" in shown
+
+
+ORIENTATIONS = ("RAS", "LPS", "SAR", "PIL")
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_masks_stored_along_other_axes_are_compared_in_their_places(orientation, data, no_report):
+    command.main(arguments(data, out="before"))
+    for number, folder in enumerate(("vit", "imagesTs", "labelsTs")):
+        for file in (data / folder).glob("*.nii.gz"):
+            other = ORIENTATIONS[(ORIENTATIONS.index(orientation) + number) % 4]
+            sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(file)), other), str(file))
+    command.main(arguments(data, "-i", data / "imagesTs", out="after"))
+    before, after = rows_in(data / "before"), rows_in(data / "after")
+    for key, row in before.items():
+        for column, value in row.items():
+            if column in ("case", "label", "model") or not value or not value[0].isdigit():
+                assert after[key][column] == value
+            else:
+                assert float(after[key][column]) == pytest.approx(float(value), rel=1e-4)
+
+
+def test_a_voxel_keeps_its_place_when_a_volume_is_turned():
+    array = np.random.default_rng(0).integers(0, 9, (4, 5, 6))
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing((0.5, 0.7, 3.0))
+    image.SetOrigin((10, -20, 30))
+    image.SetDirection(sitk.VersorTransform((0, 0.1, 0.99), 0.3).GetMatrix())
+    geometry = geometry_of(image)
+    for orientation in ("LPS", "RAS", "SAR", "ASL", "IRP"):
+        other = sitk.DICOMOrient(image, orientation)
+        turned, found = turned_like(sitk.GetArrayFromImage(other), geometry_of(other), geometry)
+        assert (turned == array).all()
+        assert distance_mm(found, geometry) < 1e-4
+        assert found.difference(geometry) is None
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("ending", [".nii.gz", ".mha"])
+@pytest.mark.parametrize("folder", ["vit", "labelsTs", "imagesTs"])
+def test_nan_is_refused_with_the_name_of_the_file(value, ending, folder, data, refused, no_report):
+    """ITK turns NaN in a NIfTI file into zeros without a word."""
+    for other in ("vit", "unet", "labelsTs", "imagesTs"):
+        for file in (data / other).glob("*.nii.gz"):
+            image = sitk.Cast(sitk.ReadImage(str(file)), sitk.sitkFloat32)
+            file.unlink()
+            sitk.WriteImage(image, str(file.with_name(file.name.replace(".nii.gz", ending))))
+        (data / other / "dataset.json").write_text(json.dumps({"labels": LABELS, "file_ending": ending}))
+    (file,) = (data / folder).glob("case_2*.*")
+    image = sitk.ReadImage(str(file))
+    image[0, 0, 0] = value
+    sitk.WriteImage(image, str(file))
+    message = refused(command.main, *arguments(data, "-i", data / "imagesTs"))
+    assert re.search(
+        re.escape(str(file)) + " holds (voxels that are NaN|numbers that are not integers, or NaN)", message
+    )
+    assert not (data / "report" / "cases.csv").exists()
+
+
+def test_two_calls_do_not_write_to_one_folder(data, refused):
+    with locked(data / "report"):
+        assert "Another process is writing to" in refused(command.main, *arguments(data))
+    assert not list((data / "report").iterdir())
 
 
 def test_without_a_description_labels_are_those_of_the_references(data):
@@ -340,6 +407,9 @@ def test_files_that_do_not_fit_are_refused(data, refused):
         lambda array: array[1:]
     )
     assert "they differ in spacing (0.9 0.8 2 and 0.9 0.8 3 mm)" in reason(spacing=(2, 0.8, 0.9))
+    assert f"{file} does not fit {reference}: their voxels lie up to 50 mm apart (origin (50 0 0" in reason(
+        origin=(50.0, 0.0, 0.0)
+    )
     assert f"{file} holds the unknown label 7, 14; known labels are 0, 1, 2." in reason(lambda array: array * 7)
     assert "holds numbers that are not integers" in reason(lambda array: array * 0.5)
     file.write_bytes(intact[:100])

@@ -141,7 +141,10 @@ def read_probabilities(file: Path, outputs: int) -> np.ndarray:
                 raise ValueError(f"it has the shape {shape}, but the model has {outputs} outputs")
             if problem := too_many_voxels(shape[1:]):
                 raise ValueError(f"it {problem}")
-            return stored["probabilities"]
+            probabilities = stored["probabilities"]
+            if probabilities.dtype.kind != "f" or not np.isfinite(probabilities).all():
+                raise ValueError("it holds NaN or infinite values, or no probabilities")
+            return probabilities
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 (damaged files raise many kinds)
