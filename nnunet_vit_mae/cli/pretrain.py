@@ -14,11 +14,11 @@ from nnunet_vit_mae.cli.arguments import (
     usable_device,
     whole_number,
 )
-from nnunet_vit_mae.errors import exit_on_user_error
 from nnunet_vit_mae.presets import Pretraining
+from nnunet_vit_mae.signals import command
 
 
-@exit_on_user_error
+@command("What was saved before is kept, and the same command starts again.")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_pretrain`."""
     parser = parser_for("mae3d_pretrain", __doc__)

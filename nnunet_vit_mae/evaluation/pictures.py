@@ -49,10 +49,12 @@ class Gallery:
     written: list[Path] = field(default_factory=list)
     numbers: count = field(default_factory=lambda: count(1))
 
-    def add(self, figure: Figure, name: str, label: str, caption: str, alt: str, suffix: str = ".svg") -> Picture:
-        """Write a figure and embed its file with the suffix."""
+    def add(
+        self, figure: Figure, name: str, label: str | None, caption: str, alt: str, suffix: str = ".svg"
+    ) -> Picture:
+        """Write a figure, of a label or of the whole, and embed its file with the suffix."""
         stem = name
-        if len(self.labels) > 1:
+        if label is not None and len(self.labels) > 1:
             # with a number, because two labels may differ only in characters that a file name cannot have
             stem = f"{name}_{self.labels.index(label) + 1}_{slug(label)}"
         self.written += save_both(figure, self.folder / stem)

@@ -161,4 +161,4 @@ def _write_description(folder: Path, rows: list[tuple], labelled: int) -> None:
         "file_ending": ".nii.gz",
     }
     write_json(description, folder / "dataset.json")
-    write_rows(("case", "patient", "set", "scanner", "kernel", "slice_thickness"), rows, folder / "scans.csv")
+    write_rows(("case", "patient", "set", "scanner", "kernel", "slice_thickness_mm"), rows, folder / "scans.csv")

@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,13 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nnunet_vit_mae.entries import read_entries
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import remove_unfinished, replacing, write_json
+from nnunet_vit_mae.files import remove_unfinished, write_json
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import Autoencoder, build_autoencoder
 from nnunet_vit_mae.networks.masking import BACKGROUND_DEVIATION, Masking, count_rebuilt, count_visible
@@ -35,17 +34,18 @@ from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, war
 from nnunet_vit_mae.plots import plot_contrasts, plot_progress, plot_views
 from nnunet_vit_mae.presets import PRETRAINING_DECODERS, Network, Pretraining, to_json_types, token_grid
 from nnunet_vit_mae.pretraining import distributed
-from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, MaskDrawing, RandomCrops, Samples
+from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, CropBatch, MaskDrawing, RandomCrops, Samples
 from nnunet_vit_mae.pretraining.pictures import rebuild
-from nnunet_vit_mae.pretraining.saved_state import read_state
+from nnunet_vit_mae.pretraining.readers import read_batches
+from nnunet_vit_mae.pretraining.saved_state import STATE, read_state, save_state
 from nnunet_vit_mae.pretraining.volumes import Cache
+from nnunet_vit_mae.signals import Stopped, postponed
 
 logger = logging.getLogger(__name__)
 
-STATE = "state.pt"
-READY_BATCHES = 2  # that each reader prepares, as torch has it
 PICTURES = 20  # over a whole run
 SAVE_EVERY_SECONDS = 120.0  # and after the last epoch
+SAVING_SHARE = 0.05  # of the time may go into saving more often than that
 TINY_LR, LARGE_LR = 1e-5, 5e-3
 
 
@@ -123,12 +123,11 @@ def run(
     network = build_autoencoder(job.network, len(job.channel_names), job.protocol, spacing=job.spacing).to(device)
     groups = parameter_groups(network.named_parameters(), weight_decay=job.protocol.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
-    losses = _restore(
-        distributed.from_rank_0(lambda: _prepare(output, job, network, optimizer, resume=resume)), network, optimizer
-    )
+    state = distributed.from_rank_0(lambda: _prepare(output, job, network, optimizer, resume=resume))
+    losses, begun = _restore(state, network, optimizer)
     with _logging_to(output / "log.txt") if distributed.is_rank_0() else nullcontext():
-        _announce(job, network, device, done=len(losses))
-        _train(job, output, network, optimizer, losses, device, readers)
+        _announce(job, network, device, done=len(losses) * job.steps_per_epoch + len(begun))
+        _train(job, output, network, optimizer, losses, begun, device, readers)
     return PretrainingResult(network, losses)
 
 
@@ -138,29 +137,41 @@ def _train(
     network: Autoencoder,
     optimizer: torch.optim.Optimizer,
     losses: list[float],
+    begun: list[Tensor],
     device: torch.device,
     readers: int,
 ) -> None:
-    """Train until the last epoch; `losses` grows by one entry per epoch."""
+    """Train until the last epoch; `losses` grows by one entry per epoch, and `begun` are those of the steps after it.
+
+    Raises `Stopped` after the step in which a signal came to any process, with the state saved.
+    """
     is_first, model = distributed.is_rank_0(), distributed.synchronised(network)
-    first_step = len(losses) * job.steps_per_epoch
+    first_step = len(losses) * job.steps_per_epoch + len(begun)
     crops = RandomCrops(
         job.files, job.patch_size, job.drawing, job.seed, job.cache, crops_per_volume=job.protocol.crops_per_volume
     )
-    batches = iter(_batches(job, crops, first_step, device, readers))
+    batches = _batches(job, crops, first_step, device, readers)
     sample = crops[[0]].samples(device).first() if is_first else None
-    saved = time.monotonic()
+    saved, cost = time.monotonic(), 0.0
     network.train()
-    with tqdm(total=job.steps, initial=first_step, unit="step", desc="pre-training", disable=not is_first) as bar:
+    with (
+        postponed() as signal,
+        closing(batches),
+        tqdm(total=job.steps, initial=first_step, unit="step", desc="pre-training", disable=not is_first) as bar,
+    ):
         for epoch in range(len(losses), job.protocol.epochs):
             started, waited = time.monotonic(), 0.0
-            epoch_losses = []
-            for step in range(epoch * job.steps_per_epoch, (epoch + 1) * job.steps_per_epoch):
+            epoch_losses, begun = begun, []
+            for step in range(epoch * job.steps_per_epoch + len(epoch_losses), (epoch + 1) * job.steps_per_epoch):
                 set_learning_rate(optimizer, _learning_rate(job, step))
                 asked = time.monotonic()
                 batch = next(batches)
                 waited += time.monotonic() - asked
                 epoch_losses.append(_step(job, epoch, model, optimizer, batch.samples(device)))
+                if number := distributed.largest(signal()):
+                    save_state(output, network, optimizer, losses, epoch_losses)
+                    logger.info("stopped by a signal after step %d of %d", step + 1, job.steps)
+                    raise Stopped(number)
                 bar.update()
             losses.append(_checked_mean(epoch_losses, epoch, output))
 
@@ -176,8 +187,8 @@ def _train(
             if sample is None:  # rank 0 alone writes
                 continue
             is_last = epoch + 1 == job.protocol.epochs
-            if is_last or time.monotonic() - saved > SAVE_EVERY_SECONDS:
-                _save_state(output, network, optimizer, losses)
+            if is_last or time.monotonic() - saved > min(SAVE_EVERY_SECONDS, cost / SAVING_SHARE):
+                cost = save_state(output, network, optimizer, losses)
                 saved = time.monotonic()
             if is_last or (epoch + 1) % math.ceil(job.protocol.epochs / PICTURES) == 0:
                 _draw(job, output, network, losses, sample)
@@ -205,11 +216,11 @@ def _step(
 
 def _batches(
     job: PretrainingRun, crops: RandomCrops, first_step: int, device: torch.device, readers: int
-) -> DataLoader:
+) -> Generator[CropBatch, None, None]:
     """Return the batches of all steps to come, so that readers start only once."""
     place = {"rank": distributed.rank(), "processes": distributed.process_count()}
     steps = ConsecutiveBatches(first_step, job.steps, job.protocol.reads, **place)
-    return DataLoader(crops, sampler=steps, batch_size=None, num_workers=readers, pin_memory=device.type == "cuda")
+    return read_batches(crops, steps, readers, pin_memory=device.type == "cuda")
 
 
 def _learning_rate(job: PretrainingRun, step: int) -> float:
@@ -225,12 +236,6 @@ def _checked_mean(losses: list[Tensor], epoch: int, output: Path) -> float:
             "start again with a lower --lr, and look for extreme voxels in the images."
         )
     return mean
-
-
-def _save_state(output: Path, network: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
-    state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
-    with replacing(output / STATE) as temporary, temporary.open("wb") as stream:
-        torch.save(state, stream)
 
 
 def _prepare(
@@ -254,7 +259,7 @@ def _prepare(
             f"The run in {output} was started with other {', '.join(different)} (see its config.json): "
             "give the same flags and data to continue it, or start again without --c."
         )
-    return read_state(output / STATE, network, optimizer, job.protocol.epochs)
+    return read_state(output / STATE, network, optimizer, job.protocol.epochs, job.steps_per_epoch)
 
 
 def _move_aside(output: Path) -> None:
@@ -264,13 +269,15 @@ def _move_aside(output: Path) -> None:
         logger.warning("An earlier run was moved to %s (--c continues one that has a saved state).", moved)
 
 
-def _restore(state: dict[str, Any] | None, network: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
-    """Load a state, if there is one, and return the losses so far."""
+def _restore(
+    state: dict[str, Any] | None, network: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[list[float], list[Tensor]]:
+    """Load a state, if there is one; returns the losses of all epochs so far, and of the steps after them."""
     if state is None:
-        return []
+        return [], []
     network.load_state_dict(state["network"])
     optimizer.load_state_dict(state["optimizer"])
-    return list(state["losses"])
+    return list(state["losses"]), list(state["begun"].to(next(network.parameters()).device))
 
 
 def _announce(job: PretrainingRun, network: nn.Module, device: torch.device, *, done: int) -> None:
@@ -321,7 +328,8 @@ def _announce(job: PretrainingRun, network: nn.Module, device: torch.device, *, 
             "The learning rate %.1e is very high: the base rate is meant for smaller batches, see --lr.", protocol.lr
         )
     if done:
-        logger.info("continuing after epoch %d of %d", done, protocol.epochs)
+        epochs, steps = divmod(done, job.steps_per_epoch)
+        logger.info("continuing after epoch %d of %d, and %d steps", epochs, protocol.epochs, steps)
 
 
 def _loss_in_words(*, norm_pix: bool) -> str:
