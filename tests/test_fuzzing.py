@@ -7,7 +7,9 @@ test; the fast one takes a part of it, the same ones every time.
 import gzip
 import json
 import os
+import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -22,6 +24,7 @@ from dicom_files import write_frames, write_slices
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
+from test_weights import make_card
 
 from nnunet_vit_mae.datasets.check.inspection import InspectionTask, inspect_case
 from nnunet_vit_mae.datasets.contrasts import CONTRAST_RECORD, read_channels, read_contrasts
@@ -37,14 +40,17 @@ from nnunet_vit_mae.foreign.checkpoints import read_checkpoint, weights_in
 from nnunet_vit_mae.imaging.labels import read_labels
 from nnunet_vit_mae.imaging.scans import ScanError, read_scan
 from nnunet_vit_mae.limits import VARIABLE
-from nnunet_vit_mae.nnunet.ensembling import _read as read_probabilities
+from nnunet_vit_mae.networks.build import build_encoder
+from nnunet_vit_mae.nnunet.prediction import read_probabilities
+from nnunet_vit_mae.pickles import read_properties, read_trained
 from nnunet_vit_mae.pretraining.volumes import volume_problem
-from nnunet_vit_mae.weights import load_encoder
+from nnunet_vit_mae.weights import load_encoder, save_encoder
 
 INPUTS = 10_000
-FAST = 600
+FAST = 1_000
 LARGEST = 100_000  # voxels, so that a damaged size takes neither memory nor time
 RANDOM_BYTES = 600
+WORDS = (b"\0" * 4, b"\xff" * 4, b"9" * 8, b"-1", b"nan", b"null", b"{}")
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ def write_text(content: object) -> Callable[[Path], None]:
 
 
 def write_qc(file: Path) -> None:
-    row = QCRow("a", "imagesUn", "done", "", "template", 0.5, 0.5, 1.0, None, "source")
+    row = QCRow("a", "done", "imagesUn", "template", 0.5, coverage=1.0, channels="0", source="a.nii.gz")
     write_qc_table([row, row], file.parent)
 
 
@@ -121,7 +127,22 @@ def write_checkpoint(file: Path) -> None:
 
 
 def write_tensors(file: Path) -> None:
-    file.write_bytes(save({"a.weight": torch.ones(2, 3)}, metadata={"card": json.dumps({"format": 3, "size": "S"})}))
+    file.write_bytes(save({"a.weight": torch.ones(2, 3)}))
+
+
+def write_encoder(file: Path) -> None:
+    card = make_card(channel_names=["CT"])
+    save_encoder(build_encoder(card.settings, 1), card, file)
+
+
+def write_trained(file: Path) -> None:
+    weights = {"a.weight": torch.ones(2, 3)}
+    torch.save({"network_weights": weights, "best": np.float64(0.5), "epoch": 3, "init_args": {"fold": 0}}, file)
+
+
+def write_properties(file: Path) -> None:
+    content = {"spacing": np.ones(3), "shape": (np.int64(3), 4, 5), "class_locations": {1: np.zeros((2, 4), np.int64)}}
+    file.write_bytes(pickle.dumps(content))
 
 
 DESCRIPTION = {
@@ -132,6 +153,8 @@ DESCRIPTION = {
     "file_ending": ".nii.gz",
 }
 TABLE = "case,patient,session\nP0001_1,=M1,a\nP0001_2,M1,b\nP0002_1,M2,\n"
+PRESENT = {"imagesTr": {"a": {"present": ["T1"], "filled": ["T2"], "blank": []}}}
+SPLIT = {"test": ["a"], "left_out": [], "parents": [0]}
 CASES = ["P0001_1", "P0001_2", "P0002_1"]
 READERS = {
     reader.name: reader
@@ -148,15 +171,17 @@ READERS = {
         Reader("key.csv", write_text(TABLE), _read_key),
         Reader("names.txt", write_text("P0001_1\n# P0002_1\n"), lambda file: read_names(file, CASES, "--names")),
         Reader(QC_TABLE, write_qc, lambda file: read_qc_table(file.parent)),
-        Reader("probabilities.npz", write_probabilities, read_probabilities),
+        Reader("probabilities.npz", write_probabilities, lambda file: read_probabilities(file, 2)),
         Reader("volume.b2nd", write_volume, lambda file: volume_problem(file, 1)),
         Reader("checkpoint.pth", write_checkpoint, lambda file: weights_in(read_checkpoint(file))),
         Reader("foreign.safetensors", write_tensors, lambda file: weights_in(read_checkpoint(file))),
-        Reader("encoder.safetensors", write_tensors, load_encoder),
+        Reader("encoder.safetensors", write_encoder, load_encoder),
+        Reader("trained.pth", write_trained, read_trained),
+        Reader("properties.pkl", write_properties, read_properties),
         Reader("dataset.json", write_text(DESCRIPTION), lambda file: (read_channels(file.parent), read_labels(file))),
-        Reader(CONTRAST_RECORD, write_text({"imagesTr": {"a": {"present": ["T1"]}}}), lambda f: read_contrasts(f.parent)),
+        Reader(CONTRAST_RECORD, write_text(PRESENT), lambda file: read_contrasts(file.parent)),
         Reader("splits.json", write_text([{"train": ["a"], "val": ["b"]}]), read_splits),
-        Reader(SPLIT_RECORD, write_text({"test": ["a"], "left_out": [], "parents": [0]}), lambda f: read_split_record(f.parent)),
+        Reader(SPLIT_RECORD, write_text(SPLIT), lambda file: read_split_record(file.parent)),
         Reader("patients.json", write_text({"a": "M1", "b": "M2"}), read_patients),
         Reader("calibration.json", write_text({"thresholds": {"a": 0.5}, "cases": ["a"]}), read_calibration),
     )
@@ -175,9 +200,7 @@ def damaged(draw: st.DrawFn, valid: bytes) -> bytes:
         length = draw(st.integers(1, 8) | st.integers(1, max(1, len(content))))
         match draw(st.sampled_from(["set", "bit", "cut", "remove", "double"])):
             case "set":
-                content[start : start + length] = draw(
-                    st.binary(max_size=8) | st.sampled_from([b"\0" * 4, b"\xff" * 4, b"9" * 8, b"-1", b"nan", b"null", b"{}"])
-                )
+                content[start : start + length] = draw(st.binary(max_size=8) | st.sampled_from(WORDS))
             case "bit" if start < len(content):
                 content[start] ^= 1 << draw(st.integers(0, 7))
             case "cut":
@@ -208,10 +231,8 @@ def attack(reader: Reader, folder: Path, inputs: int, *, derandomize: bool) -> N
     def read(content: bytes) -> None:
         file.unlink()  # a new file: blosc2 and torch map files into memory
         file.write_bytes(content)
-        try:
+        with suppress(UserError):
             reader.read(file)
-        except UserError as error:
-            assert str(error).strip()
 
     with mock.patch.dict(os.environ, {VARIABLE: str(LARGEST)}):
         read()
@@ -230,5 +251,5 @@ def test_many_damaged_files_end_in_a_result_or_a_sentence(name, tmp_path):
 
 def test_what_is_not_a_sentence_would_be_noticed(tmp_path):
     reader = Reader("a.json", write_text({"a": 1}), lambda file: json.loads(file.read_text())["a"])
-    with pytest.raises((ValueError, KeyError, TypeError)):
+    with pytest.raises(ExceptionGroup, match="distinct failures"):
         attack(reader, tmp_path, 100, derandomize=True)
