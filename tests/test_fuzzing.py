@@ -249,6 +249,16 @@ def test_many_damaged_files_end_in_a_result_or_a_sentence(name, tmp_path):
     attack(READERS[name], tmp_path, -(-INPUTS // len(READERS)), derandomize=False)
 
 
+def test_a_header_entry_that_is_not_utf8_is_removed(tmp_path):
+    """Found by the test above: a MetaImage file with such a key ended in a TypeError."""
+    write_image(tmp_path / "a.mha")
+    content = (tmp_path / "a.mha").read_bytes()
+    (tmp_path / "a.mha").write_bytes(content.replace(b"TransformMatrix", b"\xe4 = x\nTransformMatrix"))
+    image = read_scan(tmp_path / "a.mha")
+    assert not image.GetMetaDataKeys()
+    assert image.GetSpacing() == (0.5, 0.6, 2.0)
+
+
 def test_what_is_not_a_sentence_would_be_noticed(tmp_path):
     reader = Reader("a.json", write_text({"a": 1}), lambda file: json.loads(file.read_text())["a"])
     with pytest.raises(ExceptionGroup, match="distinct failures"):
