@@ -18,7 +18,7 @@ import SimpleITK as sitk
 
 from nnunet_vit_mae.errors import reading
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, NIFTI
-from nnunet_vit_mae.imaging.stated_geometry import spacing_problem
+from nnunet_vit_mae.imaging.stated_geometry import CUT_OFF, spacing_problem
 from nnunet_vit_mae.limits import too_many_voxels
 
 NOT_FINITE = "holds voxels that are NaN or infinite: replace them"
@@ -82,7 +82,7 @@ def read_geometry(file: Path, name: str | None = None) -> Geometry:
     if (values := reader.GetNumberOfComponents()) > 1:
         raise ScanError(f"{name} has {values} values in each voxel, such as a colour or a vector, instead of one")
     if file.name.lower().endswith(NIFTI) and _is_cut_off(file):
-        raise ScanError(f"{name} is cut off or damaged, copy it again")
+        raise ScanError(f"{name} {CUT_OFF}")
     return Geometry(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
 
 

@@ -130,7 +130,7 @@ def read_probabilities(file: Path, outputs: int) -> np.ndarray:
         UserError: If the file is damaged, or has another number of outputs or more voxels than the limit.
     """
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with file.open("rb") as content, np.load(content, allow_pickle=False) as stored:
             with stored.zip.open("probabilities.npy") as stream:  # before all of it is read
                 version = np.lib.format.read_magic(stream)
                 reads = (
