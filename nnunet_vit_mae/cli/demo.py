@@ -12,7 +12,7 @@ from nnunet_vit_mae.signals import command
 @command()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_demo`."""
-    parser = parser_for("mae3d_demo", __doc__)
+    parser = parser_for("mae3d_demo", __doc__, "-o demo")
     parser.add_argument("-o", dest="output", type=Path, default=Path("mae3d_demo"), metavar="FOLDER", help="new folder")
     parser.add_argument("--seed", type=whole_number, default=0, help="random seed of phantoms and networks")
     args = parser.parse_args(argv)

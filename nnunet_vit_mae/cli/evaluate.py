@@ -27,7 +27,9 @@ HEADLINE = {  # title and decimals by measure
 @command()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_evaluate`."""
-    parser = parser_for("mae3d_evaluate", __doc__)
+    parser = parser_for(
+        "mae3d_evaluate", __doc__, "-r labelsTs -p ViT=predictions_vit -p nnU-Net=predictions_unet -o report"
+    )
     add = parser.add_argument
     add("-r", dest="references", required=True, type=Path, metavar="FOLDER", help="folder of reference segmentations")
     add(

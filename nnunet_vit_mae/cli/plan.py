@@ -17,7 +17,13 @@ SAME_AS_PLANS = "plans"
 @command()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_plan`."""
-    parser = parser_for("mae3d_plan", __doc__)
+    parser = parser_for(
+        "mae3d_plan",
+        __doc__,
+        "-d 501 -o ViT_M_p4 --size M --token 4 --decoder mae",
+        "-d 501 -o ViT_fits -gpu_memory_target 8",
+        "-d 501 -o Paper --recipe vitiac",
+    )
     add_plan_arguments(parser)
     parser.add_argument("-o", dest="output", required=True, metavar="NAME", help="name of the plans to write")
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a recipe of ours, or a JSON file with a partial block")

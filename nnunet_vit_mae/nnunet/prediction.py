@@ -162,9 +162,7 @@ def _run(command: Sequence[str], expected: Sequence[Path], log: Path) -> None:
     with log.open("a", encoding="utf-8") as stream, tqdm(total=len(expected), unit="case", desc="predicting") as bar:
         stream.write(f"$ {shlex.join(command)}\n")
         stream.flush()
-        with guarded(
-            [program, *command[1:]], seconds=5.0, env=_environment(), stdout=stream, stderr=stream
-        ) as process:
+        with guarded([program, *command[1:]], seconds=5.0, env=_environment(), stdout=stream, stderr=stream) as process:
             while _is_running(process):
                 if new := count() - bar.n:  # in the log of a job, each update is a line
                     bar.update(new)
