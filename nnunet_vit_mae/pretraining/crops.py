@@ -203,8 +203,11 @@ class ConsecutiveBatches(Sampler[list[int]]):
         self.rank, self.processes = rank, processes
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.first, self.last):
-            yield list(range(step * self.reads + self.rank, (step + 1) * self.reads, self.processes))
+        return map(self.of, range(self.first, self.last))
+
+    def of(self, step: int) -> list[int]:
+        """Return the reads of a step."""
+        return list(range(step * self.reads + self.rank, (step + 1) * self.reads, self.processes))
 
     def __len__(self) -> int:
         return self.last - self.first

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from nnunet_vit_mae.divergence import divergence, first_bad_step, has_exploded
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import read_json, remove_unfinished, replacing, write_json
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
@@ -43,6 +44,7 @@ STATE = "state.pt"
 READY_BATCHES = 2  # that each reader prepares, as torch has it
 PICTURES = 20  # over a whole run
 SAVE_EVERY_SECONDS = 120.0  # and after the last epoch
+LOOK_EVERY_STEPS = 100  # at the losses, which stay on the device until then; and after each epoch
 TINY_LR, LARGE_LR = 1e-5, 5e-3
 
 
@@ -114,7 +116,7 @@ def run(
     Crops are read by as many processes as `readers` says; with 0, by the loop itself between two steps.
 
     With `resume`, goes on from `state.pt` if there is one. Raises `UserError` when that belongs to a different job, or
-    when the loss is NaN or infinite (the last good state is kept).
+    when the training diverges (the last good state is kept).
     """
     torch.manual_seed(job.seed)
     network = build_autoencoder(job.network, len(job.channel_names), job.protocol, spacing=job.spacing).to(device)
@@ -142,30 +144,38 @@ def _train(
     crops = RandomCrops(
         job.files, job.patch_size, job.drawing, job.seed, job.cache, crops_per_volume=job.protocol.crops_per_volume
     )
-    batches = iter(_batches(job, crops, first_step, device, readers))
+    reads = _reads(job, first_step)
+    batches = iter(_batches(crops, reads, device, readers))
     sample = crops[[0]].samples(device).first() if is_first else None
     saved = time.monotonic()
     network.train()
     with tqdm(total=job.steps, initial=first_step, unit="step", desc="pre-training", disable=not is_first) as bar:
         for epoch in range(len(losses), job.protocol.epochs):
             started, waited = time.monotonic(), 0.0
-            epoch_losses = []
+            epoch_losses, norms = list[Tensor](), list[Tensor]()
+            watched = _Watched(job, crops, reads, output, epoch, epoch_losses, norms)
             for step in range(epoch * job.steps_per_epoch, (epoch + 1) * job.steps_per_epoch):
                 set_learning_rate(optimizer, _learning_rate(job, step))
                 asked = time.monotonic()
                 batch = next(batches)
                 waited += time.monotonic() - asked
-                epoch_losses.append(_step(job, model, optimizer, batch.samples(device)))
+                loss, norm = _step(job, model, optimizer, batch.samples(device))
+                epoch_losses.append(loss)
+                norms.append(norm)
                 bar.update()
-            losses.append(_checked_mean(epoch_losses, epoch, output))
+                if len(norms) % LOOK_EVERY_STEPS == 0:
+                    watched.look()
+            losses.append(watched.checked_mean(losses))
 
             rate = _learning_rate(job, (epoch + 1) * job.steps_per_epoch - 1)
             seconds = time.monotonic() - started
             speed = job.steps_per_epoch * job.protocol.batch_size / seconds
             bar.set_postfix(loss=f"{losses[-1]:.4f}", samples_per_s=f"{speed:.1f}")
             logger.info(
-                "epoch %d: loss %.6f, learning rate %.2e, %.1f s (%.1f%% waiting for crops), %.1f samples/s",
+                "epoch %d: loss %.6f, learning rate %.2e, %.1f s (%.1f%% waiting for crops), %.1f samples/s, "
+                "gradient norm %.3g, at most %.3g",
                 epoch + 1, losses[-1], rate, seconds, 100 * waited / seconds, speed,
+                torch.stack(norms).mean(), torch.stack(norms).max(),
             )  # fmt: skip
             if sample is None:  # rank 0 alone writes
                 continue
@@ -177,8 +187,10 @@ def _train(
                 _draw(job, output, network, losses, sample)
 
 
-def _step(job: PretrainingRun, model: nn.Module, optimizer: torch.optim.Optimizer, samples: Samples) -> Tensor:
-    """Take a step on a batch; the loss stays on the device, so that a GPU is not waited for.
+def _step(
+    job: PretrainingRun, model: nn.Module, optimizer: torch.optim.Optimizer, samples: Samples
+) -> tuple[Tensor, Tensor]:
+    """Take a step on a batch; loss and gradient norm stay on the device, so that a GPU is not waited for.
 
     `model` is the network, or what averages its gradients over the processes.
     """
@@ -190,18 +202,20 @@ def _step(job: PretrainingRun, model: nn.Module, optimizer: torch.optim.Optimize
         loss = distributed.part_of_joint_mean(loss, rebuilt.counted.sum())
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), job.protocol.gradient_clip)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), job.protocol.gradient_clip)
     optimizer.step()
-    return loss.detach()
+    return loss.detach(), norm
 
 
-def _batches(
-    job: PretrainingRun, crops: RandomCrops, first_step: int, device: torch.device, readers: int
-) -> DataLoader:
-    """Return the batches of all steps to come, so that readers start only once."""
+def _reads(job: PretrainingRun, first_step: int) -> ConsecutiveBatches:
+    """Return what this process reads for each of the steps to come."""
     place = {"rank": distributed.rank(), "processes": distributed.process_count()}
-    steps = ConsecutiveBatches(first_step, job.steps, job.protocol.reads, **place)
-    return DataLoader(crops, sampler=steps, batch_size=None, num_workers=readers, pin_memory=device.type == "cuda")
+    return ConsecutiveBatches(first_step, job.steps, job.protocol.reads, **place)
+
+
+def _batches(crops: RandomCrops, reads: ConsecutiveBatches, device: torch.device, readers: int) -> DataLoader:
+    """Return the batches of all steps to come, so that readers start only once."""
+    return DataLoader(crops, sampler=reads, batch_size=None, num_workers=readers, pin_memory=device.type == "cuda")
 
 
 def _learning_rate(job: PretrainingRun, step: int) -> float:
@@ -209,14 +223,50 @@ def _learning_rate(job: PretrainingRun, step: int) -> float:
     return job.protocol.lr * warmup_cosine((step + 1) / (job.steps + 1), job.protocol.warmup)
 
 
-def _checked_mean(losses: list[Tensor], epoch: int, output: Path) -> float:
-    mean = float(distributed.averaged(torch.stack(losses).mean()))
-    if not math.isfinite(mean):
-        raise UserError(
-            f"The loss is NaN or infinite in epoch {epoch + 1}; the last good state, if any, is kept in {output}: "
-            "start again with a lower --lr, and look for extreme voxels in the images."
+@dataclass
+class _Watched:
+    """An epoch whose losses and gradient norms are looked at now and then, on all processes at the same steps."""
+
+    job: PretrainingRun
+    crops: RandomCrops
+    reads: ConsecutiveBatches
+    output: Path
+    epoch: int
+    losses: list[Tensor]
+    norms: list[Tensor]
+    looked: int = 0
+
+    def look(self) -> None:
+        """Look at the steps since the last time; raise `UserError`, the same on all processes, if one is bad."""
+        start, self.looked = self.looked, len(self.losses)
+        if start == self.looked:
+            return
+        found = first_bad_step(self.losses[start:], self.norms[start:])
+        own = found and (found.step, found.by_gradient_alone, str(self._error(start + found.step, found.clause)))
+        if bad := sorted(filter(None, distributed.gathered(own))):
+            raise UserError(bad[0][2])
+
+    def checked_mean(self, before: list[float]) -> float:
+        """Return the mean loss of the epoch, given those before; raise `UserError` if the training has diverged."""
+        self.look()
+        mean = float(distributed.averaged(torch.stack(self.losses).mean()))
+        first = before[0] if before else float(distributed.averaged(self.losses[0]))
+        if has_exploded(mean, first):
+            worst = int(torch.stack(self.losses).argmax())
+            raise self._error(worst, f"The loss of an epoch was {first:.3g} and has grown to {mean:.3g}, most of all")
+        return mean
+
+    def _error(self, step: int, what: str) -> UserError:
+        numbers = self.reads.of(self.epoch * self.job.steps_per_epoch + step)
+        cases = [self.crops.file_of(number).stem for number in numbers for _ in range(self.crops.crops_per_volume)]
+        return divergence(
+            what,
+            f"step {step + 1} of epoch {self.epoch + 1}",
+            cases,
+            self.crops[numbers].crops,
+            kept=f"the last good state, if any, is kept in {self.output}",
+            advice="start again with a lower --lr, and look for extreme voxels in these images",
         )
-    return mean
 
 
 def _save_state(output: Path, network: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
