@@ -39,18 +39,22 @@ def has_exploded(loss: float, first: float) -> bool:
     return loss > EXPLOSION * max(1.0, first)
 
 
-def divergence(what: str, step: str, cases: Sequence[str], volumes: Tensor, *, kept: str, advice: str) -> UserError:
+def divergence(
+    what: str, step: str, cases: Sequence[str], volumes: Tensor | None, *, kept: str, advice: str
+) -> UserError:
     """Return the error to raise.
 
     Args:
         what: Clause that begins the sentence.
         step: In which it was.
         cases: Names of the cases of the batch, one for each of its volumes.
-        volumes: The batch (b ...), in which NaN and infinite voxels are looked for.
+        volumes: The batch (b ...), in which NaN and infinite voxels are looked for; None: it is gone.
         kept: What is kept, and where.
         advice: For volumes that hold numbers alone.
     """
-    broken = [case for case, volume in zip(cases, volumes, strict=True) if not volume.isfinite().all()]
+    broken = []
+    if volumes is not None:
+        broken = [case for case, volume in zip(cases, volumes, strict=True) if not volume.isfinite().all()]
     if broken:
         advice = f"voxels of {_names(broken)} are NaN or infinite, so repair or leave out these images"
     return UserError(f"{what} in {step}, whose batch is of {_names(cases)}; {kept}: {advice}.")

@@ -6,6 +6,7 @@ prediction from the plans and the trainer's name, so `build_network_architecture
 
 from __future__ import annotations
 
+import math
 import random
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -24,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_vit_mae.datasets.split.files import parent_fold
 from nnunet_vit_mae.datasets.split.patients import separation_warning
+from nnunet_vit_mae.divergence import divergence, has_exploded
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.segmenter import Segmenter
@@ -41,7 +45,13 @@ VALIDATION_SHARE = 5  # nnU-Net's own 250 training iterations come with 50 of va
 
 
 class ScheduledTrainer(nnUNetTrainer):
-    """nnU-Net's trainer with the length of its schedule taken from the plans."""
+    """nnU-Net's trainer with the length of its schedule and a seed from the plans; it stops when it diverges.
+
+    Runs with the same seed are equal to the digit on a CPU where nnU-Net augments in one process
+    (`nnUNet_n_proc_DA=0`), interrupted or not. On a GPU, kernels add in an order of their own.
+    """
+
+    norm_name = "gradient norm"
 
     # nnU-Net reads the names of these parameters by introspection: any other signature is a KeyError there
     @exit_on_user_error
@@ -54,19 +64,91 @@ class ScheduledTrainer(nnUNetTrainer):
         self.num_epochs = schedule.epochs
         self.num_iterations_per_epoch = schedule.iterations
         self.num_val_iterations_per_epoch = max(1, self.num_iterations_per_epoch // VALIDATION_SHARE)
+        # of the steps of an epoch; gradient norms stay on the device until it ends
+        self.cases: list[list[str]] = []
+        self.losses: list[float] = []
+        self.norms: list[torch.Tensor] = []
 
     @exit_on_user_error
     def initialize(self) -> None:
-        """Seed all random numbers if the plans say so, then build the network and the rest as nnU-Net does.
-
-        Runs with the same seed are equal where nnU-Net augments in one process (`nnUNet_n_proc_DA=0`).
-        """
-        if self.seed >= 0:
-            seed = self.seed + self.local_rank  # each GPU draws other samples; DDP takes the weights from the first
-            random.seed(seed)
-            np.random.seed(seed)  # noqa: NPY002 (nnU-Net draws from numpy's global generator)
-            torch.manual_seed(seed)
+        """Seed all random numbers if the plans say so, then build the network and the rest as nnU-Net does."""
+        self._seed_random_numbers()
         super().initialize()
+
+    def on_train_epoch_start(self) -> None:
+        """Begin an epoch as nnU-Net does.
+
+        Each epoch has random numbers of its own, so that a run that goes on after an interruption (`--c`) draws what
+        one that was never interrupted draws.
+        """
+        self._seed_random_numbers(self.current_epoch + 1)
+        self.cases, self.losses, self.norms = [], [], []
+        super().on_train_epoch_start()
+
+    @exit_on_user_error
+    def train_step(self, batch: dict) -> dict:
+        """Take a step; stop with the cases of the batch if its loss is NaN or infinite."""
+        result = self.take_step(batch)
+        self.losses.append(float(result["loss"]))
+        self.cases.append([str(case) for case in batch["keys"]])
+        if not math.isfinite(self.losses[-1]):
+            raise self._divergence(len(self.losses) - 1, f"The loss is {self.losses[-1]}", batch["data"])
+        return result
+
+    def take_step(self, batch: dict) -> dict:
+        """Take nnU-Net's own step."""
+        return super().train_step(batch)
+
+    @exit_on_user_error
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """End an epoch as nnU-Net does, and log the gradient norm; stop if the training has diverged."""
+        super().on_train_epoch_end(train_outputs)
+        if self.norms:
+            norms = torch.stack(self.norms).cpu()
+            bad = (~norms.isfinite()).nonzero().flatten().tolist()
+            if bad:
+                raise self._divergence(bad[0], f"The gradient norm is {norms[bad[0]].item()}")
+            skipped = len(self.losses) - len(norms)
+            said = f"; {skipped} steps skipped, for their gradients were too large for fp16" if skipped else ""
+            self.print_to_log_file(f"{self.norm_name} {norms.mean():.3g}, at most {norms.max():.3g}{said}")
+        losses = self.logger.get_value("train_losses", step=None)
+        first = losses[0] if len(losses) > 1 else self.losses[0]
+        if has_exploded(losses[-1], first):
+            worst = int(np.argmax(self.losses))
+            grown = f"The loss of an epoch was {first:.3g} and has grown to {losses[-1]:.3g}, most of all"
+            raise self._divergence(worst, grown)
+
+    def _divergence(self, step: int, what: str, volumes: torch.Tensor | None = None) -> UserError:
+        error = divergence(
+            what,
+            f"step {step + 1} of epoch {self.current_epoch}",
+            self.cases[step],
+            volumes,
+            kept=f"the checkpoints of earlier epochs, if any, are kept in {self.output_folder}",
+            advice="look for extreme voxels in these images, or plan with a lower finetuning.lr",
+        )
+        self.print_to_log_file(f"Error: {error}", also_print_to_console=False)
+        return error
+
+    def _seed_random_numbers(self, *place: int) -> None:
+        """Seed all generators, if the plans have a seed, by it, the place in the run, and the process."""
+        if self.seed < 0:
+            return
+        # each GPU draws other samples; DDP takes the weights from the first
+        drawn = np.random.SeedSequence((self.seed, self.local_rank, *place)).generate_state(3)
+        random.seed(int(drawn[0]))
+        np.random.seed(drawn[1])  # noqa: NPY002 (nnU-Net draws from numpy's global generator)
+        torch.manual_seed(int(drawn[2]))
+
+    def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
+        """Return nnU-Net's augmentation; with a seed it does not choose between two ways of blurring by their time."""
+        transform = nnUNetTrainer.get_training_transforms(*args, **kwargs)
+        if self.seed >= 0:
+            for part in transform.transforms:
+                part = part.transform if isinstance(part, RandomTransform) else part
+                if isinstance(part, GaussianBlurTransform):
+                    part.benchmark = False
+        return transform
 
     @exit_on_user_error
     def get_tr_and_val_datasets(self) -> tuple:
@@ -80,6 +162,18 @@ class ScheduledTrainer(nnUNetTrainer):
 
 class nnUNetTrainerBaseline(ScheduledTrainer):  # noqa: N801 (the names that users type follow nnU-Net)
     """nnU-Net's U-Net with as many steps as the ViT gets, and nothing else changed: the fair comparison."""
+
+    norm_name = "gradient norm (clipped to 12)"
+
+    def configure_optimizers(self) -> tuple:
+        """Return nnU-Net's optimizer, which notes the norm of its gradients, and its schedule."""
+        optimizer, schedule = super().configure_optimizers()
+        optimizer.register_step_pre_hook(self._note_norm)  # not called where nnU-Net's fp16 skips a step
+        return optimizer, schedule
+
+    def _note_norm(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.norms.append(nn.utils.clip_grad_norm_(parameters, math.inf))  # infinity leaves them as they are
 
 
 class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
@@ -160,7 +254,7 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
 
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
         """Return nnU-Net's augmentation, or nothing where `train_step` does it; absent contrasts stay zero."""
-        transform = nnUNetTrainer.get_training_transforms(*args, **kwargs)
+        transform = super().get_training_transforms(*args, **kwargs)
         dropout = self.settings.finetuning.contrast_dropout
         if self.settings.finetuning.augmentation == "loader":
             return keeping_absence(transform, dropout=dropout)
@@ -184,7 +278,7 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
         self.steps_done = 0
         super().on_train_epoch_start()
 
-    def train_step(self, batch: dict) -> dict:
+    def take_step(self, batch: dict) -> dict:
         """Take nnU-Net's step with the plans' gradient clipping, and without its fp16."""
         self.lr_scheduler.step(self.current_epoch, self.steps_done)
         self.steps_done += 1
@@ -195,7 +289,7 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
         loss = self.loss(self.network(volume), target)
         loss.backward()
         moving = [p for group in self.optimizer.param_groups if group["lr"] > 0 for p in group["params"]]
-        nn.utils.clip_grad_norm_(moving, self.settings.finetuning.gradient_clip)
+        self.norms.append(nn.utils.clip_grad_norm_(moving, self.settings.finetuning.gradient_clip))
         self.optimizer.step()
         return {"loss": loss.detach().cpu().numpy()}
 
