@@ -20,6 +20,7 @@ import SimpleITK as sitk
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import refuse_in_use, replacing
+from nnunet_vit_mae.imaging.volumes import read_image
 from nnunet_vit_mae.installation import trainers_folder
 from nnunet_vit_mae.phantoms.dataset import write_phantom_dataset
 from nnunet_vit_mae.plots import Segmented, plot_segmentations
@@ -103,8 +104,8 @@ class Shell:
 
 def score_case(model: str, reference_file: Path, predictions: Path) -> CaseScore:
     """Compare the prediction of the same name with a reference segmentation."""
-    reference = sitk.ReadImage(str(reference_file))
-    prediction = sitk.ReadImage(str(predictions / reference_file.name))
+    reference = read_image(reference_file)
+    prediction = read_image(predictions / reference_file.name)
     overlap = sitk.LabelOverlapMeasuresImageFilter()
     overlap.Execute(reference, prediction)
     voxel_volume = float(np.prod(reference.GetSpacing()))
@@ -147,4 +148,4 @@ def _draw_examples(raw: Path, folder: Path, scores: list[CaseScore]) -> None:
 
 
 def _read_array(file: Path) -> np.ndarray:
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+    return sitk.GetArrayFromImage(read_image(file))

@@ -1,5 +1,6 @@
 """The exception for everything that the user can fix, and the one place that turns it into an exit code."""
 
+import errno
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -11,15 +12,34 @@ R = TypeVar("R")
 
 NAMES_SHOWN = 3  # names listed in a sentence
 
+WHAT_TO_DO = {
+    errno.ENOSPC: "free some space on the disk",
+    errno.EDQUOT: "free some space, or ask for a larger quota",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "change the permissions, or choose another folder",
+    errno.EPERM: "change the permissions, or choose another folder",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "end programs that hold many files open",
+    errno.ENOMEM: "end other programs, or use fewer processes",
+    errno.EIO: "check the disk",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+
 
 class UserError(ValueError):
     """A mistake that the user can fix. The message is one sentence: what is wrong, where, and what to do."""
 
 
-def exit_on_user_error(function: Callable[P, R]) -> Callable[P, R]:
-    """Print a `UserError` to stderr and exit with code 2, without a traceback; let everything else through.
+class WriteError(OSError):
+    """The system refuses to write a file of ours, which is as it was before."""
 
-    It wraps our commands and the trainer methods that nnU-Net's own commands call.
+
+def exit_on_user_error(function: Callable[P, R]) -> Callable[P, R]:
+    """Print what the user can fix in one sentence to stderr and exit with code 2, without a traceback.
+
+    That is a `UserError`, what the system refuses (`OSError`, such as a full disk) and the lack of memory; everything
+    else passes. It wraps our commands and the trainer methods that nnU-Net's own commands call.
     """
 
     @functools.wraps(function)
@@ -27,10 +47,35 @@ def exit_on_user_error(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except UserError as error:
-            print(f"Error: {error}", file=sys.stderr)  # noqa: T201
-            sys.exit(2)
+            sentence = str(error)
+        except MemoryError as error:
+            details = f" ({error})" if str(error) else ""
+            sentence = f"There is not enough memory{details}: use fewer processes, a smaller batch, or more memory."
+        except OSError as error:
+            if error.errno is None:  # not from the system, but from a library that reads files
+                raise
+            sentence = system_error(error)
+        print(f"Error: {sentence}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
 
     return wrapped
+
+
+def system_error(error: OSError) -> str:
+    """Return a sentence about what the system refused, with what to do.
+
+    >>> system_error(WriteError(errno.ENOSPC, "No space left on device", "case.nii.gz"))
+    'case.nii.gz cannot be written (No space left on device), and is as it was; all files written before are whole: \
+free some space on the disk, and run the command again.'
+    """
+    reason = error.strerror or str(error)
+    if isinstance(error, WriteError):
+        what = f"{error.filename} cannot be written ({reason}), and is as it was; all files written before are whole"
+    elif error.filename:
+        what = f"The system refuses {error.filename} ({reason})"
+    else:
+        what = f"The system refuses a resource, such as shared memory or a process ({reason})"
+    return f"{what}: {WHAT_TO_DO.get(error.errno or 0, 'correct this')}, and run the command again."
 
 
 def reader_reason(error: Exception) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,19 +14,109 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, WriteError, reader_reason
 
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to, and rename it to `file` when the block ends without an error."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Yield a temporary path to write to, and rename it to `file` when the block ends without an error.
+
+    The content is on the disk before the name is, so that no crash leaves a file that is not whole; whoever may read
+    new files of this user may read it.
+
+    Raises:
+        WriteError: If the system refuses to write; `file` is then as it was before.
+    """
     temporary = file.with_name(f".{os.getpid()}.{file.name}")  # some writers choose the format by the suffix
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        mode = _mode_of_new_file(temporary)
         yield temporary
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:
+            temporary.chmod(mode)  # some libraries write files that only their owner can read
+        _sync(temporary)
         temporary.replace(file)
+        _sync(file.parent)
+    except OSError as error:
+        if error.errno and error.filename in (None, str(temporary), str(file.parent)):  # None: of an open file
+            raise WriteError(error.errno, error.strerror, str(file)) from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _mode_of_new_file(file: Path) -> int:
+    """Return the permissions that a new file gets here, which leaves none behind."""
+    file.touch()
+    try:
+        return stat.S_IMODE(file.stat().st_mode)
+    finally:
+        file.unlink()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def read_back(temporary: Path) -> Iterator[None]:
+    """Turn what a library raises in the block, where it writes a file and reads it back, into the system's reason.
+
+    Libraries that write files themselves report a full disk with an error of their own, or not at all.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno):
+            raise
+        raise _reason_not_to_grow(temporary) or OSError(errno.EIO, reader_reason(error), str(temporary)) from None
+
+
+def _reason_not_to_grow(file: Path) -> OSError | None:
+    """Return why the system lets a file not grow: a full disk, a quota, or a limit on the size of files."""
+    try:
+        with file.open("ab") as stream:
+            stream.write(bytes(2**20))
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        return error
+    return None
+
+
+def inside(root: Path, *names: object, source: object) -> Path:
+    """Return the path of names below a folder; each is one part of it, such as the name of a case.
+
+    Every name that was read from a file becomes a path here. Symbolic links below `root` are followed as ever.
+
+    Args:
+        root: The folder.
+        names: One name for each level below it.
+        source: The file that the names are from, for the message.
+
+    Raises:
+        UserError: If a name leads elsewhere, or is none.
+
+    Example:
+        >>> inside(Path("raw"), "imagesTr", "case_1.nii.gz", source="qc.csv").as_posix()
+        'raw/imagesTr/case_1.nii.gz'
+    """
+    path = root
+    for name in names:
+        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0") or Path(name).name != name:
+            raise UserError(f"{source} holds {name!r}, which is no name of a file or folder in {root}: correct it.")
+        path /= name
+    return path
 
 
 def remove_unfinished(folder: Path) -> None:

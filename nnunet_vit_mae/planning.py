@@ -44,6 +44,23 @@ def default_settings(
     )
 
 
+def refuse_useless_masks(network: Network, protocol: Pretraining, patch_size: Sequence[int]) -> None:
+    """Raise `UserError` when a crop has no token to hide, or none that could stay visible."""
+    tokens = math.prod(token_grid(patch_size, network.token))
+    crop, token = (" x ".join(map(str, sides)) for sides in (patch_size, network.token))
+    visible = round(tokens * (1 - protocol.mask_ratio))
+    if tokens < 2 or visible >= tokens:
+        raise UserError(
+            f"A mask ratio of {protocol.mask_ratio:g} hides none of the {tokens} tokens of {token} voxels in a patch of "
+            f"{crop}, so that there is nothing to learn: choose a smaller token, or a larger mask ratio."
+        )
+    if visible < 1:
+        raise UserError(
+            f"A mask ratio of {protocol.mask_ratio:g} leaves none of the {tokens} tokens of {token} voxels in a patch "
+            f"of {crop} visible: choose a smaller mask ratio, or a smaller token."
+        )
+
+
 def default_token(
     patch_size: Sequence[int], spacing: Sequence[float], budget: int = TOKEN_BUDGET
 ) -> tuple[int, int, int]:

@@ -29,22 +29,29 @@ def save_figure(figure: Figure, file: Path, dpi: int = 120) -> None:
         figure.savefig(temporary, dpi=dpi, metadata=metadata)
 
 
-def plot_progress(losses: Sequence[float], rates: Sequence[float], file: Path) -> None:
+def plot_progress(losses: Sequence[float], rates: Sequence[float], file: Path, *, plain: int = 0) -> None:
     """Plot the loss (left axis) and the learning rate (right axis) of each epoch.
 
     Args:
         losses: Loss of each epoch.
         rates: Learning rate of each epoch.
         file: The figure to write.
+        plain: After how many epochs the loss is another one, from plain to norm-pix: the two cannot be compared.
     """
+    comparable = losses[plain:] or losses
     epochs = np.arange(1, len(losses) + 1)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     left = figure.add_subplot()
     left.plot(epochs, losses, color="tab:blue", marker="." if len(losses) < 30 else None)
     left.set(
-        xlabel="epoch", ylabel="loss on hidden tokens", title=f"lowest loss {min(losses):.4f}, last {losses[-1]:.4f}"
+        xlabel="epoch",
+        ylabel="loss on hidden tokens",
+        title=f"lowest loss {min(comparable):.4f}, last {losses[-1]:.4f}",
     )
     left.grid(alpha=0.3)
+    if 0 < plain < len(losses):
+        left.axvline(plain + 0.5, color="tab:blue", linewidth=1, linestyle=":", label="plain before, norm-pix after")
+        left.legend(frameon=False)
     right = left.twinx()
     right.plot(epochs, rates, color="tab:gray", linewidth=1, linestyle="--")
     right.set_ylabel("learning rate (dashed)")

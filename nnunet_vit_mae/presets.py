@@ -117,6 +117,7 @@ def canonical_contrast(name: str) -> str:
     return spellings.get(name.lower(), name.upper())
 
 
+LARGEST = 2**32 - 1  # of every number: the largest seed, and far more than any other setting can use
 LEAST_TAPS = 3  # as many as UNETR has
 MOST_TOKENS = 1024  # along an axis: far more than any memory holds
 TOKEN_SIDES = (1, 2, 4, 8, 16, 32)  # convolutional decoders double their grid until it reaches the voxels
@@ -233,6 +234,7 @@ class Pretraining:
     weight_decay: float = 0.05
     warmup: float = 0.05  # share of the schedule: 40 of 800 epochs
     norm_pix: bool = True
+    plain_share: float = 0.0  # of the epochs: the first ones, whose loss is plain, before norm-pix takes over
     gradient_clip: float = 1.0
 
     def __post_init__(self) -> None:
@@ -247,6 +249,9 @@ class Pretraining:
         share = self.rebuilt_share
         _require(0 < share <= 1, "pretraining.rebuilt_share", share, "a share above 0 and at most 1")
         _require(0 <= self.warmup < 1, "pretraining.warmup", self.warmup, "a share from 0 up to, but not, 1")
+        share = self.plain_share
+        _require(0 <= share < 1, "pretraining.plain_share", share, "a share from 0 up to, but not, 1")
+        _require(self.norm_pix or not share, "pretraining.plain_share", share, "0, as norm_pix is not set")
         _require(self.weight_decay >= 0, "pretraining.weight_decay", self.weight_decay, "0 or more")
 
     @property
@@ -258,6 +263,15 @@ class Pretraining:
     def reads(self) -> int:
         """Return how many volumes are read for a batch."""
         return self.batch_size // self.samples_per_read
+
+    @property
+    def plain_epochs(self) -> int:
+        """Return in how many epochs, the first ones, the loss is plain although `norm_pix` is set; never in all."""
+        return min(round(self.plain_share * self.epochs), self.epochs - 1)
+
+    def norm_pix_in(self, epoch: int) -> bool:
+        """Return whether the loss of an epoch, counted from 0, is norm-pix."""
+        return self.norm_pix and epoch >= self.plain_epochs
 
     @property
     def lr(self) -> float:
@@ -376,12 +390,18 @@ def _refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any], where: s
 
 def _typed(value: Any, example: Any, name: str) -> Any:
     """Return `value` as the type of `example`; JSON has no tuples, and writes 1.0 as 1."""
-    if isinstance(example, tuple) and isinstance(value, list | tuple) and all(type(side) is int for side in value):
+    if (
+        isinstance(example, tuple)
+        and isinstance(value, list | tuple)
+        and all(type(side) is int and abs(side) <= LARGEST for side in value)
+    ):
         return tuple(value)
-    if type(example) is float and type(value) is int:
+    if type(example) is float and type(value) is int and abs(value) <= LARGEST:
         return float(value)
     expected = "a list of whole numbers" if isinstance(example, tuple) else f"of type {type(example).__name__}"
     _require(type(value) is type(example), name, value, expected)
+    if isinstance(value, int | float):
+        _require(abs(value) <= LARGEST, name, value, f"a number of at most {LARGEST:,}")
     return value
 
 

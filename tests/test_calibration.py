@@ -11,6 +11,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from conftest import SHAPE, SPACING, blob, write_case
+from dynamic_network_architectures.architectures.primus import PrimusV2
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 
@@ -41,19 +42,21 @@ def u_net() -> nn.Module:
     )
 
 
-@pytest.mark.parametrize("kind", [*DECODERS, "adaptive", "U-Net"])
+@pytest.mark.parametrize("kind", [*DECODERS, "adaptive", "U-Net", "Primus"])
 def test_shifting_the_head_shifts_every_logit(kind):
     """Also for a head with an output for each voxel of a token, whose sides are unequal."""
     torch.manual_seed(0)
     if kind == "U-Net":
         network = u_net()
+    elif kind == "Primus":
+        network = PrimusV2(2, 24, (8, 8, 8), 3, 1, 2, input_shape=(8, 16, 16))
     else:
         adaptive = kind == "adaptive"
         chosen = Network(size="XS", token=(2, 4, 8), decoder="unetr" if adaptive else kind, adaptive=adaptive)
         network = build_segmenter(chosen, 2, 3, drop_path=0.0, unet=u_net)
     network.eval()
     shifts = [0.0, -2.5, 1.25]
-    volume = torch.randn(2, 2, 8, 12, 16)
+    volume = torch.randn(2, 2, 8, 16 if kind == "Primus" else 12, 16)
     with torch.no_grad():
         before = network(volume)
         network.load_state_dict(shift_head(network.state_dict(), shifts))

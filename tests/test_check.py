@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,6 +273,35 @@ def test_outliers_and_orientations(data, found, capsys):
     assert "Warning: intensity (2)" in capsys.readouterr().out
 
 
+def write_ct(data, labelled_hu: float) -> None:
+    """Write CT of which 60% of the voxels are soft tissue, with a label of a given intensity."""
+    data.describe(channel_names={"0": "CT"})
+    for case in (*(f"imagesTr/a{number}" for number in range(6)), "imagesUn/u", "imagesTs/t"):
+        data.file(f"{case}_0001").unlink()
+        array = np.linspace(0, 100, np.prod(SIZE), dtype=np.float32).reshape(SIZE[::-1])
+        array += 150 * (array > 60) + zlib.crc32(case.encode()) % 7  # no two are equal
+        if case.startswith("imagesTr"):
+            array[data.array(case.replace("images", "labels")) > 0] = labelled_hu
+        data.write(f"{case}_0000", array)
+
+
+def test_ct_whose_soft_tissue_nnunet_clips_away_is_warned_about(data, found):
+    write_ct(data, labelled_hu=131)
+    warnings = found()["warnings"]
+    assert list(warnings) == [("", "CT clipping")]
+    text = warnings["", "CT clipping"]
+    assert "clips the channel CT below 131 HU" in text
+    assert re.search(r"one constant \((59|60|61)% of the voxels of all labelled cases\)", text)
+    assert "Name the channel CT_zscore in dataset.json" in text
+
+
+@pytest.mark.parametrize(("name", "labelled_hu"), [("CT", 5.0), ("CT_zscore", 131.0)])
+def test_ct_that_keeps_its_soft_tissue_is_not_warned_about(data, found, name, labelled_hu):
+    write_ct(data, labelled_hu)
+    data.describe(channel_names={"0": name})
+    assert not found()["warnings"]
+
+
 @pytest.mark.parametrize("cases", [6, 1])
 def test_the_picture_is_drawn_for_any_number_of_cases(data, cases, tmp_path):
     for number in range(cases, 6):
@@ -297,7 +327,7 @@ def test_mistakes_get_one_sentence(data, tmp_path, refused):
     assert "choose another folder with -o" in refused(main, "-d", "906", "-o", str(tmp_path / "file"))
     assert "check --csv" in refused(main, "-d", "906", "--csv", "nowhere.csv")
     data.describe(labels=[1, 2])
-    assert "has no valid labels" in refused(main, "-d", "906")
+    assert "labels is [1, 2], but it must be an object" in refused(main, "-d", "906")
     data.describe()
     for folder in ("imagesTr", "imagesTs", "imagesUn"):
         (data.raw / folder).rename(tmp_path / folder)

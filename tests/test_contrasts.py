@@ -380,7 +380,7 @@ def test_gzip_files_in_several_pieces_are_whole(data):
     ("changes", "reason"),
     [
         ({"channel_names": None}, "no channel_names"),
-        ({"channel_names": {}}, "no channel_names"),
+        ({"channel_names": {}}, "the keys"),
         ({"channel_names": {"0": "FLAIR", "2": "T2"}}, '"0", "1" and so on'),
         ({"channel_names": {"0": "T1", "1": "T1"}}, "a name of its own"),
         ({"file_ending": ".png"}, "is .png"),
@@ -403,7 +403,7 @@ def test_missing_files_and_foreign_records_are_named(data, typed, refused):
     assert "imagesTr, imagesTs, imagesUn" in refused(lambda _: typed())
     data.write("a", 0)
     (data.raw / "contrasts.json").write_text('{"imagesTr": ["a"]}')
-    assert "contrasts.json was not written by" in refused(lambda _: typed())
+    assert "imagesTr is ['a'], but it must be an object" in refused(lambda _: typed())
     (data.raw / "dataset.json").unlink()
     assert "dataset.json is missing" in refused(lambda _: typed())
 

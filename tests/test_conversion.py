@@ -104,7 +104,7 @@ def test_a_series_that_is_no_stack_says_why(tmp_path):
     for series in find_series(tmp_path)[0]:
         with pytest.raises(SeriesError) as error:
             read_series(series)
-        reasons[series.tag("0008|103e")] = str(error.value)
+        reasons[series.description] = str(error.value)
     assert "9.00 to 18.00 mm apart" in reasons["gap"]
     assert "mixed orientation" in reasons["mixed"]
     assert "at the same position" in reasons["twice"]

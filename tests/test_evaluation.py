@@ -137,6 +137,30 @@ def test_the_command_writes_what_it_measures(data, capsys):
     assert set(summary["versions"]) >= {"monai", "scipy", "statsmodels", "nnunet-vit-mae"}
 
 
+def test_the_slice_thickness_is_the_one_that_scans_csv_records(data, no_report, capsys):
+    (data / "scans.csv").write_text("case,slice_thickness_mm\ncase_0,0.75\ncase_1,\nother,3\n")
+    command.main(arguments(data))
+    thickness = {case: row["slice_thickness_mm"] for (_, case, _), row in rows_in(data / "report").items()}
+    assert thickness == {"case_0": "0.75", "case_1": "1.5"} | {f"case_{n}": str(THICK[n]) for n in range(2, 6)}
+    assert "scans.csv has no slice thickness of case_1, case_2, case_3" in capsys.readouterr().out
+
+    (data / "own.csv").write_text("scan;slice_thickness_mm\n" + "".join(f"case_{n};{n + 1}\n" for n in range(6)))
+    command.main(arguments(data, "--csv", data / "own.csv", out="second"))
+    thickness = [
+        row["slice_thickness_mm"] for (_, _, label), row in rows_in(data / "second").items() if label == "core"
+    ]
+    assert thickness == ["1.0", "2.0", "3.0", "4.0", "5.0", "6.0"] * 2
+    assert "has no slice thickness" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["1.25 mm", "0", "-1", "inf"])
+def test_a_slice_thickness_that_is_no_length_is_refused(data, no_report, refused, text):
+    (data / "scans.csv").write_text(f"case,slice_thickness_mm\ncase_0,{text}\n")
+    message = refused(command.main, *arguments(data))
+    assert f"has the slice_thickness_mm '{text}' for case_0: give a number above 0" in message
+    assert not (data / "report").exists()
+
+
 def test_dice_is_nnunets_with_regions_and_the_ignore_label(data):
     description = {"labels": {"background": 0, "whole": [1, 2], "rim": 2, "ignore": 3}, "regions_class_order": [1, 2]}
     for folder in ("vit", "unet"):

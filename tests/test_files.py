@@ -1,15 +1,22 @@
 """Files that are whole or not there, and errors that end a command without a traceback."""
 
+import errno
+import os
+import shutil
+import stat
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunet_vit_mae.errors import UserError, exit_on_user_error
-from nnunet_vit_mae.files import read_json, replacing, write_json
+from nnunet_vit_mae.errors import UserError, WriteError, exit_on_user_error
+from nnunet_vit_mae.files import inside, read_json, replacing, write_json
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -31,10 +38,10 @@ def test_a_file_is_replaced_when_the_block_ends(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def write_half(file: Path, error: type[BaseException]) -> None:
+def write_half(file: Path, error: Callable[[], BaseException]) -> None:
     with replacing(file) as temporary:
         temporary.write_text("half of the n")
-        raise error
+        raise error()
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
@@ -74,6 +81,56 @@ def test_folders_on_the_way_are_made(tmp_path):
     with replacing(tmp_path / "a" / "b" / "plans.json") as temporary:
         temporary.write_text("new")
     assert (tmp_path / "a" / "b" / "plans.json").read_text() == "new"
+
+
+def test_others_may_read_a_file_whatever_the_library_chose(tmp_path):
+    before = os.umask(0o022)
+    try:
+        with replacing(tmp_path / "encoder.safetensors") as temporary:
+            temporary.write_text("new")
+            temporary.chmod(0o600)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "encoder.safetensors").stat().st_mode) == 0o644
+
+
+def test_the_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(str(Path(f"/proc/self/fd/{number}").readlink())))
+    with replacing(tmp_path / "plans.json") as temporary:
+        temporary.write_text("new")
+    assert synced == [str(temporary), str(tmp_path)]
+
+
+def test_a_refused_write_names_the_file_and_leaves_it(tmp_path):
+    file = tmp_path / "plans.json"
+    file.write_text("old")
+    with pytest.raises(WriteError, match="No space left") as caught:
+        write_half(file, partial(OSError, errno.ENOSPC, "No space left on device"))
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(file)
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_missing_source_is_not_called_a_refused_write(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught, replacing(tmp_path / "copy.json") as temporary:
+        shutil.copyfile(tmp_path / "source.json", temporary)
+    assert caught.value.filename == str(tmp_path / "source.json")
+
+
+# ---------- names from files
+
+
+@pytest.mark.parametrize("name", ["case_1", "case 1", "..case", "Fälle", ".hidden", "a..b"])
+def test_a_name_becomes_a_path_below_its_root(tmp_path, name):
+    assert inside(tmp_path, "imagesTr", name, source="qc.csv") == tmp_path / "imagesTr" / name
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "../other", "/etc", "a/b", "a/../../b", "..\\b", "a\0b", None, 3])
+def test_a_name_that_leads_elsewhere_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match=r"qc\.csv holds .* no name of a file"):
+        inside(tmp_path, "imagesTr", name, source="qc.csv")
 
 
 # ---------- JSON
@@ -141,6 +198,35 @@ def test_a_process_shows_no_traceback_of_a_user_error():
     )
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (process.returncode, process.stdout, process.stderr) == (2, "", "Error: fix this.\n")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO])
+def test_what_the_system_refuses_ends_with_code_2_and_one_line(number, capsys):
+    @exit_on_user_error
+    def command() -> None:
+        raise OSError(number, os.strerror(number), "case.nii.gz")
+
+    with pytest.raises(SystemExit) as caught:
+        command()
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"Error: The system refuses case.nii.gz ({os.strerror(number)}): ")
+    assert message.count("\n") == 1
+
+
+def test_a_refused_write_says_what_is_kept(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        exit_on_user_error(write_half)(tmp_path / "plans.json", partial(OSError, errno.EDQUOT, "Disk quota exceeded"))
+    message = capsys.readouterr().err
+    assert f"{tmp_path / 'plans.json'} cannot be written (Disk quota exceeded), and is as it was" in message
+    assert "larger quota" in message
+
+
+def test_too_little_memory_ends_with_code_2(capsys):
+    with pytest.raises(SystemExit) as caught:
+        exit_on_user_error(np.empty)((2**20, 2**20, 2**10))
+    assert caught.value.code == 2
+    assert "not enough memory (Unable to allocate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyError, KeyboardInterrupt])

@@ -49,7 +49,7 @@ FLAGS = {
     "mae3d_features": PLAN_FLAGS | {"-tr", "-f", "-chk", "--case", "-o", "-device"},
     "mae3d_fill_contrasts": {"-h", "--help", "-d"},
     "mae3d_omit": PLAN_FLAGS | {"-tr", "-f", "-chk", "-i", "-r", "--omit", "-o", "-device"},
-    "mae3d_evaluate": {"-h", "--help", "-r", "-p", "-i", "-o", "--cutoffs", "--thickness_bins", "--tolerance"}
+    "mae3d_evaluate": {"-h", "--help", "-r", "-p", "-i", "-o", "--csv", "--cutoffs", "--thickness_bins", "--tolerance"}
     | {"--min_lesion_voxels", "--resamples", "--seed", "--calibration", "-np"},
     "mae3d_calibrate": PLAN_FLAGS
     | {"-tr", "-f", "-chk", "--objective", "-i", "-l", "--allow_training_cases", "-device"},
@@ -68,6 +68,7 @@ FLAGS = {
     | {"--dry-run", "--step", "-device"},
     "mae3d_demo": {"-h", "--help", "-o", "--seed"},
     "mae3d_trainers": {"-h", "--help"},
+    "mae3d_doctor": {"-h", "--help", "-d", "-c", "-p", "--json"},
 }
 
 # an arrow goes to a smaller number only, or stays inside its own folder
@@ -75,8 +76,10 @@ LAYERS = {
     "errors": 0,
     "installation": 0,
     "files": 0,
+    "entries": 0,
     "presets": 0,
     "planning": 0,
+    "doctor": 0,
     "networks": 1,
     "optimisation": 1,
     "batch_transforms": 1,
@@ -100,6 +103,8 @@ LAYERS = {
 SAME_LAYER = {
     ("presets", "errors"),
     ("files", "errors"),
+    ("entries", "errors"),
+    ("entries", "files"),
     ("planning", "errors"),
     ("planning", "presets"),
     ("transfer", "weights"),

@@ -405,3 +405,18 @@ def test_an_encoder_that_went_missing_is_refused(plan, encoder_of):
     file.unlink()
     with pytest.raises(UserError, match=rf"{re.escape(str(file))}, which the plans name, is missing"):
         _unchanged(encoder)
+
+
+@pytest.mark.parametrize(("lowest", "warned"), [(131.0, True), (-60.0, False)])
+def test_ct_whose_soft_tissue_nnunet_clips_away_is_warned_about(in_workspace, lowest, warned):
+    file = in_workspace.preprocessed / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["3d_fullres"]["normalization_schemes"] = ["CTNormalization", "ZScoreNormalization"]
+    clip = {"percentile_00_5": lowest, "mean": 300.0, "std": 100.0}
+    plans["foreground_intensity_properties_per_channel"]["0"] |= clip
+    (in_workspace.preprocessed / "Dense.json").write_text(json.dumps(plans | {"plans_name": "Dense"}))
+    warnings = planner.clipping_warnings(tiny_plan("Dense"))
+    assert len(warnings) == warned
+    if warned:
+        assert "clips the channel T1 below 131 HU" in warnings[0]
+        assert re.search(r"one constant \(\d+% of the voxels of a few cases\)", warnings[0])

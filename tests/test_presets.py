@@ -55,8 +55,8 @@ networks = st.builds(
     register_tokens=st.integers(0, 9),
 ).flatmap(with_taps)
 pretrainings = st.builds(
-    lambda reads, crops, masks, **others: Pretraining(
-        batch_size=reads * crops * masks, crops_per_volume=crops, masks_per_crop=masks, **others
+    lambda reads, crops, masks, loss, **others: Pretraining(
+        batch_size=reads * crops * masks, crops_per_volume=crops, masks_per_crop=masks, **loss, **others
     ),
     reads=counts,
     crops=st.integers(1, 8),
@@ -70,7 +70,7 @@ pretrainings = st.builds(
     base_lr=positive,
     weight_decay=st.floats(0, 10),
     warmup=shares,
-    norm_pix=st.booleans(),
+    loss=st.one_of(st.just({"norm_pix": False}), st.fixed_dictionaries({"plain_share": shares})),
     gradient_clip=positive,
 )
 finetunings = st.builds(
@@ -215,6 +215,8 @@ def test_decoder_heads_that_do_not_divide_the_width_of_another_size_are_refused(
         ("pretraining", "weight_decay", -0.1),
         ("pretraining", "warmup", 1.0),
         ("pretraining", "warmup", -0.1),
+        ("pretraining", "plain_share", 1.0),
+        ("pretraining", "plain_share", -0.1),
         ("pretraining", "gradient_clip", 0),
         ("finetuning", "epochs", 0),
         ("finetuning", "iterations", 0),
@@ -326,6 +328,18 @@ def test_with_lr_gives_that_learning_rate_and_changes_nothing_else(protocol, lr)
 @pytest.mark.parametrize(("batch_size", "lr"), [(256, 1.5e-4), (512, 3e-4), (16, 9.375e-6)])
 def test_the_learning_rate_is_given_per_256_samples(batch_size, lr):
     assert Pretraining(base_lr=1.5e-4, batch_size=batch_size).lr == pytest.approx(lr)
+
+
+@pytest.mark.parametrize(("share", "epochs", "plain"), [(0.0, 800, 0), (0.25, 10, 2), (0.3, 10, 3), (0.9, 1, 0)])
+def test_the_loss_is_plain_in_the_first_epochs_and_norm_pix_in_the_last(share, epochs, plain):
+    protocol = Pretraining(epochs=epochs, plain_share=share)
+    assert [protocol.norm_pix_in(epoch) for epoch in range(epochs)] == [False] * plain + [True] * (epochs - plain)
+
+
+def test_a_plain_loss_has_no_share_of_plain_epochs():
+    assert not Pretraining(norm_pix=False).norm_pix_in(799)
+    with pytest.raises(UserError, match=r"plain_share is 0\.2, but it must be 0, as norm_pix is not set"):
+        Settings.from_dict({"pretraining": {"norm_pix": False, "plain_share": 0.2}})
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)

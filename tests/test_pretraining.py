@@ -310,7 +310,7 @@ def test_the_log_says_what_is_rebuilt_and_left_out(make_job, tmp_path):
     assert "tokens without content (standard deviation below 0.001) are left out" in log
 
 
-@pytest.mark.parametrize("options", [{}, FASTEST], ids=["plain", "fastest"])
+@pytest.mark.parametrize("options", [{}, FASTEST, {"plain_share": 0.8}], ids=["plain", "fastest", "two losses"])
 def test_a_run_that_was_killed_goes_on_to_the_digit(make_job, tmp_path, monkeypatch, saving_always, options):
     job = make_job(epochs=5, **options)
     unbroken = loop.run(job, tmp_path / "unbroken", device=CPU, resume=False)
@@ -335,13 +335,28 @@ def test_a_run_that_was_killed_goes_on_to_the_digit(make_job, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    "other", [{"epochs": 2}, {"decoder": "cross"}, {"rebuilt_share": 0.5}, {"skip_background": True}]
+    "other",
+    [{"epochs": 2}, {"decoder": "cross"}, {"rebuilt_share": 0.5}, {"skip_background": True}, {"plain_share": 0.5}],
 )
 def test_resuming_another_job_is_refused(make_job, tmp_path, saving_always, other):
     loop.run(make_job(epochs=1), tmp_path, device=CPU, resume=False)
     with pytest.raises(UserError, match="other pretraining"):
         loop.run(make_job(**{"epochs": 1} | other), tmp_path, device=CPU, resume=True)
     assert json.loads((tmp_path / "config.json").read_text())["pretraining"]["epochs"] == 1
+
+
+def test_norm_pix_takes_over_from_the_plain_loss(make_job, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "PICTURES", 4)
+    mixed, plain = (
+        loop.run(make_job(epochs=4, **own), tmp_path / name, device=CPU, resume=False).losses
+        for name, own in {"mixed": {"plain_share": 0.5}, "plain": {"norm_pix": False}}.items()
+    )
+    assert mixed[:2] == plain[:2]
+    assert mixed[2] != pytest.approx(plain[2], rel=0.2)
+    log = (tmp_path / "mixed" / "log.txt").read_text()
+    assert "from epoch 3 on: mean squared error on hidden tokens, normalised per token (norm-pix)" in log
+    kinds = re.findall(r"epoch \d: loss [\d.]+( \(norm-pix\))?,", log)
+    assert kinds == ["", "", " (norm-pix)", " (norm-pix)"]
 
 
 def test_resuming_where_nothing_was_saved_starts_anew(make_job, tmp_path):

@@ -288,8 +288,8 @@ def test_labels_of_the_preprocessed_dataset_do(data, tmp_path):
         ([{"train": ["c0"], "val": ["c2"]}], "c1, c3, c4 and 4 more are in no fold"),
         ([{"train": ["c0", "c0"], "val": []}], "fold 0 has no cases in val"),
         ([{"train": ["c0", "c0"], "val": ["c2"]}], "fold 0 lists c0 twice in train"),
-        ([{"train": ["c0"]}], "is not a list of folds"),
-        ({}, "is not a list of folds"),
+        ([{"train": ["c0"]}], "give a list of folds"),
+        ({}, "give a list of folds"),
         (None, "splits_final.json is missing"),
     ],
 )
@@ -361,7 +361,7 @@ def test_the_warning_needs_patients_that_are_known(tmp_path, refused):
     assert separation_warning(tmp_path, ["a", "z"], ["c", "y"]) is None
     assert "(P)" in str(separation_warning(tmp_path, ["a", "c"], ["b"]))
     (tmp_path / "patients.json").write_text("[]")
-    with pytest.raises(UserError, match="does not map cases to patients"):
+    with pytest.raises(UserError, match="must be an object"):
         separation_warning(tmp_path, ["a"], ["b"])
 
 

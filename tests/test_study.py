@@ -152,7 +152,7 @@ def test_every_step_waits_for_steps_that_exist(tmp_path):
     assert ("preprocess", "labelled") not in commands
     assert "--test 0.2 --csv patients.csv --patient patient" in shlex.join(commands["split", "patients"])
     assert commands["plan_architecture", "nnUNetPlannerResEncM"][-2:] == ["-pl", "nnUNetPlannerResEncM"]
-    assert ("calibrate", "primus_10_s0") not in commands
+    assert ("calibrate", "primus_10_s0") in commands
 
 
 def test_an_ensemble_takes_probabilities_and_is_calibrated(tmp_path):

@@ -37,10 +37,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nnunet_vit_mae.datasets.convert.sources import contrast_order, find_studies, parse_patterns, parse_reference
 
     patterns = parse_patterns(args.contrasts)
-    studies, damaged = find_studies(args.source, patterns, args.labels)
-    contrasts = contrast_order(patterns, studies)
+    found = find_studies(args.source, patterns, args.labels)
+    contrasts = contrast_order(patterns, found.studies)
     reference = parse_reference(args.reference, contrasts)
-    conversion = convert(studies, contrasts, reference, output, args.key, args.processes, damaged)
+    conversion = convert(found, contrasts, reference, output, args.key, args.processes)
     print(conversion_report(conversion, contrasts, output))
+    for warning in found.warnings:
+        print(f"Warning: {warning}")
     if problem := conversion.unfinished(output):
         raise UserError(problem)

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="folder of a model's predictions; repeat for each model; without NAME the model gets the folder's name",
     )
     add("-i", dest="images", type=Path, metavar="FOLDER", help="folder of images, for slice thickness and figures")
+    add("--csv", type=Path, metavar="FILE", help="table with slice_thickness_mm (otherwise scans.csv of the dataset)")
     add("-o", dest="output", required=True, type=Path, metavar="FOLDER", help="new folder for the report")
     group = {"type": positive_float, "nargs": "+"}
     add("--cutoffs", **group, metavar="MM3", help="cut-offs between risk groups (default: quartiles)")
@@ -74,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"{flag} {' '.join(f'{value:g}' for value in values)}: give ascending numbers.")
     refuse_in_use(args.output)
 
+    from nnunet_vit_mae.datasets.acquisition import find_scans_table, read_scans_table, slice_thickness
     from nnunet_vit_mae.evaluation.cases import find_evaluation_set, measure_cases
     from nnunet_vit_mae.evaluation.report import write_report
     from nnunet_vit_mae.evaluation.results import EvaluationOptions
@@ -88,6 +90,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=args.seed,
     )
     evaluation_set = find_evaluation_set(args.references, predictions, args.images)
+    folders = [folder.resolve().parent for folder in (args.images, args.references) if folder]
+    if table := args.csv or find_scans_table([args.references, *folders]):
+        known = slice_thickness(read_scans_table(table, [case.name for case in evaluation_set.cases]))
+        evaluation_set = evaluation_set.with_slice_thickness(known, table)
     make_folder(args.output)
     # a process takes as long to start as several cases take to measure
     processes = args.processes or min(4, 1 + len(evaluation_set.cases) // 20)

@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass, field
 from glob import escape
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
 
 from tqdm import tqdm
 
+from nnunet_vit_mae.entries import read_entries
 from nnunet_vit_mae.errors import UserError, reader_reason
-from nnunet_vit_mae.files import read_json, write_json
+from nnunet_vit_mae.files import write_json
 from nnunet_vit_mae.imaging.channels import (
     IMAGE_ENDINGS,
     case_and_channel,
@@ -27,13 +27,14 @@ from nnunet_vit_mae.imaging.channels import (
     visible_files,
     without_ending,
 )
+from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.imaging.volumes import (
     Geometry,
     only_zeros,
     read_geometry,
     without_warnings_of_itk,
-    write_zeros,
 )
+from nnunet_vit_mae.imaging.writing import write_zeros
 
 CONTRAST_RECORD = "contrasts.json"
 LABELS_BESIDE = {"imagesTr": "labelsTr", "imagesTs": None, "imagesUn": None}  # test labels without images are harmless
@@ -148,22 +149,19 @@ def contrast_table(result: FillResult) -> str:
 
 def read_channels(raw: Path) -> Channels:
     """Read the channels from dataset.json; raises `UserError` if it does not describe channels that can be filled."""
-    file = raw / "dataset.json"
-    content = read_json(file)
-    names = content.get("channel_names") if isinstance(content, dict) else None
-    if not isinstance(names, dict) or not names:
-        raise UserError(f'{file} has no channel_names: add them, for instance {{"0": "FLAIR", "1": "T1"}}.')
-    ordered: list[Any] = [names.get(str(number)) for number in range(len(names))]
-    if not all(isinstance(name, str) for name in ordered) or len(set(ordered)) < len(names):
-        raise UserError(f'channel_names in {file} must be "0", "1" and so on, each with a name of its own.')
-    if "dataset" in content:
+    file = raw / DESCRIPTION
+    description = read_description(file)
+    names, ending = description.channels, description.needed("file_ending")
+    if len(set(names)) < len(names):
+        raise UserError(f"channel_names in {file} must be different from one another: give each a name of its own.")
+    if "dataset" in description.content:
         raise UserError(f"{file} lists its files under dataset: move the images to imagesTr and remove the list.")
-    if content.get("file_ending") not in IMAGE_ENDINGS:
+    if ending not in IMAGE_ENDINGS:
         raise UserError(
-            f"file_ending in {file} is {content.get('file_ending', 'missing')}, but must be a format with spacing and "
-            f"origin: {', '.join(IMAGE_ENDINGS)}."
+            f"file_ending in {file} is {ending}, but must be a format with spacing and origin: "
+            f"{', '.join(IMAGE_ENDINGS)}."
         )
-    return Channels(ordered, content["file_ending"])
+    return Channels(names, ending)
 
 
 def read_contrasts(raw: Path) -> ContrastRecord:
@@ -171,15 +169,7 @@ def read_contrasts(raw: Path) -> ContrastRecord:
     file = raw / CONTRAST_RECORD
     if not file.exists():
         return {}
-    content = read_json(file)
-    try:
-        return {
-            folder: {name: Contrasts(**lists) for name, lists in cases.items()} for folder, cases in content.items()
-        }
-    except (AttributeError, TypeError):
-        raise UserError(
-            f"{file} was not written by mae3d_fill_contrasts: remove it, and the command writes a new one."
-        ) from None
+    return read_entries(ContrastRecord, file, "remove it, and mae3d_fill_contrasts writes a new one")
 
 
 def find_case_images(raw: Path, channels: Channels) -> list[CaseImages]:
@@ -251,13 +241,7 @@ def _fill(case: SortedCase) -> None:
     for file in case.to_write:
         for leftover in file.parent.glob(f".[0-9]*.{escape(file.name)}"):  # of a call that was killed while writing
             leftover.unlink()
-        try:
-            write_zeros(file, case.like)
-        except (OSError, RuntimeError) as error:  # RuntimeError is SimpleITK's
-            raise UserError(
-                f"{file} cannot be written ({reader_reason(error)}): fix that and run the command again, which "
-                "continues where it stopped."
-            ) from None
+        write_zeros(file, case.like)
 
 
 def _refuse_absent_ct(cases: list[SortedCase], raw: Path) -> None:

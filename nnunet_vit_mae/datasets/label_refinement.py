@@ -18,11 +18,12 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from nnunet_vit_mae.datasets.refinement_rule import RefinementRule
-from nnunet_vit_mae.errors import UserError, reader_reason, reading
+from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.files import make_folder, replacing
 from nnunet_vit_mae.imaging.channels import cases_in, channel_file_name, ending_in, visible_files
 from nnunet_vit_mae.imaging.labels import read_labels, read_volume, whole_numbers
-from nnunet_vit_mae.imaging.volumes import without_warnings_of_itk
+from nnunet_vit_mae.imaging.volumes import read_image, without_warnings_of_itk
+from nnunet_vit_mae.imaging.writing import write_image
 
 REPORT = "refinement.csv"
 
@@ -189,9 +190,5 @@ def refinement_table(changes: Sequence[LabelChange]) -> str:
 def _write_like(array: np.ndarray, like: Path, file: Path) -> None:
     """Write a label with the geometry of the image `like`."""
     image = sitk.GetImageFromArray(array)
-    image.CopyInformation(sitk.ReadImage(str(like)))
-    try:
-        with replacing(file) as temporary:
-            sitk.WriteImage(image, str(temporary), useCompression=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError is SimpleITK's
-        raise UserError(f"{file} cannot be written ({reader_reason(error)}): choose another folder with -o.") from None
+    image.CopyInformation(read_image(like))
+    write_image(image, file)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class EvaluationCase:
     reference: Path  # reference segmentation
     predictions: Mapping[str, Path]  # by model
     image: Path | None = None  # first channel
+    slice_thickness_mm: float | None = None  # as recorded; without it, the largest spacing stands in
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,13 @@ class EvaluationSet:
     labels: Labels
     cases: tuple[EvaluationCase, ...]
     notes: tuple[str, ...] = ()  # sentences for the reader of the report
+
+    def with_slice_thickness(self, known: Mapping[str, float], source: Path) -> EvaluationSet:
+        """Return the set with the slice thickness in mm of the cases that `source` knows, and a note on the others."""
+        cases = tuple(replace(case, slice_thickness_mm=known.get(case.name)) for case in self.cases)
+        missing = [case.name for case in cases if case.slice_thickness_mm is None]
+        note = f"{source} has no slice thickness of {abbreviated(missing)}: the largest spacing stands in."
+        return replace(self, cases=cases, notes=(*self.notes, *([note] if missing else [])))
 
     def case(self, name: str) -> EvaluationCase:
         """Return the case of that name."""
@@ -267,13 +275,13 @@ def _measure_case(case: EvaluationCase, labels: Labels, options: EvaluationOptio
 
 
 def _slice_thickness(case: EvaluationCase, geometry: Geometry) -> float:
-    """Return the largest spacing of the image, or of the reference if there is no image."""
+    """Return what is recorded, else the largest spacing of the image, or of the reference if there is no image."""
     if case.image is not None:
         with reading(case.image):
             image = read_geometry(case.image)
         refuse_other_grid(case.reference, geometry, case.image, image)
         geometry = image
-    return round(max(geometry.spacing), THICKNESS_DIGITS)
+    return round(case.slice_thickness_mm or max(geometry.spacing), THICKNESS_DIGITS)
 
 
 def refuse_other_grid(file: Path, geometry: Geometry, other_file: Path, other: Geometry) -> None:

@@ -68,6 +68,15 @@ def visible_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
 
 
+def visible_below(folder: Path) -> list[Path]:
+    """List the files below a folder, sorted, except hidden ones and those in hidden folders; the folder may be missing.
+
+    A link to a file that is gone is listed too, so that it is not passed over.
+    """
+    found = (path for path in folder.rglob("*") if not path.is_dir())
+    return sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(folder).parts))
+
+
 def channels_by_case(folder: Path, ending: str) -> tuple[dict[str, dict[int, Path]], list[Path]]:
     """Find the images of a folder.
 

@@ -1,13 +1,14 @@
-"""DICOM series as volumes: sorted by position, and refused if slices are missing or do not belong together.
+"""DICOM series as volumes: frames sorted by position, and refused if some are missing or do not belong together.
 
-Headers are read by GDCM in ITK. The tags of a slice include the patient ID. They are used for grouping and for the
-scanner only: volumes leave this module with voxels and geometry, and messages contain no name.
+A file has one frame (a slice) or, if it is an enhanced one, many. Position, orientation and pixel spacing are those that
+each frame states. Volumes leave this module with voxels and geometry, and messages contain no name.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from filecmp import cmp
 from pathlib import Path
@@ -16,18 +17,12 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
-PATIENT, STUDY, SERIES, INSTANCE = "0010|0020", "0020|000d", "0020|000e", "0008|0018"
-DATE, TIME = "0008|0020", "0008|0030"
-SERIES_DESCRIPTION, SERIES_NUMBER, MODALITY = "0008|103e", "0020|0011", "0008|0060"
-MANUFACTURER, MODEL, KERNEL, THICKNESS = "0008|0070", "0008|1090", "0018|1210", "0018|0050"
-POSITION, ORIENTATION = "0020|0032", "0020|0037"
-INTERCEPT, SLOPE = "0028|1052", "0028|1053"
-IDENTITY_TAGS = (PATIENT, STUDY, SERIES, INSTANCE, DATE, TIME, SERIES_DESCRIPTION, SERIES_NUMBER, MODALITY)
-TAGS = (*IDENTITY_TAGS, MANUFACTURER, MODEL, KERNEL, THICKNESS, POSITION, ORIENTATION, INTERCEPT, SLOPE)
+from nnunet_vit_mae.imaging.channels import visible_below
+from nnunet_vit_mae.imaging.dicom_header import TRAITS, DicomHeader, Frame, is_image_class, read_header
+from nnunet_vit_mae.limits import too_many_voxels
+
 GAP = 0.02  # slice distances may differ by this share, or by 0.1 mm: positions are stored with few digits
-# SOP classes of images (DICOM part 4, annex B.5): no spectra, waveforms, presentation states, raw data, reports, plans
-NO_IMAGE = rb"4\.2$|(?:9|11|67|88|104)(?:\.|$)|66(?:$|\.(?!4$))|481\.(?!1$)"
-IMAGE = re.compile(rb"1\.2\.840\.10008\.5\.1\.4\.1\.1\.(?!" + NO_IMAGE + rb")")
+NO_IMAGE = "is no image"
 
 
 class SeriesError(ValueError):
@@ -35,57 +30,89 @@ class SeriesError(ValueError):
 
 
 @dataclass(frozen=True)
-class DicomSlice:
-    """A file with one slice (or several frames), its tags as listed above, size in voxels and spacing in mm (x y z)."""
-
-    file: Path
-    tags: dict[str, str]
-    size: tuple[int, ...]
-    spacing: tuple[float, ...]
-
-
-@dataclass(frozen=True)
 class DicomSeries:
-    """The slices of one series, unsorted, and whether further slices cannot be read."""
+    """The files of one series, unsorted, and whether further files of it cannot be read."""
 
-    slices: list[DicomSlice] = field(default_factory=list)
+    files: list[DicomHeader] = field(default_factory=list)
     is_damaged: bool = False
 
-    def tag(self, key: str) -> str:
-        """Return a tag of the first slice, or an empty string."""
-        return self.slices[0].tags.get(key, "")
+    def tag(self, keyword: str) -> str:
+        """Return a tag of the first file, or an empty string."""
+        return self.files[0].tags[keyword]
 
     @property
     def description(self) -> str:
         """Series description, which users match with patterns."""
-        return self.tag(SERIES_DESCRIPTION)
+        return self.tag("SeriesDescription")
+
+    @property
+    def person(self) -> tuple[str, str, str]:
+        """Patient ID, date of birth and sex, each empty if it is not given."""
+        return self.tag("PatientID"), self.tag("PatientBirthDate"), self.tag("PatientSex")
+
+    @property
+    def kind(self) -> str:
+        """What the series is: the name of its class, and the number of its slices if it is an image."""
+        first = self.files[0]
+        return f"{first.class_name} of {len(self.frames)} slices" if first.is_image else first.class_name
+
+    @property
+    def frames(self) -> list[Frame]:
+        """All slices, unsorted."""
+        return [frame for file in self.files for frame in file.frames]
+
+    @property
+    def is_derived(self) -> bool:
+        """Whether the slices were computed or captured from other images."""
+        return self.files[0].is_derived
+
+    @property
+    def passed_over(self) -> str:
+        """Why the series is never taken for a volume; empty if it may be one."""
+        first = self.files[0]
+        if not first.is_image:
+            return NO_IMAGE
+        return "is a localizer" if first.is_localizer else ""
 
 
 def find_series(folder: Path, *, progress: bool = False) -> tuple[list[DicomSeries], int]:
-    """Find the DICOM series in a folder and its subfolders. Other files and second copies of a file are ignored.
+    """Find the DICOM series in a folder and its subfolders.
+
+    Other files, hidden files, and second copies of a file are ignored. Localizers within a series become a series.
 
     Args:
         folder: The root of the tree.
         progress: Whether to show a progress bar.
 
     Returns:
-        The series, sorted by study and series number, and the number of damaged files that belong to none of them.
+        The series, images or not, sorted by study and series number, and the number of damaged files that belong to
+        none of them.
     """
-    slices_of: dict[tuple[str, str], list[DicomSlice]] = defaultdict(list)
-    originals: dict[str, Path] = {}
+    files_of: dict[tuple[object, ...], list[DicomHeader]] = defaultdict(list)
+    originals: dict[tuple[str, ...], Path] = {}
     damaged: Counter[str | None] = Counter()
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    files = [file for file in visible_below(folder) if file.is_file()]
     for file in tqdm(files, unit="file", desc="reading headers", disable=not progress):
-        if not (header := _read_header(file)):
+        try:
+            header = read_header(file)
+            if header and header.is_image:
+                _check_pixels(file)
+        except (ValueError, RuntimeError):  # RuntimeError is SimpleITK's
             damaged[_series_of_damaged(file)] += 1
             continue
-        original = originals.setdefault(header.tags.get(INSTANCE, str(file)), file)
+        if header is None:
+            damaged[_series_of_damaged(file)] += 1
+            continue
+        tags = header.tags
+        person = (tags["PatientID"], tags["PatientBirthDate"], tags["PatientSex"])
+        original = originals.setdefault((*person, tags["SOPInstanceUID"] or str(file)), file)
         if original == file or not cmp(original, file, shallow=False):
-            slices_of[header.tags.get(STUDY, ""), header.tags.get(SERIES, "")].append(header)
-    all_series = [DicomSeries(slices, uid in damaged) for (_, uid), slices in slices_of.items()]
-    known = {None, *(uid for _, uid in slices_of)}
-    lost = sum(count for uid, count in damaged.items() if uid not in known)
-    return sorted(all_series, key=lambda series: (series.tag(STUDY), series.tag(SERIES_NUMBER).zfill(9))), lost
+            series = (*person, tags["StudyInstanceUID"], tags["SeriesInstanceUID"])
+            files_of[*series, header.is_image, header.is_localizer].append(header)
+    uids = {files[0].tags["SeriesInstanceUID"] for files in files_of.values()}
+    all_series = [DicomSeries(files, files[0].tags["SeriesInstanceUID"] in damaged) for files in files_of.values()]
+    lost = sum(count for uid, count in damaged.items() if uid is not None and uid not in uids)
+    return sorted(all_series, key=lambda one: (one.tag("StudyInstanceUID"), one.tag("SeriesNumber").zfill(9))), lost
 
 
 def read_series(series: DicomSeries) -> sitk.Image:
@@ -98,68 +125,131 @@ def read_series(series: DicomSeries) -> sitk.Image:
         The volume in patient coordinates (mm), slices sorted along their normal.
 
     Raises:
-        SeriesError: If the slices are not a regular stack, are in colour, or cannot be read.
+        SeriesError: If the frames are not one regular stack, state no geometry, are in colour, or cannot be read.
     """
+    if series.passed_over:
+        raise SeriesError(series.passed_over)
     if series.is_damaged:  # a missing first or last slice would go unnoticed
         raise SeriesError("has a slice that cannot be read, copy it again")
-    ordered, gap, axis = _stack(series.slices)
-    files = [str(file.file) for file in ordered]
-    same_scale = len({(file.tags.get(SLOPE), file.tags.get(INTERCEPT)) for file in ordered}) == 1
-    # in the data type of the first slice, often integer, the values of the others would be rounded
-    kind = sitk.sitkUnknown if same_scale else sitk.sitkFloat32
-    try:  # a list with a single multi-frame file would be read as a 4D volume
-        image = sitk.ReadImage(files[0] if axis is None else files, kind, "GDCMImageIO")
-    except RuntimeError:  # its message names files, which often name the patient
-        raise SeriesError("has a slice that cannot be read, copy it again") from None
-    if image.GetNumberOfComponentsPerPixel() > 1:
+    if any(file.in_colour for file in series.files):
         raise SeriesError("is in colour, but must be in grey values")
-    if axis is not None:
-        row, column = _tag_numbers(ordered[0], ORIENTATION).reshape(2, 3)
-        image.SetDirection(np.stack([row, column, axis], axis=1).ravel().tolist())
-        image.SetOrigin(_tag_numbers(ordered[0], POSITION).tolist())
-        image.SetSpacing((*image.GetSpacing()[:2], gap))
+    _refuse_incomplete(series.files)
+    sides = [max(int(file.tags[side] or 0) for file in series.files) for side in ("Columns", "Rows")]
+    if problem := too_many_voxels((*sides, len(series.frames))):
+        raise SeriesError(problem)
+    ordered, axis, gap = _stack(series.frames)
+    voxels = _read_frames(ordered, series.files)
+    image = sitk.GetImageFromArray(voxels)
+    row, column = np.reshape(ordered[0].orientation or (), (2, 3))
+    image.SetDirection(np.stack([row, column, axis], axis=1).ravel().tolist())
+    image.SetOrigin(ordered[0].position or ())
+    between_rows, between_columns = ordered[0].spacing or ()
+    image.SetSpacing((between_columns, between_rows, gap))
     return image
 
 
-def _stack(slices: list[DicomSlice]) -> tuple[list[DicomSlice], float, np.ndarray | None]:
-    """Return slices sorted along their normal, their distance in mm, and the normal (None for a multi-frame file)."""
-    if len(slices) == 1 and slices[0].size[2] > 1:
-        return slices, slices[0].spacing[2], None
-    if len(slices) < 2:
+# ---------- geometry
+
+
+def _refuse_incomplete(files: Sequence[DicomHeader]) -> None:
+    parts = {file.tags["InConcatenationTotalNumber"] for file in files} - {""}
+    if parts and parts != {str(len(files))}:
+        raise SeriesError(f"is split into {' or '.join(sorted(parts))} files, but {len(files)} are there, copy it again")
+    if len({file.tags["FrameOfReferenceUID"] for file in files}) > 1:
+        raise SeriesError("has slices of several frames of reference, whose positions cannot be compared")
+
+
+def _stack(frames: Sequence[Frame]) -> tuple[list[Frame], np.ndarray, float]:
+    """Return frames sorted along their normal, the normal, and their distance in mm."""
+    if len(frames) < 2:
         raise SeriesError("has only one slice")
-    if any(not (file.tags.get(POSITION) and file.tags.get(ORIENTATION)) for file in slices):
+    if any(frame.position is None or frame.orientation is None for frame in frames):
         raise SeriesError("has slices without a position")
-    if len({(file.size, file.spacing[:2]) for file in slices}) > 1:
+    if any(frame.spacing is None or min(frame.spacing) <= 0 for frame in frames):
+        raise SeriesError("has slices without a pixel spacing")
+    if len({frame.spacing for frame in frames}) > 1:
         raise SeriesError("has slices of different sizes or pixel spacings")
-    orientations = np.array([_tag_numbers(file, ORIENTATION) for file in slices])
+    orientations, positions = (np.array([getattr(frame, name) for frame in frames]) for name in ("orientation", "position"))
     if np.ptp(orientations, axis=0).max() > 1e-3:
         raise SeriesError("has slices of mixed orientation")
-    axis = np.cross(orientations[0, :3], orientations[0, 3:])
-    positions = np.array([_tag_numbers(file, POSITION) for file in slices])
+    row, column = orientations[0].reshape(2, 3)
+    axis = np.cross(row, column)
+    if not np.allclose([row @ row, column @ column, row @ column], (1, 1, 0), atol=1e-3):
+        raise SeriesError("has slices whose rows and columns are not perpendicular")
     order = np.argsort(positions @ axis, kind="stable")
     steps = np.diff(positions[order], axis=0)
     distances = steps @ axis
-    gap, tolerance = float(np.median(distances)), max(0.1, GAP * float(np.median(distances)))
     if distances.min() < 0.01:
-        raise SeriesError("has two slices at the same position")
+        raise SeriesError(_why_at_same_position([frames[number] for number in order], distances))
+    gap, tolerance = float(np.median(distances)), max(0.1, GAP * float(np.median(distances)))
     if np.abs(distances - gap).max() > tolerance:
         raise SeriesError(f"has a gap: slices are {distances.min():.2f} to {distances.max():.2f} mm apart")
     if np.abs(steps - distances[:, None] * axis).max() > tolerance:
         raise SeriesError("was acquired with a tilted gantry, so that its slices are sheared: resample it first")
-    distance = float((positions[order[-1]] - positions[order[0]]) @ axis) / (len(slices) - 1)  # averages rounding out
-    return [slices[number] for number in order], distance, axis
+    distance = float((positions[order[-1]] - positions[order[0]]) @ axis) / (len(frames) - 1)  # averages rounding out
+    return [frames[number] for number in order], axis, distance
 
 
-def _read_header(file: Path) -> DicomSlice | None:
+def _why_at_same_position(ordered: Sequence[Frame], distances: np.ndarray) -> str:
+    """Say by what the volumes of a series differ, if several were exported as one."""
+    first = int(np.argmax(distances < 0.01))
+    pair = [dict(ordered[number].traits) for number in (first, first + 1)]
+    differing = [words for keyword, words in TRAITS.items() if pair[0].get(keyword) != pair[1].get(keyword)]
+    if not differing:
+        return "has two slices at the same position: if it holds several volumes, export each as a series of its own"
+    by = " and ".join(dict.fromkeys(differing))
+    return f"has two slices at the same position, which differ in the {by}: export each volume as a series of its own"
+
+
+# ---------- voxels
+
+
+def _read_frames(ordered: Sequence[Frame], files: Sequence[DicomHeader]) -> np.ndarray:
+    """Return the voxels (z y x) of the frames in the given order, in the values that they stand for."""
+    planes: dict[tuple[Path, int], np.ndarray] = {}
+    for file in files:
+        array = _read_file(file)
+        if len(array) != len(file.frames):
+            raise SeriesError("has another number of frames than it states, copy it again")
+        first = file.frames[0].scale or (1.0, 0.0)
+        for frame, plane in zip(file.frames, array, strict=True):
+            planes[file.file, frame.number] = _rescaled(plane, first, frame.scale or (1.0, 0.0))
+    if len({plane.shape for plane in planes.values()}) > 1:
+        raise SeriesError("has slices of different sizes or pixel spacings")
+    voxels = np.stack([planes[frame.file, frame.number] for frame in ordered])
+    return voxels.astype(np.float32) if voxels.dtype == np.float64 else voxels
+
+
+def _read_file(header: DicomHeader) -> np.ndarray:
+    """Read the planes of a file (frames y x); GDCM applies the scale of the first frame to all of them."""
+    try:
+        image = sitk.ReadImage(str(header.file), sitk.sitkUnknown, "GDCMImageIO")
+    except RuntimeError:  # its message names files, which often name the patient
+        how = f", which is compressed as {header.syntax}" if "Little Endian" not in header.syntax else ""
+        raise SeriesError(f"has a slice that cannot be read{how}, copy it again") from None
+    if image.GetNumberOfComponentsPerPixel() > 1:
+        raise SeriesError("is in colour, but must be in grey values")
+    array = sitk.GetArrayFromImage(image)
+    return array.reshape(-1, *array.shape[-2:])
+
+
+def _rescaled(plane: np.ndarray, applied: tuple[float, float], own: tuple[float, float]) -> np.ndarray:
+    if own == applied:
+        return plane
+    if applied[0] == 0:
+        raise SeriesError("has slices with a rescale slope of zero")
+    return (plane.astype(np.float64) - applied[1]) / applied[0] * own[0] + own[1]
+
+
+# ---------- files
+
+
+def _check_pixels(file: Path) -> None:
+    """Raise `RuntimeError` if GDCM cannot read a file, for instance because it is cut off."""
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(str(file))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError:  # a report, a DICOMDIR, a text file
-        return None
-    tags = {key: reader.GetMetaData(key).strip().strip("\0") for key in TAGS if reader.HasMetaDataKey(key)}
-    return DicomSlice(file, tags, tuple(reader.GetSize()), tuple(reader.GetSpacing()))
+    reader.ReadImageInformation()
 
 
 def _series_of_damaged(file: Path) -> str | None:
@@ -167,17 +257,12 @@ def _series_of_damaged(file: Path) -> str | None:
     with file.open("rb") as stream:
         start = stream.read(2**16)
     if start[128:132] != b"DICM":
-        was_image = (not start or file.suffix.lower() == ".dcm") and not file.name.startswith(".")  # macOS adds ._NAME
-        return "" if was_image else None
+        return "" if not start or file.suffix.lower() == ".dcm" else None
     sop_class, series = _uid(start, b"\x02\x00\x02\x00"), _uid(start, b"\x20\x00\x0e\x00")
-    return series.decode() if not sop_class or IMAGE.match(sop_class) else None
+    return series.decode() if not sop_class or is_image_class(sop_class.decode()) else None
 
 
 def _uid(start: bytes, tag: bytes) -> bytes:
     """Return the UID after a tag, with explicit or implicit value representation."""
     match = re.search(re.escape(tag) + rb"(?:UI..|....)([0-9.]+)", start, flags=re.DOTALL)
     return match[1] if match else b""
-
-
-def _tag_numbers(file: DicomSlice, key: str) -> np.ndarray:
-    return np.array([float(number) for number in file.tags[key].split("\\")])

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import read_json
-from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry
+from nnunet_vit_mae.imaging.description import read_description
+from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, read_image
 
 IGNORE = "ignore"
 
@@ -44,12 +42,7 @@ def read_labels(file: Path) -> Labels:
     Raises:
         UserError: If the file lists no labels in nnU-Net's format.
     """
-    content = read_json(file)
-    listed: Any = content.get("labels") if isinstance(content, dict) else None
-    try:
-        values = {str(name): tuple(int(number) for number in np.atleast_1d(value)) for name, value in listed.items()}
-    except (AttributeError, TypeError, ValueError):
-        raise UserError(f'{file} has no valid labels: add them, for instance "labels": {{"tumour": 1}}.') from None
+    values = dict(read_description(file).needed("labels"))
     ignore = values.pop(IGNORE, (None,))[0]
     return Labels({name: numbers for name, numbers in values.items() if set(numbers) != {0}}, ignore)
 
@@ -67,7 +60,7 @@ def read_volume(file: Path) -> tuple[np.ndarray, Geometry]:
         Exception: Whatever a reader raises if the file is damaged or is not a 3D image.
     """
     geometry = read_geometry(file)
-    array = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+    array = sitk.GetArrayFromImage(read_image(file))
     if array.ndim != 3:
         raise ValueError(f"{file.name} has {array.ndim} dimensions instead of three")
     return array, geometry

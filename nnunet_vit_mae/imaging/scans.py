@@ -8,10 +8,10 @@ from pathlib import Path
 import SimpleITK as sitk
 
 from nnunet_vit_mae.errors import UserError, reader_reason
-from nnunet_vit_mae.files import replacing
 from nnunet_vit_mae.imaging.channels import NIFTI, case_and_channel, without_ending
 from nnunet_vit_mae.imaging.dicom import SeriesError, find_series, read_series
-from nnunet_vit_mae.imaging.volumes import ScanError, read_geometry, without_warnings_of_itk
+from nnunet_vit_mae.imaging.volumes import ScanError, read_geometry, read_image, without_warnings_of_itk
+from nnunet_vit_mae.imaging.writing import without_header
 
 SCAN_ENDINGS = (*NIFTI, ".nrrd", ".nhdr", ".mha", ".mhd")
 ENDING = ".nii.gz"  # of all files that are written
@@ -75,12 +75,13 @@ def read_scan(path: Path, name: str | None = None) -> sitk.Image:
                 series, lost = find_series(path)
                 if lost:
                     raise ScanError(f"{called} has {lost} DICOM files that cannot be read, copy them again")
-                if len(series) != 1:
-                    raise ScanError(f"{called} has {len(series)} DICOM series, but one is needed")
-                image = read_series(series[0])
+                images = [one for one in series if not one.passed_over]
+                if len(images) != 1:
+                    raise ScanError(f"{called} has {len(images)} DICOM series of images, but one is needed")
+                image = read_series(images[0])
             else:
                 read_geometry(path, called)
-                image = sitk.ReadImage(str(path))
+                image = read_image(path, called)
     except SeriesError as error:
         raise ScanError(f"{called} {error}") from None
     except ScanError:
@@ -96,19 +97,6 @@ def checked_volume(image: sitk.Image, name: str) -> sitk.Image:
     if image.GetDimension() != 3 or min(image.GetSize()) < 4:
         raise ScanError(f"{name} is not a volume, it has {'x'.join(map(str, image.GetSize()))} voxels")
     return without_header(image)
-
-
-def without_header(image: sitk.Image) -> sitk.Image:
-    """Remove all header entries but the geometry from an image, in place, and return it."""
-    for key in image.GetMetaDataKeys():
-        image.EraseMetaData(key)
-    return image
-
-
-def write_image(image: sitk.Image, file: Path) -> None:
-    """Write an image without any header entries but its geometry; the file is complete or absent."""
-    with replacing(file) as temporary, without_warnings_of_itk():
-        sitk.WriteImage(without_header(image), str(temporary), useCompression=True)
 
 
 def _entries(folder: Path, *, folders: bool) -> list[Path]:

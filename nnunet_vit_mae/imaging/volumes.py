@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import SEEK_END
@@ -16,8 +16,9 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_vit_mae.files import replacing
-from nnunet_vit_mae.imaging.channels import NIFTI
+from nnunet_vit_mae.errors import reading
+from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, NIFTI
+from nnunet_vit_mae.limits import too_many_voxels
 
 
 class ScanError(ValueError):
@@ -61,16 +62,49 @@ def read_geometry(file: Path, name: str | None = None) -> Geometry:
         The geometry, in the order x y z.
 
     Raises:
-        ScanError: If the file holds several images or is truncated.
+        ScanError: If the file holds several images, is truncated, or has more voxels than the limit.
         Exception: Whatever a reader raises if the file is not an image; such a message may contain its path.
     """
     name = name or file.name
-    reader = _header(file)
+    reader = read_header(file, name)
     if reader.GetDimension() > 3 or reader.GetNumberOfComponents() > 1:
         raise ScanError(f"{name} holds more than one image, but every channel has a file of its own")
     if file.name.lower().endswith(NIFTI) and _is_cut_off(file):
         raise ScanError(f"{name} is cut off or damaged, copy it again")
     return Geometry(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
+
+
+def read_image(file: Path, name: str | None = None) -> sitk.Image:
+    """Read an image, unless its header says that it has more voxels than the limit.
+
+    Args:
+        file: The image file.
+        name: What error messages call the file; None uses the file name.
+
+    Raises:
+        ScanError: If it has more voxels than the limit.
+        Exception: Whatever a reader raises if the file is not an image; such a message may contain its path.
+    """
+    read_header(file, name)
+    return sitk.ReadImage(str(file))
+
+
+def read_header(file: Path, name: str | None = None) -> sitk.ImageFileReader:
+    """Read the header of an image, with the arguments and errors of `read_image`."""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(file))
+    reader.ReadImageInformation()
+    if problem := too_many_voxels(reader.GetSize()):
+        raise ScanError(f"{name or file.name} {problem}")
+    return reader
+
+
+def refuse_large(files: Iterable[Path]) -> None:
+    """Raise `UserError` for an image with more voxels than the limit, before one of nnU-Net's readers reads it."""
+    for file in files:
+        if file.name.endswith(IMAGE_ENDINGS):
+            with reading(file), without_warnings_of_itk():
+                read_header(file)
 
 
 def geometry_of(image: sitk.Image) -> Geometry:
@@ -94,7 +128,7 @@ def only_zeros(file: Path, geometry: Geometry) -> bool:
             stream.seek(size // 2)
             if any(stream.read(2**14)):
                 return False
-    image = sitk.ReadImage(str(file))  # keep a reference: the view below does not
+    image = read_image(file)  # keep a reference: the view below does not
     return not sitk.GetArrayViewFromImage(image).any()
 
 
@@ -118,39 +152,6 @@ def _is_cut_off(file: Path) -> bool:
         return True
 
 
-def write_zeros(file: Path, like: Path) -> None:
-    """Write an image of zeros (uint8, compressed if possible) with the geometry of another image.
-
-    A NIfTI file gets a copy of the header, because SimpleITK rounds direction cosines whenever it writes one.
-
-    Args:
-        file: The file to write; its ending sets the format.
-        like: The image whose geometry is copied.
-    """
-    with replacing(file) as temporary:
-        if file.name.endswith(NIFTI):
-            content = _nifti_of_zeros(like)
-            # without a date, so that equal images are equal files
-            temporary.write_bytes(gzip.compress(content, mtime=0) if file.name.endswith(".gz") else content)
-        else:
-            reader = _header(like)
-            image = sitk.Image(reader.GetSize(), sitk.sitkUInt8)
-            image.SetSpacing(reader.GetSpacing())
-            image.SetOrigin(reader.GetOrigin())
-            image.SetDirection(reader.GetDirection())
-            sitk.WriteImage(image, str(temporary), useCompression=True)
-
-
-def _nifti_of_zeros(like: Path) -> bytes:
-    image: Any = nibabel.load(like)
-    header = image.header.copy()
-    header.extensions.clear()  # often the DICOM header of the acquired image
-    header.set_data_dtype(np.uint8)
-    header["cal_min"] = header["cal_max"] = 0
-    header["descrip"] = b"zeros: this contrast was not acquired"
-    return type(image)(np.zeros(header.get_data_shape(), np.uint8), None, header).to_bytes()
-
-
 @contextmanager
 def without_warnings_of_itk() -> Iterator[None]:
     """Silence ITK's warnings in the block; it warns of rounded header fields, which are common, for every file."""
@@ -160,13 +161,6 @@ def without_warnings_of_itk() -> Iterator[None]:
         yield
     finally:
         sitk.ProcessObject.SetGlobalWarningDisplay(before)
-
-
-def _header(file: Path) -> sitk.ImageFileReader:
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(file))
-    reader.ReadImageInformation()
-    return reader
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -24,6 +24,7 @@ from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.evaluation.calibration_figures import agreement_figure, curve_figure
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
 from nnunet_vit_mae.files import replacing, write_json
+from nnunet_vit_mae.imaging.volumes import refuse_large
 from nnunet_vit_mae.nnunet.folds import reference_segmentations, split_of, training_names
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
@@ -34,8 +35,10 @@ from nnunet_vit_mae.weights import file_hash, package_versions
 
 CALIBRATED = "checkpoint_calibrated.pth"
 FOLDER = "calibration"  # in the model's folder, for probabilities that nnU-Net has not saved
-# of our decoders, of nnU-Net's U-Nets, and of those inside of our decoder unet
-HEAD = re.compile(r"decoder\.(?:(?:.+\.)?head|(?:unet\.decoder\.)?seg_layers\.\d+)\.bias")
+# of our decoders, of nnU-Net's U-Nets, of those inside of our decoder unet, and of nnU-Net's Primus
+HEAD = re.compile(
+    r"(?:decoder\.(?:(?:.+\.)?head|(?:unet\.decoder\.)?seg_layers\.\d+)|up_projection\.decode\.\d+)\.bias"
+)
 RECORDED_PACKAGES = ("nnunet-vit-mae", "nnunetv2", "torch", "numpy")
 
 
@@ -146,8 +149,8 @@ def shift_head(weights: Mapping[str, Tensor], shifts: Sequence[float]) -> dict[s
     heads = [name for name in weights if HEAD.fullmatch(name)]
     if not heads:
         raise UserError(
-            "mae3d_calibrate does not know the last layer of this network: calibrate a model of this package, or a "
-            "U-Net with decoder.seg_layers."
+            "mae3d_calibrate does not know the last layer of this network: calibrate a model of this package, a U-Net "
+            "with decoder.seg_layers, or a Primus."
         )
     shifted = dict(weights)
     for name in heads:
@@ -162,8 +165,8 @@ def shift_checkpoint(file: Path, shifts: Sequence[float]) -> Path:
     checkpoint = torch.load(file, map_location="cpu", weights_only=False)  # read as nnU-Net reads it
     checkpoint["network_weights"] = shift_head(checkpoint["network_weights"], shifts)
     checkpoint["optimizer_state"] = checkpoint["grad_scaler_state"] = None
-    with replacing(file.with_name(CALIBRATED)) as temporary:
-        torch.save(checkpoint, temporary)
+    with replacing(file.with_name(CALIBRATED)) as temporary, temporary.open("wb") as stream:
+        torch.save(checkpoint, stream)
     return file.with_name(CALIBRATED)
 
 
@@ -222,6 +225,7 @@ def _calibration_case(plan: Plan, case: PredictedCase, classes: Classes, bar: tq
 
 def _read_reference(plan: Plan, file: Path) -> tuple[np.ndarray, Sequence[float]]:
     """Return the labels (z y x) and the spacing in mm."""
+    refuse_large([file])
     with reading(file):
         labels, properties = plan.plans.image_reader_writer_class().read_seg(str(file))
     return labels[0], properties["spacing"]

@@ -15,7 +15,9 @@ import numpy as np
 
 from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
-from nnunet_vit_mae.files import write_json
+from nnunet_vit_mae.files import replacing, write_json
+from nnunet_vit_mae.imaging.volumes import refuse_large
+from nnunet_vit_mae.imaging.writing import write_segmentation
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
 from nnunet_vit_mae.thresholds import Calibration, CalibrationCase, Classes, fit_thresholds
 
@@ -45,8 +47,9 @@ def calibrate_ensemble(plan: Plan, development: Sequence[Path], predictions: Pat
         shifted = shift_probabilities(_read(file), classes, found.shifts)
         segmentation = np.asarray(manager.convert_probabilities_to_segmentation(shifted))
         properties = pickle.loads(file.with_suffix(".pkl").read_bytes())  # written by nnU-Net beside the probabilities
-        writer.write_seg(segmentation, str(output / f"{file.stem}{ending}"), properties)
-    shutil.copyfile(predictions / "dataset.json", output / "dataset.json")
+        write_segmentation(segmentation, output / f"{file.stem}{ending}", writer, properties)
+    with replacing(output / "dataset.json") as temporary:
+        shutil.copyfile(predictions / "dataset.json", temporary)
     write_json(_record(found, classes, cases), output / CALIBRATION_RECORD)
     return output / CALIBRATION_RECORD
 
@@ -75,6 +78,7 @@ def _case(plan: Plan, files: Sequence[Path]) -> CalibrationCase:
     reference = plan.dataset.preprocessed / "gt_segmentations" / f"{files[0].stem}{plan.dataset_json['file_ending']}"
 
     def read_reference() -> tuple[np.ndarray, Sequence[float]]:
+        refuse_large([reference])
         with reading(reference):
             labels, properties = plan.plans.image_reader_writer_class().read_seg(str(reference))
         return labels[0], properties["spacing"]

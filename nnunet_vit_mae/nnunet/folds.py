@@ -13,7 +13,7 @@ from pathlib import Path
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
-from nnunet_vit_mae.datasets.split.files import SPLITS, parent_fold, read_split_record, read_splits
+from nnunet_vit_mae.datasets.split.files import SPLITS, parent_fold, read_fold, read_split_record
 from nnunet_vit_mae.datasets.split.patients import patient_of, recorded_patients
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import write_json
@@ -90,17 +90,14 @@ def split_of(plan: Plan, fold: str, names: list[str]) -> dict[str, list[str]]:
     """Return `train` and `val` of a fold in `splits_final.json`.
 
     If there is no such file, the labelled cases `names` are split as nnU-Net does, and the file is written. Raises
-    `UserError` if the file is not a list of folds, if it has no such fold, or if there are too few cases to split.
+    `UserError` as `read_fold` does, or if there are too few cases to split.
     """
     file = plan.dataset.preprocessed / SPLITS
     if not file.is_file():
         if len(names) < FOLDS:
             raise UserError(f"{len(names)} labelled cases cannot be split into {FOLDS} folds: use -f all.")
         write_json(generate_crossval_split(sorted(names), seed=12345, n_splits=FOLDS), file)
-    splits = read_splits(file)
-    if fold not in map(str, range(len(splits))):
-        raise UserError(f"-f {fold} is neither 'all' nor one of the {len(splits)} folds in {file} (counted from 0).")
-    return splits[int(fold)]
+    return read_fold(file, fold, names)
 
 
 def _unlabelled_pool(plan: Plan) -> list[PreprocessedCase]:

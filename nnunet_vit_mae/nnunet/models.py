@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import read_json
+from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
+from nnunet_vit_mae.nnunet.checked_plans import read_plans
 from nnunet_vit_mae.nnunet.folders import Dataset
 from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade
 
@@ -62,7 +61,9 @@ def find_model(
                 f"There is no checkpoint {file}: run nnUNetv2_train {dataset.id} {configuration} {fold} "
                 f"-p {plans_name} -tr {trainer} first, or name another file of that folder with -chk."
             )
-    plans, dataset_json = PlansManager(read_json(folder / "plans.json")), read_json(folder / "dataset.json")
-    plan = Plan(dataset, plans, configuration, dataset_json)
+    description = read_description(folder / DESCRIPTION)
+    description.needed("file_ending")
+    plans = read_plans(folder / "plans.json", plans_name, configuration, description)
+    plan = Plan(dataset, plans, configuration, dict(description.content))
     refuse_cascade(plan.configuration)
     return Model(plan, trainer, tuple(folds), checkpoint)

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.files import link, refuse_in_use
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS
-from nnunet_vit_mae.imaging.volumes import write_zeros
+from nnunet_vit_mae.imaging.volumes import refuse_large
+from nnunet_vit_mae.imaging.writing import write_zeros
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.omission_table import EMPTY_REFERENCE, NOTHING_LEFT, NOTHING_TO_OMIT, OmissionRow, write_csv
 from nnunet_vit_mae.nnunet.plans import Plan
@@ -167,6 +168,7 @@ def _zeros_stay_zeros(plan: Plan, channel: int) -> bool:
 def _present_channels(plan: Plan, case: PredictionCase, file: Path) -> list[bool]:
     """Return, for each channel, whether it holds anything but zeros."""
     reader = plan.plans.image_reader_writer_class()
+    refuse_large([*case.images, file])
     with reading(f"The case {case.name}"):
         volume, _ = reader.read_images([str(image) for image in case.images])  # c z y x
         reference, _ = reader.read_seg(str(file))

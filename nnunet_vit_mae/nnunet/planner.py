@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.imaging.ct_clipping import clipping_warning, loses_soft_tissue
 from nnunet_vit_mae.networks.memory import finetuning_memory, pretraining_memory
 from nnunet_vit_mae.nnunet.encoders import Start, find_encoder
 from nnunet_vit_mae.nnunet.plans import Plan, build_unet, changed, destination, settings_of
@@ -22,7 +23,6 @@ from nnunet_vit_mae.presets import DECODERS, UPSAMPLINGS, Network, Settings, tok
 from nnunet_vit_mae.pretraining.volumes import open_volume
 from nnunet_vit_mae.transfer import adapt_encoder
 
-SOFT_TISSUE_HU = 20.0  # blood, muscle and organs begin about there
 FEW_CASES = 5
 RESERVED = 1 * GB  # of a GPU: CUDA itself, workspaces of convolutions, fragmentation
 
@@ -80,9 +80,7 @@ def choose_settings(
 def clipping_warnings(plan: Plan) -> list[str]:
     """Return a sentence for each CT channel whose soft tissue nnU-Net's normalisation makes one constant.
 
-    nnU-Net clips CT at percentiles of the foreground. Where all labels are dense, such as calcifications, everything
-    darker becomes one value, for the U-Net and the ViT alike. The share of such voxels is measured on a few
-    preprocessed cases, if there are any.
+    The share of such voxels is measured on a few preprocessed cases, if there are any.
     """
     warnings = []
     for channel, scheme in enumerate(plan.configuration.normalization_schemes):
@@ -90,15 +88,9 @@ def clipping_warnings(plan: Plan) -> list[str]:
             continue
         intensities = plan.plans.foreground_intensity_properties_per_channel[str(channel)]
         lowest = intensities["percentile_00_5"]
-        if lowest < SOFT_TISSUE_HU:
-            continue
-        share = _share_below(plan, channel, (lowest - intensities["mean"]) / max(intensities["std"], 1e-8))
-        measured = "" if share is None else f" ({share:.0%} of the voxels of a few cases)"
-        warnings.append(
-            f"nnU-Net clips channel {channel} ({plan.channel_names[channel]}) below {lowest:.0f} HU, as no label is "
-            f"darker: all soft tissue becomes one constant{measured}. Call the channel CT_zscore in dataset.json and "
-            "plan again to keep it."
-        )
+        if loses_soft_tissue(lowest):
+            clipped = _share_below(plan, channel, (lowest - intensities["mean"]) / max(intensities["std"], 1e-8))
+            warnings.append(clipping_warning(plan.channel_names[channel], lowest, clipped, "a few cases"))
     return warnings
 
 

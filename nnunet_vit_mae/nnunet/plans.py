@@ -19,13 +19,14 @@ from torch import nn
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import read_json, write_json
+from nnunet_vit_mae.imaging.description import DESCRIPTION, describe, read_description
+from nnunet_vit_mae.nnunet.checked_plans import BLOCK, read_plans
 from nnunet_vit_mae.nnunet.folders import Dataset
 from nnunet_vit_mae.planning import default_decoder, default_settings
 from nnunet_vit_mae.presets import Finetuning, Network, Settings
 from nnunet_vit_mae.thresholds import Classes
 from nnunet_vit_mae.transfer import Destination
 
-BLOCK = "vit_mae"
 NOT_FOR_PLANS = ("dataset", "dataset_fingerprint", "splits_final")  # nnU-Net's other files in that folder
 
 
@@ -69,6 +70,12 @@ class Plan:
         return channel_names(self.dataset_json)
 
     @property
+    def licence(self) -> str:
+        """Return the licence of the data, as far as `dataset.json` states it."""
+        description = describe(self.dataset_json, DESCRIPTION)
+        return description.licence or description.license or "not stated in dataset.json"
+
+    @property
     def preprocessed_folder(self) -> Path:
         """Return the folder of nnU-Net's preprocessed training cases."""
         return self.dataset.preprocessed / self.configuration.data_identifier
@@ -87,17 +94,15 @@ def load_plan(dataset: Dataset, plans_name: str, configuration: str) -> Plan:
             f"There are no plans {plans_name} for {dataset.name} ({file}): "
             f"run nnUNetv2_plan_and_preprocess -d {dataset.id}, or mae3d_plan with -o {plans_name}, first."
         )
-    plans = PlansManager(read_json(file))
-    if configuration not in plans.available_configurations:
-        known = ", ".join(plans.available_configurations)
-        raise UserError(f"The plans {plans_name} have no configuration {configuration} (they have {known}): check -c.")
-    return Plan(dataset, plans, configuration, read_json(dataset.preprocessed / "dataset.json"))
+    description = read_description(dataset.preprocessed / DESCRIPTION)
+    description.needed("file_ending")
+    plans = read_plans(file, plans_name, configuration, description)
+    return Plan(dataset, plans, configuration, dict(description.content))
 
 
 def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:
     """Return contrasts in the order of the files' channel numbers (nnU-Net v1 called them `modality`)."""
-    names = dataset_json.get("channel_names") or dataset_json["modality"]
-    return [names[number] for number in sorted(names, key=int)]
+    return describe(dataset_json, DESCRIPTION).channels
 
 
 def settings_of(configuration: ConfigurationManager, *, contrasts: int | None = None) -> Settings:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import link
 from nnunet_vit_mae.imaging.channels import channels_by_case
+from nnunet_vit_mae.imaging.volumes import refuse_large
 from nnunet_vit_mae.installation import trainers_folder
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import Plan
@@ -148,6 +149,7 @@ def _prediction_case(plan: Plan, name: str, files: Mapping[int, Path]) -> Predic
             f"({', '.join(plan.channel_names)}): write zeros for contrasts that were not acquired, as "
             "mae3d_fill_contrasts does."
         )
+    refuse_large(files.values())
     return PredictionCase(name, tuple(files.values()))
 
 

@@ -13,9 +13,10 @@ import nibabel
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 
-from nnunet_vit_mae.errors import UserError, reader_reason
+from nnunet_vit_mae.errors import UserError, WriteError, reader_reason
 from nnunet_vit_mae.files import read_json, remove_unfinished, replacing, write_json
 from nnunet_vit_mae.imaging.channels import case_and_channel, channels_by_case
+from nnunet_vit_mae.imaging.volumes import refuse_large
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.plans import Plan, load_plan
 from nnunet_vit_mae.workers import run_each
@@ -90,6 +91,8 @@ def _preprocess_case(dataset: str, plans_name: str, configuration: str, raw_case
     try:
         # readers, numpy and resampling raise errors of their own, and one bad file must not stop thousands of others
         problem = _find_channel_problem(plan, files) or _preprocess_files(plan, case, files)
+    except WriteError:  # a full disk is nothing about this case, and stops the others too
+        raise
     except Exception as error:  # noqa: BLE001
         problem = f"cannot be preprocessed: {reader_reason(error)}"
     return Outcome(case, problem)
@@ -107,6 +110,7 @@ def _find_channel_problem(plan: Plan, files: list[Path]) -> str | None:
 
 def _preprocess_files(plan: Plan, case: str, files: list[Path]) -> str | None:
     """Preprocess the files of a case and save the result; returns what is wrong with the images, if anything."""
+    refuse_large(files)
     volume, properties = plan.plans.image_reader_writer_class().read_images([str(file) for file in files])
     if volume.shape[0] != len(plan.channel_names):
         return f"has {volume.shape[0]} channels in its files, but dataset.json has {len(plan.channel_names)}"
@@ -133,15 +137,9 @@ def _save(volume: np.ndarray, plan: Plan, case: str) -> None:
     volume = volume.astype(np.float32, copy=False)
     blocks, chunks = comp_blosc2_params(volume.shape, plan.patch_size, volume.itemsize)
     cparams = {"codec": blosc2.Codec.LZ4HC, "filters": [blosc2.Filter.SHUFFLE], "clevel": 5, "nthreads": 1}
+    compressed = blosc2.asarray(np.ascontiguousarray(volume), chunks=chunks, blocks=blocks, cparams=cparams)
     with replacing(_output_file(plan, case)) as temporary:
-        blosc2.asarray(
-            np.ascontiguousarray(volume),
-            urlpath=str(temporary),
-            mode="w",
-            chunks=chunks,
-            blocks=blocks,
-            cparams=cparams,
-        )
+        temporary.write_bytes(compressed.to_cframe())  # by Python, which reports a full disk
 
 
 def _output_file(plan: Plan, case: str) -> Path:

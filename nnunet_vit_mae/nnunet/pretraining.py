@@ -8,22 +8,24 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 import joblib
 import torch
 
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, abbreviated
 from nnunet_vit_mae.files import locked
+from nnunet_vit_mae.networks.memory import pretraining_memory
+from nnunet_vit_mae.nnunet.capacity import memory_of, refuse_step_beyond
 from nnunet_vit_mae.nnunet.folders import encoder_file
 from nnunet_vit_mae.nnunet.folds import PreprocessedCase, pretraining_cases
 from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade, settings_for
+from nnunet_vit_mae.planning import refuse_useless_masks
 from nnunet_vit_mae.presets import Pretraining, to_json_types
 from nnunet_vit_mae.pretraining import distributed
-from nnunet_vit_mae.pretraining.run import READY_BATCHES, STATE, PretrainingResult, PretrainingRun, run
-from nnunet_vit_mae.pretraining.volumes import ITEM, Cache
+from nnunet_vit_mae.pretraining.run import READY_BATCHES, PretrainingResult, PretrainingRun, run
+from nnunet_vit_mae.pretraining.volumes import ITEM, Cache, volume_problems
 from nnunet_vit_mae.weights import Card, hashed_name, package_versions, save_encoder
 
 logger = logging.getLogger(__name__)
@@ -98,6 +100,9 @@ def pretrain(
             f"A batch of {job.protocol.batch_size} samples cannot be divided among {parts} processes: "
             f"give a --batch_size that is a multiple of {whole}, or start another number of processes."
         )
+    refuse_useless_masks(job.network, job.protocol, job.patch_size)
+    _refuse_large_step(job, machine)
+    _refuse_damaged(plan, cases)
     file = encoder_file(plan.dataset.results, plan.plans.plans_name, plan.name, fold)
     with _cache(job, machine) if machine.cache_bytes else nullcontext() as cache:
         task = partial(
@@ -106,6 +111,36 @@ def pretrain(
         )  # fmt: skip
         distributed.start(task, machine.device, machine.processes)
     return file
+
+
+def _refuse_large_step(job: PretrainingRun, machine: Machine) -> None:
+    batch, channels = job.protocol.batch_size // machine.all_processes, len(job.channel_names)
+    on_gpu = machine.device.type == "cuda"
+
+    def estimate() -> int:
+        return pretraining_memory(job.network, job.protocol, job.patch_size, channels, batch, on_gpu=on_gpu)
+
+    refuse_step_beyond(
+        memory_of(machine.device),
+        "the GPU" if on_gpu else "this machine",
+        shape=(batch, channels, *job.patch_size),
+        estimate=estimate,
+        advice="give a smaller --batch_size, or plan with a smaller --size or a larger --token",
+    )
+
+
+def _refuse_damaged(plan: Plan, cases: list[PreprocessedCase]) -> None:
+    """Raise `UserError` unless all volumes can be read, so that a long run does not end at one of them."""
+    problems = volume_problems([case.file for case in cases], len(plan.channel_names))
+    if problems:
+        bad = abbreviated(f"{file} {problem}" for file, problem in problems.items())
+        flags = f"-d {plan.dataset.id} -c {plan.name}"
+        commands = []
+        if any(file.parent != plan.unlabelled_folder for file in problems):
+            commands.append(f"nnUNetv2_preprocess {flags} -plans_name {plan.plans.plans_name}")
+        if any(file.parent == plan.unlabelled_folder for file in problems):
+            commands.append(f"mae3d_preprocess {flags} -p {plan.plans.plans_name}")
+        raise UserError(f"{bad}: remove what is damaged and run {' and '.join(commands)} again.")
 
 
 def _cache(job: PretrainingRun, machine: Machine) -> Cache:
@@ -129,17 +164,9 @@ def _make_encoder(
     """Run one process of a pre-training; rank 0 holds the folder and writes."""
     with ExitStack() as held:
         distributed.from_rank_0(lambda: held.enter_context(locked(file.parent)))
-        distributed.from_rank_0(lambda: _move_aside(file.parent, resume=resume))
         result = run(job, file.parent, device=device, resume=resume, readers=readers)
         if distributed.is_rank_0():
             save_encoder(result.network.encoder, card(result), file)
-
-
-def _move_aside(output: Path, *, resume: bool) -> None:
-    if output.exists() and not (resume and (output / STATE).is_file()):
-        moved = output.with_name(f"{output.name}_until_{datetime.now():%Y-%m-%d_%H-%M-%S}")
-        output.rename(moved)
-        logger.warning("An earlier run was moved to %s (--c continues one that has a saved state).", moved)
 
 
 def _card(plan: Plan, fold: str, job: PretrainingRun, cases: list[PreprocessedCase], result: PretrainingResult) -> Card:
@@ -163,9 +190,7 @@ def _card(plan: Plan, fold: str, job: PretrainingRun, cases: list[PreprocessedCa
         loss=result.losses[-1],
         pretraining=to_json_types(job.protocol),
         seed=job.seed,
-        data_licence=str(
-            plan.dataset_json.get("licence", plan.dataset_json.get("license", "not stated in dataset.json"))
-        ),
+        data_licence=plan.licence,
         packages=package_versions(),
         network=job.network.encoder_settings,
     )

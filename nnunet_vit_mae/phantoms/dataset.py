@@ -17,7 +17,8 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import write_json
+from nnunet_vit_mae.files import replacing, write_json
+from nnunet_vit_mae.imaging.writing import write_image
 from nnunet_vit_mae.phantoms.scanner import PhantomScan, make_scan
 
 SMALLEST_LABEL_MM3 = 5.0
@@ -148,8 +149,7 @@ def _write_volume(file: Path, volume: np.ndarray, spacing: tuple[float, float, f
     image = sitk.GetImageFromArray(volume)
     image.SetSpacing(spacing[::-1])
     image.SetOrigin([-step * (count - 1) / 2 for step, count in zip(spacing[::-1], volume.shape[::-1], strict=True)])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    sitk.WriteImage(image, str(file), useCompression=True)
+    write_image(image, file)
 
 
 def _write_description(folder: Path, rows: list[tuple], labelled: int) -> None:
@@ -161,7 +161,7 @@ def _write_description(folder: Path, rows: list[tuple], labelled: int) -> None:
         "file_ending": ".nii.gz",
     }
     write_json(description, folder / "dataset.json")
-    with (folder / "scans.csv").open("w", newline="", encoding="utf-8") as stream:
+    with replacing(folder / "scans.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(("case", "patient", "set", "scanner", "kernel", "slice_thickness"))
         writer.writerows(rows)

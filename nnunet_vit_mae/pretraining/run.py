@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nnunet_vit_mae.divergence import divergence, first_bad_step, has_exploded
+from nnunet_vit_mae.entries import read_entries
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import read_json, remove_unfinished, replacing, write_json
+from nnunet_vit_mae.files import remove_unfinished, replacing, write_json
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import Autoencoder, build_autoencoder
 from nnunet_vit_mae.networks.masking import BACKGROUND_DEVIATION, Masking, count_rebuilt, count_visible
@@ -36,6 +38,7 @@ from nnunet_vit_mae.presets import PRETRAINING_DECODERS, Network, Pretraining, t
 from nnunet_vit_mae.pretraining import distributed
 from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, MaskDrawing, RandomCrops, Samples
 from nnunet_vit_mae.pretraining.pictures import rebuild
+from nnunet_vit_mae.pretraining.saved_state import read_state
 from nnunet_vit_mae.pretraining.volumes import Cache
 
 logger = logging.getLogger(__name__)
@@ -122,7 +125,9 @@ def run(
     network = build_autoencoder(job.network, len(job.channel_names), job.protocol, spacing=job.spacing).to(device)
     groups = parameter_groups(network.named_parameters(), weight_decay=job.protocol.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
-    losses = _restore(distributed.from_rank_0(lambda: _prepare(output, job, resume=resume)), network, optimizer)
+    losses = _restore(
+        distributed.from_rank_0(lambda: _prepare(output, job, network, optimizer, resume=resume)), network, optimizer
+    )
     with _logging_to(output / "log.txt") if distributed.is_rank_0() else nullcontext():
         _announce(job, network, device, done=len(losses))
         _train(job, output, network, optimizer, losses, device, readers)
@@ -159,7 +164,7 @@ def _train(
                 asked = time.monotonic()
                 batch = next(batches)
                 waited += time.monotonic() - asked
-                loss, norm = _step(job, model, optimizer, batch.samples(device))
+                loss, norm = _step(job, epoch, model, optimizer, batch.samples(device))
                 epoch_losses.append(loss)
                 norms.append(norm)
                 bar.update()
@@ -167,14 +172,15 @@ def _train(
                     watched.look()
             losses.append(watched.checked_mean(losses))
 
+            kind = " (norm-pix)" if job.protocol.norm_pix_in(epoch) else ""
             rate = _learning_rate(job, (epoch + 1) * job.steps_per_epoch - 1)
             seconds = time.monotonic() - started
             speed = job.steps_per_epoch * job.protocol.batch_size / seconds
             bar.set_postfix(loss=f"{losses[-1]:.4f}", samples_per_s=f"{speed:.1f}")
             logger.info(
-                "epoch %d: loss %.6f, learning rate %.2e, %.1f s (%.1f%% waiting for crops), %.1f samples/s, "
+                "epoch %d: loss %.6f%s, learning rate %.2e, %.1f s (%.1f%% waiting for crops), %.1f samples/s, "
                 "gradient norm %.3g, at most %.3g",
-                epoch + 1, losses[-1], rate, seconds, 100 * waited / seconds, speed,
+                epoch + 1, losses[-1], kind, rate, seconds, 100 * waited / seconds, speed,
                 torch.stack(norms).mean(), torch.stack(norms).max(),
             )  # fmt: skip
             if sample is None:  # rank 0 alone writes
@@ -188,16 +194,16 @@ def _train(
 
 
 def _step(
-    job: PretrainingRun, model: nn.Module, optimizer: torch.optim.Optimizer, samples: Samples
+    job: PretrainingRun, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, samples: Samples
 ) -> tuple[Tensor, Tensor]:
-    """Take a step on a batch; loss and gradient norm stay on the device, so that a GPU is not waited for.
+    """Take a step of an epoch on a batch; loss and gradient norm stay on the device, so that a GPU is not waited for.
 
     `model` is the network, or what averages its gradients over the processes.
     """
     masks = job.drawing.masking.rounds(samples.masks)[0]
     with autocast(samples.volume.device):
         rebuilt = model(samples.volume, masks, samples.present)
-        loss = reconstruction_loss(rebuilt, norm_pix=job.protocol.norm_pix)
+        loss = reconstruction_loss(rebuilt, norm_pix=job.protocol.norm_pix_in(epoch))
     if distributed.process_count() > 1:  # studies differ in their contrasts, and so do processes in their voxels
         loss = distributed.part_of_joint_mean(loss, rebuilt.counted.sum())
     optimizer.zero_grad(set_to_none=True)
@@ -250,7 +256,9 @@ class _Watched:
         """Return the mean loss of the epoch, given those before; raise `UserError` if the training has diverged."""
         self.look()
         mean = float(distributed.averaged(torch.stack(self.losses).mean()))
-        first = before[0] if before else float(distributed.averaged(self.losses[0]))
+        norm_pix_in = self.job.protocol.norm_pix_in
+        alike = [loss for number, loss in enumerate(before) if norm_pix_in(number) == norm_pix_in(self.epoch)]
+        first = alike[0] if alike else float(distributed.averaged(self.losses[0]))
         if has_exploded(mean, first):
             worst = int(torch.stack(self.losses).argmax())
             raise self._error(worst, f"The loss of an epoch was {first:.3g} and has grown to {mean:.3g}, most of all")
@@ -271,25 +279,39 @@ class _Watched:
 
 def _save_state(output: Path, network: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
     state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
-    with replacing(output / STATE) as temporary:
-        torch.save(state, temporary)
+    with replacing(output / STATE) as temporary, temporary.open("wb") as stream:
+        torch.save(state, stream)
 
 
-def _prepare(output: Path, job: PretrainingRun, *, resume: bool) -> dict[str, Any] | None:
-    """Make the folder, and return the state to continue from (on the CPU), None for a new run."""
-    output.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(output)
+def _prepare(
+    output: Path, job: PretrainingRun, network: nn.Module, optimizer: torch.optim.Optimizer, *, resume: bool
+) -> dict[str, Any] | None:
+    """Make the folder, and return the state to continue from (on the CPU), None for a new run.
+
+    An earlier run that is not continued is moved aside.
+    """
     if not (resume and (output / STATE).is_file()):
+        _move_aside(output)
+        output.mkdir(parents=True, exist_ok=True)
         write_json(job.to_dict(), output / "config.json")
         return None
-    before, now = read_json(output / "config.json"), job.to_dict()
+    remove_unfinished(output)
+    before = read_entries(dict[str, Any], output / "config.json", "start again without --c, which moves this run aside")
+    now = job.to_dict()
     different = [name for name in now if before.get(name) != now[name]]
     if different:
         raise UserError(
             f"The run in {output} was started with other {', '.join(different)} (see its config.json): "
             "give the same flags and data to continue it, or start again without --c."
         )
-    return torch.load(output / STATE, map_location="cpu", weights_only=True)
+    return read_state(output / STATE, network, optimizer, job.protocol.epochs)
+
+
+def _move_aside(output: Path) -> None:
+    if output.exists():
+        moved = output.with_name(f"{output.name}_until_{datetime.now():%Y-%m-%d_%H-%M-%S}")
+        output.rename(moved)
+        logger.warning("An earlier run was moved to %s (--c continues one that has a saved state).", moved)
 
 
 def _restore(state: dict[str, Any] | None, network: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
@@ -337,9 +359,9 @@ def _announce(job: PretrainingRun, network: nn.Module, device: torch.device, *, 
         protocol.epochs, job.steps_per_epoch, protocol.batch_size, protocol.lr, protocol.base_lr,
         f"{distributed.process_count()} x " if distributed.process_count() > 1 else "", device.type,
     )  # fmt: skip
-    logger.info(
-        "loss: mean squared error on hidden tokens%s", ", normalised per token (norm-pix)" if protocol.norm_pix else ""
-    )
+    logger.info("loss: %s", _loss_in_words(norm_pix=protocol.norm_pix_in(0)))
+    if protocol.plain_epochs:
+        logger.info("from epoch %d on: %s", protocol.plain_epochs + 1, _loss_in_words(norm_pix=True))
     if protocol.lr < TINY_LR:
         logger.warning(
             "The learning rate %.1e is very low: the base rate is meant for large batches, see --lr.", protocol.lr
@@ -352,12 +374,17 @@ def _announce(job: PretrainingRun, network: nn.Module, device: torch.device, *, 
         logger.info("continuing after epoch %d of %d", done, protocol.epochs)
 
 
+def _loss_in_words(*, norm_pix: bool) -> str:
+    return f"mean squared error on hidden tokens{', normalised per token (norm-pix)' if norm_pix else ''}"
+
+
 def _draw(job: PretrainingRun, output: Path, network: Autoencoder, losses: list[float], sample: Samples) -> None:
     rates = [_learning_rate(job, (epoch + 1) * job.steps_per_epoch - 1) for epoch in range(len(losses))]
-    plot_progress(losses, rates, output / "progress.png")
-    views = rebuild(network, job.drawing.masking, sample, norm_pix=job.protocol.norm_pix)
+    plot_progress(losses, rates, output / "progress.png", plain=job.protocol.plain_epochs)
+    norm_pix = job.protocol.norm_pix_in(len(losses) - 1)
+    views = rebuild(network, job.drawing.masking, sample, norm_pix=norm_pix)
     title = f"epoch {len(losses)}, loss {losses[-1]:.4f}"
-    if job.protocol.norm_pix:
+    if norm_pix:
         title += "\nhidden tokens: predicted pattern, brightness and contrast interpolated from visible tokens"
     if job.protocol.skip_background:
         title += "\nblank in the rebuilt image: tokens without content, left out"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
@@ -15,9 +16,10 @@ import joblib
 import numpy as np
 from tqdm import tqdm
 
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, reader_reason
 
 SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it; other systems have no limit of their own
+CHECKED_AT_ONCE = 8
 ITEM = np.dtype(np.float16).itemsize
 
 
@@ -25,6 +27,28 @@ def open_volume(file: Path, *, threads: int = 1) -> Any:
     """Open a preprocessed volume (c z y x), to be read by slicing."""
     # not mapped: page faults cost more than reads where the file has to come from a disk
     return blosc2.open(urlpath=str(file), mode="r", dparams={"nthreads": threads})
+
+
+def volume_problem(file: Path, channels: int) -> str | None:
+    """Return what is wrong with a preprocessed volume, or None: its header and its last block are read."""
+    try:
+        volume = open_volume(file)
+        shape = tuple(volume.shape)
+        if len(shape) != 4 or shape[0] != channels or min(shape) < 1:
+            return f"has the shape {shape} instead of {channels} channels of three axes"
+        if not np.issubdtype(volume.dtype, np.floating):
+            return f"holds {volume.dtype} instead of floating-point numbers"
+        volume[:, -1:, -1:, -1:]
+    except Exception as error:  # noqa: BLE001 (blosc2 raises many kinds for a damaged file)
+        return f"is damaged ({reader_reason(error)})"
+    return None
+
+
+def volume_problems(files: Sequence[Path], channels: int) -> dict[Path, str]:
+    """Return the problem of each volume that has one, several of them being read at a time."""
+    with ThreadPoolExecutor(CHECKED_AT_ONCE) as threads:
+        problems = threads.map(lambda file: volume_problem(file, channels), files)
+        return {file: problem for file, problem in zip(files, problems, strict=True) if problem}
 
 
 class Cache(AbstractContextManager):

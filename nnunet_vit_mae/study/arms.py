@@ -48,7 +48,7 @@ ARMS = {
     "hybrid": Arm(trainer="nnUNetTrainerViTMAE", recipe={"network": {"decoder": "unet"}}, encoder=True),
     "hybrid_scratch": Arm(trainer="nnUNetTrainerViTScratch", recipe={"network": {"decoder": "unet"}}),
     "resenc": Arm(trainer="nnUNetTrainerBaseline", plans="nnUNetResEncUNetMPlans", planner="nnUNetPlannerResEncM"),
-    "primus": Arm(trainer=PRIMUS, calibrate=False),  # mae3d_calibrate does not know its last layer
+    "primus": Arm(trainer=PRIMUS),
     "ensemble": Arm(members=("unet", "vit")),
 }
 

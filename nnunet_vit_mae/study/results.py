@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from nnunet_vit_mae.datasets.acquisition import find_scans_table, read_scans_table, slice_thickness
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.cases import find_evaluation_set, measure_cases
 from nnunet_vit_mae.evaluation.results import EvaluationOptions
@@ -44,6 +45,9 @@ def _measured(study: StudyDesign, model: StudyModel) -> pd.DataFrame:
     predicted = (Path(study.output) / prediction_marker(study, model)).stat().st_mtime
     if not file.is_file() or file.stat().st_mtime < predicted:
         evaluation_set = find_evaluation_set(study.test_labels, {model.name: study.predictions(model)})
+        if table := find_scans_table([Path(study.raw)]):
+            known = slice_thickness(read_scans_table(table, [case.name for case in evaluation_set.cases]))
+            evaluation_set = evaluation_set.with_slice_thickness(known, table)
         measures, _ = measure_cases(evaluation_set, EvaluationOptions())
         with replacing(file) as temporary:
             measures.drop(columns="model").to_csv(temporary, index=False, encoding="utf-8")

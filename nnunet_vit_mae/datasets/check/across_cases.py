@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from nnunet_vit_mae.datasets.check.ct_intensities import clipping_of
 from nnunet_vit_mae.datasets.check.inspection import ERROR, WARNING, CaseSummary, Finding
 from nnunet_vit_mae.datasets.contrasts import Channels
 from nnunet_vit_mae.imaging.labels import Labels
@@ -26,6 +27,7 @@ def findings_across_cases(
     yield from _shared_patients(cases, patients)
     yield from _orientations(cases)
     yield from _intensity_outliers(cases, channels)
+    yield from _clipped_ct(cases, channels)
     yield from _label_findings(cases, labels)
 
 
@@ -131,6 +133,13 @@ def _intensity_outliers(cases: Sequence[CaseSummary], channels: Channels) -> Ite
                 if abs(score) > OUTLIER:
                     text = f"has {name} with a {measure} of {value:g}, a robust z-score of {score:+.1f}"
                     yield Finding(WARNING, "intensity", case, text)
+
+
+def _clipped_ct(cases: Sequence[CaseSummary], channels: Channels) -> Iterator[Finding]:
+    for number, name in enumerate(channels.names):
+        text = clipping_of([case.ct[number] for case in cases if number in case.ct], name)
+        if text is not None:
+            yield Finding(WARNING, "CT clipping", "", text)
 
 
 def _label_findings(cases: Sequence[CaseSummary], labels: Labels) -> Iterator[Finding]:

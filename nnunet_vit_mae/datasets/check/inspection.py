@@ -17,10 +17,12 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 
+from nnunet_vit_mae.datasets.check.ct_intensities import CTIntensities
 from nnunet_vit_mae.datasets.contrasts import Channels, find_case_images, read_channels, read_contrasts
 from nnunet_vit_mae.errors import UserError, reader_reason
-from nnunet_vit_mae.files import read_json
 from nnunet_vit_mae.imaging.channels import NIFTI, cases_in
+from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
+from nnunet_vit_mae.imaging.ct_clipping import is_ct
 from nnunet_vit_mae.imaging.labels import Labels, read_labels, read_volume, whole_numbers
 from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
 from nnunet_vit_mae.workers import run_each
@@ -59,6 +61,7 @@ class CaseSummary:
     channels: Mapping[int, ChannelSummary] = field(default_factory=dict)
     geometry: Geometry | None = None
     volumes: Mapping[int, float] | None = None
+    ct: Mapping[int, CTIntensities] = field(default_factory=dict)  # by channel, of labelled training cases
     findings: tuple[Finding, ...] = ()
 
     def __str__(self) -> str:
@@ -78,13 +81,19 @@ class CaseSummary:
 
 @dataclass(frozen=True)
 class InspectionTask:
-    """A case to inspect: images by channel, label, and the channels that may be all zeros."""
+    """A case to inspect: images by channel, label, the channels that may be all zeros, and those of CT."""
 
     folder: str
     name: str
     images: Mapping[int, Path]
     label: Path | None
     blank: frozenset[int]
+    ct: frozenset[int] = frozenset()  # channels that nnU-Net normalises as CT
+
+    @property
+    def label_name(self) -> str:
+        """Return how findings call the label."""
+        return f"the label {self.label.parent.name}/{self.label.name}" if self.label else "no label"
 
     def finding(self, level: str, kind: str, text: str) -> Finding:
         """Return a finding in this case."""
@@ -99,9 +108,10 @@ def find_tasks(raw: Path) -> tuple[list[InspectionTask], Channels, Labels, list[
 
     Raises `UserError` if dataset.json does not describe a dataset, or if there are no images.
     """
-    channels, labels = read_channels(raw), read_labels(raw / "dataset.json")
+    channels, labels = read_channels(raw), read_labels(raw / DESCRIPTION)
     record = read_contrasts(raw)
     tasks, findings = [], list(_description_findings(raw, labels))
+    ct = frozenset(number for number, name in enumerate(channels.names) if is_ct(name))
     label_files = {folder: cases_in(raw / name, channels.ending) if name else {} for folder, name in LABELS_OF.items()}
     for case in find_case_images(raw, channels):
         folder = case.folder.name
@@ -109,7 +119,7 @@ def find_tasks(raw: Path) -> tuple[list[InspectionTask], Channels, Labels, list[
         absent = {*of_case.filled, *of_case.blank} if of_case else set()
         blank = frozenset(number for number, name in enumerate(channels.names) if name in absent)
         known = {number: file for number, file in sorted(case.files.items()) if number < len(channels.names)}
-        task = InspectionTask(folder, case.name, known, label_files[folder].get(case.name), blank)
+        task = InspectionTask(folder, case.name, known, label_files[folder].get(case.name), blank, ct)
         findings += [
             task.finding(ERROR, "misnamed", f"{file.name} is not named like {case.name}_0000{channels.ending}")
             for file in case.misnamed
@@ -119,7 +129,7 @@ def find_tasks(raw: Path) -> tuple[list[InspectionTask], Channels, Labels, list[
         tasks.append(task)
     if not any(task.images for task in tasks):
         raise UserError(f"There are no images such as CASE_0000{channels.ending} in {raw}: put them into imagesTr.")
-    stated = read_json(raw / "dataset.json").get("numTraining")
+    stated = read_description(raw / DESCRIPTION).content.get("numTraining")
     if stated != (count := len(label_files["imagesTr"])):
         text = f"numTraining is {stated} in dataset.json, but labelsTr has {count} labels"
         findings.append(Finding(ERROR, "numTraining", "", text))
@@ -157,6 +167,7 @@ def inspect_case(task: InspectionTask, known: frozenset[int]) -> CaseSummary:
     findings: list[Finding] = []
     summaries: dict[int, ChannelSummary] = {}
     reference: Geometry | None = None
+    ct_images: dict[int, np.ndarray] = {}
     with without_warnings_of_itk():
         for number, file in task.images.items():
             try:
@@ -172,10 +183,19 @@ def inspect_case(task: InspectionTask, known: frozenset[int]) -> CaseSummary:
             summary = _summarise_channel(task, number, array, findings)
             if summary:
                 summaries[number] = summary
+                if number in task.ct:
+                    ct_images[number] = array
         if len({summary.hash for summary in summaries.values()}) < len(summaries):
             findings.append(task.finding(WARNING, "duplicate", "has the same voxels in two channels"))
-        volumes = _label_volumes(task, known, reference, findings) if task.label else None
-    return CaseSummary(task.folder, task.name, summaries, reference, volumes, tuple(findings))
+        label = _read_label(task, reference, findings) if task.label else None
+    volumes, ct = None if label is None else _label_volumes(*label), {}
+    if unknown := sorted(set(volumes or ()) - known):
+        text = f"{task.label_name} holds {', '.join(map(str, unknown[:5]))}, which dataset.json does not list"
+        findings.append(task.finding(ERROR, "unknown label", text))
+    if label is not None and task.folder == "imagesTr":
+        array, _ = label
+        ct = {n: CTIntensities.of(image, array) for n, image in ct_images.items() if image.shape == array.shape}
+    return CaseSummary(task.folder, task.name, summaries, reference, volumes, ct, tuple(findings))
 
 
 def _stored_volume(file: Path) -> tuple[np.ndarray, Geometry]:
@@ -215,12 +235,12 @@ def _summarise_channel(
     return ChannelSummary(p1, median, p99, digest.hexdigest())
 
 
-def _label_volumes(
-    task: InspectionTask, known: frozenset[int], reference: Geometry | None, findings: list[Finding]
-) -> dict[int, float] | None:
-    """Return the volume of each label in mm3; return None and append a finding if the label is unusable."""
+def _read_label(
+    task: InspectionTask, reference: Geometry | None, findings: list[Finding]
+) -> tuple[np.ndarray, Geometry] | None:
+    """Return the voxels of a label and its geometry; return None and append a finding if the label is unusable."""
     assert task.label is not None
-    name = f"the label {task.label.parent.name}/{task.label.name}"
+    name = task.label_name
     try:
         array, geometry = _stored_volume(task.label)
     except Exception as error:  # noqa: BLE001 (as above)
@@ -231,11 +251,13 @@ def _label_volumes(
     if not whole_numbers(array):
         findings.append(task.finding(ERROR, "not integers", f"{name} has values that are not integers"))
         return None
+    return array, geometry
+
+
+def _label_volumes(array: np.ndarray, geometry: Geometry) -> dict[int, float]:
+    """Return the volume of each label in mm3."""
     values, counts = np.unique(array, return_counts=True)
     voxels = {int(value): int(count) for value, count in zip(values, counts, strict=True)}
-    if unknown := sorted(set(voxels) - known):
-        text = f"{name} holds {', '.join(map(str, unknown[:5]))}, which dataset.json does not list"
-        findings.append(task.finding(ERROR, "unknown label", text))
     voxel_volume = float(np.prod(geometry.spacing))
     return {value: count * voxel_volume for value, count in voxels.items() if value}
 

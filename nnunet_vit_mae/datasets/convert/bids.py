@@ -1,34 +1,42 @@
-"""Studies in a BIDS folder (bids-specification.readthedocs.io): sub-*/[ses-*/]anat/*_SUFFIX.nii.gz and derivatives."""
+"""Studies in a BIDS folder (bids-specification.readthedocs.io): sub-*/[ses-*/]TYPE/*_SUFFIX.nii.gz and derivatives."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_vit_mae.datasets.convert.studies import ContrastPattern, ImageSource, Scanner, Study
+import nibabel
+
+from nnunet_vit_mae.datasets.convert.studies import ContrastPattern, FoundStudies, ImageSource, Scanner, Study
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import read_json
-from nnunet_vit_mae.imaging.channels import NIFTI, without_ending
+from nnunet_vit_mae.imaging.channels import NIFTI, visible_below, without_ending
 from nnunet_vit_mae.presets import canonical_contrast
 
-LABEL_SUFFIXES = ("dseg", "mask")
-NOT_CONTRASTS = (*LABEL_SUFFIXES, "defacemask", "probseg")
+LABEL_SUFFIXES = ("dseg", "mask", "msk")  # the last is that of the ISLES data, which is not BIDS
+NOT_CONTRASTS = (*LABEL_SUFFIXES, "defacemask", "probseg", "sbref")
+FIELD_MAPS = "fmap"
 KEYS = ("Manufacturer", "ManufacturersModelName", "ConvolutionKernel", "SliceThickness")
 
 
 def is_bids(folder: Path) -> bool:
-    """Return whether a folder has subjects with images in the places that BIDS defines."""
+    """Return whether a folder has subjects with images."""
     return any(_images_of(subject) for subject in _subjects(folder))
 
 
-def bids_studies(folder: Path, patterns: Sequence[ContrastPattern], label: str | None) -> list[Study]:
-    """Find the sessions of all subjects.
+def bids_studies(folder: Path, patterns: Sequence[ContrastPattern], label: str | None) -> FoundStudies:
+    """Find the sessions of all subjects, with the images in all their folders (anat, dwi, perf, pet, ct and so on).
 
-    Without patterns, each suffix is a contrast, with POST appended after a contrast agent. Of several images of one
-    contrast (runs, acquisitions), the first by name is used. `label` is a pattern of paths below `folder`; without it,
-    labels are `*_dseg` or `*_mask` in derivatives, except brain masks. Raises `UserError` if no image matches.
+    Without patterns, each suffix is a contrast, with POST appended after a contrast agent; field maps and images of
+    several volumes are none. Of several images of one contrast (runs, acquisitions), the first by name is used. `label`
+    is a pattern of paths below `folder`; without it, labels are `*_dseg`, `*_mask` or `*_msk` in derivatives, except
+    brain masks.
+
+    Raises:
+        UserError: If no image matches.
     """
     studies = []
     labels = _find_labels(folder, label)
@@ -40,27 +48,63 @@ def bids_studies(folder: Path, patterns: Sequence[ContrastPattern], label: str |
             _bids_study(subject.name, session, files, patterns, labels) for session, files in sorted(by_session.items())
         ]
     if not any(study.images for study in studies):
-        raise UserError(f"No image in {folder} matches --contrast: compare the patterns with the file names.")
-    return studies
+        raise UserError(
+            f"No image in {folder} {'matches --contrast' if patterns else 'is a contrast'}: compare the patterns with "
+            f"the file names{_why_unused(studies)}."
+        )
+    lost = [file for file in labels if not any(_belongs(file, study) for study in studies)]
+    return FoundStudies(studies, unused=tuple((_nameless(file), "is the label of no session") for file in lost))
 
 
 def _bids_study(
     subject: str, session: str, files: list[Path], patterns: Sequence[ContrastPattern], labels: list[Path]
 ) -> Study:
     images: dict[str, ImageSource] = {}
+    unused = []
     for file in files:
-        if patterns:
-            contrasts = [pattern.contrast for pattern in patterns if pattern.fits(file.name)]
-        else:
+        contrasts = [pattern.contrast for pattern in patterns if pattern.fits(file.name)]
+        reason = "matches no --contrast" if patterns else _why_no_contrast(file)
+        if not patterns and not reason:
             contrasts = [_contrast_of(file)]
-        for contrast in contrasts:
-            images.setdefault(contrast, ImageSource(file, _scanner(file)))
-    own = [file for file in labels if file.name.startswith(f"{subject}_") and _session(file) == session]
+        taken = [contrast for contrast in contrasts if contrast in images]
+        images |= {contrast: ImageSource(file, _scanner(file)) for contrast in contrasts if contrast not in images}
+        if taken == contrasts:
+            unused.append((_nameless(file), f"{taken[0]} is another image of the session" if taken else reason))
+    study = Study(subject, session, images, unused=tuple(unused))
+    own = [file for file in labels if _belongs(file, study)]
     own = [file for file in own if _suffix(file) == "dseg"] or own  # a segmentation says more than a mask
-    problems = {} if images else {"study": "has no image that matches --contrast"}
+    problems = {} if images else {"study": f"has no image that {'matches --contrast' if patterns else 'is a contrast'}"}
     if len(own) > 1:
         problems["label"] = f"has {len(own)} labels: choose one with --labels"
-    return Study(subject, session, images, ImageSource(own[0]) if len(own) == 1 else None, problems)
+    return Study(subject, session, images, ImageSource(own[0]) if len(own) == 1 else None, problems, tuple(unused))
+
+
+def _belongs(label: Path, study: Study) -> bool:
+    return label.name.startswith(f"{study.patient}_") and _session(label) == study.session
+
+
+def _why_unused(studies: Sequence[Study]) -> str:
+    reasons = Counter(reason for study in studies for _, reason in study.unused)
+    listed = "; ".join(f"{count} images: {reason}" for reason, count in reasons.most_common(3))
+    return f" ({listed})" if listed else ""
+
+
+def _why_no_contrast(file: Path) -> str:
+    """Say why an image is no contrast unless a pattern asks for it; empty if it is one."""
+    if file.parent.name == FIELD_MAPS:
+        return "is a field map"
+    if (suffix := _suffix(file)) in NOT_CONTRASTS:
+        return f"{suffix} is no contrast"
+    try:
+        shape: Any = nibabel.load(file).shape
+    except Exception:  # noqa: BLE001  the reason is given where images are read
+        return ""
+    return f"holds {shape[3]} volumes" if len(shape) > 3 and max(shape[3:]) > 1 else ""
+
+
+def _nameless(file: Path) -> str:
+    """Return the folder and the name of an image without subject and session, which identify the patient."""
+    return f"{file.parent.name}/{re.sub(r'(?:sub|ses)-[^_]+_', '', without_ending(file.name, NIFTI))}"
 
 
 def _subjects(folder: Path) -> list[Path]:
@@ -68,22 +112,21 @@ def _subjects(folder: Path) -> list[Path]:
 
 
 def _images_of(subject: Path) -> list[Path]:
-    files = [*subject.glob("anat/*"), *subject.glob("ses-*/anat/*"), *subject.glob("ct/*"), *subject.glob("ses-*/ct/*")]
-    return sorted(file for file in files if _is_nifti(file) and "_" in file.name and _suffix(file) not in NOT_CONTRASTS)
+    return [file for file in visible_below(subject) if _is_nifti(file) and "_" in file.name]
 
 
 def _find_labels(folder: Path, pattern: str | None) -> list[Path]:
     if pattern:
         try:
-            labels = sorted(file for file in folder.glob(pattern) if _is_nifti(file))
+            labels = sorted(file for file in folder.glob(pattern) if _is_nifti(file) and not file.name.startswith("."))
         except (NotImplementedError, ValueError):  # an absolute path, or not a pattern
             labels = []
         if not labels:
             raise UserError(f"No file in {folder} matches --labels {pattern}: give a pattern of paths below it.")
         return labels
-    labels = sorted(
-        file for file in folder.glob("derivatives/**/*") if _is_nifti(file) and _suffix(file) in LABEL_SUFFIXES
-    )
+    labels = [
+        file for file in visible_below(folder / "derivatives") if _is_nifti(file) and _suffix(file) in LABEL_SUFFIXES
+    ]
     return [file for file in labels if not re.search("desc-brain", file.name, flags=re.IGNORECASE)]
 
 
@@ -92,7 +135,8 @@ def _is_nifti(file: Path) -> bool:
 
 
 def _suffix(file: Path) -> str:
-    return without_ending(file.name, NIFTI).rsplit("_", 1)[-1]
+    last = without_ending(file.name, NIFTI).rsplit("_", 1)[-1]
+    return next((suffix for suffix in LABEL_SUFFIXES if last.endswith(f"-{suffix}")), last)
 
 
 def _session(file: Path) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,20 +17,24 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
+from nnunet_vit_mae.datasets.acquisition import KERNEL, SCANS_TABLE, SLICE_THICKNESS
 from nnunet_vit_mae.datasets.contrasts import fill_contrasts
-from nnunet_vit_mae.datasets.convert.studies import Study, read_image_source
+from nnunet_vit_mae.datasets.convert.studies import FoundStudies, Study, read_image_source
 from nnunet_vit_mae.datasets.tables import read_case_table
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, WriteError
 from nnunet_vit_mae.files import make_folder, replacing, write_json
 from nnunet_vit_mae.imaging.channels import channel_file_name
 from nnunet_vit_mae.imaging.registration import RegistrationError, register, single_itk_thread
-from nnunet_vit_mae.imaging.scans import ENDING, ScanError, write_image
+from nnunet_vit_mae.imaging.scans import ENDING, ScanError
 from nnunet_vit_mae.imaging.volumes import geometry_of
+from nnunet_vit_mae.imaging.writing import write_image
 from nnunet_vit_mae.workers import run_each
 
-SCANS_TABLE, PROBLEMS = "scans.csv", "problems.csv"
+PROBLEMS, UNUSED = "problems.csv", "unused.csv"
 LABEL, WHOLE_STUDY = "label", "study"  # a problem may concern these instead of a contrast
 ALL, UNKNOWN = "all", "unknown"  # a problem may concern these instead of a case
+UNUSED_SHOWN = 10  # kinds of images not used that are printed
+UNUSED_FIELDS = ("case", "image", "reason")
 KEY_FIELDS = ("case", "patient", "session")
 
 
@@ -57,9 +62,13 @@ class ConvertedStudy:
 
 @dataclass(frozen=True)
 class Conversion:
-    """All converted studies by case, problems of no single case, and the reason why contrasts were not filled."""
+    """All converted studies by case, problems of no single case, and the reason why contrasts were not filled.
+
+    `unused` counts what was not used, by description and reason.
+    """
 
     studies: list[ConvertedStudy]
+    unused: Mapping[tuple[str, str], int] = field(default_factory=dict)
     unfilled: str = ""
 
     @property
@@ -79,19 +88,19 @@ class Conversion:
 
 
 def convert(
-    studies: Sequence[Study],
+    found: FoundStudies,
     contrasts: Sequence[str],
     reference: str | None,
     output: Path,
     key: Path | None,
     processes: int,
-    damaged: int = 0,
 ) -> Conversion:
     """Write all studies to the new raw dataset `output`; an unusable study or image does not stop the others.
 
-    Absent contrasts are filled as by `mae3d_fill_contrasts`. `damaged` is the number of damaged files that belong to
-    no study. Raises `UserError` if the dataset or the key cannot be written, or if nothing could be converted.
+    Absent contrasts are filled as by `mae3d_fill_contrasts`. Raises `UserError` if the dataset or the key cannot be
+    written, or if nothing could be converted.
     """
+    studies = found.studies
     if key is not None and output.resolve() in key.resolve().parents:
         raise UserError(f"{key} is inside the dataset and would be shared with it: give another folder with --key.")
     names = _pseudonyms(studies, key)
@@ -106,8 +115,14 @@ def convert(
     for job, result in tqdm(run_each(convert_study, jobs, processes), total=len(jobs), unit="study"):
         lost = ConvertedStudy(job.case, problems={WHOLE_STUDY: "needs more memory than is available: lower -np"})
         by_case[job.case] = result or lost
-    converted = [by_case[case] for case in sorted(by_case)] + _of_no_case(list(by_case.values()), contrasts, damaged)
+    converted = [by_case[case] for case in sorted(by_case)] + _of_no_case(list(by_case.values()), contrasts, found.damaged)
+    unused = [(names[study.patient, study.session], *of_study) for study in studies for of_study in study.unused]
+    unused += [("", *object_) for object_ in found.unused]
+    counts = Counter((image, reason) for _, image, reason in unused)
     _write_conversion_tables(converted, contrasts, output)
+    if unused:
+        rows = [dict(zip(UNUSED_FIELDS, row, strict=True)) for row in unused]
+        _write_rows(rows, UNUSED_FIELDS, output / UNUSED)
     if not any(study.folder for study in converted):
         reasons = "; ".join(Conversion(converted).problems[:5])
         raise UserError(f"None of {len(jobs)} studies could be converted ({reasons}): see {output / PROBLEMS}.")
@@ -122,8 +137,8 @@ def convert(
     try:
         fill_contrasts(output)
     except UserError as error:  # nothing has to be converted again
-        return Conversion(converted, f"{str(error).rstrip('.')}, then run mae3d_fill_contrasts.")
-    return Conversion(converted)
+        return Conversion(converted, counts, f"{str(error).rstrip('.')}, then run mae3d_fill_contrasts.")
+    return Conversion(converted, counts)
 
 
 def _of_no_case(studies: list[ConvertedStudy], contrasts: Sequence[str], damaged: int) -> list[ConvertedStudy]:
@@ -140,10 +155,15 @@ def _of_no_case(studies: list[ConvertedStudy], contrasts: Sequence[str], damaged
 def conversion_report(conversion: Conversion, contrasts: Sequence[str], output: Path) -> str:
     """Return what the command prints about the new dataset."""
     folders = [study.folder for study in conversion.studies]
-    return (
+    lines = [
         f"{output} has {folders.count('imagesTr')} cases with labels and {folders.count('imagesUn')} without, with "
         f"contrasts {', '.join(contrasts)}; the scanners are listed in {output / SCANS_TABLE}."
-    )
+    ]
+    by_count = sorted(conversion.unused.items(), key=lambda item: (-item[1], item[0]))
+    lines += [f"Not used: {count} x {image}: {reason}." for (image, reason), count in by_count[:UNUSED_SHOWN]]
+    if by_count:
+        lines.append(f"{output / UNUSED} lists all {sum(conversion.unused.values())} that were not used, by case.")
+    return "\n".join(lines)
 
 
 # ---------- one study, in a process of its own
@@ -157,6 +177,8 @@ def convert_study(job: ConversionTask) -> ConvertedStudy:
             return _convert_study(job, problems)
     except ScanError as error:
         return ConvertedStudy(job.case, problems={**problems, WHOLE_STUDY: str(error)})
+    except WriteError:  # a full disk is nothing about this study, and stops the others too
+        raise
     except Exception as error:  # noqa: BLE001  one study must not stop the others; messages may hold names
         return ConvertedStudy(
             job.case, problems={**problems, WHOLE_STUDY: f"could not be converted ({type(error).__name__})"}
@@ -261,7 +283,7 @@ def _resampled(image: sitk.Image, reference: sitk.Image, transform: sitk.Transfo
 
 def _first_columns(job: ConversionTask, reference: str) -> dict[str, str]:
     scanner = asdict(job.study.images[reference].scanner)
-    thickness = {"slice_thickness_mm": scanner.pop("slice_thickness")}
+    thickness = {SLICE_THICKNESS: scanner.pop("slice_thickness")}
     patient, session = job.case.split("_")
     return (
         {"case": job.case, "patient": patient, "session": session, "contrasts": "", "reference": reference}
@@ -282,9 +304,9 @@ def _contrast_columns(study: Study, contrast: str, image: sitk.Image) -> dict[st
 
 
 def _write_conversion_tables(studies: Sequence[ConvertedStudy], contrasts: Sequence[str], output: Path) -> None:
-    first = ("case", "patient", "session", "contrasts", "reference", "manufacturer", "model", "kernel")
+    first = ("case", "patient", "session", "contrasts", "reference", "manufacturer", "model", KERNEL)
     of_contrast = ("spacing_mm", "slice_thickness_mm", "model", "kernel", "mutual_information")
-    columns = [*first, "slice_thickness_mm", *(f"{name}_{column}" for name in contrasts for column in of_contrast)]
+    columns = [*first, SLICE_THICKNESS, *(f"{name}_{column}" for name in contrasts for column in of_contrast)]
     _write_rows([study.row for study in studies if study.folder], columns, output / SCANS_TABLE)
     problems = [
         {"case": study.case, "image": image, "problem": reason}

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunet_vit_mae.datasets.convert.bids import bids_studies, is_bids
-from nnunet_vit_mae.datasets.convert.studies import ContrastPattern, Study, dicom_studies
+from nnunet_vit_mae.datasets.convert.dicom_studies import dicom_studies
+from nnunet_vit_mae.datasets.convert.studies import ContrastPattern, FoundStudies, Study
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.presets import canonical_contrast
 
@@ -22,10 +23,10 @@ def parse_patterns(texts: Sequence[str]) -> list[ContrastPattern]:
     return patterns
 
 
-def find_studies(source: Path, patterns: Sequence[ContrastPattern], labels: str | None) -> tuple[list[Study], int]:
-    """Find the studies in a folder, and the number of damaged DICOM files that belong to none of them."""
+def find_studies(source: Path, patterns: Sequence[ContrastPattern], labels: str | None) -> FoundStudies:
+    """Find the studies in a folder; raises `UserError` if it has no images."""
     if is_bids(source):
-        return bids_studies(source, patterns, labels), 0
+        return bids_studies(source, patterns, labels)
     return dicom_studies(source, patterns, labels)
 
 

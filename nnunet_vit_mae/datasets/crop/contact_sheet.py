@@ -52,13 +52,16 @@ def thumbnail(region: Region, scan: sitk.Image, transform: sitk.Transform) -> np
 
 def write_thumbnail(picture: np.ndarray, file: Path) -> None:
     """Write a thumbnail as PNG; the file is complete or absent."""
+    from matplotlib.image import imsave
+
     with replacing(file) as temporary:
-        sitk.WriteImage(sitk.GetImageFromArray(picture, isVector=True), str(temporary))
+        imsave(temporary, picture)
 
 
 def write_sheets(pictures: Sequence[tuple[Path, str]], folder: Path) -> list[Path]:
     """Draw thumbnails with their captions on contact sheets, in the given order; older sheets are removed."""
     from matplotlib.figure import Figure  # `--help` does not wait for it
+    from matplotlib.image import imread
 
     for old in folder.glob("contact_sheet_[0-9]*.png"):
         old.unlink()
@@ -71,7 +74,7 @@ def write_sheets(pictures: Sequence[tuple[Path, str]], folder: Path) -> list[Pat
             axes.set_axis_off()
         for axes, (file, text) in zip(grid, page, strict=False):
             axes.set_title(text, fontsize=7.5, loc="left", pad=2)
-            axes.imshow(sitk.GetArrayFromImage(sitk.ReadImage(str(file))))
+            axes.imshow(imread(file))
         sheets.append(folder / f"contact_sheet_{len(sheets) + 1:02d}.png")
         with replacing(sheets[-1]) as temporary:
             figure.savefig(temporary, dpi=110)

@@ -42,8 +42,8 @@ from nnunet_vit_mae.datasets.crop.region import (
     resample_region,
 )
 from nnunet_vit_mae.datasets.tables import read_case_table
-from nnunet_vit_mae.errors import UserError, reader_reason
-from nnunet_vit_mae.files import make_folder, replacing
+from nnunet_vit_mae.errors import UserError, WriteError, reader_reason
+from nnunet_vit_mae.files import make_folder, read_back, replacing
 from nnunet_vit_mae.imaging.channels import channel_file_name
 from nnunet_vit_mae.imaging.labels import whole_numbers
 from nnunet_vit_mae.imaging.registration import (
@@ -56,8 +56,9 @@ from nnunet_vit_mae.imaging.registration import (
     similarity,
     single_itk_thread,
 )
-from nnunet_vit_mae.imaging.scans import ENDING, Scan, ScanError, find_scans, read_scan, write_image
+from nnunet_vit_mae.imaging.scans import ENDING, Scan, ScanError, find_scans, read_scan
 from nnunet_vit_mae.imaging.volumes import geometry_of
+from nnunet_vit_mae.imaging.writing import NOT_READ_BACK, write_image
 from nnunet_vit_mae.workers import run_each
 
 PAUSE = 5.0  # seconds between two writes of the table, which may have thousands of rows
@@ -169,6 +170,8 @@ def crop_case(job: CropTask) -> QCRow:
             return _crop_case(job)
     except (ScanError, RegistrationError) as error:
         row = _failed(job, str(error))
+    except WriteError:  # a full disk is nothing about this scan, and stops the others too
+        raise
     except Exception as error:  # noqa: BLE001  one scan must not stop the others
         row = _failed(job, f"{type(error).__name__}: {reader_reason(error)}")
     remove_files(row, job.settings.output)
@@ -197,8 +200,7 @@ def _crop_case(job: CropTask) -> QCRow:
         write_image(cut, settings.output / "labelsTr" / f"{scan.name}{ENDING}")
         label_values = " ".join(map(str, np.unique(sitk.GetArrayViewFromImage(cut)).astype(int)))
     write_thumbnail(thumbnail(region, first, alignment.transform), settings.output / "thumbnails" / f"{scan.name}.png")
-    with replacing(settings.output / "transforms" / f"{scan.name}.tfm") as temporary:
-        sitk.WriteTransform(alignment.transform, str(temporary))
+    _write_transform(alignment.transform, settings.output / "transforms" / f"{scan.name}.tfm")
     around = _similarity_around(region, first, alignment.transform)
     return QCRow(
         scan.name,
@@ -219,6 +221,13 @@ def _crop_case(job: CropTask) -> QCRow:
         made_of=job.made_of,
         source=_source_of(scan),
     )
+
+
+def _write_transform(transform: sitk.Transform, file: Path) -> None:
+    with replacing(file) as temporary, read_back(temporary):
+        sitk.WriteTransform(transform, str(temporary))
+        if sitk.ReadTransform(str(temporary)).GetParameters() != transform.GetParameters():
+            raise ValueError(NOT_READ_BACK)
 
 
 def _register_to_best(job: CropTask, image: sitk.Image) -> tuple[Region, Alignment]:

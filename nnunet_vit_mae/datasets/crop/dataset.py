@@ -24,7 +24,8 @@ from nnunet_vit_mae.datasets.crop.qc_table import (
 )
 from nnunet_vit_mae.datasets.tables import read_names
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import read_json, write_json
+from nnunet_vit_mae.files import write_json
+from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.imaging.scans import ENDING
 
 KEPT = ("channel_names", "labels", "regions_class_order")  # taken from the dataset.json beside the scans
@@ -84,9 +85,9 @@ def finish(cropping: Cropping, output: Path, description: Mapping[str, Any]) -> 
     rows = cropping.rows
     write_qc_table(rows, output)
     done = [row for row in rows if row.status == DONE]
-    former = read_json(output / "dataset.json") if (output / "dataset.json").exists() else {}
+    former = read_description(output / DESCRIPTION).content if (output / DESCRIPTION).exists() else {}
     counts = {"numTraining": sum(row.folder == "imagesTr" for row in done), "file_ending": ENDING}
-    write_json(_with_defaults({**former, **description}, done) | counts, output / "dataset.json")
+    write_json(_with_defaults({**former, **description}, done) | counts, output / DESCRIPTION)
     folder = output / "thumbnails"
     pictures = [
         (file, "TEMPLATE " + file.name.removeprefix("template.").removesuffix(".png"))
@@ -140,7 +141,7 @@ def reject_cases(
 
 def describe_like(images: Path, names: Sequence[str] | None) -> dict[str, Any]:
     """Return channel names and labels of the dataset that `images` belongs to, if any; `names` replace its names."""
-    source = images.absolute().parent / "dataset.json"
-    content = read_json(source) if source.exists() else {}
+    source = images.absolute().parent / DESCRIPTION
+    content = read_description(source).content if source.exists() else {}
     known: dict[str, Any] = {key: content[key] for key in KEPT if key in content}
     return known | ({"channel_names": {str(number): name for number, name in enumerate(names)}} if names else {})

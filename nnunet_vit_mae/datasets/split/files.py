@@ -7,23 +7,36 @@ never lost, because models may have been trained with them.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from nnunet_vit_mae.datasets.split.patients import PATIENTS
-from nnunet_vit_mae.datasets.split.splits import Split, SplitOptions, Splits
+from nnunet_vit_mae.datasets.split.splits import Split, SplitOptions, Splits, fold_problems
+from nnunet_vit_mae.entries import read_entries
 from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.files import link, read_json, write_json
-from nnunet_vit_mae.imaging.channels import cases_in, channels_by_case
+from nnunet_vit_mae.imaging.channels import NIFTI, cases_in, channels_by_case
+from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.imaging.labels import read_labels, read_volume
 from nnunet_vit_mae.imaging.volumes import without_warnings_of_itk
 
 SPLITS, SPLIT_RECORD = "splits_final.json", "split.json"
 RAW_LABELS, PREPROCESSED_LABELS = "labelsTr", "gt_segmentations"
+
+
+@dataclass(frozen=True)
+class _Fold:
+    train: list[str]
+    val: list[str]
+
+
+_Folds = Annotated[list[_Fold], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -40,9 +53,9 @@ def find_label_files(raw: Path, preprocessed: Path) -> LabelFiles:
     Raises `UserError` if there are none.
     """
     for folder, labels in ((raw, RAW_LABELS), (preprocessed, PREPROCESSED_LABELS)):
-        description = folder / "dataset.json"
+        description = folder / DESCRIPTION
         if description.is_file():
-            ending = str(read_json(description).get("file_ending", ".nii.gz"))
+            ending = read_description(description).file_ending or NIFTI[0]
             if files := cases_in(folder / labels, ending):
                 return LabelFiles(files, description)
     raise UserError(f"There are no labels in {raw / RAW_LABELS} with the file ending in dataset.json: check -d.")
@@ -62,28 +75,39 @@ def label_volumes(labels: LabelFiles) -> dict[str, str]:
 
 def read_splits(file: Path) -> list[Split]:
     """Read splits as nnU-Net does; raises `UserError` for anything else."""
-    folds = read_json(file)
-    if not isinstance(folds, list) or not folds or not all(_is_split(fold) for fold in folds):
-        raise UserError(
-            f"{file} is not a list of folds with train and val, each a list of case names: write it with mae3d_split."
-        )
-    return folds
+    advice = "give a list of folds with train and val, each a list of case names, as mae3d_split writes it"
+    folds = read_entries(_Folds, file, advice)
+    return [{"train": fold.train, "val": fold.val} for fold in folds]
 
 
-def _is_split(fold: object) -> bool:
-    if not isinstance(fold, dict):
-        return False
-    sides = (fold.get("train"), fold.get("val"))
-    return all(isinstance(side, list) and all(isinstance(case, str) for case in side) for side in sides)
+def read_fold(file: Path, fold: str, cases: Collection[str]) -> Split:
+    """Read one fold of splits for training, as `nnUNetv2_train` and `mae3d_pretrain` need it.
+
+    Args:
+        file: The splits.
+        fold: Number of the fold, from 0.
+        cases: Names of the labelled cases.
+
+    Raises:
+        UserError: If the file holds something else, has no such fold, or a side of the fold is empty, shares cases with
+            the other one, or names a case that does not exist.
+    """
+    splits = read_splits(file)
+    if fold not in map(str, range(len(splits))):
+        raise UserError(f"-f {fold} is neither 'all' nor one of the {len(splits)} folds in {file} (counted from 0).")
+    split = splits[int(fold)]
+    if problems := fold_problems(int(fold), split, cases):
+        raise UserError(f"{file}: {problems[0]}: correct it, or split anew with mae3d_split --overwrite.")
+    return split
 
 
 @dataclass(frozen=True)
 class SplitRecord:
     """What `split.json` says: the parent of each fold, and the cases in no fold (see `Splits`)."""
 
-    parents: list[int] = field(default_factory=list)
-    test: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
+    test: list[str]
+    left_out: list[str]
+    parents: list[int] = field(default_factory=list)  # earlier versions did not write these two
     other_series: list[str] = field(default_factory=list)
 
 
@@ -91,12 +115,8 @@ def read_split_record(folder: Path) -> SplitRecord:
     """Read `split.json` of a folder; without one, the record is empty. Raises `UserError` for any other content."""
     file = folder / SPLIT_RECORD
     if not file.is_file():
-        return SplitRecord()
-    content = read_json(file)
-    if not isinstance(content, dict) or not {"test", "left_out"} <= content.keys():
-        raise UserError(f"{file} was not written by mae3d_split: remove it.")
-    # earlier versions did not write all fields
-    return SplitRecord(**{entry.name: list(content.get(entry.name, [])) for entry in fields(SplitRecord)})
+        return SplitRecord([], [])
+    return read_entries(SplitRecord, file, "remove it if it was not written by mae3d_split")
 
 
 def parent_fold(folder: Path, fold: str) -> str:
@@ -106,7 +126,7 @@ def parent_fold(folder: Path, fold: str) -> str:
     have been changed.
     """
     parents = dict(enumerate(read_split_record(folder).parents))
-    parent = str(parents.get(int(fold), fold)) if fold.isdigit() else fold
+    parent = str(parents.get(int(fold), fold)) if fold.isascii() and fold.isdigit() else fold
     if parent == fold or not (folder / SPLITS).is_file():
         return fold
     splits = dict(enumerate(read_splits(folder / SPLITS)))
@@ -129,7 +149,7 @@ def collect_test_cases(raw: Path, folder: Path, images: Path, labels: Path) -> i
     names = read_split_record(folder).test
     if not names:
         raise UserError(f"{folder / SPLIT_RECORD} has no test cases: split with mae3d_split --test.")
-    ending = str(read_json(raw / "dataset.json").get("file_ending", ".nii.gz"))
+    ending = read_description(raw / DESCRIPTION).file_ending or NIFTI[0]
     channels, _ = channels_by_case(raw / "imagesTr", ending)
     references = cases_in(raw / RAW_LABELS, ending)
     for name in names:

@@ -8,18 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from nnunet_vit_mae.errors import UserError, abbreviated
-from nnunet_vit_mae.files import read_json
+from nnunet_vit_mae.entries import read_entries
+from nnunet_vit_mae.errors import abbreviated
 
 PATIENTS = "patients.json"  # patient by case, beside splits_final.json
 
 
 def read_patients(file: Path) -> dict[str, str]:
     """Read the record of `mae3d_split`; raises `UserError` if it is something else."""
-    patients = read_json(file)
-    if not isinstance(patients, dict) or not all(isinstance(patient, str) for patient in patients.values()):
-        raise UserError(f"{file} does not map cases to patients: remove it, or write it again with mae3d_split.")
-    return patients
+    return read_entries(dict[str, str], file, "remove it, or write it again with mae3d_split")
 
 
 def recorded_patients(folder: Path) -> dict[str, str]:

@@ -22,6 +22,7 @@ import numpy as np
 
 from nnunet_vit_mae.datasets.split.patients import on_both_sides
 from nnunet_vit_mae.errors import UserError, abbreviated
+from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, without_ending
 
 Split = dict[str, list[str]]  # train and val, as in splits_final.json
 TERTILES = ("low", "middle", "high")
@@ -122,23 +123,34 @@ def find_problems(
     problems = []
     for number, fold in enumerate(folds):
         training, validation = fold["train"], fold["val"]
-        for name, side in (("train", training), ("val", validation)):
-            if not side:
-                problems.append(f"fold {number} has no cases in {name}")
-            if twice := [case for case, count in Counter(side).items() if count > 1]:
-                problems.append(f"fold {number} lists {abbreviated(twice)} twice in {name}")
         used = {*training, *validation}
-        if shared := sorted({*training} & {*validation}):
-            problems.append(f"fold {number} has {abbreviated(shared)} in train and in val")
-        elif both := on_both_sides(patients, training, validation):
+        problems += fold_problems(number, fold, cases)
+        if not {*training} & {*validation} and (both := on_both_sides(patients, training, validation)):
             problems.append(f"fold {number} has patient {abbreviated(both)} in train and in val")
-        if unknown := sorted(used - {*cases}):
-            problems.append(f"fold {number} has {abbreviated(unknown)}, without a label in the dataset")
         if held := sorted(used & {*outside}):
             problems.append(f"fold {number} has {abbreviated(held)}, a test case or one that was left out")
     listed = {case for fold in folds for case in (*fold["train"], *fold["val"])}
     if missing := sorted({*cases} - listed - {*outside}):
         problems.append(f"{abbreviated(missing)} {'is' if len(missing) == 1 else 'are'} in no fold")
+    return problems
+
+
+def fold_problems(number: int, fold: Split, cases: Collection[str]) -> list[str]:
+    """Return why a fold cannot be trained on, one clause each; `cases` are the labelled ones."""
+    problems = []
+    for name, side in fold.items():
+        if not side:
+            problems.append(f"fold {number} has no cases in {name}")
+        if twice := [case for case, count in Counter(side).items() if count > 1]:
+            problems.append(f"fold {number} lists {abbreviated(twice)} twice in {name}")
+    training, validation = fold["train"], fold["val"]
+    if shared := sorted({*training} & {*validation}):
+        problems.append(f"fold {number} has {abbreviated(shared)} in train and in val")
+    if unknown := sorted({*training, *validation} - {*cases}):
+        clause = f"fold {number} has {abbreviated(unknown)}, without a label in the dataset"
+        if any(without_ending(name, IMAGE_ENDINGS) in cases for name in unknown):
+            clause += " (names of cases have no file ending)"
+        problems.append(clause)
     return problems
 
 

@@ -1,0 +1,85 @@
+"""The graphics card, processors, memory and disks of this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import joblib
+
+from nnunet_vit_mae.doctor.diagnosis import ERROR, OK, WARNING, Diagnosis, size_text
+
+SHARED_MEMORY = Path("/dev/shm")
+LEAST_SHARED_MEMORY = 1e9  # for the batches that readers have ready
+LEAST_DISK = 20e9  # preprocessed images are several times as large as compressed ones
+WORKER_MEMORY = 2e9  # of one process of nnU-Net's augmentation or preprocessing, roughly
+DEFAULT_WORKERS = 12  # of nnU-Net's augmentation
+
+
+def diagnose_gpu() -> Iterator[Diagnosis]:
+    """Yield each GPU with what it can do, or why torch finds none."""
+    import torch
+
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            card = torch.cuda.get_device_properties(number)
+            bf16 = "bf16" if card.major >= 8 else "no bf16: training runs in fp32"
+            text = f"{card.name}, {size_text(card.total_memory)}, {bf16}."
+            yield Diagnosis("gpu", OK, text)
+        return
+    card_is_there = shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists()
+    if card_is_there and torch.version.cuda is None:
+        text = "There is a GPU, but this torch was built without CUDA."
+        yield Diagnosis("gpu", ERROR, text, "Install torch and torchvision as pytorch.org says for this system.")
+    elif card_is_there:
+        text = f"There is a GPU, but torch {torch.__version__} cannot use it."
+        yield Diagnosis("gpu", ERROR, text, f"Update the driver to one for CUDA {torch.version.cuda}.")
+    else:
+        advice = "Add -device cpu to the commands; networks of the papers' sizes need a GPU."
+        yield Diagnosis("gpu", WARNING, "torch finds no GPU.", advice)
+
+
+def diagnose_workers(environment: Mapping[str, str]) -> Iterator[Diagnosis]:
+    """Yield how many processes this machine can feed, and whether nnU-Net would start more."""
+    cores, memory = joblib.cpu_count(), memory_size()
+    fits = max(1, min(cores, int(memory / WORKER_MEMORY)))
+    text = f"{cores} cores and {size_text(memory)} of memory: enough for about {fits} worker processes."
+    yield Diagnosis("workers", OK, text)
+    value, advice = environment.get("nnUNet_n_proc_DA", str(DEFAULT_WORKERS)), f"export nnUNet_n_proc_DA={fits}"
+    if not value.isdecimal():
+        yield Diagnosis("workers", ERROR, f"nnUNet_n_proc_DA is {value!r}, not a number.", advice)
+    elif (started := min(int(value), os.cpu_count() or 1)) > fits:
+        yield Diagnosis("workers", WARNING, f"nnU-Net's augmentation would start {started} processes.", advice)
+
+
+def memory_size() -> int:
+    """Return the bytes of memory that this process may use: those of the machine, or the limit of its container."""
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(os, "sysconf") else []
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        if Path(file).is_file() and (text := Path(file).read_text(encoding="ascii").strip()).isdigit():
+            sizes.append(int(text))
+    return min(sizes, default=0)
+
+
+def diagnose_shared_memory(folder: Path = SHARED_MEMORY) -> Iterator[Diagnosis]:
+    """Yield the size of shared memory, through which readers and nnU-Net's workers pass their batches."""
+    if not folder.is_dir():  # only Linux has it as a folder
+        return
+    free = shutil.disk_usage(folder).free
+    text = f"{size_text(free)} of shared memory are free."
+    if free >= LEAST_SHARED_MEMORY:
+        yield Diagnosis("shared memory", OK, text)
+    else:
+        advice = "Start the container with --shm-size 8g (or --ipc host), or read without workers: -np 0."
+        yield Diagnosis("shared memory", WARNING, text, advice)
+
+
+def diagnose_disk(name: str, folder: Path) -> Diagnosis:
+    """Return the free space of a folder."""
+    free = shutil.disk_usage(folder).free
+    text = f"{size_text(free)} are free in {name}."
+    if free >= LEAST_DISK:
+        return Diagnosis("disk", OK, text)
+    return Diagnosis("disk", WARNING, text, f"Make room on the disk of {folder}, or move {name} to a larger one.")

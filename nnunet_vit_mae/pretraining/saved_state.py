@@ -1,0 +1,63 @@
+"""The saved state of a pre-training, checked before any of it is used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_vit_mae.errors import UserError, abbreviated, reader_reason
+
+
+def read_state(file: Path, network: nn.Module, optimizer: torch.optim.Optimizer, epochs: int) -> dict[str, Any]:
+    """Read the state of a run of at most so many epochs, on the CPU.
+
+    Raises:
+        UserError: If the file is damaged, or belongs to another network or a longer run.
+    """
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 (zipfile, pickle and torch raise many kinds for a damaged file)
+        raise _refusal(file, f"cannot be read ({reader_reason(error)})") from None
+    if not isinstance(state, dict) or not isinstance(state.get("network"), dict):
+        raise _refusal(file, "is not the state of a pre-training")
+    if difference := weights_difference(state["network"], network):
+        raise _refusal(file, f"is of another network ({difference})")
+    losses, saved = state.get("losses"), state.get("optimizer")
+    if not isinstance(losses, list) or not all(isinstance(loss, float) and math.isfinite(loss) for loss in losses):
+        raise _refusal(file, "has no list of losses")
+    if len(losses) > epochs:
+        raise _refusal(file, f"has {len(losses)} epochs, but the run has only {epochs}")
+    if not isinstance(saved, dict) or _sizes(saved) != _sizes(optimizer.state_dict()):
+        raise _refusal(file, "is of another optimiser")
+    return state
+
+
+def weights_difference(weights: Mapping[str, Any], network: nn.Module) -> str | None:
+    """Return in words how saved weights differ from what a network needs, or None if they fit."""
+    own = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    saved = {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
+    for name, shape in own.items():
+        if saved.get(name, shape) != shape:
+            return f"{name} has the shape {saved[name]} there, {shape} here"
+    if missing := [name for name in own if name not in saved]:
+        return f"{abbreviated(missing)} {'is' if len(missing) == 1 else 'are'} missing there"
+    if unknown := [name for name in weights if name not in own]:
+        return f"{abbreviated(map(str, unknown))} {'is' if len(unknown) == 1 else 'are'} unknown here"
+    return None
+
+
+def _sizes(optimizer_state: Mapping[str, Any]) -> list[int] | None:
+    """Return the number of parameters in each group, None for something else."""
+    groups = optimizer_state.get("param_groups")
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        return None
+    return [len(group.get("params", ())) for group in groups]
+
+
+def _refusal(file: Path, reason: str) -> UserError:
+    return UserError(f"{file} {reason}: start again without --c, which moves this run aside.")

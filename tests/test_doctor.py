@@ -1,0 +1,110 @@
+"""What `mae3d_doctor` finds: in installations, on machines and in datasets that are fit for the work or not."""
+
+import json
+import os
+import shutil
+
+import pytest
+from conftest import blob, write_case
+from test_weights import make_card
+
+from nnunet_vit_mae.cli import doctor as doctor_command
+from nnunet_vit_mae.doctor import installation, machine
+from nnunet_vit_mae.doctor.diagnosis import ERROR, OK, WARNING
+from nnunet_vit_mae.installation import trainers_folder
+from nnunet_vit_mae.networks.build import build_segmenter
+from nnunet_vit_mae.nnunet.diagnoses import diagnose_dataset, diagnose_trainers, diagnose_variables
+from nnunet_vit_mae.nnunet.folders import encoder_file, find_dataset
+from nnunet_vit_mae.nnunet.plans import load_plan
+from nnunet_vit_mae.weights import save_encoder
+
+
+def levels(diagnoses):
+    return {(diagnosis.topic, diagnosis.level) for diagnosis in diagnoses}
+
+
+def test_requirements_that_are_not_met_are_errors(monkeypatch):
+    needed = ["numpy>=1000", "no-such-package>=1", "scipy", 'absent-extra; extra == "study"']
+    monkeypatch.setattr(installation.metadata, "requires", lambda name: needed)
+    first, *unmet = installation.diagnose_packages()
+    assert first.level == OK
+    assert "torch 2" in first.text
+    assert [(diagnosis.level, diagnosis.advice) for diagnosis in unmet] == [
+        (ERROR, 'pip install "numpy>=1000"'),
+        (ERROR, 'pip install "no-such-package>=1"'),
+    ]
+
+
+def test_this_installation_is_complete():
+    assert levels(installation.diagnose_packages()) == {("versions", OK)}
+    assert not list(installation.diagnose_imports())
+
+
+def test_a_package_that_does_not_load_is_an_error(monkeypatch):
+    def broken(name):
+        raise RuntimeError("operator torchvision::nms does not exist\nlong explanation")
+
+    monkeypatch.setattr(installation, "import_module", broken)
+    (diagnosis,) = installation.diagnose_imports()
+    assert diagnosis.level == ERROR
+    assert diagnosis.text == "torch cannot be imported (operator torchvision::nms does not exist)."
+
+
+@pytest.mark.parametrize(("value", "level"), [("1", None), ("many", ERROR), ("-1", ERROR), ("500", WARNING)])
+def test_more_workers_than_cores_are_advised_against(monkeypatch, value, level):
+    monkeypatch.setattr(machine.joblib, "cpu_count", lambda: 2)
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 64)
+    known, *found = machine.diagnose_workers({"nnUNet_n_proc_DA": value})
+    assert known.level == OK
+    assert [diagnosis.level for diagnosis in found] == ([level] if level else [])
+    assert all(diagnosis.advice.startswith("export nnUNet_n_proc_DA=") for diagnosis in found)
+
+
+def test_little_room_is_advised_against(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(64000, 0, 64000))
+    (shared,) = machine.diagnose_shared_memory(tmp_path)
+    assert (shared.level, shared.text) == (WARNING, "64 kB of shared memory are free.")
+    assert machine.diagnose_disk("nnUNet_raw", tmp_path).level == WARNING
+
+
+def test_variables_and_trainers(in_workspace, monkeypatch, tmp_path):
+    assert levels(diagnose_variables()) >= {("variables", OK)}
+    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join((str(tmp_path), str(trainers_folder()))))
+    assert levels(diagnose_trainers()) == {("trainers", OK)}
+    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path / "gone"))
+    gone, missing = diagnose_trainers()
+    assert (gone.level, missing.level) == (WARNING, ERROR)
+    assert missing.advice == f'export nnUNet_extTrainer="$(mae3d_trainers){os.pathsep}$nnUNet_extTrainer"'
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "nowhere"))
+    monkeypatch.delenv("nnUNet_raw")
+    found = [(diagnosis.text.split()[0], diagnosis.level) for diagnosis in diagnose_variables() if diagnosis.advice]
+    assert found == [("nnUNet_raw", ERROR), ("nnUNet_results", WARNING)]
+
+
+def test_a_dataset(in_workspace):
+    dataset = find_dataset("901")
+    before = {diagnosis.topic: diagnosis for diagnosis in diagnose_dataset("901", "nnUNetPlans", "3d_fullres")}
+    assert before["encoder"].level == WARNING
+    assert before["encoder"].advice == "mae3d_pretrain -d 901 -c 3d_fullres -p nnUNetPlans"
+
+    write_case(dataset.raw / "imagesUn", "new", blob(9)[0])
+    plan = load_plan(dataset, "nnUNetPlans", "3d_fullres")
+    shutil.copy(next(plan.dataset.references.glob("*.nii.gz")), plan.dataset.references / "unprocessed.nii.gz")
+    file = encoder_file(dataset.results, "nnUNetPlans", "3d_fullres", "all")
+    network = build_segmenter(plan.settings.network, 2, 2, drop_path=0.0)
+    save_encoder(network.encoder, make_card(size="L"), file)
+    found = list(diagnose_dataset("901", "nnUNetPlans", "3d_fullres"))
+    assert levels(found) >= {("images", ERROR), ("images", WARNING), ("encoder", ERROR)}
+    assert "size L there" in next(diagnosis.text for diagnosis in found if diagnosis.topic == "encoder")
+    (unknown,) = diagnose_dataset("902", "nnUNetPlans", "3d_fullres")
+    assert unknown.level == ERROR
+
+
+def test_the_command(in_workspace, capsys, monkeypatch):
+    monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
+    doctor_command.main([])
+    assert capsys.readouterr().out.endswith("No errors.\n")
+    with pytest.raises(SystemExit) as stop:
+        doctor_command.main(["-d", "902", "--json"])
+    assert stop.value.code == 2
+    assert {entry["topic"] for entry in json.loads(capsys.readouterr().out)} >= {"versions", "workers", "dataset"}
