@@ -426,8 +426,8 @@ def test_a_loss_that_explodes_stops_the_run(make_job, tmp_path, monkeypatch, sav
 
 
 def test_the_log_has_the_gradient_norm(make_job, tmp_path):
-    loop.run(make_job(epochs=2), tmp_path, device=CPU, resume=False)
-    norms = re.findall(r"gradient norm (\S+), at most (\S+)", (tmp_path / "log.txt").read_text())
+    loop.run(make_job(epochs=2), tmp_path / "out", device=CPU, resume=False)
+    norms = re.findall(r"gradient norm (\S+), at most (\S+)", (tmp_path / "out" / "log.txt").read_text())
     assert len(norms) == 2
     assert all(0 < float(mean) <= float(most) for mean, most in norms)
 

@@ -1,11 +1,14 @@
 """The trainers inside of nnU-Net: the hybrid with its U-Net, the schedule per step, random seeds, new weights."""
 
 import json
+import random
+import re
 import shutil
 import sys
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
@@ -16,7 +19,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation
-from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerViTScratch
+from nnunet_vit_mae.nnunet.trainers import ScheduledTrainer, nnUNetTrainerBaseline, nnUNetTrainerViTScratch
 from nnunet_vit_mae.optimisation import warmup_cosine
 from nnunet_vit_mae.presets import SIZES
 from nnunet_vit_mae.weights import load_encoder
@@ -201,18 +204,122 @@ def test_a_continued_run_keeps_the_scales_and_ends_the_freezing(moved):
     assert all(rate == pytest.approx(peak * scale) for rate, scale in moved.free.values())
 
 
-# ---------- random seeds
+# ---------- random seeds, and training that diverges
+
+TRAINERS = [nnUNetTrainerViTScratch, nnUNetTrainerBaseline]
 
 
-@pytest.mark.parametrize("trainer", ["nnUNetTrainerViTScratch", "nnUNetTrainerBaseline"])
-def test_a_seed_decides_all_losses(planned, tmp_path, trainer):
+def losses_of(workspace, trainer, *, seed, interrupted=False, spoil=None):
+    """Train for two epochs of two steps and return all losses; `interrupted`: after the first one, to go on with --c.
+
+    `spoil` changes a step, and is undone before the run goes on.
+    """
+    plan(workspace, "Seeded", epochs=2, iterations=2, contrast_dropout=0.3, seed=seed)
+    command = f"nnUNetv2_train 901 3d_fullres 0 -p Seeded -device cpu -tr {trainer.__name__}".split()
+    flags = []
+    if spoil:
+        with mock.patch.object(trainer, "take_step", spoil):
+            done = workspace.call(*command, code=2)
+        flags = ["--c"]
+        losses_of.message = done.stderr
+    elif interrupted:
+        epoch_end = trainer.on_epoch_end
+
+        def stopping(self):
+            epoch_end(self)
+            sys.exit(INTERRUPTED)
+
+        with mock.patch.object(trainer, "on_epoch_end", stopping):
+            workspace.call(*command, code=INTERRUPTED)
+        flags = ["--c"]
+    workspace.call(*command, *flags)
+    logging = checkpoint_of(workspace, "Seeded", trainer.__name__)["logging"]
+    return logging["train_losses"] + logging["val_losses"]
+
+
+@pytest.fixture(scope="module", params=TRAINERS, ids=lambda trainer: trainer.__name__)
+def seeded(request, planned, tmp_path_factory):
+    """A run with seed 1, at once."""
+    workspace = copy_of(planned, tmp_path_factory.mktemp("seeded"))
+    losses = losses_of(workspace, request.param, seed=1)
+    return SimpleNamespace(workspace=workspace, trainer=request.param, losses=losses)
+
+
+def test_the_same_seed_gives_the_same_losses_to_the_digit_though_interrupted(seeded, planned, tmp_path):
     workspace = copy_of(planned, tmp_path)
-    losses = []
-    for seed in (1, 1, 2):
-        plan(workspace, "Seeded", epochs=1, iterations=2, contrast_dropout=0.3, seed=seed)
-        train(workspace, "Seeded", trainer)
-        logging = checkpoint_of(workspace, "Seeded", trainer)["logging"]
-        # nnU-Net measures which way of blurring is the faster one, and they round differently
-        losses.append(pytest.approx(logging["train_losses"] + logging["val_losses"], rel=1e-4))
-    assert losses[0].expected == losses[1]
-    assert losses[0].expected != losses[2]
+    assert losses_of(workspace, seeded.trainer, seed=1, interrupted=True) == seeded.losses
+
+
+def test_another_seed_gives_other_losses(seeded, planned, tmp_path):
+    workspace = copy_of(planned, tmp_path)
+    assert set(losses_of(workspace, seeded.trainer, seed=2)).isdisjoint(seeded.losses)
+
+
+def test_seeds_differ_between_processes_and_epochs(seeded):
+    drawn = set()
+    trainer = SimpleNamespace(seed=1, local_rank=0)
+    for trainer.local_rank, *place in [(0,), (1,), (0, 1), (1, 1), (0, 2)]:
+        ScheduledTrainer._seed_random_numbers(trainer, *place)
+        drawn |= {random.random(), np.random.random(), torch.rand(()).item()}  # noqa: NPY002
+    assert len(drawn) == 15
+
+
+def test_the_gradient_norm_is_in_the_log_of_each_epoch(seeded):
+    (log,) = folder_of(seeded).glob("training_log_*.txt")
+    norms = re.findall(r"gradient norm(?: \(clipped to 12\))? (\S+), at most (\S+)", log.read_text())
+    assert len(norms) == 2
+    assert all(0 < float(mean) <= float(most) for mean, most in norms)
+
+
+def folder_of(run):
+    return run.workspace.results / f"{run.trainer.__name__}__Seeded__3d_fullres" / "fold_0"
+
+
+def test_a_loss_that_is_nan_stops_a_training_and_the_last_good_state_is_gone_on_from(seeded, planned, tmp_path):
+    workspace = copy_of(planned, tmp_path)
+    step, names = seeded.trainer.take_step, []
+
+    def spoiled(self, batch):
+        if self.current_epoch == 1 and len(self.losses) == 1:
+            batch["data"][0, 0, 3, 4, 5] = torch.nan
+            names.extend(batch["keys"])
+        return step(self, batch)
+
+    assert losses_of(workspace, seeded.trainer, seed=1, spoil=spoiled) == seeded.losses
+    error = losses_of.message
+    assert f"The loss is nan in step 2 of epoch 1, whose batch is of {', '.join(dict.fromkeys(names))}; " in error
+    assert f"voxels of {names[0]} are NaN or infinite" in error
+    (first_log, *_) = sorted(folder_of(SimpleNamespace(workspace=workspace, trainer=seeded.trainer)).glob("*.txt"))
+    assert "Error: The loss is nan in step 2 of epoch 1" in first_log.read_text()
+
+
+class Sharp(torch.autograd.Function):
+    """Nothing, with an infinite slope."""
+
+    @staticmethod
+    def forward(context, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * torch.inf
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [(Sharp.apply, r"The gradient norm is (nan|inf)"), (lambda loss: loss * 1e5, r"has grown to \S+, most of all")],
+)
+def test_gradients_without_end_and_an_explosion_stop_a_training_before_its_checkpoint(
+    seeded, planned, tmp_path, changed, reason
+):
+    workspace = copy_of(planned, tmp_path)
+    step, forward = seeded.trainer.take_step, []
+
+    def spoiled(self, batch):
+        if self.current_epoch == 1 and len(self.losses) == 1:
+            forward.append(self.loss)
+            self.loss = lambda *arguments: changed(forward[0](*arguments))
+        return step(self, batch)
+
+    assert losses_of(workspace, seeded.trainer, seed=1, spoil=spoiled) == seeded.losses
+    assert re.search(reason + r" in step 2 of epoch 1, whose batch is of train_\d", losses_of.message)

@@ -27,7 +27,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_vit_mae.datasets.split.files import parent_fold
 from nnunet_vit_mae.datasets.split.patients import separation_warning
-from nnunet_vit_mae.divergence import divergence, has_exploded
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.segmenter import Segmenter
@@ -35,6 +34,7 @@ from nnunet_vit_mae.nnunet.absence import keeping_absence
 from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation
 from nnunet_vit_mae.nnunet.folders import dataset_id, encoder_file
 from nnunet_vit_mae.nnunet.plans import channel_names, destination, refuse_cascade, schedule_of, settings_for
+from nnunet_vit_mae.nnunet.watched import WatchedTrainer
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
 from nnunet_vit_mae.presets import SIZES, EncoderFile, Settings
 from nnunet_vit_mae.transfer import adapt_encoder
@@ -44,14 +44,12 @@ CUDA = torch.device("cuda")
 VALIDATION_SHARE = 5  # nnU-Net's own 250 training iterations come with 50 of validation
 
 
-class ScheduledTrainer(nnUNetTrainer):
-    """nnU-Net's trainer with the length of its schedule and a seed from the plans; it stops when it diverges.
+class ScheduledTrainer(WatchedTrainer):
+    """nnU-Net's trainer with the length of its schedule and a seed from the plans.
 
     Runs with the same seed are equal to the digit on a CPU where nnU-Net augments in one process
     (`nnUNet_n_proc_DA=0`), interrupted or not. On a GPU, kernels add in an order of their own.
     """
-
-    norm_name = "gradient norm"
 
     # nnU-Net reads the names of these parameters by introspection: any other signature is a KeyError there
     @exit_on_user_error
@@ -64,10 +62,6 @@ class ScheduledTrainer(nnUNetTrainer):
         self.num_epochs = schedule.epochs
         self.num_iterations_per_epoch = schedule.iterations
         self.num_val_iterations_per_epoch = max(1, self.num_iterations_per_epoch // VALIDATION_SHARE)
-        # of the steps of an epoch; gradient norms stay on the device until it ends
-        self.cases: list[list[str]] = []
-        self.losses: list[float] = []
-        self.norms: list[torch.Tensor] = []
 
     @exit_on_user_error
     def initialize(self) -> None:
@@ -82,53 +76,7 @@ class ScheduledTrainer(nnUNetTrainer):
         one that was never interrupted draws.
         """
         self._seed_random_numbers(self.current_epoch + 1)
-        self.cases, self.losses, self.norms = [], [], []
         super().on_train_epoch_start()
-
-    @exit_on_user_error
-    def train_step(self, batch: dict) -> dict:
-        """Take a step; stop with the cases of the batch if its loss is NaN or infinite."""
-        result = self.take_step(batch)
-        self.losses.append(float(result["loss"]))
-        self.cases.append([str(case) for case in batch["keys"]])
-        if not math.isfinite(self.losses[-1]):
-            raise self._divergence(len(self.losses) - 1, f"The loss is {self.losses[-1]}", batch["data"])
-        return result
-
-    def take_step(self, batch: dict) -> dict:
-        """Take nnU-Net's own step."""
-        return super().train_step(batch)
-
-    @exit_on_user_error
-    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        """End an epoch as nnU-Net does, and log the gradient norm; stop if the training has diverged."""
-        super().on_train_epoch_end(train_outputs)
-        if self.norms:
-            norms = torch.stack(self.norms).cpu()
-            bad = (~norms.isfinite()).nonzero().flatten().tolist()
-            if bad:
-                raise self._divergence(bad[0], f"The gradient norm is {norms[bad[0]].item()}")
-            skipped = len(self.losses) - len(norms)
-            said = f"; {skipped} steps skipped, for their gradients were too large for fp16" if skipped else ""
-            self.print_to_log_file(f"{self.norm_name} {norms.mean():.3g}, at most {norms.max():.3g}{said}")
-        losses = self.logger.get_value("train_losses", step=None)
-        first = losses[0] if len(losses) > 1 else self.losses[0]
-        if has_exploded(losses[-1], first):
-            worst = int(np.argmax(self.losses))
-            grown = f"The loss of an epoch was {first:.3g} and has grown to {losses[-1]:.3g}, most of all"
-            raise self._divergence(worst, grown)
-
-    def _divergence(self, step: int, what: str, volumes: torch.Tensor | None = None) -> UserError:
-        error = divergence(
-            what,
-            f"step {step + 1} of epoch {self.current_epoch}",
-            self.cases[step],
-            volumes,
-            kept=f"the checkpoints of earlier epochs, if any, are kept in {self.output_folder}",
-            advice="look for extreme voxels in these images, or plan with a lower finetuning.lr",
-        )
-        self.print_to_log_file(f"Error: {error}", also_print_to_console=False)
-        return error
 
     def _seed_random_numbers(self, *place: int) -> None:
         """Seed all generators, if the plans have a seed, by it, the place in the run, and the process."""
