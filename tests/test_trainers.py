@@ -209,45 +209,72 @@ def test_a_continued_run_keeps_the_scales_and_ends_the_freezing(moved):
 TRAINERS = [nnUNetTrainerViTScratch, nnUNetTrainerBaseline]
 
 
-def losses_of(workspace, trainer, *, seed, interrupted=False, spoil=None):
-    """Train for two epochs of two steps and return all losses; `interrupted`: after the first one, to go on with --c.
+def training(trainer):
+    return f"nnUNetv2_train 901 3d_fullres 0 -p Seeded -device cpu -tr {trainer.__name__}".split()
 
-    `spoil` changes a step, and is undone before the run goes on.
-    """
+
+def losses_of(workspace, trainer, *flags, seed=1):
+    """Train for two epochs of two steps, and return all losses."""
     plan(workspace, "Seeded", epochs=2, iterations=2, contrast_dropout=0.3, seed=seed)
-    command = f"nnUNetv2_train 901 3d_fullres 0 -p Seeded -device cpu -tr {trainer.__name__}".split()
-    flags = []
-    if spoil:
-        with mock.patch.object(trainer, "take_step", spoil):
-            done = workspace.call(*command, code=2)
-        flags = ["--c"]
-        losses_of.message = done.stderr
-    elif interrupted:
-        epoch_end = trainer.on_epoch_end
-
-        def stopping(self):
-            epoch_end(self)
-            sys.exit(INTERRUPTED)
-
-        with mock.patch.object(trainer, "on_epoch_end", stopping):
-            workspace.call(*command, code=INTERRUPTED)
-        flags = ["--c"]
-    workspace.call(*command, *flags)
+    workspace.call(*training(trainer), *flags)
     logging = checkpoint_of(workspace, "Seeded", trainer.__name__)["logging"]
     return logging["train_losses"] + logging["val_losses"]
+
+
+def interrupt(workspace, trainer):
+    """Train, and stop after the first epoch."""
+    epoch_end = trainer.on_epoch_end
+
+    def stopping(self):
+        epoch_end(self)
+        sys.exit(INTERRUPTED)
+
+    plan(workspace, "Seeded", epochs=2, iterations=2, contrast_dropout=0.3, seed=1)
+    with mock.patch.object(trainer, "on_epoch_end", stopping):
+        workspace.call(*training(trainer), code=INTERRUPTED)
+
+
+def refusal(workspace, trainer, spoil):
+    """Train, and spoil the second step of the second epoch; return the error.
+
+    The last checkpoint is that of the first epoch, then.
+    """
+    take_step = trainer.take_step
+
+    def spoiled(self, batch):
+        if self.current_epoch == 1 and len(self.losses) == 1:
+            spoil(self, batch)
+        return take_step(self, batch)
+
+    plan(workspace, "Seeded", epochs=2, iterations=2, contrast_dropout=0.3, seed=1)
+    with mock.patch.object(trainer, "take_step", spoiled):
+        error = workspace.call(*training(trainer), code=2).stderr
+    assert "Traceback" not in error
+    checkpoint = checkpoint_of(workspace, "Seeded", trainer.__name__, name="checkpoint_best.pth")
+    assert checkpoint["current_epoch"] == 1
+    assert all(tensor.isfinite().all() for tensor in checkpoint["network_weights"].values())
+    assert [file.name for file in logs_of(workspace, trainer)[0].parent.glob("*.pth")] == ["checkpoint_best.pth"]
+    assert f"Error: {error.rpartition('Error: ')[2].strip()}" in logs_of(workspace, trainer)[-1].read_text()
+    return error
+
+
+def logs_of(workspace, trainer):
+    folder = workspace.results / f"{trainer.__name__}__Seeded__3d_fullres" / "fold_0"
+    return sorted(folder.glob("training_log_*.txt"))
 
 
 @pytest.fixture(scope="module", params=TRAINERS, ids=lambda trainer: trainer.__name__)
 def seeded(request, planned, tmp_path_factory):
     """A run with seed 1, at once."""
     workspace = copy_of(planned, tmp_path_factory.mktemp("seeded"))
-    losses = losses_of(workspace, request.param, seed=1)
+    losses = losses_of(workspace, request.param)
     return SimpleNamespace(workspace=workspace, trainer=request.param, losses=losses)
 
 
 def test_the_same_seed_gives_the_same_losses_to_the_digit_though_interrupted(seeded, planned, tmp_path):
     workspace = copy_of(planned, tmp_path)
-    assert losses_of(workspace, seeded.trainer, seed=1, interrupted=True) == seeded.losses
+    interrupt(workspace, seeded.trainer)
+    assert losses_of(workspace, seeded.trainer, "--c") == seeded.losses
 
 
 def test_another_seed_gives_other_losses(seeded, planned, tmp_path):
@@ -265,32 +292,23 @@ def test_seeds_differ_between_processes_and_epochs(seeded):
 
 
 def test_the_gradient_norm_is_in_the_log_of_each_epoch(seeded):
-    (log,) = folder_of(seeded).glob("training_log_*.txt")
+    (log,) = logs_of(seeded.workspace, seeded.trainer)
     norms = re.findall(r"gradient norm(?: \(clipped to 12\))? (\S+), at most (\S+)", log.read_text())
     assert len(norms) == 2
     assert all(0 < float(mean) <= float(most) for mean, most in norms)
 
 
-def folder_of(run):
-    return run.workspace.results / f"{run.trainer.__name__}__Seeded__3d_fullres" / "fold_0"
-
-
 def test_a_loss_that_is_nan_stops_a_training_and_the_last_good_state_is_gone_on_from(seeded, planned, tmp_path):
-    workspace = copy_of(planned, tmp_path)
-    step, names = seeded.trainer.take_step, []
+    workspace, names = copy_of(planned, tmp_path), []
 
-    def spoiled(self, batch):
-        if self.current_epoch == 1 and len(self.losses) == 1:
-            batch["data"][0, 0, 3, 4, 5] = torch.nan
-            names.extend(batch["keys"])
-        return step(self, batch)
+    def spoil(self, batch):
+        batch["data"][0, 0, 3, 4, 5] = torch.nan
+        names.extend(batch["keys"])
 
-    assert losses_of(workspace, seeded.trainer, seed=1, spoil=spoiled) == seeded.losses
-    error = losses_of.message
+    error = refusal(workspace, seeded.trainer, spoil)
     assert f"The loss is nan in step 2 of epoch 1, whose batch is of {', '.join(dict.fromkeys(names))}; " in error
     assert f"voxels of {names[0]} are NaN or infinite" in error
-    (first_log, *_) = sorted(folder_of(SimpleNamespace(workspace=workspace, trainer=seeded.trainer)).glob("*.txt"))
-    assert "Error: The loss is nan in step 2 of epoch 1" in first_log.read_text()
+    assert losses_of(workspace, seeded.trainer, "--c") == seeded.losses
 
 
 class Sharp(torch.autograd.Function):
@@ -305,21 +323,22 @@ class Sharp(torch.autograd.Function):
         return gradient * torch.inf
 
 
-@pytest.mark.parametrize(
-    ("changed", "reason"),
-    [(Sharp.apply, r"The gradient norm is (nan|inf)"), (lambda loss: loss * 1e5, r"has grown to \S+, most of all")],
-)
-def test_gradients_without_end_and_an_explosion_stop_a_training_before_its_checkpoint(
-    seeded, planned, tmp_path, changed, reason
-):
-    workspace = copy_of(planned, tmp_path)
-    step, forward = seeded.trainer.take_step, []
+def with_loss(change):
+    """Spoil a step by a change of its loss."""
 
-    def spoiled(self, batch):
-        if self.current_epoch == 1 and len(self.losses) == 1:
-            forward.append(self.loss)
-            self.loss = lambda *arguments: changed(forward[0](*arguments))
-        return step(self, batch)
+    def spoil(self, batch):
+        loss = self.loss
+        self.loss = lambda *arguments: change(loss(*arguments))
 
-    assert losses_of(workspace, seeded.trainer, seed=1, spoil=spoiled) == seeded.losses
-    assert re.search(reason + r" in step 2 of epoch 1, whose batch is of train_\d", losses_of.message)
+    return spoil
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_gradient_without_end_stops_a_training_though_its_loss_is_good(planned, tmp_path, trainer):
+    error = refusal(copy_of(planned, tmp_path), trainer, with_loss(Sharp.apply))
+    assert re.search(r"The gradient norm is (nan|inf) in step 2 of epoch 1, whose batch is of train_\d", error)
+
+
+def test_a_loss_that_explodes_stops_a_training(planned, tmp_path):
+    error = refusal(copy_of(planned, tmp_path), nnUNetTrainerViTScratch, with_loss(lambda loss: loss * 1e5))
+    assert re.search(r"has grown to \S+, most of all in step 2 of epoch 1, whose batch is of train_\d", error)
