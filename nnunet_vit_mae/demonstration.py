@@ -5,10 +5,8 @@ The commands run in processes of their own, so that the demonstration shows what
 
 from __future__ import annotations
 
-import csv
 import os
 import shlex
-import subprocess
 import sysconfig
 import time
 from collections.abc import Mapping, Sequence
@@ -18,8 +16,10 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from nnunet_vit_mae.csv_tables import write_rows
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import refuse_in_use, replacing
+from nnunet_vit_mae.files import refuse_in_use
+from nnunet_vit_mae.guard import guarded
 from nnunet_vit_mae.imaging.volumes import read_image
 from nnunet_vit_mae.installation import trainers_folder
 from nnunet_vit_mae.phantoms.dataset import write_phantom_dataset
@@ -96,7 +96,8 @@ class Shell:
             log.write(f"$ {shlex.join(command)}\n")
             log.flush()
             program = Path(sysconfig.get_path("scripts")) / command[0]
-            process = subprocess.run([program, *command[1:]], env=self.environment, stdout=log, stderr=log, check=False)
+            with guarded([program, *command[1:]], env=self.environment, stdout=log, stderr=log) as process:
+                process.wait()
         print(f"({time.monotonic() - started:.0f} s)", flush=True)
         if process.returncode:
             raise UserError(f"The command above failed with exit code {process.returncode}: see the end of {self.log}.")
@@ -127,10 +128,7 @@ def score_table(scores: list[CaseScore]) -> str:
 
 
 def _write_scores(scores: list[CaseScore], file: Path) -> None:
-    with replacing(file) as temporary, temporary.open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(CaseScore.__dataclass_fields__)
-        writer.writerows(vars(score).values() for score in scores)
+    write_rows(list(CaseScore.__dataclass_fields__), (vars(score).values() for score in scores), file)
 
 
 def _draw_examples(raw: Path, folder: Path, scores: list[CaseScore]) -> None:

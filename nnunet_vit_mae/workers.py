@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from functools import partial
+from multiprocessing import active_children, get_context
 from typing import TypeVar
+
+from nnunet_vit_mae.signals import end_children, exit_in_order, follow_parent, held
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -49,13 +53,31 @@ def _run_in_pool(
 ) -> Iterator[tuple[Item, Result | None, bool]]:
     """Yield each job, its result, and whether it was lost because the pool broke."""
     context = get_context("spawn")  # ITK's threads do not survive a fork
-    with ProcessPoolExecutor(min(processes, max(1, len(jobs))), context, initializer) as pool:
-        futures = {pool.submit(function, job): job for job in jobs}
+    others = set(active_children())
+    start = partial(_start_worker, initializer)
+    with ProcessPoolExecutor(min(processes, max(1, len(jobs))), context, start) as pool:
+        with held():
+            futures = {pool.submit(_do, function, job): job for job in jobs}
         try:
             for future in as_completed(futures):
                 try:
                     yield futures[future], future.result(), False
                 except BrokenProcessPool:
                     yield futures[future], None, True
-        finally:
-            pool.shutdown(cancel_futures=True)  # after Ctrl+C, do not wait for the remaining jobs
+        except BaseException:  # Ctrl+C, or whoever takes the results gives up: nobody waits for the remaining jobs
+            pool.shutdown(wait=False, cancel_futures=True)
+            end_children(set(active_children()) - others)
+            raise
+
+
+def _start_worker(initializer: Callable[[], None] | None) -> None:
+    follow_parent(exit_in_order)
+    if initializer:
+        initializer()
+
+
+def _do(function: Callable[[Item], Result], job: Item) -> Result:
+    try:
+        return function(job)
+    except SystemExit as stop:  # the pool would take it for a result, and wait for a worker that it has ended
+        os._exit(stop.code if isinstance(stop.code, int) else 1)

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -25,6 +24,7 @@ from nnunet_vit_mae.presets import Network, Pretraining
 from nnunet_vit_mae.pretraining import distributed
 from nnunet_vit_mae.pretraining import run as loop
 from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, CropBatch, RandomCrops
+from nnunet_vit_mae.signals import Stopped, signal_name, stoppable
 
 CPU = torch.device("cpu")
 PATCH = (8, 12, 10)  # tokens of 4 reach beyond it: a hidden token at the border has fewer voxels than another one
@@ -65,9 +65,8 @@ def make_job(files: list[Path], *, adaptive: bool = False, epochs: int = 3, **op
         spacing=(1.5, 1.0, 1.0),
         network=Network(size="XS", token=(4, 4, 4), decoder="unetr", adaptive=adaptive),
         protocol=Pretraining(
-            epochs=epochs, batch_size=4, mask_ratio=0.6, base_lr=0.1, norm_pix=not adaptive, **options
+            seed=3, epochs=epochs, batch_size=4, mask_ratio=0.6, base_lr=0.1, norm_pix=not adaptive, **options
         ),
-        seed=3,
     )
 
 
@@ -78,8 +77,12 @@ def train(
     *,
     resume: bool = False,
     killed: tuple[int, int] | None = None,
+    told: tuple[int, int, int] | None = None,
 ) -> None:
-    """Pre-train and note what each process reads and writes; `killed` is a process and the read at which it dies."""
+    """Pre-train and note what each process reads and writes.
+
+    `killed` is a process and the read at which it dies, `told` the same and a signal that it sends to the launcher.
+    """
     loop.SAVE_EVERY_SECONDS, loop.PICTURES = 0.0, 1
     notes = output.with_name(f"{output.name}_{distributed.rank()}.txt").open("a")
     read = RandomCrops.__getitem__
@@ -88,6 +91,8 @@ def train(
         for number in reads:
             if killed == (distributed.rank(), number):
                 os.kill(os.getpid(), signal.SIGKILL)
+            if told and told[:2] == (distributed.rank(), number):
+                os.kill(os.getppid(), told[2])
             print("read", number, file=notes, flush=True)
         return read(self, reads)
 
@@ -172,7 +177,7 @@ def test_the_shares_make_up_the_batch():
 
 def test_a_killed_process_ends_the_run_and_another_one_goes_on(runs, files, tmp_path, capfd):
     job = make_job(files)
-    with pytest.raises(UserError, match=r"ended by SIGKILL.* --c continues"):
+    with pytest.raises(UserError, match="ended by SIGKILL"):
         distributed.start(partial(train, job, tmp_path / "out", killed=(0, 12)), CPU, 2)
     assert not multiprocessing.active_children()
     assert len(state_of(tmp_path / "out")["losses"]) == 1
@@ -189,7 +194,7 @@ def test_all_processes_stop_at_a_loss_that_is_not_finite_and_name_its_cases(file
     broken = np.full((2, *PATCH), np.nan, dtype=np.float32)
     blosc2.asarray(broken, urlpath=str(tmp_path / "nan.b2nd"), mode="w")
     job = make_job([*files, tmp_path / "nan.b2nd"])
-    crops = RandomCrops(job.files, PATCH, job.drawing, job.seed)
+    crops = RandomCrops(job.files, PATCH, job.drawing, job.protocol.seed)
     bad = next(read for read in range(len(job.files)) if crops.file_of(read).stem == "nan")
     with pytest.raises(SystemExit) as stop:
         distributed.start(partial(train, job, tmp_path / "out"), CPU, 2)
@@ -204,24 +209,27 @@ def test_all_processes_stop_at_a_loss_that_is_not_finite_and_name_its_cases(file
     assert not (tmp_path / "out" / loop.STATE).exists()
 
 
-def test_ctrl_c_ends_all_processes(files, tmp_path, capfd):
-    log = tmp_path / "out" / "log.txt"
-
-    def press() -> None:
-        while not (log.is_file() and "epoch 2" in log.read_text()):
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=press, daemon=True).start()
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background Ctrl+C is ignored
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_all_processes_after_the_same_step(runs, files, tmp_path, capfd, number):
+    """The launcher is told, as torchrun and Slurm tell it; one process reads ahead of the others."""
+    job = make_job(files)
+    usual = signal.signal(number, signal.default_int_handler)  # in the background Ctrl+C is ignored
     try:
-        with pytest.raises(UserError, match=r"interrupted.* --c continues"), distributed.reported_once():
-            distributed.start(partial(train, make_job(files, epochs=100_000), tmp_path / "out"), CPU, 2)
+        with pytest.raises(SystemExit) as stop, stoppable("Nothing is kept."):
+            distributed.start(partial(train, job, tmp_path / "out", told=(1, 9, number)), CPU, 2)
     finally:
-        signal.signal(signal.SIGINT, usual)
+        signal.signal(number, usual)
+    assert stop.value.code == 128 + number
     assert not multiprocessing.active_children()
-    assert "Traceback" not in capfd.readouterr().err
-    assert len(state_of(tmp_path / "out")["losses"]) >= 1
+    error = capfd.readouterr().err
+    assert "Traceback" not in error
+    sentence = f"Stopped by {signal_name(number)}. The state is saved in {tmp_path / 'out' / loop.STATE}"
+    assert error.count("Stopped by") == error.count(sentence) == 1
+    state = state_of(tmp_path / "out")
+    assert 2 <= len(state["losses"]) * job.steps_per_epoch + len(state["begun"]) < job.steps
+
+    distributed.start(partial(train, job, tmp_path / "out", resume=True), CPU, 2)
+    assert_same_end(tmp_path / "out", runs / "plain_1")
 
 
 def fail(message: str, device: torch.device) -> None:
@@ -235,14 +243,13 @@ def test_an_unexpected_error_is_shown_whole():
         distributed.start(partial(fail, "look here"), CPU, 2)
 
 
-@pytest.mark.parametrize("error", [UserError("The disk is full."), KeyboardInterrupt()])
-def test_rank_0_reports_for_all(monkeypatch, error):
-    expected = "The disk is full" if isinstance(error, UserError) else "was interrupted"
-    with pytest.raises(UserError, match=expected), distributed.reported_once():
+@pytest.mark.parametrize(("error", "code"), [(UserError("The disk is full."), 2), (Stopped(signal.SIGTERM), 143)])
+def test_rank_0_reports_for_all(monkeypatch, error, code):
+    with pytest.raises(type(error)), distributed.reported_once():
         raise error
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     monkeypatch.setattr(distributed, "GRACE_SECONDS", 0.0)
-    with pytest.raises(SystemExit, match="2"), distributed.reported_once():
+    with pytest.raises(SystemExit, match=str(code)), distributed.reported_once():
         raise error
 
 

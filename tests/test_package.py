@@ -54,6 +54,8 @@ FLAGS = {
     "mae3d_calibrate": PLAN_FLAGS
     | {"-tr", "-f", "-chk", "--objective", "-i", "-l", "--allow_training_cases", "-device"},
     "mae3d_quantify": PLAN_FLAGS | {"-i", "-o", "-tr", "-f", "-chk", "--cutoffs", "-num_parts", "-part_id", "-device"},
+    "mae3d_export": PLAN_FLAGS | {"-tr", "-f", "-chk", "-o", "--case_names"},
+    "mae3d_import": {"-h", "--help", "-o", "--overwrite"},
     "mae3d_check": {"-h", "--help", "-d", "-o", "--csv", "--case", "--patient", "--list_empty", "-np"},
     "mae3d_convert": {"-h", "--help", "-i", "-o", "--contrast", "--reference", "--labels", "--key", "-np"},
     "mae3d_crop_roi": {"-h", "--help", "-i", "-l", "-o", "-t", "-r", "--margin", "--csv", "--case", "--template_column"}
@@ -76,14 +78,21 @@ LAYERS = {
     "errors": 0,
     "installation": 0,
     "files": 0,
+    "csv_tables": 0,
+    "limits": 0,
     "entries": 0,
     "presets": 0,
     "planning": 0,
     "doctor": 0,
+    "signals": 0,
+    "unfinished": 0,
+    "guard": 1,
     "networks": 1,
     "optimisation": 1,
     "batch_transforms": 1,
+    "archives": 1,
     "weights": 1,
+    "pickles": 1,
     "transfer": 1,
     "plots": 1,
     "imaging": 1,
@@ -103,11 +112,17 @@ LAYERS = {
 SAME_LAYER = {
     ("presets", "errors"),
     ("files", "errors"),
+    ("csv_tables", "errors"),
+    ("csv_tables", "files"),
+    ("limits", "errors"),
     ("entries", "errors"),
     ("entries", "files"),
     ("planning", "errors"),
     ("planning", "presets"),
+    ("signals", "errors"),
     ("transfer", "weights"),
+    ("unfinished", "errors"),
+    ("unfinished", "files"),
 }
 
 

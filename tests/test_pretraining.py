@@ -32,6 +32,7 @@ SEEDS = st.integers(0, 99)
 NETWORK = Network(size="XS", token=(4, 4, 4))
 MASKING = Masking(mask_ratio=0.6)
 DRAWING = MaskDrawing(masking=MASKING, token=(4, 4, 4))
+MOVED = {"rotation": 30.0, "scaling": (0.7, 1.4), "crops_per_volume": 2}
 FASTEST = {"decoder": "cross", "decoder_heads": 2, "rebuilt_share": 0.25, "skip_background": True, "masks_per_crop": 2}
 
 
@@ -54,7 +55,7 @@ def files(tmp_path):
 @pytest.fixture
 def make_job(files):
     def make(**protocol):
-        settings = {"epochs": 4, "batch_size": 2, "mask_ratio": 0.6, "base_lr": 0.1} | protocol
+        settings = {"seed": 3, "epochs": 4, "batch_size": 2, "mask_ratio": 0.6, "base_lr": 0.1} | protocol
         return loop.PretrainingRun(
             files=files,
             channel_names=["T1", "FLAIR"],
@@ -62,7 +63,6 @@ def make_job(files):
             spacing=(1.5, 1.0, 1.0),
             network=NETWORK,
             protocol=Pretraining(**settings),
-            seed=3,
         )
 
     return make
@@ -370,7 +370,7 @@ def test_bad_voxels_stop_the_run_with_their_case_and_keep_the_last_good_state(
 ):
     monkeypatch.setattr(loop, "LOOK_EVERY_STEPS", look_every)
     job, out = make_job(epochs=4), tmp_path / "out"  # three steps of two crops an epoch
-    own = RandomCrops(files, PATCH, DRAWING, job.seed)
+    own = RandomCrops(files, PATCH, DRAWING, job.protocol.seed)
     bad = 9  # a read of the fifth step
     read = RandomCrops.__getitem__
 

@@ -166,7 +166,7 @@ def test_tables_as_spreadsheets_leave_them(tmp_path):
         ("case,patient\nc0,A\n", "has no row for c1, c2, c3 and 5 more"),
         ("case,patient\n" + "".join(f"c{n},\n" for n in range(9)), "has no patient for c0, c1, c2 and 6 more"),
         ("case,person\n" + "".join(f"c{n},{n}\n" for n in range(9)), "no column patient, only case, person"),
-        (b"\xff\xfe\x00case", "cannot be read as text"),
+        (b"\xff\xfe\x00case", "cannot be read as a table"),
     ],
 )
 def test_mistakes_in_a_table(data, tmp_path, refused, content, sentence):

@@ -237,7 +237,7 @@ def interrupt(workspace, trainer):
 def refusal(workspace, trainer, spoil):
     """Train, and spoil the second step of the second epoch; return the error.
 
-    The last checkpoint is that of the first epoch, then.
+    The checkpoints are those of the first epoch, then.
     """
     take_step = trainer.take_step
 
@@ -253,7 +253,8 @@ def refusal(workspace, trainer, spoil):
     checkpoint = checkpoint_of(workspace, "Seeded", trainer.__name__, name="checkpoint_best.pth")
     assert checkpoint["current_epoch"] == 1
     assert all(tensor.isfinite().all() for tensor in checkpoint["network_weights"].values())
-    assert [file.name for file in logs_of(workspace, trainer)[0].parent.glob("*.pth")] == ["checkpoint_best.pth"]
+    latest = checkpoint_of(workspace, "Seeded", trainer.__name__, name="checkpoint_latest.pth")
+    assert str(latest["network_weights"]) == str(checkpoint["network_weights"])
     assert f"Error: {error.rpartition('Error: ')[2].strip()}" in logs_of(workspace, trainer)[-1].read_text()
     return error
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunet_vit_mae.cli.arguments import add_device_argument, add_plan_arguments, parser_for, usable_device
-from nnunet_vit_mae.errors import UserError, exit_on_user_error
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.signals import command
 
 
-@exit_on_user_error
+@command("Predictions that are done are kept, and the same command goes on with the others.")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_calibrate`."""
     parser = parser_for("mae3d_calibrate", __doc__)

@@ -13,10 +13,10 @@ from nnunet_vit_mae.cli.arguments import (
     patient_columns,
     positive_int,
 )
-from nnunet_vit_mae.errors import exit_on_user_error
+from nnunet_vit_mae.signals import command
 
 
-@exit_on_user_error
+@command()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_check`; the exit code is 2 if there are errors."""
     parser = parser_for("mae3d_check", __doc__)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from nnunet_vit_mae.cli.arguments import parser_for, positive_int, raw_dataset_folder
-from nnunet_vit_mae.errors import UserError, exit_on_user_error
-from nnunet_vit_mae.files import refuse_in_use
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.signals import command
+from nnunet_vit_mae.unfinished import new_folder
 
 
-@exit_on_user_error
+@command("Studies that are done are kept, and the same command goes on with the others.")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_convert`; the exit code is 2 if a study or an image could not be converted."""
     parser = parser_for("mae3d_convert", __doc__)
@@ -29,10 +31,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     output = raw_dataset_folder(args.output)
-    refuse_in_use(output)
     if not args.source.is_dir():
         raise UserError(f"{args.source} is not a folder: give the folder of DICOM files or the root of a BIDS folder.")
+    with new_folder(output, vars(args)):
+        problem = _convert(args, output)
+    if problem:
+        raise UserError(problem)
 
+
+def _convert(args: argparse.Namespace, output: Path) -> str:
+    """Convert everything, and return what could not be done, if anything."""
     from nnunet_vit_mae.datasets.convert.conversion import conversion_report, convert
     from nnunet_vit_mae.datasets.convert.sources import contrast_order, find_studies, parse_patterns, parse_reference
 
@@ -44,5 +52,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(conversion_report(conversion, contrasts, output))
     for warning in found.warnings:
         print(f"Warning: {warning}")
-    if problem := conversion.unfinished(output):
-        raise UserError(problem)
+    return conversion.unfinished(output)

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunet_vit_mae.cli.arguments import parser_for, positive_int, raw_dataset_folder
-from nnunet_vit_mae.errors import UserError, exit_on_user_error
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.signals import command
 
 
-@exit_on_user_error
+@command("Cases that are done are kept, and the same command goes on with the others.")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_crop_roi`; the exit code is 2 if a scan could not be cropped."""
     args = _parser().parse_args(argv)

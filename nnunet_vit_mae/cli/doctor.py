@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nnunet_vit_mae.cli.arguments import parser_for
-from nnunet_vit_mae.errors import exit_on_user_error
+from nnunet_vit_mae.signals import command
 
 if TYPE_CHECKING:
     from nnunet_vit_mae.doctor.diagnosis import Diagnosis
 
 
-@exit_on_user_error
+@command()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_doctor`; the exit code is 2 when something is wrong."""
     args = _parse(argv)

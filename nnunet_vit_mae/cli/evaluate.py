@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnunet_vit_mae.cli.arguments import parser_for, positive_float, positive_int, whole_number
-from nnunet_vit_mae.errors import UserError, exit_on_user_error
+from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, CalibrationRecord, read_calibration
-from nnunet_vit_mae.files import make_folder, refuse_in_use
+from nnunet_vit_mae.signals import command
+from nnunet_vit_mae.unfinished import new_folder
 
 if TYPE_CHECKING:
     from nnunet_vit_mae.evaluation.results import Evaluation, Mean
@@ -22,7 +24,7 @@ HEADLINE = {  # title and decimals by measure
 }
 
 
-@exit_on_user_error
+@command()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_evaluate`."""
     parser = parser_for("mae3d_evaluate", __doc__)
@@ -73,8 +75,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for flag, values in {"--cutoffs": args.cutoffs, "--thickness_bins": args.thickness_bins}.items():
         if values and any(low >= high for low, high in pairwise(values)):
             raise UserError(f"{flag} {' '.join(f'{value:g}' for value in values)}: give ascending numbers.")
-    refuse_in_use(args.output)
+    with new_folder(args.output, vars(args)):
+        _evaluate(args, predictions, calibrations)
+    print(f"Wrote index.html, cases.csv, summary.json and figures to {args.output}.")
 
+
+def _evaluate(
+    args: argparse.Namespace, predictions: dict[str, Path], calibrations: dict[str, CalibrationRecord]
+) -> None:
     from nnunet_vit_mae.datasets.acquisition import find_scans_table, read_scans_table, slice_thickness
     from nnunet_vit_mae.evaluation.cases import find_evaluation_set, measure_cases
     from nnunet_vit_mae.evaluation.report import write_report
@@ -94,7 +102,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if table := args.csv or find_scans_table([args.references, *folders]):
         known = slice_thickness(read_scans_table(table, [case.name for case in evaluation_set.cases]))
         evaluation_set = evaluation_set.with_slice_thickness(known, table)
-    make_folder(args.output)
     # a process takes as long to start as several cases take to measure
     processes = args.processes or min(4, 1 + len(evaluation_set.cases) // 20)
     cases, notes = measure_cases(evaluation_set, options, processes)
@@ -103,7 +110,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_tables(evaluation, args.output)
     print(headline_text(evaluation), flush=True)
     write_report(evaluation, evaluation_set, calibrations, args.output)
-    print(f"Wrote index.html, cases.csv, summary.json and figures to {args.output}.")
 
 
 def headline_text(evaluation: Evaluation) -> str:

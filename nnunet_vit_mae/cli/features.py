@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunet_vit_mae.cli.arguments import add_device_argument, parser_for, usable_device
-from nnunet_vit_mae.errors import exit_on_user_error
+from nnunet_vit_mae.signals import command
 
 
-@exit_on_user_error
+@command()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_features`."""
     parser = parser_for("mae3d_features", __doc__)

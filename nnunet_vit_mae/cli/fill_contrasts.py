@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 
 from nnunet_vit_mae.cli.arguments import add_dataset_argument, parser_for
-from nnunet_vit_mae.errors import exit_on_user_error
+from nnunet_vit_mae.signals import command
 
 
-@exit_on_user_error
+@command()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_fill_contrasts`; the exit code is 2 if a case could not be filled."""
     parser = parser_for("mae3d_fill_contrasts", __doc__)

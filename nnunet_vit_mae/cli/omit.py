@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunet_vit_mae.cli.arguments import add_device_argument, add_plan_arguments, parser_for, usable_device
-from nnunet_vit_mae.errors import exit_on_user_error
-from nnunet_vit_mae.files import refuse_in_use
+from nnunet_vit_mae.signals import command
+from nnunet_vit_mae.unfinished import new_folder
 
 
-@exit_on_user_error
+@command()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_omit`."""
     parser = parser_for("mae3d_omit", __doc__)
@@ -35,12 +35,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = usable_device(args.device).type
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     images, references, output = (path.resolve() for path in (args.images, args.references, args.output))
-    refuse_in_use(output)
     chosen = {"trainer": args.trainer, "folds": args.folds, "checkpoint": args.checkpoint}
     model = find_model(find_dataset(args.dataset), args.plans, args.configuration, **chosen)
     channels = omission.find_channels(model.plan, args.omit)
     cases = omission.find_omission_cases(model.plan, images, references, channels)
     print(omission.summary(model.plan, cases, channels), flush=True)
-    rows = omission.omit(model, cases, channels, images=images, output=output, device=device)
+    with new_folder(output, vars(args)):
+        rows = omission.omit(model, cases, channels, images=images, output=output, device=device)
     print(omission_table(rows, [model.plan.channel_names[channel] for channel in channels]))
     print(f"Wrote omission.csv, log.txt and both predictions to {args.output}.")

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_vit_mae.cli.arguments import add_plan_arguments, parser_for, positive_float, positive_int
-from nnunet_vit_mae.errors import exit_on_user_error
 from nnunet_vit_mae.presets import DECODERS, SIZES, UPSAMPLINGS
+from nnunet_vit_mae.signals import command
 
 SAME_AS_PLANS = "plans"
 
 
-@exit_on_user_error
+@command()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_plan`."""
     parser = parser_for("mae3d_plan", __doc__)

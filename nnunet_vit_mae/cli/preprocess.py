@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 
 from nnunet_vit_mae.cli.arguments import add_plan_arguments, parser_for, positive_int
-from nnunet_vit_mae.errors import exit_on_user_error
+from nnunet_vit_mae.signals import command
 
 
-@exit_on_user_error
+@command("Cases that are done are kept, and the same command goes on with the others.")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_preprocess`; the exit code is 2 if a case could not be preprocessed."""
     parser = parser_for("mae3d_preprocess", __doc__)

@@ -15,10 +15,10 @@ from nnunet_vit_mae.cli.arguments import (
     usable_device,
     whole_number,
 )
-from nnunet_vit_mae.errors import exit_on_user_error
+from nnunet_vit_mae.signals import command
 
 
-@exit_on_user_error
+@command("Segmentations that are done are kept, and the same command goes on with the others.")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_quantify`."""
     parser = parser_for("mae3d_quantify", __doc__)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from nnunet_vit_mae.cli.arguments import parser_for, positive_int, whole_number
 from nnunet_vit_mae.datasets.refinement_rule import CONNECTIVITIES, RefinementRule
-from nnunet_vit_mae.errors import UserError, exit_on_user_error
-from nnunet_vit_mae.files import refuse_in_use
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.signals import command
+from nnunet_vit_mae.unfinished import new_folder
 
 
-@exit_on_user_error
+@command()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_refine_labels`; the exit code is 2 if a case could not be refined."""
     args = _parser().parse_args(argv)
@@ -24,8 +25,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("There is nothing to refine: give a dataset with -d, or two folders with -i and -l.")
     if not math.isfinite(args.threshold):
         raise UserError(f"--threshold is {args.threshold}: give a number.")
-    refuse_in_use(args.output)
+    with new_folder(args.output, vars(args)):
+        problems = _refine(args)
+    for problem in problems:
+        print(f"Not refined: {problem}", file=sys.stderr)
+    if problems:
+        sys.exit(2)
 
+
+def _refine(args: argparse.Namespace) -> list[str]:
+    """Refine the labels, and return the problems of cases that could not be refined."""
     from nnunet_vit_mae.datasets.label_refinement import REPORT, refine_folder, refinement_table
 
     images, labels = args.images, args.labels_folder
@@ -39,10 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     refined = refine_folder(images, labels, rule, args.output, channel=args.channel)
     print(refinement_table(refined.changes))
     print(f"Wrote {refined.written} labels and {REPORT} to {args.output}.")
-    for problem in refined.problems:
-        print(f"Not refined: {problem}", file=sys.stderr)
-    if refined.problems:
-        sys.exit(2)
+    return refined.problems
 
 
 def _parser() -> argparse.ArgumentParser:

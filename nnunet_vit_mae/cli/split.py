@@ -16,10 +16,11 @@ from nnunet_vit_mae.cli.arguments import (
     seed,
     share,
 )
-from nnunet_vit_mae.errors import UserError, exit_on_user_error
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.signals import command
 
 
-@exit_on_user_error
+@command()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_split`; the exit code is 2 if `--verify` finds a problem."""
     args = _parser().parse_args(argv)

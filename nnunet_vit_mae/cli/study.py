@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunet_vit_mae.cli.arguments import add_device_argument, parser_for, positive_int, share
-from nnunet_vit_mae.errors import UserError, exit_on_user_error
+from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import make_folder, read_json
+from nnunet_vit_mae.signals import command
 from nnunet_vit_mae.study.arms import ARMS, choose_arms, merged
 from nnunet_vit_mae.study.design import StudyDesign, check_unchanged, read_study
 
@@ -26,7 +27,7 @@ DEFAULT_ARMS = ["unet", "vit", "scratch"]
 DEFAULT_TEST = 0.2
 
 
-@exit_on_user_error
+@command("Steps that are done are kept, and the same command goes on with the others.")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_study`; the exit code is 1 when a step has failed."""
     args = _parse(argv)

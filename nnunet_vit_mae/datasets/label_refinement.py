@@ -6,7 +6,6 @@ circle; single annotated pixels are discarded as noise (ViTiac, section 2.1). Vo
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,9 +16,10 @@ import SimpleITK as sitk
 from scipy import ndimage
 from tqdm import tqdm
 
+from nnunet_vit_mae.csv_tables import write_records
 from nnunet_vit_mae.datasets.refinement_rule import RefinementRule
 from nnunet_vit_mae.errors import UserError, reading
-from nnunet_vit_mae.files import make_folder, replacing
+from nnunet_vit_mae.files import make_folder
 from nnunet_vit_mae.imaging.channels import cases_in, channel_file_name, ending_in, visible_files
 from nnunet_vit_mae.imaging.labels import read_labels, read_volume, whole_numbers
 from nnunet_vit_mae.imaging.volumes import read_image, without_warnings_of_itk
@@ -166,10 +166,7 @@ def refine_folder(images: Path, labels: Path, rule: RefinementRule, output: Path
 
 def write_changes(changes: list[LabelChange], file: Path) -> None:
     """Write a CSV file with a row for each case and label."""
-    with replacing(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, [field.name for field in fields(LabelChange)])
-        writer.writeheader()
-        writer.writerows(asdict(change) for change in changes)
+    write_records([asdict(change) for change in changes], [field.name for field in fields(LabelChange)], file)
 
 
 def refinement_table(changes: Sequence[LabelChange]) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nnunet_vit_mae.csv_tables import read_cells
 from nnunet_vit_mae.errors import UserError, abbreviated
-
-DELIMITERS = ",;\t"  # spreadsheets write semicolons where the comma is the decimal separator
+from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, case_and_channel, without_ending
 
 
 @dataclass(frozen=True)
@@ -49,23 +47,21 @@ def read_case_table(file: Path, case_column: str | None, cases: Collection[str])
     """Read a CSV file with a row for each case.
 
     Args:
-        file: The table; fields are separated by commas, semicolons or tabs, whichever is most frequent in the first
-            line.
+        file: The table; see `read_cells`.
         case_column: Name of the column with the case names; None chooses the column in which most of `cases` occur.
-        cases: Names of the cases.
+        cases: Names of the cases. The table may have their file names instead.
 
     Raises:
-        UserError: If the file is missing, is not a table, has no column of cases, or has two different rows for a case.
+        UserError: If the file is missing, is not a table, has no column of cases, has two different rows for a case, or
+            has lost the zeros at the beginning of names.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        cells = read_cells(file)
     except FileNotFoundError:
         raise UserError(f"{file} is missing: check --csv.") from None
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{file} cannot be read as text ({error}): save it as a CSV file in UTF-8.") from None
-    first_line = re.sub('"[^"]*"', "", (lines or [""])[0])
-    delimiter = max(DELIMITERS, key=first_line.count)
-    header, *rows = [[field.strip() for field in row] for row in csv.reader(lines, delimiter=delimiter) if row] or [[]]
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): check --csv.") from None
+    header, *rows = [[cell.strip() for cell in row] for row in cells] or [[]]
     header, rows = _without_empty_columns(header, rows)
     if not rows:
         raise UserError(f"{file} has no rows: give a table with a header and a row for each case.")
@@ -80,7 +76,11 @@ def read_case_table(file: Path, case_column: str | None, cases: Collection[str])
         case_column = _column_of_cases(file, header, rows, cases)
     elif case_column not in header:
         raise UserError(f"{file} has no column {case_column}, only {', '.join(header)}: check --case.")
-    return CaseTable(file, _by_case(file, header, rows, header.index(case_column)))
+    key = header.index(case_column)
+    _refuse_lost_zeros(file, case_column, {row[key] for row in rows}, cases)
+    for row in rows:
+        row[key] = _case_of(row[key], cases)
+    return CaseTable(file, _by_case(file, header, rows, key))
 
 
 def read_names(file: Path, known: Collection[str], flag: str) -> list[str]:
@@ -99,14 +99,34 @@ def read_names(file: Path, known: Collection[str], flag: str) -> list[str]:
 
 
 def _column_of_cases(file: Path, header: list[str], rows: list[list[str]], cases: Collection[str]) -> str:
-    matches = {name: len(set(cases) & {row[number] for row in rows}) for number, name in enumerate(header)}
+    matches = {
+        name: len(set(cases) & {_case_of(row[number], cases) for row in rows}) for number, name in enumerate(header)
+    }
     best = max(matches, key=lambda name: (matches[name], name == "case"))  # the first of several equal ones
     if not matches[best]:
+        for number, name in enumerate(header):
+            _refuse_lost_zeros(file, name, {row[number] for row in rows}, cases)
         raise UserError(
             f"{file} has no column with case names such as {next(iter(cases), '')}: add one, with file names without "
             "_0000 and file ending."
         )
     return best
+
+
+def _case_of(cell: str, cases: Collection[str]) -> str:
+    """Return the case that a cell names, also by a file name; a cell that names no case is returned as it is."""
+    stem = without_ending(cell, IMAGE_ENDINGS)
+    return next((name for name in (cell, stem, case_and_channel(stem)[0]) if name in cases), cell)
+
+
+def _refuse_lost_zeros(file: Path, column: str, cells: Collection[str], cases: Collection[str]) -> None:
+    """Raise `UserError` if a spreadsheet has made numbers of the case names, such as 7 of 007."""
+    lost = [case for case in cases if case not in cells and case.lstrip("0") in {*cells} - {*cases}]
+    if lost:
+        raise UserError(
+            f"{file} has {lost[0].lstrip('0')} in the column {column}, but the case is {lost[0]}: a spreadsheet has "
+            "removed the zeros; format the column as text and enter the names again."
+        )
 
 
 def _without_empty_columns(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:

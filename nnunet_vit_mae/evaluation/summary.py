@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from nnunet_vit_mae.csv_tables import write_frame
 from nnunet_vit_mae.evaluation import clinical
 from nnunet_vit_mae.evaluation.clinical import Columns
 from nnunet_vit_mae.evaluation.results import (
@@ -24,7 +25,7 @@ from nnunet_vit_mae.evaluation.results import (
     PairedTest,
     RiskGroups,
 )
-from nnunet_vit_mae.files import replacing, write_json
+from nnunet_vit_mae.files import write_json
 from nnunet_vit_mae.statistics import FEW_PAIRS, compare, holm, limits_of_agreement, mean_interval, smallest_p
 from nnunet_vit_mae.weights import package_versions
 
@@ -164,8 +165,7 @@ def write_tables(evaluation: Evaluation, folder: Path) -> list[Path]:
         The files written.
     """
     table, summary = folder / "cases.csv", folder / "summary.json"
-    with replacing(table) as temporary:
-        evaluation.cases.to_csv(temporary, index=False, encoding="utf-8", lineterminator="\n")
+    write_frame(evaluation.cases, table)
     content = {
         "models": evaluation.models,
         "labels": evaluation.labels,

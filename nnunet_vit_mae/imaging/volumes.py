@@ -18,6 +18,7 @@ import SimpleITK as sitk
 
 from nnunet_vit_mae.errors import reading
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, NIFTI
+from nnunet_vit_mae.imaging.stated_geometry import spacing_problem
 from nnunet_vit_mae.limits import too_many_voxels
 
 
@@ -62,13 +63,22 @@ def read_geometry(file: Path, name: str | None = None) -> Geometry:
         The geometry, in the order x y z.
 
     Raises:
-        ScanError: If the file holds several images, is truncated, or has more voxels than the limit.
+        ScanError: If the file is no volume with one grey value for each voxel, states no spacing, is truncated, or
+            has more voxels than the limit.
         Exception: Whatever a reader raises if the file is not an image; such a message may contain its path.
     """
     name = name or file.name
+    if problem := spacing_problem(file):
+        raise ScanError(f"{name} {problem}")
     reader = read_header(file, name)
-    if reader.GetDimension() > 3 or reader.GetNumberOfComponents() > 1:
+    if reader.GetDimension() > 3:
         raise ScanError(f"{name} holds more than one image, but every channel has a file of its own")
+    if reader.GetDimension() < 3:
+        raise ScanError(f"{name} has {reader.GetDimension()} dimensions instead of three")
+    if reader.GetPixelID() in (sitk.sitkComplexFloat32, sitk.sitkComplexFloat64):
+        raise ScanError(f"{name} holds complex numbers, save their magnitude instead")
+    if (values := reader.GetNumberOfComponents()) > 1:
+        raise ScanError(f"{name} has {values} values in each voxel, such as a colour or a vector, instead of one")
     if file.name.lower().endswith(NIFTI) and _is_cut_off(file):
         raise ScanError(f"{name} is cut off or damaged, copy it again")
     return Geometry(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())

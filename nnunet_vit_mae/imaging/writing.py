@@ -10,11 +10,9 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_vit_mae.files import read_back, replacing
+from nnunet_vit_mae.files import read_back_otherwise, replacing
 from nnunet_vit_mae.imaging.channels import NIFTI
 from nnunet_vit_mae.imaging.volumes import geometry_of, read_geometry, read_image, without_warnings_of_itk
-
-NOT_READ_BACK = "it does not read back as it was written"
 
 
 def write_image(image: sitk.Image, file: Path) -> None:
@@ -29,11 +27,11 @@ def write_image(image: sitk.Image, file: Path) -> None:
     Raises:
         WriteError: If the file cannot be written.
     """
-    with replacing(file) as temporary, without_warnings_of_itk(), read_back(temporary):
+    with replacing(file) as temporary, without_warnings_of_itk():
         sitk.WriteImage(without_header(image), str(temporary), useCompression=True)
         written = read_image(temporary)
         if geometry_of(image).difference(geometry_of(written)) or not _same_voxels(image, written):
-            raise ValueError(NOT_READ_BACK)
+            raise read_back_otherwise(temporary)
 
 
 def write_zeros(file: Path, like: Path) -> None:
@@ -68,10 +66,10 @@ def write_segmentation(segmentation: np.ndarray, file: Path, writer: Any, proper
     Raises:
         WriteError: If the file cannot be written.
     """
-    with replacing(file) as temporary, read_back(temporary):
+    with replacing(file) as temporary:
         writer.write_seg(segmentation, str(temporary), properties)
         if not np.array_equal(writer.read_seg(str(temporary))[0][0], segmentation):
-            raise ValueError(NOT_READ_BACK)
+            raise read_back_otherwise(temporary)
 
 
 def without_header(image: sitk.Image) -> sitk.Image:

@@ -19,6 +19,7 @@ from nnunet_vit_mae.entries import Length, Value, Whole, checked_entries
 from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.files import read_json
 from nnunet_vit_mae.imaging.description import Description
+from nnunet_vit_mae.nnunet.plan_code import refuse_other_code
 
 BLOCK = "vit_mae"
 ADVICE = "correct it, or write the plans again with nnUNetv2_plan_experiment and mae3d_plan"
@@ -105,6 +106,7 @@ def check_plans(
             configuration; or the plans belong to other channels or labels.
     """
     entries = checked_entries(PlanEntries, content, source, ADVICE)
+    refuse_other_code(content, source)
     if configuration not in entries.configurations:
         known = ", ".join(entries.configurations)
         raise UserError(

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import math
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import Tensor
 
+from nnunet_vit_mae.csv_tables import write_rows
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import replacing
 from nnunet_vit_mae.networks.checkerboard import FeatureMap, checkerboard, feature_maps, inner
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.nnunet.folds import labelled_cases, split_of
@@ -29,7 +26,9 @@ from nnunet_vit_mae.nnunet.trainers import (
     nnUNetTrainerViTMAE,
     nnUNetTrainerViTScratch,
 )
+from nnunet_vit_mae.pickles import read_properties, read_trained
 from nnunet_vit_mae.plots import Features, plot_features
+from nnunet_vit_mae.pretraining.volumes import open_volume
 
 TRAINERS = {
     trainer.__name__: trainer
@@ -91,7 +90,8 @@ def draw_features(models: Sequence[Model], case: str | None, file: Path, device:
     title = f"{models[0].plan.dataset.name}, {case}, one slice across z;\nthe channel of each map that varies most"
     try:
         plot_features(rows, title, file)
-        _write_csv(table, file.with_suffix(".csv"))
+        columns = list(MapCheckerboard.__dataclass_fields__)
+        write_rows(columns, (vars(row).values() for row in table), file.with_suffix(".csv"))
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error}): choose another file with -o.") from None
     return table
@@ -103,10 +103,10 @@ def load_segmenter(model: Model) -> Segmenter:
     channels = determine_num_input_channels(plan.plans, plan.configuration, plan.dataset_json)
     classes = plan.plans.get_label_manager(plan.dataset_json).num_segmentation_heads
     network = TRAINERS[model.trainer].build_network_architecture(plan.plans, plan.configuration, channels, classes)
+    weights = read_trained(model.files[0])["network_weights"]
     try:
-        # nnU-Net's checkpoints hold numpy scalars, whose names differ between versions: read them as nnU-Net does
-        network.load_state_dict(torch.load(model.files[0], map_location="cpu", weights_only=False)["network_weights"])
-    except (RuntimeError, KeyError, EOFError, OSError, pickle.UnpicklingError) as error:
+        network.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{model.files[0]} is damaged or does not fit its plans.json ({reason}).") from None
     return cast(Segmenter, network.eval())
@@ -123,8 +123,8 @@ def read_patch(plan: Plan, case: str) -> Patch:
         raise UserError(
             f"There is no preprocessed case {case} in {plan.preprocessed_folder} (it has {examples}): check --case."
         )
-    loaded: Any = nnUNetDatasetBlosc2(str(plan.preprocessed_folder), [case]).load_case(case)
-    volume, _, _, properties = loaded
+    volume = open_volume(plan.preprocessed_folder / f"{case}.b2nd")
+    properties = read_properties(plan.preprocessed_folder / f"{case}.pkl")
     sides = volume.shape[1:]
     centre = _foreground_centre(properties) or [side // 2 for side in sides]
     axes = zip(centre, sides, plan.patch_size, strict=True)
@@ -222,10 +222,3 @@ def _slice(entry: FeatureMap, channel: int, patch: Patch) -> np.ndarray:
     _, height, width = patch.image.shape[1:]
     values = entry.values[channel, patch.z // z]
     return values.repeat_interleave(y, dim=0).repeat_interleave(x, dim=1)[:height, :width].numpy()
-
-
-def _write_csv(checkerboards: Sequence[MapCheckerboard], file: Path) -> None:
-    with replacing(file) as temporary, temporary.open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(MapCheckerboard.__dataclass_fields__)
-        writer.writerows(vars(row).values() for row in checkerboards)

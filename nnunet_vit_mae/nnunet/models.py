@@ -53,6 +53,11 @@ def find_model(
     dataset: Dataset, plans_name: str, configuration: str, *, trainer: str, folds: Sequence[str], checkpoint: str
 ) -> Model:
     """Find the model that these flags name. Raises `UserError` if a checkpoint is missing, and for a cascade."""
+    for flag, name in {"-tr": trainer, "-p": plans_name, "-c": configuration, "-chk": checkpoint}.items():
+        if not name or set(name) & set("/\\\0"):
+            raise UserError(f"{flag} {name} is not the name of one: give a name without a folder.")
+    if unknown := [fold for fold in folds if fold != "all" and not (fold.isascii() and fold.isdigit())]:
+        raise UserError(f"-f {unknown[0]} is neither 'all' nor the number of a fold.")
     folder = model_folder(dataset, trainer, plans_name, configuration)
     for fold in folds:
         file = folder / f"fold_{fold}" / checkpoint

@@ -22,12 +22,18 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from tqdm import tqdm
 
 from nnunet_vit_mae.errors import UserError, reading
-from nnunet_vit_mae.files import link, refuse_in_use
+from nnunet_vit_mae.files import link
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS
 from nnunet_vit_mae.imaging.volumes import refuse_large
 from nnunet_vit_mae.imaging.writing import write_zeros
 from nnunet_vit_mae.nnunet.models import Model
-from nnunet_vit_mae.nnunet.omission_table import EMPTY_REFERENCE, NOTHING_LEFT, NOTHING_TO_OMIT, OmissionRow, write_csv
+from nnunet_vit_mae.nnunet.omission_table import (
+    EMPTY_REFERENCE,
+    NOTHING_LEFT,
+    NOTHING_TO_OMIT,
+    OmissionRow,
+    write_omission_table,
+)
 from nnunet_vit_mae.nnunet.plans import Plan
 from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, find_reference, predict_folder
 from nnunet_vit_mae.presets import canonical_contrast
@@ -105,10 +111,9 @@ def omit(
 ) -> list[OmissionRow]:
     """Predict the folder `images` with and without the channels, and compute the Dice of both.
 
-    The new folder `output` gets `with_all/predictions`, `without_NAME/images`, `without_NAME/predictions`, `log.txt`
-    and `omission.csv`. Raises `UserError` if the folder is not new or cannot be made, or if a prediction fails.
+    The folder `output` gets `with_all/predictions`, `without_NAME/images`, `without_NAME/predictions`, `log.txt`
+    and `omission.csv`. Raises `UserError` if the folder cannot be made, or if a prediction fails.
     """
-    refuse_in_use(output)
     with_all = output / "with_all" / "predictions"
     names = [re.sub(r"\W+", "_", model.plan.channel_names[channel]) for channel in channels]
     without = output / "_".join(["without", *names])
@@ -124,15 +129,16 @@ def omit(
     rows = []
     for case in tqdm(cases, unit="case", desc="evaluating"):
         rows += _case_rows(model.plan, case, with_all, without / "predictions")
-    write_csv(rows, output / "omission.csv")
+    write_omission_table(rows, output / "omission.csv")
     return rows
 
 
 def write_images(cases: Sequence[OmissionCase], folder: Path) -> None:
     """Write the images for the second prediction: zeros for omitted contrasts, links to all others."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for case in cases:
         for channel, image in enumerate(case.case.images):
+            (folder / image.name).unlink(missing_ok=True)  # of a call that was stopped
             if channel in case.omitted:
                 write_zeros(folder / image.name, image)
             else:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from nnunet_vit_mae.files import replacing
+from nnunet_vit_mae.csv_tables import write_rows
 from nnunet_vit_mae.statistics import FEW_PAIRS, Comparison, compare
 
 NOTHING_TO_OMIT = "nothing to omit"
@@ -55,14 +55,13 @@ def omission_table(rows: Sequence[OmissionRow], omitted: Sequence[str]) -> str:
     return "\n".join(lines + notes)
 
 
-def write_csv(rows: Sequence[OmissionRow], file: Path) -> None:
+def write_omission_table(rows: Sequence[OmissionRow], file: Path) -> None:
     """Write the rows; a missing value is an empty field."""
-    with replacing(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(OmissionRow.__dataclass_fields__)
-        for row in rows:
-            values = vars(row).values()
-            writer.writerow("" if isinstance(value, float) and math.isnan(value) else value for value in values)
+    write_rows(list(OmissionRow.__dataclass_fields__), (map(_cell, vars(row).values()) for row in rows), file)
+
+
+def _cell(value: Any) -> Any:
+    return "" if isinstance(value, float) and math.isnan(value) else value
 
 
 def _compare(rows: Sequence[OmissionRow], *left_out: str) -> Comparison:

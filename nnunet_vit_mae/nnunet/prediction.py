@@ -13,13 +13,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
-from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import link
+from nnunet_vit_mae.errors import UserError, reader_reason
+from nnunet_vit_mae.files import inside, link
+from nnunet_vit_mae.guard import guarded
 from nnunet_vit_mae.imaging.channels import channels_by_case
-from nnunet_vit_mae.imaging.volumes import refuse_large
+from nnunet_vit_mae.imaging.volumes import read_geometry, read_image, refuse_large
 from nnunet_vit_mae.installation import trainers_folder
+from nnunet_vit_mae.limits import too_many_voxels
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import Plan
 
@@ -50,7 +53,7 @@ def find_prediction_cases(plan: Plan, images: Path) -> list[PredictionCase]:
 
 def find_reference(plan: Plan, case: str, references: Path) -> Path:
     """Return the reference segmentation of a case. Raises `UserError` if it is missing."""
-    reference = references / f"{case}{plan.dataset_json['file_ending']}"
+    reference = inside(references, f"{case}{plan.dataset_json['file_ending']}", source="A list of cases")
     if not reference.is_file():
         raise UserError(f"The case {case} has no reference segmentation {reference}: add it, or check the folder.")
     return reference
@@ -67,12 +70,14 @@ def predict_cases(
     device: str,
     probabilities: bool = False,
 ) -> None:
-    """Predict some of the cases in a folder of images, except those that are in the output folder already.
+    """Predict some of the cases in a folder of images, except those that are whole in the output folder already.
 
     The images are linked into the folder `links`, which is removed after the prediction. The output of nnU-Net's
     command is appended to `log`. Raises `UserError` if images are missing or the prediction fails.
     """
     endings = [model.plan.dataset_json["file_ending"], *([".npz"] if probabilities else [])]
+    for case in cases:
+        _remove_if_cut_off(output / f"{case}{endings[0]}")
     if all((output / f"{case}{ending}").is_file() for case in cases for ending in endings):
         return
     shutil.rmtree(links, ignore_errors=True)
@@ -88,6 +93,18 @@ def predict_cases(
     shutil.rmtree(links)
 
 
+def _remove_if_cut_off(segmentation: Path) -> None:
+    """Remove a segmentation that nnU-Net had not finished writing, the last file of a case, when it was stopped."""
+    if segmentation.is_file():
+        try:
+            read_geometry(segmentation)  # which looks for the end of a NIfTI file
+            if ".nii" not in segmentation.suffixes:
+                read_image(segmentation)
+        except Exception as error:  # noqa: BLE001 (each reader has errors of its own)
+            logger.info("%s is predicted again, for it cannot be read (%s)", segmentation.name, reader_reason(error))
+            segmentation.unlink()
+
+
 def predict_folder(
     model: Model, images: Path, cases: Iterable[str], output: Path, *, log: Path, device: str, flags: Sequence[str] = ()
 ) -> None:
@@ -97,6 +114,38 @@ def predict_folder(
     """
     ending = model.plan.dataset_json["file_ending"]
     _run([*model.command(images, output, device), *flags], [output / f"{case}{ending}" for case in cases], log)
+
+
+def read_probabilities(file: Path, outputs: int) -> np.ndarray:
+    """Read the probabilities of a case that nnU-Net has saved.
+
+    Args:
+        file: The `.npz` file.
+        outputs: The outputs of the model.
+
+    Returns:
+        The probabilities (outputs z y x).
+
+    Raises:
+        UserError: If the file is damaged, or has another number of outputs or more voxels than the limit.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            with stored.zip.open("probabilities.npy") as stream:  # before all of it is read
+                version = np.lib.format.read_magic(stream)
+                reads = (
+                    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                )
+                shape = reads(stream)[0]
+            if len(shape) != 4 or shape[0] != outputs:
+                raise ValueError(f"it has the shape {shape}, but the model has {outputs} outputs")
+            if problem := too_many_voxels(shape[1:]):
+                raise ValueError(f"it {problem}")
+            return stored["probabilities"]
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 (damaged files raise many kinds)
+        raise UserError(f"{file} cannot be read ({reader_reason(error)}): remove it and try again.") from None
 
 
 def _run(command: Sequence[str], expected: Sequence[Path], log: Path) -> None:
@@ -110,14 +159,10 @@ def _run(command: Sequence[str], expected: Sequence[Path], log: Path) -> None:
     with log.open("a", encoding="utf-8") as stream, tqdm(total=len(expected), unit="case", desc="predicting") as bar:
         stream.write(f"$ {shlex.join(command)}\n")
         stream.flush()
-        process = subprocess.Popen([program, *command[1:]], env=_environment(), stdout=stream, stderr=stream)
-        try:
+        with guarded([program, *command[1:]], env=_environment(), stdout=stream, stderr=stream) as process:
             while _is_running(process):
                 if new := count() - bar.n:  # in the log of a job, each update is a line
                     bar.update(new)
-        finally:
-            process.terminate()
-            process.wait()
         bar.update(count() - bar.n)
     if process.returncode or count() < len(expected):
         raise UserError(

@@ -24,7 +24,9 @@ from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade, settings_for
 from nnunet_vit_mae.planning import refuse_useless_masks
 from nnunet_vit_mae.presets import Pretraining, to_json_types
 from nnunet_vit_mae.pretraining import distributed
-from nnunet_vit_mae.pretraining.run import READY_BATCHES, PretrainingResult, PretrainingRun, run
+from nnunet_vit_mae.pretraining.readers import READY_BATCHES, refuse_without_shared_memory
+from nnunet_vit_mae.pretraining.run import PretrainingResult, PretrainingRun, run
+from nnunet_vit_mae.pretraining.saved_state import what_is_kept
 from nnunet_vit_mae.pretraining.volumes import ITEM, Cache, volume_problems
 from nnunet_vit_mae.weights import Card, hashed_name, package_versions, save_encoder
 
@@ -63,7 +65,6 @@ def pretrain(
     fold: str,
     *,
     change: Callable[[Pretraining], Pretraining],
-    seed: int,
     machine: Machine,
     resume: bool,
     adaptive: bool = False,
@@ -91,7 +92,6 @@ def pretrain(
         spacing=tuple(map(float, plan.configuration.spacing)),
         network=settings.network,
         protocol=change(settings.pretraining),
-        seed=seed,
     )
     parts = machine.all_processes
     if job.protocol.reads % parts:
@@ -104,12 +104,17 @@ def pretrain(
     _refuse_large_step(job, machine)
     _refuse_damaged(plan, cases)
     file = encoder_file(plan.dataset.results, plan.plans.plans_name, plan.name, fold)
+    if not machine.cache_bytes:
+        refuse_without_shared_memory(machine.local_processes * machine.readers_of_each, _batch_bytes(job, machine, 4))
     with _cache(job, machine) if machine.cache_bytes else nullcontext() as cache:
         task = partial(
             _make_encoder, replace(job, cache=cache), partial(_card, plan, fold, job, cases), file, resume=resume,
             readers=machine.readers_of_each,
         )  # fmt: skip
-        distributed.start(task, machine.device, machine.processes)
+        try:
+            distributed.start(task, machine.device, machine.processes)
+        except distributed.LostProcessError as lost:
+            raise UserError(f"{lost} {what_is_kept(file.parent)}") from None
     return file
 
 
@@ -146,10 +151,14 @@ def _refuse_damaged(plan: Plan, cases: list[PreprocessedCase]) -> None:
 def _cache(job: PretrainingRun, machine: Machine) -> Cache:
     """Make a cache that leaves room in shared memory for the batches that readers have ready."""
     copies = distributed.local_process_count()  # torchrun's processes have no common memory
-    crop = len(job.channel_names) * math.prod(job.patch_size) * ITEM
-    batch = job.protocol.reads * job.protocol.crops_per_volume // machine.all_processes * crop
-    ready = machine.local_processes * machine.readers_of_each * READY_BATCHES * batch
+    ready = machine.local_processes * machine.readers_of_each * READY_BATCHES * _batch_bytes(job, machine, ITEM)
     return Cache(job.files, machine.cache_bytes, copies=copies, spare=ready)
+
+
+def _batch_bytes(job: PretrainingRun, machine: Machine, voxel_bytes: int) -> int:
+    """Return the size of the crops that a process takes for a step."""
+    crop = len(job.channel_names) * math.prod(job.patch_size) * voxel_bytes
+    return job.protocol.reads * job.protocol.crops_per_volume // machine.all_processes * crop
 
 
 def _make_encoder(
@@ -189,7 +198,7 @@ def _card(plan: Plan, fold: str, job: PretrainingRun, cases: list[PreprocessedCa
         steps=job.steps,
         loss=result.losses[-1],
         pretraining=to_json_types(job.protocol),
-        seed=job.seed,
+        seed=job.protocol.seed,
         data_licence=plan.licence,
         packages=package_versions(),
         network=job.network.encoder_settings,

@@ -18,6 +18,7 @@ from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -25,17 +26,22 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_vit_mae.datasets.split.files import parent_fold
+from nnunet_vit_mae.datasets.split.files import SPLITS, parent_fold, read_fold
 from nnunet_vit_mae.datasets.split.patients import separation_warning
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
+from nnunet_vit_mae.imaging.description import DESCRIPTION, describe
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.nnunet.absence import keeping_absence
 from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation
+from nnunet_vit_mae.nnunet.checked_plans import check_plans
+from nnunet_vit_mae.nnunet.checkpoints import refuse_other_network
 from nnunet_vit_mae.nnunet.folders import dataset_id, encoder_file
 from nnunet_vit_mae.nnunet.plans import channel_names, destination, refuse_cascade, schedule_of, settings_for
+from nnunet_vit_mae.nnunet.stopping import StoppableTrainer
 from nnunet_vit_mae.nnunet.watched import WatchedTrainer
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
+from nnunet_vit_mae.pickles import read_trained
 from nnunet_vit_mae.presets import SIZES, EncoderFile, Settings
 from nnunet_vit_mae.transfer import adapt_encoder
 from nnunet_vit_mae.weights import Card, file_hash, load_encoder
@@ -44,7 +50,7 @@ CUDA = torch.device("cuda")
 VALIDATION_SHARE = 5  # nnU-Net's own 250 training iterations come with 50 of validation
 
 
-class ScheduledTrainer(WatchedTrainer):
+class ScheduledTrainer(WatchedTrainer, StoppableTrainer):
     """nnU-Net's trainer with the length of its schedule and a seed from the plans.
 
     Runs with the same seed are equal to the digit on a CPU where nnU-Net augments in one process
@@ -56,6 +62,7 @@ class ScheduledTrainer(WatchedTrainer):
     def __init__(
         self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
     ) -> None:
+        check_plans(plans, configuration, describe(dataset_json, DESCRIPTION), source="The file of the plans (-p)")
         super().__init__(plans, configuration, fold, dataset_json, device)
         schedule = schedule_of(self.configuration_manager)
         self.seed = schedule.seed
@@ -99,10 +106,23 @@ class ScheduledTrainer(WatchedTrainer):
         return transform
 
     @exit_on_user_error
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """Load a checkpoint as nnU-Net does, which would run code in it: one with more than weights is refused."""
+        read_trained(Path(filename_or_checkpoint))
+        super().load_checkpoint(filename_or_checkpoint)
+
+    @exit_on_user_error
     def get_tr_and_val_datasets(self) -> tuple:
-        """Return nnU-Net's datasets, and log a warning when cases of one patient are in both."""
-        training, validation = super().get_tr_and_val_datasets()
+        """Return nnU-Net's datasets, and log a warning when cases of one patient are in both.
+
+        nnU-Net takes whatever `splits_final.json` holds, and splits at random where it has no such fold; here the
+        fold is checked as for pre-training.
+        """
         folder = Path(self.preprocessed_dataset_folder_base)
+        if self.fold != "all" and (folder / SPLITS).is_file():
+            cases = nnUNetDatasetBlosc2.get_identifiers(self.preprocessed_dataset_folder)
+            read_fold(folder / SPLITS, str(self.fold), cases)
+        training, validation = super().get_tr_and_val_datasets()
         if self.fold != "all" and (warning := separation_warning(folder, training.identifiers, validation.identifiers)):
             self.print_to_log_file(f"WARNING: {warning}")
         return training, validation
@@ -136,12 +156,12 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
         self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
+        refuse_cascade(self.configuration_manager)
         channels = len(channel_names(self.dataset_json))
         self.settings: Settings = settings_for(self.configuration_manager, channels, adaptive=self.adaptive)
         self.enable_deep_supervision = self.settings.network.decoder == "unet"  # the others have one output
         self.initial_lr = self.settings.finetuning.lr
         self.weight_decay = self.settings.finetuning.weight_decay
-        self.save_every = 5  # nnU-Net's 50 lose a day on a slow machine
         self.augment: BatchAugmentation | None = None
         self.pretrained: set[str] = set()  # names of weights that an encoder has brought
         self.steps_done = 0  # in this epoch
@@ -221,6 +241,16 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
             (loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss).weight_ce = 0
         return loss
 
+    @exit_on_user_error
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """Load a checkpoint (`--c`, `--val`); say what differs if it is of another network."""
+        if not self.was_initialized:
+            self.initialize()
+        if isinstance(filename_or_checkpoint, str):
+            file = Path(filename_or_checkpoint)
+            refuse_other_network(read_trained(file), file, self.segmenter, self.optimizer, self.settings)
+        super().load_checkpoint(filename_or_checkpoint)
+
     def on_train_epoch_start(self) -> None:
         """Begin an epoch as nnU-Net does, at its first step."""
         self.steps_done = 0
@@ -286,6 +316,7 @@ class nnUNetTrainerViTMAE(nnUNetTrainerViTScratch):  # noqa: N801
         if not self.takes_over_checkpoint:
             self._load_encoder()
 
+    @exit_on_user_error
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """Load a checkpoint (`--c`, `--val`). It has the encoder in it, so the encoder's own file may be gone."""
         self.takes_over_checkpoint = True
@@ -331,7 +362,6 @@ class nnUNetTrainerViTMAE(nnUNetTrainerViTScratch):  # noqa: N801
 
     def _find_encoder(self) -> Path:
         """Return the plans' own encoder; without one, that of this fold, of its parent, or else of all images."""
-        refuse_cascade(self.configuration_manager)
         if self.settings.encoder.file:
             return _unchanged(self.settings.encoder)
         results = Path(self.output_folder_base).parent

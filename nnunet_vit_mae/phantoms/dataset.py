@@ -7,7 +7,6 @@ assigns patients to the sets; `anatomy.py` draws them, and `scanner.py` scans an
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import SimpleITK as sitk
 
+from nnunet_vit_mae.csv_tables import write_rows
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import replacing, write_json
+from nnunet_vit_mae.files import write_json
 from nnunet_vit_mae.imaging.writing import write_image
 from nnunet_vit_mae.phantoms.scanner import PhantomScan, make_scan
 
@@ -161,7 +161,4 @@ def _write_description(folder: Path, rows: list[tuple], labelled: int) -> None:
         "file_ending": ".nii.gz",
     }
     write_json(description, folder / "dataset.json")
-    with replacing(folder / "scans.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(("case", "patient", "set", "scanner", "kernel", "slice_thickness"))
-        writer.writerows(rows)
+    write_rows(("case", "patient", "set", "scanner", "kernel", "slice_thickness"), rows, folder / "scans.csv")

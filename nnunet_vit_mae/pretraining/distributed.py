@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import tempfile
 import threading
@@ -25,12 +24,20 @@ from torch.multiprocessing.spawn import ProcessExitedException, spawn
 from tqdm import tqdm
 
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
+from nnunet_vit_mae.signals import Stopped, end_children, end_with_parent, held, stoppable
+
+logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 Task = Callable[[torch.device], None]
 
-GO_ON = "what was saved is kept, and the same command with --c continues from there."
+NOT_STARTED = "What was saved before is kept, and the same command starts again."
+STOPPING_SECONDS = 60.0  # for all processes to finish their step and save
 GRACE_SECONDS = 2.0  # for the launcher to see who ended first, before the others end as well
+
+
+class LostProcessError(UserError):
+    """A process was killed, and all others have ended."""
 
 
 def start(task: Task, device: torch.device, processes: int) -> None:
@@ -58,19 +65,14 @@ def start(task: Task, device: torch.device, processes: int) -> None:
 
 @contextmanager
 def reported_once() -> Iterator[None]:
-    """Let rank 0 alone report a `UserError` that all processes meet; the others end a moment later.
-
-    Ctrl+C, which reaches all of them, becomes such an error.
-    """
+    """Let rank 0 alone report what ends all processes, a `UserError` or a signal; the others end a moment later."""
     try:
         yield
     except (UserError, KeyboardInterrupt) as error:
-        if not is_rank_0():
-            time.sleep(GRACE_SECONDS)
-            sys.exit(2)
-        if isinstance(error, KeyboardInterrupt):
-            raise UserError(f"The pre-training was interrupted: {GO_ON}") from None
-        raise
+        if is_rank_0():
+            raise
+        time.sleep(GRACE_SECONDS)
+        sys.exit(128 + error.number if isinstance(error, Stopped) else 2)
 
 
 def process_count() -> int:
@@ -142,6 +144,15 @@ def part_of_joint_mean(mean: Tensor, count: Tensor) -> Tensor:
     return mean * (count * process_count() / total.clamp(min=1))
 
 
+def largest(number: int) -> int:
+    """Return the largest number of all processes, for which they wait for each other, but not for their GPUs."""
+    if not _is_joint():
+        return number
+    found = torch.tensor(number)
+    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    return int(found)
+
+
 def averaged(value: Tensor) -> Tensor:
     """Average a value over the processes."""
     if not _is_joint():
@@ -160,41 +171,51 @@ def _under_torchrun() -> bool:
 
 
 def _supervise(task: Task, device: torch.device, processes: int) -> None:
-    """Start the processes and wait for them; when one of them ends with an error, all others are stopped."""
+    """Start the processes and wait for them; when one of them ends with an error, all others are stopped.
+
+    A signal is passed on: all of them stop after the same step, and rank 0 says what is kept.
+    """
     logging.getLogger("torch.multiprocessing.spawn").setLevel(
         logging.ERROR
     )  # it would report each process that it stops
     with tempfile.TemporaryDirectory() as folder:
         arguments = (task, device, processes, (Path(folder) / "store").as_uri())
-        # Ctrl+C is for this process: the others would answer it with a traceback each while they import
-        usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        context: Any = spawn(_worker, arguments, processes, join=False)
-        signal.signal(signal.SIGINT, usual)
+        with held():
+            context: Any = spawn(_worker, arguments, processes, join=False)
         try:
             while not context.join():
                 pass
+        except Stopped as stop:
+            for process in context.processes:
+                os.kill(process.pid, stop.number)
+            deadline = time.monotonic() + STOPPING_SECONDS
+            for process in context.processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+            if context.processes[0].exitcode == 128 + stop.number:
+                sys.exit(128 + stop.number)  # it has said what is kept
+            raise
         except ProcessExitedException as error:
             if error.signal_name is None:
                 sys.exit(error.exit_code)  # the process has reported why
-            raise UserError(
+            raise LostProcessError(
                 f"A process of this pre-training was ended by {error.signal_name}, as the system does when memory runs "
-                f"out: {GO_ON}"
+                "out: use fewer processes, a smaller batch or a smaller --cache."
             ) from None
         finally:
-            for process in context.processes:
-                process.terminate()
-                process.join()
+            end_children(set(context.processes))
             if context.processes[0].exitcode < 0:
                 sys.stderr.write("\n")  # its progress bar is still there
 
 
 def _worker(number: int, task: Task, device: torch.device, processes: int, store: str) -> None:
-    """Run a process of `_supervise`; it ends without a message when the user or the launcher stops it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """Run a process of `_supervise`; it ends without a message when the launcher ends."""
+    end_with_parent()
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, reported as leaked when the process is stopped
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     place = {"init_method": store, "rank": number, "world_size": processes}
-    exit_on_user_error(partial(_take_part, task, device, number, **place))()
+    say = None if number == 0 else logger.debug  # rank 0 speaks for all
+    with stoppable(NOT_STARTED, say):
+        exit_on_user_error(partial(_take_part, task, device, number, **place))()
 
 
 def _take_part(task: Task, device: torch.device, local_rank: int, **place: Any) -> None:
@@ -202,7 +223,8 @@ def _take_part(task: Task, device: torch.device, local_rank: int, **place: Any) 
     if device.type == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", **place)
+    # gloo for what concerns the processes themselves, so that they never wait for their GPUs to agree on it
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **place)
     log_to_console()
     try:
         with reported_once():

@@ -12,22 +12,21 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nnunet_vit_mae.divergence import divergence, first_bad_step, has_exploded
 from nnunet_vit_mae.entries import read_entries
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import remove_unfinished, replacing, write_json
+from nnunet_vit_mae.files import remove_unfinished, write_json
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import Autoencoder, build_autoencoder
 from nnunet_vit_mae.networks.masking import BACKGROUND_DEVIATION, Masking, count_rebuilt, count_visible
@@ -36,18 +35,20 @@ from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, war
 from nnunet_vit_mae.plots import plot_contrasts, plot_progress, plot_views
 from nnunet_vit_mae.presets import PRETRAINING_DECODERS, Network, Pretraining, to_json_types, token_grid
 from nnunet_vit_mae.pretraining import distributed
+from nnunet_vit_mae.pretraining.affines import SHARE, AffineDrawing
 from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, MaskDrawing, RandomCrops, Samples
 from nnunet_vit_mae.pretraining.pictures import rebuild
-from nnunet_vit_mae.pretraining.saved_state import read_state
+from nnunet_vit_mae.pretraining.readers import read_batches
+from nnunet_vit_mae.pretraining.saved_state import STATE, read_state, save_state
 from nnunet_vit_mae.pretraining.volumes import Cache
+from nnunet_vit_mae.signals import Stopped, postponed
 
 logger = logging.getLogger(__name__)
 
-STATE = "state.pt"
-READY_BATCHES = 2  # that each reader prepares, as torch has it
 PICTURES = 20  # over a whole run
 SAVE_EVERY_SECONDS = 120.0  # and after the last epoch
-LOOK_EVERY_STEPS = 100  # at the losses, which stay on the device until then; and after each epoch
+SAVING_SHARE = 0.05  # of the time may go into saving more often than that
+LOOK_EVERY_STEPS = 100  # at the losses, which stay on the device until then; and before each save
 TINY_LR, LARGE_LR = 1e-5, 5e-3
 
 
@@ -61,7 +62,6 @@ class PretrainingRun:
     spacing: tuple[float, ...]  # mm, z y x; for pictures
     network: Network
     protocol: Pretraining
-    seed: int
     cache: Cache | None = None
 
     @property
@@ -74,6 +74,14 @@ class PretrainingRun:
             skip_background=self.protocol.skip_background,
             masks_per_crop=self.protocol.masks_per_crop,
         )
+
+    @property
+    def affines(self) -> AffineDrawing | None:
+        """How crops are rotated and scaled, if they are."""
+        rotation, scaling = self.protocol.rotation, self.protocol.scaling
+        if not rotation and scaling == (1.0, 1.0):
+            return None
+        return AffineDrawing(rotation=rotation, scaling=scaling, spacing=self.spacing)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -98,7 +106,6 @@ class PretrainingRun:
             "spacing": list(self.spacing),
             "network": to_json_types(self.network),
             "pretraining": to_json_types(self.protocol),
-            "seed": self.seed,
             "half_precision_crops": self.cache is not None,
         }
 
@@ -121,16 +128,15 @@ def run(
     With `resume`, goes on from `state.pt` if there is one. Raises `UserError` when that belongs to a different job, or
     when the training diverges (the last good state is kept).
     """
-    torch.manual_seed(job.seed)
+    torch.manual_seed(job.protocol.seed)
     network = build_autoencoder(job.network, len(job.channel_names), job.protocol, spacing=job.spacing).to(device)
     groups = parameter_groups(network.named_parameters(), weight_decay=job.protocol.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
-    losses = _restore(
-        distributed.from_rank_0(lambda: _prepare(output, job, network, optimizer, resume=resume)), network, optimizer
-    )
+    state = distributed.from_rank_0(lambda: _prepare(output, job, network, optimizer, resume=resume))
+    losses, begun = _restore(state, network, optimizer)
     with _logging_to(output / "log.txt") if distributed.is_rank_0() else nullcontext():
-        _announce(job, network, device, done=len(losses))
-        _train(job, output, network, optimizer, losses, device, readers)
+        _announce(job, network, device, done=len(losses) * job.steps_per_epoch + len(begun))
+        _train(job, output, network, optimizer, losses, begun, device, readers)
     return PretrainingResult(network, losses)
 
 
@@ -140,36 +146,52 @@ def _train(
     network: Autoencoder,
     optimizer: torch.optim.Optimizer,
     losses: list[float],
+    begun: list[Tensor],
     device: torch.device,
     readers: int,
 ) -> None:
-    """Train until the last epoch; `losses` grows by one entry per epoch."""
+    """Train until the last epoch; `losses` grows by one entry per epoch, and `begun` are those of the steps after it.
+
+    Raises `Stopped` after the step in which a signal came to any process, with the state saved.
+    """
     is_first, model = distributed.is_rank_0(), distributed.synchronised(network)
-    first_step = len(losses) * job.steps_per_epoch
+    first_step = len(losses) * job.steps_per_epoch + len(begun)
     crops = RandomCrops(
-        job.files, job.patch_size, job.drawing, job.seed, job.cache, crops_per_volume=job.protocol.crops_per_volume
+        job.files,
+        job.patch_size,
+        job.drawing,
+        job.protocol.seed,
+        job.cache,
+        crops_per_volume=job.protocol.crops_per_volume,
+        affines=job.affines,
     )
     reads = _reads(job, first_step)
-    batches = iter(_batches(crops, reads, device, readers))
+    batches = read_batches(crops, reads, readers, pin_memory=device.type == "cuda")
     sample = crops[[0]].samples(device).first() if is_first else None
-    saved = time.monotonic()
+    saved, cost = time.monotonic(), 0.0
     network.train()
-    with tqdm(total=job.steps, initial=first_step, unit="step", desc="pre-training", disable=not is_first) as bar:
+    with (
+        postponed() as signal,
+        closing(batches),
+        tqdm(total=job.steps, initial=first_step, unit="step", desc="pre-training", disable=not is_first) as bar,
+    ):
         for epoch in range(len(losses), job.protocol.epochs):
             started, waited = time.monotonic(), 0.0
-            epoch_losses, norms = list[Tensor](), list[Tensor]()
-            watched = _Watched(job, crops, reads, output, epoch, epoch_losses, norms)
-            for step in range(epoch * job.steps_per_epoch, (epoch + 1) * job.steps_per_epoch):
+            watched, begun = _Watched(job, crops, reads, output, epoch, begun), []
+            for step in range(epoch * job.steps_per_epoch + watched.looked, (epoch + 1) * job.steps_per_epoch):
                 set_learning_rate(optimizer, _learning_rate(job, step))
                 asked = time.monotonic()
                 batch = next(batches)
                 waited += time.monotonic() - asked
-                loss, norm = _step(job, epoch, model, optimizer, batch.samples(device))
-                epoch_losses.append(loss)
-                norms.append(norm)
-                bar.update()
-                if len(norms) % LOOK_EVERY_STEPS == 0:
+                watched.add(*_step(job, epoch, model, optimizer, batch.samples(device)))
+                number = distributed.largest(signal())
+                if number or len(watched.norms) % LOOK_EVERY_STEPS == 0:
                     watched.look()
+                if number:
+                    save_state(output, network, optimizer, losses, watched.losses)
+                    logger.info("stopped by a signal after step %d of %d", step + 1, job.steps)
+                    raise Stopped(number)
+                bar.update()
             losses.append(watched.checked_mean(losses))
 
             kind = " (norm-pix)" if job.protocol.norm_pix_in(epoch) else ""
@@ -178,16 +200,14 @@ def _train(
             speed = job.steps_per_epoch * job.protocol.batch_size / seconds
             bar.set_postfix(loss=f"{losses[-1]:.4f}", samples_per_s=f"{speed:.1f}")
             logger.info(
-                "epoch %d: loss %.6f%s, learning rate %.2e, %.1f s (%.1f%% waiting for crops), %.1f samples/s, "
-                "gradient norm %.3g, at most %.3g",
-                epoch + 1, losses[-1], kind, rate, seconds, 100 * waited / seconds, speed,
-                torch.stack(norms).mean(), torch.stack(norms).max(),
+                "epoch %d: loss %.6f%s, learning rate %.2e, %.1f s (%.1f%% waiting for crops), %.1f samples/s%s",
+                epoch + 1, losses[-1], kind, rate, seconds, 100 * waited / seconds, speed, watched.norms_in_words,
             )  # fmt: skip
             if sample is None:  # rank 0 alone writes
                 continue
             is_last = epoch + 1 == job.protocol.epochs
-            if is_last or time.monotonic() - saved > SAVE_EVERY_SECONDS:
-                _save_state(output, network, optimizer, losses)
+            if is_last or time.monotonic() - saved > min(SAVE_EVERY_SECONDS, cost / SAVING_SHARE):
+                cost = save_state(output, network, optimizer, losses)
                 saved = time.monotonic()
             if is_last or (epoch + 1) % math.ceil(job.protocol.epochs / PICTURES) == 0:
                 _draw(job, output, network, losses, sample)
@@ -219,11 +239,6 @@ def _reads(job: PretrainingRun, first_step: int) -> ConsecutiveBatches:
     return ConsecutiveBatches(first_step, job.steps, job.protocol.reads, **place)
 
 
-def _batches(crops: RandomCrops, reads: ConsecutiveBatches, device: torch.device, readers: int) -> DataLoader:
-    """Return the batches of all steps to come, so that readers start only once."""
-    return DataLoader(crops, sampler=reads, batch_size=None, num_workers=readers, pin_memory=device.type == "cuda")
-
-
 def _learning_rate(job: PretrainingRun, step: int) -> float:
     """Return the learning rate of a step: warm-up and cosine, as in the original."""
     return job.protocol.lr * warmup_cosine((step + 1) / (job.steps + 1), job.protocol.warmup)
@@ -238,16 +253,31 @@ class _Watched:
     reads: ConsecutiveBatches
     output: Path
     epoch: int
-    losses: list[Tensor]
-    norms: list[Tensor]
-    looked: int = 0
+    losses: list[Tensor]  # with those of an earlier process, of which there are no norms
+    norms: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.looked = self.earlier = len(self.losses)
+
+    def add(self, loss: Tensor, norm: Tensor) -> None:
+        """Note a step."""
+        self.losses.append(loss)
+        self.norms.append(norm)
+
+    @property
+    def norms_in_words(self) -> str:
+        """Return the mean and the largest gradient norm for the log."""
+        if not self.norms:
+            return ""
+        norms = torch.stack(self.norms)
+        return f", gradient norm {norms.mean():.3g}, at most {norms.max():.3g}"
 
     def look(self) -> None:
         """Look at the steps since the last time; raise `UserError`, the same on all processes, if one is bad."""
         start, self.looked = self.looked, len(self.losses)
         if start == self.looked:
             return
-        found = first_bad_step(self.losses[start:], self.norms[start:])
+        found = first_bad_step(self.losses[start:], self.norms[start - self.earlier :])
         own = found and (found.step, found.by_gradient_alone, str(self._error(start + found.step, found.clause)))
         if bad := sorted(filter(None, distributed.gathered(own))):
             raise UserError(bad[0][2])
@@ -277,12 +307,6 @@ class _Watched:
         )
 
 
-def _save_state(output: Path, network: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
-    state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
-    with replacing(output / STATE) as temporary, temporary.open("wb") as stream:
-        torch.save(state, stream)
-
-
 def _prepare(
     output: Path, job: PretrainingRun, network: nn.Module, optimizer: torch.optim.Optimizer, *, resume: bool
 ) -> dict[str, Any] | None:
@@ -304,7 +328,7 @@ def _prepare(
             f"The run in {output} was started with other {', '.join(different)} (see its config.json): "
             "give the same flags and data to continue it, or start again without --c."
         )
-    return read_state(output / STATE, network, optimizer, job.protocol.epochs)
+    return read_state(output / STATE, network, optimizer, job.protocol.epochs, job.steps_per_epoch)
 
 
 def _move_aside(output: Path) -> None:
@@ -314,13 +338,15 @@ def _move_aside(output: Path) -> None:
         logger.warning("An earlier run was moved to %s (--c continues one that has a saved state).", moved)
 
 
-def _restore(state: dict[str, Any] | None, network: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
-    """Load a state, if there is one, and return the losses so far."""
+def _restore(
+    state: dict[str, Any] | None, network: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[list[float], list[Tensor]]:
+    """Load a state, if there is one; returns the losses of all epochs so far, and of the steps after them."""
     if state is None:
-        return []
+        return [], []
     network.load_state_dict(state["network"])
     optimizer.load_state_dict(state["optimizer"])
-    return list(state["losses"])
+    return list(state["losses"]), list(state["begun"].to(next(network.parameters()).device))
 
 
 def _announce(job: PretrainingRun, network: nn.Module, device: torch.device, *, done: int) -> None:
@@ -362,6 +388,11 @@ def _announce(job: PretrainingRun, network: nn.Module, device: torch.device, *, 
     logger.info("loss: %s", _loss_in_words(norm_pix=protocol.norm_pix_in(0)))
     if protocol.plain_epochs:
         logger.info("from epoch %d on: %s", protocol.plain_epochs + 1, _loss_in_words(norm_pix=True))
+    if job.affines:
+        logger.info(
+            "%.0f%% of the crops are rotated by up to %g degrees, and as many scaled by %g to %g",
+            100 * SHARE, protocol.rotation, *protocol.scaling,
+        )  # fmt: skip
     if protocol.lr < TINY_LR:
         logger.warning(
             "The learning rate %.1e is very low: the base rate is meant for large batches, see --lr.", protocol.lr
@@ -371,7 +402,8 @@ def _announce(job: PretrainingRun, network: nn.Module, device: torch.device, *, 
             "The learning rate %.1e is very high: the base rate is meant for smaller batches, see --lr.", protocol.lr
         )
     if done:
-        logger.info("continuing after epoch %d of %d", done, protocol.epochs)
+        epochs, steps = divmod(done, job.steps_per_epoch)
+        logger.info("continuing after epoch %d of %d, and %d steps", epochs, protocol.epochs, steps)
 
 
 def _loss_in_words(*, norm_pix: bool) -> str:

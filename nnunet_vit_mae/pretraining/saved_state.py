@@ -1,9 +1,10 @@
-"""The saved state of a pre-training, checked before any of it is used."""
+"""The saved state of a pre-training: written between any two steps, and checked before any of it is used."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,49 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_vit_mae.errors import UserError, abbreviated, reader_reason
+from nnunet_vit_mae.files import replacing
+from nnunet_vit_mae.pretraining import distributed
+from nnunet_vit_mae.signals import tell
+
+STATE = "state.pt"
 
 
-def read_state(file: Path, network: nn.Module, optimizer: torch.optim.Optimizer, epochs: int) -> dict[str, Any]:
+def save_state(
+    output: Path,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    losses: list[float],
+    begun: Sequence[Tensor] = (),
+) -> float:
+    """Let rank 0 save a run, and return the seconds that it took.
+
+    Args:
+        output: Folder of the run.
+        network: The network.
+        optimizer: Its optimiser.
+        losses: Losses of all whole epochs.
+        begun: Losses of the steps after them.
+    """
+    started = time.monotonic()
+    state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
+    state["begun"] = distributed.averaged(torch.stack(list(begun))) if begun else torch.empty(0)
+    if distributed.is_rank_0():
+        with replacing(output / STATE) as temporary, temporary.open("wb") as stream:
+            torch.save(state, stream)
+        tell(what_is_kept(output))
+    return time.monotonic() - started
+
+
+def what_is_kept(output: Path) -> str:
+    """Return a sentence about the state of a run that has ended early, and how to go on."""
+    if (output / STATE).is_file():
+        return f"The state is saved in {output / STATE}, and the same command with --c goes on from there."
+    return "Nothing of this run is saved yet, and the same command starts it again."
+
+
+def read_state(
+    file: Path, network: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, steps_per_epoch: int
+) -> dict[str, Any]:
     """Read the state of a run of at most so many epochs, on the CPU.
 
     Raises:
@@ -32,6 +73,9 @@ def read_state(file: Path, network: nn.Module, optimizer: torch.optim.Optimizer,
         raise _refusal(file, "has no list of losses")
     if len(losses) > epochs:
         raise _refusal(file, f"has {len(losses)} epochs, but the run has only {epochs}")
+    begun = state.setdefault("begun", torch.empty(0))  # states of earlier versions are of whole epochs
+    if not isinstance(begun, Tensor) or begun.dim() != 1 or len(begun) > steps_per_epoch or not begun.isfinite().all():
+        raise _refusal(file, "has no losses of the steps after the last epoch")
     if not isinstance(saved, dict) or _sizes(saved) != _sizes(optimizer.state_dict()):
         raise _refusal(file, "is of another optimiser")
     return state

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nnunet_vit_mae.files import read_json
+from nnunet_vit_mae.pickles import read_trained
 from nnunet_vit_mae.study.design import CHECKPOINTS, StudyDesign
 from nnunet_vit_mae.study.workflow import Compute, duration_text, read_compute
 
@@ -84,7 +83,7 @@ def _parameters_text(study: StudyDesign, arm: str) -> str:
 
 def count_parameters(checkpoint: Path) -> int:
     """Count the weights in a checkpoint of nnU-Net, which names some of them twice."""
-    weights = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)["network_weights"]
+    weights = read_trained(checkpoint, mmap=True)["network_weights"]
     return sum({tensor.data_ptr(): tensor.numel() for tensor in weights.values()}.values())
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from nnunet_vit_mae.csv_tables import write_frame
 from nnunet_vit_mae.evaluation.pictures import Gallery
 from nnunet_vit_mae.evaluation.report import template_environment
 from nnunet_vit_mae.evaluation.summary import REPORTED_PACKAGES
@@ -180,5 +181,4 @@ def _write_comparisons(answers: dict[Question, list[PairedDifference]], file: Pa
         for question, found in answers.items()
         for paired in found
     ]
-    with replacing(file) as temporary:
-        pd.DataFrame(rows).to_csv(temporary, index=False, encoding="utf-8", lineterminator="\n")
+    write_frame(pd.DataFrame(rows), file)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from nnunet_vit_mae.csv_tables import read_frame, write_frame
 from nnunet_vit_mae.datasets.acquisition import find_scans_table, read_scans_table, slice_thickness
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.cases import find_evaluation_set, measure_cases
 from nnunet_vit_mae.evaluation.results import EvaluationOptions
-from nnunet_vit_mae.files import replacing
 from nnunet_vit_mae.study.design import StudyDesign, StudyModel
 from nnunet_vit_mae.study.steps import prediction_marker
 
@@ -34,8 +34,7 @@ def measure_study(study: StudyDesign) -> tuple[pd.DataFrame, list[StudyModel]]:
     if not done:
         raise UserError(f"No model of {study.output} has been tested yet: run mae3d_study first.")
     table = pd.concat([_measured(study, model) for model in done], ignore_index=True)
-    with replacing(Path(study.output) / RESULTS) as temporary:
-        table.to_csv(temporary, index=False, encoding="utf-8", lineterminator="\n")
+    write_frame(table, Path(study.output) / RESULTS)
     return table, [model for model in study.models() if model not in done]
 
 
@@ -49,9 +48,8 @@ def _measured(study: StudyDesign, model: StudyModel) -> pd.DataFrame:
             known = slice_thickness(read_scans_table(table, [case.name for case in evaluation_set.cases]))
             evaluation_set = evaluation_set.with_slice_thickness(known, table)
         measures, _ = measure_cases(evaluation_set, EvaluationOptions())
-        with replacing(file) as temporary:
-            measures.drop(columns="model").to_csv(temporary, index=False, encoding="utf-8")
-    measures = pd.read_csv(file, dtype={"case": str, "label": str})
+        write_frame(measures.drop(columns="model"), file)
+    measures = read_frame(file, dtype={"case": str, "label": str})
     key = {"arm": model.arm, "few": model.few, "seed": model.seed, "calibrated": model.calibrated}
     others = [column for column in measures if column not in KEY]
     return measures.assign(**key).reindex(columns=[*KEY, *others])

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import locked, write_json
+from nnunet_vit_mae.guard import guarded
 from nnunet_vit_mae.installation import trainers_folder
 from nnunet_vit_mae.study.design import STUDY_FILE, StudyDesign
 from nnunet_vit_mae.study.steps import Step, steps_of
@@ -92,18 +93,13 @@ def environment() -> Mapping[str, str]:
 
 def _follow(command: Sequence[str], study: StudyDesign, jobs: int, say: Callable[[str], None]) -> int:
     """Run Snakemake, and tell the time left whenever steps are done."""
-    process = subprocess.Popen(command, env=environment())
     told = ""
-    try:
+    with guarded(command, env=environment()) as process:
         while process.poll() is None:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=POLL_SECONDS)
             if (line := progress_of(study).text(jobs)) != told and process.poll() is None:
                 say(told := line)
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
     return process.returncode
 
 

@@ -21,9 +21,10 @@ from nnunet_vit_mae.datasets.check.ct_intensities import CTIntensities
 from nnunet_vit_mae.datasets.contrasts import Channels, find_case_images, read_channels, read_contrasts
 from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.imaging.channels import NIFTI, cases_in
-from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.imaging.ct_clipping import is_ct
+from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.imaging.labels import Labels, read_labels, read_volume, whole_numbers
+from nnunet_vit_mae.imaging.stated_geometry import nifti_ambiguities
 from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
 from nnunet_vit_mae.workers import run_each
 
@@ -149,7 +150,7 @@ def _missing_files(task: InspectionTask, files: Collection[int], channels: Chann
     if not files:
         yield task.finding(ERROR, "no image", "has a label, but no image")
         return
-    for number, name in enumerate(channels.names):
+    for number, name in enumerate(channels.headings):
         if number not in files:
             text = f"lacks channel {number:04d} ({name}); if it was not acquired, use mae3d_fill_contrasts"
             yield task.finding(ERROR, "missing channel", text)
@@ -172,6 +173,7 @@ def inspect_case(task: InspectionTask, known: frozenset[int]) -> CaseSummary:
         for number, file in task.images.items():
             try:
                 array, geometry = _stored_volume(file)
+                findings += [task.finding(WARNING, "header", f"{file.name} {text}") for text in nifti_ambiguities(file)]
             except Exception as error:  # noqa: BLE001 (readers raise many kinds, and all other files are inspected too)
                 findings.append(
                     task.finding(ERROR, "unreadable", f"{file.name} cannot be read: {reader_reason(error)}")
@@ -203,8 +205,6 @@ def _stored_volume(file: Path) -> tuple[np.ndarray, Geometry]:
     if not file.name.endswith(NIFTI):
         return read_volume(file)
     geometry = read_geometry(file)
-    if len(geometry.size) != 3:
-        raise ValueError(f"{file.name} has {len(geometry.size)} dimensions instead of three")
     image: Any = nibabel.load(file)
     return np.asanyarray(image.dataobj).T.reshape(geometry.size[::-1]), geometry
 

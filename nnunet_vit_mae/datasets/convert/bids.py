@@ -96,7 +96,8 @@ def _why_no_contrast(file: Path) -> str:
     if (suffix := _suffix(file)) in NOT_CONTRASTS:
         return f"{suffix} is no contrast"
     try:
-        shape: Any = nibabel.load(file).shape
+        image: Any = nibabel.load(file)
+        shape = image.shape
     except Exception:  # noqa: BLE001  the reason is given where images are read
         return ""
     return f"holds {shape[3]} volumes" if len(shape) > 3 and max(shape[3:]) > 1 else ""

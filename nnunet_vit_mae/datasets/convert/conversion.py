@@ -6,23 +6,25 @@ written to the `key` only, a file outside the dataset.
 
 from __future__ import annotations
 
-import csv
+import hashlib
 import re
+import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
+from nnunet_vit_mae.csv_tables import write_records, write_rows
 from nnunet_vit_mae.datasets.acquisition import KERNEL, SCANS_TABLE, SLICE_THICKNESS
 from nnunet_vit_mae.datasets.contrasts import fill_contrasts
 from nnunet_vit_mae.datasets.convert.studies import FoundStudies, Study, read_image_source
 from nnunet_vit_mae.datasets.tables import read_case_table
 from nnunet_vit_mae.errors import UserError, WriteError
-from nnunet_vit_mae.files import make_folder, replacing, write_json
+from nnunet_vit_mae.files import make_folder, read_json, write_json
 from nnunet_vit_mae.imaging.channels import channel_file_name
 from nnunet_vit_mae.imaging.registration import RegistrationError, register, single_itk_thread
 from nnunet_vit_mae.imaging.scans import ENDING, ScanError
@@ -30,6 +32,7 @@ from nnunet_vit_mae.imaging.volumes import geometry_of
 from nnunet_vit_mae.imaging.writing import write_image
 from nnunet_vit_mae.workers import run_each
 
+CONVERTED = ".converted"  # what is known about studies that are done, until the dataset is complete
 PROBLEMS, UNUSED = "problems.csv", "unused.csv"
 LABEL, WHOLE_STUDY = "label", "study"  # a problem may concern these instead of a contrast
 ALL, UNKNOWN = "all", "unknown"  # a problem may concern these instead of a case
@@ -111,19 +114,24 @@ def convert(
         ConversionTask(study, names[study.patient, study.session], list(contrasts), reference, output)
         for study in studies
     ]
-    by_case = {}
-    for job, result in tqdm(run_each(convert_study, jobs, processes), total=len(jobs), unit="study"):
+    by_case = _converted_before(output, studies)
+    left = [job for job in jobs if job.case not in by_case]
+    for job, result in tqdm(run_each(convert_study, left, processes), total=len(left), unit="study"):
         lost = ConvertedStudy(job.case, problems={WHOLE_STUDY: "needs more memory than is available: lower -np"})
         by_case[job.case] = result or lost
-    converted = [by_case[case] for case in sorted(by_case)] + _of_no_case(list(by_case.values()), contrasts, found.damaged)
+        if result:
+            write_json(asdict(result), output / CONVERTED / f"{job.case}.json")
+    converted = [by_case[case] for case in sorted(by_case)] + _of_no_case(
+        list(by_case.values()), contrasts, found.damaged
+    )
     unused = [(names[study.patient, study.session], *of_study) for study in studies for of_study in study.unused]
     unused += [("", *object_) for object_ in found.unused]
     counts = Counter((image, reason) for _, image, reason in unused)
     _write_conversion_tables(converted, contrasts, output)
     if unused:
-        rows = [dict(zip(UNUSED_FIELDS, row, strict=True)) for row in unused]
-        _write_rows(rows, UNUSED_FIELDS, output / UNUSED)
+        write_rows(UNUSED_FIELDS, unused, output / UNUSED)
     if not any(study.folder for study in converted):
+        shutil.rmtree(output / CONVERTED)
         reasons = "; ".join(Conversion(converted).problems[:5])
         raise UserError(f"None of {len(jobs)} studies could be converted ({reasons}): see {output / PROBLEMS}.")
     values = sorted({value for study in converted for value in study.label_values} - {0})
@@ -134,11 +142,29 @@ def convert(
         "file_ending": ENDING,
     }
     write_json(content, output / "dataset.json")
+    shutil.rmtree(output / CONVERTED)
     try:
         fill_contrasts(output)
     except UserError as error:  # nothing has to be converted again
         return Conversion(converted, counts, f"{str(error).rstrip('.')}, then run mae3d_fill_contrasts.")
     return Conversion(converted, counts)
+
+
+def _converted_before(output: Path, studies: Sequence[Study]) -> dict[str, ConvertedStudy]:
+    """Return what a conversion of the same studies had done when it was stopped, by case.
+
+    Raises `UserError` if it was of other studies: its cases would have other names.
+    """
+    folder, note = output / CONVERTED, output / CONVERTED / "studies.json"
+    # of all studies together, so that nobody can find a patient by trying
+    content = {"studies": hashlib.sha256(repr(studies).encode()).hexdigest()}
+    if not note.is_file():
+        write_json(content, note)
+        return {}
+    if read_json(note) != content:
+        raise UserError(f"{output} is an unfinished conversion of other files than there are now: remove it.")
+    before = (ConvertedStudy(**read_json(file)) for file in folder.glob("P*.json"))
+    return {study.case: replace(study, label_values=tuple(study.label_values)) for study in before}
 
 
 def _of_no_case(studies: list[ConvertedStudy], contrasts: Sequence[str], damaged: int) -> list[ConvertedStudy]:
@@ -307,20 +333,13 @@ def _write_conversion_tables(studies: Sequence[ConvertedStudy], contrasts: Seque
     first = ("case", "patient", "session", "contrasts", "reference", "manufacturer", "model", KERNEL)
     of_contrast = ("spacing_mm", "slice_thickness_mm", "model", "kernel", "mutual_information")
     columns = [*first, SLICE_THICKNESS, *(f"{name}_{column}" for name in contrasts for column in of_contrast)]
-    _write_rows([study.row for study in studies if study.folder], columns, output / SCANS_TABLE)
+    write_records([study.row for study in studies if study.folder], columns, output / SCANS_TABLE)
     problems = [
         {"case": study.case, "image": image, "problem": reason}
         for study in studies
         for image, reason in study.problems.items()
     ]
-    _write_rows(problems, ("case", "image", "problem"), output / PROBLEMS)
-
-
-def _write_rows(rows: Iterable[dict[str, str]], columns: Sequence[str], file: Path) -> None:
-    with replacing(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_records(problems, ("case", "image", "problem"), output / PROBLEMS)
 
 
 # ---------- pseudonyms
@@ -357,7 +376,7 @@ def _read_key(key: Path) -> dict[tuple[str, str], str]:
 def _write_key(names: dict[tuple[str, str], str], key: Path) -> None:
     """Write the key, before the first image is written, so that it exists whatever happens later."""
     try:
-        _write_rows([dict(zip(KEY_FIELDS, (case, *of), strict=True)) for of, case in names.items()], KEY_FIELDS, key)
+        write_rows(KEY_FIELDS, ((case, *of) for of, case in names.items()), key)
     except OSError as error:
         raise UserError(
             f"{key} cannot be written ({error.strerror}): give a file in a writable folder with --key."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -81,5 +80,3 @@ def read_image_source(source: ImageSource) -> sitk.Image:
         return checked_volume(read_series(source.origin), "the series")
     except SeriesError as error:
         raise ScanError(str(error)) from None
-
-

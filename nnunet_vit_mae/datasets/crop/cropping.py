@@ -43,7 +43,7 @@ from nnunet_vit_mae.datasets.crop.region import (
 )
 from nnunet_vit_mae.datasets.tables import read_case_table
 from nnunet_vit_mae.errors import UserError, WriteError, reader_reason
-from nnunet_vit_mae.files import make_folder, read_back, replacing
+from nnunet_vit_mae.files import locked, make_folder, read_back_otherwise, remove_unfinished, replacing
 from nnunet_vit_mae.imaging.channels import channel_file_name
 from nnunet_vit_mae.imaging.labels import whole_numbers
 from nnunet_vit_mae.imaging.registration import (
@@ -58,7 +58,7 @@ from nnunet_vit_mae.imaging.registration import (
 )
 from nnunet_vit_mae.imaging.scans import ENDING, Scan, ScanError, find_scans, read_scan
 from nnunet_vit_mae.imaging.volumes import geometry_of
-from nnunet_vit_mae.imaging.writing import NOT_READ_BACK, write_image
+from nnunet_vit_mae.imaging.writing import write_image
 from nnunet_vit_mae.workers import run_each
 
 PAUSE = 5.0  # seconds between two writes of the table, which may have thousands of rows
@@ -122,9 +122,10 @@ def crop_folder(
     if column:
         table = read_case_table(column.file, column.case, [scan.name for scan in scans])
         template_of = table.column(column.template, "--template_column")
-    make_folder(settings.output)
-    description = describe_like(images, contrasts)
-    return finish(crop_scans(scans, settings, template_of, processes), settings.output, description)
+    with locked(settings.output):
+        make_folder(settings.output)
+        description = describe_like(images, contrasts)
+        return finish(crop_scans(scans, settings, template_of, processes), settings.output, description)
 
 
 def crop_scans(
@@ -224,10 +225,10 @@ def _crop_case(job: CropTask) -> QCRow:
 
 
 def _write_transform(transform: sitk.Transform, file: Path) -> None:
-    with replacing(file) as temporary, read_back(temporary):
+    with replacing(file) as temporary:
         sitk.WriteTransform(transform, str(temporary))
         if sitk.ReadTransform(str(temporary)).GetParameters() != transform.GetParameters():
-            raise ValueError(NOT_READ_BACK)
+            raise read_back_otherwise(temporary)
 
 
 def _register_to_best(job: CropTask, image: sitk.Image) -> tuple[Region, Alignment]:
@@ -307,6 +308,9 @@ def _crop_all(jobs: list[CropTask], rows: dict[str, QCRow], output: Path, proces
     for job in jobs:  # remove what an earlier call made from other files or settings
         if row := rows.pop(job.scan.name, None):
             remove_files(row, output)
+    for folder in (output, *(path for path in output.iterdir() if path.is_dir())):
+        remove_unfinished(folder)
+    write_qc_table(rows.values(), output)  # first of all: by it the next call knows the folder for its own
     _thumbnails_of_templates(jobs, output)
     cropped, written = [], time.monotonic()
     try:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from nnunet_vit_mae.csv_tables import read_rows, write_rows
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import replacing
+from nnunet_vit_mae.files import inside
 from nnunet_vit_mae.imaging.channels import channel_file_name
 from nnunet_vit_mae.imaging.scans import ENDING
 
 QC_TABLE = "qc.csv"
 DONE, FAILED, REJECTED = "done", "failed", "rejected"
+FOLDERS = ("imagesTr", "imagesUn", "")  # of the images; a case without a template has none
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,17 @@ def read_qc_table(output: Path) -> list[QCRow]:
     """Read the rows of an earlier call, if any; raises `UserError` if the folder holds something else."""
     file = output / QC_TABLE
     if not file.exists():
-        if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        if output.exists() and not (output.is_dir() and all(_is_half_written(file) for file in output.iterdir())):
             raise UserError(f"{output} exists, but has no {QC_TABLE}: give a new folder with -o, or remove it.")
         return []
     try:
-        with file.open(newline="", encoding="utf-8") as stream:
-            return [_qc_row(line) for line in csv.DictReader(stream)]
+        return [_qc_row(line) for line in read_rows(file)]
     except (TypeError, ValueError, KeyError):
         raise UserError(f"{file} was not written by mae3d_crop_roi: give a new folder with -o.") from None
+
+
+def _is_half_written(file: Path) -> bool:
+    return file.name.startswith(".") and file.name.endswith(f".{QC_TABLE}")
 
 
 def worst_first(rows: Iterable[QCRow]) -> list[QCRow]:
@@ -63,13 +67,13 @@ def worst_first(rows: Iterable[QCRow]) -> list[QCRow]:
 
 def write_qc_table(rows: Iterable[QCRow], output: Path) -> None:
     """Write all rows; the file is complete at any time."""
-    with replacing(output / QC_TABLE) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        columns = [field.name for field in fields(QCRow)]
-        writer.writerow(columns)
-        for row in rows:
-            values = (getattr(row, column) for column in columns)
-            writer.writerow(f"{value:.4f}" if isinstance(value, float) else value for value in values)
+    columns = [field.name for field in fields(QCRow)]
+    cells = ([_cell(getattr(row, column)) for column in columns] for row in rows)
+    write_rows(columns, cells, output / QC_TABLE)
+
+
+def _cell(value: Any) -> Any:
+    return f"{value:.4f}" if isinstance(value, float) else value
 
 
 def _qc_row(line: Mapping[str, str]) -> QCRow:
@@ -77,7 +81,10 @@ def _qc_row(line: Mapping[str, str]) -> QCRow:
     values: dict[str, Any] = {
         name: (float(text) if text else None) if name in numbers else text for name, text in line.items()
     }
-    return QCRow(**values)
+    row = QCRow(**values)
+    if row.folder not in FOLDERS or not all(number.isdecimal() for number in row.channels.split()):
+        raise ValueError(row.folder)
+    return row
 
 
 def caption(row: QCRow) -> str:
@@ -93,9 +100,11 @@ def files_of(row: QCRow, output: Path) -> list[Path]:
     """Return all files that are written for a case."""
     if not row.folder:
         return []
-    images = [output / row.folder / channel_file_name(row.case, int(number), ENDING) for number in row.channels.split()]
-    labels = [output / "labelsTr" / f"{row.case}{ENDING}"] if row.folder == "imagesTr" else []
-    return [*images, *labels, output / "transforms" / f"{row.case}.tfm", output / "thumbnails" / f"{row.case}.png"]
+    names = [(row.folder, channel_file_name(row.case, int(number), ENDING)) for number in row.channels.split()]
+    if row.folder == "imagesTr":
+        names.append(("labelsTr", f"{row.case}{ENDING}"))
+    names += [("transforms", f"{row.case}.tfm"), ("thumbnails", f"{row.case}.png")]
+    return [inside(output, *parts, source=output / QC_TABLE) for parts in names]
 
 
 def remove_files(row: QCRow, output: Path) -> None:

@@ -1,0 +1,62 @@
+"""Trainings that a signal ends in order, and that lose one epoch at most, whatever ends them."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_vit_mae.errors import exit_on_user_error
+from nnunet_vit_mae.files import replacing
+from nnunet_vit_mae.signals import forks_follow, stoppable, tell
+
+FINAL, LATEST, BEST = (f"checkpoint_{name}.pth" for name in ("final", "latest", "best"))
+
+
+class StoppableTrainer(nnUNetTrainer):
+    """nnU-Net's trainer with a checkpoint after each epoch, which is whole at any time."""
+
+    saved_since = 0.0  # files that are older belong to an earlier training
+
+    @exit_on_user_error
+    def run_training(self) -> None:
+        """Train as nnU-Net does. A signal ends it with a sentence; the last whole epoch is saved."""
+        self.save_every = 1
+        self.saved_since = 0.0 if self.current_epoch else time.time()
+        with self._stoppable(), forks_follow():
+            super().run_training()
+
+    @exit_on_user_error
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Validate as nnU-Net does. A signal ends it with a sentence."""
+        with self._stoppable(), forks_follow():
+            super().perform_actual_validation(save_probabilities)
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Save a checkpoint in place of an earlier one of that name."""
+        if self.local_rank or self.disable_checkpointing:
+            return super().save_checkpoint(filename)
+        with replacing(Path(filename)) as temporary:
+            super().save_checkpoint(str(temporary))
+        tell(what_training_keeps(Path(filename).parent, self.saved_since))
+        return None
+
+    def _stoppable(self) -> AbstractContextManager[None]:
+        # the first process speaks for all
+        say = partial(self.print_to_log_file, also_print_to_console=True) if self.local_rank == 0 else lambda _: None
+        return stoppable(what_training_keeps(Path(self.output_folder), self.saved_since), say)
+
+
+def what_training_keeps(folder: Path, since: float) -> str:
+    """Return a sentence about what a training has saved since a time, and how `nnUNetv2_train` goes on from it."""
+    final, latest, best = (folder / name for name in (FINAL, LATEST, BEST))
+    saved = [file for file in (final, latest, best) if file.is_file() and file.stat().st_mtime >= since]
+    if not saved:
+        return "No epoch was finished, so that nothing is saved, and the same command starts again."
+    if saved[0] == final:
+        return f"The training is complete and saved in {final}, and the same command with --val validates it."
+    before = f", after {final} of an earlier training has been moved away" if final.is_file() else ""
+    return f"The last whole epoch is saved in {saved[0]}, and the same command with --c goes on from there{before}."

@@ -1,0 +1,100 @@
+"""Batches of crops from processes that read ahead, which hand them over in shared memory."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Generator
+from multiprocessing import active_children
+from signal import SIG_IGN
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.pretraining.crops import CropBatch, RandomCrops
+from nnunet_vit_mae.pretraining.volumes import SHARED_MEMORY
+from nnunet_vit_mae.signals import end_children, follow_parent, held
+
+READY_BATCHES = 2  # that each reader prepares, as torch has it
+READER_SECONDS = 600.0  # within which some reader has to give a batch
+NO_ROOM = "enlarge it (docker run --shm-size, for instance), or read without other processes (-np 0)"
+
+
+class _Shared(Dataset):
+    """Batches that lie in shared memory before they are handed over.
+
+    torch would put them there in a thread whose errors, such as a lack of memory, reach nobody: the training would wait
+    for ever.
+    """
+
+    def __init__(self, crops: RandomCrops):
+        self.crops = crops
+
+    def __getitem__(self, reads: Any) -> CropBatch:
+        batch = self.crops[reads]
+        for part in (batch.crops, batch.flips, *batch.masks):
+            part.share_memory_()
+        return batch
+
+
+def read_batches(
+    crops: RandomCrops, steps: Sampler, readers: int, *, pin_memory: bool
+) -> Generator[CropBatch, None, None]:
+    """Yield the batches of all steps, read by as many processes as `readers` says, or by this one if that is 0.
+
+    Close the iterator to end the readers. Raises `UserError` when a reader has ended, when none gives a batch for a
+    long time, and when shared memory runs out.
+    """
+    if not readers:
+        yield from DataLoader(crops, sampler=steps, batch_size=None, pin_memory=pin_memory)
+        return
+    others = set(active_children())
+    loader = DataLoader(
+        _Shared(crops), sampler=steps, batch_size=None, num_workers=readers, pin_memory=pin_memory,
+        prefetch_factor=READY_BATCHES, timeout=READER_SECONDS, worker_init_fn=_start_reader,
+    )  # fmt: skip
+    try:
+        with held():
+            batches = iter(loader)
+        yield from batches
+    except RuntimeError as error:
+        raise _reason(str(error)) or error from None
+    finally:
+        batches = None  # which ends readers that listen
+        end_children(set(active_children()) - others)
+
+
+def refuse_without_shared_memory(readers: int, batch_bytes: int) -> None:
+    """Raise `UserError` if the batches that readers have ready do not fit into shared memory."""
+    needed = (READY_BATCHES * readers + 1) * batch_bytes if readers else 0
+    usage = shutil.disk_usage(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else None
+    if usage and needed > usage.free:
+        raise UserError(
+            f"The batches that {readers} readers have ready need {needed / 1e6:.3g} MB of shared memory, but "
+            f"{SHARED_MEMORY} has {usage.free / 1e6:.3g} MB free: {NO_ROOM}, or use fewer of them."
+        )
+
+
+def _start_reader(_: int) -> None:
+    torch.set_num_threads(1)
+    follow_parent(SIG_IGN)  # the loop needs its batches until it has finished its step, whoever gets SIGTERM
+
+
+def _reason(message: str) -> UserError | None:
+    """Return what a message of torch about its readers means; None for an error of another kind."""
+    if re.search("shared memory|Bus error", message):
+        return UserError(f"The shared memory {SHARED_MEMORY} is full: {NO_ROOM}.")
+    if "timed out after" in message:
+        return UserError(
+            f"No reader has given a batch of crops for {math.ceil(READER_SECONDS / 60)} minutes: look whether the disk "
+            "with the preprocessed files answers, and run the command again."
+        )
+    if re.search("killed by signal|exited unexpectedly", message):
+        return UserError(
+            "A process that reads crops was ended, as the system does when memory runs out: use fewer of them (-np) or "
+            "a smaller batch."
+        )
+    return None
