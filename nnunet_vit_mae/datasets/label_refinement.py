@@ -131,7 +131,7 @@ def refine_case(
         label, label_geometry = read_volume(case.label)
     if difference := geometry.difference(label_geometry):
         raise UserError(f"{case.case} has image and label that differ in {difference}: resample one to the other.")
-    if not whole_numbers(label):
+    if not whole_numbers(label) or not all_finite(label, case.label):
         raise UserError(f"{case.case} has a label with values that are not integers: give a segmentation.")
     if values is None:
         values = tuple(int(value) for value in np.unique(label) if value != 0)
