@@ -31,7 +31,7 @@ from nnunet_vit_mae.imaging.description import DESCRIPTION, describe
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.nnunet.absence import keeping_absence
-from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation
+from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation, repeatable
 from nnunet_vit_mae.nnunet.checked_plans import check_plans
 from nnunet_vit_mae.nnunet.checkpoints import refuse_other_network
 from nnunet_vit_mae.nnunet.folders import dataset_id, encoder_file
@@ -103,6 +103,11 @@ class ScheduledTrainer(StoppableTrainer):
         if self.fold != "all" and (warning := separation_warning(folder, training.identifiers, validation.identifiers)):
             self.print_to_log_file(f"WARNING: {warning}")
         return training, validation
+
+    def get_training_transforms(self, *args: Any, **kwargs: Any) -> ComposeTransforms:
+        """Return nnU-Net's augmentation; with a seed, one that repeats."""
+        transform = cast(ComposeTransforms, nnUNetTrainer.get_training_transforms(*args, **kwargs))
+        return repeatable(transform) if self.seed >= 0 else transform
 
 
 class nnUNetTrainerBaseline(ScheduledTrainer):  # noqa: N801 (the names that users type follow nnU-Net)
@@ -187,7 +192,7 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
 
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
         """Return nnU-Net's augmentation, or nothing where `train_step` does it; absent contrasts stay zero."""
-        transform = nnUNetTrainer.get_training_transforms(*args, **kwargs)
+        transform = super().get_training_transforms(*args, **kwargs)
         dropout = self.settings.finetuning.contrast_dropout
         if self.settings.finetuning.augmentation == "loader":
             return keeping_absence(transform, dropout=dropout)
