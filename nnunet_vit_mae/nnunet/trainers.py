@@ -16,9 +16,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
-from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
-from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -34,7 +32,7 @@ from nnunet_vit_mae.imaging.description import DESCRIPTION, describe
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.nnunet.absence import keeping_absence
-from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation
+from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation, repeatable
 from nnunet_vit_mae.nnunet.checked_plans import check_plans
 from nnunet_vit_mae.nnunet.checkpoints import refuse_other_network
 from nnunet_vit_mae.nnunet.folders import dataset_id, encoder_file
@@ -102,16 +100,6 @@ class ScheduledTrainer(WatchedTrainer, StoppableTrainer):
         np.random.seed(drawn[1])  # noqa: NPY002 (nnU-Net draws from numpy's global generator)
         torch.manual_seed(int(drawn[2]))
 
-    def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
-        """Return nnU-Net's augmentation; with a seed it does not choose between two ways of blurring by their time."""
-        transform = nnUNetTrainer.get_training_transforms(*args, **kwargs)
-        if self.seed >= 0:
-            for part in transform.transforms:
-                part = part.transform if isinstance(part, RandomTransform) else part
-                if isinstance(part, GaussianBlurTransform):
-                    part.benchmark = False
-        return transform
-
     @exit_on_user_error
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """Load a checkpoint as nnU-Net does, which would run code in it: one with more than weights is refused."""
@@ -133,6 +121,11 @@ class ScheduledTrainer(WatchedTrainer, StoppableTrainer):
         if self.fold != "all" and (warning := separation_warning(folder, training.identifiers, validation.identifiers)):
             self.print_to_log_file(f"WARNING: {warning}")
         return training, validation
+
+    def get_training_transforms(self, *args: Any, **kwargs: Any) -> ComposeTransforms:
+        """Return nnU-Net's augmentation; with a seed, one that repeats."""
+        transform = cast(ComposeTransforms, nnUNetTrainer.get_training_transforms(*args, **kwargs))
+        return repeatable(transform) if self.seed >= 0 else transform
 
 
 class nnUNetTrainerBaseline(ScheduledTrainer):  # noqa: N801 (the names that users type follow nnU-Net)
