@@ -1,5 +1,6 @@
 """Files that hold code or claim to be huge: nothing in them is run, and nothing of them is read into memory."""
 
+import ast
 import gzip
 import json
 import os
@@ -19,6 +20,7 @@ import SimpleITK as sitk
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
+import nnunet_vit_mae
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.foreign.checkpoints import read_checkpoint
 from nnunet_vit_mae.imaging.labels import read_volume
@@ -140,6 +142,17 @@ def test_the_poison_works_where_it_is_run(name, tmp_path, marker):
     make, read = UNSAFE[name]
     read(make(tmp_path, marker))
     assert marker.exists()
+
+
+def test_no_source_reads_what_can_run_code():
+    """Calls that unpickle have one home each, and say that they do not run code."""
+    for file in (Path(nnunet_vit_mae.__file__).parent).rglob("*.py"):
+        for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):
+            name, said = ast.unparse(call.func), {word.arg: ast.unparse(word.value) for word in call.keywords}
+            assert name not in ("pickle.load", "pickle.loads", "load_pickle", "joblib.load", "eval", "exec"), file
+            assert name != "torch.load" or said.get("weights_only") == "True", file
+            assert name != "np.load" or said.get("allow_pickle") == "False", file
+            assert name != "blosc2.open" or "deserialize" not in said, file  # "safe" unless something else is said
 
 
 def test_a_training_is_not_continued_from_a_poisoned_checkpoint(in_workspace, tmp_path, marker, refused):
