@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 import re
+import resource
 import time
 from dataclasses import replace
 
@@ -396,3 +397,16 @@ def test_interpolation_stays_within_what_is_known():
     for channel in range(2):
         assert known[:, channel].min() <= filled[..., channel, :].min()
         assert filled[..., channel, :].max() <= known[:, channel].max() + 1e-6
+
+
+def test_a_full_disk_ends_a_run_and_the_state_before_goes_on(make_job, tmp_path, saving_always, capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (0, 600, 20_000):  # stops at the settings, at the log, and at the state
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                loop.run(make_job(), tmp_path / "out", device=CPU, resume=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "Logging error" not in capsys.readouterr().err
+    assert len(loop.run(make_job(), tmp_path / "out", device=CPU, resume=True).losses) == 4
