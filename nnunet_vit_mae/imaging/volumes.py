@@ -18,8 +18,10 @@ import SimpleITK as sitk
 
 from nnunet_vit_mae.errors import reading
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, NIFTI
-from nnunet_vit_mae.imaging.stated_geometry import spacing_problem
+from nnunet_vit_mae.imaging.stated_geometry import CUT_OFF, spacing_problem
 from nnunet_vit_mae.limits import too_many_voxels
+
+NOT_FINITE = "holds voxels that are NaN or infinite: replace them"
 
 
 class ScanError(ValueError):
@@ -80,7 +82,7 @@ def read_geometry(file: Path, name: str | None = None) -> Geometry:
     if (values := reader.GetNumberOfComponents()) > 1:
         raise ScanError(f"{name} has {values} values in each voxel, such as a colour or a vector, instead of one")
     if file.name.lower().endswith(NIFTI) and _is_cut_off(file):
-        raise ScanError(f"{name} is cut off or damaged, copy it again")
+        raise ScanError(f"{name} {CUT_OFF}")
     return Geometry(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
 
 
@@ -107,6 +109,20 @@ def image_header(file: Path, name: str | None = None) -> sitk.ImageFileReader:
     if problem := too_many_voxels(reader.GetSize()):
         raise ScanError(f"{name or file.name} {problem}")
     return reader
+
+
+def all_finite(voxels: np.ndarray, file: Path) -> bool:
+    """Return whether an image holds neither NaN nor infinite voxels.
+
+    Args:
+        voxels: The image as SimpleITK or one of nnU-Net's readers gives it.
+        file: Its file, which is read again if it is NIfTI: ITK silently turns NaN there into zeros.
+    """
+    if voxels.dtype.kind == "f" and file.name.lower().endswith(NIFTI):
+        image: Any = nibabel.load(file)
+        if image.get_data_dtype().kind == "f":
+            voxels = np.asanyarray(image.dataobj)
+    return voxels.dtype.kind != "f" or bool(np.isfinite(voxels).all())
 
 
 def refuse_large(files: Iterable[Path]) -> None:

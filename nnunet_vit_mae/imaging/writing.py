@@ -76,10 +76,13 @@ def write_segmentation(segmentation: np.ndarray, file: Path, writer: Any, proper
 
 
 def without_header(image: sitk.Image) -> sitk.Image:
-    """Remove all header entries but the geometry from an image, in place, and return it."""
-    for key in image.GetMetaDataKeys():
-        image.EraseMetaData(key)
-    return image
+    """Return an image without any header entries but the geometry: the image itself if it has no others."""
+    if not image.GetMetaDataKeys():
+        return image
+    # not erased one by one: SimpleITK takes no key that is not UTF-8
+    plain = sitk.GetImageFromArray(sitk.GetArrayViewFromImage(image))
+    plain.CopyInformation(image)
+    return plain
 
 
 def _same_voxels(image: sitk.Image, other: sitk.Image) -> bool:
