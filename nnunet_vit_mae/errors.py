@@ -72,6 +72,8 @@ free some space on the disk, and run the command again.'
     reason = error.strerror or str(error)
     if isinstance(error, WriteError):
         what = f"{error.filename} cannot be written ({reason}), and is as it was; all files written before are whole"
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        what = f"{error.filename or 'A file'} cannot be written ({reason})"
     elif error.filename:
         what = f"The system refuses {error.filename} ({reason})"
     else:

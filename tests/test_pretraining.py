@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -55,14 +56,15 @@ def write_volume(file, volume):
 
 
 @pytest.fixture
-def files(tmp_path):
+def files(tmp_path_factory):
     """Write five smooth volumes of two channels and different sizes, one smaller than the patch along y."""
+    folder = tmp_path_factory.mktemp("cases")  # a new run moves an earlier one in its folder aside
     random = np.random.default_rng(0)
     shapes = [(9, 15, 11), (12, 13, 10), (8, 12, 10), (10, 9, 14), (11, 14, 12)]
     volumes = [
         2 + 5 * gaussian_filter(random.normal(size=(2, *shape)), (0, 2, 2, 2)).astype(np.float32) for shape in shapes
     ]
-    return [write_volume(tmp_path / f"case_{i}.b2nd", volume) for i, volume in enumerate(volumes)]
+    return [write_volume(folder / f"case_{i}.b2nd", volume) for i, volume in enumerate(volumes)]
 
 
 @pytest.fixture
@@ -529,3 +531,16 @@ def test_interpolation_stays_within_what_is_known():
     for channel in range(2):
         assert known[:, channel].min() <= filled[..., channel, :].min()
         assert filled[..., channel, :].max() <= known[:, channel].max() + 1e-6
+
+
+def test_a_full_disk_ends_a_run_and_the_state_before_goes_on(make_job, tmp_path, saving_always, capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (0, 600, 20_000):  # stops at the settings, at the log, and at the state
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                loop.run(make_job(), tmp_path / "out", device=CPU, resume=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "Logging error" not in capsys.readouterr().err
+    assert len(loop.run(make_job(), tmp_path / "out", device=CPU, resume=True).losses) == 4
