@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--adaptive", action="store_true", help="pre-train a network for any number of contrasts per case"
     )
-    parser.add_argument("--seed", type=whole_number, default=0, help="random seed of weights, crops and masks")
+    parser.add_argument("--seed", type=seed, default=0, help="random seed of weights, crops and masks")
     parser.add_argument("--c", dest="resume", action="store_true", help="continue from the last saved state")
     add_device_argument(parser, "cuda")
     parser.add_argument(

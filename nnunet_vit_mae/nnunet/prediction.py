@@ -23,7 +23,7 @@ from nnunet_vit_mae.imaging.channels import channels_by_case
 from nnunet_vit_mae.imaging.volumes import read_geometry, read_image, refuse_large
 from nnunet_vit_mae.installation import trainers_folder
 from nnunet_vit_mae.limits import too_many_voxels
-from nnunet_vit_mae.nnunet.models import Model
+from nnunet_vit_mae.nnunet.models import Model, refuse_damaged_weights
 from nnunet_vit_mae.nnunet.plans import Plan
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ def predict_cases(
         _remove_if_cut_off(output / f"{case}{endings[0]}")
     if all((output / f"{case}{ending}").is_file() for case in cases for ending in endings):
         return
+    refuse_damaged_weights(model)
     shutil.rmtree(links, ignore_errors=True)
     links.mkdir(parents=True)
     images_of = {case.name: case.images for case in find_prediction_cases(model.plan, images)}

@@ -21,7 +21,7 @@ from nnunet_vit_mae.csv_tables import read_frame, write_frame
 from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, read_calibration
 from nnunet_vit_mae.evaluation.clinical import find_cutoffs, group_names, group_of
-from nnunet_vit_mae.files import locked, read_json, write_json
+from nnunet_vit_mae.files import locked, write_json
 from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
 from nnunet_vit_mae.nnunet.calibration import CALIBRATED
 from nnunet_vit_mae.nnunet.models import Model
@@ -114,7 +114,7 @@ def thresholds_of(model: Model) -> dict[str, float]:
 
 def _refuse_other_model(work: Path, identity: str) -> None:
     note = work / MODEL_NOTE
-    if note.is_file() and read_json(note)["model"] != identity:
+    if note.is_file() and read_entries(dict[str, str], note, "remove that folder").get("model") != identity:
         raise UserError(f"{work} holds segmentations of another model: give another -o, or remove that folder.")
     if not note.is_file():
         if work.exists() and any(work.iterdir()):

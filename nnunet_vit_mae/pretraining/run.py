@@ -358,7 +358,7 @@ def _draw(job: PretrainingRun, output: Path, network: Autoencoder, losses: list[
 def _logging_to(file: Path) -> Iterator[None]:
     """Send the package's log to a file as well, and past the progress bar on the screen."""
     package = logging.getLogger("nnunet_vit_mae")
-    handler = logging.FileHandler(file)
+    handler = logging.FileHandler(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     package.addHandler(handler)
     level = package.level
