@@ -16,7 +16,7 @@ import blosc2
 import numpy as np
 import SimpleITK as sitk
 import torch
-from conftest import SHAPE
+from conftest import SHAPE, SPACING
 
 DROP = object()  # an entry to remove
 Edit = Callable[[Path], None]  # of the workspace's root
@@ -131,8 +131,14 @@ def volume(file: str, array: np.ndarray) -> Edit:
 
 
 def image(file: str, array: np.ndarray, *, vector: bool = False) -> Edit:
-    """Write another image."""
-    return lambda root: sitk.WriteImage(sitk.GetImageFromArray(array, isVector=vector), str(root / file))
+    """Write another image, with the spacing of the others."""
+
+    def edit(root: Path) -> None:
+        written = sitk.GetImageFromArray(array, isVector=vector)
+        written.SetSpacing(SPACING[::-1][: written.GetDimension()])
+        sitk.WriteImage(written, str(root / file))
+
+    return edit
 
 
 def link(file: str, target: str) -> Edit:
@@ -483,13 +489,13 @@ FILE_ROWS = [
         "fingerprint []",
         QUANTIFY,
         "dataset_fingerprint.json",
-        put_json("preprocessed/Dataset901_Tiny/dataset_fingerprint.json", []),
+        put_json(f"{MODEL}/dataset_fingerprint.json", []),
     ),
     Row(
         "fingerprint without spacings",
         QUANTIFY,
         "spacings",
-        put_json("preprocessed/Dataset901_Tiny/dataset_fingerprint.json", {"spacings": []}),
+        put_json(f"{MODEL}/dataset_fingerprint.json", {"spacings": []}),
     ),
     Row(
         "calibration.json {}",
@@ -629,10 +635,10 @@ FLAG_ROWS = [
     Row("an output that is in use", f"mae3d_demo -o {RAW}", "already exists"),
     Row("--seed 2^64", f"mae3d_demo -o demo --seed {2**64}", "--seed"),
     Row("an unknown flag", "mae3d_trainers --nothing", "--nothing"),
-    Row("an output that is no archive", f"{EXPORT} -o model.txt", "model.txt"),
     Row("a model that is not trained", f"{EXPORT} -o model.zip -f 3", "no checkpoint"),
-    Row("a checkpoint of NaN", f"{EXPORT} -o model.zip", "NaN", saved(CHECKPOINT, nan_weights)),
-    Row("an archive that is missing", "mae3d_import model.zip", "model.zip"),
+    Row("a checkpoint of NaN", f"{EXPORT} -o new.zip", "NaN", saved(CHECKPOINT, nan_weights)),
+    Row("an archive that is missing", "mae3d_import nowhere.zip", "nowhere.zip"),
+    Row("an archive cut off", "mae3d_import model.zip", "model.zip", cut("model.zip")),
     Row("an archive of garbage", "mae3d_import model.zip", "model.zip", put("model.zip", b"garbage" * 99)),
 ]
 
@@ -653,8 +659,8 @@ def page() -> str:
         "# Mistakes and their sentences",
         "",
         "Every command ends at a mistake with exit code 2 and one sentence, which says what is wrong, where, and what to",
-        f"do. It changes no file. `tests/test_bad_inputs.py` tries these {len(ROWS)}; `tests/bad_inputs.py` holds each",
-        "edit and the whole command.",
+        f"do. It changes no file. `tests/test_bad_inputs.py` tries these {len(ROWS)}; `tests/bad_inputs.py` has the",
+        "edits and the whole commands.",
     ]
     for title, rows in SECTIONS.items():
         lines += ["", f"## {title}", "", "| Mistake | Command | The sentence has |", "|---|---|---|"]

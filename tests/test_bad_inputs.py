@@ -27,17 +27,18 @@ def used(planned: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Worksp
         "mae3d_plan -d 901 -o Tiny --size XS --token 8 --epochs 1 --iterations 1 --batch_size 2",
         "mae3d_pretrain -d 901 -p Tiny -f 0 --epochs 2 --batch_size 3 -device cpu",
         "nnUNetv2_train 901 3d_fullres 0 -p Tiny -tr nnUNetTrainerViTMAE -device cpu --npz",
+        f"mae3d_export -d 901 -p Tiny -o {root / 'model.zip'}",
     ):
         workspace.call(*command.split())
     return workspace
 
 
 def states(root: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of every file but nnU-Net's logs, which its trainers begin before anything is known."""
+    """Size and time of every file but locks, and nnU-Net's logs, which its trainers begin before anything is known."""
     found = {}
     for folder, _, names in os.walk(root):
         for name in names:
-            if not name.startswith("training_log"):
+            if not name.startswith("training_log") and not name.endswith(".lock"):
                 file = Path(folder, name)
                 found[str(file.relative_to(root))] = (file.lstat().st_size, file.lstat().st_mtime_ns)
     return found
@@ -60,6 +61,9 @@ def damaged(used: Workspace, pristine: Path) -> Iterator[Workspace]:
         if now.get(name) != state:
             (used.root / name).unlink(missing_ok=True)
             shutil.copy2(pristine / name, used.root / name)
+    for folder in sorted(used.root.rglob("*"), reverse=True):
+        if folder.is_dir() and not (pristine / folder.relative_to(used.root)).exists() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{row.command.split()[0]}: {row.what}" for row in ROWS])

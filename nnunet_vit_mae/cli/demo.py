@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nnunet_vit_mae.cli.arguments import parser_for
+from nnunet_vit_mae.cli.arguments import parser_for, seed
 from nnunet_vit_mae.signals import command
 
 

@@ -11,6 +11,7 @@ from nnunet_vit_mae.cli.arguments import (
     parser_for,
     positive_float,
     positive_int,
+    seed,
     usable_device,
     whole_number,
 )

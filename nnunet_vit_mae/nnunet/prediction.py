@@ -131,6 +131,8 @@ def read_probabilities(file: Path, outputs: int) -> np.ndarray:
         UserError: If the file is damaged, or has another number of outputs or more voxels than the limit.
     """
     try:
+        if not zipfile.is_zipfile(file):  # numpy's own object for such a file complains once more when it is deleted
+            raise ValueError("it is no zip file")
         with np.load(file, allow_pickle=False) as stored:
             with stored.zip.open("probabilities.npy") as stream:  # before all of it is read
                 version = np.lib.format.read_magic(stream)
