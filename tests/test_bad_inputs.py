@@ -1,8 +1,10 @@
 """Every mistake of `bad_inputs.py` gets one sentence, exit code 2, no traceback, and changes no file."""
 
+import io
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,10 @@ import pytest
 from bad_inputs import ROWS, page
 from conftest import Workspace, blob, write_case
 from in_process import run_in_process
+
+from nnunet_vit_mae.cli.arguments import parser_for
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.nnunet.capacity import refuse_step_beyond
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "bad_inputs.md"
 
@@ -80,6 +86,32 @@ def test_a_mistake_gets_one_sentence(row, damaged, monkeypatch):
     assert row.words in sentences[0]
     after = states(damaged.root)
     assert {file for file in before | after if before.get(file) != after.get(file)} == set()
+
+
+def test_a_console_that_lacks_a_sign_is_no_reason_to_fail(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    parser_for("mae3d_check", None)
+    print("label \u0142")
+    console.flush()
+    assert console.buffer.getvalue().splitlines() == [b"label \\u0142"]
+
+
+@pytest.mark.parametrize(("available", "rehearsed"), [(10**6, False), (10**7, True), (10**12, False)])
+def test_a_step_is_rehearsed_only_where_its_memory_may_matter(available, rehearsed):
+    asked = []
+
+    def ask() -> None:
+        refuse_step_beyond(
+            available, "this", shape=(2, 1, 99, 99, 99), estimate=lambda: asked.append(1) or 10**8, advice="give less"
+        )
+
+    if available == 10**12:
+        ask()
+    else:
+        with pytest.raises(UserError, match="A step with a batch of 2 and a patch of 99 x 99 x 99 voxels needs about"):
+            ask()
+    assert bool(asked) == rehearsed
 
 
 def test_there_are_enough_of_every_command():
