@@ -71,15 +71,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nnunet_vit_mae.nnunet.encoders import find_encoder
     from nnunet_vit_mae.nnunet.folders import find_dataset
     from nnunet_vit_mae.nnunet.planner import choose_settings
-    from nnunet_vit_mae.nnunet.plans import load_plan, read_recipe, refuse_name, write_plans
+    from nnunet_vit_mae.nnunet.plans import load_plan, read_recipe, refuse_cascade, refuse_name, write_plans
 
     source = load_plan(find_dataset(args.dataset), args.plans, args.configuration)
+    refuse_cascade(source.configuration)
+    refuse_name(source, args.output)
     if args.batch_size == SAME_AS_PLANS:
         args.batch_size = source.configuration.batch_size
     changes = _over(read_recipe(args.recipe) if args.recipe else {}, _changes(args))
     encoder = find_encoder(source, args.encoder, name=args.output, token=_token(args), token_order=args.token_order)
     settings, choices = choose_settings(source, changes, encoder=encoder, memory_target=args.gpu_memory_target)
-    refuse_name(source, args.output)
     if encoder is not None:
         encoder.write_if_converted()
     file = write_plans(source, args.output, settings)

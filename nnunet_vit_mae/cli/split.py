@@ -115,10 +115,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _refuse_contradictions(args: argparse.Namespace) -> None:
-    if args.stratify and not args.csv:
-        raise UserError("--stratify needs a table with that column: give it with --csv.")
-    if args.patient != "patient" and not args.csv:
-        raise UserError("--patient needs a table with that column: give it with --csv.")
     if args.figure and args.figure.suffix not in FIGURE_ENDINGS:
         raise UserError(f"--figure {args.figure} must end with {' or '.join(FIGURE_ENDINGS)}.")
     if args.figure and not args.figure.resolve().parent.is_dir():

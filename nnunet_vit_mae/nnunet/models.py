@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_vit_mae.errors import UserError, did_you_mean
+from nnunet_vit_mae.errors import UserError, abbreviated, did_you_mean
 from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.nnunet.checked_plans import read_plans
 from nnunet_vit_mae.nnunet.folders import Dataset
 from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade
+from nnunet_vit_mae.pickles import read_trained
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,15 @@ class Model:
         """Return the command that predicts a folder with this model."""
         chosen = ["-f", *self.folds, "-chk", self.checkpoint, "-device", device]
         return ["nnUNetv2_predict", "-i", str(images), "-o", str(output), *self.flags, *chosen]
+
+
+def refuse_damaged_weights(model: Model) -> None:
+    """Raise `UserError` for a checkpoint that is damaged or holds NaN, which would segment without a complaint."""
+    for file in model.files:
+        weights = read_trained(file, mmap=True)["network_weights"]
+        bad = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
+        if bad:
+            raise UserError(f"{file} has NaN or Inf in {abbreviated(bad)}: train again, or name another checkpoint.")
 
 
 def model_folder(dataset: Dataset, trainer: str, plans_name: str, configuration: str) -> Path:

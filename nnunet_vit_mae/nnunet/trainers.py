@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -61,7 +62,11 @@ class ScheduledTrainer(WatchedTrainer, StoppableTrainer):
     def __init__(
         self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
     ) -> None:
-        check_plans(plans, configuration, describe(dataset_json, DESCRIPTION), source="The file of the plans (-p)")
+        planned = check_plans(
+            plans, configuration, describe(dataset_json, DESCRIPTION), source="The file of the plans (-p)"
+        )
+        if nnUNet_preprocessed.is_set():
+            _refuse_bad_fold(Path(str(nnUNet_preprocessed), plans["dataset_name"]), planned.data_identifier, fold)
         super().__init__(plans, configuration, fold, dataset_json, device)
         schedule = schedule_of(self.configuration_manager)
         self.seed = schedule.seed
@@ -108,16 +113,9 @@ class ScheduledTrainer(WatchedTrainer, StoppableTrainer):
 
     @exit_on_user_error
     def get_tr_and_val_datasets(self) -> tuple:
-        """Return nnU-Net's datasets, and log a warning when cases of one patient are in both.
-
-        nnU-Net takes whatever `splits_final.json` holds, and splits at random where it has no such fold; here the
-        fold is checked as for pre-training.
-        """
-        folder = Path(self.preprocessed_dataset_folder_base)
-        if self.fold != "all" and (folder / SPLITS).is_file():
-            cases = nnUNetDatasetBlosc2.get_identifiers(self.preprocessed_dataset_folder)
-            read_fold(folder / SPLITS, str(self.fold), cases)
+        """Return nnU-Net's datasets, and log a warning when cases of one patient are in both."""
         training, validation = super().get_tr_and_val_datasets()
+        folder = Path(self.preprocessed_dataset_folder_base)
         if self.fold != "all" and (warning := separation_warning(folder, training.identifiers, validation.identifiers)):
             self.print_to_log_file(f"WARNING: {warning}")
         return training, validation
@@ -392,6 +390,16 @@ class nnUNetTrainerAMAEScratch(nnUNetTrainerViTScratch):  # noqa: N801
     """The adaptive UNETR from random weights."""
 
     adaptive = True
+
+
+def _refuse_bad_fold(folder: Path, data_identifier: str, fold: int | str) -> None:
+    """Raise `UserError` as pre-training does for a fold that cannot be trained on.
+
+    nnU-Net takes whatever `splits_final.json` holds, and splits at random where it has no such fold.
+    """
+    if fold != "all" and (folder / SPLITS).is_file() and (folder / data_identifier).is_dir():
+        cases = nnUNetDatasetBlosc2.get_identifiers(str(folder / data_identifier))
+        read_fold(folder / SPLITS, str(fold), cases)
 
 
 def _unchanged(encoder: EncoderFile) -> Path:
