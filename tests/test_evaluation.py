@@ -19,6 +19,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunet_vit_mae.cli import evaluate as command
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation import cases
+from nnunet_vit_mae.evaluation.by_token import differ_in_network, read_trained_vit
 from nnunet_vit_mae.evaluation.cases import find_evaluation_set, labels_in, measure_cases, read_mask
 from nnunet_vit_mae.evaluation.results import MEASURES, EvaluationOptions
 from nnunet_vit_mae.evaluation.summary import Measurements, evaluate, paired_tests, write_tables
@@ -96,8 +97,19 @@ def rows_in(folder):
 # ---------- the command
 
 
+def model_folder(folder, trainer, **network):
+    plans = {"configurations": {"3d_fullres": {"vit_mae": {"network": network}}}}
+    folder = folder / f"{trainer}__P__3d_fullres"
+    folder.mkdir(parents=True)
+    (folder / "plans.json").write_text(json.dumps(plans))
+    return folder
+
+
 def test_the_command_writes_what_it_measures(data, capsys):
-    command.main(arguments(data, "-i", data / "imagesTs", resamples=200))
+    small = model_folder(data / "a", "nnUNetTrainerViTMAE", size="S", token=[4, 4, 8], decoder="mae")
+    large = model_folder(data / "b", "nnUNetTrainerViTScratch", size="M", token=[8, 8, 8], decoder="upscale")
+    flags = ["--model_folder", f"ViT={small}", "--model_folder", f"nnU-Net={large}"]
+    command.main(arguments(data, "-i", data / "imagesTs", *flags, resamples=200))
     shown = capsys.readouterr().out
     report = data / "report"
     assert {"index.html", "cases.csv", "summary.json", "figures"} <= {file.name for file in report.iterdir()}
@@ -140,6 +152,11 @@ def test_the_command_writes_what_it_measures(data, capsys):
     assert {(entry["low"], entry["high"]) for entry in thickness} <= {(1.5, 1.875), (1.875, 3), (3, 4.5), (4.5, 5)}
     assert set(summary["versions"]) >= {"monai", "scipy", "statsmodels", "nnunet-vit-mae"}
 
+    assert 'id="tokens"' in (report / "index.html").read_text()
+    drawing = (report / "figures" / "by_token_1_core.svg").read_text()
+    assert all(text in drawing for text in ("4 x 4 x 8", "S, pre-trained", "M, random weights", "upscale"))
+    assert not differ_in_network([read_trained_vit(small)] * 2)
+
 
 def test_the_slice_thickness_is_the_one_that_scans_csv_records(data, no_report, capsys):
     (data / "scans.csv").write_text("case,slice_thickness_mm\ncase_0,0.75\ncase_1,\nother,3\n")
@@ -162,6 +179,18 @@ def test_a_slice_thickness_that_is_no_length_is_refused(data, no_report, refused
     (data / "scans.csv").write_text(f"case,slice_thickness_mm\ncase_0,{text}\n")
     message = refused(command.main, *arguments(data))
     assert f"has the slice_thickness_mm '{text}' for case_0: give a number above 0" in message
+    assert not (data / "report").exists()
+
+
+def test_a_folder_that_is_of_no_vit_is_refused(data, refused):
+    unet = model_folder(data / "a", "nnUNetTrainerBaseline", size="S")
+    for value, sentence in {
+        f"ViT={unet}": "trains no ViT",
+        f"ViT={data}": "is no folder of a model",
+        f"other={unet}": "there is no model other",
+        "ViT": "write NAME=PATH",
+    }.items():
+        assert sentence in refused(command.main, *arguments(data, "--model_folder", value))
     assert not (data / "report").exists()
 
 

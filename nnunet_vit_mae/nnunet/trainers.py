@@ -6,6 +6,7 @@ prediction from the plans and the trainer's name, so `build_network_architecture
 
 from __future__ import annotations
 
+import os
 import random
 from functools import partial
 from pathlib import Path
@@ -66,8 +67,14 @@ class ScheduledTrainer(StoppableTrainer):
     def initialize(self) -> None:
         """Seed all random numbers if the plans say so, then build the network and the rest as nnU-Net does.
 
-        Runs with the same seed are equal where nnU-Net augments in one process (`nnUNet_n_proc_DA=0`).
+        Runs with the same seed are equal where nnU-Net augments in one process (`nnUNet_n_proc_DA=0`). On a CPU they
+        use as many threads as `OMP_NUM_THREADS` says.
         """
+        if (
+            self.device.type == "cpu"
+            and (threads := os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]).isdecimal()
+        ):
+            torch.set_num_threads(int(threads))  # nnUNetv2_train -device cpu has set one for each core
         if self.seed >= 0:
             seed = self.seed + self.local_rank  # each GPU draws other samples; DDP takes the weights from the first
             random.seed(seed)
