@@ -7,13 +7,14 @@ import os
 from collections.abc import Sequence
 from glob import escape
 from pathlib import Path
+from typing import Any
 
 from nnunet_vit_mae.datasets.crop.qc_table import QCRow
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.scans import Scan
 
 
-def source_columns(scan: Scan) -> dict[str, str]:
+def source_columns(scan: Scan) -> dict[str, Any]:
     """Return the name of a scan's first channel, and checksums of where it lies and of its files: no path is kept."""
     source = next(iter(scan.channels.values()))
     content = "\n".join(f"{file.name} {size} {date}" for file, size, date in files_below(source))
