@@ -21,12 +21,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from nnunet_vit_mae.nnunet.folders import results_folder
     from nnunet_vit_mae.nnunet.importing import import_model
+    from nnunet_vit_mae.nnunet.shared_models import OUR_TRAINERS
 
     installed = import_model(args.file, args.results or results_folder(), overwrite=args.overwrite)
     card = installed.card
     if installed.moved:
         print(f"The earlier model is now {installed.moved}.")
     print(f"Wrote {installed.folder}: {', '.join(card.checkpoints)}, folds {' '.join(card.folds)}.")
+    if card.trainer in OUR_TRAINERS:
+        print('First: export nnUNet_extTrainer="$(mae3d_trainers)", where it is not set yet.')
     print(
         f"Predict with nnUNetv2_predict -i IN -o OUT -d {card.dataset} -c {card.configuration} -p {card.plans} "
         f"-tr {card.trainer} -f {' '.join(card.folds)} -chk {card.checkpoints[-1]}."

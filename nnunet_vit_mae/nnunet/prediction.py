@@ -26,6 +26,7 @@ from nnunet_vit_mae.installation import trainers_folder
 from nnunet_vit_mae.limits import too_many_voxels
 from nnunet_vit_mae.nnunet.models import Model, refuse_damaged_weights
 from nnunet_vit_mae.nnunet.plans import Plan
+from nnunet_vit_mae.pickles import read_trained
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +113,10 @@ def predict_folder(
 ) -> None:
     """Predict the cases in a folder of images with `nnUNetv2_predict`, and show its progress.
 
-    The output of the command is appended to `log`. Raises `UserError` if it fails.
+    The output of the command is appended to `log`. Raises `UserError` if it fails, or if a checkpoint holds code.
     """
+    for file in model.files:
+        read_trained(file, mmap=True)  # nnU-Net would run whatever code is in it
     ending = model.plan.dataset_json["file_ending"]
     _run([*model.command(images, output, device), *flags], [output / f"{case}{ending}" for case in cases], log)
 
