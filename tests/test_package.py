@@ -211,8 +211,8 @@ def test_command_line_is_frozen(command, capsys):
     with pytest.raises(SystemExit) as stop:
         entry.load()(["--help"])
     assert stop.value.code == 0
-    usage = capsys.readouterr().out
-    assert set(re.findall(r"(?<![\w-])(--?[a-z][\w-]*)", usage.split("options:")[1])) == FLAGS[command]
+    options = capsys.readouterr().out.partition("options:")[2].partition("examples:")[0]
+    assert set(re.findall(r"(?<![\w-])(--?[a-z][\w-]*)", options)) == FLAGS[command]
 
 
 def commands_in(document: Path) -> list[list[str]]:

@@ -22,7 +22,7 @@ from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.files import make_folder
 from nnunet_vit_mae.imaging.channels import cases_in, channel_file_name, ending_in, visible_files
 from nnunet_vit_mae.imaging.labels import read_labels, read_volume, whole_numbers
-from nnunet_vit_mae.imaging.volumes import read_image, without_warnings_of_itk
+from nnunet_vit_mae.imaging.volumes import all_finite, read_image, without_warnings_of_itk
 from nnunet_vit_mae.imaging.writing import write_image
 
 REPORT = "refinement.csv"
