@@ -80,7 +80,7 @@ def files(tmp_path: Path) -> list[Path]:
     for number, shape in enumerate([(C, 9, 14, 20), (C, 6, 14, 11)]):
         volume = np.random.default_rng(number).normal(size=shape).astype(np.float32)
         volume[:, :, : shape[2] // 2] = 0
-        volume[number:number + 1] *= 1 - number
+        volume[number : number + 1] *= 1 - number
         made.append(tmp_path / f"case_{number}.b2nd")
         blosc2.asarray(volume, urlpath=str(made[-1]), mode="w")
     return made
