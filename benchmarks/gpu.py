@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from gpu_parts import PARTS, Bench, Part
+from gpu_parts import Bench, Part, parts
 
 Row = dict[str, Any]
 
@@ -52,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             plans=chosen.plans,
             configuration=chosen.configuration,
         )
-        parts = [part for part in PARTS if part.name.startswith(tuple(chosen.only))]
-        failed = measure(bench, parts, chosen.output, chosen.seconds)
+        wanted = [part for part in parts(smoke=chosen.smoke) if part.name.startswith(tuple(chosen.only))]
+        failed = measure(bench, wanted, chosen.output, chosen.seconds)
     print(markdown(read(chosen.output)))
     if failed:
         raise SystemExit(f"These parts failed: {', '.join(failed)}")
@@ -81,8 +81,8 @@ def measure(bench: Bench, parts: Sequence[Part], file: Path, seconds: float) -> 
             continue
         finally:
             tidy()
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"part": part.name, "table": part.table, "cells": cells}) + "\n")
+        rows = [*read(file), {"part": part.name, "table": part.table, "cells": cells}]
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
         print(f"{part.name}: {time.monotonic() - started:.1f} s", flush=True)
     return failed
 
