@@ -46,7 +46,7 @@ SIZES = {
 
 DECODERS = {
     "unetr": "U-Net decoder over hidden states of the encoder and the image; suffers least from large tokens",
-    "sfpn": "U-Net decoder over a simple feature pyramid of the encoder's last map",
+    "sfpn": "U-Net decoder over a simple feature pyramid of the encoder's last map (ViTDet)",
     "upscale": "repeated upsampling of the encoder's last map; learns in few steps",
     "mae": "the pre-training decoder with new weights; best with small tokens (ViTiac, figure 5)",
     "unet": "nnU-Net's own U-Net, which the encoder's last map joins; starts as nnU-Net (hybrid)",
@@ -137,6 +137,7 @@ class Network:
     decoder: str = "upscale"
     upsampling: str = "nearest"  # in the convolutional decoders, `unetr`, `sfpn` and `upscale`
     decoder_width: int = 0  # features at full resolution in the convolutional decoders; 0: they follow the encoder
+    upscale_convolutions: int = 1  # of each stage of `upscale`: 1, as in ViTiac, or 2
     taps: tuple[int, ...] = ()  # of `unetr`: blocks counted from 1, ascending; none given: evenly spaced
     positions: str = "both"
     position_unit: str = "token"  # of the coordinates: in mm, thick slices and other spacings look alike
@@ -167,6 +168,9 @@ class Network:
             value = getattr(self, name)
             _require(value in known, f"network.{name}", value, f"one of {', '.join(known)}")
         _require(self.decoder_width >= 0, "network.decoder_width", self.decoder_width, "0 or more")
+        _require(
+            self.upscale_convolutions in (1, 2), "network.upscale_convolutions", self.upscale_convolutions, "1 or 2"
+        )
         _require_positive(self, "network", "rotary_base", "norm_eps")
         registers, grid = self.register_tokens, self.learned_positions
         _require(0 <= registers <= MOST_TOKENS, "network.register_tokens", registers, f"from 0 to {MOST_TOKENS}")

@@ -41,7 +41,7 @@ FLAGS = {
         "--encoder",
         "-gpu_memory_target",
     }
-    | {"-gpu_memory_target", "--epochs", "--iterations", "--batch_size", "--lr"},
+    | {"-gpu_memory_target", "--epochs", "--iterations", "--batch_size", "--lr", "--seed"},
     "mae3d_preprocess": PLAN_FLAGS | {"-np"},
     "mae3d_pretrain": PLAN_FLAGS
     | {"-f", "--epochs", "--mask_ratio", "--batch_size", "--lr", "--adaptive", "--seed", "--c", "-device"}
@@ -50,7 +50,7 @@ FLAGS = {
     "mae3d_fill_contrasts": {"-h", "--help", "-d"},
     "mae3d_omit": PLAN_FLAGS | {"-tr", "-f", "-chk", "-i", "-r", "--omit", "-o", "-device"},
     "mae3d_evaluate": {"-h", "--help", "-r", "-p", "-i", "-o", "--csv", "--cutoffs", "--thickness_bins", "--tolerance"}
-    | {"--min_lesion_voxels", "--resamples", "--seed", "--calibration", "-np"},
+    | {"--min_lesion_voxels", "--resamples", "--seed", "--calibration", "--model_folder", "-np"},
     "mae3d_calibrate": PLAN_FLAGS
     | {"-tr", "-f", "-chk", "--objective", "-i", "-l", "--allow_training_cases", "-device"},
     "mae3d_quantify": PLAN_FLAGS | {"-i", "-o", "-tr", "-f", "-chk", "--cutoffs", "-num_parts", "-part_id", "-device"},
@@ -64,7 +64,7 @@ FLAGS = {
     | {"--labels", "--channel"},
     "mae3d_split": {"-h", "--help", "-d", "-o", "--csv", "--case", "--patient", "--folds", "--development", "--test"}
     | {"--stratify", "--stratify_volume", "--few", "--one_per_patient", "--leave_out", "--seed", "--overwrite"}
-    | {"--verify"},
+    | {"--verify", "--figure"},
     "mae3d_study": {"-h", "--help", "-d", "-o", "-c", "--arms", "--few", "--seeds", "--development", "--test", "--csv"}
     | {"--patient", "--recipe", "--epochs", "--iterations", "--pretrain_epochs", "--config", "-j", "--executor"}
     | {"--dry-run", "--step", "-device"},

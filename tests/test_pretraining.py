@@ -42,14 +42,15 @@ def write_volume(file, volume):
 
 
 @pytest.fixture
-def files(tmp_path):
+def files(tmp_path_factory):
     """Write five smooth volumes of two channels and different sizes, one smaller than the patch along y."""
     random = np.random.default_rng(0)
     shapes = [(9, 15, 11), (12, 13, 10), (8, 12, 10), (10, 9, 14), (11, 14, 12)]
     volumes = [
         2 + 5 * gaussian_filter(random.normal(size=(2, *shape)), (0, 2, 2, 2)).astype(np.float32) for shape in shapes
     ]
-    return [write_volume(tmp_path / f"case_{i}.b2nd", volume) for i, volume in enumerate(volumes)]
+    folder = tmp_path_factory.mktemp("volumes")
+    return [write_volume(folder / f"case_{i}.b2nd", volume) for i, volume in enumerate(volumes)]
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunet_vit_mae.cli.arguments import parser_for
-from nnunet_vit_mae.errors import exit_on_user_error
+from nnunet_vit_mae.signals import command
 
 
-@exit_on_user_error
+@command("Nothing is written: run the same command again.")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_import`."""
     parser = parser_for("mae3d_import", __doc__)

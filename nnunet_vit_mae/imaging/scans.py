@@ -10,7 +10,14 @@ import SimpleITK as sitk
 from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.imaging.channels import NIFTI, case_and_channel, without_ending
 from nnunet_vit_mae.imaging.dicom import SeriesError, find_series, read_series
-from nnunet_vit_mae.imaging.volumes import ScanError, read_geometry, read_image, without_warnings_of_itk
+from nnunet_vit_mae.imaging.volumes import (
+    NOT_FINITE,
+    ScanError,
+    all_finite,
+    read_geometry,
+    read_image,
+    without_warnings_of_itk,
+)
 from nnunet_vit_mae.imaging.writing import without_header
 
 SCAN_ENDINGS = (*NIFTI, ".nrrd", ".nhdr", ".mha", ".mhd")
@@ -82,6 +89,8 @@ def read_scan(path: Path, name: str | None = None) -> sitk.Image:
             else:
                 read_geometry(path, called)
                 image = read_image(path, called)
+                if not all_finite(sitk.GetArrayViewFromImage(image), path):
+                    raise ScanError(f"{called} {NOT_FINITE}")
     except SeriesError as error:
         raise ScanError(f"{called} {error}") from None
     except ScanError:

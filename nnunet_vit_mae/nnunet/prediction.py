@@ -130,7 +130,7 @@ def read_probabilities(file: Path, outputs: int) -> np.ndarray:
         UserError: If the file is damaged, or has another number of outputs or more voxels than the limit.
     """
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with file.open("rb") as content, np.load(content, allow_pickle=False) as stored:
             with stored.zip.open("probabilities.npy") as stream:  # before all of it is read
                 version = np.lib.format.read_magic(stream)
                 reads = (
@@ -141,7 +141,10 @@ def read_probabilities(file: Path, outputs: int) -> np.ndarray:
                 raise ValueError(f"it has the shape {shape}, but the model has {outputs} outputs")
             if problem := too_many_voxels(shape[1:]):
                 raise ValueError(f"it {problem}")
-            return stored["probabilities"]
+            probabilities = stored["probabilities"]
+            if probabilities.dtype.kind != "f" or not np.isfinite(probabilities).all():
+                raise ValueError("it holds NaN or infinite values, or no probabilities")
+            return probabilities
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 (damaged files raise many kinds)
@@ -159,7 +162,7 @@ def _run(command: Sequence[str], expected: Sequence[Path], log: Path) -> None:
     with log.open("a", encoding="utf-8") as stream, tqdm(total=len(expected), unit="case", desc="predicting") as bar:
         stream.write(f"$ {shlex.join(command)}\n")
         stream.flush()
-        with guarded([program, *command[1:]], env=_environment(), stdout=stream, stderr=stream) as process:
+        with guarded([program, *command[1:]], seconds=5.0, env=_environment(), stdout=stream, stderr=stream) as process:
             while _is_running(process):
                 if new := count() - bar.n:  # in the log of a job, each update is a line
                     bar.update(new)

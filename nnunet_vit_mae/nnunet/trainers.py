@@ -7,6 +7,7 @@ prediction from the plans and the trainer's name, so `build_network_architecture
 from __future__ import annotations
 
 import math
+import os
 import random
 from functools import partial
 from pathlib import Path
@@ -72,7 +73,13 @@ class ScheduledTrainer(WatchedTrainer, StoppableTrainer):
 
     @exit_on_user_error
     def initialize(self) -> None:
-        """Seed all random numbers if the plans say so, then build the network and the rest as nnU-Net does."""
+        """Seed all random numbers if the plans say so, then build the network and the rest as nnU-Net does.
+
+        On a CPU runs use as many threads as `OMP_NUM_THREADS` says.
+        """
+        threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+        if self.device.type == "cpu" and threads.isdecimal():
+            torch.set_num_threads(int(threads))  # nnUNetv2_train -device cpu has set one for each core
         self._seed_random_numbers()
         super().initialize()
 

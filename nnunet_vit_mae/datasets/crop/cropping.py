@@ -227,7 +227,8 @@ def _crop_case(job: CropTask) -> QCRow:
 def _write_transform(transform: sitk.Transform, file: Path) -> None:
     with replacing(file) as temporary:
         sitk.WriteTransform(transform, str(temporary))
-        if sitk.ReadTransform(str(temporary)).GetParameters() != transform.GetParameters():
+        is_same = sitk.ReadTransform(str(temporary)).GetParameters() == transform.GetParameters()
+        if not (is_same and temporary.read_bytes().endswith(b"\n")):
             raise read_back_otherwise(temporary)
 
 
