@@ -3,8 +3,14 @@
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import pickle
 import re
+import resource
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -21,8 +27,16 @@ from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.presets import Network, Pretraining
 from nnunet_vit_mae.pretraining import crops as module
+from nnunet_vit_mae.pretraining import readers
 from nnunet_vit_mae.pretraining import run as loop
-from nnunet_vit_mae.pretraining.crops import CropBatch, MaskDrawing, RandomCrops, Samples, random_crop
+from nnunet_vit_mae.pretraining.crops import (
+    ConsecutiveBatches,
+    CropBatch,
+    MaskDrawing,
+    RandomCrops,
+    Samples,
+    random_crop,
+)
 from nnunet_vit_mae.pretraining.pictures import interpolated, rebuild
 from nnunet_vit_mae.pretraining.volumes import open_volume
 
@@ -44,12 +58,12 @@ def write_volume(file, volume):
 @pytest.fixture
 def files(tmp_path_factory):
     """Write five smooth volumes of two channels and different sizes, one smaller than the patch along y."""
+    folder = tmp_path_factory.mktemp("cases")  # a new run moves an earlier one in its folder aside
     random = np.random.default_rng(0)
     shapes = [(9, 15, 11), (12, 13, 10), (8, 12, 10), (10, 9, 14), (11, 14, 12)]
     volumes = [
         2 + 5 * gaussian_filter(random.normal(size=(2, *shape)), (0, 2, 2, 2)).astype(np.float32) for shape in shapes
     ]
-    folder = tmp_path_factory.mktemp("volumes")
     return [write_volume(folder / f"case_{i}.b2nd", volume) for i, volume in enumerate(volumes)]
 
 
@@ -298,6 +312,65 @@ def test_readers_change_nothing_but_the_time(make_job, tmp_path):
 
 
 @pytest.mark.parametrize(("lr", "word"), [(1e-6, "low"), (3e-4, None), (6e-3, "high")])
+class Fails(RandomCrops):
+    """Crops of which one kills its reader, or is never read."""
+
+    def __getitem__(self, reads):
+        if 4 in reads:
+            self.fail()
+        return super().__getitem__(reads)
+
+
+@pytest.mark.parametrize(
+    ("fail", "sentence"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "A process that reads crops was ended"),
+        (lambda: time.sleep(600), "No reader has given a batch"),
+    ],
+)
+def test_a_reader_that_dies_or_hangs_is_noticed(files, monkeypatch, fail, sentence):
+    monkeypatch.setattr(readers, "READER_SECONDS", 3.0)
+    crops = Fails(files, PATCH, DRAWING, seed=3)
+    crops.fail = fail
+    batches = readers.read_batches(crops, ConsecutiveBatches(0, 4, 2), 1, pin_memory=False)
+    with pytest.raises(UserError, match=sentence):
+        list(batches)
+    assert not multiprocessing.active_children()
+
+
+SMALL_SHARED_MEMORY = """
+mount -t tmpfs -o size=64k tmpfs /dev/shm
+exec {python} -c "
+import sys, torch
+from pathlib import Path
+from nnunet_vit_mae.networks.masking import Masking
+from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, MaskDrawing, RandomCrops
+from nnunet_vit_mae.pretraining.readers import read_batches
+drawing = MaskDrawing(masking=Masking(mask_ratio=0.6), token=(4, 4, 4))
+crops = RandomCrops([Path('{file}')], (40, 40, 40), drawing, 0)
+list(read_batches(crops, ConsecutiveBatches(0, 2, 1), 1, pin_memory=False))
+"
+"""
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], capture_output=True).returncode != 0,
+    reason="needs a file system of its own",
+)
+def test_shared_memory_that_runs_out_is_said(files):
+    script = SMALL_SHARED_MEMORY.format(python=sys.executable, file=files[0])
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "UserError: The shared memory /dev/shm is full: enlarge it (docker run --shm-size" in done.stderr
+
+
+def test_shared_memory_is_measured_before_it_is_used():
+    readers.refuse_without_shared_memory(0, 2**60)
+    with pytest.raises(UserError, match=r"4 batches .* need .* of shared memory, .*--shm-size.*-np 0"):
+        readers.refuse_without_shared_memory(4, 2**60)
+
+
 def test_an_unusual_learning_rate_is_warned_about(make_job, tmp_path, lr, word):
     loop.run(make_job(epochs=1, base_lr=lr * 256 / 2), tmp_path, device=CPU, resume=False)
     warnings = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "WARNING" in line]
@@ -458,3 +531,16 @@ def test_interpolation_stays_within_what_is_known():
     for channel in range(2):
         assert known[:, channel].min() <= filled[..., channel, :].min()
         assert filled[..., channel, :].max() <= known[:, channel].max() + 1e-6
+
+
+def test_a_full_disk_ends_a_run_and_the_state_before_goes_on(make_job, tmp_path, saving_always, capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (0, 600, 20_000):  # stops at the settings, at the log, and at the state
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                loop.run(make_job(), tmp_path / "out", device=CPU, resume=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "Logging error" not in capsys.readouterr().err
+    assert len(loop.run(make_job(), tmp_path / "out", device=CPU, resume=True).losses) == 4

@@ -22,7 +22,7 @@ from nnunet_vit_mae.signals import command
 @command("What was saved before is kept, and the same command starts again.")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_pretrain`."""
-    parser = parser_for("mae3d_pretrain", __doc__)
+    parser = parser_for("mae3d_pretrain", __doc__, "-d 501", "-d 501 -f 0 --c", "-d 501 -p ViT_M_p4 -num_gpus 4")
     add_plan_arguments(parser)
     parser.add_argument("-f", dest="fold", default="all", help="training cases of one fold (0 to 4), or all of them")
     parser.add_argument(

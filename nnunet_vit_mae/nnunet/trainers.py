@@ -16,9 +16,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
-from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
-from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -34,7 +33,7 @@ from nnunet_vit_mae.imaging.description import DESCRIPTION, describe
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.nnunet.absence import keeping_absence
-from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation
+from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation, repeatable
 from nnunet_vit_mae.nnunet.checked_plans import check_plans
 from nnunet_vit_mae.nnunet.checkpoints import refuse_other_network
 from nnunet_vit_mae.nnunet.folders import dataset_id, encoder_file
@@ -63,7 +62,11 @@ class ScheduledTrainer(WatchedTrainer, StoppableTrainer):
     def __init__(
         self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
     ) -> None:
-        check_plans(plans, configuration, describe(dataset_json, DESCRIPTION), source="The file of the plans (-p)")
+        planned = check_plans(
+            plans, configuration, describe(dataset_json, DESCRIPTION), source="The file of the plans (-p)"
+        )
+        if nnUNet_preprocessed.is_set():
+            _refuse_bad_fold(Path(str(nnUNet_preprocessed), plans["dataset_name"]), planned.data_identifier, fold)
         super().__init__(plans, configuration, fold, dataset_json, device)
         schedule = schedule_of(self.configuration_manager)
         self.seed = schedule.seed
@@ -75,7 +78,7 @@ class ScheduledTrainer(WatchedTrainer, StoppableTrainer):
     def initialize(self) -> None:
         """Seed all random numbers if the plans say so, then build the network and the rest as nnU-Net does.
 
-        On a CPU runs use as many threads as `OMP_NUM_THREADS` says.
+        On a CPU the trainer uses as many threads as `OMP_NUM_THREADS` says.
         """
         threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
         if self.device.type == "cpu" and threads.isdecimal():
@@ -102,16 +105,6 @@ class ScheduledTrainer(WatchedTrainer, StoppableTrainer):
         np.random.seed(drawn[1])  # noqa: NPY002 (nnU-Net draws from numpy's global generator)
         torch.manual_seed(int(drawn[2]))
 
-    def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
-        """Return nnU-Net's augmentation; with a seed it does not choose between two ways of blurring by their time."""
-        transform = nnUNetTrainer.get_training_transforms(*args, **kwargs)
-        if self.seed >= 0:
-            for part in transform.transforms:
-                part = part.transform if isinstance(part, RandomTransform) else part
-                if isinstance(part, GaussianBlurTransform):
-                    part.benchmark = False
-        return transform
-
     @exit_on_user_error
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """Load a checkpoint as nnU-Net does, which would run code in it: one with more than weights is refused."""
@@ -120,19 +113,17 @@ class ScheduledTrainer(WatchedTrainer, StoppableTrainer):
 
     @exit_on_user_error
     def get_tr_and_val_datasets(self) -> tuple:
-        """Return nnU-Net's datasets, and log a warning when cases of one patient are in both.
-
-        nnU-Net takes whatever `splits_final.json` holds, and splits at random where it has no such fold; here the
-        fold is checked as for pre-training.
-        """
-        folder = Path(self.preprocessed_dataset_folder_base)
-        if self.fold != "all" and (folder / SPLITS).is_file():
-            cases = nnUNetDatasetBlosc2.get_identifiers(self.preprocessed_dataset_folder)
-            read_fold(folder / SPLITS, str(self.fold), cases)
+        """Return nnU-Net's datasets, and log a warning when cases of one patient are in both."""
         training, validation = super().get_tr_and_val_datasets()
+        folder = Path(self.preprocessed_dataset_folder_base)
         if self.fold != "all" and (warning := separation_warning(folder, training.identifiers, validation.identifiers)):
             self.print_to_log_file(f"WARNING: {warning}")
         return training, validation
+
+    def get_training_transforms(self, *args: Any, **kwargs: Any) -> ComposeTransforms:
+        """Return nnU-Net's augmentation; with a seed, one that repeats."""
+        transform = cast(ComposeTransforms, nnUNetTrainer.get_training_transforms(*args, **kwargs))
+        return repeatable(transform) if self.seed >= 0 else transform
 
 
 class nnUNetTrainerBaseline(ScheduledTrainer):  # noqa: N801 (the names that users type follow nnU-Net)
@@ -399,6 +390,16 @@ class nnUNetTrainerAMAEScratch(nnUNetTrainerViTScratch):  # noqa: N801
     """The adaptive UNETR from random weights."""
 
     adaptive = True
+
+
+def _refuse_bad_fold(folder: Path, data_identifier: str, fold: int | str) -> None:
+    """Raise `UserError` as pre-training does for a fold that cannot be trained on.
+
+    nnU-Net takes whatever `splits_final.json` holds, and splits at random where it has no such fold.
+    """
+    if fold != "all" and (folder / SPLITS).is_file() and (folder / data_identifier).is_dir():
+        cases = nnUNetDatasetBlosc2.get_identifiers(str(folder / data_identifier))
+        read_fold(folder / SPLITS, str(fold), cases)
 
 
 def _unchanged(encoder: EncoderFile) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -25,7 +26,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nnunet_vit_mae.divergence import divergence, first_bad_step, has_exploded
 from nnunet_vit_mae.entries import read_entries
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, WriteError
 from nnunet_vit_mae.files import remove_unfinished, write_json
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import Autoencoder, build_autoencoder
@@ -428,11 +429,21 @@ def _draw(job: PretrainingRun, output: Path, network: Autoencoder, losses: list[
         plot_views([view[0] for view in views], views._fields, job.spacing, f"{names[0]}, {title}", file)
 
 
+class _LogFile(logging.FileHandler):
+    """A log that a full disk ends, as it ends the run that the log is about."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the name is logging's)
+        error = sys.exception()
+        if isinstance(error, OSError) and error.errno:
+            raise WriteError(error.errno, error.strerror, self.baseFilename) from None
+        super().handleError(record)
+
+
 @contextmanager
 def _logging_to(file: Path) -> Iterator[None]:
     """Send the package's log to a file as well, and past the progress bar on the screen."""
     package = logging.getLogger("nnunet_vit_mae")
-    handler = logging.FileHandler(file)
+    handler = _LogFile(file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     package.addHandler(handler)
     level = package.level
