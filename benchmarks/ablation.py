@@ -37,19 +37,21 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
+from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.memory import segmentation_loss
 from nnunet_vit_mae.networks.tokenizer import padded, patchify
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.plans import Plan, build_unet, load_plan
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
-from nnunet_vit_mae.presets import SIZES, Settings
+from nnunet_vit_mae.presets import SIZES, Finetuning, Settings
 from nnunet_vit_mae.pretraining.crops import random_crop
 from nnunet_vit_mae.pretraining.run import PretrainingRun, run
 from nnunet_vit_mae.pretraining.volumes import open_volume
 
 UNET = "unet"  # the arm of nnU-Net's U-Net alone
 TRIES = 10  # for a crop with foreground
+IGNORED = ("contrast_dropout", "loss", "augmentation")  # settings of fine-tuning
 INTENSITY = 0.2  # standard deviation of the random factor and shift of a training crop
 
 
@@ -130,6 +132,7 @@ def measured(
     """Pre-train for so many steps, fine-tune and test."""
     started = time.process_time()
     settings = plan.settings.updated(block)
+    refuse_ignored(arm, settings.finetuning)
     loss, encoder = pretrained(plan, settings, steps, seed, split) if steps else (math.nan, None)
     torch.manual_seed(seed)
     network: nn.Module
@@ -158,6 +161,13 @@ def measured(
     }
 
 
+def refuse_ignored(arm: str, protocol: Finetuning) -> None:
+    """Raise `UserError` for a choice that makes no difference here: two arms would only seem to differ in it."""
+    for name in IGNORED:
+        if getattr(protocol, name) != getattr(Finetuning(), name):
+            raise UserError(f"The arm {arm} sets finetuning.{name}, which this benchmark does not read: leave it out.")
+
+
 def pretrained(plan: Plan, settings: Settings, steps: int, seed: int, split: Split) -> tuple[float, dict[str, Tensor]]:
     """Return the loss of the last twentieth of a pre-training, and its encoder."""
     epochs = max(1, round(steps * settings.pretraining.batch_size / len(split.pretraining)))
@@ -167,8 +177,7 @@ def pretrained(plan: Plan, settings: Settings, steps: int, seed: int, split: Spl
         patch_size=plan.patch_size,
         spacing=tuple(plan.configuration.spacing),
         network=settings.network,
-        protocol=dataclasses.replace(settings.pretraining, epochs=epochs),
-        seed=seed,
+        protocol=dataclasses.replace(settings.pretraining, epochs=epochs, seed=seed),
     )
     with tempfile.TemporaryDirectory() as folder:
         result = run(job, Path(folder), device=torch.device("cpu"), resume=False)
@@ -179,8 +188,12 @@ def pretrained(plan: Plan, settings: Settings, steps: int, seed: int, split: Spl
 def finetune(
     plan: Plan, network: nn.Module, settings: Settings, split: Split, seed: int, steps: int, *, pretrained: bool
 ) -> None:
-    """Train on the labelled cases as the settings say, but for the number of steps."""
+    """Train on the labelled cases as the settings say, but for the number of steps.
+
+    `freeze_epochs` counts as its share of the `epochs`.
+    """
     protocol, random = settings.finetuning, np.random.default_rng(seed)
+    frozen = steps * protocol.freeze_epochs / protocol.epochs if pretrained else 0
     groups = parameter_groups(
         network.named_parameters(),
         weight_decay=protocol.weight_decay,
@@ -190,7 +203,8 @@ def finetune(
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
     network.train()
     for step in range(steps):
-        set_learning_rate(optimizer, protocol.lr * warmup_cosine((step + 1) / (steps + 1), protocol.warmup))
+        rate = protocol.lr * warmup_cosine((step + 1) / (steps + 1), protocol.warmup)
+        set_learning_rate(optimizer, rate, freeze_pretrained=step < frozen)
         batch = [labelled_crop(plan, random.choice(split.labelled), random) for _ in range(protocol.batch_size)]
         volume, target = (torch.from_numpy(np.stack(part)) for part in zip(*batch, strict=True))
         loss = segmentation_loss(network(volume), target[:, 0].long())

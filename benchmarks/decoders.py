@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from measuring import taken_in_turn, training_step
@@ -17,17 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.memory import finetuning_memory, segmentation_loss
-from nnunet_vit_mae.presets import Network
+from nnunet_vit_mae.presets import UPSAMPLINGS, Network
 
-VARIANTS = [
-    ("unetr", "nearest"),
-    ("unetr", "transposed"),
-    ("sfpn", "nearest"),
-    ("sfpn", "transposed"),
-    ("upscale", "nearest"),
-    ("upscale", "transposed"),
-    ("mae", "nearest"),
-]
+UPSAMPLED = ("unetr", "sfpn", "upscale")
+VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
+    **{(decoder, kind): {"decoder": decoder, "upsampling": kind} for decoder in UPSAMPLED for kind in UPSAMPLINGS},
+    ("upscale, 2 convolutions", "nearest"): {"decoder": "upscale", "upscale_convolutions": 2},
+    ("mae", ""): {"decoder": "mae"},
+}
 REFERENCE = ("upscale", "nearest")
 
 
@@ -49,8 +47,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for side in arguments.tokens:
         networks = {
-            (decoder, kind): Network(size=arguments.size, token=(side,) * 3, decoder=decoder, upsampling=kind)
-            for decoder, kind in VARIANTS
+            name: Network(size=arguments.size, token=(side,) * 3, **choices) for name, choices in VARIANTS.items()
         }
         taken = taken_in_turn({key: step_of(network, patch) for key, network in networks.items()}, arguments.rounds)
         seconds = {key: statistics.median(values) for key, values in taken.items()}
@@ -59,9 +56,8 @@ def main() -> None:
             parameters = sum(p.numel() for p in model.decoder.parameters()) / 1e6
             memory = finetuning_memory(network, patch, 1, 2, 4) / 2**30
             ratio = seconds[decoder, kind] / seconds[REFERENCE]
-            shown = kind if decoder != "mae" else ""
             print(
-                f"| {side} | {decoder} | {shown} | {parameters:.2f} | {gigaflops(model, patch):.1f} | {memory:.2f} "
+                f"| {side} | {decoder} | {kind} | {parameters:.2f} | {gigaflops(model, patch):.1f} | {memory:.2f} "
                 f"| {ratio:.2f} |",
                 flush=True,
             )

@@ -39,7 +39,7 @@ Length = Annotated[FiniteFloat, Field(gt=0)]
 Value = Annotated[FiniteFloat, Field()]
 
 
-def read_entries(kind: type[T], file: Path, advice: str) -> T:
+def read_entries(kind: type[T] | Any, file: Path, advice: str) -> T:
     """Read a JSON file as `kind`, a dataclass or another type that pydantic knows; other entries are ignored.
 
     `advice` ends the sentence of a `UserError`, which is raised when the file is missing, is not JSON, or does not
@@ -69,8 +69,8 @@ def _reason(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"it has no {place}"
     value = _short(first["input"])
-    message = first["msg"].removeprefix("Input should be ")
-    expected = EXPECTED.get(first["type"], message).format(**context)
+    known = EXPECTED.get(first["type"])  # pydantic's own words may hold braces
+    expected = known.format(**context) if known else first["msg"].removeprefix("Input should be ")
     return f"{place or 'its content'} is {value}, but it must be {expected}"
 
 

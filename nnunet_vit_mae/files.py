@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from nnunet_vit_mae.errors import UserError, WriteError, reader_reason
+from nnunet_vit_mae.errors import UserError, WriteError
 
 
 @contextmanager
@@ -37,9 +37,9 @@ def replacing(file: Path) -> Iterator[Path]:
         _sync(temporary)
         temporary.replace(file)
         _sync(file.parent)
-    except OSError as error:
-        if error.errno and error.filename in (None, str(temporary), str(file.parent)):  # None: of an open file
-            raise WriteError(error.errno, error.strerror, str(file)) from None
+    except Exception as error:
+        if refusal := _refusal(error, file, temporary):
+            raise refusal from None
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -68,18 +68,22 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def read_back(temporary: Path) -> Iterator[None]:
-    """Turn what a library raises in the block, where it writes a file and reads it back, into the system's reason.
+def read_back_otherwise(temporary: Path) -> OSError:
+    """Return the error for a file that a library has written without one, and that does not read back as written."""
+    return _reason_not_to_grow(temporary) or OSError(
+        errno.EIO, "it does not read back as it was written", str(temporary)
+    )
 
-    Libraries that write files themselves report a full disk with an error of their own, or not at all.
+
+def _refusal(error: Exception, file: Path, temporary: Path) -> WriteError | None:
+    """Return what the system has refused, if that is why a file was not written.
+
+    Libraries that write files themselves report a full disk with errors of their own.
     """
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno):
-            raise
-        raise _reason_not_to_grow(temporary) or OSError(errno.EIO, reader_reason(error), str(temporary)) from None
+    reason = _reason_not_to_grow(temporary) if temporary.exists() else None
+    if isinstance(error, OSError) and error.errno:  # writing to an open file names none
+        reason = error if error.filename in (None, str(temporary), str(file.parent)) else None
+    return WriteError(reason.errno, reason.strerror, str(file)) if reason else None
 
 
 def _reason_not_to_grow(file: Path) -> OSError | None:
@@ -170,8 +174,8 @@ def read_json(file: Path) -> Any:
         raise UserError(f"{file} is missing.") from None
     except IsADirectoryError:
         raise UserError(f"{file} is a folder, but must be a JSON file.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid JSON ({error}).") from None
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, endless numbers, endless brackets
+        raise UserError(f"{file} is not valid JSON ({error}): correct it, or write it again.") from None
 
 
 def make_folder(folder: Path) -> None:

@@ -51,8 +51,8 @@ def refuse_useless_masks(network: Network, protocol: Pretraining, patch_size: Se
     visible = round(tokens * (1 - protocol.mask_ratio))
     if tokens < 2 or visible >= tokens:
         raise UserError(
-            f"A mask ratio of {protocol.mask_ratio:g} hides none of the {tokens} tokens of {token} voxels in a patch of "
-            f"{crop}, so that there is nothing to learn: choose a smaller token, or a larger mask ratio."
+            f"A mask ratio of {protocol.mask_ratio:g} hides none of the {tokens} tokens of {token} voxels in a patch "
+            f"of {crop}, so that there is nothing to learn: choose a smaller token, or a larger mask ratio."
         )
     if visible < 1:
         raise UserError(

@@ -37,6 +37,11 @@ class Classes:
     regions: bool = False  # True: one sigmoid each; False: a softmax with the background as channel 0
     ignore: int | None = None  # ignore label: its voxels are not counted
 
+    @property
+    def outputs(self) -> int:
+        """Return the outputs of the model for each voxel."""
+        return len(self.names) + (not self.regions)
+
 
 @dataclass(frozen=True)
 class CalibrationCase:

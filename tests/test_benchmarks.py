@@ -9,7 +9,8 @@ import blosc2
 import numpy as np
 import pytest
 
-from nnunet_vit_mae.presets import Network, Pretraining
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.presets import Finetuning, Network, Pretraining
 
 BENCHMARKS = sorted(file.stem for file in (Path(__file__).parents[1] / "benchmarks").glob("*.py"))
 
@@ -60,3 +61,10 @@ def test_the_loader_yields_the_samples_of_a_batch(tmp_path):
         SimpleNamespace(settings=settings), [file], (8, 8, 8), crops=2, masks=3
     )
     assert next(batches) == 2 * 2 * 3  # of a batch of two volumes
+
+
+def test_an_arm_whose_choice_an_ablation_would_not_read_is_refused():
+    benchmark = import_module("ablation")
+    benchmark.refuse_ignored("free", Finetuning(layer_decay=1.0, freeze_epochs=3, lr=1e-3))
+    with pytest.raises(UserError, match=r"The arm dice sets finetuning\.loss, which this benchmark does not read"):
+        benchmark.refuse_ignored("dice", Finetuning(loss="dice"))

@@ -355,6 +355,36 @@ def test_bids_names_that_are_less_common(folders, refused):
     assert means == pytest.approx([array_of(image).mean() + more for more in (0, 1, 0)])
 
 
+def test_every_folder_of_bids_is_read_and_what_is_not_used_is_named(folders, capsys):
+    source, output = folders
+    flair, label = scan(moved(), **COARSE)
+    for subject in ("sub-01", "sub-02"):
+        start = f"{source}/{subject}/ses-0001"
+        for suffix in ("dwi", "adc", "sbref"):
+            write(flair, Path(f"{start}/dwi/{subject}_ses-0001_{suffix}.nii.gz"))
+        write(flair, Path(f"{start}/anat/{subject}_ses-0001_run-1_FLAIR.nii.gz"))
+        write(flair, Path(f"{start}/anat/{subject}_ses-0001_run-2_FLAIR.nii.gz"))
+        write(flair, Path(f"{start}/fmap/{subject}_ses-0001_phasediff.nii.gz"))
+        several = sitk.JoinSeries([flair, flair])
+        write(several, Path(f"{start}/func/{subject}_ses-0001_task-rest_bold.nii.gz"))
+        write(label, source / f"derivatives/{subject}/ses-0001/{subject}_ses-0001_lesion-msk.nii.gz")
+        for hidden in ("dwi/._", ".git/"):
+            (source / subject / "ses-0001" / f"{hidden}{subject}_ses-0001_dwi.nii.gz").parent.mkdir(exist_ok=True)
+            Path(f"{start}/{hidden}{subject}_ses-0001_dwi.nii.gz").write_bytes(b"macOS")
+    main(["-i", str(source), "-o", str(output), "-np", "1"])
+    names = json.loads((output / "dataset.json").read_text())["channel_names"]
+    assert sorted(names.values()) == ["ADC", "FLAIR", "TRACE"]
+    assert len(list((output / "labelsTr").iterdir())) == 2
+    assert [(row["image"], row["reason"]) for row in table(output / "unused.csv") if row["case"] == "P0002_1"] == [
+        ("anat/run-2_FLAIR", "FLAIR is another image of the session"),
+        ("dwi/sbref", "sbref is no contrast"),
+        ("fmap/phasediff", "is a field map"),
+        ("func/task-rest_bold", "holds 2 volumes"),
+    ]
+    assert "Not used: 2 x func/task-rest_bold: holds 2 volumes." in capsys.readouterr().out
+    assert is_pseudonymous(output)
+
+
 def test_a_lacking_ct_is_told_with_all_other_problems(folders, refused):
     source, output = folders
     image = scan(moved(), **COARSE)[0]

@@ -41,7 +41,7 @@ FLAGS = {
         "--encoder",
         "-gpu_memory_target",
     }
-    | {"-gpu_memory_target", "--epochs", "--iterations", "--batch_size", "--lr"},
+    | {"-gpu_memory_target", "--epochs", "--iterations", "--batch_size", "--lr", "--seed"},
     "mae3d_preprocess": PLAN_FLAGS | {"-np"},
     "mae3d_pretrain": PLAN_FLAGS
     | {"-f", "--epochs", "--mask_ratio", "--batch_size", "--lr", "--adaptive", "--seed", "--c", "-device"}
@@ -50,10 +50,12 @@ FLAGS = {
     "mae3d_fill_contrasts": {"-h", "--help", "-d"},
     "mae3d_omit": PLAN_FLAGS | {"-tr", "-f", "-chk", "-i", "-r", "--omit", "-o", "-device"},
     "mae3d_evaluate": {"-h", "--help", "-r", "-p", "-i", "-o", "--csv", "--cutoffs", "--thickness_bins", "--tolerance"}
-    | {"--min_lesion_voxels", "--resamples", "--seed", "--calibration", "-np"},
+    | {"--min_lesion_voxels", "--resamples", "--seed", "--calibration", "--model_folder", "-np"},
     "mae3d_calibrate": PLAN_FLAGS
     | {"-tr", "-f", "-chk", "--objective", "-i", "-l", "--allow_training_cases", "-device"},
     "mae3d_quantify": PLAN_FLAGS | {"-i", "-o", "-tr", "-f", "-chk", "--cutoffs", "-num_parts", "-part_id", "-device"},
+    "mae3d_export": PLAN_FLAGS | {"-tr", "-f", "-chk", "-o", "--case_names"},
+    "mae3d_import": {"-h", "--help", "-o", "--overwrite"},
     "mae3d_check": {"-h", "--help", "-d", "-o", "--csv", "--case", "--patient", "--list_empty", "-np"},
     "mae3d_convert": {"-h", "--help", "-i", "-o", "--contrast", "--reference", "--labels", "--key", "-np"},
     "mae3d_crop_roi": {"-h", "--help", "-i", "-l", "-o", "-t", "-r", "--margin", "--csv", "--case", "--template_column"}
@@ -62,7 +64,7 @@ FLAGS = {
     | {"--labels", "--channel"},
     "mae3d_split": {"-h", "--help", "-d", "-o", "--csv", "--case", "--patient", "--folds", "--development", "--test"}
     | {"--stratify", "--stratify_volume", "--few", "--one_per_patient", "--leave_out", "--seed", "--overwrite"}
-    | {"--verify"},
+    | {"--verify", "--figure"},
     "mae3d_study": {"-h", "--help", "-d", "-o", "-c", "--arms", "--few", "--seeds", "--development", "--test", "--csv"}
     | {"--patient", "--recipe", "--epochs", "--iterations", "--pretrain_epochs", "--config", "-j", "--executor"}
     | {"--dry-run", "--step", "-device"},
@@ -77,6 +79,7 @@ LAYERS = {
     "installation": 0,
     "files": 0,
     "csv_tables": 0,
+    "limits": 0,
     "entries": 0,
     "presets": 0,
     "planning": 0,
@@ -87,7 +90,9 @@ LAYERS = {
     "networks": 1,
     "optimisation": 1,
     "batch_transforms": 1,
+    "archives": 1,
     "weights": 1,
+    "pickles": 1,
     "transfer": 1,
     "plots": 1,
     "imaging": 1,
@@ -109,6 +114,7 @@ SAME_LAYER = {
     ("files", "errors"),
     ("csv_tables", "errors"),
     ("csv_tables", "files"),
+    ("limits", "errors"),
     ("entries", "errors"),
     ("entries", "files"),
     ("planning", "errors"),
@@ -205,8 +211,8 @@ def test_command_line_is_frozen(command, capsys):
     with pytest.raises(SystemExit) as stop:
         entry.load()(["--help"])
     assert stop.value.code == 0
-    usage = capsys.readouterr().out
-    assert set(re.findall(r"(?<![\w-])(--?[a-z][\w-]*)", usage.split("options:")[1])) == FLAGS[command]
+    options = capsys.readouterr().out.partition("options:")[2].partition("examples:")[0]
+    assert set(re.findall(r"(?<![\w-])(--?[a-z][\w-]*)", options)) == FLAGS[command]
 
 
 def commands_in(document: Path) -> list[list[str]]:

@@ -175,7 +175,7 @@ def test_dataset_layout(dataset, table):
     assert [path.name for path in dataset.parent.iterdir()] == [dataset.name]
     description = json.loads((dataset / "dataset.json").read_text())
     assert description == {
-        "channel_names": {"0": "CT"},
+        "channel_names": {"0": "CT_zscore"},
         "labels": {"background": 0, "calcification": 1},
         "numTraining": LABELLED,
         "file_ending": ".nii.gz",
@@ -210,7 +210,7 @@ def test_images_and_labels_share_their_geometry_and_labels_are_not_empty(dataset
 def test_table_agrees_with_the_images(dataset, table):
     for row in table:
         image = read(dataset / IMAGE_FOLDERS[row["set"]] / f"{row['case']}_0000.nii.gz")
-        assert image.GetSpacing()[2] == pytest.approx(float(row["slice_thickness"]))
+        assert image.GetSpacing()[2] == pytest.approx(float(row["slice_thickness_mm"]))
         assert row["scanner"] in SCANNERS
         assert row["kernel"] in KERNELS
         assert row["case"].startswith(f"phantom_{row['patient']}_s")

@@ -19,9 +19,11 @@ from nnunet_vit_mae.datasets.split.splits import (
     assign_strata,
     find_problems,
     make_splits,
+    parts_of,
 )
 from nnunet_vit_mae.datasets.tables import read_case_table
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.evaluation import split_figure as split_figure_module
 
 cohorts = st.lists(st.tuples(st.integers(1, 6), st.sampled_from("AB"), st.integers(0, 2)), min_size=1, max_size=14)
 
@@ -212,6 +214,44 @@ def test_the_command_writes_what_nnunet_reads(data, capsys):
     assert json.loads((data / "split.json").read_text())["folds"][8] == "2 training patients of fold 2"
     main(["-d", "905", "--verify"])
     assert "9 folds of 9 cases of 5 patients, none on two sides" in capsys.readouterr().out
+
+
+def test_the_parts_of_a_split_are_drawn(data, tmp_path, monkeypatch, capsys):
+    drawn = []
+    original = split_figure_module.split_figure
+    monkeypatch.setattr(split_figure_module, "split_figure", lambda *given: drawn.append(given) or original(*given))
+    rows = [f"c{n},P{n // 2},{n + 1},K{n % 2}" for n in range(8)] + ["c8,P4,,"]
+    (tmp_path / "scans.csv").write_text("\n".join(["case,patient,slice_thickness_mm,kernel", *rows]))
+    monkeypatch.chdir(tmp_path)
+    png, svg = tmp_path / "parts.png", tmp_path / "again.svg"
+    arguments = ["-d", "905", "--csv", str(tmp_path / "scans.csv")]
+    main([*arguments, *"--folds 2 --test 0.2 --few 1 --figure".split(), str(png)])
+    assert f"Wrote {png}." in capsys.readouterr().out
+    assert png.read_bytes().startswith(b"\x89PNG")
+    parts, scans = drawn[0]
+    assert list(parts) == ["fold 0", "fold 1", "test"]
+    assert sorted(case for cases in parts.values() for case in cases) == [f"c{n}" for n in range(9)]
+    assert scans.thickness == {f"c{n}": n + 1 for n in range(8)}
+    assert scans.kernel == {f"c{n}": f"K{n % 2}" for n in range(8)}
+    assert scans.volume["c4"] == pytest.approx(2 * scans.volume["c2"])
+    main([*arguments, "--verify", "--figure", str(svg)])
+    assert drawn[1] == drawn[0]
+    text = svg.read_text()
+    assert all(title in text for title in ("Labelled volume", "Slice thickness", "Kernel"))
+
+
+def test_a_development_set_is_drawn_beside_the_training_set(data):
+    assert parts_of([{"train": ["a", "b"], "val": ["c"]}, {"train": ["a"], "val": ["c"]}], ["d"]) == {
+        "training": ["a", "b"],
+        "validation": ["c"],
+        "test": ["d"],
+    }
+
+
+@pytest.mark.parametrize(("file", "sentence"), [("parts.pdf", "must end with .png or .svg"), ("no/p.png", "make it")])
+def test_a_figure_that_cannot_be_written_stops_the_split(data, refused, file, sentence):
+    assert sentence in refused(lambda _: typed("--folds", "3", "--figure", file))
+    assert not data.exists()
 
 
 def test_other_splits_are_refused_and_then_moved_aside(data, refused, capsys):

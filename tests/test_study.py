@@ -22,9 +22,11 @@ from nnunet_vit_mae.study import comparisons, costs, workflow
 from nnunet_vit_mae.study.arms import ARMS, arms_from, arms_to_json, choose_arms, encoder_recipe, scratch_pairs
 from nnunet_vit_mae.study.comparisons import Question, Variant
 from nnunet_vit_mae.study.design import StudyDesign, StudyModel, check_unchanged
+from nnunet_vit_mae.study.figures import training_figure
 from nnunet_vit_mae.study.report import write_study_report
 from nnunet_vit_mae.study.results import measure_study
 from nnunet_vit_mae.study.steps import EVALUATE, steps_of
+from nnunet_vit_mae.study.training import pretraining_curves, training_curves
 
 
 def study_of(folder, *arms, **changes) -> StudyDesign:
@@ -293,6 +295,37 @@ def test_the_report_has_curves_comparisons_and_limits(tmp_path, few, labels):
     assert len(rows) == pairs * len(few) * len(labels) * 2
     assert set(rows["first"]) == {"scratch", "unet", "calibrated unet", "vit"}
     assert len(list((tmp_path / "my study" / "figures").glob("learning_curves*.png"))) == len(labels)
+    assert 'id="training"' not in text  # nothing has been trained
+
+
+def test_the_report_shows_how_models_learned(tmp_path):
+    study = study_of(tmp_path, "unet", "vit", few=(10, 25), seeds=2)
+    encoder = study.encoder_file("vit")
+    encoder.parent.mkdir(parents=True)
+    encoder.touch()
+    torch.save({"losses": [0.5, 0.4, 0.9, 0.8], "network": {}}, encoder.parent / "state.pt")
+    protocol = {"epochs": 4, "plain_share": 0.5}
+    (encoder.parent / "config.json").write_text(json.dumps({"pretraining": protocol}))
+    for arm, fold, seed in (("unet", 1, 0), ("unet", 2, 1), ("vit", 2, 0), ("vit", 2, 1)):
+        folder = study.model_folder(arm, seed) / f"fold_{fold}"
+        folder.mkdir(parents=True)
+        log = {"train_losses": [0.1, np.float32(-0.2)], "ema_fg_dice": [0.3, np.float64(0.4)]}
+        torch.save({"network_weights": {"a": torch.zeros(3)}, "logging": log}, folder / "checkpoint_final.pth")
+
+    (curve,) = pretraining_curves(study)
+    assert (curve.encoder, curve.losses.tolist(), curve.plain) == ("vit", [0.5, 0.4, 0.9, 0.8], 2)
+    curves = training_curves(study)
+    assert [(c.arm, c.few, c.seed) for c in curves] == [
+        ("unet", 10, 0), ("unet", 25, 1), ("vit", 25, 0), ("vit", 25, 1)
+    ]  # fmt: skip
+    assert curves[0].losses.tolist() == pytest.approx([0.1, -0.2])
+    assert curves[0].dice.tolist() == pytest.approx([0.3, 0.4])
+
+    panels = training_figure(curves).axes
+    assert [len(axes.lines) for axes in panels] == [1, 1, 3, 3]
+    page = write_study_report(study, made_up(study.arms, seeds=1, cases=3), [], [])
+    assert 'id="training"' in page.read_text()
+    assert {"pretraining.png", "training.svg"} <= {file.name for file in (Path(study.output) / "figures").iterdir()}
 
 
 def test_models_that_are_done_are_measured_once(tmp_path):
@@ -308,7 +341,9 @@ def test_models_that_are_done_are_measured_once(tmp_path):
     marker = Path(study.output, "done", "predict", model.name)
     marker.parent.mkdir(parents=True)
     marker.touch()
+    (Path(study.raw) / "scans.csv").write_text("case,slice_thickness_mm\n007,0.5\n")
     table, missing = measure_study(study)
+    assert table["slice_thickness_mm"].tolist() == [0.5]  # the spacing is 1 mm
     assert table[["arm", "few", "seed", "calibrated", "case", "dice"]].to_numpy().tolist() == [
         ["unet", 10, 0, False, "007", 1]
     ]

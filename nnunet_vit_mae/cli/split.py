@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnunet_vit_mae.cli.arguments import (
     add_dataset_argument,
@@ -18,6 +19,12 @@ from nnunet_vit_mae.cli.arguments import (
 )
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.signals import command
+
+if TYPE_CHECKING:
+    from nnunet_vit_mae.datasets.split.cohort import Cohort
+    from nnunet_vit_mae.evaluation.split_figure import ScanProperties
+
+FIGURE_ENDINGS = (".png", ".svg")
 
 
 @command()
@@ -37,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cohort = read_cohort(dataset.raw, dataset.preprocessed, patient_columns(args, dataset.raw), folder)
     if cohort.note:
         print(cohort.note)
+    scans = _properties(cohort, dataset.raw) if args.figure else None
     if args.verify:
         summary, problems = verify_folder(cohort, folder)
         for problem in problems:
@@ -44,16 +52,49 @@ def main(argv: Sequence[str] | None = None) -> None:
         if problems:
             sys.exit(2)
         print(summary)
+        _draw(folder, scans, args.figure)
         return
     few = tuple(sorted(set(args.few)))
     options = SplitOptions(args.folds, args.development, args.test, few, args.one_per_patient, args.seed)
     strata = StrataOptions(args.stratify, args.stratify_volume)
     written = split_cohort(cohort, options, folder, strata, leave_out=args.leave_out, overwrite=args.overwrite)
     print(split_report(written, cohort, args.dataset))
+    _draw(folder, scans, args.figure)
+
+
+def _properties(cohort: Cohort, raw: Path) -> ScanProperties:
+    """Read what the figure shows, before anything is written."""
+    from nnunet_vit_mae.datasets.acquisition import find_scans_table, kernels, read_scans_table, slice_thickness
+    from nnunet_vit_mae.datasets.split.files import label_volumes
+    from nnunet_vit_mae.evaluation.split_figure import ScanProperties
+
+    file = find_scans_table([raw])
+    table = cohort.table or (read_scans_table(file, cohort.cases) if file else None)
+    volumes = {case: float(text) for case, text in label_volumes(cohort.labels).items()}
+    return ScanProperties(volumes, slice_thickness(table) if table else {}, kernels(table) if table else {})
+
+
+def _draw(folder: Path, scans: ScanProperties | None, file: Path | None) -> None:
+    if scans is None or file is None:
+        return
+    from nnunet_vit_mae.datasets.split.files import SPLITS, read_split_record, read_splits
+    from nnunet_vit_mae.datasets.split.splits import parts_of
+    from nnunet_vit_mae.evaluation.split_figure import split_figure
+    from nnunet_vit_mae.plots import save_figure
+
+    parts = parts_of(read_splits(folder / SPLITS), read_split_record(folder).test)
+    save_figure(split_figure(parts, scans), file)
+    print(f"Wrote {file}.")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_for("mae3d_split", __doc__)
+    parser = parser_for(
+        "mae3d_split",
+        __doc__,
+        "-d 501 --csv patients.csv",
+        "-d 501 --csv patients.csv --test 0.2 --few 10 25",
+        "-d 501 --verify",
+    )
     add = parser.add_argument
     add_dataset_argument(parser)
     add("-o", dest="output", type=Path, metavar="FOLDER", help="output folder (otherwise where nnU-Net looks)")
@@ -69,14 +110,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=seed, default=0, metavar="N", help="random seed")
     add("--overwrite", action="store_true", help="move existing splits aside")
     add("--verify", action="store_true", help="only verify existing splits")
+    add("--figure", type=Path, metavar="FILE", help="draw volume, slice thickness and kernel by part (.png or .svg)")
     return parser
 
 
 def _refuse_contradictions(args: argparse.Namespace) -> None:
-    if args.stratify and not args.csv:
-        raise UserError("--stratify needs a table with that column: give it with --csv.")
-    if args.patient != "patient" and not args.csv:
-        raise UserError("--patient needs a table with that column: give it with --csv.")
+    if args.figure and args.figure.suffix not in FIGURE_ENDINGS:
+        raise UserError(f"--figure {args.figure} must end with {' or '.join(FIGURE_ENDINGS)}.")
+    if args.figure and not args.figure.resolve().parent.is_dir():
+        raise UserError(f"--figure {args.figure}: the folder {args.figure.parent} does not exist: make it first.")
     if not args.development and args.folds < 2:
         raise UserError(f"--folds {args.folds} is too few: give 2 or more, or a share for --development.")
     if args.development + args.test >= 1:

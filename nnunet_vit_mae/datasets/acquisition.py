@@ -35,6 +35,11 @@ def slice_thickness(table: CaseTable) -> dict[str, float]:
     }
 
 
+def kernels(table: CaseTable) -> dict[str, str]:
+    """Return the reconstruction kernel by case, of the cases for which the table has one."""
+    return {case: text for case, text in table.columns.get(KERNEL, {}).items() if text}
+
+
 def _millimetres(text: str, case: str, file: Path) -> float:
     try:
         value = float(text)

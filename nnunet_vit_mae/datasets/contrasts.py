@@ -47,6 +47,17 @@ class Channels:
     names: list[str]
     ending: str
 
+    @property
+    def headings(self) -> list[str]:
+        """Names for a reader, each with its number if several channels share it, as nnU-Net allows.
+
+        Example:
+            >>> Channels(["T1", "noNorm", "noNorm"], ".nii.gz").headings
+            ['T1', 'noNorm (0001)', 'noNorm (0002)']
+        """
+        shared = {name for name, count in Counter(self.names).items() if count > 1}
+        return [f"{name} ({number:04d})" if name in shared else name for number, name in enumerate(self.names)]
+
 
 @dataclass(frozen=True)
 class Contrasts:
@@ -103,6 +114,11 @@ def fill_contrasts(raw: Path) -> FillResult:
     nothing can be filled; a problem with one case is reported and does not stop the others.
     """
     channels = read_channels(raw)
+    if len(set(channels.names)) < len(channels.names):
+        raise UserError(
+            f"channel_names in {raw / DESCRIPTION} has one name twice, but contrasts are recorded by name: give each "
+            "a name of its own."
+        )
     former = read_contrasts(raw)
     cases = find_case_images(raw, channels)
     if not any(case.files for case in cases):
@@ -152,8 +168,6 @@ def read_channels(raw: Path) -> Channels:
     file = raw / DESCRIPTION
     description = read_description(file)
     names, ending = description.channels, description.needed("file_ending")
-    if len(set(names)) < len(names):
-        raise UserError(f"channel_names in {file} must be different from one another: give each a name of its own.")
     if "dataset" in description.content:
         raise UserError(f"{file} lists its files under dataset: move the images to imagesTr and remove the list.")
     if ending not in IMAGE_ENDINGS:

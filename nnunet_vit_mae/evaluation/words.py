@@ -13,10 +13,14 @@ NO_VALUE = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 HIGHLIGHTED = ("dice", "absolute_difference_mm3")
 BY_COLUMN = {measure.column: measure for measure in MEASURES}
-TITLES = {"reference_mm3": "Reference volume", "slice_thickness_mm": "Slice thickness"} | {
-    measure.column: measure.title for measure in MEASURES
+TITLES = {
+    "reference_mm3": "Reference volume",
+    "labelled_mm3": "Labelled volume",
+    "slice_thickness_mm": "Slice thickness",
+} | {measure.column: measure.title for measure in MEASURES}
+UNITS = {"reference_mm3": "mm³", "labelled_mm3": "mm³", "slice_thickness_mm": "mm"} | {
+    measure.column: measure.unit for measure in MEASURES
 }
-UNITS = {"reference_mm3": "mm³", "slice_thickness_mm": "mm"} | {measure.column: measure.unit for measure in MEASURES}
 
 
 # ---------- numbers

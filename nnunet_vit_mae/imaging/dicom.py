@@ -1,7 +1,7 @@
 """DICOM series as volumes: frames sorted by position, and refused if some are missing or do not belong together.
 
-A file has one frame (a slice) or, if it is an enhanced one, many. Position, orientation and pixel spacing are those that
-each frame states. Volumes leave this module with voxels and geometry, and messages contain no name.
+A file has one frame (a slice) or, if it is an enhanced one, many. Position, orientation and pixel spacing are those
+that each frame states. Volumes leave this module with voxels and geometry, and messages contain no name.
 """
 
 from __future__ import annotations
@@ -134,21 +134,28 @@ def read_series(series: DicomSeries) -> sitk.Image:
     if any(file.in_colour for file in series.files):
         raise SeriesError("is in colour, but must be in grey values")
     _refuse_incomplete(series.files)
-    sides = [max(int(file.tags[side] or 0) for file in series.files) for side in ("Columns", "Rows")]
-    if problem := too_many_voxels((*sides, len(series.frames))):
+    rows, columns = (max(file.plane[side] for file in series.files) for side in (0, 1))
+    if problem := too_many_voxels((columns, rows, len(series.frames))):
         raise SeriesError(problem)
-    ordered, axis, gap = _stack(series.frames)
-    voxels = _read_frames(ordered, series.files)
-    image = sitk.GetImageFromArray(voxels)
-    row, column = np.reshape(ordered[0].orientation or (), (2, 3))
-    image.SetDirection(np.stack([row, column, axis], axis=1).ravel().tolist())
-    image.SetOrigin(ordered[0].position or ())
-    between_rows, between_columns = ordered[0].spacing or ()
-    image.SetSpacing((between_columns, between_rows, gap))
+    stack = _stack(series.frames)
+    image = sitk.GetImageFromArray(_read_frames(stack.frames, series.files))
+    image.SetDirection(stack.direction.ravel().tolist())
+    image.SetOrigin(stack.origin.tolist())
+    image.SetSpacing(stack.spacing)
     return image
 
 
 # ---------- geometry
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Frames sorted along their normal, and the geometry of their volume as SimpleITK has it (x y z)."""
+
+    frames: list[Frame]
+    origin: np.ndarray
+    spacing: tuple[float, float, float]
+    direction: np.ndarray  # 3 x 3, the axes are columns
 
 
 def _refuse_incomplete(files: Sequence[DicomHeader]) -> None:
@@ -161,8 +168,7 @@ def _refuse_incomplete(files: Sequence[DicomHeader]) -> None:
         raise SeriesError("has slices of several frames of reference, whose positions cannot be compared")
 
 
-def _stack(frames: Sequence[Frame]) -> tuple[list[Frame], np.ndarray, float]:
-    """Return frames sorted along their normal, the normal, and their distance in mm."""
+def _stack(frames: Sequence[Frame]) -> Stack:
     if len(frames) < 2:
         raise SeriesError("has only one slice")
     if any(frame.position is None or frame.orientation is None for frame in frames):
@@ -171,9 +177,8 @@ def _stack(frames: Sequence[Frame]) -> tuple[list[Frame], np.ndarray, float]:
         raise SeriesError("has slices without a pixel spacing")
     if len({frame.spacing for frame in frames}) > 1:
         raise SeriesError("has slices of different sizes or pixel spacings")
-    orientations, positions = (
-        np.array([getattr(frame, name) for frame in frames]) for name in ("orientation", "position")
-    )
+    orientations = np.array([frame.orientation for frame in frames])
+    positions = np.array([frame.position for frame in frames])
     if np.ptp(orientations, axis=0).max() > 1e-3:
         raise SeriesError("has slices of mixed orientation")
     row, column = orientations[0].reshape(2, 3)
@@ -191,7 +196,13 @@ def _stack(frames: Sequence[Frame]) -> tuple[list[Frame], np.ndarray, float]:
     if np.abs(steps - distances[:, None] * axis).max() > tolerance:
         raise SeriesError("was acquired with a tilted gantry, so that its slices are sheared: resample it first")
     distance = float((positions[order[-1]] - positions[order[0]]) @ axis) / (len(frames) - 1)  # averages rounding out
-    return [frames[number] for number in order], axis, distance
+    between_rows, between_columns = frames[0].spacing or (0.0, 0.0)
+    return Stack(
+        [frames[number] for number in order],
+        positions[order[0]],
+        (between_columns, between_rows, distance),
+        np.stack([row, column, axis], axis=1),
+    )
 
 
 def _why_at_same_position(ordered: Sequence[Frame], distances: np.ndarray) -> str:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pydicom
-from pydicom.datadict import tag_for_keyword
+from pydicom import config, dcmread
+from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID
@@ -43,8 +43,6 @@ TEXTS = (
     "PhotometricInterpretation",
     "NumberOfFrames",
     "InConcatenationTotalNumber",
-    "Rows",
-    "Columns",
 )
 GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleSlope", "RescaleIntercept")
 TRAITS = {  # what tells apart the volumes of one series, in the words of a message
@@ -62,7 +60,8 @@ TRAITS = {  # what tells apart the volumes of one series, in the words of a mess
     "AcquisitionNumber": "acquisition",
 }
 FRAMES, SHARED = "PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"
-READ = [*TEXTS, *GEOMETRY, *TRAITS, FRAMES, SHARED, "SpecificCharacterSet", "SamplesPerPixel"]
+READ = [*TEXTS, *GEOMETRY, *TRAITS, FRAMES, SHARED, "SpecificCharacterSet", "SamplesPerPixel", "Rows", "Columns"]
+BINARY = ("FD", "FL", "US", "UL", "SS", "SL")  # value representations that are not text
 IMAGE = " Image Storage"  # part of the names of all classes of images (DICOM part 4, annex B.5), and of no others
 CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # secondary capture, and its multi-frame classes
 DIRECTORY = "1.2.840.10008.1.3.10"
@@ -87,18 +86,22 @@ class Frame:
 
 @dataclass(frozen=True)
 class DicomHeader:
-    """A DICOM file: its tags by keyword ("" if absent), its frames, its transfer syntax and whether it is in colour."""
+    """A DICOM file: its tags by keyword ("" if absent), its frames, its transfer syntax and whether it is in colour.
+
+    `plane` has the numbers of rows and columns.
+    """
 
     file: Path
     tags: dict[str, str]
     frames: tuple[Frame, ...]
+    plane: tuple[int, int]
     syntax: str
     in_colour: bool
 
     @property
     def class_name(self) -> str:
         """Name of the SOP class, such as "CT Image"; an unknown class is named by its number."""
-        return UID(self.tags["SOPClassUID"]).name.removesuffix(" Storage") or "no SOP class"
+        return _name(self.tags["SOPClassUID"]).removesuffix(" Storage") or "no SOP class"
 
     @property
     def is_image(self) -> bool:
@@ -124,7 +127,7 @@ def is_image_class(uid: str) -> bool:
         >>> is_image_class("1.2.840.10008.5.1.4.1.1.2"), is_image_class("1.2.840.10008.5.1.4.1.1.66.4")
         (True, False)
     """
-    return IMAGE in UID(uid).name
+    return IMAGE in _name(uid)
 
 
 def read_header(file: Path) -> DicomHeader | None:
@@ -143,21 +146,26 @@ def read_header(file: Path) -> DicomHeader | None:
             tags["SOPClassUID"] = tags["SOPClassUID"] or _text(meta, "MediaStorageSOPClassUID")
             if tags["SOPClassUID"] == DIRECTORY:
                 return None
-            syntax = UID(_text(meta, "TransferSyntaxUID")).name
-            return DicomHeader(file, tags, _frames(file, dataset, tags), syntax, _in_colour(dataset, tags))
+            syntax = _name(_text(meta, "TransferSyntaxUID"))
+            plane = (int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0))
+            return DicomHeader(file, tags, _frames(file, dataset, tags), plane, syntax, _in_colour(dataset, tags))
     except Exception as error:  # noqa: BLE001 (pydicom raises many kinds, with messages that quote the header)
         raise ValueError(f"the header is damaged ({type(error).__name__})") from None
 
 
+def _name(uid: str) -> str:
+    return UID(uid, validation_mode=config.IGNORE).name
+
+
 def _dataset(file: Path) -> Dataset | None:
     try:
-        return pydicom.dcmread(file, stop_before_pixels=True, specific_tags=READ)
+        return dcmread(file, stop_before_pixels=True, specific_tags=READ)
     except InvalidDicomError:  # there is no preamble: an old file, which starts with group 0002 or 0008, or no DICOM
         with file.open("rb") as stream:
             start = stream.read(8)
         if start[:4] not in (b"\x02\0\0\0", b"\x08\0\0\0", b"\x08\0\x05\0", b"\x08\0\x08\0", b"\x08\0\x16\0"):
             return None
-        return pydicom.dcmread(file, stop_before_pixels=True, specific_tags=READ, force=True)
+        return dcmread(file, stop_before_pixels=True, specific_tags=READ, force=True)
 
 
 def _frames(file: Path, dataset: Dataset, tags: dict[str, str]) -> tuple[Frame, ...]:
@@ -206,10 +214,12 @@ def _first_text(levels: Sequence[Dataset], keyword: str) -> str:
 
 def _text(dataset: Dataset, keyword: str) -> str:
     """Return the value of a tag, several values with a backslash between them; "" if it is absent."""
-    raw: Any = dataset.get_item(tag_for_keyword(keyword) or 0)
+    tag = tag_for_keyword(keyword) or 0
+    raw: Any = dataset.get_item(tag)
     if raw is None:
         return ""
-    stored = raw.value if isinstance(raw.value, bytes) and raw.VR not in ("FD", "US", "UL", "SS", "SL") else None
+    is_text = isinstance(raw.value, bytes) and (raw.VR or dictionary_VR(tag)) not in BINARY
+    stored = raw.value if is_text else None
     if stored is not None and stored.isascii() and b"\x1b" not in stored:  # numbers stay as they are written
         return stored.decode("ascii").strip(" \0")
     value: Any = dataset.get(keyword)
@@ -227,13 +237,13 @@ def _in_colour(dataset: Dataset, tags: dict[str, str]) -> bool:
 @contextmanager
 def _silent() -> Iterator[None]:
     """Silence pydicom, which quotes invalid values of any tag, and accept such values."""
-    logger, mode = logging.getLogger("pydicom"), pydicom.config.settings.reading_validation_mode
+    logger, mode = logging.getLogger("pydicom"), config.settings.reading_validation_mode
     was_disabled, logger.disabled = logger.disabled, True
-    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+    config.settings.reading_validation_mode = config.IGNORE
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.disabled = was_disabled
-        pydicom.config.settings.reading_validation_mode = mode
+        config.settings.reading_validation_mode = mode

@@ -61,8 +61,6 @@ def read_volume(file: Path) -> tuple[np.ndarray, Geometry]:
     """
     geometry = read_geometry(file)
     array = sitk.GetArrayFromImage(read_image(file))
-    if array.ndim != 3:
-        raise ValueError(f"{file.name} has {array.ndim} dimensions instead of three")
     return array, geometry
 
 

@@ -8,7 +8,6 @@ model is therefore an ordinary checkpoint, with which nnU-Net's own command pred
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,15 +19,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nnunet_vit_mae.csv_tables import write_rows
+from nnunet_vit_mae.datasets.split.files import SPLITS
 from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.evaluation.calibration_figures import agreement_figure, curve_figure
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
-from nnunet_vit_mae.files import replacing, write_json
-from nnunet_vit_mae.imaging.volumes import refuse_large
+from nnunet_vit_mae.files import inside, replacing, write_json
+from nnunet_vit_mae.imaging.volumes import NOT_FINITE, all_finite, refuse_large
 from nnunet_vit_mae.nnunet.folds import reference_segmentations, split_of, training_names
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
-from nnunet_vit_mae.nnunet.prediction import find_prediction_cases, find_reference, predict_cases
+from nnunet_vit_mae.nnunet.prediction import find_prediction_cases, find_reference, predict_cases, read_probabilities
+from nnunet_vit_mae.pickles import read_trained
 from nnunet_vit_mae.plots import save_figure
 from nnunet_vit_mae.thresholds import Calibration, CalibrationCase, CaseVolumes, Classes, ThresholdCurve, fit_thresholds
 from nnunet_vit_mae.weights import file_hash, package_versions
@@ -115,7 +116,7 @@ def write(model: Model, cases: Sequence[PredictedCase], calibration: Calibration
     for file, figure in figures.items():
         save_figure(figure, file)
     _write_curves(curves, folder / "calibration_curve.csv")
-    hashes = {"checkpoints": {str(file): file_hash(file) for file in checkpoints}}
+    hashes = {"checkpoints": {file.relative_to(folder).as_posix(): file_hash(file) for file in checkpoints}}
     record = _record(model, cases, calibration, objective) | hashes
     write_json(record, folder / CALIBRATION_RECORD)
     return [*checkpoints, folder / CALIBRATION_RECORD, folder / "calibration_curve.csv", *figures]
@@ -162,7 +163,7 @@ def shift_head(weights: Mapping[str, Tensor], shifts: Sequence[float]) -> dict[s
 
 def shift_checkpoint(file: Path, shifts: Sequence[float]) -> Path:
     """Write `checkpoint_calibrated.pth` beside a checkpoint, without the state that only training needs."""
-    checkpoint = torch.load(file, map_location="cpu", weights_only=False)  # read as nnU-Net reads it
+    checkpoint = read_trained(file)
     checkpoint["network_weights"] = shift_head(checkpoint["network_weights"], shifts)
     checkpoint["optimizer_state"] = checkpoint["grad_scaler_state"] = None
     with replacing(file.with_name(CALIBRATED)) as temporary, temporary.open("wb") as stream:
@@ -179,7 +180,10 @@ def _validation_cases_of(model: Model, fold: str, device: str) -> list[Predicted
     if not are_saved or not _complete(probabilities, names, fold_folder / model.checkpoint):
         model = replace(model, folds=(fold,))
         probabilities = _predict(model, plan.dataset.raw / "imagesTr", names, f"{FOLDER}_fold_{fold}", device)
-    return [PredictedCase(name, fold, probabilities / f"{name}.npz", references_of[name]) for name in names]
+    return [
+        PredictedCase(name, fold, inside(probabilities, f"{name}.npz", source=SPLITS), references_of[name])
+        for name in names
+    ]
 
 
 def _complete(folder: Path, names: Sequence[str], checkpoint: Path) -> bool:
@@ -203,19 +207,14 @@ def _predict(model: Model, images: Path, names: Sequence[str], folder: str, devi
 
 def _calibration_case(plan: Plan, case: PredictedCase, classes: Classes, bar: tqdm) -> CalibrationCase:
     _, spacing = _read_reference(plan, case.reference)
-    channels = len(classes.names) + (not classes.regions)
 
     def read() -> tuple[np.ndarray, np.ndarray]:
         labels, _ = _read_reference(plan, case.reference)
-        try:
-            with np.load(case.probabilities) as stored:
-                probabilities = stored["probabilities"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{case.probabilities} cannot be read ({error}): remove it and try again.") from None
-        if probabilities.shape != (channels, *labels.shape):
+        probabilities = read_probabilities(case.probabilities, classes.outputs)
+        if probabilities.shape[1:] != labels.shape:
             raise UserError(
-                f"{case.probabilities} has the shape {probabilities.shape}, but {case.reference} has {labels.shape} "
-                f"and the model has {channels} outputs: they do not belong to the same case or dataset."
+                f"{case.probabilities} has {probabilities.shape[1:]} voxels, but {case.reference} has {labels.shape}: "
+                "they do not belong to the same case."
             )
         bar.update()
         return probabilities, labels
@@ -228,6 +227,8 @@ def _read_reference(plan: Plan, file: Path) -> tuple[np.ndarray, Sequence[float]
     refuse_large([file])
     with reading(file):
         labels, properties = plan.plans.image_reader_writer_class().read_seg(str(file))
+        if not all_finite(labels, file):
+            raise UserError(f"{file} {NOT_FINITE}.")
     return labels[0], properties["spacing"]
 
 

@@ -6,7 +6,6 @@ shifted after the prediction, which is the same threshold; nnU-Net's own code th
 
 from __future__ import annotations
 
-import pickle
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,8 @@ from nnunet_vit_mae.files import replacing, write_json
 from nnunet_vit_mae.imaging.volumes import refuse_large
 from nnunet_vit_mae.imaging.writing import write_segmentation
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
+from nnunet_vit_mae.nnunet.prediction import read_probabilities
+from nnunet_vit_mae.pickles import read_properties
 from nnunet_vit_mae.thresholds import Calibration, CalibrationCase, Classes, fit_thresholds
 
 
@@ -37,16 +38,18 @@ def calibrate_ensemble(plan: Plan, development: Sequence[Path], predictions: Pat
     Raises:
         UserError: If there are no probabilities, or members have those of different cases.
     """
-    cases = _development_cases(plan, development)
     classes = classes_of(plan)
+    cases = _development_cases(plan, classes, development)
     found = fit_thresholds(cases, classes, "volume")
     output.mkdir(parents=True, exist_ok=True)
     manager = plan.plans.get_label_manager(plan.dataset_json)
     writer, ending = plan.plans.image_reader_writer_class(), plan.dataset_json["file_ending"]
     for file in _probabilities_in(predictions):
-        shifted = shift_probabilities(_read(file), classes, found.shifts)
+        shifted = shift_probabilities(
+            read_probabilities(file, classes.outputs).astype(np.float32), classes, found.shifts
+        )
         segmentation = np.asarray(manager.convert_probabilities_to_segmentation(shifted))
-        properties = pickle.loads(file.with_suffix(".pkl").read_bytes())  # written by nnU-Net beside the probabilities
+        properties = read_properties(file.with_suffix(".pkl"))  # written by nnU-Net beside the probabilities
         write_segmentation(segmentation, output / f"{file.stem}{ending}", writer, properties)
     with replacing(output / "dataset.json") as temporary:
         shutil.copyfile(predictions / "dataset.json", temporary)
@@ -67,14 +70,14 @@ def shift_probabilities(probabilities: np.ndarray, classes: Classes, shifts: Seq
     return (shifted / total).astype(np.float32)
 
 
-def _development_cases(plan: Plan, folders: Sequence[Path]) -> list[CalibrationCase]:
+def _development_cases(plan: Plan, classes: Classes, folders: Sequence[Path]) -> list[CalibrationCase]:
     names = [[file.name for file in _probabilities_in(folder)] for folder in folders]
     if any(others != names[0] for others in names):
         raise UserError(f"{folders[0]} and {folders[1]} have probabilities of different cases: predict both anew.")
-    return [_case(plan, [folder / name for folder in folders]) for name in names[0]]
+    return [_case(plan, classes, [folder / name for folder in folders]) for name in names[0]]
 
 
-def _case(plan: Plan, files: Sequence[Path]) -> CalibrationCase:
+def _case(plan: Plan, classes: Classes, files: Sequence[Path]) -> CalibrationCase:
     reference = plan.dataset.preprocessed / "gt_segmentations" / f"{files[0].stem}{plan.dataset_json['file_ending']}"
 
     def read_reference() -> tuple[np.ndarray, Sequence[float]]:
@@ -84,22 +87,18 @@ def _case(plan: Plan, files: Sequence[Path]) -> CalibrationCase:
         return labels[0], properties["spacing"]
 
     def read() -> tuple[np.ndarray, np.ndarray]:
-        return np.mean([_read(file) for file in files], axis=0), read_reference()[0]
+        members = [read_probabilities(file, classes.outputs) for file in files]
+        return np.stack(members).mean(axis=0, dtype=np.float32), read_reference()[0]
 
     return CalibrationCase(files[0].stem, float(np.prod(read_reference()[1])), read)
 
 
 def _probabilities_in(folder: Path) -> list[Path]:
-    if not (files := sorted(folder.glob("*.npz"))):
+    if not (files := sorted(folder.glob("[!.]*.npz"))):
         raise UserError(
             f"There are no probabilities in {folder}: train with --npz, or predict with --save_probabilities."
         )
     return files
-
-
-def _read(file: Path) -> np.ndarray:
-    with reading(file), np.load(file) as stored:
-        return stored["probabilities"].astype(np.float32)
 
 
 def _record(found: Calibration, classes: Classes, cases: Sequence[CalibrationCase]) -> dict[str, object]:

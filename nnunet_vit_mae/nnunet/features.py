@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import Tensor
 
@@ -20,7 +18,7 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.checkerboard import FeatureMap, checkerboard, feature_maps, inner
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.nnunet.folds import labelled_cases, split_of
-from nnunet_vit_mae.nnunet.models import Model
+from nnunet_vit_mae.nnunet.models import Model, refuse_damaged_weights
 from nnunet_vit_mae.nnunet.plans import Plan
 from nnunet_vit_mae.nnunet.trainers import (
     nnUNetTrainerAMAE,
@@ -28,7 +26,9 @@ from nnunet_vit_mae.nnunet.trainers import (
     nnUNetTrainerViTMAE,
     nnUNetTrainerViTScratch,
 )
+from nnunet_vit_mae.pickles import read_properties, read_trained
 from nnunet_vit_mae.plots import Features, plot_features
+from nnunet_vit_mae.pretraining.volumes import open_volume, volume_problem
 
 TRAINERS = {
     trainer.__name__: trainer
@@ -103,10 +103,11 @@ def load_segmenter(model: Model) -> Segmenter:
     channels = determine_num_input_channels(plan.plans, plan.configuration, plan.dataset_json)
     classes = plan.plans.get_label_manager(plan.dataset_json).num_segmentation_heads
     network = TRAINERS[model.trainer].build_network_architecture(plan.plans, plan.configuration, channels, classes)
+    refuse_damaged_weights(model)
+    weights = read_trained(model.files[0])["network_weights"]
     try:
-        # nnU-Net's checkpoints hold numpy scalars, whose names differ between versions: read them as nnU-Net does
-        network.load_state_dict(torch.load(model.files[0], map_location="cpu", weights_only=False)["network_weights"])
-    except (RuntimeError, KeyError, EOFError, OSError, pickle.UnpicklingError) as error:
+        network.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{model.files[0]} is damaged or does not fit its plans.json ({reason}).") from None
     return cast(Segmenter, network.eval())
@@ -123,8 +124,11 @@ def read_patch(plan: Plan, case: str) -> Patch:
         raise UserError(
             f"There is no preprocessed case {case} in {plan.preprocessed_folder} (it has {examples}): check --case."
         )
-    loaded: Any = nnUNetDatasetBlosc2(str(plan.preprocessed_folder), [case]).load_case(case)
-    volume, _, _, properties = loaded
+    file = plan.preprocessed_folder / f"{case}.b2nd"
+    if problem := volume_problem(file, len(plan.channel_names)):
+        raise UserError(f"{file} {problem}: run nnUNetv2_preprocess -d {plan.dataset.id} -c {plan.name} again.")
+    volume = open_volume(file)
+    properties = read_properties(plan.preprocessed_folder / f"{case}.pkl")
     sides = volume.shape[1:]
     centre = _foreground_centre(properties) or [side // 2 for side in sides]
     axes = zip(centre, sides, plan.patch_size, strict=True)

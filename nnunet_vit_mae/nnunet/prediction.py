@@ -8,21 +8,25 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from nnunet_vit_mae.errors import UserError, reader_reason
-from nnunet_vit_mae.files import link
+from nnunet_vit_mae.files import inside, link
 from nnunet_vit_mae.guard import guarded
 from nnunet_vit_mae.imaging.channels import channels_by_case
 from nnunet_vit_mae.imaging.volumes import read_geometry, read_image, refuse_large
 from nnunet_vit_mae.installation import trainers_folder
-from nnunet_vit_mae.nnunet.models import Model
+from nnunet_vit_mae.limits import too_many_voxels
+from nnunet_vit_mae.nnunet.models import Model, refuse_damaged_weights
 from nnunet_vit_mae.nnunet.plans import Plan
+from nnunet_vit_mae.pickles import read_trained
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +55,7 @@ def find_prediction_cases(plan: Plan, images: Path) -> list[PredictionCase]:
 
 def find_reference(plan: Plan, case: str, references: Path) -> Path:
     """Return the reference segmentation of a case. Raises `UserError` if it is missing."""
-    reference = references / f"{case}{plan.dataset_json['file_ending']}"
+    reference = inside(references, f"{case}{plan.dataset_json['file_ending']}", source="A list of cases")
     if not reference.is_file():
         raise UserError(f"The case {case} has no reference segmentation {reference}: add it, or check the folder.")
     return reference
@@ -78,6 +82,7 @@ def predict_cases(
         _remove_if_cut_off(output / f"{case}{endings[0]}")
     if all((output / f"{case}{ending}").is_file() for case in cases for ending in endings):
         return
+    refuse_damaged_weights(model)
     shutil.rmtree(links, ignore_errors=True)
     links.mkdir(parents=True)
     images_of = {case.name: case.images for case in find_prediction_cases(model.plan, images)}
@@ -108,10 +113,49 @@ def predict_folder(
 ) -> None:
     """Predict the cases in a folder of images with `nnUNetv2_predict`, and show its progress.
 
-    The output of the command is appended to `log`. Raises `UserError` if it fails.
+    The output of the command is appended to `log`. Raises `UserError` if it fails, or if a checkpoint holds code.
     """
+    for file in model.files:
+        read_trained(file, mmap=True)  # nnU-Net would run whatever code is in it
     ending = model.plan.dataset_json["file_ending"]
     _run([*model.command(images, output, device), *flags], [output / f"{case}{ending}" for case in cases], log)
+
+
+def read_probabilities(file: Path, outputs: int) -> np.ndarray:
+    """Read the probabilities of a case that nnU-Net has saved.
+
+    Args:
+        file: The `.npz` file.
+        outputs: The outputs of the model.
+
+    Returns:
+        The probabilities (outputs z y x).
+
+    Raises:
+        UserError: If the file is damaged, or has another number of outputs or more voxels than the limit.
+    """
+    try:
+        if not zipfile.is_zipfile(file):  # numpy's own object for such a file complains once more when it is deleted
+            raise ValueError("it is no zip file")
+        with file.open("rb") as content, np.load(content, allow_pickle=False) as stored:
+            with stored.zip.open("probabilities.npy") as stream:  # before all of it is read
+                version = np.lib.format.read_magic(stream)
+                reads = (
+                    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                )
+                shape = reads(stream)[0]
+            if len(shape) != 4 or shape[0] != outputs:
+                raise ValueError(f"it has the shape {shape}, but the model has {outputs} outputs")
+            if problem := too_many_voxels(shape[1:]):
+                raise ValueError(f"it {problem}")
+            probabilities = stored["probabilities"]
+            if probabilities.dtype.kind != "f" or not np.isfinite(probabilities).all():
+                raise ValueError("it holds NaN or infinite values, or no probabilities")
+            return probabilities
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 (damaged files raise many kinds)
+        raise UserError(f"{file} cannot be read ({reader_reason(error)}): remove it and try again.") from None
 
 
 def _run(command: Sequence[str], expected: Sequence[Path], log: Path) -> None:
@@ -125,9 +169,7 @@ def _run(command: Sequence[str], expected: Sequence[Path], log: Path) -> None:
     with log.open("a", encoding="utf-8") as stream, tqdm(total=len(expected), unit="case", desc="predicting") as bar:
         stream.write(f"$ {shlex.join(command)}\n")
         stream.flush()
-        with guarded(
-            [program, *command[1:]], seconds=5.0, env=_environment(), stdout=stream, stderr=stream
-        ) as process:
+        with guarded([program, *command[1:]], seconds=5.0, env=_environment(), stdout=stream, stderr=stream) as process:
             while _is_running(process):
                 if new := count() - bar.n:  # in the log of a job, each update is a line
                     bar.update(new)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import blosc2
-import nibabel
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 
 from nnunet_vit_mae.errors import UserError, WriteError, reader_reason
 from nnunet_vit_mae.files import read_json, remove_unfinished, replacing, write_json
-from nnunet_vit_mae.imaging.channels import case_and_channel, channels_by_case
-from nnunet_vit_mae.imaging.volumes import refuse_large
+from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, case_and_channel, channels_by_case
+from nnunet_vit_mae.imaging.volumes import all_finite, read_geometry, without_warnings_of_itk
+from nnunet_vit_mae.limits import too_many_voxels
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.plans import Plan, load_plan
 from nnunet_vit_mae.workers import run_each
@@ -110,11 +110,18 @@ def _find_channel_problem(plan: Plan, files: list[Path]) -> str | None:
 
 def _preprocess_files(plan: Plan, case: str, files: list[Path]) -> str | None:
     """Preprocess the files of a case and save the result; returns what is wrong with the images, if anything."""
-    refuse_large(files)
+    with without_warnings_of_itk():
+        for file in files:
+            if file.name.endswith(IMAGE_ENDINGS):  # others have a geometry in a format of nnU-Net
+                read_geometry(file)
     volume, properties = plan.plans.image_reader_writer_class().read_images([str(file) for file in files])
     if volume.shape[0] != len(plan.channel_names):
         return f"has {volume.shape[0]} channels in its files, but dataset.json has {len(plan.channel_names)}"
-    if not np.isfinite(volume).all() or any(_nifti_holds_nan(file) for file in files):
+    if sum(side > 1 for side in volume.shape[1:]) < 2:
+        return f"has {' x '.join(map(str, volume.shape[1:]))} voxels (z y x), which are neither a volume nor a slice"
+    if problem := resampled_problem(plan, volume.shape[1:], properties["spacing"]):
+        return problem
+    if not all(all_finite(channel, file) for channel, file in zip(volume, files, strict=True)):
         return "holds voxels that are NaN or infinite"
     preprocessor = plan.configuration.preprocessor_class(verbose=False)
     volume, _, _ = preprocessor.run_case_npy(
@@ -124,12 +131,15 @@ def _preprocess_files(plan: Plan, case: str, files: list[Path]) -> str | None:
     return None
 
 
-def _nifti_holds_nan(file: Path) -> bool:
-    """Check the file itself: ITK, with which nnU-Net reads, silently turns NaN in a NIfTI file into zeros."""
-    if ".nii" not in file.suffixes:
-        return False
-    image = nibabel.load(file)
-    return image.get_data_dtype().kind == "f" and not np.isfinite(np.asanyarray(image.dataobj)).all()
+def resampled_problem(plan: Plan, shape: Sequence[int], spacing: Sequence[float]) -> str | None:
+    """Return why a case is too large at the spacing of the plans, None if it is not; shape and spacing are z y x."""
+    order = plan.plans.transpose_forward
+    target = plan.configuration.spacing
+    resampled = [round(shape[axis] * spacing[axis] / mm) for axis, mm in zip(order, target, strict=True)]
+    if problem := too_many_voxels(resampled):
+        own = " x ".join(f"{mm:.4g}" for mm in spacing)
+        return f"has a spacing of {own} mm (z y x), so that at the spacing of the plans it {problem}"
+    return None
 
 
 def _save(volume: np.ndarray, plan: Plan, case: str) -> None:
@@ -149,6 +159,8 @@ def _output_file(plan: Plan, case: str) -> Path:
 def _is_done(plan: Plan, case: str, files: list[Path]) -> bool:
     """Whether a case has a preprocessed file that is newer than its images."""
     output = _output_file(plan, case)
+    if not all(file.is_file() for file in files) or _find_channel_problem(plan, files):
+        return False  # a link to nothing, or a channel that was removed: to be reported
     return output.is_file() and output.stat().st_mtime >= max(file.stat().st_mtime for file in files)
 
 

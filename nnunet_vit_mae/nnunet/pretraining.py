@@ -65,7 +65,6 @@ def pretrain(
     fold: str,
     *,
     change: Callable[[Pretraining], Pretraining],
-    seed: int,
     machine: Machine,
     resume: bool,
     adaptive: bool = False,
@@ -93,7 +92,6 @@ def pretrain(
         spacing=tuple(map(float, plan.configuration.spacing)),
         network=settings.network,
         protocol=change(settings.pretraining),
-        seed=seed,
     )
     parts = machine.all_processes
     if job.protocol.reads % parts:
@@ -204,7 +202,7 @@ def _card(plan: Plan, fold: str, job: PretrainingRun, cases: list[PreprocessedCa
         steps=job.steps,
         loss=result.losses[-1],
         pretraining=to_json_types(job.protocol),
-        seed=job.seed,
+        seed=job.protocol.seed,
         data_licence=plan.licence,
         packages=package_versions(),
         network=job.network.encoder_settings,

@@ -8,7 +8,7 @@ others.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,30 +18,21 @@ import pandas as pd
 from tqdm import tqdm
 
 from nnunet_vit_mae.csv_tables import read_frame, write_frame
+from nnunet_vit_mae.entries import read_entries
 from nnunet_vit_mae.errors import UserError, reader_reason
-from nnunet_vit_mae.evaluation.cases import read_mask
+from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, read_calibration
 from nnunet_vit_mae.evaluation.clinical import find_cutoffs, group_names, group_of
-from nnunet_vit_mae.files import read_json, write_json
+from nnunet_vit_mae.files import locked, write_json
 from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
-from nnunet_vit_mae.nnunet.calibration import CALIBRATED, CALIBRATION_RECORD
-from nnunet_vit_mae.nnunet.folds import reference_segmentations
+from nnunet_vit_mae.nnunet.calibration import CALIBRATED
 from nnunet_vit_mae.nnunet.models import Model
-from nnunet_vit_mae.nnunet.plans import classes_of
+from nnunet_vit_mae.nnunet.plans import Plan, classes_of
 from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, predict_cases
-from nnunet_vit_mae.thresholds import Classes
+from nnunet_vit_mae.nnunet.preprocessing import resampled_problem
+from nnunet_vit_mae.nnunet.training_range import TrainingRange, read_training_range, volumes_in, warnings_of
 from nnunet_vit_mae.weights import file_hash
 
-TRAINING_VOLUMES = "training_volumes.json"  # in the model's folder, so that the labels are read only once
 MODEL_NOTE = "model.json"
-TOLERANCE = 1.01  # of a spacing, because headers are rounded
-
-
-@dataclass(frozen=True)
-class TrainingRange:
-    """Spacings and volumes of the cases that the model was trained on."""
-
-    spacings: np.ndarray  # mm, cases x 3, each row ascending: the last value is the slice thickness
-    volumes: Mapping[str, np.ndarray]  # mm3 of each case, by label
 
 
 @dataclass(frozen=True)
@@ -68,15 +59,25 @@ def quantify(
     """Predict a folder, or a part of it, and write the table; the part that ends last joins the tables of all parts.
 
     Segmentations are written to `TABLE_segmentations` beside the table. Returns the tables that were written. Raises
-    `UserError` for a folder without images, for segmentations of another model there, and if the prediction fails.
+    `UserError` for a folder without images, for segmentations of another model there, if another process writes the
+    table, and if the prediction fails.
     """
     if table.is_dir() or table.suffix != ".csv":
         raise UserError(f"-o {table} is not a file name that ends in .csv: name the table to write.")
-    training, work = read_training_range(model), table.with_name(f"{table.stem}_segmentations")
-    cases = find_prediction_cases(model.plan, images)[part.number :: part.of]
-    identity = model_hash(model)
+    with locked(part.table(table)):
+        return _quantify(model, images, table, part, cutoffs=cutoffs, device=device)
+
+
+def _quantify(
+    model: Model, images: Path, table: Path, part: Part, *, cutoffs: Sequence[float] | None, device: str
+) -> list[Path]:
+    work, identity = table.with_name(f"{table.stem}_segmentations"), model_hash(model)
     _refuse_other_model(work, identity)
-    geometries = {case.name: _check_images(case) for case in tqdm(cases, unit="case", desc="checking")}
+    thresholds_of(model)  # refuses a bad record before anything is predicted
+    cases = find_prediction_cases(model.plan, images)[part.number :: part.of]
+    training = read_training_range(model)
+    write_json({"model": identity}, work / MODEL_NOTE)
+    geometries = {case.name: _check_images(model.plan, case) for case in tqdm(cases, unit="case", desc="checking")}
     readable = [name for name, geometry in geometries.items() if isinstance(geometry, Geometry)]
     places = {"links": work / f"images_part{part.number}", "log": work / f"log_part{part.number}.txt"}
     predict_cases(model, images, readable, work, **places, device=device)
@@ -107,74 +108,22 @@ def model_hash(model: Model) -> str:
 def thresholds_of(model: Model) -> dict[str, float]:
     """Return the threshold of each label: the calibrated one, or nnU-Net's 0.5."""
     if model.checkpoint == CALIBRATED:
-        return read_json(model.folder / CALIBRATION_RECORD)["thresholds"]
+        thresholds = read_calibration(model.folder).content["thresholds"]
+        if {*thresholds} != {*classes_of(model.plan).names}:
+            raise UserError(f"{model.folder / CALIBRATION_RECORD} has other labels than the model: calibrate it again.")
+        return thresholds
     return dict.fromkeys(classes_of(model.plan).names, 0.5)
-
-
-def read_training_range(model: Model) -> TrainingRange:
-    """Return spacings and volumes of the training cases. Raises `UserError` if their records are missing."""
-    fingerprint = read_json(model.plan.dataset.preprocessed / "dataset_fingerprint.json")
-    file = model.folder / TRAINING_VOLUMES
-    if not file.is_file():
-        write_json(_training_volumes(model), file)
-    volumes = {label: np.array(values, float) for label, values in read_json(file).items()}
-    return TrainingRange(np.sort(np.array(fingerprint["spacings"], float), axis=1), volumes)
-
-
-def warnings_of(geometry: Geometry, volumes: Mapping[str, float], training: TrainingRange) -> dict[str, list[str]]:
-    """Return, for each label, in what a case differs from the training cases."""
-    common = _spacing_warnings(geometry, training)
-    return {label: common + _volume_warnings(volume, training.volumes[label]) for label, volume in volumes.items()}
-
-
-def _spacing_warnings(geometry: Geometry, training: TrainingRange) -> list[str]:
-    *in_plane, thickness = sorted(geometry.spacing)
-    warnings = []
-    if _outside(thickness, training.spacings[:, -1]):
-        warnings.append(f"slice thickness {thickness:.3g} mm, trained on {_range(training.spacings[:, -1])} mm")
-    for axis, spacing in enumerate(in_plane):
-        if spacing != thickness and _outside(spacing, training.spacings[:, axis]):
-            warnings.append(f"spacing {spacing:.3g} mm, trained on {_range(training.spacings[:, axis])} mm")
-            break
-    return warnings
-
-
-def _volume_warnings(volume: float, training: np.ndarray) -> list[str]:
-    if volume == 0:
-        return ["nothing found"]
-    if volume > training.max() or volume < training.min():
-        return [f"volume outside the {_range(training)} mm3 of the training cases"]
-    return []
-
-
-def _training_volumes(model: Model) -> dict[str, list[float]]:
-    classes, files = classes_of(model.plan), reference_segmentations(model.plan).values()
-    by_case = [_volumes(file, classes) for file in tqdm(files, unit="case", desc="training labels")]
-    return {label: [volumes[label] for volumes in by_case] for label in classes.names}
-
-
-def _volumes(file: Path, classes: Classes) -> dict[str, float]:
-    """Return the volume of each label in mm3."""
-    with without_warnings_of_itk():
-        mask, geometry = read_mask(file), read_geometry(file)
-    voxel = float(np.prod(geometry.spacing))
-    return {
-        label: float(np.isin(mask, values).sum() * voxel)
-        for label, values in zip(classes.names, classes.values, strict=True)
-    }
 
 
 def _refuse_other_model(work: Path, identity: str) -> None:
     note = work / MODEL_NOTE
-    if note.is_file() and read_json(note)["model"] != identity:
+    if note.is_file() and read_entries(dict[str, str], note, "remove that folder").get("model") != identity:
         raise UserError(f"{work} holds segmentations of another model: give another -o, or remove that folder.")
-    if not note.is_file():
-        if work.exists() and any(work.iterdir()):
-            raise UserError(f"{work} is not empty: give another -o, or remove that folder.")
-        write_json({"model": identity}, note)
+    if not note.is_file() and work.exists() and any(work.iterdir()):
+        raise UserError(f"{work} is not empty: give another -o, or remove that folder.")
 
 
-def _check_images(case: PredictionCase) -> Geometry | str:
+def _check_images(plan: Plan, case: PredictionCase) -> Geometry | str:
     """Return the geometry of a case, or why it cannot be predicted."""
     geometries = []
     for image in case.images:
@@ -185,7 +134,8 @@ def _check_images(case: PredictionCase) -> Geometry | str:
             return f"{image.name} cannot be read ({reader_reason(error)})"
         if difference := geometries[0].difference(geometries[-1]):
             return f"{image.name} and {case.images[0].name} differ in {difference}"
-    return geometries[0]
+    shape, spacing = geometries[0].size[::-1], geometries[0].spacing[::-1]
+    return resampled_problem(plan, shape, spacing) or geometries[0]
 
 
 def _case_rows(
@@ -200,14 +150,14 @@ def _case_rows(
     classes, thresholds = classes_of(model.plan), thresholds_of(model)
     if isinstance(geometry, str):
         return [{"case": case, "label": label, "warnings": geometry} for label in classes.names]
-    volumes = _volumes(work / f"{case}{model.plan.dataset_json['file_ending']}", classes)
+    volumes = volumes_in(work / f"{case}{model.plan.dataset_json['file_ending']}", classes)
     warnings = warnings_of(geometry, volumes, training)
     return [
         {
             "case": case,
             "label": label,
             "volume_mm3": round(volume, 3),
-            "risk_group": _risk_group(volume, training.volumes[label], cutoffs),
+            "risk_group": _risk_group(volume, training.volumes.get(label), cutoffs),
             "threshold": round(thresholds[label], 6),
             "slice_thickness_mm": round(max(geometry.spacing), 4),
             "warnings": "; ".join(warnings[label]),
@@ -216,16 +166,8 @@ def _case_rows(
     ]
 
 
-def _risk_group(volume: float, training: np.ndarray, given: Sequence[float] | None) -> str:
-    cutoffs = tuple(given) if given else find_cutoffs(training, None)[0]
+def _risk_group(volume: float, training: np.ndarray | None, given: Sequence[float] | None) -> str:
+    cutoffs = tuple(given) if given else () if training is None else find_cutoffs(training, None)[0]
     if not cutoffs:
         return ""
     return group_names(cutoffs, bool(given))[int(group_of(np.array(volume), cutoffs))]
-
-
-def _outside(value: float, training: np.ndarray) -> bool:
-    return value > training.max() * TOLERANCE or value < training.min() / TOLERANCE
-
-
-def _range(values: np.ndarray) -> str:
-    return f"{values.min():.4g} to {values.max():.4g}"

@@ -155,10 +155,10 @@ def _write_volume(file: Path, volume: np.ndarray, spacing: tuple[float, float, f
 def _write_description(folder: Path, rows: list[tuple], labelled: int) -> None:
     """Write dataset.json and scans.csv."""
     description = {
-        "channel_names": {"0": "CT"},
+        "channel_names": {"0": "CT_zscore"},  # by the name "CT", nnU-Net would clip all but the calcifications away
         "labels": {"background": 0, "calcification": 1},
         "numTraining": labelled,
         "file_ending": ".nii.gz",
     }
     write_json(description, folder / "dataset.json")
-    write_rows(("case", "patient", "set", "scanner", "kernel", "slice_thickness"), rows, folder / "scans.csv")
+    write_rows(("case", "patient", "set", "scanner", "kernel", "slice_thickness_mm"), rows, folder / "scans.csv")

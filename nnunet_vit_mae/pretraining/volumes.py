@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nnunet_vit_mae.errors import UserError, reader_reason
+from nnunet_vit_mae.limits import too_many_voxels
 
 SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it; other systems have no limit of their own
 CHECKED_AT_ONCE = 8
@@ -24,9 +25,22 @@ ITEM = np.dtype(np.float16).itemsize
 
 
 def open_volume(file: Path, *, threads: int = 1) -> Any:
-    """Open a preprocessed volume (c z y x), to be read by slicing."""
-    # not mapped: page faults cost more than reads where the file has to come from a disk
-    return blosc2.open(urlpath=str(file), mode="r", dparams={"nthreads": threads})
+    """Open a preprocessed volume (c z y x), to be read by slicing.
+
+    Raises `UserError` if the file is missing or damaged, holds anything but an array, or has more voxels than the limit.
+    """
+    try:
+        # not mapped: page faults cost more than reads where the file has to come from a disk
+        volume: Any = blosc2.open(urlpath=str(file), mode="r", dparams={"nthreads": threads})
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing: preprocess this case again.") from None
+    except Exception as error:  # noqa: BLE001 (blosc2 raises many kinds for damaged files)
+        raise UserError(f"{file} is damaged ({reader_reason(error)}): preprocess this case again.") from None
+    if not isinstance(volume, blosc2.NDArray):
+        raise UserError(f"{file} holds no array: preprocess this case again.")
+    if problem := too_many_voxels(volume.shape[1:]):
+        raise UserError(f"{file} {problem}.")
+    return volume
 
 
 def volume_problem(file: Path, channels: int) -> str | None:
@@ -39,6 +53,8 @@ def volume_problem(file: Path, channels: int) -> str | None:
         if not np.issubdtype(volume.dtype, np.floating):
             return f"holds {volume.dtype} instead of floating-point numbers"
         volume[:, -1:, -1:, -1:]
+    except UserError as error:
+        return str(error).removeprefix(f"{file} ").split(": ")[0].rstrip(".")
     except Exception as error:  # noqa: BLE001 (blosc2 raises many kinds for a damaged file)
         return f"is damaged ({reader_reason(error)})"
     return None

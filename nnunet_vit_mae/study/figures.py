@@ -1,4 +1,4 @@
-"""The figures of a study: learning curves, and paired differences with their intervals."""
+"""The figures of a study: learning curves, how models learned, and paired differences with their intervals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nnunet_vit_mae.evaluation.drawing import WIDTH, ModelStyle, Scale, label_axis, model_styles, styled
+from nnunet_vit_mae.evaluation.drawing import LINE, WIDTH, ModelStyle, Scale, label_axis, model_styles, styled
 from nnunet_vit_mae.study.comparisons import (
     COMPARED,
     PairedDifference,
@@ -18,6 +18,7 @@ from nnunet_vit_mae.study.comparisons import (
     distinct,
     point_of,
 )
+from nnunet_vit_mae.study.training import PretrainingCurve, TrainingCurve
 
 ROWS = {False: "As trained", True: "Calibrated"}
 DIFFERENCE = {"dice": "Difference in Dice", "absolute_difference_mm3": "Difference in volume error (mm³)"}
@@ -120,3 +121,48 @@ def _draw_difference(axes: Axes, paired: PairedDifference, place: int) -> None:
     axes.plot([paired.low, paired.high], [place, place], color=colour, linewidth=4, alpha=0.35)
     axes.plot(paired.difference, place, marker="D", color=colour, markersize=5)
     axes.scatter(paired.seed_differences, [place + 0.22] * len(paired.seed_differences), s=9, color=colour, linewidth=0)
+
+
+@styled
+def pretraining_figure(curves: Sequence[PretrainingCurve]) -> Figure:
+    """Draw the loss of each encoder by epoch; a dotted line marks where it becomes another loss."""
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for curve, style in zip(curves, model_styles(curve.encoder for curve in curves).values(), strict=True):
+        epochs = np.arange(1, len(curve.losses) + 1)
+        plain, name = slice(0, curve.plain), curve.encoder
+        for part in (plain, slice(curve.plain, None)):
+            if len(epochs[part]):
+                axes.plot(epochs[part], curve.losses[part], color=style.colour, linewidth=1.2, label=name)
+                name = None
+        if curve.plain:
+            axes.axvline(curve.plain + 0.5, color=LINE, linewidth=0.8, linestyle=":")
+    axes.set(xlabel="Epoch", ylabel="Loss on hidden tokens")
+    axes.grid(axis="y")
+    axes.legend(frameon=False)
+    return figure
+
+
+@styled
+def training_figure(curves: Sequence[TrainingCurve]) -> Figure:
+    """Draw loss and Dice by epoch: a row for each number of labels, a line for each seed."""
+    rows, arms = sorted({curve.few for curve in curves}), dict.fromkeys(curve.arm for curve in curves)
+    figure = Figure(figsize=(WIDTH, 2.6 * len(rows) + 0.5), layout="constrained")
+    panels = figure.subplots(len(rows), 2, squeeze=False, sharey="col", sharex=True)
+    for (left, right), few in zip(panels, rows, strict=True):
+        for arm, style in model_styles(arms).items():
+            for number, curve in enumerate(c for c in curves if (c.arm, c.few) == (arm, few)):
+                drawn = {"color": style.colour, "linewidth": 1, "alpha": 0.8, "label": None if number else arm}
+                left.plot(np.arange(1, len(curve.losses) + 1), curve.losses, **drawn)
+                right.plot(np.arange(1, len(curve.dice) + 1), curve.dice, **drawn)
+        left.set_title(f"{few} labels", loc="left")
+        left.set_ylabel("Training loss")
+        label_axis(right, "y", "dice", None)
+        left.grid(axis="y")
+        right.grid(axis="y")
+    for axes in panels[-1]:
+        axes.set_xlabel("Epoch")
+    # an arm may lack some numbers of labels
+    shown = {name: line for axes in panels[:, 0] for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(4, len(shown)), frameon=False)
+    return figure

@@ -11,7 +11,8 @@ from typing import Any
 import pandas as pd
 
 from nnunet_vit_mae.csv_tables import write_frame
-from nnunet_vit_mae.evaluation.pictures import Gallery
+from nnunet_vit_mae.evaluation.by_token import DiceOfVit, read_trained_vit, trains_vit
+from nnunet_vit_mae.evaluation.pictures import Gallery, Picture, draw_by_token
 from nnunet_vit_mae.evaluation.report import template_environment
 from nnunet_vit_mae.evaluation.summary import REPORTED_PACKAGES
 from nnunet_vit_mae.evaluation.words import format_values, p_text
@@ -33,7 +34,8 @@ from nnunet_vit_mae.study.comparisons import (
 )
 from nnunet_vit_mae.study.costs import Cost
 from nnunet_vit_mae.study.design import StudyDesign, StudyModel
-from nnunet_vit_mae.study.figures import differences_figure, learning_curves
+from nnunet_vit_mae.study.figures import differences_figure, learning_curves, pretraining_figure, training_figure
+from nnunet_vit_mae.study.training import pretraining_curves, training_curves
 from nnunet_vit_mae.weights import package_versions
 
 PAGE = "index.html"
@@ -42,6 +44,14 @@ PACKAGES = (*REPORTED_PACKAGES, "nnunetv2", "torch", "snakemake")
 CURVES = (
     "Mean over the test cases by number of labelled training patients. Lines and bands: mean over seeds of each case, "
     "and its 95% bootstrap interval over cases. Small dots: seeds."
+)
+PRETRAINING = (
+    "Loss of each pre-training by epoch. Where it starts with the plain loss, a dotted line marks where norm-pix takes "
+    "over; the two do not compare, nor do those of different tokens."
+)
+TRAINING = (
+    "Training loss and Dice on validation crops (smoothed) by epoch, as nnU-Net logs them, a line for each seed. "
+    "Losses of different networks do not compare, for a U-Net sums them over resolutions."
 )
 DIFFERENCES = (
     "Paired differences (diamonds) with 95% bootstrap intervals over cases (bars); small dots: seeds. Blue: "
@@ -81,6 +91,7 @@ def write_study_report(
         "study": study,
         "cases": len(distinct(table, "case")),
         "labels": [_label_context(study, table, label, known, gallery) for label in labels],
+        "training": _training_pictures(study, gallery),
         "limits": [*limits, *_missing(missing)],
         "measures": [measure_title(measure) for measure in COMPARED],
         "costs": costs,
@@ -93,6 +104,18 @@ def write_study_report(
     with replacing(page) as temporary:
         temporary.write_text(environment.get_template("study.html.j2").render(context), encoding="utf-8")
     return page
+
+
+def _training_pictures(study: StudyDesign, gallery: Gallery) -> list[Picture]:
+    """Draw how the models learned, as far as they are there."""
+    pictures = []
+    if curves := pretraining_curves(study):
+        figure, alt = pretraining_figure(curves), "Loss of pre-training by epoch."
+        pictures.append(gallery.add(figure, "pretraining", None, PRETRAINING, alt))
+    if curves := training_curves(study):
+        figure, alt = training_figure(curves), "Training loss and validation Dice by epoch."
+        pictures.append(gallery.add(figure, "training", None, TRAINING, alt))
+    return pictures
 
 
 def _missing(missing: Sequence[StudyModel]) -> list[str]:
@@ -117,6 +140,7 @@ def _label_context(
         CURVES,
         f"Learning curves of {label}.",
     )
+    by_token = draw_by_token(_dice_of_vits(study, table, label), label, gallery)
     numbers, questions = count(1), []
     for question, found in answers.items():
         chosen = [paired for paired in found if paired.label == label]
@@ -126,7 +150,19 @@ def _label_context(
             rows = [_row(paired) for paired in chosen]
             sentences = [sentence_of(paired) for paired in chosen if paired.measure == "dice" or paired.significant]
             questions.append({"title": question.title, "rows": rows, "picture": picture, "sentences": sentences})
-    return {"name": label, "curves": curves, "questions": questions, "means": _means(study, table, label)}
+    means = _means(study, table, label)
+    return {"name": label, "curves": curves, "by_token": by_token, "questions": questions, "means": means}
+
+
+def _dice_of_vits(study: StudyDesign, table: pd.DataFrame, label: str) -> list[DiceOfVit]:
+    """Return Dice of each ViT as trained, with the largest number of labels."""
+    results = []
+    for arm, entry in study.trained.items():
+        folder = study.model_folder(arm, 0)
+        point = point_of(table, Variant(arm, calibrated=False), max(study.few), label, "dice")
+        if point and trains_vit(entry.trainer) and (folder / "plans.json").is_file():
+            results.append(DiceOfVit(read_trained_vit(folder), point.mean, point.low, point.high))
+    return results
 
 
 def _means(study: StudyDesign, table: pd.DataFrame, label: str) -> list[dict[str, Any]]:

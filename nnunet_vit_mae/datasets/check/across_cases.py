@@ -15,6 +15,8 @@ from nnunet_vit_mae.imaging.labels import Labels
 OUTLIER = 3.5  # modified z-score (Iglewicz and Hoaglin, How to Detect and Handle Outliers, 1993)
 SMALLEST_UNIT = 0.02  # of the median range from the 1st to the 99th percentile: smaller differences do not count
 FEWEST = 8  # with fewer cases, there are no outliers
+SMALLEST_RATIO = float(np.log(1.5))  # the same for spacings and extents, which differ more: in logarithms
+FEWEST_GEOMETRIES = 3
 BIN = 0.5  # mm, in the histogram of slice thickness
 
 
@@ -26,6 +28,7 @@ def findings_across_cases(
     yield from _same_names(cases)
     yield from _shared_patients(cases, patients)
     yield from _orientations(cases)
+    yield from _geometry_outliers(cases)
     yield from _intensity_outliers(cases, channels)
     yield from _clipped_ct(cases, channels)
     yield from _label_findings(cases, labels)
@@ -123,9 +126,26 @@ def _orientations(cases: Sequence[CaseSummary]) -> Iterator[Finding]:
             yield Finding(WARNING, "orientation", str(case), text)
 
 
+def _geometry_outliers(cases: Sequence[CaseSummary]) -> Iterator[Finding]:
+    """Yield findings about spacings and extents that are a multiple, or a fraction, of those of the other cases."""
+    readable = [(case, case.geometry) for case in cases if case.geometry]
+    if len(readable) < FEWEST_GEOMETRIES:
+        return
+    spacings = np.array([geometry.spacing for _, geometry in readable])
+    extents = spacings * [geometry.size for _, geometry in readable]
+    for what, values in (("a spacing", spacings), ("an extent", extents)):
+        scores = np.stack([robust_z(np.log(column).tolist(), SMALLEST_RATIO) for column in values.T], axis=1)
+        for (case, _), own, score in zip(readable, values, np.abs(scores), strict=True):
+            if score.max() > OUTLIER:
+                axis = int(np.argmax(score))
+                usual = float(np.median(values[:, axis]))
+                text = f"has {what} of {own[axis]:.4g} mm along {'xyz'[axis]}, the median is {usual:.4g} mm"
+                yield Finding(WARNING, "geometry", str(case), text)
+
+
 def _intensity_outliers(cases: Sequence[CaseSummary], channels: Channels) -> Iterator[Finding]:
     by_name = {str(case): case for case in cases}
-    for number, name in enumerate(channels.names):
+    for number, name in enumerate(channels.headings):
         for case, (median_score, p99_score) in intensity_scores(cases, number).items():
             channel = by_name[case].channels[number]
             scores = (("median", channel.median, median_score), ("99th percentile", channel.p99, p99_score))

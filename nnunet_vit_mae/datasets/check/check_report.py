@@ -24,7 +24,7 @@ def write_check(check: DatasetCheck, output: Path, *, list_empty: bool) -> None:
         "errors": [_finding_as_json(finding) for finding in check.errors],
         "warnings": [_finding_as_json(finding) for finding in check.warnings],
         "slice_thickness": thickness_histogram(check.cases),
-        "cases": {str(case): _case_as_json(case, check.channels.names) for case in check.cases},
+        "cases": {str(case): _case_as_json(case, check.channels.headings) for case in check.cases},
     }
     write_json(content, output / "check.json")
     write_figure(check, output / "check.png")

@@ -36,7 +36,7 @@ def check_figure(
     _draw_spacings(figure.add_subplot(grid[0, :2]), thickness, "slice thickness (largest spacing), mm")
     _draw_spacings(figure.add_subplot(grid[0, 2:4]), finest, "smallest spacing, mm")
     _draw_label_volumes(figure.add_subplot(grid[0, 4:]), cases, labels)
-    for number, name in enumerate(channels.names):
+    for number, name in enumerate(channels.headings):
         axes = figure.add_subplot(grid[number + 1, :])
         _draw_intensities(axes, [case for case in cases if number in case.channels], number, name, outliers[number])
     return figure

@@ -24,6 +24,7 @@ from nnunet_vit_mae.imaging.channels import NIFTI, cases_in
 from nnunet_vit_mae.imaging.ct_clipping import is_ct
 from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.imaging.labels import Labels, read_labels, read_volume, whole_numbers
+from nnunet_vit_mae.imaging.stated_geometry import nifti_ambiguities
 from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
 from nnunet_vit_mae.workers import run_each
 
@@ -110,7 +111,7 @@ def find_tasks(raw: Path) -> tuple[list[InspectionTask], Channels, Labels, list[
     """
     channels, labels = read_channels(raw), read_labels(raw / DESCRIPTION)
     record = read_contrasts(raw)
-    tasks, findings = [], list(_description_findings(raw, labels))
+    tasks, findings = [], list(_description_findings(raw, channels.ending, labels))
     ct = frozenset(number for number, name in enumerate(channels.names) if is_ct(name))
     label_files = {folder: cases_in(raw / name, channels.ending) if name else {} for folder, name in LABELS_OF.items()}
     for case in find_case_images(raw, channels):
@@ -136,11 +137,16 @@ def find_tasks(raw: Path) -> tuple[list[InspectionTask], Channels, Labels, list[
     return [task for task in tasks if task.images], channels, labels, findings
 
 
-def _description_findings(raw: Path, labels: Labels) -> Iterator[Finding]:
+def _description_findings(raw: Path, ending: str, labels: Labels) -> Iterator[Finding]:
     values = sorted(labels.known)
     if values != list(range(len(values))):
         text = f"labels in dataset.json are {', '.join(map(str, values))}, but nnU-Net requires 0, 1, 2 and so on"
         yield Finding(ERROR, "label values", "", text)
+    for folder in (*LABELS_OF, *filter(None, LABELS_OF.values())):
+        hidden = sorted(file.name for file in (raw / folder).glob(".*") if file.name.endswith(ending))
+        if hidden:
+            text = f"{folder} has {len(hidden)} hidden files such as {hidden[0]}, which nnU-Net takes for images"
+            yield Finding(WARNING, "hidden files", "", text)
     if not (raw / "labelsTr").is_dir():
         yield Finding(ERROR, "no labels", "", "there is no folder labelsTr")
 
@@ -149,7 +155,7 @@ def _missing_files(task: InspectionTask, files: Collection[int], channels: Chann
     if not files:
         yield task.finding(ERROR, "no image", "has a label, but no image")
         return
-    for number, name in enumerate(channels.names):
+    for number, name in enumerate(channels.headings):
         if number not in files:
             text = f"lacks channel {number:04d} ({name}); if it was not acquired, use mae3d_fill_contrasts"
             yield task.finding(ERROR, "missing channel", text)
@@ -172,6 +178,7 @@ def inspect_case(task: InspectionTask, known: frozenset[int]) -> CaseSummary:
         for number, file in task.images.items():
             try:
                 array, geometry = _stored_volume(file)
+                findings += [task.finding(WARNING, "header", f"{file.name} {text}") for text in nifti_ambiguities(file)]
             except Exception as error:  # noqa: BLE001 (readers raise many kinds, and all other files are inspected too)
                 findings.append(
                     task.finding(ERROR, "unreadable", f"{file.name} cannot be read: {reader_reason(error)}")
@@ -203,8 +210,6 @@ def _stored_volume(file: Path) -> tuple[np.ndarray, Geometry]:
     if not file.name.endswith(NIFTI):
         return read_volume(file)
     geometry = read_geometry(file)
-    if len(geometry.size) != 3:
-        raise ValueError(f"{file.name} has {len(geometry.size)} dimensions instead of three")
     image: Any = nibabel.load(file)
     return np.asanyarray(image.dataobj).T.reshape(geometry.size[::-1]), geometry
 

@@ -73,10 +73,10 @@ def _refuse_without_match(folder: Path, studies: Sequence[Study], label: str | N
     if not any(study.images for study in studies):
         raise UserError(f"No series in {folder} matches --contrast: compare the patterns with the series descriptions.")
     if label and not any(study.label for study in studies):
-        reason = next((study.problems[LABEL] for study in studies if LABEL in study.problems), "")
+        reason = next((f" (the label {study.problems[LABEL]})" for study in studies if LABEL in study.problems), "")
         raise UserError(
-            f"No series in {folder} matches --labels {label}{f' and is an image (the label {reason})' if reason else ''}: "
-            "compare it with the series descriptions."
+            f"No series in {folder} matches --labels {label} and can be read{reason}: compare it with the series "
+            "descriptions."
         )
 
 
@@ -139,7 +139,7 @@ def _patients(images: Sequence[DicomSeries]) -> tuple[dict[tuple[tuple[str, str,
     people: dict[str, set[tuple[str, str, str]]] = defaultdict(set)
     for person, _ in studies:
         people[person[0]].add(person)
-    patients, nobody, shared = {}, Counter(), 0
+    patients, nobody = {}, Counter()
     for person, study in studies:
         number, birth, sex = person
         if is_placeholder(number):
@@ -149,14 +149,12 @@ def _patients(images: Sequence[DicomSeries]) -> tuple[dict[tuple[tuple[str, str,
             patients[person, study] = f"{number} born {birth} {sex}"
         else:
             patients[person, study] = number
-    shared = sum(
-        len(of_one) for of_one in people.values() if _differ(of_one) and not is_placeholder(next(iter(of_one))[0])
-    )
+    shared = sum(len(of_one) for number, of_one in people.items() if _differ(of_one) and not is_placeholder(number))
     warnings = []
     if many := sum(count for count in nobody.values() if count > 1):
         warnings.append(
-            f"{many} studies share a patient ID that stands for nobody, such as ANONYMOUS, or have none: each counts as "
-            "a patient of its own, so compare their cases with --key before they are split."
+            f"{many} studies share a patient ID that stands for nobody, such as ANONYMOUS, or have none: each counts as"
+            " a patient of its own, so compare their cases with --key before they are split."
         )
     if shared:
         warnings.append(

@@ -24,7 +24,7 @@ from nnunet_vit_mae.datasets.crop.qc_table import (
 )
 from nnunet_vit_mae.datasets.tables import read_names
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import write_json
+from nnunet_vit_mae.files import inside, write_json
 from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.imaging.scans import ENDING
 
@@ -93,7 +93,7 @@ def finish(cropping: Cropping, output: Path, description: Mapping[str, Any]) -> 
         (file, "TEMPLATE " + file.name.removeprefix("template.").removesuffix(".png"))
         for file in sorted(folder.glob("template.*.png"))
     ]
-    of_cases = [(folder / f"{row.case}.png", caption(row)) for row in done]
+    of_cases = [(inside(folder, f"{row.case}.png", source=QC_TABLE), caption(row)) for row in done]
     pictures += [(file, text) for file, text in of_cases if file.exists()]
     return Cropping(rows, cropping.cropped, write_sheets(pictures, output))
 

@@ -9,11 +9,13 @@ from typing import Any
 
 from nnunet_vit_mae.csv_tables import read_rows, write_rows
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.files import inside
 from nnunet_vit_mae.imaging.channels import channel_file_name
 from nnunet_vit_mae.imaging.scans import ENDING
 
 QC_TABLE = "qc.csv"
 DONE, FAILED, REJECTED = "done", "failed", "rejected"
+FOLDERS = ("imagesTr", "imagesUn", "")  # of the images; a case without a template has none
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class QCRow:
     label_values: str = ""
     problem: str = ""
     made_of: str = ""  # files and settings, as a checksum
-    source: str = ""  # the file or folder of its first channel
+    source: str = ""  # name of the file or folder of its first channel
+    source_place: str = ""  # checksum of its path
+    source_files: str = ""  # checksum of its names, sizes and dates
 
 
 def read_qc_table(output: Path) -> list[QCRow]:
@@ -79,7 +83,10 @@ def _qc_row(line: Mapping[str, str]) -> QCRow:
     values: dict[str, Any] = {
         name: (float(text) if text else None) if name in numbers else text for name, text in line.items()
     }
-    return QCRow(**values)
+    row = QCRow(**values)
+    if row.folder not in FOLDERS or not all(number.isdecimal() for number in row.channels.split()):
+        raise ValueError(row.folder)
+    return row
 
 
 def caption(row: QCRow) -> str:
@@ -95,9 +102,11 @@ def files_of(row: QCRow, output: Path) -> list[Path]:
     """Return all files that are written for a case."""
     if not row.folder:
         return []
-    images = [output / row.folder / channel_file_name(row.case, int(number), ENDING) for number in row.channels.split()]
-    labels = [output / "labelsTr" / f"{row.case}{ENDING}"] if row.folder == "imagesTr" else []
-    return [*images, *labels, output / "transforms" / f"{row.case}.tfm", output / "thumbnails" / f"{row.case}.png"]
+    names = [(row.folder, channel_file_name(row.case, int(number), ENDING)) for number in row.channels.split()]
+    if row.folder == "imagesTr":
+        names.append(("labelsTr", f"{row.case}{ENDING}"))
+    names += [("transforms", f"{row.case}.tfm"), ("thumbnails", f"{row.case}.png")]
+    return [inside(output, *parts, source=output / QC_TABLE) for parts in names]
 
 
 def remove_files(row: QCRow, output: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -10,24 +11,28 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nnunet_vit_mae.networks.tokenizer import Triple
-from nnunet_vit_mae.networks.upsampling import norm_and_activation, stem_joins, upsampling
+from nnunet_vit_mae.networks.upsampling import stem_joins, upsampling
+
+Norm = Callable[[int], nn.Module]  # of so many features
+INSTANCE_NORM: Norm = partial(nn.InstanceNorm3d, affine=True)
 
 
 class ResidualBlock(nn.Module):
     """Two 3x3x3 convolutions beside a shortcut, as in UNETR's public code."""
 
-    def __init__(self, in_width: int, width: int):
+    def __init__(self, in_width: int, width: int, *, norm: Norm = INSTANCE_NORM):
         super().__init__()
         self.convolutions = nn.Sequential(
             nn.Conv3d(in_width, width, kernel_size=3, padding=1, bias=False),
-            *norm_and_activation(width),
+            norm(width),
+            nn.LeakyReLU(0.01, inplace=True),
             nn.Conv3d(width, width, kernel_size=3, padding=1, bias=False),
-            nn.InstanceNorm3d(width, affine=True),
+            norm(width),
         )
         self.shortcut = nn.Identity()
         if in_width != width:
             projection = nn.Conv3d(in_width, width, kernel_size=1, bias=False)
-            self.shortcut = nn.Sequential(projection, nn.InstanceNorm3d(width, affine=True))
+            self.shortcut = nn.Sequential(projection, norm(width))
 
     def forward(self, features: Float[Tensor, "b c z y x"]) -> Float[Tensor, "b d z y x"]:
         return functional.leaky_relu(self.convolutions(features) + self.shortcut(features), 0.01)
@@ -44,17 +49,18 @@ class SkipPath(nn.Sequential):
 
 
 class Stage(nn.Module):
-    """One step up: upsample, join with the skip of the same resolution, convolve."""
+    """One step up: upsample, join with the skip of that resolution, which may end a place earlier, and convolve."""
 
-    def __init__(self, in_width: int, width: int, factor: Triple, *, kind: str):
+    def __init__(self, in_width: int, width: int, factor: Triple, *, kind: str, norm: Norm = INSTANCE_NORM):
         super().__init__()
         self.up = upsampling(kind, in_width, width, factor)
-        self.block = ResidualBlock(2 * width, width)
+        self.block = ResidualBlock(2 * width, width, norm=norm)
 
     def forward(
         self, features: Float[Tensor, "b c z y x"], skip: Float[Tensor, "b d zz yy xx"]
     ) -> Float[Tensor, "b d zz yy xx"]:
-        return self.block(torch.cat([self.up(features), skip], dim=1))
+        z, y, x = skip.shape[2:]
+        return self.block(torch.cat([self.up(features)[:, :, :z, :y, :x], skip], dim=1))
 
 
 class ExpandingPath(nn.Module):

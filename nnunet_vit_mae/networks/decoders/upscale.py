@@ -22,6 +22,7 @@ def build(blueprint: Blueprint) -> UpscaleDecoder:
         token=blueprint.token,
         classes=blueprint.classes,
         kind=blueprint.network.upsampling,
+        convolutions=blueprint.network.upscale_convolutions,
         stem_widths=blueprint.stem_widths,
     )
 
@@ -29,6 +30,7 @@ def build(blueprint: Blueprint) -> UpscaleDecoder:
 class UpscaleDecoder(nn.Module):
     """As many doublings as the longest side of a token needs, and a linear layer to the classes.
 
+    The paper's stages have one convolution, which is the upsampling's own; further `convolutions` of 3x3x3 follow it.
     The maps of a convolutional tokenizer are added to the stages of their resolution.
     """
 
@@ -40,13 +42,18 @@ class UpscaleDecoder(nn.Module):
         token: Triple,
         classes: int,
         kind: str,
+        convolutions: int = 1,
         stem_widths: Sequence[int] = (),
     ):
         super().__init__()
         inputs = [in_width, *widths]
         self.stages = nn.ModuleList(
-            nn.Sequential(upsampling(kind, inputs[i], inputs[i + 1], factor), *norm_and_activation(inputs[i + 1]))
-            for i, factor in enumerate(doublings(token))
+            nn.Sequential(
+                upsampling(kind, inputs[i], width, factor),
+                *norm_and_activation(width),
+                *(layer for _ in range(convolutions - 1) for layer in _convolution(width)),
+            )
+            for i, (width, factor) in enumerate(zip(widths, doublings(token), strict=True))
         )
         self.joins = stem_joins(stem_widths, widths)
         self.head = nn.Conv3d(inputs[-1], classes, kernel_size=1)
@@ -58,3 +65,7 @@ class UpscaleDecoder(nn.Module):
             if self.joins:
                 features = features + self.joins[number](encoded.stem[-1 - number])
         return self.head(features)
+
+
+def _convolution(width: int) -> list[nn.Module]:
+    return [nn.Conv3d(width, width, kernel_size=3, padding=1), *norm_and_activation(width)]

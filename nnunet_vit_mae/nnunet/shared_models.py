@@ -1,0 +1,197 @@
+"""What `mae3d_export` puts into an archive and `mae3d_import` checks: names, the card, and weights without pickle.
+
+The weights of a fold are a safetensors file, and what else nnU-Net's predictor needs of its checkpoint is JSON.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Annotated, Any
+
+import torch
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from pydantic import AfterValidator, Field
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from nnunet_vit_mae.errors import UserError, reader_reason
+from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
+from nnunet_vit_mae.nnunet.plans import Plan
+from nnunet_vit_mae.nnunet.trainers import (
+    nnUNetTrainerAMAE,
+    nnUNetTrainerAMAEScratch,
+    nnUNetTrainerBaseline,
+    nnUNetTrainerViTMAE,
+    nnUNetTrainerViTScratch,
+)
+from nnunet_vit_mae.nnunet.training_range import FINGERPRINT, TRAINING_VOLUMES
+
+OUR_TRAINERS = {
+    trainer.__name__: trainer
+    for trainer in (
+        nnUNetTrainerViTMAE,
+        nnUNetTrainerViTScratch,
+        nnUNetTrainerAMAE,
+        nnUNetTrainerAMAEScratch,
+        nnUNetTrainerBaseline,
+    )
+}
+CARD, PLANS, DESCRIPTION = "card.json", "plans.json", "dataset.json"
+TEXTS = (CARD, PLANS, DESCRIPTION, FINGERPRINT, TRAINING_VOLUMES, CALIBRATION_RECORD)
+WEIGHTS = r"fold_(all|[0-9]{1,3})/checkpoint_[A-Za-z0-9_]{1,40}\.(safetensors|json)"
+MEMBERS = re.compile("|".join([*map(re.escape, TEXTS), WEIGHTS]))
+LARGEST_HEADER = 2**24  # bytes of the names and shapes of one network
+
+# entries of a dataset.json that say nothing about single cases, as its lists of files do
+DESCRIBING = {
+    *("name", "description", "reference", "licence", "license", "release", "channel_names", "modality", "labels"),
+    *("regions_class_order", "numTraining", "file_ending", "overwrite_image_reader_writer"),
+}
+
+
+def _matching(pattern: str, expected: str) -> AfterValidator:
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(expected)
+        return text
+
+    return AfterValidator(check)
+
+
+Name = Annotated[str, _matching(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}", "a name of letters, digits and underscores")]
+DatasetName = Annotated[str, _matching(r"Dataset[0-9]{3}_[A-Za-z0-9_.+-]{1,80}", "a name such as Dataset501_Name")]
+Fold = Annotated[str, _matching(r"all|[0-9]{1,3}", "the number of a fold, or all")]
+CheckpointName = Annotated[str, _matching(r"checkpoint_[A-Za-z0-9_]{1,40}\.pth", "a name such as checkpoint_final.pth")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What a model is and where it comes from."""
+
+    what: str
+    dataset: DatasetName
+    plans: Name
+    configuration: Name
+    trainer: Name
+    folds: Annotated[list[Fold], Field(min_length=1)]
+    checkpoints: Annotated[list[CheckpointName], Field(min_length=1)]
+    channel_names: list[str]
+    labels: list[str]
+    licence: str
+    date: str
+    packages: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointEntries:
+    """What nnU-Net's predictor needs of a checkpoint besides weights."""
+
+    trainer_name: Name
+    configuration: Name
+    fold: Fold
+    inference_allowed_mirroring_axes: Annotated[list[Annotated[int, Field(ge=0, le=2)]], Field(max_length=3)] | None
+    shared: dict[str, str]  # tensors that are others under a second name
+
+
+def weights_member(fold: str, checkpoint: str) -> str:
+    """Return the name of the member with the weights of a checkpoint; the rest of it is beside, in JSON."""
+    return f"fold_{fold}/{checkpoint.removesuffix('.pth')}.safetensors"
+
+
+def rest_member(fold: str, checkpoint: str) -> str:
+    """Return the name of the member with the rest of a checkpoint."""
+    return f"fold_{fold}/{checkpoint.removesuffix('.pth')}.json"
+
+
+def expected_tensors(plan: Plan, trainer: str, source: str) -> dict[str, Tensor]:
+    """Return all tensors of the network that the plans describe, without memory for their values (device `meta`).
+
+    Raises `UserError` if the trainer is not installed here, or if nnU-Net cannot build the network; `source` is what
+    the error calls the model.
+    """
+    try:
+        found = OUR_TRAINERS.get(trainer) or recursive_find_trainer_class_by_name(trainer)
+    except (RuntimeError, AssertionError, TypeError):
+        raise UserError(
+            f"{source} was trained by {trainer}, which is not installed here: install it, and name its folder in "
+            "nnUNet_extTrainer."
+        ) from None
+    channels, outputs = len(plan.channel_names), plan.classes
+    try:
+        with torch.device("meta"):
+            network = found.build_network_architecture(
+                plan.plans, plan.configuration, channels, outputs, enable_deep_supervision=False
+            )
+    except Exception as error:  # noqa: BLE001  whatever a stranger's plans make of a network
+        raise UserError(f"{source} has plans of no network ({reader_reason(error)}): export it again.") from None
+    return network.state_dict()
+
+
+def weights_content(weights: Mapping[str, Tensor]) -> tuple[bytes, dict[str, str]]:
+    """Return weights as safetensors, and the names of tensors that are others under a second name.
+
+    nnU-Net's U-Net lists its encoder twice, and safetensors keeps each value once.
+    """
+    first: dict[tuple, str] = {}
+    own, shared = {}, {}
+    for name, tensor in weights.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and key in first:
+            shared[name] = first[key]
+        else:
+            first[key] = name
+            own[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return save(own), shared
+
+
+def read_weights(content: bytes, shared: Mapping[str, str], source: str) -> dict[str, Tensor]:
+    """Read what `weights_content` returned. Raises `UserError`, which calls the file `source`, if it is damaged."""
+    length = int.from_bytes(content[:8], "little")
+    if len(content) < 8 or length > min(LARGEST_HEADER, len(content) - 8):
+        raise UserError(f"{source} is damaged, because its header is longer than itself: export the model again.")
+    try:
+        weights = load(content)
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{source} is damaged ({error}): export the model again.") from None
+    for name, other in shared.items():
+        if name in weights or other not in weights:
+            raise UserError(f"{source} lacks the tensor {other[:80]!r}: export the model again.")
+    return weights | {name: weights[other] for name, other in shared.items()}
+
+
+def refuse_other_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
+    """Raise `UserError` unless weights have the names, shapes and types of a network, and finite values."""
+    for name in [*expected, *weights]:
+        ours, theirs = expected.get(name), weights.get(name)
+        if ours is None or theirs is None or (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+            raise UserError(
+                f"{source} does not fit its plans: {name[:80]} is {_described(theirs)}, but {_described(ours)} in the "
+                "network; train or export the model again."
+            )
+        if theirs.is_floating_point() and not torch.isfinite(theirs).all():
+            raise UserError(f"{source} has NaN or infinite values in {name}: train the model again.")
+
+
+def without_paths(content: Any) -> Any:
+    """Return the content of JSON with file names in place of absolute paths.
+
+    >>> without_paths({"encoder": {"file": "/home/me/encoder.safetensors"}, "share": "1/2"})
+    {'encoder': {'file': 'encoder.safetensors'}, 'share': '1/2'}
+    """
+    if isinstance(content, dict):
+        return {without_paths(key): without_paths(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_paths(value) for value in content]
+    if isinstance(content, str):
+        for kind in (PurePosixPath, PureWindowsPath):
+            if kind(content).is_absolute():
+                return kind(content).name
+    return content
+
+
+def _described(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
