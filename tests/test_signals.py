@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from textwrap import dedent, indent
 
+import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.signals import signal_name
@@ -310,3 +312,17 @@ def test_a_folder_is_for_one_process(running, tmp_path):
     process.wait()
     with new_folder(tmp_path / "out", {}):
         pass
+
+
+def test_a_segmentation_that_was_cut_off_is_predicted_again(tmp_path):
+    from nnunet_vit_mae.nnunet.prediction import _remove_if_cut_off
+
+    for file in (tmp_path / "case.nii.gz", tmp_path / "case.nii", tmp_path / "case.nrrd"):
+        sitk.WriteImage(sitk.GetImageFromArray(np.arange(4000, dtype=np.uint16).reshape(10, 20, 20)), str(file))
+        _remove_if_cut_off(file)
+        assert file.is_file()
+        with file.open("r+b") as stream:
+            stream.truncate(file.stat().st_size * 2 // 3)
+        _remove_if_cut_off(file)
+        assert not file.exists()
+        _remove_if_cut_off(file)
