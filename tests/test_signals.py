@@ -326,3 +326,17 @@ def test_a_segmentation_that_was_cut_off_is_predicted_again(tmp_path):
         _remove_if_cut_off(file)
         assert not file.exists()
         _remove_if_cut_off(file)
+
+
+def test_a_training_promises_only_what_it_has_saved(tmp_path):
+    from nnunet_vit_mae.nnunet.stopping import BEST, FINAL, LATEST, what_training_keeps
+
+    assert "nothing is saved" in what_training_keeps(tmp_path, 0.0)
+    (tmp_path / BEST).touch()
+    assert "nothing is saved" in what_training_keeps(tmp_path, time.time() + 60)  # of an earlier training
+    (tmp_path / LATEST).touch()
+    assert f"{LATEST}, and the same command with --c goes on from there." in what_training_keeps(tmp_path, 0.0)
+    (tmp_path / FINAL).touch()
+    assert "--val" in what_training_keeps(tmp_path, 0.0)
+    os.utime(tmp_path / FINAL, (1, 1))  # nnU-Net would go on from this one
+    assert f"after {tmp_path / FINAL} of an earlier training has been moved away" in what_training_keeps(tmp_path, 2.0)
