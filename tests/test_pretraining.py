@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 
 import blosc2
@@ -333,7 +334,7 @@ def test_a_reader_that_dies_or_hangs_is_noticed(files, monkeypatch, fail, senten
     crops = Fails(files, PATCH, DRAWING, seed=3)
     crops.fail = fail
     batches = readers.read_batches(crops, ConsecutiveBatches(0, 4, 2), 1, pin_memory=False)
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=sentence), readers.reader_failures(), closing(batches):
         list(batches)
     assert not multiprocessing.active_children()
 
@@ -345,10 +346,11 @@ import sys, torch
 from pathlib import Path
 from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, MaskDrawing, RandomCrops
-from nnunet_vit_mae.pretraining.readers import read_batches
+from nnunet_vit_mae.pretraining.readers import read_batches, reader_failures
 drawing = MaskDrawing(masking=Masking(mask_ratio=0.6), token=(4, 4, 4))
 crops = RandomCrops([Path('{file}')], (40, 40, 40), drawing, 0)
-list(read_batches(crops, ConsecutiveBatches(0, 2, 1), 1, pin_memory=False))
+with reader_failures():
+    list(read_batches(crops, ConsecutiveBatches(0, 2, 1), 1, pin_memory=False))
 "
 """
 
