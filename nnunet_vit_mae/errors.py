@@ -5,6 +5,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -110,3 +111,15 @@ def abbreviated(names: Iterable[str]) -> str:
     listed = list(names)
     more = f" and {len(listed) - NAMES_SHOWN} more" if len(listed) > NAMES_SHOWN else ""
     return ", ".join(listed[:NAMES_SHOWN]) + more
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the nearest of the known names as a part of a sentence; nothing if none is near.
+
+    >>> did_you_mean("pretain", ["plan", "pretrain"])
+    ' (did you mean pretrain?)'
+    >>> did_you_mean("quantify", ["plan"])
+    ''
+    """
+    near = get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
