@@ -222,7 +222,7 @@ def test_mistakes_in_calibrating_get_a_sentence(model, in_workspace, refused, tm
     assert "The case test_0 has no reference segmentation" in message
     file = model / "fold_0" / "validation" / "train_0.npz"
     np.savez(file, probabilities=np.zeros((2, 3, 4, 5), np.float32))
-    assert "has the shape (2, 3, 4, 5)" in refuse()
+    assert "has (3, 4, 5) voxels" in refuse()
     file.write_bytes(b"half a file")
     assert "train_0.npz cannot be read" in refuse()
     assert not (model / "calibration.json").exists()
