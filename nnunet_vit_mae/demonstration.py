@@ -1,4 +1,4 @@
-"""The whole workflow on phantoms: the commands that a user would type, then a table and a figure of the results.
+"""The whole workflow on phantoms: the commands that a user would type, ending with the report of `mae3d_evaluate`.
 
 The commands run in processes of their own, so that the demonstration shows what a user gets.
 """
@@ -9,14 +9,15 @@ import os
 import shlex
 import sysconfig
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_vit_mae.csv_tables import write_rows
+from nnunet_vit_mae.csv_tables import read_rows
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import refuse_in_use
 from nnunet_vit_mae.guard import guarded
@@ -28,121 +29,119 @@ from nnunet_vit_mae.plots import Segmented, plot_segmentations
 DATASET_ID = "900"
 PLANS = "Quick"
 # small regions with large plaques, so that a few minutes on a CPU are enough to learn something
-PHANTOMS = {"labelled": 40, "unlabelled": 60, "extent_mm": (24.0, 32.0, 32.0), "plaque_scale": 2.5}
+PHANTOMS = {"labelled": 40, "unlabelled": 60, "extent_mm": (20.0, 26.0, 26.0), "plaque_scale": 2.5}
+UNET = "nnU-Net"
 MODELS = {
     "ViT, pre-trained": "nnUNetTrainerViTMAE",
     "ViT, from scratch": "nnUNetTrainerViTScratch",
-    "nnU-Net": "nnUNetTrainerBaseline",
+    UNET: "nnUNetTrainerBaseline",
 }
+EXAMPLES = 3  # rows of the figure
 
 
-@dataclass(frozen=True)
-class CaseScore:
-    """Dice and volumes (mm3) of one model on one test case."""
+def demonstrate(folder: Path, *, seed: int) -> Path:
+    """Run everything in a new folder: nnU-Net's three folders, `predictions/`, `report/`, `logs/` and `results.png`.
 
-    model: str
-    case: str
-    dice: float
-    reference_volume: float
-    predicted_volume: float
-
-
-def demonstrate(folder: Path, *, seed: int) -> list[CaseScore]:
-    """Run everything in a new folder: nnU-Net's three folders, `predictions/`, `log.txt`, `results.csv`, `results.png`.
-
-    Raises `UserError` if the folder is not empty, or if a command fails (its output is in `log.txt`).
+    The same seed gives the same results on the same kind of processor. Returns the page of the report.
+    Raises `UserError` if the folder is not empty, or if a command fails (its output is in `logs/`).
     """
     refuse_in_use(folder)
     raw = write_phantom_dataset(folder / "raw", dataset_id=int(DATASET_ID), seed=seed, **PHANTOMS)
     print(f"Wrote {raw}: synthetic CT of the skull base, see its scans.csv", flush=True)
 
     shell = Shell(folder)
-    shell.type(f"nnUNetv2_plan_and_preprocess -d {DATASET_ID} -c 3d_fullres -np 2 -npfp 2".split())
-    shell.type(f"mae3d_preprocess -d {DATASET_ID} -np 2".split())
-    shell.type(f"mae3d_plan -d {DATASET_ID} -o {PLANS} --recipe quick".split())
-    shell.type(f"mae3d_pretrain -d {DATASET_ID} -p {PLANS} --seed {seed} -device cpu".split())
-    scores = []
-    for model, trainer in MODELS.items():
-        output = folder / "predictions" / trainer
-        common = f"-p {PLANS} -tr {trainer} -device cpu".split()
-        shell.type([*f"nnUNetv2_train {DATASET_ID} 3d_fullres 0".split(), *common])
-        folders = ["-i", str(raw / "imagesTs"), "-o", str(output)]
-        shell.type(["nnUNetv2_predict", *folders, *f"-d {DATASET_ID} -c 3d_fullres -f 0".split(), *common])
-        scores += [score_case(model, reference, output) for reference in sorted((raw / "labelsTs").glob("*.nii.gz"))]
-    _write_scores(scores, folder / "results.csv")
-    _draw_examples(raw, folder, scores)
-    return scores
+    dataset = f"-d {DATASET_ID} -c 3d_fullres"
+    # nnU-Net's planner takes the number of augmentation processes for a number of threads, of which there is none in 0
+    shell.type(f"nnUNetv2_plan_and_preprocess {dataset} -np 1 -npfp 1", nnUNet_n_proc_DA="1")
+    shell.type(f"mae3d_preprocess {dataset} -np 1")
+    shell.type(f"mae3d_plan {dataset} -o {PLANS} --recipe quick --seed {seed}")
+    pretrain = f"mae3d_pretrain {dataset} -p {PLANS} --seed {seed} -device cpu"
+    train = {
+        model: f"nnUNetv2_train {DATASET_ID} 3d_fullres 0 -p {PLANS} -tr {trainer} -device cpu"
+        for model, trainer in MODELS.items()
+    }
+    shell.type(pretrain, train[UNET])
+    shell.type(*(command for model, command in train.items() if model != UNET))
+    predictions = {model: folder / "predictions" / trainer for model, trainer in MODELS.items()}
+    images, labels = quote(str(raw / "imagesTs")), quote(str(raw / "labelsTs"))
+    shell.type(
+        *(
+            f"nnUNetv2_predict -i {images} -o {quote(str(predictions[model]))} {dataset} -f 0 -p {PLANS} -tr {trainer} "
+            "-device cpu -npp 1 -nps 1"
+            for model, trainer in MODELS.items()
+        )
+    )
+    report = folder / "report"
+    models = " ".join(f"-p {quote(f'{model}={output}')}" for model, output in predictions.items())
+    shell.type(f"mae3d_evaluate -r {labels} {models} -i {images} -o {quote(str(report))} --seed {seed}", shown=True)
+    _draw_examples(raw, predictions, report / "cases.csv", folder / "results.png")
+    return report / "index.html"
 
 
 class Shell:
-    """Runs commands in the demonstration's own environment and appends their output to `log.txt`."""
+    """Runs commands in the demonstration's own environment; the output of each one goes to a file in `logs/`."""
 
     def __init__(self, folder: Path):
-        self.log = folder / "log.txt"
+        self.logs = folder / "logs"
+        self.logs.mkdir()
+        self.typed = 0
         self.environment: Mapping[str, str] = os.environ | {
             "nnUNet_raw": str(folder / "raw"),
             "nnUNet_preprocessed": str(folder / "preprocessed"),
             "nnUNet_results": str(folder / "results"),
             "nnUNet_extTrainer": str(trainers_folder()),
-            "nnUNet_n_proc_DA": "1",
-            "nnUNet_def_n_proc": "2",
+            "nnUNet_n_proc_DA": "0",  # augmentation in the process that trains: the only one that a seed repeats
+            "nnUNet_def_n_proc": "1",
+            "OMP_NUM_THREADS": "1",  # two commands run at once
+            "OMP_WAIT_POLICY": "passive",  # nnUNetv2_predict starts a thread for each core, whatever else is running
         }
 
-    def type(self, command: Sequence[str]) -> None:
-        """Run one command; raises `UserError` if it fails."""
-        print(f"$ {shlex.join(command)}", end=" ", flush=True)
+    def type(self, *commands: str, shown: bool = False, **variables: str) -> None:
+        """Run commands side by side and wait for all of them.
+
+        Args:
+            commands: The commands as they are typed.
+            shown: Print their output in place of writing it to a file.
+            variables: Further environment variables.
+
+        Raises:
+            UserError: If a command fails; the others are ended.
+        """
         started = time.monotonic()
-        with self.log.open("a") as log:
-            log.write(f"$ {shlex.join(command)}\n")
-            log.flush()
-            program = Path(sysconfig.get_path("scripts")) / command[0]
-            with guarded([program, *command[1:]], env=self.environment, stdout=log, stderr=log) as process:
-                process.wait()
+        with ExitStack() as stack:
+            running = []
+            for command in commands:
+                print(f"$ {command}", flush=True)
+                self.typed += 1
+                program, *arguments = shlex.split(command)
+                log = self.logs / f"{self.typed:02}_{program}.txt"
+                stream = None if shown else stack.enter_context(log.open("w"))
+                process = guarded(
+                    [Path(sysconfig.get_path("scripts")) / program, *arguments],
+                    env={**self.environment, **variables},
+                    stdout=stream,
+                    stderr=stream,
+                )
+                running.append((stack.enter_context(process), command, log))
+            for process, command, log in running:
+                if code := process.wait():
+                    place = "" if shown else f": see the end of {log}"
+                    raise UserError(f"{shlex.split(command)[0]} failed with exit code {code}{place}.")
         print(f"({time.monotonic() - started:.0f} s)", flush=True)
-        if process.returncode:
-            raise UserError(f"The command above failed with exit code {process.returncode}: see the end of {self.log}.")
 
 
-def score_case(model: str, reference_file: Path, predictions: Path) -> CaseScore:
-    """Compare the prediction of the same name with a reference segmentation."""
-    reference = read_image(reference_file)
-    prediction = read_image(predictions / reference_file.name)
-    overlap = sitk.LabelOverlapMeasuresImageFilter()
-    overlap.Execute(reference, prediction)
-    voxel_volume = float(np.prod(reference.GetSpacing()))
-    voxels = [np.count_nonzero(sitk.GetArrayViewFromImage(image)) for image in (reference, prediction)]
-    volumes = [float(count) * voxel_volume for count in voxels]
-    return CaseScore(model, reference_file.name.removesuffix(".nii.gz"), overlap.GetDiceCoefficient(), *volumes)
-
-
-def score_table(scores: list[CaseScore]) -> str:
-    """Return the mean Dice and mean absolute volume difference of each model as text."""
-    lines = [f"{'model':20} {'Dice':>6} {'volume difference':>18}"]
-    for model in MODELS:
-        of_model = [score for score in scores if score.model == model]
-        dice = np.mean([score.dice for score in of_model])
-        difference = np.mean([abs(score.predicted_volume - score.reference_volume) for score in of_model])
-        lines.append(f"{model:20} {dice:6.3f} {difference:14.1f} mm3")
-    lines.append("After so few steps this shows that everything works, not which model is better: docs/explanation.md.")
-    return "\n".join(lines)
-
-
-def _write_scores(scores: list[CaseScore], file: Path) -> None:
-    write_rows(list(CaseScore.__dataclass_fields__), (vars(score).values() for score in scores), file)
-
-
-def _draw_examples(raw: Path, folder: Path, scores: list[CaseScore]) -> None:
-    """Draw reference and predictions of the three test cases with the largest calcifications."""
-    volumes = {score.case: score.reference_volume for score in scores}
+def _draw_examples(raw: Path, predictions: Mapping[str, Path], cases: Path, figure: Path) -> None:
+    """Draw reference and predictions of the test cases with the largest calcifications."""
+    entries = read_rows(cases)
+    volumes = {entry["case"]: float(entry["reference_mm3"]) for entry in entries}
     rows = []
-    for case in sorted(volumes, key=volumes.__getitem__, reverse=True)[:3]:
+    for case in sorted(volumes, key=volumes.__getitem__, reverse=True)[:EXAMPLES]:
         masks = {"reference": _read_array(raw / "labelsTs" / f"{case}.nii.gz")}
-        for model, trainer in MODELS.items():
-            masks[model] = _read_array(folder / "predictions" / trainer / f"{case}.nii.gz")
-        dice = {score.model: score.dice for score in scores if score.case == case}
+        masks |= {model: _read_array(folder / f"{case}.nii.gz") for model, folder in predictions.items()}
+        dice = {entry["model"]: float(entry["dice"]) for entry in entries if entry["case"] == case}
         image = _read_array(raw / "imagesTs" / f"{case}_0000.nii.gz")
         rows.append(Segmented(f"{case}, {volumes[case]:.0f} mm3", image, masks, dice))
-    plot_segmentations(rows, folder / "results.png", window=(-100, 600))
+    plot_segmentations(rows, figure, window=(-100, 600))
 
 
 def _read_array(file: Path) -> np.ndarray:

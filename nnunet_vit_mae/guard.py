@@ -1,8 +1,8 @@
 """Run a command that ends, with every process that it has started, when the process that asked for it does.
 
-`python -m nnunet_vit_mae.guard SECONDS COMMAND ...`: the guard lives in a session of its own, where no signal for the asking
-process reaches it. It ends the command as soon as its standard input is closed, which the system does for a process
-that was killed.
+`python -m nnunet_vit_mae.guard SECONDS COMMAND ...`: the guard lives in a session of its own, where no signal for the
+asking process reaches it. It ends the command as soon as its standard input is closed, which the system does for a
+process that was killed, and kills what is still there after so many seconds.
 """
 
 from __future__ import annotations

@@ -74,9 +74,7 @@ def read_properties(file: Path) -> dict[str, Any]:
             raise pickle.UnpicklingError("it is no dictionary")
     except FileNotFoundError:
         raise UserError(f"{file} is missing: make it again with nnU-Net.") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 (damaged pickles raise many kinds)
+    except Exception as error:  # noqa: BLE001 (damaged pickles raise many kinds, also MemoryError for a damaged length)
         raise UserError(
             f"{file} cannot be read ({_first_line(error)}), for only plain values and arrays are unpickled: make it "
             "again with nnU-Net."

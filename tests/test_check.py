@@ -268,6 +268,7 @@ def test_outliers_and_orientations(data, found, capsys):
         ("imagesTr/a2", "intensity"),
         ("imagesTr/a3", "orientation"),
         ("imagesUn/u", "orientation"),
+        ("imagesUn/u", "geometry"),
     }
     assert "has axes RAS, most have LPS" in findings["warnings"]["imagesTr/a3", "orientation"]
     assert "Warning: intensity (2)" in capsys.readouterr().out

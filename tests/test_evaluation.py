@@ -4,6 +4,7 @@ import csv
 import gc
 import json
 import math
+import re
 from collections import defaultdict
 from dataclasses import replace
 
@@ -18,9 +19,13 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunet_vit_mae.cli import evaluate as command
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation import cases
+from nnunet_vit_mae.evaluation.by_token import differ_in_network, read_trained_vit
 from nnunet_vit_mae.evaluation.cases import find_evaluation_set, labels_in, measure_cases, read_mask
 from nnunet_vit_mae.evaluation.results import MEASURES, EvaluationOptions
 from nnunet_vit_mae.evaluation.summary import Measurements, evaluate, paired_tests, write_tables
+from nnunet_vit_mae.files import locked
+from nnunet_vit_mae.imaging.grids import distance_mm, turned_like
+from nnunet_vit_mae.imaging.volumes import geometry_of
 from nnunet_vit_mae.workers import run_each
 
 SHAPE = (6, 11, 13)  # z y x
@@ -92,8 +97,19 @@ def rows_in(folder):
 # ---------- the command
 
 
+def model_folder(folder, trainer, **network):
+    plans = {"configurations": {"3d_fullres": {"vit_mae": {"network": network}}}}
+    folder = folder / f"{trainer}__P__3d_fullres"
+    folder.mkdir(parents=True)
+    (folder / "plans.json").write_text(json.dumps(plans))
+    return folder
+
+
 def test_the_command_writes_what_it_measures(data, capsys):
-    command.main(arguments(data, "-i", data / "imagesTs", resamples=200))
+    small = model_folder(data / "a", "nnUNetTrainerViTMAE", size="S", token=[4, 4, 8], decoder="mae")
+    large = model_folder(data / "b", "nnUNetTrainerViTScratch", size="M", token=[8, 8, 8], decoder="upscale")
+    flags = ["--model_folder", f"ViT={small}", "--model_folder", f"nnU-Net={large}"]
+    command.main(arguments(data, "-i", data / "imagesTs", *flags, resamples=200))
     shown = capsys.readouterr().out
     report = data / "report"
     assert {"index.html", "cases.csv", "summary.json", "figures"} <= {file.name for file in report.iterdir()}
@@ -136,6 +152,11 @@ def test_the_command_writes_what_it_measures(data, capsys):
     assert {(entry["low"], entry["high"]) for entry in thickness} <= {(1.5, 1.875), (1.875, 3), (3, 4.5), (4.5, 5)}
     assert set(summary["versions"]) >= {"monai", "scipy", "statsmodels", "nnunet-vit-mae"}
 
+    assert 'id="tokens"' in (report / "index.html").read_text()
+    drawing = (report / "figures" / "by_token_1_core.svg").read_text()
+    assert all(text in drawing for text in ("4 x 4 x 8", "S, pre-trained", "M, random weights", "upscale"))
+    assert not differ_in_network([read_trained_vit(small)] * 2)
+
 
 def test_the_slice_thickness_is_the_one_that_scans_csv_records(data, no_report, capsys):
     (data / "scans.csv").write_text("case,slice_thickness_mm\ncase_0,0.75\ncase_1,\nother,3\n")
@@ -158,6 +179,18 @@ def test_a_slice_thickness_that_is_no_length_is_refused(data, no_report, refused
     (data / "scans.csv").write_text(f"case,slice_thickness_mm\ncase_0,{text}\n")
     message = refused(command.main, *arguments(data))
     assert f"has the slice_thickness_mm '{text}' for case_0: give a number above 0" in message
+    assert not (data / "report").exists()
+
+
+def test_a_folder_that_is_of_no_vit_is_refused(data, refused):
+    unet = model_folder(data / "a", "nnUNetTrainerBaseline", size="S")
+    for value, sentence in {
+        f"ViT={unet}": "trains no ViT",
+        f"ViT={data}": "is no folder of a model",
+        f"other={unet}": "there is no model other",
+        "ViT": "write NAME=PATH",
+    }.items():
+        assert sentence in refused(command.main, *arguments(data, "--model_folder", value))
     assert not (data / "report").exists()
 
 
@@ -229,14 +262,77 @@ def test_chosen_groups_and_bins(data, capsys, no_report):
     assert "after Holm" not in capsys.readouterr().out
 
 
-def test_surplus_predictions_and_other_origins_are_noted(data, capsys, no_report):
+def test_surplus_predictions_and_small_shifts_are_noted(data, capsys, no_report):
     write(data / "vit" / "case_9.nii.gz", volume(2))
-    rewrite(data / "unet" / "case_1.nii.gz", origin=(5.0, 0.0, 0.0))
+    rewrite(data / "unet" / "case_1.nii.gz", origin=(0.4, 0.0, 0.0))
     command.main(arguments(data))
     shown = capsys.readouterr().out
     assert "ViT: predictions without a reference are left out (case_9)." in shown
-    assert "nnU-Net: predictions have another origin or direction than their references" in shown
+    assert "nnU-Net: predictions lie up to a voxel beside their references, and are compared voxel by voxel" in shown
     assert "(case_1)" in shown
+
+
+ORIENTATIONS = ("RAS", "LPS", "SAR", "PIL")
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_masks_stored_along_other_axes_are_compared_in_their_places(orientation, data, no_report):
+    command.main(arguments(data, out="before"))
+    for number, folder in enumerate(("vit", "imagesTs", "labelsTs")):
+        for file in (data / folder).glob("*.nii.gz"):
+            other = ORIENTATIONS[(ORIENTATIONS.index(orientation) + number) % 4]
+            sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(file)), other), str(file))
+    command.main(arguments(data, "-i", data / "imagesTs", out="after"))
+    before, after = rows_in(data / "before"), rows_in(data / "after")
+    for key, row in before.items():
+        for column, value in row.items():
+            if column in ("case", "label", "model") or not value or not value[0].isdigit():
+                assert after[key][column] == value
+            else:
+                assert float(after[key][column]) == pytest.approx(float(value), rel=1e-4)
+
+
+def test_a_voxel_keeps_its_place_when_a_volume_is_turned():
+    array = np.random.default_rng(0).integers(0, 9, (4, 5, 6))
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing((0.5, 0.7, 3.0))
+    image.SetOrigin((10, -20, 30))
+    image.SetDirection(sitk.VersorTransform((0, 0.1, 0.99), 0.3).GetMatrix())
+    geometry = geometry_of(image)
+    for orientation in ("LPS", "RAS", "SAR", "ASL", "IRP"):
+        other = sitk.DICOMOrient(image, orientation)
+        turned, found = turned_like(sitk.GetArrayFromImage(other), geometry_of(other), geometry)
+        assert (turned == array).all()
+        assert distance_mm(found, geometry) < 1e-4
+        assert found.difference(geometry) is None
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("ending", [".nii.gz", ".mha"])
+@pytest.mark.parametrize("folder", ["vit", "labelsTs", "imagesTs"])
+def test_nan_is_refused_with_the_name_of_the_file(value, ending, folder, data, refused, no_report):
+    """ITK turns NaN in a NIfTI file into zeros without a word."""
+    for other in ("vit", "unet", "labelsTs", "imagesTs"):
+        for file in (data / other).glob("*.nii.gz"):
+            image = sitk.Cast(sitk.ReadImage(str(file)), sitk.sitkFloat32)
+            file.unlink()
+            sitk.WriteImage(image, str(file.with_name(file.name.replace(".nii.gz", ending))))
+        (data / other / "dataset.json").write_text(json.dumps({"labels": LABELS, "file_ending": ending}))
+    (file,) = (data / folder).glob("case_2*.*")
+    image = sitk.ReadImage(str(file))
+    image[0, 0, 0] = value
+    sitk.WriteImage(image, str(file))
+    message = refused(command.main, *arguments(data, "-i", data / "imagesTs"))
+    assert re.search(
+        re.escape(str(file)) + " holds (voxels that are NaN|numbers that are not integers, or NaN)", message
+    )
+    assert not (data / "report" / "cases.csv").exists()
+
+
+def test_two_calls_do_not_write_to_one_folder(data, refused):
+    with locked(data / "report"):
+        assert "Another process is writing to" in refused(command.main, *arguments(data))
+    assert not list((data / "report").iterdir())
 
 
 def test_without_a_description_labels_are_those_of_the_references(data):
@@ -340,6 +436,9 @@ def test_files_that_do_not_fit_are_refused(data, refused):
         lambda array: array[1:]
     )
     assert "they differ in spacing (0.9 0.8 2 and 0.9 0.8 3 mm)" in reason(spacing=(2, 0.8, 0.9))
+    assert f"{file} does not fit {reference}: their voxels lie up to 50 mm apart (origin (50 0 0" in reason(
+        origin=(50.0, 0.0, 0.0)
+    )
     assert f"{file} holds the unknown label 7, 14; known labels are 0, 1, 2." in reason(lambda array: array * 7)
     assert "holds numbers that are not integers" in reason(lambda array: array * 0.5)
     file.write_bytes(intact[:100])

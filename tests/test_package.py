@@ -41,7 +41,7 @@ FLAGS = {
         "--encoder",
         "-gpu_memory_target",
     }
-    | {"-gpu_memory_target", "--epochs", "--iterations", "--batch_size", "--lr"},
+    | {"-gpu_memory_target", "--epochs", "--iterations", "--batch_size", "--lr", "--seed"},
     "mae3d_preprocess": PLAN_FLAGS | {"-np"},
     "mae3d_pretrain": PLAN_FLAGS
     | {"-f", "--epochs", "--mask_ratio", "--batch_size", "--lr", "--adaptive", "--seed", "--c", "-device"}
@@ -50,7 +50,7 @@ FLAGS = {
     "mae3d_fill_contrasts": {"-h", "--help", "-d"},
     "mae3d_omit": PLAN_FLAGS | {"-tr", "-f", "-chk", "-i", "-r", "--omit", "-o", "-device"},
     "mae3d_evaluate": {"-h", "--help", "-r", "-p", "-i", "-o", "--csv", "--cutoffs", "--thickness_bins", "--tolerance"}
-    | {"--min_lesion_voxels", "--resamples", "--seed", "--calibration", "-np"},
+    | {"--min_lesion_voxels", "--resamples", "--seed", "--calibration", "--model_folder", "-np"},
     "mae3d_calibrate": PLAN_FLAGS
     | {"-tr", "-f", "-chk", "--objective", "-i", "-l", "--allow_training_cases", "-device"},
     "mae3d_quantify": PLAN_FLAGS | {"-i", "-o", "-tr", "-f", "-chk", "--cutoffs", "-num_parts", "-part_id", "-device"},
@@ -211,8 +211,8 @@ def test_command_line_is_frozen(command, capsys):
     with pytest.raises(SystemExit) as stop:
         entry.load()(["--help"])
     assert stop.value.code == 0
-    usage = capsys.readouterr().out
-    assert set(re.findall(r"(?<![\w-])(--?[a-z][\w-]*)", usage.split("options:")[1])) == FLAGS[command]
+    options = capsys.readouterr().out.partition("options:")[2].partition("examples:")[0]
+    assert set(re.findall(r"(?<![\w-])(--?[a-z][\w-]*)", options)) == FLAGS[command]
 
 
 def commands_in(document: Path) -> list[list[str]]:

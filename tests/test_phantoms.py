@@ -175,7 +175,7 @@ def test_dataset_layout(dataset, table):
     assert [path.name for path in dataset.parent.iterdir()] == [dataset.name]
     description = json.loads((dataset / "dataset.json").read_text())
     assert description == {
-        "channel_names": {"0": "CT"},
+        "channel_names": {"0": "CT_zscore"},
         "labels": {"background": 0, "calcification": 1},
         "numTraining": LABELLED,
         "file_ending": ".nii.gz",

@@ -64,7 +64,7 @@ def assert_all_end(processes: list[int], seconds: float = 20.0) -> None:
 
     deadline = time.monotonic() + seconds
     while left := [number for number in processes if is_there(number)]:
-        assert time.monotonic() < deadline, [Path(f"/proc/{number}/cmdline").read_bytes() for number in left]
+        assert time.monotonic() < deadline, [Path(f"/proc/{number}/status").read_text() for number in left]
         time.sleep(0.02)
 
 
@@ -179,10 +179,8 @@ def test_a_closed_terminal_is_survived(tmp_path):
             say("The step is done.")
             Path("saved").touch()
     """
-    script, streams = (
-        write_script(tmp_path / "script.py", lines),
-        dict.fromkeys(("stdin", "stdout", "stderr"), terminal),
-    )
+    script = write_script(tmp_path / "script.py", lines)
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
     process = subprocess.Popen(
         [sys.executable, script], cwd=tmp_path, start_new_session=True, preexec_fn=allow_signals, **streams
     )
@@ -245,7 +243,7 @@ def test_a_guarded_command_ends_with_all_its_processes(running, number):
     """The grandchild ignores SIGTERM, as a worker of another package may."""
     program = "import subprocess,sys,time; subprocess.Popen(['sh','-c','trap \"\" TERM; sleep 61']); time.sleep(60)"
     process = running(f"""
-        with guarded([sys.executable, "-c", {program!r}]):
+        with guarded([sys.executable, "-c", {program!r}], seconds=1.0):
             time.sleep(1)
             say("ready")
             time.sleep(60)
@@ -253,7 +251,7 @@ def test_a_guarded_command_ends_with_all_its_processes(running, number):
     processes = processes_of(process.pid)
     assert len(processes) >= 4
     process.send_signal(number)
-    assert_all_end(processes, 60.0)
+    assert_all_end(processes)
     process.wait(timeout=60)
     assert process.returncode == (143 if number == signal.SIGTERM else -9)
 

@@ -323,7 +323,7 @@ def test_the_report_shows_how_models_learned(tmp_path):
 
     panels = training_figure(curves).axes
     assert [len(axes.lines) for axes in panels] == [1, 1, 3, 3]
-    page = write_study_report(study, made_up(study.arms), [], [])
+    page = write_study_report(study, made_up(study.arms, seeds=1, cases=3), [], [])
     assert 'id="training"' in page.read_text()
     assert {"pretraining.png", "training.svg"} <= {file.name for file in (Path(study.output) / "figures").iterdir()}
 

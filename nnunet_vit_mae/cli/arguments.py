@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, did_you_mean
 from nnunet_vit_mae.presets import LARGEST
 
 if TYPE_CHECKING:
@@ -25,13 +26,37 @@ class _WithDefaults(argparse.ArgumentDefaultsHelpFormatter):
         has_default = action.default not in (None, []) and action.default is not False
         return super()._get_help_string(action) if has_default else action.help
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        # examples keep their lines
+        return text if "\n" in text else super()._fill_text(text, width, indent)
 
-def parser_for(program: str, description: str | None) -> argparse.ArgumentParser:
-    """Return a parser whose help shows the defaults, and let the console escape what it cannot print."""
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that suggests the nearest flag for an unknown one, and that shells can ask for completions."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if "_ARGCOMPLETE" in os.environ:  # the shell asks, by way of argcomplete's own hook
+            import argcomplete
+
+            argcomplete.autocomplete(self)
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            near = did_you_mean(unknown[0].split("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+        return parsed
+
+
+def parser_for(program: str, description: str | None, *examples: str) -> argparse.ArgumentParser:
+    """Return a parser whose help shows the defaults and examples, each a command line without the program.
+
+    From now on the console escapes what it cannot print.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    return argparse.ArgumentParser(prog=program, description=description, formatter_class=_WithDefaults)
+    lines = "".join(f"\n  {program} {example}".rstrip() for example in examples)
+    epilog = f"examples:{lines}" if examples else None
+    return _Parser(prog=program, description=description, epilog=epilog, formatter_class=_WithDefaults)
 
 
 def add_dataset_argument(parser: argparse.ArgumentParser) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from nnunet_vit_mae.cli.arguments import add_device_argument, add_plan_arguments, parser_for, usable_device
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.files import locked
 from nnunet_vit_mae.signals import command
 
 
 @command("Predictions that are done are kept, and the same command goes on with the others.")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_calibrate`."""
-    parser = parser_for("mae3d_calibrate", __doc__)
+    parser = parser_for("mae3d_calibrate", __doc__, "-d 501 -f 0", "-d 501 -f 0 1 2 3 4 -tr nnUNetTrainerBaseline")
     add = parser.add_argument
     add_plan_arguments(parser)
     add("-tr", dest="trainer", default="nnUNetTrainerViTMAE", metavar="NAME", help="trainer of the model")
@@ -40,18 +41,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = {"trainer": args.trainer, "folds": args.folds, "checkpoint": args.checkpoint}
     calibration.refuse_calibrated(args.checkpoint)
     model = find_model(find_dataset(args.dataset), args.plans, args.configuration, **chosen)
-    training_cases_allowed = args.allow_training_cases
-    if args.images is not None:
-        images, labels = args.images.resolve(), args.labels.resolve()
-        cases = calibration.development_cases(
-            model, images, labels, device, allow_training_cases=training_cases_allowed
-        )
-    elif training_cases_allowed:
-        cases = calibration.training_cases(model, device)
-    else:
-        cases = calibration.validation_cases(model, device)
-    fitted = calibration.fit(model, cases, args.objective)
-    written = calibration.write(model, cases, fitted, args.objective)
+    with locked(model.folder):
+        if args.images is not None:
+            images, labels = args.images.resolve(), args.labels.resolve()
+            cases = calibration.development_cases(
+                model, images, labels, device, allow_training_cases=args.allow_training_cases
+            )
+        elif args.allow_training_cases:
+            cases = calibration.training_cases(model, device)
+        else:
+            cases = calibration.validation_cases(model, device)
+        fitted = calibration.fit(model, cases, args.objective)
+        written = calibration.write(model, cases, fitted, args.objective)
     print(calibration.threshold_table(fitted))
     names = [str(file.relative_to(model.folder)) for file in written]
     print(f"Wrote to {model.folder}: {', '.join(names)}.")

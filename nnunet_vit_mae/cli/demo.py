@@ -12,13 +12,13 @@ from nnunet_vit_mae.signals import command
 @command()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_demo`."""
-    parser = parser_for("mae3d_demo", __doc__)
+    parser = parser_for("mae3d_demo", __doc__, "-o demo")
     parser.add_argument("-o", dest="output", type=Path, default=Path("mae3d_demo"), metavar="FOLDER", help="new folder")
-    parser.add_argument("--seed", type=seed, default=0, help="random seed of the phantoms and of pre-training")
+    parser.add_argument("--seed", type=seed, default=0, help="random seed of phantoms and networks")
     args = parser.parse_args(argv)
 
-    from nnunet_vit_mae.demonstration import demonstrate, score_table
+    from nnunet_vit_mae.demonstration import demonstrate
 
-    scores = demonstrate(args.output.resolve(), seed=args.seed)
-    print(score_table(scores))
-    print(f"Wrote results.csv, results.png and all other files to {args.output}; reconstructions are in its results/.")
+    page = demonstrate(args.output.resolve(), seed=args.seed)
+    print(f"Wrote results.png and all other files to {args.output}; reconstructions are in its results/.")
+    print(f"The report: {page.as_uri()}")

@@ -27,7 +27,9 @@ HEADLINE = {  # title and decimals by measure
 @command()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_evaluate`."""
-    parser = parser_for("mae3d_evaluate", __doc__)
+    parser = parser_for(
+        "mae3d_evaluate", __doc__, "-r labelsTs -p ViT=predictions_vit -p nnU-Net=predictions_unet -o report"
+    )
     add = parser.add_argument
     add("-r", dest="references", required=True, type=Path, metavar="FOLDER", help="folder of reference segmentations")
     add(
@@ -58,8 +60,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--calibration",
         dest="calibrations",
         action="append",
+        default=[],
         metavar="NAME=PATH",
         help=f"calibration of a model: its {CALIBRATION_RECORD}, written by mae3d_calibrate, or the folder with it",
+    )
+    add(
+        "--model_folder",
+        dest="model_folders",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="nnU-Net's folder of a model (TRAINER__PLANS__CONFIGURATION), for Dice by token and model size",
     )
     add(
         "-np",
@@ -71,19 +82,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     predictions = _paths_by_name(args.predictions, "-p")
-    calibrations = _read_calibrations(args.calibrations or [], list(predictions))
+    records = _paths_by_model(args.calibrations, "--calibration", list(predictions))
+    calibrations = {name: read_calibration(path) for name, path in records.items()}
+    models = _paths_by_model(args.model_folders, "--model_folder", list(predictions))
     for flag, values in {"--cutoffs": args.cutoffs, "--thickness_bins": args.thickness_bins}.items():
         if values and any(low >= high for low, high in pairwise(values)):
             raise UserError(f"{flag} {' '.join(f'{value:g}' for value in values)}: give ascending numbers.")
     with new_folder(args.output, vars(args)):
-        _evaluate(args, predictions, calibrations)
+        _evaluate(args, predictions, calibrations, models)
     print(f"Wrote index.html, cases.csv, summary.json and figures to {args.output}.")
 
 
 def _evaluate(
-    args: argparse.Namespace, predictions: dict[str, Path], calibrations: dict[str, CalibrationRecord]
+    args: argparse.Namespace,
+    predictions: dict[str, Path],
+    calibrations: dict[str, CalibrationRecord],
+    models: dict[str, Path],
 ) -> None:
     from nnunet_vit_mae.datasets.acquisition import find_scans_table, read_scans_table, slice_thickness
+    from nnunet_vit_mae.evaluation.by_token import read_trained_vit
     from nnunet_vit_mae.evaluation.cases import find_evaluation_set, measure_cases
     from nnunet_vit_mae.evaluation.report import write_report
     from nnunet_vit_mae.evaluation.results import EvaluationOptions
@@ -97,6 +114,7 @@ def _evaluate(
         resamples=args.resamples,
         seed=args.seed,
     )
+    vits = {name: read_trained_vit(folder) for name, folder in models.items()}
     evaluation_set = find_evaluation_set(args.references, predictions, args.images)
     folders = [folder.resolve().parent for folder in (args.images, args.references) if folder]
     if table := args.csv or find_scans_table([args.references, *folders]):
@@ -109,7 +127,7 @@ def _evaluate(
     evaluation = evaluate(cases, evaluation_set.models, labels, options, [*evaluation_set.notes, *notes])
     write_tables(evaluation, args.output)
     print(headline_text(evaluation), flush=True)
-    write_report(evaluation, evaluation_set, calibrations, args.output)
+    write_report(evaluation, evaluation_set, calibrations, args.output, vits)
 
 
 def headline_text(evaluation: Evaluation) -> str:
@@ -180,14 +198,13 @@ def _paths_by_name(values: Sequence[str], flag: str) -> dict[str, Path]:
     return paths
 
 
-def _read_calibrations(values: Sequence[str], models: Sequence[str]) -> dict[str, CalibrationRecord]:
-    """Read calibrations by model; raise `UserError` for unknown models, and for files that are not calibrations."""
+def _paths_by_model(values: Sequence[str], flag: str, models: Sequence[str]) -> dict[str, Path]:
+    """Read `NAME=PATH` by model; raise `UserError` for other forms and unknown models."""
     for value in values:
         if "=" not in value:
-            raise UserError(f"--calibration {value}: write NAME=PATH, with the NAME of a model in -p.")
-    calibrations = {}
-    for name, path in _paths_by_name(values, "--calibration").items():
+            raise UserError(f"{flag} {value}: write NAME=PATH, with the NAME of a model in -p.")
+    paths = _paths_by_name(values, flag)
+    for name, path in paths.items():
         if name not in models:
-            raise UserError(f"--calibration {name}={path}: there is no model {name}, only {', '.join(models)}.")
-        calibrations[name] = read_calibration(path)
-    return calibrations
+            raise UserError(f"{flag} {name}={path}: there is no model {name}, only {', '.join(models)}.")
+    return paths

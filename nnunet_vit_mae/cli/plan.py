@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_vit_mae.cli.arguments import add_plan_arguments, parser_for, positive_float, positive_int
+from nnunet_vit_mae.cli.arguments import add_plan_arguments, parser_for, positive_float, positive_int, whole_number
 from nnunet_vit_mae.presets import DECODERS, SIZES, UPSAMPLINGS
 from nnunet_vit_mae.signals import command
 
@@ -17,7 +17,13 @@ SAME_AS_PLANS = "plans"
 @command()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_plan`."""
-    parser = parser_for("mae3d_plan", __doc__)
+    parser = parser_for(
+        "mae3d_plan",
+        __doc__,
+        "-d 501 -o ViT_M_p4 --size M --token 4 --decoder mae",
+        "-d 501 -o ViT_fits -gpu_memory_target 8",
+        "-d 501 -o Paper --recipe vitiac",
+    )
     add_plan_arguments(parser)
     parser.add_argument("-o", dest="output", required=True, metavar="NAME", help="name of the plans to write")
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a recipe of ours, or a JSON file with a partial block")
@@ -57,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="batch size of fine-tuning (the baseline keeps nnU-Net's); 'plans' takes that of -p, as the U-Net does",
     )
     parser.add_argument("--lr", type=positive_float, help="peak learning rate of fine-tuning")
+    parser.add_argument("--seed", type=whole_number, help="random seed of fine-tuning and of nnUNetTrainerBaseline")
     args = parser.parse_args(argv)
     if args.token and len(args.token) not in (1, 3):
         parser.error(f"--token takes one number or three (z y x), but {len(args.token)} were given")
@@ -91,7 +98,7 @@ def _changes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     network = {"token": _token(args)} | {
         name: getattr(args, name) for name in ("size", "decoder", "upsampling", "adaptive")
     }
-    names = ("epochs", "iterations", "batch_size", "lr")
+    names = ("epochs", "iterations", "batch_size", "lr", "seed")
     block = {"network": network, "finetuning": {name: getattr(args, name) for name in names}}
     return {section: {k: v for k, v in values.items() if v is not None} for section, values in block.items()}
 

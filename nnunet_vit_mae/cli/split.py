@@ -88,7 +88,13 @@ def _draw(folder: Path, scans: ScanProperties | None, file: Path | None) -> None
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_for("mae3d_split", __doc__)
+    parser = parser_for(
+        "mae3d_split",
+        __doc__,
+        "-d 501 --csv patients.csv",
+        "-d 501 --csv patients.csv --test 0.2 --few 10 25",
+        "-d 501 --verify",
+    )
     add = parser.add_argument
     add_dataset_argument(parser)
     add("-o", dest="output", type=Path, metavar="FOLDER", help="output folder (otherwise where nnU-Net looks)")

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = parser_for("mae3d_study", __doc__)
+    parser = parser_for("mae3d_study", __doc__, "-d 501 -o study --arms unet vit scratch --few 10 25 --seeds 3")
     add = parser.add_argument
     add("-d", dest="dataset", metavar="ID", help="dataset number or name, e.g. 501")
     add("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="folder of the study; again to continue")

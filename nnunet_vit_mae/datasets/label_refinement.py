@@ -22,7 +22,7 @@ from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.files import make_folder
 from nnunet_vit_mae.imaging.channels import cases_in, channel_file_name, ending_in, visible_files
 from nnunet_vit_mae.imaging.labels import read_labels, read_volume, whole_numbers
-from nnunet_vit_mae.imaging.volumes import read_image, without_warnings_of_itk
+from nnunet_vit_mae.imaging.volumes import all_finite, read_image, without_warnings_of_itk
 from nnunet_vit_mae.imaging.writing import write_image
 
 REPORT = "refinement.csv"
@@ -131,7 +131,7 @@ def refine_case(
         label, label_geometry = read_volume(case.label)
     if difference := geometry.difference(label_geometry):
         raise UserError(f"{case.case} has image and label that differ in {difference}: resample one to the other.")
-    if not whole_numbers(label):
+    if not whole_numbers(label) or not all_finite(label, case.label):
         raise UserError(f"{case.case} has a label with values that are not integers: give a segmentation.")
     if values is None:
         values = tuple(int(value) for value in np.unique(label) if value != 0)

@@ -17,8 +17,9 @@ from nnunet_vit_mae.errors import UserError, abbreviated, reading
 from nnunet_vit_mae.evaluation.measures import measure
 from nnunet_vit_mae.evaluation.results import EvaluationOptions
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, cases_in, channel_file_name, ending_in
+from nnunet_vit_mae.imaging.grids import distance_mm, turned_geometry, turned_like
 from nnunet_vit_mae.imaging.labels import Labels, read_labels, read_volume, whole_numbers
-from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
+from nnunet_vit_mae.imaging.volumes import NOT_FINITE, Geometry, all_finite, without_warnings_of_itk
 from nnunet_vit_mae.workers import run_each
 
 DATASET_JSON = "dataset.json"
@@ -49,7 +50,7 @@ class EvaluationSet:
         """Return the set with the slice thickness in mm of the cases that `source` knows, and a note on the others."""
         cases = tuple(replace(case, slice_thickness_mm=known.get(case.name)) for case in self.cases)
         missing = [case.name for case in cases if case.slice_thickness_mm is None]
-        note = f"{source} has no slice thickness of {abbreviated(missing)}: the largest spacing stands in."
+        note = f"{source.name} has no slice thickness of {abbreviated(missing)}: the largest spacing stands in."
         return replace(self, cases=cases, notes=(*self.notes, *([note] if missing else [])))
 
     def case(self, name: str) -> EvaluationCase:
@@ -178,7 +179,7 @@ def _notes_on_surplus(names: Sequence[str], ending: str, predictions: Mapping[st
 @dataclass(frozen=True)
 class _MeasuredCase:
     rows: list[dict[str, Any]]  # one for each model and label
-    other_geometry: list[str]  # models whose prediction has another origin or direction than the reference
+    beside: list[str]  # models whose prediction lies less than a voxel beside the reference
 
 
 def measure_cases(
@@ -211,10 +212,10 @@ def measure_cases(
     rows = [row for model in evaluation_set.models for case in in_order for row in case.rows if row["model"] == model]
     notes = []
     for model in evaluation_set.models:
-        if names := [case.name for case in cases if model in by_name[case.name].other_geometry]:
+        if names := [case.name for case in cases if model in by_name[case.name].beside]:
             notes.append(
-                f"{model}: predictions have another origin or direction than their references. They are compared voxel "
-                f"by voxel, as nnU-Net does ({abbreviated(names)})."
+                f"{model}: predictions lie up to a voxel beside their references, and are compared voxel by voxel "
+                f"({abbreviated(names)})."
             )
     return pd.DataFrame(rows), notes
 
@@ -243,8 +244,8 @@ def read_segmentation(file: Path) -> tuple[np.ndarray, Geometry]:
     """Read a segmentation and its geometry; see `read_mask`."""
     with reading(file):
         array, geometry = read_volume(file)
-    if not whole_numbers(array):
-        raise UserError(f"{file} holds numbers that are not integers: use segmentations, not probabilities.")
+    if not whole_numbers(array) or not all_finite(array, file):
+        raise UserError(f"{file} holds numbers that are not integers, or NaN: use segmentations, not probabilities.")
     return array.astype(np.int32) if array.dtype.kind == "f" else array, geometry
 
 
@@ -254,13 +255,13 @@ def _measure_case(case: EvaluationCase, labels: Labels, options: EvaluationOptio
         _refuse_other_labels(case.reference, reference, labels)
         thickness = _slice_thickness(case, geometry)
         counted = np.True_ if labels.ignore is None else reference != labels.ignore
-        rows, other_geometry = [], []
+        rows, beside = [], []
         for model, file in case.predictions.items():
             prediction, its_geometry = read_segmentation(file)
             _refuse_other_labels(file, prediction, labels)
-            refuse_other_grid(file, its_geometry, case.reference, geometry)
+            prediction, its_geometry = on_grid(file, prediction, its_geometry, case.reference, geometry)
             if geometry.difference(its_geometry):
-                other_geometry.append(model)
+                beside.append(model)
             for label, values in labels.values.items():
                 measures = measure(
                     _mask(reference, values) & counted,
@@ -271,24 +272,54 @@ def _measure_case(case: EvaluationCase, labels: Labels, options: EvaluationOptio
                 )
                 key = {"model": model, "case": case.name, "label": label}
                 rows.append({**key, **measures, "slice_thickness_mm": thickness})
-    return _MeasuredCase(rows, other_geometry)
+    return _MeasuredCase(rows, beside)
 
 
 def _slice_thickness(case: EvaluationCase, geometry: Geometry) -> float:
     """Return what is recorded, else the largest spacing of the image, or of the reference if there is no image."""
     if case.image is not None:
         with reading(case.image):
-            image = read_geometry(case.image)
-        refuse_other_grid(case.reference, geometry, case.image, image)
+            voxels, image = read_volume(case.image)
+        if not all_finite(voxels, case.image):
+            raise UserError(f"{case.image} {NOT_FINITE}, or give another file.")
+        refuse_other_grid(case.reference, turned_geometry(geometry, image), case.image, image)
         geometry = image
     return round(case.slice_thickness_mm or max(geometry.spacing), THICKNESS_DIGITS)
 
 
+def on_grid(
+    file: Path, array: np.ndarray, geometry: Geometry, other_file: Path, other: Geometry
+) -> tuple[np.ndarray, Geometry]:
+    """Turn a volume so that its voxels can be compared with those of another file, one by one.
+
+    Args:
+        file: The file of the volume, for messages.
+        array: The volume (z y x), stored along any axes.
+        geometry: Its geometry.
+        other_file: The other file.
+        other: Its geometry.
+
+    Returns:
+        The volume (z y x) and its geometry, along the axes of the other file.
+
+    Raises:
+        UserError: If the voxels of the two files do not lie in the same places, up to a voxel.
+    """
+    array, geometry = turned_like(array, geometry, other)
+    refuse_other_grid(file, geometry, other_file, other)
+    return array, geometry
+
+
 def refuse_other_grid(file: Path, geometry: Geometry, other_file: Path, other: Geometry) -> None:
-    """Raise `UserError` unless two files have the same size and spacing, so that their voxels can be compared."""
+    """Raise `UserError` unless the voxels of two files lie in the same places in mm, up to a voxel."""
     difference = geometry.difference(other)
     if difference and difference.startswith(("size", "spacing")):
         raise UserError(f"{file} does not fit {other_file}: they differ in {difference}; resample one to the other.")
+    if difference and (distance := distance_mm(geometry, other)) > min(other.spacing):
+        raise UserError(
+            f"{file} does not fit {other_file}: their voxels lie up to {distance:.4g} mm apart ({difference}); "
+            "resample one to the other, or correct the header that is wrong."
+        )
 
 
 def _refuse_other_labels(file: Path, array: np.ndarray, labels: Labels) -> None:

@@ -13,7 +13,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from nnunet_vit_mae.errors import reading
-from nnunet_vit_mae.evaluation.cases import EvaluationSet, read_segmentation, refuse_other_grid
+from nnunet_vit_mae.evaluation.cases import EvaluationSet, on_grid, read_segmentation
 from nnunet_vit_mae.evaluation.drawing import WIDTH, styled
 from nnunet_vit_mae.evaluation.results import Evaluation
 from nnunet_vit_mae.imaging.labels import read_volume
@@ -97,7 +97,7 @@ def read_example(example: ExampleCase, evaluation_set: EvaluationSet) -> Example
     with without_warnings_of_itk():
         reference, geometry = read_segmentation(case.reference)
         prediction, its_geometry = read_segmentation(file)
-        refuse_other_grid(file, its_geometry, case.reference, geometry)
+        prediction, _ = on_grid(file, prediction, its_geometry, case.reference, geometry)
         image = None if case.image is None else _read_image(case.image, case.reference, geometry)
     # voxels are compared one by one, so all are shown in the geometry of the reference
     reference, spacing = radiological_view(reference, geometry)
@@ -113,8 +113,7 @@ def read_example(example: ExampleCase, evaluation_set: EvaluationSet) -> Example
 def _read_image(file: Path, reference: Path, geometry: Geometry) -> np.ndarray:
     with reading(file):
         image, its_geometry = read_volume(file)
-    refuse_other_grid(file, its_geometry, reference, geometry)
-    return image
+    return on_grid(file, image, its_geometry, reference, geometry)[0]
 
 
 def _fullest_slice(mask: np.ndarray) -> int:

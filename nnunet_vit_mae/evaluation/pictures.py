@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from nnunet_vit_mae.evaluation import figures, words
 from nnunet_vit_mae.evaluation.bland_altman import bland_altman_figure
+from nnunet_vit_mae.evaluation.by_token import DiceOfVit, TrainedVit, differ_in_network, token_figure
 from nnunet_vit_mae.evaluation.calibration_record import CalibrationRecord
 from nnunet_vit_mae.evaluation.drawing import WIDTH, save_both
 from nnunet_vit_mae.evaluation.overlays import ExampleSlice, overlays_figure
@@ -76,7 +77,11 @@ def slug(name: str) -> str:
 
 
 def draw_label(
-    evaluation: Evaluation, label: str, slices: Sequence[Sequence[ExampleSlice]], gallery: Gallery
+    evaluation: Evaluation,
+    label: str,
+    slices: Sequence[Sequence[ExampleSlice]],
+    gallery: Gallery,
+    vits: Mapping[str, TrainedVit],
 ) -> dict[str, Picture | None]:
     """Draw all figures of a label.
 
@@ -85,6 +90,7 @@ def draw_label(
         label: The label.
         slices: Its examples, by model.
         gallery: Where to add the figures.
+        vits: What is known of the models' networks, by model.
 
     Returns:
         The figures by name; None where there is nothing to draw.
@@ -96,6 +102,7 @@ def draw_label(
         "bland_altman": _draw_bland_altman(evaluation, label, gallery),
         "risk": _draw_risk(evaluation, label, gallery),
         "bins": _draw_bins(evaluation, label, gallery),
+        "by_token": _draw_by_token(evaluation, label, gallery, vits),
         "overlays": _draw_overlays(label, slices, gallery),
     }
 
@@ -160,6 +167,23 @@ def _draw_bins(evaluation: Evaluation, label: str, gallery: Gallery) -> Picture 
     caption = f"{'; '.join(titles)}. n: cases in which the measure is defined. {BOXES}"
     alt = f"Box plots of {label}: {' and '.join(titles)}."
     return gallery.add(figures.bins_figure(evaluation, label), "bins", label, caption, alt)
+
+
+def _draw_by_token(
+    evaluation: Evaluation, label: str, gallery: Gallery, vits: Mapping[str, TrainedVit]
+) -> Picture | None:
+    means = {mean.model: mean for mean in evaluation.means if (mean.label, mean.measure) == (label, "dice") and mean.n}
+    known = [(vit, means[name]) for name, vit in vits.items() if name in means]
+    results = [DiceOfVit(vit, mean.mean, mean.low, mean.high) for vit, mean in known]
+    return draw_by_token(results, label, gallery)
+
+
+def draw_by_token(results: Sequence[DiceOfVit], label: str, gallery: Gallery) -> Picture | None:
+    """Draw Dice by token and model size, if the models differ in them."""
+    if not differ_in_network([result.vit for result in results]):
+        return None
+    caption = "Mean Dice by token and model size, a panel for each decoder. Bars: 95% bootstrap intervals over cases."
+    return gallery.add(token_figure(results), "by_token", label, caption, f"Dice of {label} by token and model size.")
 
 
 def _draw_overlays(label: str, slices: Sequence[Sequence[ExampleSlice]], gallery: Gallery) -> Picture | None:

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from nnunet_vit_mae.evaluation import words
+from nnunet_vit_mae.evaluation.by_token import TrainedVit
 from nnunet_vit_mae.evaluation.calibration_record import CalibrationRecord
 from nnunet_vit_mae.evaluation.cases import EvaluationSet
 from nnunet_vit_mae.evaluation.figures import bin_pairs
@@ -26,6 +27,7 @@ def write_report(
     evaluation_set: EvaluationSet,
     calibrations: Mapping[str, CalibrationRecord],
     output: Path,
+    vits: Mapping[str, TrainedVit] | None = None,
 ) -> list[Path]:
     """Write the report.
 
@@ -34,6 +36,7 @@ def write_report(
         evaluation_set: The files that were evaluated, for the figures of examples.
         calibrations: Calibrations by model.
         output: Folder for `index.html` and `figures/`.
+        vits: What is known of the models' networks, by model, for Dice by token and size.
 
     Returns:
         The files written, the page first.
@@ -45,7 +48,9 @@ def write_report(
     gallery = Gallery(evaluation.labels, output / "figures")
     context = {
         "evaluation": evaluation,
-        "labels": [_label_context(evaluation, label, slices[label], gallery) for label in evaluation.labels],
+        "labels": [
+            _label_context(evaluation, label, slices[label], gallery, vits or {}) for label in evaluation.labels
+        ],
         "calibrations": [_calibration_context(name, record, gallery) for name, record in calibrations.items()],
         "cases": evaluation.cases["case"].nunique(),
         "confidence": _confidence_text(evaluation),
@@ -70,7 +75,11 @@ def read_slices(evaluation: Evaluation, evaluation_set: EvaluationSet, label: st
 
 
 def _label_context(
-    evaluation: Evaluation, label: str, slices: Sequence[Sequence[ExampleSlice]], gallery: Gallery
+    evaluation: Evaluation,
+    label: str,
+    slices: Sequence[Sequence[ExampleSlice]],
+    gallery: Gallery,
+    vits: Mapping[str, TrainedVit],
 ) -> dict[str, Any]:
     risks = [risk for risk in evaluation.risks if risk.label == label]
     return {
@@ -82,7 +91,7 @@ def _label_context(
         "risks": risk_table(risks),
         "groups": words.groups_in_words(risks[0]) if risks else [],
         "bins": [bin_table(evaluation, label, *pair) for pair in bin_pairs(evaluation, label)],
-        "pictures": draw_label(evaluation, label, slices, gallery),
+        "pictures": draw_label(evaluation, label, slices, gallery, vits),
     }
 
 

@@ -101,7 +101,7 @@ class DicomHeader:
     @property
     def class_name(self) -> str:
         """Name of the SOP class, such as "CT Image"; an unknown class is named by its number."""
-        return UID(self.tags["SOPClassUID"]).name.removesuffix(" Storage") or "no SOP class"
+        return _name(self.tags["SOPClassUID"]).removesuffix(" Storage") or "no SOP class"
 
     @property
     def is_image(self) -> bool:
@@ -127,7 +127,7 @@ def is_image_class(uid: str) -> bool:
         >>> is_image_class("1.2.840.10008.5.1.4.1.1.2"), is_image_class("1.2.840.10008.5.1.4.1.1.66.4")
         (True, False)
     """
-    return IMAGE in UID(uid).name
+    return IMAGE in _name(uid)
 
 
 def read_header(file: Path) -> DicomHeader | None:
@@ -146,11 +146,15 @@ def read_header(file: Path) -> DicomHeader | None:
             tags["SOPClassUID"] = tags["SOPClassUID"] or _text(meta, "MediaStorageSOPClassUID")
             if tags["SOPClassUID"] == DIRECTORY:
                 return None
-            syntax = UID(_text(meta, "TransferSyntaxUID")).name
+            syntax = _name(_text(meta, "TransferSyntaxUID"))
             plane = (int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0))
             return DicomHeader(file, tags, _frames(file, dataset, tags), plane, syntax, _in_colour(dataset, tags))
     except Exception as error:  # noqa: BLE001 (pydicom raises many kinds, with messages that quote the header)
         raise ValueError(f"the header is damaged ({type(error).__name__})") from None
+
+
+def _name(uid: str) -> str:
+    return UID(uid, validation_mode=config.IGNORE).name
 
 
 def _dataset(file: Path) -> Dataset | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,37 @@ import nibabel
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
-from nnunet_vit_mae.imaging.channels import NIFTI, without_ending
+from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, NIFTI, without_ending
 
 HEADER = 2**16  # bytes, of which a NIFTI-2 header takes 540
 NIFTI_2 = 540  # size of its header, its first entry
 UNITS = {1: "metres", 3: "micrometres"}  # codes of NIfTI; 2 is mm, 0 unknown
 NO_SPACING = "states no spacing: write the true one into its header"
+CUT_OFF = "is cut off or damaged, copy it again"
+
+
+class UnreadableHeaderError(ValueError):
+    """A header that cannot be read; the message says why, names no file and has no full stop."""
 
 
 def spacing_problem(file: Path) -> str | None:
     """Return why the spacing that a reader gives is not that of the header, None if it is.
 
     Args:
-        file: A NIfTI, NRRD or MetaImage file; others have headers that always state a spacing.
+        file: An image file; the header of the formats that are not read here always states a spacing.
     """
-    name = file.name.lower()
+    try:
+        return _problem(file, file.name.lower())
+    except UnreadableHeaderError as error:
+        return str(error)
+
+
+def _problem(file: Path, name: str) -> str | None:
     if name.endswith(NIFTI):
-        spacing = np.asarray(read_nifti_header(file)["pixdim"][1:4], float)
+        header = read_nifti_header(file)
+        if isinstance(header, nibabel.Nifti2Header):
+            return "is NIfTI-2, which SimpleITK does not read: save it as NIfTI-1"
+        spacing = np.asarray(header["pixdim"][1:4], float)
         if np.isfinite(spacing).all() and (spacing > 0).all():
             return None
         return f"states a spacing of {' '.join(f'{value:g}' for value in spacing)}: write the true one into its header"
@@ -41,7 +56,9 @@ def spacing_problem(file: Path) -> str | None:
     if name.endswith((".mha", ".mhd")):
         start = _start(file).split(b"ElementDataFile")[0]
         return None if re.search(rb"^(ElementSpacing|ElementSize)\s*=.*\d", start, re.MULTILINE) else NO_SPACING
-    return None
+    if name.endswith(IMAGE_ENDINGS):
+        return None
+    return f"has no format whose header states a spacing ({', '.join(IMAGE_ENDINGS)}): convert it to one of them"
 
 
 def nifti_ambiguities(file: Path) -> list[str]:
@@ -64,14 +81,14 @@ def read_nifti_header(file: Path) -> Any:
     """Read the header of a NIfTI file as it is stored, without nibabel's corrections.
 
     Raises:
-        ValueError: If the file is too short to hold one, or is not compressed as its name says.
+        UnreadableHeaderError: If the file is too short to hold one, or is not compressed as its name says.
     """
     start = _start(file)
     for order in ("little", "big"):
         if len(start) >= NIFTI_2 and int.from_bytes(start[:4], order) == NIFTI_2:
             return nibabel.Nifti2Header(start[:NIFTI_2], check=False)
     if len(start) < nibabel.Nifti1Header.sizeof_hdr:
-        raise ValueError("it ends within its header")
+        raise UnreadableHeaderError(CUT_OFF)
     return nibabel.Nifti1Header(start[: nibabel.Nifti1Header.sizeof_hdr], check=False)
 
 
@@ -91,4 +108,6 @@ def _start(file: Path) -> bytes:
         with (gzip.open if is_compressed else open)(file, "rb") as stream:
             return stream.read(HEADER)
     except gzip.BadGzipFile:
-        raise ValueError("it is not compressed, although its name ends with .gz") from None
+        raise UnreadableHeaderError("is not compressed, although its name ends with .gz") from None
+    except (EOFError, zlib.error):
+        raise UnreadableHeaderError(CUT_OFF) from None

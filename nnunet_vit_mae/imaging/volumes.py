@@ -18,8 +18,10 @@ import SimpleITK as sitk
 
 from nnunet_vit_mae.errors import reading
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, NIFTI
-from nnunet_vit_mae.imaging.stated_geometry import spacing_problem
+from nnunet_vit_mae.imaging.stated_geometry import CUT_OFF, spacing_problem
 from nnunet_vit_mae.limits import too_many_voxels
+
+NOT_FINITE = "holds voxels that are NaN or infinite: replace them"
 
 
 class ScanError(ValueError):
@@ -70,7 +72,7 @@ def read_geometry(file: Path, name: str | None = None) -> Geometry:
     name = name or file.name
     if problem := spacing_problem(file):
         raise ScanError(f"{name} {problem}")
-    reader = read_header(file, name)
+    reader = image_header(file, name)
     if reader.GetDimension() > 3:
         raise ScanError(f"{name} holds more than one image, but every channel has a file of its own")
     if reader.GetDimension() < 3:
@@ -80,7 +82,7 @@ def read_geometry(file: Path, name: str | None = None) -> Geometry:
     if (values := reader.GetNumberOfComponents()) > 1:
         raise ScanError(f"{name} has {values} values in each voxel, such as a colour or a vector, instead of one")
     if file.name.lower().endswith(NIFTI) and _is_cut_off(file):
-        raise ScanError(f"{name} is cut off or damaged, copy it again")
+        raise ScanError(f"{name} {CUT_OFF}")
     return Geometry(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
 
 
@@ -95,11 +97,11 @@ def read_image(file: Path, name: str | None = None) -> sitk.Image:
         ScanError: If it has more voxels than the limit.
         Exception: Whatever a reader raises if the file is not an image; such a message may contain its path.
     """
-    read_header(file, name)
+    image_header(file, name)
     return sitk.ReadImage(str(file))
 
 
-def read_header(file: Path, name: str | None = None) -> sitk.ImageFileReader:
+def image_header(file: Path, name: str | None = None) -> sitk.ImageFileReader:
     """Read the header of an image, with the arguments and errors of `read_image`."""
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(file))
@@ -109,12 +111,26 @@ def read_header(file: Path, name: str | None = None) -> sitk.ImageFileReader:
     return reader
 
 
+def all_finite(voxels: np.ndarray, file: Path) -> bool:
+    """Return whether an image holds neither NaN nor infinite voxels.
+
+    Args:
+        voxels: The image as SimpleITK or one of nnU-Net's readers gives it.
+        file: Its file, which is read again if it is NIfTI: ITK silently turns NaN there into zeros.
+    """
+    if voxels.dtype.kind == "f" and file.name.lower().endswith(NIFTI):
+        image: Any = nibabel.load(file)
+        if image.get_data_dtype().kind == "f":
+            voxels = np.asanyarray(image.dataobj)
+    return voxels.dtype.kind != "f" or bool(np.isfinite(voxels).all())
+
+
 def refuse_large(files: Iterable[Path]) -> None:
     """Raise `UserError` for an image with more voxels than the limit, before one of nnU-Net's readers reads it."""
     for file in files:
         if file.name.endswith(IMAGE_ENDINGS):
             with reading(file), without_warnings_of_itk():
-                read_header(file)
+                image_header(file)
 
 
 def geometry_of(image: sitk.Image) -> Geometry:

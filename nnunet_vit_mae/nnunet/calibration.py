@@ -24,7 +24,7 @@ from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.evaluation.calibration_figures import agreement_figure, curve_figure
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
 from nnunet_vit_mae.files import inside, replacing, write_json
-from nnunet_vit_mae.imaging.volumes import refuse_large
+from nnunet_vit_mae.imaging.volumes import NOT_FINITE, all_finite, refuse_large
 from nnunet_vit_mae.nnunet.folds import reference_segmentations, split_of, training_names
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
@@ -116,7 +116,7 @@ def write(model: Model, cases: Sequence[PredictedCase], calibration: Calibration
     for file, figure in figures.items():
         save_figure(figure, file)
     _write_curves(curves, folder / "calibration_curve.csv")
-    hashes = {"checkpoints": {str(file): file_hash(file) for file in checkpoints}}
+    hashes = {"checkpoints": {file.relative_to(folder).as_posix(): file_hash(file) for file in checkpoints}}
     record = _record(model, cases, calibration, objective) | hashes
     write_json(record, folder / CALIBRATION_RECORD)
     return [*checkpoints, folder / CALIBRATION_RECORD, folder / "calibration_curve.csv", *figures]
@@ -227,6 +227,8 @@ def _read_reference(plan: Plan, file: Path) -> tuple[np.ndarray, Sequence[float]
     refuse_large([file])
     with reading(file):
         labels, properties = plan.plans.image_reader_writer_class().read_seg(str(file))
+        if not all_finite(labels, file):
+            raise UserError(f"{file} {NOT_FINITE}.")
     return labels[0], properties["spacing"]
 
 

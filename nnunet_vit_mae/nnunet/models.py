@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_vit_mae.errors import UserError, abbreviated
+from nnunet_vit_mae.errors import UserError, abbreviated, did_you_mean
 from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.nnunet.checked_plans import read_plans
 from nnunet_vit_mae.nnunet.folders import Dataset
@@ -72,8 +72,10 @@ def find_model(
     for fold in folds:
         file = folder / f"fold_{fold}" / checkpoint
         if not file.is_file():
+            others = [other.name for other in dataset.results.glob("*__*__*")] if not folder.is_dir() else []
             raise UserError(
-                f"There is no checkpoint {file}: run nnUNetv2_train {dataset.id} {configuration} {fold} "
+                f"There is no checkpoint {file}{did_you_mean(folder.name, others)}: "
+                f"run nnUNetv2_train {dataset.id} {configuration} {fold} "
                 f"-p {plans_name} -tr {trainer} first, or name another file of that folder with -chk."
             )
     description = read_description(folder / DESCRIPTION)

@@ -111,7 +111,7 @@ def clipping_warnings(plan: Plan) -> list[str]:
 
 
 def _share_below(plan: Plan, channel: int, lowest: float) -> float | None:
-    files = [file for file in plan.preprocessed_folder.glob("*.b2nd") if not file.name.endswith("_seg.b2nd")]
+    files = [file for file in plan.preprocessed_folder.glob("[!.]*.b2nd") if not file.name.endswith("_seg.b2nd")]
     shares = [(open_volume(file)[channel] <= lowest + 1e-3).mean() for file in sorted(files)[:FEW_CASES]]
     return float(np.mean(shares)) if shares else None
 

@@ -26,6 +26,7 @@ from nnunet_vit_mae.installation import trainers_folder
 from nnunet_vit_mae.limits import too_many_voxels
 from nnunet_vit_mae.nnunet.models import Model, refuse_damaged_weights
 from nnunet_vit_mae.nnunet.plans import Plan
+from nnunet_vit_mae.pickles import read_trained
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +113,10 @@ def predict_folder(
 ) -> None:
     """Predict the cases in a folder of images with `nnUNetv2_predict`, and show its progress.
 
-    The output of the command is appended to `log`. Raises `UserError` if it fails.
+    The output of the command is appended to `log`. Raises `UserError` if it fails, or if a checkpoint holds code.
     """
+    for file in model.files:
+        read_trained(file, mmap=True)  # nnU-Net would run whatever code is in it
     ending = model.plan.dataset_json["file_ending"]
     _run([*model.command(images, output, device), *flags], [output / f"{case}{ending}" for case in cases], log)
 
@@ -134,7 +137,7 @@ def read_probabilities(file: Path, outputs: int) -> np.ndarray:
     try:
         if not zipfile.is_zipfile(file):  # numpy's own object for such a file complains once more when it is deleted
             raise ValueError("it is no zip file")
-        with np.load(file, allow_pickle=False) as stored:
+        with file.open("rb") as content, np.load(content, allow_pickle=False) as stored:
             with stored.zip.open("probabilities.npy") as stream:  # before all of it is read
                 version = np.lib.format.read_magic(stream)
                 reads = (
@@ -145,7 +148,10 @@ def read_probabilities(file: Path, outputs: int) -> np.ndarray:
                 raise ValueError(f"it has the shape {shape}, but the model has {outputs} outputs")
             if problem := too_many_voxels(shape[1:]):
                 raise ValueError(f"it {problem}")
-            return stored["probabilities"]
+            probabilities = stored["probabilities"]
+            if probabilities.dtype.kind != "f" or not np.isfinite(probabilities).all():
+                raise ValueError("it holds NaN or infinite values, or no probabilities")
+            return probabilities
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 (damaged files raise many kinds)
@@ -163,7 +169,7 @@ def _run(command: Sequence[str], expected: Sequence[Path], log: Path) -> None:
     with log.open("a", encoding="utf-8") as stream, tqdm(total=len(expected), unit="case", desc="predicting") as bar:
         stream.write(f"$ {shlex.join(command)}\n")
         stream.flush()
-        with guarded([program, *command[1:]], env=_environment(), stdout=stream, stderr=stream) as process:
+        with guarded([program, *command[1:]], seconds=5.0, env=_environment(), stdout=stream, stderr=stream) as process:
             while _is_running(process):
                 if new := count() - bar.n:  # in the log of a job, each update is a line
                     bar.update(new)

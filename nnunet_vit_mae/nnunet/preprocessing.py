@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import blosc2
-import nibabel
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 
 from nnunet_vit_mae.errors import UserError, WriteError, reader_reason
 from nnunet_vit_mae.files import read_json, remove_unfinished, replacing, write_json
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, case_and_channel, channels_by_case
-from nnunet_vit_mae.imaging.volumes import read_geometry, without_warnings_of_itk
+from nnunet_vit_mae.imaging.volumes import all_finite, read_geometry, without_warnings_of_itk
 from nnunet_vit_mae.limits import too_many_voxels
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.plans import Plan, load_plan
@@ -122,7 +121,7 @@ def _preprocess_files(plan: Plan, case: str, files: list[Path]) -> str | None:
         return f"has {' x '.join(map(str, volume.shape[1:]))} voxels (z y x), which are neither a volume nor a slice"
     if problem := resampled_problem(plan, volume.shape[1:], properties["spacing"]):
         return problem
-    if not np.isfinite(volume).all() or any(_nifti_holds_nan(file) for file in files):
+    if not all(all_finite(channel, file) for channel, file in zip(volume, files, strict=True)):
         return "holds voxels that are NaN or infinite"
     preprocessor = plan.configuration.preprocessor_class(verbose=False)
     volume, _, _ = preprocessor.run_case_npy(
@@ -141,14 +140,6 @@ def resampled_problem(plan: Plan, shape: Sequence[int], spacing: Sequence[float]
         own = " x ".join(f"{mm:.4g}" for mm in spacing)
         return f"has a spacing of {own} mm (z y x), so that at the spacing of the plans it {problem}"
     return None
-
-
-def _nifti_holds_nan(file: Path) -> bool:
-    """Check the file itself: ITK, with which nnU-Net reads, silently turns NaN in a NIfTI file into zeros."""
-    if ".nii" not in file.suffixes:
-        return False
-    image = nibabel.load(file)
-    return image.get_data_dtype().kind == "f" and not np.isfinite(np.asanyarray(image.dataobj)).all()
 
 
 def _save(volume: np.ndarray, plan: Plan, case: str) -> None:

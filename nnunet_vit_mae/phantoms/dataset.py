@@ -155,7 +155,7 @@ def _write_volume(file: Path, volume: np.ndarray, spacing: tuple[float, float, f
 def _write_description(folder: Path, rows: list[tuple], labelled: int) -> None:
     """Write dataset.json and scans.csv."""
     description = {
-        "channel_names": {"0": "CT"},
+        "channel_names": {"0": "CT_zscore"},  # by the name "CT", nnU-Net would clip all but the calcifications away
         "labels": {"background": 0, "calcification": 1},
         "numTraining": labelled,
         "file_ending": ".nii.gz",

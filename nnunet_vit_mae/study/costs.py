@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnunet_vit_mae.evaluation.by_token import trains_vit
 from nnunet_vit_mae.files import read_json
 from nnunet_vit_mae.pickles import read_trained
 from nnunet_vit_mae.study.design import CHECKPOINTS, StudyDesign
 from nnunet_vit_mae.study.workflow import Compute, duration_text, read_compute
-
-VIT_TRAINERS = ("ViT", "AMAE")  # parts of the names of trainers that take the batch of the vit_mae block
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,6 @@ def _samples_text(study: StudyDesign, arm: str) -> str:
 def samples_text(configuration: dict[str, Any], trainer: str) -> str:
     """Return the number of training samples: epochs x iterations x batch."""
     finetuning = configuration["vit_mae"]["finetuning"]
-    of_block = any(part in trainer for part in VIT_TRAINERS)
-    batch = finetuning["batch_size"] if of_block else configuration["batch_size"]
+    batch = finetuning["batch_size"] if trains_vit(trainer) else configuration["batch_size"]
     epochs, iterations = finetuning["epochs"], finetuning["iterations"]
     return f"{epochs * iterations * batch:,} ({epochs} x {iterations} x {batch})"

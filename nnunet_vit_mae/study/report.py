@@ -11,7 +11,8 @@ from typing import Any
 import pandas as pd
 
 from nnunet_vit_mae.csv_tables import write_frame
-from nnunet_vit_mae.evaluation.pictures import Gallery, Picture
+from nnunet_vit_mae.evaluation.by_token import DiceOfVit, read_trained_vit, trains_vit
+from nnunet_vit_mae.evaluation.pictures import Gallery, Picture, draw_by_token
 from nnunet_vit_mae.evaluation.report import template_environment
 from nnunet_vit_mae.evaluation.summary import REPORTED_PACKAGES
 from nnunet_vit_mae.evaluation.words import format_values, p_text
@@ -139,6 +140,7 @@ def _label_context(
         CURVES,
         f"Learning curves of {label}.",
     )
+    by_token = draw_by_token(_dice_of_vits(study, table, label), label, gallery)
     numbers, questions = count(1), []
     for question, found in answers.items():
         chosen = [paired for paired in found if paired.label == label]
@@ -148,7 +150,19 @@ def _label_context(
             rows = [_row(paired) for paired in chosen]
             sentences = [sentence_of(paired) for paired in chosen if paired.measure == "dice" or paired.significant]
             questions.append({"title": question.title, "rows": rows, "picture": picture, "sentences": sentences})
-    return {"name": label, "curves": curves, "questions": questions, "means": _means(study, table, label)}
+    means = _means(study, table, label)
+    return {"name": label, "curves": curves, "by_token": by_token, "questions": questions, "means": means}
+
+
+def _dice_of_vits(study: StudyDesign, table: pd.DataFrame, label: str) -> list[DiceOfVit]:
+    """Return Dice of each ViT as trained, with the largest number of labels."""
+    results = []
+    for arm, entry in study.trained.items():
+        folder = study.model_folder(arm, 0)
+        point = point_of(table, Variant(arm, calibrated=False), max(study.few), label, "dice")
+        if point and trains_vit(entry.trainer) and (folder / "plans.json").is_file():
+            results.append(DiceOfVit(read_trained_vit(folder), point.mean, point.low, point.high))
+    return results
 
 
 def _means(study: StudyDesign, table: pd.DataFrame, label: str) -> list[dict[str, Any]]:

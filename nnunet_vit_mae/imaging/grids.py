@@ -1,0 +1,69 @@
+"""The same voxels stored along other axes, as viewers save them: turned to the axes of another file.
+
+A grid is the places of voxels in mm, whatever the order in which a file stores them.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+
+from nnunet_vit_mae.imaging.volumes import Geometry
+
+
+def turned_like(array: np.ndarray, geometry: Geometry, like: Geometry) -> tuple[np.ndarray, Geometry]:
+    """Store a volume along the axes of another geometry; each voxel keeps its place in mm.
+
+    Args:
+        array: The volume (z y x).
+        geometry: Its geometry.
+        like: The geometry whose axes are taken, as far as axes can be swapped and flipped.
+
+    Returns:
+        A view of the volume (z y x), and its geometry.
+    """
+    order, flipped = _axes_along(geometry, like)
+    turned = array.transpose([2 - order[2 - axis] for axis in range(3)])  # arrays are z y x, geometries x y z
+    turned = np.flip(turned, tuple(2 - axis for axis in range(3) if flipped[axis]))
+    return turned, turned_geometry(geometry, like)
+
+
+def turned_geometry(geometry: Geometry, like: Geometry) -> Geometry:
+    """Return the geometry that `turned_like` returns, without the voxels."""
+    order, flipped = _axes_along(geometry, like)
+    directions = _directions(geometry)
+    origin = np.array(geometry.origin)
+    for axis in range(3):
+        if flipped[axis]:
+            old = order[axis]
+            origin = origin + directions[:, old] * geometry.spacing[old] * (geometry.size[old] - 1)
+    turned = directions[:, list(order)] * np.where(flipped, -1, 1)
+    return Geometry(
+        tuple(geometry.size[axis] for axis in order),
+        tuple(geometry.spacing[axis] for axis in order),
+        tuple(origin.tolist()),
+        tuple(turned.ravel().tolist()),
+    )
+
+
+def distance_mm(geometry: Geometry, other: Geometry) -> float:
+    """Return how far apart the voxels of two geometries lie at most; they have the same size."""
+    corners = np.array(list(product(*((0, side - 1) for side in geometry.size))))
+    places = [
+        np.array(each.origin) + corners * np.array(each.spacing) @ _directions(each).T for each in (geometry, other)
+    ]
+    return float(np.linalg.norm(places[0] - places[1], axis=1).max())
+
+
+def _axes_along(geometry: Geometry, like: Geometry) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """Return, for each axis of `like` (x y z), the axis of a geometry that is closest to it, and if it is opposite."""
+    cosines = _directions(like).T @ _directions(geometry)
+    order = np.abs(cosines).argmax(axis=1)
+    if len(set(order.tolist())) < 3:  # halfway between two axes
+        order = np.arange(3)
+    return tuple(order.tolist()), tuple(bool(cosines[axis, old] < 0) for axis, old in enumerate(order))
+
+
+def _directions(geometry: Geometry) -> np.ndarray:
+    return np.array(geometry.direction).reshape(3, 3)
