@@ -190,7 +190,7 @@ def numbered(tmp_path, shape):
 def test_several_crops_lie_near_one_another_inside_the_volume(tmp_path_factory, shape, count, masks, seed):
     file, patch = numbered(tmp_path_factory.mktemp("several"), shape), (6, 4, 9)
     drawing = replace(DRAWING, token=(1, 2, 3), masks_per_crop=masks)
-    crops, _, drawn, _ = RandomCrops([file], patch, drawing, seed, crops_per_volume=count)[[0]]
+    crops, _, drawn, *_ = RandomCrops([file], patch, drawing, seed, crops_per_volume=count)[[0]]
     assert crops.shape == (count, 1, *patch)
     assert len(drawn.visible) == count * masks
     if all(side >= size for side, size in zip(shape, patch, strict=True)):  # no token lies outside of the volume
@@ -312,7 +312,6 @@ def test_readers_change_nothing_but_the_time(make_job, tmp_path):
     assert loop.run(job, tmp_path / "read", device=CPU, resume=False, readers=1).losses == alone.losses
 
 
-@pytest.mark.parametrize(("lr", "word"), [(1e-6, "low"), (3e-4, None), (6e-3, "high")])
 class Fails(RandomCrops):
     """Crops of which one kills its reader, or is never read."""
 
@@ -373,6 +372,7 @@ def test_shared_memory_is_measured_before_it_is_used():
         readers.refuse_without_shared_memory(4, 2**60)
 
 
+@pytest.mark.parametrize(("lr", "word"), [(1e-6, "low"), (3e-4, None), (6e-3, "high")])
 def test_an_unusual_learning_rate_is_warned_about(make_job, tmp_path, lr, word):
     loop.run(make_job(epochs=1, base_lr=lr * 256 / 2), tmp_path, device=CPU, resume=False)
     warnings = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "WARNING" in line]
