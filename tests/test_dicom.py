@@ -155,6 +155,7 @@ def test_slices_that_are_no_stack_say_why(tmp_path):
         ("no position", without("ImagePositionPatient"), "without a position"),
         ("frames", with_value("FrameOfReferenceUID", lambda n: f"1.{1 + n // 4}"), "several frames of reference"),
         ("colour", in_colour, "in colour"),
+        ("frames", with_value("NumberOfFrames", lambda _: 2), "without a position"),
     ):
         write_slices(tmp_path / name, change)
         assert words in refusal(tmp_path / name), name
@@ -310,7 +311,7 @@ def test_a_wrong_character_set_does_not_merge_patients(tmp_path):
     assert {study.patient for study in dicom_studies(tmp_path, HEAD, None).studies} == {"MäM", "MüM"}
 
 
-@pytest.mark.parametrize("number", ["ANONYMOUS", "0000", "", "n/a", "Anonymized", "999999"])
+@pytest.mark.parametrize("number", ["ANONYMOUS", "0000", "", "n/a", "Anonymized", "999999", "123456"])
 def test_people_who_share_a_placeholder_are_told_apart(tmp_path, number):
     for study in range(3):
         uid = f"1.9.{study + 5}"
