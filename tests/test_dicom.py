@@ -1,5 +1,7 @@
 """DICOM as it comes from hospitals: a right volume, or one clause that says why there is none."""
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -213,6 +215,28 @@ def test_compressed_slices_are_read_or_named_by_their_compression(tmp_path):
     series, lost = find_series(tmp_path)
     message = refusal(tmp_path) if series else str(lost)
     assert "JPEG 2000" in message or message == "8"
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
+from nnunet_vit_mae.imaging.dicom import find_series
+before = getrusage(RUSAGE_SELF).ru_maxrss
+print(find_series(Path(sys.argv[1]))[1], getrusage(RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits what a library takes")
+def test_a_damaged_length_takes_no_memory(tmp_path):
+    """GDCM makes room for what a length asks for before it reads: gigabytes here, for three letters too many."""
+    write_frames(tmp_path / "a.dcm", ALL)
+    content = (tmp_path / "a.dcm").read_bytes()
+    (tmp_path / "a.dcm").write_bytes(content.replace(b"PRIMARY", b"PRIMA\xff\xff\xff\xffY"))
+    command = [sys.executable, "-c", MEASURED, str(tmp_path)]
+    damaged, kilobytes = map(int, subprocess.run(command, capture_output=True, check=True, text=True).stdout.split())
+    assert damaged == 1
+    assert kilobytes < 2**18
 
 
 # ---------- what is no image is never taken for one
