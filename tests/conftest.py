@@ -17,6 +17,7 @@ import SimpleITK as sitk
 import torch
 from hypothesis import settings
 from in_process import run_in_process
+from no_network import sitecustomize
 from torch import distributed
 
 from nnunet_vit_mae.installation import trainers_folder
@@ -29,6 +30,8 @@ os.environ.setdefault("nnUNet_def_n_proc", "1")  # nnU-Net reads it when it is i
 DATASET = "Dataset901_Tiny"
 SHAPE = (14, 18, 22)  # z y x: three unequal sides
 SPACING = (1.5, 1.0, 1.0)
+NO_NETWORK = Path(sitecustomize.__file__).parent
+PYTHON_PATH = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +53,15 @@ class Workspace:
     def environment(self) -> Mapping[str, str]:
         folders = {f"nnUNet_{name}": str(self.root / name) for name in ("raw", "preprocessed", "results")}
         few = {f"nnUNet_{name}": "1" for name in ("n_proc_DA", "def_n_proc", "npp", "nps")} | {"OMP_NUM_THREADS": "1"}
-        return os.environ | folders | few | {"nnUNet_compile": "f"} | {"nnUNet_extTrainer": str(trainers_folder())}
+        without_network = {"PYTHONPATH": os.pathsep.join([str(NO_NETWORK), *PYTHON_PATH])}
+        without_network[sitecustomize.CONNECTIONS] = str(self.connections)
+        ours = {"nnUNet_compile": "f", "nnUNet_extTrainer": str(trainers_folder())}
+        return os.environ | folders | few | without_network | ours
+
+    @property
+    def connections(self) -> Path:
+        """Attempts of commands to reach another machine, all of which fail."""
+        return self.root / "connections.txt"
 
     @property
     def raw(self) -> Path:
@@ -70,19 +81,20 @@ class Workspace:
         done = subprocess.run(
             [program, *command[1:]], env=self.environment, capture_output=True, text=True, timeout=600, check=False
         )
-        return _checked(done, code)
+        return self._checked(done, code)
 
     def call(self, *command: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         """Run a command as `type` does, but in this process, which takes far less time.
 
         nnU-Net loads data in this process too, so that a random seed decides everything.
         """
-        return _checked(run_in_process(command, {**self.environment, "nnUNet_n_proc_DA": "0"}), code)
+        return self._checked(run_in_process(command, {**self.environment, "nnUNet_n_proc_DA": "0"}), code)
 
-
-def _checked(done: subprocess.CompletedProcess[str], code: int) -> subprocess.CompletedProcess[str]:
-    assert done.returncode == code, f"{done.args} gave {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done
+    def _checked(self, done: subprocess.CompletedProcess[str], code: int) -> subprocess.CompletedProcess[str]:
+        shown = f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        assert done.returncode == code, f"{done.args} gave {done.returncode}\n{shown}"
+        assert not self.connections.exists(), self.connections.read_text()
+        return done
 
 
 def write_case(folder: Path, case: str, channels: list[np.ndarray], label: np.ndarray | None = None) -> None:

@@ -17,7 +17,9 @@ from torch import nn
 
 from nnunet_vit_mae.cli import calibrate as calibrate_command
 from nnunet_vit_mae.cli import quantify as quantify_command
+from nnunet_vit_mae.csv_tables import read_rows
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.files import locked
 from nnunet_vit_mae.imaging.volumes import Geometry
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.nnunet.calibration import shift_head
@@ -326,3 +328,75 @@ def test_mistakes_in_quantifying_get_a_sentence(model, in_workspace, scans, refu
     assert f"{work} is not empty" in refuse()
     (work / "model.json").write_text(json.dumps({"model": "another"}))
     assert "segmentations of another model" in refuse()
+
+
+def test_a_model_that_was_installed_elsewhere_quantifies(model, in_workspace, scans, tmp_path, caplog):
+    """nnU-Net's own archive has the fingerprint, but no volumes of the training cases; neither raw data nor labels."""
+    shutil.copy(in_workspace.preprocessed / "dataset_fingerprint.json", model)
+    shutil.rmtree(in_workspace.root / "raw" / in_workspace.dataset)
+    shutil.rmtree(in_workspace.root / "preprocessed" / in_workspace.dataset)
+    table = tmp_path / "volumes.csv"
+    pretend_to_predict(table, scans)
+    quantify(scans, table)
+    rows = read_rows(table)
+    assert [float(row["volume_mm3"]) for row in rows] == pytest.approx(
+        [VOXEL * blob(30 + number)[1].sum() for number in range(4)], abs=1e-3
+    )
+    assert {row["risk_group"] for row in rows} == {row["warnings"] for row in rows} == {""}
+    assert "The volumes of the training cases are not known here" in caplog.text
+    table.unlink()
+    quantify(scans, table, "--cutoffs", "100")
+    assert {row["risk_group"] for row in read_rows(table)} <= {"group 1", "group 2"}
+    (model / "training_volumes.json").write_text(json.dumps({"blob": [1.0, 2.0]}))
+    quantify(scans, table)
+    assert all("volume outside the 1 to 2 mm3" in row["warnings"] for row in read_rows(table))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("training_volumes.json", {}, "has other labels than the model"),
+        ("training_volumes.json", {"blob": ["x"]}, "blob[0] is 'x'"),
+        ("dataset_fingerprint.json", [], "dataset_fingerprint.json"),
+        ("dataset_fingerprint.json", {"spacings": [[1, 1]]}, "spacings[0]"),
+    ],
+)
+def test_damaged_records_of_training_cases_are_named(model, scans, refused, tmp_path, file, content, reason):
+    (model / file).write_text(json.dumps(content))
+    table = tmp_path / "volumes.csv"
+    pretend_to_predict(table, scans)
+    message = refused(
+        quantify_command.main, *f"-d 901 -tr {TRAINER} -device cpu -i {scans} -o {tmp_path}/volumes.csv".split()
+    )
+    assert reason in message
+    assert not table.exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_probabilities_that_are_no_numbers_are_refused(model, refused, value):
+    file = model / "fold_0" / "validation" / "train_0.npz"
+    with np.load(file) as stored:
+        probabilities = stored["probabilities"]
+    probabilities[0, 1, 2, 3] = value
+    np.savez_compressed(file, probabilities=probabilities)
+    message = refused(calibrate_command.main, "-d", "901", "-tr", TRAINER, "-f", "0", "-device", "cpu")
+    assert f"{file} cannot be read (it holds NaN or infinite values" in message
+    assert not (model / "calibration.json").exists()
+
+
+def test_the_record_of_a_calibration_holds_no_path(model, tmp_path):
+    calibrate()
+    content = (model / "calibration.json").read_text()
+    assert str(tmp_path) not in content
+    assert list(json.loads(content)["checkpoints"]) == [f"fold_{n}/checkpoint_calibrated.pth" for n in (0, 1)]
+
+
+def test_two_calls_do_not_write_to_one_place(model, refused, scans, tmp_path):
+    flags = f"-d 901 -tr {TRAINER} -device cpu".split()
+    with locked(model):
+        assert "Another process is writing to" in refused(calibrate_command.main, *flags, "-f", "0")
+    with locked(tmp_path / "volumes.csv"):
+        call = ["-i", str(scans), "-o", str(tmp_path / "volumes.csv")]
+        assert "Another process is writing to" in refused(quantify_command.main, *flags, *call)
+    assert not (model / "calibration.json").exists()
+    assert not (tmp_path / "volumes_segmentations").exists()

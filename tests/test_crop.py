@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 from itertools import product
 from pathlib import Path
@@ -413,3 +414,31 @@ def test_known_moves_of_real_images_are_found(case):
     corners = np.array(list(product((-35, 35), (-40, 45), (-5, 35))), float)
     before, after = (map_points(register(reference, one, affine=True).transform, corners) for one in (image, elsewhere))
     assert np.abs(map_points(move, before) - after).max() < 2  # mm, a voxel
+
+
+def test_a_scan_that_was_moved_is_the_same_and_no_path_is_kept(command, tmp_path):
+    command.add("a", moved(shift=(10, 0, 0)))
+    command.add("b", moved(shift=(10, 0, 0)))
+    (command.images / "b.nii.gz").write_bytes(b"no image")
+    with pytest.raises(SystemExit):
+        command.run()
+    assert command.rows()["b"]["problem"]
+    for file in command.output.glob("*.[cj]s*"):
+        assert str(tmp_path) not in file.read_text()
+    command.images = command.images.rename(tmp_path / "moved")
+    with pytest.raises(SystemExit):
+        command.run()
+    assert command.rows()["a"]["status"] == "done"
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".mha"])
+def test_nan_in_an_image_is_a_problem_of_its_case(ending, command):
+    """ITK turns NaN in a NIfTI file into zeros without a word."""
+    image = command.add("a", moved(shift=(10, 0, 0)), ending=ending)
+    image[1, 2, 3] = math.nan
+    sitk.WriteImage(image, str(command.images / f"a{ending}"))
+    with pytest.raises(SystemExit):
+        command.run()
+    row = command.rows()["a"]
+    assert (row["status"], "a" + ending in row["problem"]) == ("failed", True)
+    assert "NaN" in row["problem"]

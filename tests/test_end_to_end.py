@@ -15,6 +15,7 @@ import SimpleITK as sitk
 import torch
 from conftest import SHAPE, Workspace
 
+from nnunet_vit_mae.csv_tables import read_rows
 from nnunet_vit_mae.weights import load_encoder
 
 pytestmark = pytest.mark.slow
@@ -281,6 +282,43 @@ def test_prediction_rebuilds_the_network_from_the_plans(finetuned, tmp_path):
     predict = f"nnUNetv2_predict -i {finetuned.raw / 'imagesTs'} -o {tmp_path} {MODEL} nnUNetTrainerViTMAE"
     finetuned.call(*predict.split())
     check_predictions(finetuned, tmp_path)
+
+
+EXPORT = "-d 901 -c 3d_fullres -p Tiny -tr nnUNetTrainerViTMAE -f 0"
+INSTALL = "nnUNetv2_install_pretrained_model_from_zip"  # nnU-Net's own
+
+
+@pytest.mark.parametrize(
+    ("export", "install"),
+    [
+        (f"mae3d_export {EXPORT}", "mae3d_import"),
+        (
+            f"nnUNetv2_export_model_to_zip {EXPORT} -chk checkpoint_final.pth",
+            "nnUNetv2_install_pretrained_model_from_zip",
+        ),
+    ],
+)
+def test_a_model_predicts_and_quantifies_at_another_site(export, install, finetuned, tmp_path):
+    """Neither the raw dataset nor its preprocessed files are there."""
+    elsewhere = Workspace(tmp_path / "elsewhere")
+    for name in ("raw", "preprocessed", "results"):
+        (elsewhere.root / name).mkdir(parents=True)
+    images = finetuned.raw / "imagesTs"
+    finetuned.call(*export.split(), "-o", str(tmp_path / "model.zip"))
+    elsewhere.call(install, str(tmp_path / "model.zip"))
+    for workspace in (finetuned, elsewhere):
+        output = str(tmp_path / workspace.root.name)
+        workspace.call(*f"nnUNetv2_predict -i {images} -o {output} {MODEL} nnUNetTrainerViTMAE".split())
+    first, second = (
+        {file.name: sitk.GetArrayFromImage(sitk.ReadImage(str(file))) for file in folder.glob("*.nii.gz")}
+        for folder in (tmp_path / finetuned.root.name, tmp_path / elsewhere.root.name)
+    )
+    assert sorted(first) == sorted(second) == ["test_0.nii.gz", "test_1.nii.gz"]
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    elsewhere.call(*f"mae3d_quantify -i {images} -o {tmp_path / 'v.csv'} {MODEL} nnUNetTrainerViTMAE".split())
+    rows = read_rows(tmp_path / "v.csv")
+    assert [row["case"] for row in rows] == ["test_0", "test_1"]
+    assert all(bool(row["risk_group"]) == (install == "mae3d_import") for row in rows)
 
 
 def test_a_u_net_and_a_vit_are_compared_and_ensembled_by_nnunets_own_commands(compared, tmp_path):

@@ -12,7 +12,7 @@ from nnunet_vit_mae.signals import command
 @command("Nothing is written: run the same command again.")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_import`."""
-    parser = parser_for("mae3d_import", __doc__)
+    parser = parser_for("mae3d_import", __doc__, "model.zip")
     parser.add_argument("file", type=Path, metavar="FILE.zip", help="archive of mae3d_export")
     help_ = "folder of results to install it in (default: nnUNet_results)"
     parser.add_argument("-o", dest="results", type=Path, metavar="FOLDER", help=help_)
@@ -21,12 +21,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from nnunet_vit_mae.nnunet.folders import results_folder
     from nnunet_vit_mae.nnunet.importing import import_model
+    from nnunet_vit_mae.nnunet.shared_models import OUR_TRAINERS
 
     installed = import_model(args.file, args.results or results_folder(), overwrite=args.overwrite)
     card = installed.card
     if installed.moved:
         print(f"The earlier model is now {installed.moved}.")
     print(f"Wrote {installed.folder}: {', '.join(card.checkpoints)}, folds {' '.join(card.folds)}.")
+    if card.trainer in OUR_TRAINERS:
+        print('First: export nnUNet_extTrainer="$(mae3d_trainers)", where it is not set yet.')
     print(
         f"Predict with nnUNetv2_predict -i IN -o OUT -d {card.dataset} -c {card.configuration} -p {card.plans} "
         f"-tr {card.trainer} -f {' '.join(card.folds)} -chk {card.checkpoints[-1]}."

@@ -50,7 +50,7 @@ class EvaluationSet:
         """Return the set with the slice thickness in mm of the cases that `source` knows, and a note on the others."""
         cases = tuple(replace(case, slice_thickness_mm=known.get(case.name)) for case in self.cases)
         missing = [case.name for case in cases if case.slice_thickness_mm is None]
-        note = f"{source} has no slice thickness of {abbreviated(missing)}: the largest spacing stands in."
+        note = f"{source.name} has no slice thickness of {abbreviated(missing)}: the largest spacing stands in."
         return replace(self, cases=cases, notes=(*self.notes, *([note] if missing else [])))
 
     def case(self, name: str) -> EvaluationCase:

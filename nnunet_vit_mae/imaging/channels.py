@@ -64,8 +64,11 @@ def without_ending(name: str, endings: Sequence[str]) -> str:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """List the files of a folder, sorted, except hidden ones such as the ._case.nii.gz that macOS leaves behind."""
-    return sorted(file for file in folder.iterdir() if file.is_file() and not is_hidden(file.name))
+    """List the files of a folder, sorted, except hidden ones such as the ._case.nii.gz that macOS leaves behind.
+
+    A link to a file that is gone is listed too, so that it is not passed over.
+    """
+    return sorted(file for file in folder.iterdir() if not file.is_dir() and not is_hidden(file.name))
 
 
 def is_hidden(name: str) -> bool:

@@ -32,6 +32,11 @@ class Scan:
     channels: dict[int, Path] = field(default_factory=dict)
     label: Path | None = None
 
+    @property
+    def files(self) -> list[Path]:
+        """The channels and the label, if there is one."""
+        return [*self.channels.values(), *([self.label] if self.label else [])]
+
 
 def find_scans(images: Path, labels: Path | None) -> list[Scan]:
     """Find the scans in a folder, sorted by name.

@@ -114,9 +114,11 @@ def _card(models: Sequence[Model]) -> dict[str, Any]:
 
 def _numbered(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a calibration record with numbers in place of the names of its cases."""
-    rows = record.get("cases", [])
-    numbers = {name: f"case_{number}" for number, name in enumerate(dict.fromkeys(row["case"] for row in rows), 1)}
-    return {**record, "cases": [{**row, "case": numbers[row["case"]]} for row in rows]}
+    rows = checked_entries(
+        list[dict[str, Any]], record.get("cases", []), CALIBRATION_RECORD, "calibrate the model again"
+    )
+    numbers = {name: f"case_{number}" for number, name in enumerate(dict.fromkeys(row.get("case") for row in rows), 1)}
+    return {**record, "cases": [{**row, "case": numbers[row.get("case")]} for row in rows]}
 
 
 def _checkpoint_members(model: Model, fold: str, file: Path) -> Iterator[tuple[str, bytes]]:

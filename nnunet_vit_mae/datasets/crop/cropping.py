@@ -6,12 +6,10 @@ all of its files still exist. A call that was stopped can therefore be repeated 
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +38,13 @@ from nnunet_vit_mae.datasets.crop.region import (
     name_of,
     read_region,
     resample_region,
+)
+from nnunet_vit_mae.datasets.crop.sources import (
+    files_below,
+    refuse_other_case,
+    short_digest,
+    source_columns,
+    without_folders,
 )
 from nnunet_vit_mae.datasets.tables import read_case_table
 from nnunet_vit_mae.errors import UserError, WriteError, reader_reason
@@ -151,9 +156,9 @@ def crop_scans(
         except ScanError as error:
             if scan.name in rows:
                 remove_files(rows[scan.name], settings.output)
-            rows[scan.name] = QCRow(scan.name, problem=str(error), source=_source_of(scan))
+            rows[scan.name] = QCRow(scan.name, problem=str(error), **source_columns(scan))
             continue
-        _refuse_other_case(rows.get(scan.name), scan)
+        refuse_other_case(rows.get(scan.name), scan)
         job = CropTask(scan, settings, candidates, _checksum(scan, settings, candidates))
         if not _is_cropped(rows.get(scan.name), job):
             jobs.append(job)
@@ -220,7 +225,7 @@ def _crop_case(job: CropTask) -> QCRow:
         channels=" ".join(map(str, images)),
         label_values=label_values,
         made_of=job.made_of,
-        source=_source_of(scan),
+        **source_columns(scan),
     )
 
 
@@ -286,8 +291,14 @@ def _similarity_around(region: Region, scan: sitk.Image, transform: sitk.Transfo
 def _failed(job: CropTask, problem: str) -> QCRow:
     scan = job.scan
     folder, channels = "imagesTr" if scan.label else "imagesUn", " ".join(map(str, scan.channels))
-    row = QCRow(scan.name, folder=folder, channels=channels, problem=problem)
-    return replace(row, made_of=job.made_of, source=_source_of(scan))
+    paths = [
+        *scan.channels.values(),
+        *([scan.label] if scan.label else []),
+        *job.settings.templates,
+        *job.settings.regions,
+    ]
+    row = QCRow(scan.name, folder=folder, channels=channels, problem=without_folders(problem, paths))
+    return replace(row, made_of=job.made_of, **source_columns(scan))
 
 
 # ---------- which cases are done, and which remain
@@ -344,26 +355,11 @@ def _is_cropped(row: QCRow | None, job: CropTask) -> bool:
     return row.made_of == job.made_of and all(file.exists() for file in files_of(row, job.settings.output))
 
 
-def _source_of(scan: Scan) -> str:
-    """Return where a scan comes from; another scan of the same name is another case."""
-    return str(next(iter(scan.channels.values())).absolute())
-
-
-def _refuse_other_case(row: QCRow | None, scan: Scan) -> None:
-    if row and row.source and row.source != _source_of(scan) and Path(row.source).exists():
-        raise UserError(
-            f"{_source_of(scan)} and {row.source} would be one case, {scan.name}: rename one of them, or give another "
-            "dataset with -o."
-        )
-
-
 def _checksum(scan: Scan, settings: CropSettings, candidates: Sequence[int]) -> str:
     """Return a checksum of the names, sizes and dates of all files of a case, and of the settings."""
-    paths = [*scan.channels.values(), *([scan.label] if scan.label else [])]
+    paths = scan.files
     paths += [pair[number] for number in candidates for pair in (settings.templates, settings.regions)]
     parts = [f"{settings.margin:g} {settings.resample}"]
     for path in paths:
-        siblings = path.parent.glob(f"{escape(path.stem)}.*") if path.suffix in (".mhd", ".nhdr") else [path]
-        files = sorted(file for file in (path.rglob("*") if path.is_dir() else siblings) if file.is_file())
-        parts += [f"{file.absolute()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        parts += [f"{file.absolute()} {size} {date}" for file, size, date in files_below(path)]
+    return short_digest("\n".join(parts))

@@ -39,7 +39,9 @@ class QCRow:
     label_values: str = ""
     problem: str = ""
     made_of: str = ""  # files and settings, as a checksum
-    source: str = ""  # the file or folder of its first channel
+    source: str = ""  # name of the file or folder of its first channel
+    source_place: str = ""  # checksum of its path
+    source_files: str = ""  # checksum of its names, sizes and dates
 
 
 def read_qc_table(output: Path) -> list[QCRow]:
