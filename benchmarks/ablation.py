@@ -177,8 +177,7 @@ def pretrained(plan: Plan, settings: Settings, steps: int, seed: int, split: Spl
         patch_size=plan.patch_size,
         spacing=tuple(plan.configuration.spacing),
         network=settings.network,
-        protocol=dataclasses.replace(settings.pretraining, epochs=epochs),
-        seed=seed,
+        protocol=dataclasses.replace(settings.pretraining, epochs=epochs, seed=seed),
     )
     with tempfile.TemporaryDirectory() as folder:
         result = run(job, Path(folder), device=torch.device("cpu"), resume=False)

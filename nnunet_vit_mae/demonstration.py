@@ -118,7 +118,7 @@ class Shell:
                 stream = None if shown else stack.enter_context(log.open("w"))
                 process = guarded(
                     [Path(sysconfig.get_path("scripts")) / program, *arguments],
-                    env=self.environment | variables,
+                    env={**self.environment, **variables},
                     stdout=stream,
                     stderr=stream,
                 )

@@ -5,6 +5,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -71,6 +72,8 @@ free some space on the disk, and run the command again.'
     reason = error.strerror or str(error)
     if isinstance(error, WriteError):
         what = f"{error.filename} cannot be written ({reason}), and is as it was; all files written before are whole"
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        what = f"{error.filename or 'A file'} cannot be written ({reason})"
     elif error.filename:
         what = f"The system refuses {error.filename} ({reason})"
     else:
@@ -108,3 +111,15 @@ def abbreviated(names: Iterable[str]) -> str:
     listed = list(names)
     more = f" and {len(listed) - NAMES_SHOWN} more" if len(listed) > NAMES_SHOWN else ""
     return ", ".join(listed[:NAMES_SHOWN]) + more
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the nearest of the known names as a part of a sentence; nothing if none is near.
+
+    >>> did_you_mean("pretain", ["plan", "pretrain"])
+    ' (did you mean pretrain?)'
+    >>> did_you_mean("quantify", ["plan"])
+    ''
+    """
+    near = get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""

@@ -174,8 +174,8 @@ def read_json(file: Path) -> Any:
         raise UserError(f"{file} is missing.") from None
     except IsADirectoryError:
         raise UserError(f"{file} is a folder, but must be a JSON file.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid JSON ({error}).") from None
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, endless numbers, endless brackets
+        raise UserError(f"{file} is not valid JSON ({error}): correct it, or write it again.") from None
 
 
 def make_folder(folder: Path) -> None:

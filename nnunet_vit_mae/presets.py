@@ -240,6 +240,9 @@ class Pretraining:
     norm_pix: bool = True
     plain_share: float = 0.0  # of the epochs: the first ones, whose loss is plain, before norm-pix takes over
     gradient_clip: float = 1.0
+    rotation: float = 0.0  # degrees: the largest angle about each axis, of a fifth of the crops
+    scaling: tuple[float, float] = (1.0, 1.0)  # smallest and largest factor of sizes, of a fifth of the crops
+    seed: int = 0  # of weights, crops and masks
 
     def __post_init__(self) -> None:
         _require_positive(self, "pretraining", "epochs", "batch_size", "base_lr", "gradient_clip")
@@ -257,6 +260,11 @@ class Pretraining:
         _require(0 <= share < 1, "pretraining.plain_share", share, "a share from 0 up to, but not, 1")
         _require(self.norm_pix or not share, "pretraining.plain_share", share, "0, as norm_pix is not set")
         _require(self.weight_decay >= 0, "pretraining.weight_decay", self.weight_decay, "0 or more")
+        _require(0 <= self.rotation <= 180, "pretraining.rotation", self.rotation, "from 0 to 180 degrees")
+        factors = list(self.scaling)
+        fit = len(factors) == 2 and 0.1 <= factors[0] <= factors[1] <= 10
+        _require(fit, "pretraining.scaling", factors, "two factors from 0.1 to 10, the smaller one first")
+        _require(self.seed >= 0, "pretraining.seed", self.seed, "0 or more")
 
     @property
     def samples_per_read(self) -> int:
@@ -394,15 +402,14 @@ def _refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any], where: s
 
 def _typed(value: Any, example: Any, name: str) -> Any:
     """Return `value` as the type of `example`; JSON has no tuples, and writes 1.0 as 1."""
-    if (
-        isinstance(example, tuple)
-        and isinstance(value, list | tuple)
-        and all(type(side) is int and abs(side) <= LARGEST for side in value)
-    ):
-        return tuple(value)
+    if isinstance(example, tuple) and isinstance(value, list | tuple):
+        kinds = (int, float) if example and type(example[0]) is float else (int,)
+        if all(type(entry) in kinds and abs(entry) <= LARGEST for entry in value):
+            return tuple(map(kinds[-1], value))
     if type(example) is float and type(value) is int and abs(value) <= LARGEST:
         return float(value)
-    expected = "a list of whole numbers" if isinstance(example, tuple) else f"of type {type(example).__name__}"
+    numbers = "numbers" if isinstance(example, tuple) and float in map(type, example) else "whole numbers"
+    expected = f"a list of {numbers}" if isinstance(example, tuple) else f"of type {type(example).__name__}"
     _require(type(value) is type(example), name, value, expected)
     if isinstance(value, int | float):
         _require(abs(value) <= LARGEST, name, value, f"a number of at most {LARGEST:,}")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ import blosc2
 import numpy as np
 import SimpleITK as sitk
 import torch
+from conftest import SHAPE, SPACING
 
 DROP = object()  # an entry to remove
 Edit = Callable[[Path], None]  # of the workspace's root
@@ -40,6 +42,7 @@ CALIBRATE = "mae3d_calibrate -d 901 -p Tiny -f 0 -device cpu"
 QUANTIFY = f"mae3d_quantify -d 901 -p Tiny -f 0 -device cpu -i {RAW}/imagesTs -o volumes.csv"
 OMIT = f"mae3d_omit -d 901 -p Tiny -tr nnUNetTrainerViTMAE -i {RAW}/imagesTs -r {RAW}/labelsTs -o omitted -device cpu"
 EVALUATE = f"mae3d_evaluate -r {RAW}/labelsTs -p A={RAW}/labelsTs -o report -np 1 --resamples 20"
+EXPORT = "mae3d_export -d 901 -p Tiny"
 SPLIT = "mae3d_split -d 901 -o split --folds 3"
 CHECK = "mae3d_check -d 901 -o check -np 1"
 FILL = "mae3d_fill_contrasts -d 901"
@@ -128,8 +131,14 @@ def volume(file: str, array: np.ndarray) -> Edit:
 
 
 def image(file: str, array: np.ndarray, *, vector: bool = False) -> Edit:
-    """Write another image."""
-    return lambda root: sitk.WriteImage(sitk.GetImageFromArray(array, isVector=vector), str(root / file))
+    """Write another image, with the spacing of the others."""
+
+    def edit(root: Path) -> None:
+        written = sitk.GetImageFromArray(array, isVector=vector)
+        written.SetSpacing(SPACING[::-1][: written.GetDimension()])
+        sitk.WriteImage(written, str(root / file))
+
+    return edit
 
 
 def link(file: str, target: str) -> Edit:
@@ -173,6 +182,23 @@ def nan_weights(checkpoint: dict) -> None:
         tensor.fill_(float("nan"))
 
 
+def other_weights(state: dict) -> None:
+    state["network"]["other"] = torch.ones(1)
+
+
+def without_losses(state: dict) -> None:
+    del state["losses"]
+
+
+def cut_probabilities(root: Path) -> None:
+    for file in (root / MODEL / "fold_0" / "validation").glob("*.npz"):
+        cut(str(file.relative_to(root)))(root)
+
+
+def calibrated(root: Path) -> None:
+    shutil.copyfile(root / CHECKPOINT, root / MODEL / "fold_0" / "checkpoint_calibrated.pth")
+
+
 def earlier_optimiser(checkpoint: dict) -> None:
     for group in checkpoint["optimizer_state"]["param_groups"]:
         del group["pretrained"]
@@ -189,7 +215,12 @@ PLANS_ROWS = [
     Row("plans with a number of 5,000 digits", PRETRAIN, "Tiny.json", put(PLANS, "1" * 5000)),
     Row("plans that are not UTF-8", PRETRAIN, "not valid JSON", put(PLANS, b"\xff\xfe{}")),
     Row("configurations null", PRETRAIN, "configurations is None", change(PLANS, "configurations", None)),
-    Row("a configuration that is a list", PRETRAIN, "configurations.3d_fullres", change(PLANS, "configurations 3d_fullres", [])),
+    Row(
+        "a configuration that is a list",
+        PRETRAIN,
+        "configurations.3d_fullres",
+        change(PLANS, "configurations 3d_fullres", []),
+    ),
     Row("no patch_size", PRETRAIN, "has no patch_size", configure("patch_size", DROP)),
     Row("patch_size below 0", PRETRAIN, "patch_size[0] is -8", configure("patch_size", [-8, 8, 8])),
     Row("patch_size of text", PRETRAIN, "patch_size[0] is 'a'", configure("patch_size", ["a", 8, 8])),
@@ -206,14 +237,36 @@ PLANS_ROWS = [
     Row("plans_name with ..", PRETRAIN, "plans_name", change(PLANS, "plans_name", "../x")),
     Row("dataset_name with ..", PRETRAIN, "dataset_name", change(PLANS, "dataset_name", "../x")),
     Row("no image_reader_writer", PREPROCESS, "no image_reader_writer", change(PLANS, "image_reader_writer", DROP)),
-    Row("an unknown image_reader_writer", PREPROCESS, "image_reader_writer 'Nothing'", change(PLANS, "image_reader_writer", "Nothing")),
-    Row("an unknown preprocessor", PREPROCESS, "preprocessor_name 'Nothing'", configure("preprocessor_name", "Nothing")),
+    Row(
+        "an unknown image_reader_writer",
+        PREPROCESS,
+        "'Nothing' as image_reader_writer",
+        change(PLANS, "image_reader_writer", "Nothing"),
+    ),
+    Row(
+        "an unknown preprocessor",
+        PREPROCESS,
+        "'Nothing' as preprocessor_name",
+        configure("preprocessor_name", "Nothing"),
+    ),
     Row("an unknown resampling function", PREPROCESS, "resampling_fn_data", configure("resampling_fn_data", "nothing")),
     Row("an unknown label_manager", PREPROCESS, "label_manager", change(PLANS, "label_manager", "Nothing")),
-    Row("an unknown normalisation", PREPROCESS, "normalization_schemes", configure("normalization_schemes", ["X", "Y"])),
-    Row("normalisation for another number of channels", PREPROCESS, "for 1 channels", configure("normalization_schemes", ["ZScoreNormalization"])),
+    Row(
+        "an unknown normalisation", PREPROCESS, "normalization_schemes", configure("normalization_schemes", ["X", "Y"])
+    ),
+    Row(
+        "normalisation for another number of channels",
+        PREPROCESS,
+        "for 1 channels",
+        configure("normalization_schemes", ["ZScoreNormalization"]),
+    ),
     Row("transpose_forward of two axes", PREPROCESS, "transpose_forward", change(PLANS, "transpose_forward", [0, 1])),
-    Row("intensities without numbers", PREPROCESS, "foreground_intensity", change(PLANS, "foreground_intensity_properties_per_channel", {"0": {"mean": "x"}, "1": {}})),
+    Row(
+        "intensities without numbers",
+        PREPROCESS,
+        "foreground_intensity",
+        change(PLANS, "foreground_intensity_properties_per_channel", {"0": {"mean": "x"}, "1": {}}),
+    ),
     Row("inherits_from itself", PRETRAIN, "Circular", configure("inherits_from", "3d_fullres")),
     Row("inherits_from nothing", PRETRAIN, "does not exist", configure("inherits_from", "nothing")),
     Row("vit_mae a list", PRETRAIN, "vit_mae is []", configure("vit_mae", [])),
@@ -242,12 +295,14 @@ PLANS_ROWS = [
     Row("patch_size missing", f"{PLAN} -p Tiny", "has no patch_size", configure("patch_size", DROP)),
     Row("a token as large as the patch", f"{PLAN} --token 32", "hides none"),
     Row("a token as large as the patch", PRETRAIN, "hides none", setting("network token", [32, 32, 32])),
-]  # fmt: skip
+]
 
 DATASET_ROWS = [
     Row("no channel_names", PRETRAIN, "has no channel_names", change(DATASET, "channel_names", DROP)),
     Row("channel_names a list", PRETRAIN, "channel_names is ['T1']", change(DATASET, "channel_names", ["T1"])),
-    Row("channel_names 0 and 2", PRETRAIN, 'the keys "0", "1"', change(DATASET, "channel_names", {"0": "T1", "2": "T2"})),
+    Row(
+        "channel_names 0 and 2", PRETRAIN, 'the keys "0", "1"', change(DATASET, "channel_names", {"0": "T1", "2": "T2"})
+    ),
     Row("a channel name that is a number", PRETRAIN, "channel_names.0 is 1", change(DATASET, "channel_names 0", 1)),
     Row("one channel where the plans have two", PRETRAIN, "names 1", change(DATASET, "channel_names", {"0": "T1"})),
     Row("file_ending a number", PREPROCESS, "file_ending is 3", change(DATASET, "file_ending", 3)),
@@ -258,10 +313,20 @@ DATASET_ROWS = [
     Row("labels without background", PLAN, "Background", change(DATASET, "labels", {"blob": 1})),
     Row("a label that is text", PLAN, "labels.blob", change(DATASET, "labels blob", "1")),
     Row("a label of no values", PLAN, "labels.blob", change(DATASET, "labels blob", [])),
-    Row("regions without an order", PLAN, "regions_class_order", change(DATASET, "labels", {"background": 0, "all": [1, 2], "core": 2})),
+    Row(
+        "regions without an order",
+        PLAN,
+        "regions_class_order",
+        change(DATASET, "labels", {"background": 0, "all": [1, 2], "core": 2}),
+    ),
     Row("licence an object", PRETRAIN, "licence is {}", change(DATASET, "licence", {})),
     Row("dataset.json missing", PRETRAIN, "dataset.json", remove(DATASET)),
-    Row("dataset.json a list", TRAIN, "must be", put_json(DATASET, {"labels": [], "channel_names": CHANNELS, "file_ending": ".nii.gz"})),
+    Row(
+        "dataset.json a list",
+        TRAIN,
+        "must be",
+        put_json(DATASET, {"labels": [], "channel_names": CHANNELS, "file_ending": ".nii.gz"}),
+    ),
     Row("dataset.json a list", SPLIT, "must be an object", put_json(RAW_DATASET, [])),
     Row("labels a list", CHECK, "labels is ['blob']", change(RAW_DATASET, "labels", ["blob"])),
     Row("channel_names a list", CHECK, "channel_names is", change(RAW_DATASET, "channel_names", ["T1"])),
@@ -269,10 +334,20 @@ DATASET_ROWS = [
     Row("dataset.json not JSON", FILL, "not valid JSON", put(RAW_DATASET, "{")),
     Row("file_ending .png", FILL, "format with spacing", change(RAW_DATASET, "file_ending", ".png")),
     Row("contrasts.json a list", FILL, "contrasts.json", put_json(f"{RAW}/contrasts.json", [])),
-    Row("contrasts.json of numbers", FILL, "present", put_json(f"{RAW}/contrasts.json", {"imagesTr": {"a": {"present": 3}}})),
-    Row("a label above 65,535", EVALUATE, "labels.blob", put_json(f"{RAW}/labelsTs/dataset.json", {"labels": {"background": 0, "blob": 10**30}})),
+    Row(
+        "contrasts.json of numbers",
+        FILL,
+        "present",
+        put_json(f"{RAW}/contrasts.json", {"imagesTr": {"a": {"present": 3}}}),
+    ),
+    Row(
+        "a label above 65,535",
+        EVALUATE,
+        "labels.blob",
+        put_json(f"{RAW}/labelsTs/dataset.json", {"labels": {"background": 0, "blob": 10**30}}),
+    ),
     Row("labels a list", EVALUATE, "labels is [1]", put_json(f"{RAW}/labelsTs/dataset.json", {"labels": [1]})),
-]  # fmt: skip
+]
 
 FOLD = {"train": ["train_0", "train_1"], "val": ["train_2"]}
 SPLIT_ROWS = [
@@ -282,26 +357,56 @@ SPLIT_ROWS = [
     Row("splits of numbers", PRETRAIN, "[0] is 1", put_json(SPLITS, [1, 2])),
     Row("a fold without val", PRETRAIN, "no [0].val", put_json(SPLITS, [{"train": ["train_0"]}])),
     Row("train a number", PRETRAIN, "[0].train is 3", put_json(SPLITS, [{"train": 3, "val": 4}])),
-    Row("a case that does not exist", PRETRAIN, "nobody", put_json(SPLITS, [{"train": ["train_0", "nobody"], "val": ["train_1"]}])),
-    Row("names with file endings", PRETRAIN, "no file ending", put_json(SPLITS, [{"train": ["train_0.nii.gz"], "val": ["train_1.nii.gz"]}])),
+    Row(
+        "a case that does not exist",
+        PRETRAIN,
+        "nobody",
+        put_json(SPLITS, [{"train": ["train_0", "nobody"], "val": ["train_1"]}]),
+    ),
+    Row(
+        "names with file endings",
+        PRETRAIN,
+        "no file ending",
+        put_json(SPLITS, [{"train": ["train_0.nii.gz"], "val": ["train_1.nii.gz"]}]),
+    ),
     Row("no training cases", PRETRAIN, "no cases in train", put_json(SPLITS, [{"train": [], "val": ["train_1"]}])),
     Row("no validation cases", PRETRAIN, "no cases in val", put_json(SPLITS, [{"train": ["train_1"], "val": []}])),
-    Row("a case on both sides", PRETRAIN, "in train and in val", put_json(SPLITS, [{"train": ["train_1"], "val": ["train_1"]}])),
+    Row(
+        "a case on both sides",
+        PRETRAIN,
+        "in train and in val",
+        put_json(SPLITS, [{"train": ["train_1"], "val": ["train_1"]}]),
+    ),
     Row("a case twice", PRETRAIN, "twice in train", put_json(SPLITS, [{"train": ["train_0"] * 2, "val": ["train_1"]}])),
     Row("a fold that does not exist", PRETRAIN.replace("-f 0", "-f 5"), "-f 5"),
     Row("a fold in words", PRETRAIN.replace("-f 0", "-f first"), "-f first"),
     Row("a fold without val", TRAIN, "no [0].val", put_json(SPLITS, [{"train": ["train_0"]}])),
     Row("an object", TRAIN, "must be a list", put_json(SPLITS, FOLD)),
-    Row("names with file endings", TRAIN, "no file ending", put_json(SPLITS, [{"train": ["train_0.nii.gz"], "val": ["train_1.nii.gz"]}])),
+    Row(
+        "names with file endings",
+        TRAIN,
+        "no file ending",
+        put_json(SPLITS, [{"train": ["train_0.nii.gz"], "val": ["train_1.nii.gz"]}]),
+    ),
     Row("no validation cases", TRAIN, "no cases in val", put_json(SPLITS, [{"train": ["train_1"], "val": []}])),
     Row("a fold that does not exist", TRAIN.replace("fullres 0", "fullres 3"), "-f 3", put_json(SPLITS, [FOLD])),
     Row("splits an object", CALIBRATE, "must be a list", put_json(SPLITS, {"0": 1})),
     Row("splits of numbers", CALIBRATE, "[0] is 1", put_json(SPLITS, [1])),
-    Row("names with file endings", f"{SPLIT} --verify", "file ending", put_json("split/splits_final.json", [{"train": ["train_0.nii.gz"], "val": ["train_1.nii.gz"]}])),
+    Row(
+        "names with file endings",
+        f"{SPLIT} --verify",
+        "no file ending",
+        put_json("split/splits_final.json", [{"train": [f"train_{n}" for n in range(6)], "val": ["train_1.nii.gz"]}]),
+    ),
     Row("patients.json a list", SPLIT, "patients.json", put_json("split/patients.json", [])),
     Row("split.json a list", PRETRAIN, "split.json", put_json("preprocessed/Dataset901_Tiny/split.json", [])),
-    Row("split.json with a number", PRETRAIN, "test is 3", put_json("preprocessed/Dataset901_Tiny/split.json", {"test": 3, "left_out": []})),
-]  # fmt: skip
+    Row(
+        "split.json with a number",
+        PRETRAIN,
+        "test is 3",
+        put_json("preprocessed/Dataset901_Tiny/split.json", {"test": 3, "left_out": []}),
+    ),
+]
 
 FILE_ROWS = [
     Row("an empty preprocessed case", PRETRAIN, "train_0.b2nd is damaged", put(CASE, b"")),
@@ -313,18 +418,48 @@ FILE_ROWS = [
     Row("an unlabelled case without voxels", PRETRAIN, "has the shape", volume(POOL, SMALL[:, :0])),
     Row("an unlabelled case of one channel", PRETRAIN, "instead of 2 channels", volume(POOL, SMALL[:1])),
     Row("an unlabelled case of whole numbers", PRETRAIN, "int16", volume(POOL, SMALL.astype(np.int16))),
-    Row("made_with.json of other plans", PRETRAIN, "other plans", put_json(POOL.replace("pool_0.b2nd", "made_with.json"), [])),
+    Row(
+        "made_with.json of other plans",
+        PRETRAIN,
+        "other plans",
+        put_json(POOL.replace("pool_0.b2nd", "made_with.json"), []),
+    ),
     Row("a saved state cut off", f"{PRETRAIN} --c", "state.pt cannot be read", cut(f"{RUN}/state.pt")),
     Row("a saved state of garbage", f"{PRETRAIN} --c", "state.pt cannot be read", put(f"{RUN}/state.pt", b"garbage")),
-    Row("a saved state of another network", f"{PRETRAIN} --c", "another network", saved(f"{RUN}/state.pt", lambda s: (s["network"].pop("mask_token", None) and None) or s["network"].update(other=torch.ones(1)))),
+    Row(
+        "a saved state of another network",
+        f"{PRETRAIN} --c",
+        "another network",
+        saved(f"{RUN}/state.pt", other_weights),
+    ),
     Row("a saved state that is a list", f"{PRETRAIN} --c", "not the state", saved(f"{RUN}/state.pt", lambda s: [1])),
-    Row("a saved state with too many epochs", f"{PRETRAIN} --c", "has 9 epochs", saved(f"{RUN}/state.pt", lambda s: s.update(losses=[0.5] * 9))),
-    Row("a saved state without losses", f"{PRETRAIN} --c", "losses", saved(f"{RUN}/state.pt", lambda s: s.pop("losses") and None)),
-    Row("a saved state of another optimiser", f"{PRETRAIN} --c", "optimiser", saved(f"{RUN}/state.pt", lambda s: s.update(optimizer={}))),
+    Row(
+        "a saved state with too many epochs",
+        f"{PRETRAIN} --c",
+        "has 9 epochs",
+        saved(f"{RUN}/state.pt", lambda s: s.update(losses=[0.5] * 9)),
+    ),
+    Row("a saved state without losses", f"{PRETRAIN} --c", "losses", saved(f"{RUN}/state.pt", without_losses)),
+    Row(
+        "a saved state of another optimiser",
+        f"{PRETRAIN} --c",
+        "optimiser",
+        saved(f"{RUN}/state.pt", lambda s: s.update(optimizer={})),
+    ),
     Row("config.json of the run a list", f"{PRETRAIN} --c", "config.json", put_json(f"{RUN}/config.json", [])),
     Row("a run with another batch", f"{PRETRAIN.replace('size 3', 'size 2')} --c", "other pretraining"),
-    Row("properties of garbage", FEATURES, ".pkl", several(*(put(CASE.replace("train_0.b2nd", f"train_{n}.pkl"), b"x") for n in range(6)))),
-    Row("a preprocessed case cut off", FEATURES, ".b2nd", several(*(cut(CASE.replace("train_0", f"train_{n}")) for n in range(6)))),
+    Row(
+        "properties of garbage",
+        FEATURES,
+        ".pkl",
+        several(*(put(CASE.replace("train_0.b2nd", f"train_{n}.pkl"), b"x") for n in range(6))),
+    ),
+    Row(
+        "a preprocessed case cut off",
+        FEATURES,
+        ".b2nd",
+        several(*(cut(CASE.replace("train_0", f"train_{n}")) for n in range(6))),
+    ),
     Row("a checkpoint cut off", FEATURES, "checkpoint_final.pth", cut(CHECKPOINT)),
     Row("a checkpoint of NaN", FEATURES, "NaN", saved(CHECKPOINT, nan_weights)),
     Row("a checkpoint cut off", CALIBRATE, "checkpoint_final.pth", cut(CHECKPOINT)),
@@ -332,33 +467,72 @@ FILE_ROWS = [
     Row("a checkpoint in another folder", f"{CALIBRATE} -chk ../plans.json", "-chk ../plans.json"),
     Row("a checkpoint that is no checkpoint", f"{CALIBRATE} -chk debug.json", "debug.json"),
     Row("a checkpoint cut off", f"{TRAIN} --c", "cannot be read", cut(CHECKPOINT)),
-    Row("new plans of the same name", f"{TRAIN} --c", "started with other settings of the network: token", setting("network token", [4, 4, 4])),
+    Row(
+        "new plans of the same name",
+        f"{TRAIN} --c",
+        "started with other settings of the network: token",
+        setting("network token", [4, 4, 4]),
+    ),
     Row("a checkpoint of an earlier commit", f"{TRAIN} --c", "earlier version", saved(CHECKPOINT, earlier_optimiser)),
     Row("plans.json of the model {}", CALIBRATE, "plans.json", put_json(f"{MODEL}/plans.json", {})),
     Row("dataset.json of the model {}", CALIBRATE, "dataset.json", put_json(f"{MODEL}/dataset.json", {})),
-    Row("probabilities cut off", CALIBRATE, ".npz", lambda root: cut(next(str(f.relative_to(root)) for f in (root / MODEL / "fold_0/validation").glob("*.npz")))(root)),
+    Row("probabilities cut off", CALIBRATE, ".npz", cut_probabilities),
     Row("a model that is not trained", CALIBRATE.replace("-f 0", "-f 1"), "no checkpoint"),
     Row("training_volumes.json {}", QUANTIFY, "training_volumes.json", put_json(f"{MODEL}/training_volumes.json", {})),
-    Row("training_volumes.json of text", QUANTIFY, "training_volumes.json", put_json(f"{MODEL}/training_volumes.json", {"blob": ["x"]})),
-    Row("fingerprint []", QUANTIFY, "dataset_fingerprint.json", put_json("preprocessed/Dataset901_Tiny/dataset_fingerprint.json", [])),
-    Row("fingerprint without spacings", QUANTIFY, "spacings", put_json("preprocessed/Dataset901_Tiny/dataset_fingerprint.json", {"spacings": []})),
-    Row("calibration.json {}", f"{QUANTIFY} -chk checkpoint_calibrated.pth", "calibration.json", several(put_json(f"{MODEL}/calibration.json", {}), lambda root: (root / MODEL / "fold_0/checkpoint_calibrated.pth").write_bytes((root / CHECKPOINT).read_bytes()))),
+    Row(
+        "training_volumes.json of text",
+        QUANTIFY,
+        "training_volumes.json",
+        put_json(f"{MODEL}/training_volumes.json", {"blob": ["x"]}),
+    ),
+    Row(
+        "fingerprint []",
+        QUANTIFY,
+        "dataset_fingerprint.json",
+        put_json(f"{MODEL}/dataset_fingerprint.json", []),
+    ),
+    Row(
+        "fingerprint without spacings",
+        QUANTIFY,
+        "spacings",
+        put_json(f"{MODEL}/dataset_fingerprint.json", {"spacings": []}),
+    ),
+    Row(
+        "calibration.json {}",
+        f"{QUANTIFY} -chk checkpoint_calibrated.pth",
+        "calibration.json",
+        several(put_json(f"{MODEL}/calibration.json", {}), calibrated),
+    ),
     Row("the note of the model a list", QUANTIFY, "model.json", put_json("volumes_segmentations/model.json", [])),
-    Row("a table in a folder that is a file", QUANTIFY.replace("-o volumes.csv", f"-o {RAW_DATASET}/v.csv"), "dataset.json"),
+    Row(
+        "a table in a folder that is a file",
+        QUANTIFY.replace("-o volumes.csv", f"-o {RAW_DATASET}/v.csv"),
+        "dataset.json",
+    ),
     Row("a part that does not exist", f"{QUANTIFY} -num_parts 2 -part_id 2", "-part_id 2"),
-]  # fmt: skip
+]
 
 POOL_IMAGE = f"{RAW}/imagesUn/pool_1_0000.nii.gz"
 IMAGE_ROWS = [
     Row("an image that links to itself", PREPROCESS, "pool_1", link(POOL_IMAGE, "pool_1_0000.nii.gz")),
     Row("an image that links to nothing", PREPROCESS, "pool_1", link(POOL_IMAGE, "nowhere.nii.gz")),
     Row("an image of complex numbers", PREPROCESS, "complex", image(POOL_IMAGE, CUBE.astype(np.complex64))),
-    Row("an image of one voxel", PREPROCESS, "pool_1", several(image(POOL_IMAGE, CUBE[:1, :1, :1]), image(POOL_IMAGE.replace("0000", "0001"), CUBE[:1, :1, :1]))),
-    Row("a 2D image", PREPROCESS, "2", several(image(POOL_IMAGE, CUBE[0]), image(POOL_IMAGE.replace("0000", "0001"), CUBE[0]))),
+    Row(
+        "an image of one voxel",
+        PREPROCESS,
+        "pool_1",
+        several(image(POOL_IMAGE, CUBE[:1, :1, :1]), image(POOL_IMAGE.replace("0000", "0001"), CUBE[:1, :1, :1])),
+    ),
+    Row(
+        "a 2D image",
+        PREPROCESS,
+        "2",
+        several(image(POOL_IMAGE, CUBE[0]), image(POOL_IMAGE.replace("0000", "0001"), CUBE[0])),
+    ),
     Row("an image of colours", PREPROCESS, "pool_1", image(POOL_IMAGE, np.ones((4, 4, 4, 3), np.uint8), vector=True)),
     Row("an image cut off", PREPROCESS, "pool_1", cut(POOL_IMAGE)),
-    Row("an image of NaN", PREPROCESS, "NaN", image(POOL_IMAGE, CUBE * np.nan)),
-]  # fmt: skip
+    Row("an image of NaN", PREPROCESS, "NaN", image(POOL_IMAGE, np.full(SHAPE, np.nan, np.float32))),
+]
 
 FLAG_ROWS = [
     Row("nnUNet_raw empty", PRETRAIN, "nnUNet_raw", environment={"nnUNet_raw": ""}),
@@ -383,15 +557,30 @@ FLAG_ROWS = [
     Row("--epochs 1.5", f"{PLAN} --epochs 1.5", "--epochs"),
     Row("-gpu_memory_target inf", f"{PLAN} -gpu_memory_target inf", "-gpu_memory_target"),
     Row("a recipe that is a list", f"{PLAN} --recipe recipe.json", "recipe.json", put_json("recipe.json", [])),
-    Row("a recipe with an unknown section", f"{PLAN} --recipe recipe.json", "unknown keys: net", put_json("recipe.json", {"net": {}})),
-    Row("a recipe of NaN", f"{PLAN} --recipe recipe.json", "finetuning.lr is nan", put("recipe.json", '{"finetuning": {"lr": NaN}}')),
+    Row(
+        "a recipe with an unknown section",
+        f"{PLAN} --recipe recipe.json",
+        "unknown keys: net",
+        put_json("recipe.json", {"net": {}}),
+    ),
+    Row(
+        "a recipe of NaN",
+        f"{PLAN} --recipe recipe.json",
+        "finetuning.lr is nan",
+        put("recipe.json", '{"finetuning": {"lr": NaN}}'),
+    ),
     Row("an encoder of garbage", f"{PLAN} --encoder e.safetensors", "e.safetensors", put("e.safetensors", b"x" * 99)),
     Row("-o of other plans", f"{PLAN}".replace("New", "nnUNetPlans"), "nnUNetPlans.json"),
     Row("-o with ..", f"{PLAN}".replace("New", "../New"), "letters, digits"),
     Row("--seed 2^32", f"{EVALUATE} --seed {2**32}", "--seed"),
     Row("--resamples 0", f"{EVALUATE} --resamples 0", "--resamples"),
     Row("--calibration of a list", f"{EVALUATE} --calibration A=c.json", "c.json", put_json("c.json", [])),
-    Row("--calibration of text", f"{EVALUATE} --calibration A=c.json", "thresholds.blob", put_json("c.json", {"thresholds": {"blob": "x"}})),
+    Row(
+        "--calibration of text",
+        f"{EVALUATE} --calibration A=c.json",
+        "thresholds.blob",
+        put_json("c.json", {"thresholds": {"blob": "x"}}),
+    ),
     Row("predictions that are missing", EVALUATE.replace(f"A={RAW}/labelsTs", "A=nowhere"), "nowhere"),
     Row("--seed 2^32", f"{SPLIT} --seed {2**32}", "--seed"),
     Row("--stratify without a table", f"{SPLIT} --stratify scanner", "--stratify needs a table"),
@@ -400,8 +589,15 @@ FLAG_ROWS = [
     Row("a table that is missing", f"{SPLIT} --csv nowhere.csv", "--csv"),
     Row("a table without rows", f"{SPLIT} --csv t.csv", "no rows", put("t.csv", "case,patient\n")),
     Row("a table of garbage", f"{SPLIT} --csv t.csv", "t.csv", put("t.csv", b"\xff\x00\x80" * 9)),
-    Row("a table with a row that is too short", f"{SPLIT} --csv t.csv", "row 2", put("t.csv", "case,patient\ntrain_0\n")),
-    Row("a table with a field that never ends", f"{SPLIT} --csv t.csv", "t.csv", put("t.csv", 'case,patient\ntrain_0,"' + "x" * 200_000 + "\n")),
+    Row(
+        "a table with a row that is too short", f"{SPLIT} --csv t.csv", "row 2", put("t.csv", "case,patient\ntrain_0\n")
+    ),
+    Row(
+        "a table with a field that never ends",
+        f"{SPLIT} --csv t.csv",
+        "t.csv",
+        put("t.csv", 'case,patient\ntrain_0,"' + "x" * 200_000 + "\n"),
+    ),
     Row("a table without a case", f"{SPLIT} --csv t.csv", "no row for", put("t.csv", "case,patient\ntrain_0,a\n")),
     Row("--folds 9 of 6 cases", SPLIT.replace("folds 3", "folds 9"), "9"),
     Row("a list that is a folder", f"{SPLIT} --leave_out raw", "--leave_out"),
@@ -411,24 +607,40 @@ FLAG_ROWS = [
     Row("choices with an unknown name", f"{STUDY} --config c.json", "unknown choice", put_json("c.json", {"fold": 3})),
     Row("choices with a list of text", f"{STUDY} --config c.json", "few", put_json("c.json", {"few": ["x"]})),
     Row("an arm with a number", f"{STUDY} --arms a.json", "a.json", put_json("a.json", {"mine": {"trainer": 3}})),
-    Row("an arm with text among its settings", f"{STUDY} --arms a.json", "a.json", put_json("a.json", {"mine": {"trainer": "nnUNetTrainerViTMAE", "recipe": {"network": "S"}}})),
+    Row(
+        "an arm with text among its settings",
+        f"{STUDY} --arms a.json",
+        "a.json",
+        put_json("a.json", {"mine": {"trainer": "nnUNetTrainerViTMAE", "recipe": {"network": "S"}}}),
+    ),
     Row("--few above the patients", f"{STUDY} --few 0", "--few"),
-    Row("plans of nnU-Net {}", STUDY, "nnUNetPlans.json", put_json("preprocessed/Dataset901_Tiny/nnUNetPlans.json", {})),
+    Row(
+        "plans of nnU-Net {}", STUDY, "nnUNetPlans.json", put_json("preprocessed/Dataset901_Tiny/nnUNetPlans.json", {})
+    ),
     Row("--omit an unknown contrast", f"{OMIT} --omit CT", "--omit CT"),
     Row("--omit all contrasts", f"{OMIT} --omit T1 FLAIR", "would leave none"),
     Row("--channel 7", f"{REFINE} --channel 7", "0007"),
     Row("--threshold nan", f"{REFINE} --threshold nan", "--threshold"),
     Row("qc.csv of something else", CROP, "qc.csv", put("Dataset902_Crop/qc.csv", "a,b\n1,2\n")),
-    Row("qc.csv with text for a number", CROP, "qc.csv", put("Dataset902_Crop/qc.csv", "case,status,coverage\nx,done,much\n")),
+    Row(
+        "qc.csv with text for a number",
+        CROP,
+        "qc.csv",
+        put("Dataset902_Crop/qc.csv", "case,status,coverage\nx,done,much\n"),
+    ),
     Row("--margin inf", f"{CROP} --margin inf", "--margin"),
     Row("-o without a number", CROP.replace("Dataset902_Crop", "Crop"), "not named as nnU-Net expects"),
     Row("a folder that is missing", CONVERT, "scans"),
-    Row("a pattern without a name", CONVERT.replace("T1=t1", "t1"), "--contrast"),
+    Row("a pattern without a name", CONVERT.replace("T1=t1", "t1"), "--contrast", put("scans/a.dcm", "x")),
     Row("an output that is in use", f"mae3d_demo -o {RAW}", "already exists"),
     Row("--seed 2^64", f"mae3d_demo -o demo --seed {2**64}", "--seed"),
     Row("an unknown flag", "mae3d_trainers --nothing", "--nothing"),
-    Row("-d unknown", "mae3d_doctor -d 777", "-d 777"),
-]  # fmt: skip
+    Row("a model that is not trained", f"{EXPORT} -o model.zip -f 3", "no checkpoint"),
+    Row("a checkpoint of NaN", f"{EXPORT} -o new.zip", "NaN", saved(CHECKPOINT, nan_weights)),
+    Row("an archive that is missing", "mae3d_import nowhere.zip", "nowhere.zip"),
+    Row("an archive cut off", "mae3d_import model.zip", "model.zip", cut("model.zip")),
+    Row("an archive of garbage", "mae3d_import model.zip", "model.zip", put("model.zip", b"garbage" * 99)),
+]
 
 ROWS = PLANS_ROWS + DATASET_ROWS + SPLIT_ROWS + FILE_ROWS + IMAGE_ROWS + FLAG_ROWS
 SECTIONS = {
@@ -446,9 +658,9 @@ def page() -> str:
     lines = [
         "# Mistakes and their sentences",
         "",
-        "What every command does with a mistake: it ends with exit code 2 and one sentence that says what is wrong, where,",
-        f"and what to do, and changes no file. These {len(ROWS)} are tried by `tests/test_bad_inputs.py`, in which the",
-        "edits and whole commands stand.",
+        "Every command ends at a mistake with exit code 2 and one sentence, which says what is wrong, where, and what",
+        f"to do. It changes no file. `tests/test_bad_inputs.py` tries these {len(ROWS)}; `tests/bad_inputs.py` has the",
+        "edits and the whole commands.",
     ]
     for title, rows in SECTIONS.items():
         lines += ["", f"## {title}", "", "| Mistake | Command | The sentence has |", "|---|---|---|"]

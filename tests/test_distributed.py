@@ -65,9 +65,8 @@ def make_job(files: list[Path], *, adaptive: bool = False, epochs: int = 3, **op
         spacing=(1.5, 1.0, 1.0),
         network=Network(size="XS", token=(4, 4, 4), decoder="unetr", adaptive=adaptive),
         protocol=Pretraining(
-            epochs=epochs, batch_size=4, mask_ratio=0.6, base_lr=0.1, norm_pix=not adaptive, **options
+            seed=3, epochs=epochs, batch_size=4, mask_ratio=0.6, base_lr=0.1, norm_pix=not adaptive, **options
         ),
-        seed=3,
     )
 
 
@@ -191,14 +190,21 @@ def test_a_killed_process_ends_the_run_and_another_one_goes_on(runs, files, tmp_
     assert "continuing after epoch 1 of 3" in (tmp_path / "out" / "log.txt").read_text()
 
 
-def test_all_processes_stop_at_a_loss_that_is_not_finite(files, tmp_path, capfd):
+def test_all_processes_stop_at_a_loss_that_is_not_finite_and_name_its_cases(files, tmp_path, capfd):
     broken = np.full((2, *PATCH), np.nan, dtype=np.float32)
     blosc2.asarray(broken, urlpath=str(tmp_path / "nan.b2nd"), mode="w")
+    job = make_job([*files, tmp_path / "nan.b2nd"])
+    crops = RandomCrops(job.files, PATCH, job.drawing, job.protocol.seed)
+    bad = next(read for read in range(len(job.files)) if crops.file_of(read).stem == "nan")
     with pytest.raises(SystemExit) as stop:
-        distributed.start(partial(train, make_job([*files, tmp_path / "nan.b2nd"]), tmp_path / "out"), CPU, 2)
+        distributed.start(partial(train, job, tmp_path / "out"), CPU, 2)
     assert stop.value.code == 2
     error = capfd.readouterr().err
-    assert error.count("The loss is NaN or infinite in epoch 1") == 1
+    pair = [
+        crops.file_of(read).stem for read in ConsecutiveBatches(0, job.steps, 4, rank=bad % 2, processes=2).of(bad // 4)
+    ]
+    assert error.count(f"The loss is nan in step {bad // 4 + 1} of epoch 1, whose batch is of {', '.join(pair)}; ") == 1
+    assert "voxels of nan are NaN or infinite" in error
     assert "Traceback" not in error
     assert not (tmp_path / "out" / loop.STATE).exists()
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunet_vit_mae.errors import UserError, WriteError, exit_on_user_error
+from nnunet_vit_mae.errors import WHAT_TO_DO, UserError, WriteError, exit_on_user_error
 from nnunet_vit_mae.files import inside, read_json, replacing, write_json
 
 json_values = st.recursive(
@@ -210,7 +210,9 @@ def test_what_the_system_refuses_ends_with_code_2_and_one_line(number, capsys):
         command()
     assert caught.value.code == 2
     message = capsys.readouterr().err
-    assert message.startswith(f"Error: The system refuses case.nii.gz ({os.strerror(number)}): ")
+    assert message.startswith("Error: ")
+    assert "case.nii.gz" in message
+    assert f"({os.strerror(number)}): {WHAT_TO_DO[number]}" in message
     assert message.count("\n") == 1
 
 

@@ -367,7 +367,7 @@ def test_unfit_images_are_refused_before_anything_is_written(trained, tmp_path, 
     shutil.copy(oblique_image(tmp_path / "other.nii.gz"), images / "test_1_0001.nii.gz")
     assert "test_1 cannot be read (its files differ in size or spacing)" in reason()
     (images / "test_1_0001.nii.gz").write_text("no image")
-    assert "test_1 cannot be read" in reason()
+    assert "test_1_0001.nii.gz cannot be read" in reason()
     write_study(trained, "test_1", 21)
     label = sitk.ReadImage(str(labels / "test_1.nii.gz"))
     sitk.WriteImage(label[:, :, 1:], str(labels / "test_1.nii.gz"))

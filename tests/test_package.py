@@ -86,6 +86,7 @@ LAYERS = {
     "doctor": 0,
     "signals": 0,
     "unfinished": 0,
+    "divergence": 1,
     "guard": 1,
     "networks": 1,
     "optimisation": 1,
@@ -120,7 +121,9 @@ SAME_LAYER = {
     ("planning", "errors"),
     ("planning", "presets"),
     ("signals", "errors"),
+    ("phantoms", "imaging"),
     ("transfer", "weights"),
+    ("weights", "networks"),
     ("unfinished", "errors"),
     ("unfinished", "files"),
 }
@@ -211,8 +214,8 @@ def test_command_line_is_frozen(command, capsys):
     with pytest.raises(SystemExit) as stop:
         entry.load()(["--help"])
     assert stop.value.code == 0
-    usage = capsys.readouterr().out
-    assert set(re.findall(r"(?<![\w-])(--?[a-z][\w-]*)", usage.split("options:")[1])) == FLAGS[command]
+    options = capsys.readouterr().out.partition("options:")[2].partition("examples:")[0]
+    assert set(re.findall(r"(?<![\w-])(--?[a-z][\w-]*)", options)) == FLAGS[command]
 
 
 def commands_in(document: Path) -> list[list[str]]:

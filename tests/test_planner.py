@@ -325,7 +325,7 @@ def test_without_an_encoder_none_is_recorded(plan):
         ("--token 8", "token [4, 4, 4] there, [8, 8, 8] here"),
         ("--token 2 4 4", "token [4, 4, 4] there, [2, 4, 4] here"),
         ("--size S --token 8", "size XS there, S here; token [4, 4, 4] there, [8, 8, 8] here"),
-        ("--recipe quick", "token [4, 4, 4] there, [4, 8, 8] here"),
+        ("--recipe quick --token 4 8 8", "token [4, 4, 4] there, [4, 8, 8] here"),
     ],
 )
 def test_flags_that_contradict_the_encoder_are_refused(not_planned, encoder_of, arguments, reason):

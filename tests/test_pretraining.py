@@ -3,8 +3,14 @@
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import pickle
 import re
+import resource
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -21,8 +27,16 @@ from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.presets import Network, Pretraining
 from nnunet_vit_mae.pretraining import crops as module
+from nnunet_vit_mae.pretraining import readers
 from nnunet_vit_mae.pretraining import run as loop
-from nnunet_vit_mae.pretraining.crops import CropBatch, MaskDrawing, RandomCrops, Samples, random_crop
+from nnunet_vit_mae.pretraining.crops import (
+    ConsecutiveBatches,
+    CropBatch,
+    MaskDrawing,
+    RandomCrops,
+    Samples,
+    random_crop,
+)
 from nnunet_vit_mae.pretraining.pictures import interpolated, rebuild
 from nnunet_vit_mae.pretraining.volumes import open_volume
 
@@ -32,6 +46,7 @@ SEEDS = st.integers(0, 99)
 NETWORK = Network(size="XS", token=(4, 4, 4))
 MASKING = Masking(mask_ratio=0.6)
 DRAWING = MaskDrawing(masking=MASKING, token=(4, 4, 4))
+MOVED = {"rotation": 30.0, "scaling": (0.7, 1.4), "crops_per_volume": 2}
 FASTEST = {"decoder": "cross", "decoder_heads": 2, "rebuilt_share": 0.25, "skip_background": True, "masks_per_crop": 2}
 
 
@@ -41,20 +56,21 @@ def write_volume(file, volume):
 
 
 @pytest.fixture
-def files(tmp_path):
+def files(tmp_path_factory):
     """Write five smooth volumes of two channels and different sizes, one smaller than the patch along y."""
+    folder = tmp_path_factory.mktemp("cases")  # a new run moves an earlier one in its folder aside
     random = np.random.default_rng(0)
     shapes = [(9, 15, 11), (12, 13, 10), (8, 12, 10), (10, 9, 14), (11, 14, 12)]
     volumes = [
         2 + 5 * gaussian_filter(random.normal(size=(2, *shape)), (0, 2, 2, 2)).astype(np.float32) for shape in shapes
     ]
-    return [write_volume(tmp_path / f"case_{i}.b2nd", volume) for i, volume in enumerate(volumes)]
+    return [write_volume(folder / f"case_{i}.b2nd", volume) for i, volume in enumerate(volumes)]
 
 
 @pytest.fixture
 def make_job(files):
     def make(**protocol):
-        settings = {"epochs": 4, "batch_size": 2, "mask_ratio": 0.6, "base_lr": 0.1} | protocol
+        settings = {"seed": 3, "epochs": 4, "batch_size": 2, "mask_ratio": 0.6, "base_lr": 0.1} | protocol
         return loop.PretrainingRun(
             files=files,
             channel_names=["T1", "FLAIR"],
@@ -62,7 +78,6 @@ def make_job(files):
             spacing=(1.5, 1.0, 1.0),
             network=NETWORK,
             protocol=Pretraining(**settings),
-            seed=3,
         )
 
     return make
@@ -297,6 +312,65 @@ def test_readers_change_nothing_but_the_time(make_job, tmp_path):
 
 
 @pytest.mark.parametrize(("lr", "word"), [(1e-6, "low"), (3e-4, None), (6e-3, "high")])
+class Fails(RandomCrops):
+    """Crops of which one kills its reader, or is never read."""
+
+    def __getitem__(self, reads):
+        if 4 in reads:
+            self.fail()
+        return super().__getitem__(reads)
+
+
+@pytest.mark.parametrize(
+    ("fail", "sentence"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "A process that reads crops was ended"),
+        (lambda: time.sleep(600), "No reader has given a batch"),
+    ],
+)
+def test_a_reader_that_dies_or_hangs_is_noticed(files, monkeypatch, fail, sentence):
+    monkeypatch.setattr(readers, "READER_SECONDS", 3.0)
+    crops = Fails(files, PATCH, DRAWING, seed=3)
+    crops.fail = fail
+    batches = readers.read_batches(crops, ConsecutiveBatches(0, 4, 2), 1, pin_memory=False)
+    with pytest.raises(UserError, match=sentence):
+        list(batches)
+    assert not multiprocessing.active_children()
+
+
+SMALL_SHARED_MEMORY = """
+mount -t tmpfs -o size=64k tmpfs /dev/shm
+exec {python} -c "
+import sys, torch
+from pathlib import Path
+from nnunet_vit_mae.networks.masking import Masking
+from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, MaskDrawing, RandomCrops
+from nnunet_vit_mae.pretraining.readers import read_batches
+drawing = MaskDrawing(masking=Masking(mask_ratio=0.6), token=(4, 4, 4))
+crops = RandomCrops([Path('{file}')], (40, 40, 40), drawing, 0)
+list(read_batches(crops, ConsecutiveBatches(0, 2, 1), 1, pin_memory=False))
+"
+"""
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], capture_output=True).returncode != 0,
+    reason="needs a file system of its own",
+)
+def test_shared_memory_that_runs_out_is_said(files):
+    script = SMALL_SHARED_MEMORY.format(python=sys.executable, file=files[0])
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "UserError: The shared memory /dev/shm is full: enlarge it (docker run --shm-size" in done.stderr
+
+
+def test_shared_memory_is_measured_before_it_is_used():
+    readers.refuse_without_shared_memory(0, 2**60)
+    with pytest.raises(UserError, match=r"4 batches .* need .* of shared memory, .*--shm-size.*-np 0"):
+        readers.refuse_without_shared_memory(4, 2**60)
+
+
 def test_an_unusual_learning_rate_is_warned_about(make_job, tmp_path, lr, word):
     loop.run(make_job(epochs=1, base_lr=lr * 256 / 2), tmp_path, device=CPU, resume=False)
     warnings = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "WARNING" in line]
@@ -363,12 +437,73 @@ def test_resuming_where_nothing_was_saved_starts_anew(make_job, tmp_path):
     assert len(loop.run(make_job(epochs=1), tmp_path, device=CPU, resume=True).losses) == 1
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(make_job, tmp_path, files, saving_always):
-    broken = np.full((2, *PATCH), np.nan, dtype=np.float32)
-    files.append(write_volume(tmp_path / "case_nan.b2nd", broken))
-    with pytest.raises(UserError, match="NaN or infinite in epoch 1"):
-        loop.run(make_job(batch_size=6), tmp_path / "out", device=CPU, resume=False)
+@pytest.mark.parametrize("look_every", [1, 100])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_bad_voxels_stop_the_run_with_their_case_and_keep_the_last_good_state(
+    make_job, tmp_path, files, monkeypatch, saving_always, value, look_every
+):
+    monkeypatch.setattr(loop, "LOOK_EVERY_STEPS", look_every)
+    job, out = make_job(epochs=4), tmp_path / "out"  # three steps of two crops an epoch
+    own = RandomCrops(files, PATCH, DRAWING, job.protocol.seed)
+    bad = 9  # a read of the fifth step
+    read = RandomCrops.__getitem__
+
+    def spoiled(self, reads):
+        batch = read(self, reads)
+        if bad in reads:
+            batch.crops[reads.index(bad), 0, 3, 4, 5] = value
+        return batch
+
+    monkeypatch.setattr(RandomCrops, "__getitem__", spoiled)
+    step, late = 2, own.file_of(bad)
+    with pytest.raises(UserError, match=f"The loss is (nan|inf) in step {step} of epoch 2") as caught:
+        loop.run(job, out, device=CPU, resume=False)
+    pair = {own.file_of(8).stem, late.stem}
+    assert set(re.findall(r"case_\d", str(caught.value).split(";")[0])) == pair
+    assert f"voxels of {late.stem} are NaN or infinite" in str(caught.value)
+    state = torch.load(out / "state.pt", weights_only=True)
+    assert len(state["losses"]) == 1
+    assert all(tensor.isfinite().all() for tensor in state["network"].values())
+
+    monkeypatch.setattr(RandomCrops, "__getitem__", read)
+    resumed = loop.run(job, out, device=CPU, resume=True)
+    assert resumed.losses == loop.run(job, tmp_path / "unbroken", device=CPU, resume=False).losses
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(make_job, tmp_path, monkeypatch):
+    class Sharp(torch.autograd.Function):
+        """Nothing, with an infinite slope."""
+
+        @staticmethod
+        def forward(context, value):
+            return value.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            return gradient * torch.inf
+
+    loss = loop.reconstruction_loss
+    monkeypatch.setattr(loop, "reconstruction_loss", lambda *args, **kwargs: Sharp.apply(loss(*args, **kwargs)))
+    with pytest.raises(UserError, match=r"The gradient norm is (nan|inf) in step 1 of epoch 1.* lower --lr"):
+        loop.run(make_job(epochs=1), tmp_path / "out", device=CPU, resume=False)
     assert not (tmp_path / "out" / "state.pt").exists()
+
+
+def test_a_loss_that_explodes_stops_the_run(make_job, tmp_path, monkeypatch, saving_always):
+    loss, count = loop.reconstruction_loss, itertools.count()
+    factors = [1.0] * 7 + [1e4] + [1e3] * 100
+    monkeypatch.setattr(loop, "reconstruction_loss", lambda *args, **kw: factors[next(count)] * loss(*args, **kw))
+    expected = r"The loss of an epoch was \S+ and has grown to \S+, most of all in step 2 of epoch 3, .* case_\d"
+    with pytest.raises(UserError, match=expected):
+        loop.run(make_job(epochs=4), tmp_path / "out", device=CPU, resume=False)
+    assert len(torch.load(tmp_path / "out" / "state.pt", weights_only=True)["losses"]) == 2
+
+
+def test_the_log_has_the_gradient_norm(make_job, tmp_path):
+    loop.run(make_job(epochs=2), tmp_path / "out", device=CPU, resume=False)
+    norms = re.findall(r"gradient norm (\S+), at most (\S+)", (tmp_path / "out" / "log.txt").read_text())
+    assert len(norms) == 2
+    assert all(0 < float(mean) <= float(most) for mean, most in norms)
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
@@ -396,3 +531,16 @@ def test_interpolation_stays_within_what_is_known():
     for channel in range(2):
         assert known[:, channel].min() <= filled[..., channel, :].min()
         assert filled[..., channel, :].max() <= known[:, channel].max() + 1e-6
+
+
+def test_a_full_disk_ends_a_run_and_the_state_before_goes_on(make_job, tmp_path, saving_always, capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (0, 600, 20_000):  # stops at the settings, at the log, and at the state
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                loop.run(make_job(), tmp_path / "out", device=CPU, resume=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "Logging error" not in capsys.readouterr().err
+    assert len(loop.run(make_job(), tmp_path / "out", device=CPU, resume=True).losses) == 4

@@ -66,7 +66,7 @@ def drawing(adaptive: bool = False, **changes) -> MaskDrawing:
     network = Network(size="XS", token=TOKEN, adaptive=adaptive)
     return PretrainingRun(
         files=[], channel_names=["T1", "FLAIR"], patch_size=SHAPE, spacing=(1, 1, 1), network=network,
-        protocol=protocol(**changes), seed=0,
+        protocol=protocol(**changes),
     ).drawing  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def assert_all_end(processes: list[int], seconds: float = 20.0) -> None:
 
     deadline = time.monotonic() + seconds
     while left := [number for number in processes if is_there(number)]:
-        assert time.monotonic() < deadline, [Path(f"/proc/{number}/cmdline").read_bytes() for number in left]
+        assert time.monotonic() < deadline, [Path(f"/proc/{number}/status").read_text() for number in left]
         time.sleep(0.02)
 
 

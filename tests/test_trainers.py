@@ -1,11 +1,14 @@
 """The trainers inside of nnU-Net: the hybrid with its U-Net, the schedule per step, random seeds, new weights."""
 
 import json
+import random
+import re
 import shutil
 import sys
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
@@ -16,7 +19,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation
-from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerViTScratch
+from nnunet_vit_mae.nnunet.trainers import ScheduledTrainer, nnUNetTrainerBaseline, nnUNetTrainerViTScratch
 from nnunet_vit_mae.optimisation import warmup_cosine
 from nnunet_vit_mae.presets import SIZES
 from nnunet_vit_mae.weights import load_encoder
@@ -201,18 +204,142 @@ def test_a_continued_run_keeps_the_scales_and_ends_the_freezing(moved):
     assert all(rate == pytest.approx(peak * scale) for rate, scale in moved.free.values())
 
 
-# ---------- random seeds
+# ---------- random seeds, and training that diverges
+
+TRAINERS = [nnUNetTrainerViTScratch, nnUNetTrainerBaseline]
 
 
-@pytest.mark.parametrize("trainer", ["nnUNetTrainerViTScratch", "nnUNetTrainerBaseline"])
-def test_a_seed_decides_all_losses(planned, tmp_path, trainer):
+def training(trainer):
+    return f"nnUNetv2_train 901 3d_fullres 0 -p Seeded -device cpu -tr {trainer.__name__}".split()
+
+
+def losses_of(workspace, trainer, *flags, seed=1):
+    """Train for two epochs of two steps, and return all losses."""
+    plan(workspace, "Seeded", epochs=2, iterations=2, contrast_dropout=0.3, seed=seed)
+    workspace.call(*training(trainer), *flags)
+    logging = checkpoint_of(workspace, "Seeded", trainer.__name__)["logging"]
+    return logging["train_losses"] + logging["val_losses"]
+
+
+def interrupt(workspace, trainer):
+    """Train, and stop after the first epoch."""
+    epoch_end = trainer.on_epoch_end
+
+    def stopping(self):
+        epoch_end(self)
+        sys.exit(INTERRUPTED)
+
+    plan(workspace, "Seeded", epochs=2, iterations=2, contrast_dropout=0.3, seed=1)
+    with mock.patch.object(trainer, "on_epoch_end", stopping):
+        workspace.call(*training(trainer), code=INTERRUPTED)
+
+
+def refusal(workspace, trainer, spoil):
+    """Train, and spoil the second step of the second epoch; return the error.
+
+    The checkpoints are those of the first epoch, then.
+    """
+    take_step = trainer.take_step
+
+    def spoiled(self, batch):
+        if self.current_epoch == 1 and len(self.losses) == 1:
+            spoil(self, batch)
+        return take_step(self, batch)
+
+    plan(workspace, "Seeded", epochs=2, iterations=2, contrast_dropout=0.3, seed=1)
+    with mock.patch.object(trainer, "take_step", spoiled):
+        error = workspace.call(*training(trainer), code=2).stderr
+    assert "Traceback" not in error
+    checkpoint = checkpoint_of(workspace, "Seeded", trainer.__name__, name="checkpoint_best.pth")
+    assert checkpoint["current_epoch"] == 1
+    assert all(tensor.isfinite().all() for tensor in checkpoint["network_weights"].values())
+    latest = checkpoint_of(workspace, "Seeded", trainer.__name__, name="checkpoint_latest.pth")
+    assert str(latest["network_weights"]) == str(checkpoint["network_weights"])
+    assert f"Error: {error.rpartition('Error: ')[2].strip()}" in logs_of(workspace, trainer)[-1].read_text()
+    return error
+
+
+def logs_of(workspace, trainer):
+    folder = workspace.results / f"{trainer.__name__}__Seeded__3d_fullres" / "fold_0"
+    return sorted(folder.glob("training_log_*.txt"))
+
+
+@pytest.fixture(scope="module", params=TRAINERS, ids=lambda trainer: trainer.__name__)
+def seeded(request, planned, tmp_path_factory):
+    """A run with seed 1, at once."""
+    workspace = copy_of(planned, tmp_path_factory.mktemp("seeded"))
+    losses = losses_of(workspace, request.param)
+    return SimpleNamespace(workspace=workspace, trainer=request.param, losses=losses)
+
+
+def test_the_same_seed_gives_the_same_losses_to_the_digit_though_interrupted(seeded, planned, tmp_path):
     workspace = copy_of(planned, tmp_path)
-    losses = []
-    for seed in (1, 1, 2):
-        plan(workspace, "Seeded", epochs=1, iterations=2, contrast_dropout=0.3, seed=seed)
-        train(workspace, "Seeded", trainer)
-        logging = checkpoint_of(workspace, "Seeded", trainer)["logging"]
-        # nnU-Net measures which way of blurring is the faster one, and they round differently
-        losses.append(pytest.approx(logging["train_losses"] + logging["val_losses"], rel=1e-4))
-    assert losses[0].expected == losses[1]
-    assert losses[0].expected != losses[2]
+    interrupt(workspace, seeded.trainer)
+    assert losses_of(workspace, seeded.trainer, "--c") == seeded.losses
+
+
+def test_another_seed_gives_other_losses(seeded, planned, tmp_path):
+    workspace = copy_of(planned, tmp_path)
+    assert set(losses_of(workspace, seeded.trainer, seed=2)).isdisjoint(seeded.losses)
+
+
+def test_seeds_differ_between_processes_and_epochs(seeded):
+    drawn = set()
+    trainer = SimpleNamespace(seed=1, local_rank=0)
+    for trainer.local_rank, *place in [(0,), (1,), (0, 1), (1, 1), (0, 2)]:
+        ScheduledTrainer._seed_random_numbers(trainer, *place)
+        drawn |= {random.random(), np.random.random(), torch.rand(()).item()}  # noqa: NPY002
+    assert len(drawn) == 15
+
+
+def test_the_gradient_norm_is_in_the_log_of_each_epoch(seeded):
+    (log,) = logs_of(seeded.workspace, seeded.trainer)
+    norms = re.findall(r"gradient norm(?: \(clipped to 12\))? (\S+), at most (\S+)", log.read_text())
+    assert len(norms) == 2
+    assert all(0 < float(mean) <= float(most) for mean, most in norms)
+
+
+def test_a_loss_that_is_nan_stops_a_training_and_the_last_good_state_is_gone_on_from(seeded, planned, tmp_path):
+    workspace, names = copy_of(planned, tmp_path), []
+
+    def spoil(self, batch):
+        batch["data"][0, 0, 3, 4, 5] = torch.nan
+        names.extend(batch["keys"])
+
+    error = refusal(workspace, seeded.trainer, spoil)
+    assert f"The loss is nan in step 2 of epoch 1, whose batch is of {', '.join(dict.fromkeys(names))}; " in error
+    assert f"voxels of {names[0]} are NaN or infinite" in error
+    assert losses_of(workspace, seeded.trainer, "--c") == seeded.losses
+
+
+class Sharp(torch.autograd.Function):
+    """Nothing, with an infinite slope."""
+
+    @staticmethod
+    def forward(context, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * torch.inf
+
+
+def with_loss(change):
+    """Spoil a step by a change of its loss."""
+
+    def spoil(self, batch):
+        loss = self.loss
+        self.loss = lambda *arguments: change(loss(*arguments))
+
+    return spoil
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_gradient_without_end_stops_a_training_though_its_loss_is_good(planned, tmp_path, trainer):
+    error = refusal(copy_of(planned, tmp_path), trainer, with_loss(Sharp.apply))
+    assert re.search(r"The gradient norm is (nan|inf) in step 2 of epoch 1, whose batch is of train_\d", error)
+
+
+def test_a_loss_that_explodes_stops_a_training(planned, tmp_path):
+    error = refusal(copy_of(planned, tmp_path), nnUNetTrainerViTScratch, with_loss(lambda loss: loss * 1e5))
+    assert re.search(r"has grown to \S+, most of all in step 2 of epoch 1, whose batch is of train_\d", error)

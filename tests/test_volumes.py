@@ -162,8 +162,7 @@ def job_of(files, cache, **protocol):
         patch_size=PATCH,
         spacing=(1.5, 1.0, 1.0),
         network=Network(size="XS", token=(4, 4, 4)),
-        protocol=Pretraining(**{"epochs": 3, "batch_size": 2, "mask_ratio": 0.6, "base_lr": 0.1} | protocol),
-        seed=3,
+        protocol=Pretraining(**{"seed": 3, "epochs": 3, "batch_size": 2, "mask_ratio": 0.6, "base_lr": 0.1} | protocol),
         cache=cache,
     )
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
+import os
 import re
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, did_you_mean
+from nnunet_vit_mae.presets import LARGEST
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +26,38 @@ class _WithDefaults(argparse.ArgumentDefaultsHelpFormatter):
         has_default = action.default not in (None, []) and action.default is not False
         return super()._get_help_string(action) if has_default else action.help
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        # examples keep their lines
+        return text if "\n" in text else super()._fill_text(text, width, indent)
 
-def parser_for(program: str, description: str | None) -> argparse.ArgumentParser:
-    """Return a parser whose help shows the defaults."""
-    return argparse.ArgumentParser(prog=program, description=description, formatter_class=_WithDefaults)
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that suggests the nearest flag for an unknown one, and that shells can ask for completions."""
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        if "_ARGCOMPLETE" in os.environ:  # the shell asks, by way of argcomplete's own hook
+            import argcomplete
+
+            argcomplete.autocomplete(self)
+        return super().parse_args(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        if unknown := re.search(r"unrecognized arguments: ([^ =]+)", message):
+            message += did_you_mean(unknown[1], self._option_string_actions)
+        super().error(message)
+
+
+def parser_for(program: str, description: str | None, *examples: str) -> argparse.ArgumentParser:
+    """Return a parser whose help shows the defaults and examples, each a command line without the program.
+
+    From now on the console escapes what it cannot print.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    lines = "".join(f"\n  {program} {example}".rstrip() for example in examples)
+    epilog = f"examples:{lines}" if examples else None
+    return _Parser(prog=program, description=description, epilog=epilog, formatter_class=_WithDefaults)
 
 
 def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
@@ -69,8 +101,15 @@ def raw_dataset_folder(output: Path) -> Path:
     return output
 
 
+def refuse_patient_without_table(args: argparse.Namespace) -> None:
+    """Raise `UserError` for a column of patients without a table."""
+    if args.patient != "patient" and not args.csv:
+        raise UserError("--patient needs a table with that column: give it with --csv.")
+
+
 def patient_columns(args: argparse.Namespace, raw: Path) -> PatientColumns:
     """Return where the patients are listed; see `table_file`."""
+    refuse_patient_without_table(args)
     from nnunet_vit_mae.datasets.tables import PatientColumns
 
     return PatientColumns(table_file(args.csv, raw), args.case, args.patient)
@@ -92,8 +131,8 @@ def seed(text: str) -> int:
 def positive_int(text: str) -> int:
     """Argparse type of a whole number above 0."""
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    if not 1 <= number <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text} is not from 1 to {LARGEST}")
     return number
 
 
@@ -116,6 +155,6 @@ def share(text: str) -> float:
 def whole_number(text: str) -> int:
     """Argparse type of a whole number, 0 or more."""
     number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    if not 0 <= number <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to {LARGEST}")
     return number

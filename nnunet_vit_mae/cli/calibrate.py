@@ -15,7 +15,7 @@ from nnunet_vit_mae.signals import command
 @command("Predictions that are done are kept, and the same command goes on with the others.")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_calibrate`."""
-    parser = parser_for("mae3d_calibrate", __doc__)
+    parser = parser_for("mae3d_calibrate", __doc__, "-d 501 -f 0", "-d 501 -f 0 1 2 3 4 -tr nnUNetTrainerBaseline")
     add = parser.add_argument
     add_plan_arguments(parser)
     add("-tr", dest="trainer", default="nnUNetTrainerViTMAE", metavar="NAME", help="trainer of the model")

@@ -19,7 +19,7 @@ from nnunet_vit_mae.signals import command
 @command()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_check`; the exit code is 2 if there are errors."""
-    parser = parser_for("mae3d_check", __doc__)
+    parser = parser_for("mae3d_check", __doc__, "-d 501", "-d 501 -o check --csv patients.csv")
     add = parser.add_argument
     add_dataset_argument(parser)
     add("-o", dest="output", type=Path, metavar="FOLDER", help="folder for the results (otherwise ./DATASET_check)")

@@ -15,7 +15,11 @@ from nnunet_vit_mae.unfinished import new_folder
 @command("Studies that are done are kept, and the same command goes on with the others.")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_convert`; the exit code is 2 if a study or an image could not be converted."""
-    parser = parser_for("mae3d_convert", __doc__)
+    parser = parser_for(
+        "mae3d_convert",
+        __doc__,
+        "-i dicom -o Dataset501_Brain --contrast 'T1=*t1*' --contrast 'FLAIR=*flair*' --key key.csv",
+    )
     add = parser.add_argument
     add("-i", dest="source", type=Path, required=True, metavar="FOLDER", help="DICOM files in any order, or BIDS")
     add("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="new raw dataset, e.g. Dataset501_Head")

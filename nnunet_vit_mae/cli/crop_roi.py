@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_for("mae3d_crop_roi", __doc__)
+    parser = parser_for(
+        "mae3d_crop_roi", __doc__, "-i Dataset501_Heads -o Dataset502_Region -t template.nii.gz -r region.nii.gz"
+    )
     add = parser.add_argument
     add("-i", dest="images", type=Path, metavar="FOLDER", help="scans: NIfTI, NRRD, MHA, or one DICOM folder each")
     add("-l", dest="labels", type=Path, metavar="FOLDER", help="labels, named like their scans")

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = parser_for("mae3d_doctor", __doc__)
+    parser = parser_for("mae3d_doctor", __doc__, "", "-d 501 -p ViT_M_p4")
     add = parser.add_argument
     add("-d", dest="dataset", metavar="ID", help="also check a dataset: number or name, e.g. 501")
     add("-c", dest="configuration", default="3d_fullres", metavar="NAME", help="its nnU-Net configuration")

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunet_vit_mae.cli.arguments import parser_for, positive_float, positive_int, whole_number
+from nnunet_vit_mae.cli.arguments import parser_for, positive_float, positive_int, seed
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, CalibrationRecord, read_calibration
 from nnunet_vit_mae.signals import command
@@ -27,7 +27,9 @@ HEADLINE = {  # title and decimals by measure
 @command()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_evaluate`."""
-    parser = parser_for("mae3d_evaluate", __doc__)
+    parser = parser_for(
+        "mae3d_evaluate", __doc__, "-r labelsTs -p ViT=predictions_vit -p nnU-Net=predictions_unet -o report"
+    )
     add = parser.add_argument
     add("-r", dest="references", required=True, type=Path, metavar="FOLDER", help="folder of reference segmentations")
     add(
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="smallest component that counts as a lesion",
     )
     add("--resamples", type=positive_int, default=1000, metavar="N", help="number of bootstrap resamples")
-    add("--seed", type=whole_number, default=0, metavar="N", help="random seed of the bootstrap")
+    add("--seed", type=seed, default=0, metavar="N", help="random seed of the bootstrap")
     add(
         "--calibration",
         dest="calibrations",

@@ -12,7 +12,7 @@ from nnunet_vit_mae.signals import command
 @command("Nothing is written: run the same command again.")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_export`."""
-    parser = parser_for("mae3d_export", __doc__)
+    parser = parser_for("mae3d_export", __doc__, "-d 501 -o model.zip", "-d 501 -p ViT_M_p4 -f 0 1 2 3 4 -o model.zip")
     add = parser.add_argument
     add_plan_arguments(parser)
     add("-tr", dest="trainer", default="nnUNetTrainerViTMAE", metavar="NAME", help="trainer of the model")

@@ -12,7 +12,7 @@ from nnunet_vit_mae.signals import command
 @command()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_features`."""
-    parser = parser_for("mae3d_features", __doc__)
+    parser = parser_for("mae3d_features", __doc__, "-d 501 -p Nearest Transposed -o features.png")
     add = parser.add_argument
     add("-d", dest="dataset", required=True, metavar="ID", help="dataset number or name, e.g. 501")
     add("-c", dest="configuration", default="3d_fullres", metavar="NAME", help="nnU-Net configuration")

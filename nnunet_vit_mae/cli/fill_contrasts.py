@@ -12,7 +12,7 @@ from nnunet_vit_mae.signals import command
 @command()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_fill_contrasts`; the exit code is 2 if a case could not be filled."""
-    parser = parser_for("mae3d_fill_contrasts", __doc__)
+    parser = parser_for("mae3d_fill_contrasts", __doc__, "-d 501")
     add_dataset_argument(parser)
     args = parser.parse_args(argv)
 

@@ -12,7 +12,7 @@ from nnunet_vit_mae.signals import command
 @command("Nothing is written: run the same command again.")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_import`."""
-    parser = parser_for("mae3d_import", __doc__)
+    parser = parser_for("mae3d_import", __doc__, "model.zip")
     parser.add_argument("file", type=Path, metavar="FILE.zip", help="archive of mae3d_export")
     help_ = "folder of results to install it in (default: nnUNet_results)"
     parser.add_argument("-o", dest="results", type=Path, metavar="FOLDER", help=help_)

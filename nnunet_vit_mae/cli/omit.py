@@ -14,7 +14,7 @@ from nnunet_vit_mae.unfinished import new_folder
 @command()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_omit`."""
-    parser = parser_for("mae3d_omit", __doc__)
+    parser = parser_for("mae3d_omit", __doc__, "-d 501 -i imagesTs -r labelsTs --omit T2 -o omission")
     add = parser.add_argument
     add_plan_arguments(parser)
     add("-tr", dest="trainer", default="nnUNetTrainerAMAE", metavar="NAME", help="trainer of the model")

@@ -17,7 +17,13 @@ SAME_AS_PLANS = "plans"
 @command()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_plan`."""
-    parser = parser_for("mae3d_plan", __doc__)
+    parser = parser_for(
+        "mae3d_plan",
+        __doc__,
+        "-d 501 -o ViT_M_p4 --size M --token 4 --decoder mae",
+        "-d 501 -o ViT_fits -gpu_memory_target 8",
+        "-d 501 -o Paper --recipe vitiac",
+    )
     add_plan_arguments(parser)
     parser.add_argument("-o", dest="output", required=True, metavar="NAME", help="name of the plans to write")
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a recipe of ours, or a JSON file with a partial block")
@@ -65,15 +71,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nnunet_vit_mae.nnunet.encoders import find_encoder
     from nnunet_vit_mae.nnunet.folders import find_dataset
     from nnunet_vit_mae.nnunet.planner import choose_settings
-    from nnunet_vit_mae.nnunet.plans import load_plan, read_recipe, refuse_name, write_plans
+    from nnunet_vit_mae.nnunet.plans import load_plan, read_recipe, refuse_cascade, refuse_name, write_plans
 
     source = load_plan(find_dataset(args.dataset), args.plans, args.configuration)
+    refuse_cascade(source.configuration)
+    refuse_name(source, args.output)
     if args.batch_size == SAME_AS_PLANS:
         args.batch_size = source.configuration.batch_size
     changes = _over(read_recipe(args.recipe) if args.recipe else {}, _changes(args))
     encoder = find_encoder(source, args.encoder, name=args.output, token=_token(args), token_order=args.token_order)
     settings, choices = choose_settings(source, changes, encoder=encoder, memory_target=args.gpu_memory_target)
-    refuse_name(source, args.output)
     if encoder is not None:
         encoder.write_if_converted()
     file = write_plans(source, args.output, settings)

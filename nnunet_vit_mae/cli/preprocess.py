@@ -12,7 +12,7 @@ from nnunet_vit_mae.signals import command
 @command("Cases that are done are kept, and the same command goes on with the others.")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_preprocess`; the exit code is 2 if a case could not be preprocessed."""
-    parser = parser_for("mae3d_preprocess", __doc__)
+    parser = parser_for("mae3d_preprocess", __doc__, "-d 501", "-d 501 -np 8")
     add_plan_arguments(parser)
     parser.add_argument("-np", dest="processes", type=positive_int, default=4, metavar="N", help="number of processes")
     args = parser.parse_args(argv)

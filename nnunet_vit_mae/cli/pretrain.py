@@ -11,6 +11,7 @@ from nnunet_vit_mae.cli.arguments import (
     parser_for,
     positive_float,
     positive_int,
+    seed,
     usable_device,
     whole_number,
 )
@@ -21,7 +22,7 @@ from nnunet_vit_mae.signals import command
 @command("What was saved before is kept, and the same command starts again.")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_pretrain`."""
-    parser = parser_for("mae3d_pretrain", __doc__)
+    parser = parser_for("mae3d_pretrain", __doc__, "-d 501", "-d 501 -f 0 --c", "-d 501 -p ViT_M_p4 -num_gpus 4")
     add_plan_arguments(parser)
     parser.add_argument("-f", dest="fold", default="all", help="training cases of one fold (0 to 4), or all of them")
     parser.add_argument(
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--adaptive", action="store_true", help="pre-train a network for any number of contrasts per case"
     )
-    parser.add_argument("--seed", type=whole_number, default=0, help="random seed of weights, crops and masks")
+    parser.add_argument("--seed", type=seed, help="random seed of weights, crops and masks (default: the plans')")
     parser.add_argument("--c", dest="resume", action="store_true", help="continue from the last saved state")
     add_device_argument(parser, "cuda")
     parser.add_argument(
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     def change(protocol: Pretraining) -> Pretraining:
-        flags = {name: getattr(args, name) for name in ("epochs", "mask_ratio", "batch_size")}
+        flags = {name: getattr(args, name) for name in ("epochs", "mask_ratio", "batch_size", "seed")}
         protocol = dataclasses.replace(protocol, **{name: value for name, value in flags.items() if value is not None})
         return protocol if args.lr is None else protocol.with_lr(args.lr)
 
@@ -78,7 +79,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             load_plan(find_dataset(args.dataset), args.plans, args.configuration),
             args.fold,
             change=change,
-            seed=args.seed,
             machine=machine,
             resume=args.resume,
             adaptive=args.adaptive,

@@ -21,7 +21,7 @@ from nnunet_vit_mae.signals import command
 @command("Segmentations that are done are kept, and the same command goes on with the others.")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_quantify`."""
-    parser = parser_for("mae3d_quantify", __doc__)
+    parser = parser_for("mae3d_quantify", __doc__, "-i scans -o volumes.csv -d 501")
     add = parser.add_argument
     add("-i", dest="images", required=True, type=Path, metavar="FOLDER", help="images, named as for nnU-Net")
     add("-o", dest="table", required=True, type=Path, metavar="TABLE.csv", help="table to write")

@@ -88,7 +88,13 @@ def _draw(folder: Path, scans: ScanProperties | None, file: Path | None) -> None
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_for("mae3d_split", __doc__)
+    parser = parser_for(
+        "mae3d_split",
+        __doc__,
+        "-d 501 --csv patients.csv",
+        "-d 501 --csv patients.csv --test 0.2 --few 10 25",
+        "-d 501 --verify",
+    )
     add = parser.add_argument
     add_dataset_argument(parser)
     add("-o", dest="output", type=Path, metavar="FOLDER", help="output folder (otherwise where nnU-Net looks)")
@@ -109,10 +115,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _refuse_contradictions(args: argparse.Namespace) -> None:
-    if args.stratify and not args.csv:
-        raise UserError("--stratify needs a table with that column: give it with --csv.")
-    if args.patient != "patient" and not args.csv:
-        raise UserError("--patient needs a table with that column: give it with --csv.")
     if args.figure and args.figure.suffix not in FIGURE_ENDINGS:
         raise UserError(f"--figure {args.figure} must end with {' or '.join(FIGURE_ENDINGS)}.")
     if args.figure and not args.figure.resolve().parent.is_dir():

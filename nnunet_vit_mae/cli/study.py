@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunet_vit_mae.cli.arguments import add_device_argument, parser_for, positive_int, share
+from nnunet_vit_mae.cli.arguments import (
+    add_device_argument,
+    parser_for,
+    positive_int,
+    refuse_patient_without_table,
+    share,
+)
+from nnunet_vit_mae.entries import read_entries
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import make_folder, read_json
 from nnunet_vit_mae.signals import command
@@ -52,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = parser_for("mae3d_study", __doc__)
+    parser = parser_for("mae3d_study", __doc__, "-d 501 -o study --arms unet vit scratch --few 10 25 --seeds 3")
     add = parser.add_argument
     add("-d", dest="dataset", metavar="ID", help="dataset number or name, e.g. 501")
     add("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="folder of the study; again to continue")
@@ -116,8 +123,7 @@ def _study(args: argparse.Namespace, output: Path) -> StudyDesign:
     """Return the study that the flags describe, with what is there already."""
     if not args.dataset or not args.few:
         raise UserError(f"{'--few' if args.dataset else '-d'} is missing: give -d, --few and -o, or --config FILE.")
-    if args.patient != "patient" and not args.csv:
-        raise UserError("--patient needs a table with that column: give it with --csv.")
+    refuse_patient_without_table(args)
     arms = choose_arms(args.arms)
 
     from nnunet_vit_mae.cli.arguments import table_file, usable_device
@@ -176,10 +182,12 @@ def _test_share(args: argparse.Namespace, dataset: Dataset) -> float:
 
 def _is_preprocessed(dataset: Dataset, configuration: str) -> bool:
     """Return whether nnU-Net has planned the dataset and preprocessed every labelled case."""
+    from nnunet_vit_mae.nnunet.checked_plans import ADVICE, PlanEntries
+
     file = dataset.plans_file("nnUNetPlans")
     if not file.is_file():
         return False
-    configurations = read_json(file)["configurations"]
+    configurations = read_entries(PlanEntries, file, ADVICE).configurations
     if configuration not in configurations:
         known = ", ".join(configurations)
         raise UserError(f"The plans nnUNetPlans have no configuration {configuration} (they have {known}): check -c.")

@@ -9,7 +9,7 @@ from nnunet_vit_mae.cli.arguments import parser_for
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_trainers`."""
-    parser_for("mae3d_trainers", __doc__).parse_args(argv)
+    parser_for("mae3d_trainers", __doc__, "").parse_args(argv)
 
     from nnunet_vit_mae.installation import trainers_folder
 

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, FiniteFloat
+
+from nnunet_vit_mae.entries import checked_entries
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import read_json
 
 CALIBRATION_RECORD = "calibration.json"
+
+
+@dataclass(frozen=True)
+class _Entries:
+    thresholds: dict[str, Annotated[FiniteFloat, Field(ge=0, le=1)]]
+    before: dict[str, dict[str, Any]] = field(default_factory=dict)
+    after: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,17 +47,5 @@ def read_calibration(path: Path) -> CalibrationRecord:
     if not file.is_file():
         raise UserError(f"{file} is missing: run mae3d_calibrate, or check --calibration.")
     content = read_json(file)
-    thresholds = content.get("thresholds") if isinstance(content, dict) else None
-    if not isinstance(thresholds, dict) or not all(isinstance(value, int | float) for value in thresholds.values()):
-        raise UserError(
-            f"{file} has no thresholds by label, so it is not a calibration: give the {CALIBRATION_RECORD} that "
-            "mae3d_calibrate wrote."
-        )
-    for when in ("before", "after"):
-        means = content.get(when, {})
-        if not isinstance(means, dict) or not all(isinstance(entry, dict) for entry in means.values()):
-            raise UserError(
-                f"{file} is not a calibration, because its {when!r} is not a table by label: give the "
-                f"{CALIBRATION_RECORD} that mae3d_calibrate wrote."
-            )
+    checked_entries(_Entries, content, str(file), f"give the {CALIBRATION_RECORD} that mae3d_calibrate wrote")
     return CalibrationRecord(content, file.parent)

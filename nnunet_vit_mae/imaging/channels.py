@@ -64,8 +64,22 @@ def without_ending(name: str, endings: Sequence[str]) -> str:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """List the files of a folder, sorted, except hidden ones such as the ._case.nii.gz that macOS leaves behind."""
-    return sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    """List the files of a folder, sorted, except hidden ones such as the ._case.nii.gz that macOS leaves behind.
+
+    A link to a file that is gone is listed too, so that it is not passed over.
+    """
+    return sorted(file for file in folder.iterdir() if not file.is_dir() and not is_hidden(file.name))
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is one that people do not see: ._case.nii.gz and __MACOSX are left by macOS."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def other_formats(folder: Path) -> str:
+    """Return what files a folder has in place of images, in brackets and after a space, or an empty string."""
+    endings = sorted({file.suffix or file.name for file in visible_files(folder)})
+    return f" (only files in {' and '.join(endings[:5])})" if endings else ""
 
 
 def visible_below(folder: Path) -> list[Path]:
@@ -74,7 +88,7 @@ def visible_below(folder: Path) -> list[Path]:
     A link to a file that is gone is listed too, so that it is not passed over.
     """
     found = (path for path in folder.rglob("*") if not path.is_dir())
-    return sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(folder).parts))
+    return sorted(path for path in found if not any(map(is_hidden, path.relative_to(folder).parts)))
 
 
 def channels_by_case(folder: Path, ending: str) -> tuple[dict[str, dict[int, Path]], list[Path]]:
@@ -128,6 +142,6 @@ def ending_in(folder: Path, flag: str) -> str:
     if len(endings) != 1:
         raise UserError(
             f"{folder} must hold images of one format ({', '.join(IMAGE_ENDINGS)}), but has "
-            f"{' and '.join(sorted(endings)) or 'none'}: check {flag}."
+            f"{' and '.join(sorted(endings)) or f'none{other_formats(folder)}'}: check {flag}."
         )
     return endings.pop()

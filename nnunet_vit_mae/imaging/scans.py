@@ -8,7 +8,7 @@ from pathlib import Path
 import SimpleITK as sitk
 
 from nnunet_vit_mae.errors import UserError, reader_reason
-from nnunet_vit_mae.imaging.channels import NIFTI, case_and_channel, without_ending
+from nnunet_vit_mae.imaging.channels import NIFTI, case_and_channel, is_hidden, other_formats, without_ending
 from nnunet_vit_mae.imaging.dicom import SeriesError, find_series, read_series
 from nnunet_vit_mae.imaging.volumes import (
     NOT_FINITE,
@@ -61,7 +61,8 @@ def find_scans(images: Path, labels: Path | None) -> list[Scan]:
         channels[number] = path
     if not scans:
         raise UserError(
-            f"There are no scans in {images}: put NIfTI, NRRD or MHA files there, or one folder of DICOM files each."
+            f"There are no scans in {images}{other_formats(images)}: put NIfTI, NRRD or MHA files there, or one folder "
+            "of DICOM files each."
         )
     label_of = {_stem(path): path for path in _entries(labels, folders=False)} if labels else {}
     if unknown := sorted(set(label_of) - set(scans)):
@@ -116,7 +117,7 @@ def checked_volume(image: sitk.Image, name: str) -> sitk.Image:
 def _entries(folder: Path, *, folders: bool) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give the folder of the scans.")
-    visible = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    visible = [path for path in sorted(folder.iterdir()) if not is_hidden(path.name)]
     return [path for path in visible if (folders and path.is_dir()) or path.name.lower().endswith(SCAN_ENDINGS)]
 
 

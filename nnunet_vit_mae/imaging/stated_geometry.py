@@ -43,7 +43,10 @@ def spacing_problem(file: Path) -> str | None:
 
 def _problem(file: Path, name: str) -> str | None:
     if name.endswith(NIFTI):
-        spacing = np.asarray(read_nifti_header(file)["pixdim"][1:4], float)
+        header = read_nifti_header(file)
+        if isinstance(header, nibabel.Nifti2Header):
+            return "is NIfTI-2, which SimpleITK does not read: save it as NIfTI-1"
+        spacing = np.asarray(header["pixdim"][1:4], float)
         if np.isfinite(spacing).all() and (spacing > 0).all():
             return None
         return f"states a spacing of {' '.join(f'{value:g}' for value in spacing)}: write the true one into its header"

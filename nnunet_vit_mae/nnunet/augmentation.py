@@ -59,6 +59,18 @@ class SegmentationBatch:
     resolutions: list[Tensor] | None = None  # the segmentation, fine to coarse, with deep supervision
 
 
+def repeatable(transform: ComposeTransforms) -> ComposeTransforms:
+    """Return nnU-Net's augmentation without its stopwatch, so that random seeds alone decide the result.
+
+    nnU-Net measures which of two ways of blurring is the faster one, and they round differently.
+    """
+    for part in transform.transforms:
+        step = part.transform if isinstance(part, RandomTransform) else part
+        if isinstance(step, GaussianBlurTransform):
+            step.benchmark = False
+    return transform
+
+
 class BatchAugmentation:
     """Augment a batch as nnU-Net's `transform` augments each sample, and keep absent contrasts absent.
 

@@ -94,7 +94,7 @@ def _case(plan: Plan, classes: Classes, files: Sequence[Path]) -> CalibrationCas
 
 
 def _probabilities_in(folder: Path) -> list[Path]:
-    if not (files := sorted(folder.glob("*.npz"))):
+    if not (files := sorted(folder.glob("[!.]*.npz"))):
         raise UserError(
             f"There are no probabilities in {folder}: train with --npz, or predict with --save_probabilities."
         )

@@ -18,7 +18,7 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.checkerboard import FeatureMap, checkerboard, feature_maps, inner
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.nnunet.folds import labelled_cases, split_of
-from nnunet_vit_mae.nnunet.models import Model
+from nnunet_vit_mae.nnunet.models import Model, refuse_damaged_weights
 from nnunet_vit_mae.nnunet.plans import Plan
 from nnunet_vit_mae.nnunet.trainers import (
     nnUNetTrainerAMAE,
@@ -28,7 +28,7 @@ from nnunet_vit_mae.nnunet.trainers import (
 )
 from nnunet_vit_mae.pickles import read_properties, read_trained
 from nnunet_vit_mae.plots import Features, plot_features
-from nnunet_vit_mae.pretraining.volumes import open_volume
+from nnunet_vit_mae.pretraining.volumes import open_volume, volume_problem
 
 TRAINERS = {
     trainer.__name__: trainer
@@ -103,6 +103,7 @@ def load_segmenter(model: Model) -> Segmenter:
     channels = determine_num_input_channels(plan.plans, plan.configuration, plan.dataset_json)
     classes = plan.plans.get_label_manager(plan.dataset_json).num_segmentation_heads
     network = TRAINERS[model.trainer].build_network_architecture(plan.plans, plan.configuration, channels, classes)
+    refuse_damaged_weights(model)
     weights = read_trained(model.files[0])["network_weights"]
     try:
         network.load_state_dict(weights)
@@ -123,7 +124,10 @@ def read_patch(plan: Plan, case: str) -> Patch:
         raise UserError(
             f"There is no preprocessed case {case} in {plan.preprocessed_folder} (it has {examples}): check --case."
         )
-    volume = open_volume(plan.preprocessed_folder / f"{case}.b2nd")
+    file = plan.preprocessed_folder / f"{case}.b2nd"
+    if problem := volume_problem(file, len(plan.channel_names)):
+        raise UserError(f"{file} {problem}: run nnUNetv2_preprocess -d {plan.dataset.id} -c {plan.name} again.")
+    volume = open_volume(file)
     properties = read_properties(plan.preprocessed_folder / f"{case}.pkl")
     sides = volume.shape[1:]
     centre = _foreground_centre(properties) or [side // 2 for side in sides]

@@ -11,7 +11,7 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
 from nnunet_vit_mae.datasets.split.files import PREPROCESSED_LABELS
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, did_you_mean
 
 DIGITS = 9  # of the longest number that is looked for; nnU-Net's have three
 
@@ -68,8 +68,10 @@ def find_dataset(id_or_name: str) -> Dataset:
     if not re.fullmatch(r"Dataset[0-9]{3,}_[^/\\]+", name):
         raise UserError(f"-d {name} is not the name of a dataset: give one such as Dataset501_Name, or its number.")
     if not any((root / name).is_dir() for root in (raw, preprocessed, results)):  # results: of a model from elsewhere
+        known = {folder.name for root in (raw, preprocessed, results) for folder in root.glob("Dataset*")}
         raise UserError(
-            f"There is no dataset {name} in {raw}, {preprocessed} or {results}: check -d and nnU-Net's variables."
+            f"There is no dataset {name} in {raw}, {preprocessed} or {results}{did_you_mean(name, known)}: "
+            "check -d and nnU-Net's variables."
         )
     return Dataset(name, raw / name, preprocessed / name, results / name)
 

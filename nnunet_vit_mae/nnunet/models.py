@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, abbreviated, did_you_mean
 from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.nnunet.checked_plans import read_plans
 from nnunet_vit_mae.nnunet.folders import Dataset
 from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade
+from nnunet_vit_mae.pickles import read_trained
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,15 @@ class Model:
         return ["nnUNetv2_predict", "-i", str(images), "-o", str(output), *self.flags, *chosen]
 
 
+def refuse_damaged_weights(model: Model) -> None:
+    """Raise `UserError` for a checkpoint that is damaged or holds NaN, which would segment without a complaint."""
+    for file in model.files:
+        weights = read_trained(file, mmap=True)["network_weights"]
+        bad = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
+        if bad:
+            raise UserError(f"{file} has NaN or Inf in {abbreviated(bad)}: train again, or name another checkpoint.")
+
+
 def model_folder(dataset: Dataset, trainer: str, plans_name: str, configuration: str) -> Path:
     """Return where nnU-Net keeps a model, whether it exists or not."""
     return dataset.results / f"{trainer}__{plans_name}__{configuration}"
@@ -62,8 +72,10 @@ def find_model(
     for fold in folds:
         file = folder / f"fold_{fold}" / checkpoint
         if not file.is_file():
+            others = [other.name for other in dataset.results.glob("*__*__*")] if not folder.is_dir() else []
             raise UserError(
-                f"There is no checkpoint {file}: run nnUNetv2_train {dataset.id} {configuration} {fold} "
+                f"There is no checkpoint {file}{did_you_mean(folder.name, others)}: "
+                f"run nnUNetv2_train {dataset.id} {configuration} {fold} "
                 f"-p {plans_name} -tr {trainer} first, or name another file of that folder with -chk."
             )
     description = read_description(folder / DESCRIPTION)

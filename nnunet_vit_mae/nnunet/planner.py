@@ -16,9 +16,10 @@ import numpy as np
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.ct_clipping import clipping_warning, loses_soft_tissue
 from nnunet_vit_mae.networks.memory import finetuning_memory, pretraining_memory
+from nnunet_vit_mae.nnunet.capacity import LARGEST_DEVICE, refuse_step_beyond
 from nnunet_vit_mae.nnunet.encoders import Start, find_encoder
 from nnunet_vit_mae.nnunet.plans import Plan, build_unet, changed, destination, settings_of
-from nnunet_vit_mae.planning import GB, TOKEN_BUDGET, Memory, fit_to_memory, in_gb
+from nnunet_vit_mae.planning import GB, TOKEN_BUDGET, Memory, fit_to_memory, in_gb, refuse_useless_masks
 from nnunet_vit_mae.presets import DECODERS, UPSAMPLINGS, Network, Settings, token_grid
 from nnunet_vit_mae.pretraining.volumes import open_volume
 from nnunet_vit_mae.transfer import adapt_encoder
@@ -73,8 +74,23 @@ def choose_settings(
             target=max(0, int(memory_target * GB) - RESERVED),
             estimate=estimate,
         )
+    if not fitted.encoder.file:
+        refuse_useless_masks(fitted.network, fitted.pretraining, source.patch_size)
+    _refuse_impossible(source, fitted, estimate)
     choices = _explain(source, fitted, settings, origins, estimate(fitted)) + choices
     return fitted, choices + [Choice("", "", warning) for warning in clipping_warnings(source)]
+
+
+def _refuse_impossible(source: Plan, settings: Settings, estimate: Callable[[Settings], Memory]) -> None:
+    """Raise `UserError` for plans whose training step no device can hold."""
+    for section in ("finetuning", "pretraining"):
+        refuse_step_beyond(
+            LARGEST_DEVICE,
+            "no device",
+            shape=(getattr(settings, section).batch_size, len(source.channel_names), *source.patch_size),
+            estimate=lambda section=section: getattr(estimate(settings), section),
+            advice=f"correct patch_size in {source.plans.plans_name}, or give a smaller batch",
+        )
 
 
 def clipping_warnings(plan: Plan) -> list[str]:
@@ -95,7 +111,7 @@ def clipping_warnings(plan: Plan) -> list[str]:
 
 
 def _share_below(plan: Plan, channel: int, lowest: float) -> float | None:
-    files = [file for file in plan.preprocessed_folder.glob("*.b2nd") if not file.name.endswith("_seg.b2nd")]
+    files = [file for file in plan.preprocessed_folder.glob("[!.]*.b2nd") if not file.name.endswith("_seg.b2nd")]
     shares = [(open_volume(file)[channel] <= lowest + 1e-3).mean() for file in sorted(files)[:FEW_CASES]]
     return float(np.mean(shares)) if shares else None
 

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from nnunet_vit_mae.imaging.channels import channels_by_case
 from nnunet_vit_mae.imaging.volumes import read_geometry, read_image, refuse_large
 from nnunet_vit_mae.installation import trainers_folder
 from nnunet_vit_mae.limits import too_many_voxels
-from nnunet_vit_mae.nnunet.models import Model
+from nnunet_vit_mae.nnunet.models import Model, refuse_damaged_weights
 from nnunet_vit_mae.nnunet.plans import Plan
 from nnunet_vit_mae.pickles import read_trained
 
@@ -81,6 +82,7 @@ def predict_cases(
         _remove_if_cut_off(output / f"{case}{endings[0]}")
     if all((output / f"{case}{ending}").is_file() for case in cases for ending in endings):
         return
+    refuse_damaged_weights(model)
     shutil.rmtree(links, ignore_errors=True)
     links.mkdir(parents=True)
     images_of = {case.name: case.images for case in find_prediction_cases(model.plan, images)}
@@ -133,6 +135,8 @@ def read_probabilities(file: Path, outputs: int) -> np.ndarray:
         UserError: If the file is damaged, or has another number of outputs or more voxels than the limit.
     """
     try:
+        if not zipfile.is_zipfile(file):  # numpy's own object for such a file complains once more when it is deleted
+            raise ValueError("it is no zip file")
         with file.open("rb") as content, np.load(content, allow_pickle=False) as stored:
             with stored.zip.open("probabilities.npy") as stream:  # before all of it is read
                 version = np.lib.format.read_magic(stream)
@@ -165,9 +169,7 @@ def _run(command: Sequence[str], expected: Sequence[Path], log: Path) -> None:
     with log.open("a", encoding="utf-8") as stream, tqdm(total=len(expected), unit="case", desc="predicting") as bar:
         stream.write(f"$ {shlex.join(command)}\n")
         stream.flush()
-        with guarded(
-            [program, *command[1:]], seconds=5.0, env=_environment(), stdout=stream, stderr=stream
-        ) as process:
+        with guarded([program, *command[1:]], seconds=5.0, env=_environment(), stdout=stream, stderr=stream) as process:
             while _is_running(process):
                 if new := count() - bar.n:  # in the log of a job, each update is a line
                     bar.update(new)

@@ -117,6 +117,8 @@ def _preprocess_files(plan: Plan, case: str, files: list[Path]) -> str | None:
     volume, properties = plan.plans.image_reader_writer_class().read_images([str(file) for file in files])
     if volume.shape[0] != len(plan.channel_names):
         return f"has {volume.shape[0]} channels in its files, but dataset.json has {len(plan.channel_names)}"
+    if sum(side > 1 for side in volume.shape[1:]) < 2:
+        return f"has {' x '.join(map(str, volume.shape[1:]))} voxels (z y x), which are neither a volume nor a slice"
     if problem := resampled_problem(plan, volume.shape[1:], properties["spacing"]):
         return problem
     if not all(all_finite(channel, file) for channel, file in zip(volume, files, strict=True)):
@@ -157,6 +159,8 @@ def _output_file(plan: Plan, case: str) -> Path:
 def _is_done(plan: Plan, case: str, files: list[Path]) -> bool:
     """Whether a case has a preprocessed file that is newer than its images."""
     output = _output_file(plan, case)
+    if not all(file.is_file() for file in files) or _find_channel_problem(plan, files):
+        return False  # a link to nothing, or a channel that was removed: to be reported
     return output.is_file() and output.stat().st_mtime >= max(file.stat().st_mtime for file in files)
 
 

@@ -65,7 +65,6 @@ def pretrain(
     fold: str,
     *,
     change: Callable[[Pretraining], Pretraining],
-    seed: int,
     machine: Machine,
     resume: bool,
     adaptive: bool = False,
@@ -93,7 +92,6 @@ def pretrain(
         spacing=tuple(map(float, plan.configuration.spacing)),
         network=settings.network,
         protocol=change(settings.pretraining),
-        seed=seed,
     )
     parts = machine.all_processes
     if job.protocol.reads % parts:
@@ -107,7 +105,7 @@ def pretrain(
     _refuse_damaged(plan, cases)
     file = encoder_file(plan.dataset.results, plan.plans.plans_name, plan.name, fold)
     if not machine.cache_bytes:
-        refuse_without_shared_memory(machine.local_processes * machine.readers_of_each, _batch_bytes(job, machine, 4))
+        refuse_without_shared_memory(_ready_batches(machine), _batch_bytes(job, machine, 4))
     with _cache(job, machine) if machine.cache_bytes else nullcontext() as cache:
         task = partial(
             _make_encoder, replace(job, cache=cache), partial(_card, plan, fold, job, cases), file, resume=resume,
@@ -153,8 +151,12 @@ def _refuse_damaged(plan: Plan, cases: list[PreprocessedCase]) -> None:
 def _cache(job: PretrainingRun, machine: Machine) -> Cache:
     """Make a cache that leaves room in shared memory for the batches that readers have ready."""
     copies = distributed.local_process_count()  # torchrun's processes have no common memory
-    ready = machine.local_processes * machine.readers_of_each * READY_BATCHES * _batch_bytes(job, machine, ITEM)
-    return Cache(job.files, machine.cache_bytes, copies=copies, spare=ready)
+    spare = _ready_batches(machine) * _batch_bytes(job, machine, ITEM)
+    return Cache(job.files, machine.cache_bytes, copies=copies, spare=spare)
+
+
+def _ready_batches(machine: Machine) -> int:
+    return machine.local_processes * machine.readers_of_each * READY_BATCHES
 
 
 def _batch_bytes(job: PretrainingRun, machine: Machine, voxel_bytes: int) -> int:
@@ -200,7 +202,7 @@ def _card(plan: Plan, fold: str, job: PretrainingRun, cases: list[PreprocessedCa
         steps=job.steps,
         loss=result.losses[-1],
         pretraining=to_json_types(job.protocol),
-        seed=job.seed,
+        seed=job.protocol.seed,
         data_licence=plan.licence,
         packages=package_versions(),
         network=job.network.encoder_settings,

@@ -18,10 +18,11 @@ import pandas as pd
 from tqdm import tqdm
 
 from nnunet_vit_mae.csv_tables import read_frame, write_frame
+from nnunet_vit_mae.entries import read_entries
 from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, read_calibration
 from nnunet_vit_mae.evaluation.clinical import find_cutoffs, group_names, group_of
-from nnunet_vit_mae.files import locked, read_json, write_json
+from nnunet_vit_mae.files import locked, write_json
 from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
 from nnunet_vit_mae.nnunet.calibration import CALIBRATED
 from nnunet_vit_mae.nnunet.models import Model
@@ -70,10 +71,12 @@ def quantify(
 def _quantify(
     model: Model, images: Path, table: Path, part: Part, *, cutoffs: Sequence[float] | None, device: str
 ) -> list[Path]:
-    training, work = read_training_range(model), table.with_name(f"{table.stem}_segmentations")
-    cases = find_prediction_cases(model.plan, images)[part.number :: part.of]
-    identity = model_hash(model)
+    work, identity = table.with_name(f"{table.stem}_segmentations"), model_hash(model)
     _refuse_other_model(work, identity)
+    thresholds_of(model)  # refuses a bad record before anything is predicted
+    cases = find_prediction_cases(model.plan, images)[part.number :: part.of]
+    training = read_training_range(model)
+    write_json({"model": identity}, work / MODEL_NOTE)
     geometries = {case.name: _check_images(model.plan, case) for case in tqdm(cases, unit="case", desc="checking")}
     readable = [name for name, geometry in geometries.items() if isinstance(geometry, Geometry)]
     places = {"links": work / f"images_part{part.number}", "log": work / f"log_part{part.number}.txt"}
@@ -114,12 +117,10 @@ def thresholds_of(model: Model) -> dict[str, float]:
 
 def _refuse_other_model(work: Path, identity: str) -> None:
     note = work / MODEL_NOTE
-    if note.is_file() and read_json(note)["model"] != identity:
+    if note.is_file() and read_entries(dict[str, str], note, "remove that folder").get("model") != identity:
         raise UserError(f"{work} holds segmentations of another model: give another -o, or remove that folder.")
-    if not note.is_file():
-        if work.exists() and any(work.iterdir()):
-            raise UserError(f"{work} is not empty: give another -o, or remove that folder.")
-        write_json({"model": identity}, note)
+    if not note.is_file() and work.exists() and any(work.iterdir()):
+        raise UserError(f"{work} is not empty: give another -o, or remove that folder.")
 
 
 def _check_images(plan: Plan, case: PredictionCase) -> Geometry | str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from torch import distributed as dist
 
 from nnunet_vit_mae.errors import exit_on_user_error
 from nnunet_vit_mae.files import replacing
+from nnunet_vit_mae.pretraining.readers import refuse_without_shared_memory
 from nnunet_vit_mae.signals import forks_follow, stoppable, tell
 
 FINAL, LATEST, BEST = (f"checkpoint_{name}.pth" for name in ("final", "latest", "best"))
@@ -34,6 +38,17 @@ class StoppableTrainer(nnUNetTrainer):
         """Validate as nnU-Net does. A signal ends it with a sentence."""
         with self._stoppable(), forks_follow():
             super().perform_actual_validation(save_probabilities)
+
+    @exit_on_user_error
+    def get_dataloaders(self) -> tuple:
+        """Return nnU-Net's loaders, unless their batches do not fit into shared memory: it would wait for ever."""
+        loaders = get_allowed_n_proc_DA()
+        batches = loaders + max(6, loaders // 2) if loaders else 0  # at work on one, and in nnU-Net's queue
+        processes = dist.get_world_size() if self.is_ddp else 1
+        voxels = math.prod(self.configuration_manager.patch_size)
+        batch = self.batch_size * voxels * (4 * self.num_input_channels + 2)  # float32, and the labels in int16
+        refuse_without_shared_memory(processes * batches, batch, without="nnUNet_n_proc_DA=0")
+        return super().get_dataloaders()
 
     def save_checkpoint(self, filename: str) -> None:
         """Save a checkpoint in place of an earlier one of that name."""

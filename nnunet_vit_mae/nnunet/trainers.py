@@ -6,6 +6,7 @@ prediction from the plans and the trainer's name, so `build_network_architecture
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from functools import partial
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -31,12 +33,13 @@ from nnunet_vit_mae.imaging.description import DESCRIPTION, describe
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.nnunet.absence import keeping_absence
-from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation
+from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation, repeatable
 from nnunet_vit_mae.nnunet.checked_plans import check_plans
 from nnunet_vit_mae.nnunet.checkpoints import refuse_other_network
 from nnunet_vit_mae.nnunet.folders import dataset_id, encoder_file
 from nnunet_vit_mae.nnunet.plans import channel_names, destination, refuse_cascade, schedule_of, settings_for
 from nnunet_vit_mae.nnunet.stopping import StoppableTrainer
+from nnunet_vit_mae.nnunet.watched import WatchedTrainer
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
 from nnunet_vit_mae.pickles import read_trained
 from nnunet_vit_mae.presets import SIZES, EncoderFile, Settings
@@ -47,15 +50,23 @@ CUDA = torch.device("cuda")
 VALIDATION_SHARE = 5  # nnU-Net's own 250 training iterations come with 50 of validation
 
 
-class ScheduledTrainer(StoppableTrainer):
-    """nnU-Net's trainer with the length of its schedule taken from the plans."""
+class ScheduledTrainer(WatchedTrainer, StoppableTrainer):
+    """nnU-Net's trainer with the length of its schedule and a seed from the plans.
+
+    Runs with the same seed are equal to the digit on a CPU where nnU-Net augments in one process
+    (`nnUNet_n_proc_DA=0`), interrupted or not. On a GPU, kernels add in an order of their own.
+    """
 
     # nnU-Net reads the names of these parameters by introspection: any other signature is a KeyError there
     @exit_on_user_error
     def __init__(
         self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
     ) -> None:
-        check_plans(plans, configuration, describe(dataset_json, DESCRIPTION), source="The file of the plans (-p)")
+        planned = check_plans(
+            plans, configuration, describe(dataset_json, DESCRIPTION), source="The file of the plans (-p)"
+        )
+        if nnUNet_preprocessed.is_set():
+            _refuse_bad_fold(Path(str(nnUNet_preprocessed), plans["dataset_name"]), planned.data_identifier, fold)
         super().__init__(plans, configuration, fold, dataset_json, device)
         schedule = schedule_of(self.configuration_manager)
         self.seed = schedule.seed
@@ -67,20 +78,32 @@ class ScheduledTrainer(StoppableTrainer):
     def initialize(self) -> None:
         """Seed all random numbers if the plans say so, then build the network and the rest as nnU-Net does.
 
-        Runs with the same seed are equal where nnU-Net augments in one process (`nnUNet_n_proc_DA=0`). On a CPU they
-        use as many threads as `OMP_NUM_THREADS` says.
+        On a CPU the trainer uses as many threads as `OMP_NUM_THREADS` says.
         """
-        if (
-            self.device.type == "cpu"
-            and (threads := os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]).isdecimal()
-        ):
+        threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+        if self.device.type == "cpu" and threads.isdecimal():
             torch.set_num_threads(int(threads))  # nnUNetv2_train -device cpu has set one for each core
-        if self.seed >= 0:
-            seed = self.seed + self.local_rank  # each GPU draws other samples; DDP takes the weights from the first
-            random.seed(seed)
-            np.random.seed(seed)  # noqa: NPY002 (nnU-Net draws from numpy's global generator)
-            torch.manual_seed(seed)
+        self._seed_random_numbers()
         super().initialize()
+
+    def on_train_epoch_start(self) -> None:
+        """Begin an epoch as nnU-Net does.
+
+        Each epoch has random numbers of its own, so that a run that goes on after an interruption (`--c`) draws what
+        one that was never interrupted draws.
+        """
+        self._seed_random_numbers(self.current_epoch + 1)
+        super().on_train_epoch_start()
+
+    def _seed_random_numbers(self, *place: int) -> None:
+        """Seed all generators, if the plans have a seed, by it, the place in the run, and the process."""
+        if self.seed < 0:
+            return
+        # each GPU draws other samples; DDP takes the weights from the first
+        drawn = np.random.SeedSequence((self.seed, self.local_rank, *place)).generate_state(3)
+        random.seed(int(drawn[0]))
+        np.random.seed(drawn[1])  # noqa: NPY002 (nnU-Net draws from numpy's global generator)
+        torch.manual_seed(int(drawn[2]))
 
     @exit_on_user_error
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
@@ -90,23 +113,33 @@ class ScheduledTrainer(StoppableTrainer):
 
     @exit_on_user_error
     def get_tr_and_val_datasets(self) -> tuple:
-        """Return nnU-Net's datasets, and log a warning when cases of one patient are in both.
-
-        nnU-Net takes whatever `splits_final.json` holds, and splits at random where it has no such fold; here the
-        fold is checked as for pre-training.
-        """
-        folder = Path(self.preprocessed_dataset_folder_base)
-        if self.fold != "all" and (folder / SPLITS).is_file():
-            cases = nnUNetDatasetBlosc2.get_identifiers(self.preprocessed_dataset_folder)
-            read_fold(folder / SPLITS, str(self.fold), cases)
+        """Return nnU-Net's datasets, and log a warning when cases of one patient are in both."""
         training, validation = super().get_tr_and_val_datasets()
+        folder = Path(self.preprocessed_dataset_folder_base)
         if self.fold != "all" and (warning := separation_warning(folder, training.identifiers, validation.identifiers)):
             self.print_to_log_file(f"WARNING: {warning}")
         return training, validation
 
+    def get_training_transforms(self, *args: Any, **kwargs: Any) -> ComposeTransforms:
+        """Return nnU-Net's augmentation; with a seed, one that repeats."""
+        transform = cast(ComposeTransforms, nnUNetTrainer.get_training_transforms(*args, **kwargs))
+        return repeatable(transform) if self.seed >= 0 else transform
+
 
 class nnUNetTrainerBaseline(ScheduledTrainer):  # noqa: N801 (the names that users type follow nnU-Net)
     """nnU-Net's U-Net with as many steps as the ViT gets, and nothing else changed: the fair comparison."""
+
+    norm_name = "gradient norm (clipped to 12)"
+
+    def configure_optimizers(self) -> tuple:
+        """Return nnU-Net's optimizer, which notes the norm of its gradients, and its schedule."""
+        optimizer, schedule = super().configure_optimizers()
+        optimizer.register_step_pre_hook(self._note_norm)  # not called where nnU-Net's fp16 skips a step
+        return optimizer, schedule
+
+    def _note_norm(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.norms.append(nn.utils.clip_grad_norm_(parameters, math.inf))  # infinity leaves them as they are
 
 
 class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
@@ -187,7 +220,7 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
 
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
         """Return nnU-Net's augmentation, or nothing where `train_step` does it; absent contrasts stay zero."""
-        transform = nnUNetTrainer.get_training_transforms(*args, **kwargs)
+        transform = super().get_training_transforms(*args, **kwargs)
         dropout = self.settings.finetuning.contrast_dropout
         if self.settings.finetuning.augmentation == "loader":
             return keeping_absence(transform, dropout=dropout)
@@ -221,7 +254,7 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
         self.steps_done = 0
         super().on_train_epoch_start()
 
-    def train_step(self, batch: dict) -> dict:
+    def take_step(self, batch: dict) -> dict:
         """Take nnU-Net's step with the plans' gradient clipping, and without its fp16."""
         self.lr_scheduler.step(self.current_epoch, self.steps_done)
         self.steps_done += 1
@@ -232,7 +265,7 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
         loss = self.loss(self.network(volume), target)
         loss.backward()
         moving = [p for group in self.optimizer.param_groups if group["lr"] > 0 for p in group["params"]]
-        nn.utils.clip_grad_norm_(moving, self.settings.finetuning.gradient_clip)
+        self.norms.append(nn.utils.clip_grad_norm_(moving, self.settings.finetuning.gradient_clip))
         self.optimizer.step()
         return {"loss": loss.detach().cpu().numpy()}
 
@@ -357,6 +390,16 @@ class nnUNetTrainerAMAEScratch(nnUNetTrainerViTScratch):  # noqa: N801
     """The adaptive UNETR from random weights."""
 
     adaptive = True
+
+
+def _refuse_bad_fold(folder: Path, data_identifier: str, fold: int | str) -> None:
+    """Raise `UserError` as pre-training does for a fold that cannot be trained on.
+
+    nnU-Net takes whatever `splits_final.json` holds, and splits at random where it has no such fold.
+    """
+    if fold != "all" and (folder / SPLITS).is_file() and (folder / data_identifier).is_dir():
+        cases = nnUNetDatasetBlosc2.get_identifiers(str(folder / data_identifier))
+        read_fold(folder / SPLITS, str(fold), cases)
 
 
 def _unchanged(encoder: EncoderFile) -> Path:

@@ -56,13 +56,13 @@ def read_training_range(model: Model) -> TrainingRange:
     Without the volumes, which nnU-Net's own archives lack, the log says what is left out. Raises `UserError` if the
     spacings are missing, or for files of another model.
     """
+    spacings = read_entries(Fingerprint, fingerprint_file(model), "run nnUNetv2_extract_fingerprint again").spacings
     volumes = read_training_volumes(model)
     if not volumes:
         logger.warning(
             "The volumes of the training cases are not known here: volumes are not compared with them, and there are "
             "no risk groups without --cutoffs. An archive of mae3d_export holds them."
         )
-    spacings = read_entries(Fingerprint, fingerprint_file(model), "run nnUNetv2_extract_fingerprint again").spacings
     arrays = {label: np.array(values, float) for label, values in volumes.items()}
     return TrainingRange(np.sort(np.array(spacings, float), axis=1), arrays)
 

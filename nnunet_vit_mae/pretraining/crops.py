@@ -1,7 +1,7 @@
 """Random crops of preprocessed volumes, read directly from nnU-Net's `.b2nd` files.
 
-Only the blocks under a crop are decompressed; no segmentation is read and no enlarged crop is cut, since masked
-autoencoding needs shifts and flips but no rotation. There is no intensity noise: norm-pix would make it the target.
+Only the blocks under a crop are decompressed; no segmentation is read and no enlarged crop is cut: where crops are
+rotated, their corners are empty and take no part. There is no intensity noise: norm-pix would make it the target.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from nnunet_vit_mae.networks.adaptive import present_contrasts, split_contrasts
 from nnunet_vit_mae.networks.masking import Masking, Masks, background_tokens
 from nnunet_vit_mae.networks.tokenizer import grid_of
 from nnunet_vit_mae.presets import token_grid
+from nnunet_vit_mae.pretraining.affines import AffineDrawing, moved, tokens_reached
 from nnunet_vit_mae.pretraining.volumes import Cache, open_volume
 
 REGION = 1.5  # sides of what is read for several crops, in sides of one: they differ, and share most of their blocks
@@ -47,12 +48,15 @@ class CropBatch(NamedTuple):
     flips: Bool[Tensor, "b 3"]  # along z y x
     masks: Masks  # of the flipped crops
     present: list[list[int]]  # of each crop
+    affines: Float[Tensor, "b 3 3"] | None = None  # of the flipped crops; None: they are neither rotated nor scaled
 
     def samples(self, device: torch.device) -> Samples:
-        """Flip the crops on the device, and repeat them for each of their masks."""
+        """Flip, rotate and scale the crops on the device, and repeat them for each of their masks."""
         crops, flips = self.crops.to(device, non_blocking=True), self.flips.to(device, non_blocking=True)
         for axis in range(3):
             crops = torch.where(flips[:, axis, None, None, None, None], crops.flip(2 + axis), crops)
+        if self.affines is not None:
+            crops = moved(crops.float(), self.affines)
         repeats = len(self.present) // len(crops)
         volume = (crops.repeat_interleave(repeats, dim=0) if repeats > 1 else crops).float()
         return Samples(volume, self.masks.to(device), self.present)
@@ -78,18 +82,20 @@ class MaskDrawing:
         inside: Int[Tensor, "b 3 2"],
         flips: Bool[Tensor, "b 3"],
         noise: Float[Tensor, "b masks n"],
+        affines: Float[Tensor, "b 3 3"] | None = None,
     ) -> tuple[Masks, list[list[int]]]:
-        """Draw the masks of crops as they are after their flips, and say which channels each sample has.
+        """Draw the masks of crops as they are where the network trains, and say which channels each sample has.
 
         Args:
             crops: Crops before their flips.
             inside: First voxel along z y x that lies in the volume, and the first one behind it that does not.
             flips: Axes to flip.
             noise: Random numbers for each mask.
+            affines: How they are rotated and scaled then.
         """
         channels, repeats, noise = crops.shape[1], noise.shape[1], noise.flatten(0, 1)
         present = [list(range(channels))] * len(noise)
-        taking_part = self._taking_part(crops, inside, flips)
+        taking_part = self._taking_part(crops, inside, flips, affines)
         if taking_part is not None:
             taking_part = taking_part.repeat_interleave(repeats, dim=0)
         if self.adaptive:
@@ -100,16 +106,20 @@ class MaskDrawing:
         return self.masking.draw(noise, taking_part), present
 
     def _taking_part(
-        self, crops: Float[Tensor, "b c z y x"], inside: Int[Tensor, "b 3 2"], flips: Bool[Tensor, "b 3"]
+        self,
+        crops: Float[Tensor, "b c z y x"],
+        inside: Int[Tensor, "b 3 2"],
+        flips: Bool[Tensor, "b 3"],
+        affines: Float[Tensor, "b 3 3"] | None,
     ) -> Bool[Tensor, "b n"] | None:
-        """Return which tokens of the flipped crops are shown or hidden at all; None: all of them.
+        """Return which tokens of the flipped and moved crops are shown or hidden at all; None: all of them.
 
         Tokens wholly outside of the volume never are: they would teach where the padding is.
         """
         patch = torch.tensor(crops.shape[2:])
         sequences = crops.shape[1] if self.adaptive else 1
         found = None
-        if (inside[..., 0] > 0).any() or (inside[..., 1] < patch).any():
+        if affines is not None or (inside[..., 0] > 0).any() or (inside[..., 1] < patch).any():
             start = torch.where(flips, patch - inside[..., 1], inside[..., 0])
             stop = torch.where(flips, patch - inside[..., 0], inside[..., 1])
             z, y, x = (
@@ -117,9 +127,15 @@ class MaskDrawing:
                 & ((torch.arange(tokens) + 1) * side > start[:, axis, None])
                 for axis, (tokens, side) in enumerate(zip(grid_of(crops, self.token), self.token, strict=True))
             )
-            found = (z[:, :, None, None] & y[:, None, :, None] & x[:, None, None, :]).flatten(1).repeat(1, sequences)
+            found = (z[:, :, None, None] & y[:, None, :, None] & x[:, None, None, :]).flatten(1)
+            if affines is not None:
+                bounds = torch.stack([start, stop], dim=-1)
+                found = tokens_reached(found, affines, bounds, patch.tolist(), self.token)
+            found = found.repeat(1, sequences)
         if self.skip_background:
             flipped = torch.stack([crop.flip(_axes(flip)) for crop, flip in zip(crops, flips, strict=True)]).float()
+            if affines is not None:
+                flipped = moved(flipped, affines)
             images = flipped.flatten(0, 1)[:, None] if self.adaptive else flipped
             content = ~background_tokens(images, self.token).unflatten(0, (len(crops), sequences)).flatten(1)
             found = content if found is None else found & content
@@ -143,6 +159,7 @@ class RandomCrops(Dataset):
         drawing: How masks are drawn.
         seed: Random seed of the order, the crops and the masks.
         crops_per_volume: Crops that are cut from what is read of a volume at once.
+        affines: How crops are rotated and scaled, with random numbers of their own; None: not at all.
     """
 
     def __init__(
@@ -154,14 +171,15 @@ class RandomCrops(Dataset):
         cache: Cache | None = None,
         *,
         crops_per_volume: int = 1,
+        affines: AffineDrawing | None = None,
     ):
         self.files, self.patch_size, self.drawing, self.seed = list(files), tuple(patch_size), drawing, seed
         self.cache = cache
-        self.crops_per_volume = crops_per_volume
+        self.crops_per_volume, self.affines = crops_per_volume, affines
         self._pass, self._order = -1, np.empty(0, dtype=int)
 
     def __getitem__(self, reads: Sequence[int]) -> CropBatch:
-        crops, inside, flips, noise = [], [], [], []
+        crops, inside, flips, noise, maps = [], [], [], [], []
         for read in reads:
             random = np.random.default_rng((self.seed, 1, read))
             volume = self._volume(self.file_of(read), random)
@@ -172,11 +190,17 @@ class RandomCrops(Dataset):
                 flips.append(random.random(3) < 0.5)
                 size = self.drawing.noise_size(self.patch_size, volume.shape[0])
                 noise.append(random.random((self.drawing.masks_per_crop, size), dtype=np.float32))
+            if self.affines is not None:
+                own = np.random.default_rng((self.seed, 2, read))
+                maps += [self.affines.draw(own) for _ in range(self.crops_per_volume)]
         dtype = np.float32 if self.cache is None else np.float16
         stacked = np.stack(crops, dtype=dtype, casting="same_kind")  # the only copy of cached crops, which are views
         batch, flipped = torch.from_numpy(stacked), torch.from_numpy(np.stack(flips))
-        masks, present = self.drawing.draw(batch, torch.tensor(inside), flipped, torch.from_numpy(np.stack(noise)))
-        return CropBatch(batch, flipped, masks, present)
+        affines = torch.from_numpy(np.stack(maps)).float() if maps else None
+        masks, present = self.drawing.draw(
+            batch, torch.tensor(inside), flipped, torch.from_numpy(np.stack(noise)), affines
+        )
+        return CropBatch(batch, flipped, masks, present, affines)
 
     def file_of(self, read: int) -> Path:
         """Return the file that a read is of."""
@@ -203,8 +227,11 @@ class ConsecutiveBatches(Sampler[list[int]]):
         self.rank, self.processes = rank, processes
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.first, self.last):
-            yield list(range(step * self.reads + self.rank, (step + 1) * self.reads, self.processes))
+        return map(self.of, range(self.first, self.last))
+
+    def of(self, step: int) -> list[int]:
+        """Return the reads of a step."""
+        return list(range(step * self.reads + self.rank, (step + 1) * self.reads, self.processes))
 
     def __len__(self) -> int:
         return self.last - self.first

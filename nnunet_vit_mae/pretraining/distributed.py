@@ -120,6 +120,15 @@ def from_rank_0(function: Callable[[], R]) -> R:
     return outcome[0]
 
 
+def gathered(value: R) -> list[R]:
+    """Return the (picklable) values of all processes, in the order of their ranks."""
+    if not _is_joint():
+        return [value]
+    values: list = [None] * process_count()
+    distributed.all_gather_object(values, value)
+    return values
+
+
 def synchronised(network: nn.Module) -> nn.Module:
     """Wrap the network so that its gradients are averaged over the processes in each backward pass."""
     return nn.parallel.DistributedDataParallel(network) if _is_joint() else network

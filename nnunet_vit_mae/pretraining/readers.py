@@ -20,7 +20,7 @@ from nnunet_vit_mae.signals import end_children, follow_parent, held
 
 READY_BATCHES = 2  # that each reader prepares, as torch has it
 READER_SECONDS = 600.0  # within which some reader has to give a batch
-NO_ROOM = "enlarge it (docker run --shm-size, for instance), or read without other processes (-np 0)"
+NO_ROOM = "enlarge it (docker run --shm-size, for instance), or read without other processes"
 
 
 class _Shared(Dataset):
@@ -67,14 +67,17 @@ def read_batches(
         end_children(set(active_children()) - others)
 
 
-def refuse_without_shared_memory(readers: int, batch_bytes: int) -> None:
-    """Raise `UserError` if the batches that readers have ready do not fit into shared memory."""
-    needed = (READY_BATCHES * readers + 1) * batch_bytes if readers else 0
+def refuse_without_shared_memory(batches: int, batch_bytes: int, without: str = "-np 0") -> None:
+    """Raise `UserError` if the batches that readers have ready do not fit into shared memory.
+
+    `without` is the setting that reads without other processes.
+    """
+    needed = batches * batch_bytes
     usage = shutil.disk_usage(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else None
     if usage and needed > usage.free:
         raise UserError(
-            f"The batches that {readers} readers have ready need {needed / 1e6:.3g} MB of shared memory, but "
-            f"{SHARED_MEMORY} has {usage.free / 1e6:.3g} MB free: {NO_ROOM}, or use fewer of them."
+            f"The {batches} batches that readers have ready need {needed / 1e6:.3g} MB of shared memory, but "
+            f"{SHARED_MEMORY} has {usage.free / 1e6:.3g} MB free: {NO_ROOM} ({without})."
         )
 
 
@@ -86,7 +89,7 @@ def _start_reader(_: int) -> None:
 def _reason(message: str) -> UserError | None:
     """Return what a message of torch about its readers means; None for an error of another kind."""
     if re.search("shared memory|Bus error", message):
-        return UserError(f"The shared memory {SHARED_MEMORY} is full: {NO_ROOM}.")
+        return UserError(f"The shared memory {SHARED_MEMORY} is full: {NO_ROOM} (-np 0).")
     if "timed out after" in message:
         return UserError(
             f"No reader has given a batch of crops for {math.ceil(READER_SECONDS / 60)} minutes: look whether the disk "

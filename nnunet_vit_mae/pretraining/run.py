@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from nnunet_vit_mae.divergence import divergence, first_bad_step, has_exploded
 from nnunet_vit_mae.entries import read_entries
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, WriteError
 from nnunet_vit_mae.files import remove_unfinished, write_json
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import Autoencoder, build_autoencoder
@@ -34,7 +36,8 @@ from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, war
 from nnunet_vit_mae.plots import plot_contrasts, plot_progress, plot_views
 from nnunet_vit_mae.presets import PRETRAINING_DECODERS, Network, Pretraining, to_json_types, token_grid
 from nnunet_vit_mae.pretraining import distributed
-from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, CropBatch, MaskDrawing, RandomCrops, Samples
+from nnunet_vit_mae.pretraining.affines import SHARE, AffineDrawing
+from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, MaskDrawing, RandomCrops, Samples
 from nnunet_vit_mae.pretraining.pictures import rebuild
 from nnunet_vit_mae.pretraining.readers import read_batches
 from nnunet_vit_mae.pretraining.saved_state import STATE, read_state, save_state
@@ -46,6 +49,7 @@ logger = logging.getLogger(__name__)
 PICTURES = 20  # over a whole run
 SAVE_EVERY_SECONDS = 120.0  # and after the last epoch
 SAVING_SHARE = 0.05  # of the time may go into saving more often than that
+LOOK_EVERY_STEPS = 100  # at the losses, which stay on the device until then; and before each save
 TINY_LR, LARGE_LR = 1e-5, 5e-3
 
 
@@ -59,7 +63,6 @@ class PretrainingRun:
     spacing: tuple[float, ...]  # mm, z y x; for pictures
     network: Network
     protocol: Pretraining
-    seed: int
     cache: Cache | None = None
 
     @property
@@ -72,6 +75,14 @@ class PretrainingRun:
             skip_background=self.protocol.skip_background,
             masks_per_crop=self.protocol.masks_per_crop,
         )
+
+    @property
+    def affines(self) -> AffineDrawing | None:
+        """How crops are rotated and scaled, if they are."""
+        rotation, scaling = self.protocol.rotation, self.protocol.scaling
+        if not rotation and scaling == (1.0, 1.0):
+            return None
+        return AffineDrawing(rotation=rotation, scaling=scaling, spacing=self.spacing)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -96,7 +107,6 @@ class PretrainingRun:
             "spacing": list(self.spacing),
             "network": to_json_types(self.network),
             "pretraining": to_json_types(self.protocol),
-            "seed": self.seed,
             "half_precision_crops": self.cache is not None,
         }
 
@@ -117,9 +127,9 @@ def run(
     Crops are read by as many processes as `readers` says; with 0, by the loop itself between two steps.
 
     With `resume`, goes on from `state.pt` if there is one. Raises `UserError` when that belongs to a different job, or
-    when the loss is NaN or infinite (the last good state is kept).
+    when the training diverges (the last good state is kept).
     """
-    torch.manual_seed(job.seed)
+    torch.manual_seed(job.protocol.seed)
     network = build_autoencoder(job.network, len(job.channel_names), job.protocol, spacing=job.spacing).to(device)
     groups = parameter_groups(network.named_parameters(), weight_decay=job.protocol.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
@@ -148,9 +158,16 @@ def _train(
     is_first, model = distributed.is_rank_0(), distributed.synchronised(network)
     first_step = len(losses) * job.steps_per_epoch + len(begun)
     crops = RandomCrops(
-        job.files, job.patch_size, job.drawing, job.seed, job.cache, crops_per_volume=job.protocol.crops_per_volume
+        job.files,
+        job.patch_size,
+        job.drawing,
+        job.protocol.seed,
+        job.cache,
+        crops_per_volume=job.protocol.crops_per_volume,
+        affines=job.affines,
     )
-    batches = _batches(job, crops, first_step, device, readers)
+    reads = _reads(job, first_step)
+    batches = read_batches(crops, reads, readers, pin_memory=device.type == "cuda")
     sample = crops[[0]].samples(device).first() if is_first else None
     saved, cost = time.monotonic(), 0.0
     network.train()
@@ -161,19 +178,22 @@ def _train(
     ):
         for epoch in range(len(losses), job.protocol.epochs):
             started, waited = time.monotonic(), 0.0
-            epoch_losses, begun = begun, []
-            for step in range(epoch * job.steps_per_epoch + len(epoch_losses), (epoch + 1) * job.steps_per_epoch):
+            watched, begun = _Watched(job, crops, reads, output, epoch, begun), []
+            for step in range(epoch * job.steps_per_epoch + watched.looked, (epoch + 1) * job.steps_per_epoch):
                 set_learning_rate(optimizer, _learning_rate(job, step))
                 asked = time.monotonic()
                 batch = next(batches)
                 waited += time.monotonic() - asked
-                epoch_losses.append(_step(job, epoch, model, optimizer, batch.samples(device)))
-                if number := distributed.largest(signal()):
-                    save_state(output, network, optimizer, losses, epoch_losses)
+                watched.add(*_step(job, epoch, model, optimizer, batch.samples(device)))
+                number = distributed.largest(signal())
+                if number or len(watched.norms) % LOOK_EVERY_STEPS == 0:
+                    watched.look()
+                if number:
+                    save_state(output, network, optimizer, losses, watched.losses)
                     logger.info("stopped by a signal after step %d of %d", step + 1, job.steps)
                     raise Stopped(number)
                 bar.update()
-            losses.append(_checked_mean(epoch_losses, epoch, output))
+            losses.append(watched.checked_mean(losses))
 
             kind = " (norm-pix)" if job.protocol.norm_pix_in(epoch) else ""
             rate = _learning_rate(job, (epoch + 1) * job.steps_per_epoch - 1)
@@ -181,8 +201,8 @@ def _train(
             speed = job.steps_per_epoch * job.protocol.batch_size / seconds
             bar.set_postfix(loss=f"{losses[-1]:.4f}", samples_per_s=f"{speed:.1f}")
             logger.info(
-                "epoch %d: loss %.6f%s, learning rate %.2e, %.1f s (%.1f%% waiting for crops), %.1f samples/s",
-                epoch + 1, losses[-1], kind, rate, seconds, 100 * waited / seconds, speed,
+                "epoch %d: loss %.6f%s, learning rate %.2e, %.1f s (%.1f%% waiting for crops), %.1f samples/s%s",
+                epoch + 1, losses[-1], kind, rate, seconds, 100 * waited / seconds, speed, watched.norms_in_words,
             )  # fmt: skip
             if sample is None:  # rank 0 alone writes
                 continue
@@ -196,8 +216,8 @@ def _train(
 
 def _step(
     job: PretrainingRun, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, samples: Samples
-) -> Tensor:
-    """Take a step of an epoch on a batch; the loss stays on the device, so that a GPU is not waited for.
+) -> tuple[Tensor, Tensor]:
+    """Take a step of an epoch on a batch; loss and gradient norm stay on the device, so that a GPU is not waited for.
 
     `model` is the network, or what averages its gradients over the processes.
     """
@@ -209,18 +229,15 @@ def _step(
         loss = distributed.part_of_joint_mean(loss, rebuilt.counted.sum())
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), job.protocol.gradient_clip)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), job.protocol.gradient_clip)
     optimizer.step()
-    return loss.detach()
+    return loss.detach(), norm
 
 
-def _batches(
-    job: PretrainingRun, crops: RandomCrops, first_step: int, device: torch.device, readers: int
-) -> Generator[CropBatch, None, None]:
-    """Return the batches of all steps to come, so that readers start only once."""
+def _reads(job: PretrainingRun, first_step: int) -> ConsecutiveBatches:
+    """Return what this process reads for each of the steps to come."""
     place = {"rank": distributed.rank(), "processes": distributed.process_count()}
-    steps = ConsecutiveBatches(first_step, job.steps, job.protocol.reads, **place)
-    return read_batches(crops, steps, readers, pin_memory=device.type == "cuda")
+    return ConsecutiveBatches(first_step, job.steps, job.protocol.reads, **place)
 
 
 def _learning_rate(job: PretrainingRun, step: int) -> float:
@@ -228,14 +245,67 @@ def _learning_rate(job: PretrainingRun, step: int) -> float:
     return job.protocol.lr * warmup_cosine((step + 1) / (job.steps + 1), job.protocol.warmup)
 
 
-def _checked_mean(losses: list[Tensor], epoch: int, output: Path) -> float:
-    mean = float(distributed.averaged(torch.stack(losses).mean()))
-    if not math.isfinite(mean):
-        raise UserError(
-            f"The loss is NaN or infinite in epoch {epoch + 1}; the last good state, if any, is kept in {output}: "
-            "start again with a lower --lr, and look for extreme voxels in the images."
+@dataclass
+class _Watched:
+    """An epoch whose losses and gradient norms are looked at now and then, on all processes at the same steps."""
+
+    job: PretrainingRun
+    crops: RandomCrops
+    reads: ConsecutiveBatches
+    output: Path
+    epoch: int
+    losses: list[Tensor]  # with those of an earlier process, of which there are no norms
+    norms: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.looked = self.earlier = len(self.losses)
+
+    def add(self, loss: Tensor, norm: Tensor) -> None:
+        """Note a step."""
+        self.losses.append(loss)
+        self.norms.append(norm)
+
+    @property
+    def norms_in_words(self) -> str:
+        """Return the mean and the largest gradient norm for the log."""
+        if not self.norms:
+            return ""
+        norms = torch.stack(self.norms)
+        return f", gradient norm {norms.mean():.3g}, at most {norms.max():.3g}"
+
+    def look(self) -> None:
+        """Look at the steps since the last time; raise `UserError`, the same on all processes, if one is bad."""
+        start, self.looked = self.looked, len(self.losses)
+        if start == self.looked:
+            return
+        found = first_bad_step(self.losses[start:], self.norms[start - self.earlier :])
+        own = found and (found.step, found.by_gradient_alone, str(self._error(start + found.step, found.clause)))
+        if bad := sorted(filter(None, distributed.gathered(own))):
+            raise UserError(bad[0][2])
+
+    def checked_mean(self, before: list[float]) -> float:
+        """Return the mean loss of the epoch, given those before; raise `UserError` if the training has diverged."""
+        self.look()
+        mean = float(distributed.averaged(torch.stack(self.losses).mean()))
+        norm_pix_in = self.job.protocol.norm_pix_in
+        alike = [loss for number, loss in enumerate(before) if norm_pix_in(number) == norm_pix_in(self.epoch)]
+        first = alike[0] if alike else float(distributed.averaged(self.losses[0]))
+        if has_exploded(mean, first):
+            worst = int(torch.stack(self.losses).argmax())
+            raise self._error(worst, f"The loss of an epoch was {first:.3g} and has grown to {mean:.3g}, most of all")
+        return mean
+
+    def _error(self, step: int, what: str) -> UserError:
+        numbers = self.reads.of(self.epoch * self.job.steps_per_epoch + step)
+        cases = [self.crops.file_of(number).stem for number in numbers for _ in range(self.crops.crops_per_volume)]
+        return divergence(
+            what,
+            f"step {step + 1} of epoch {self.epoch + 1}",
+            cases,
+            self.crops[numbers].crops,
+            kept=f"the last good state, if any, is kept in {self.output}",
+            advice="start again with a lower --lr, and look for extreme voxels in these images",
         )
-    return mean
 
 
 def _prepare(
@@ -319,6 +389,11 @@ def _announce(job: PretrainingRun, network: nn.Module, device: torch.device, *, 
     logger.info("loss: %s", _loss_in_words(norm_pix=protocol.norm_pix_in(0)))
     if protocol.plain_epochs:
         logger.info("from epoch %d on: %s", protocol.plain_epochs + 1, _loss_in_words(norm_pix=True))
+    if job.affines:
+        logger.info(
+            "%.0f%% of the crops are rotated by up to %g degrees, and as many scaled by %g to %g",
+            100 * SHARE, protocol.rotation, *protocol.scaling,
+        )  # fmt: skip
     if protocol.lr < TINY_LR:
         logger.warning(
             "The learning rate %.1e is very low: the base rate is meant for large batches, see --lr.", protocol.lr
@@ -354,11 +429,21 @@ def _draw(job: PretrainingRun, output: Path, network: Autoencoder, losses: list[
         plot_views([view[0] for view in views], views._fields, job.spacing, f"{names[0]}, {title}", file)
 
 
+class _LogFile(logging.FileHandler):
+    """A log that a full disk ends, as it ends the run that the log is about."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the name is logging's)
+        error = sys.exception()
+        if isinstance(error, OSError) and error.errno:
+            raise WriteError(error.errno, error.strerror, self.baseFilename) from None
+        super().handleError(record)
+
+
 @contextmanager
 def _logging_to(file: Path) -> Iterator[None]:
     """Send the package's log to a file as well, and past the progress bar on the screen."""
     package = logging.getLogger("nnunet_vit_mae")
-    handler = logging.FileHandler(file)
+    handler = _LogFile(file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     package.addHandler(handler)
     level = package.level

@@ -27,11 +27,13 @@ ITEM = np.dtype(np.float16).itemsize
 def open_volume(file: Path, *, threads: int = 1) -> Any:
     """Open a preprocessed volume (c z y x), to be read by slicing.
 
-    Raises `UserError` if the file is damaged, holds anything but an array, or has more voxels than the limit.
+    Raises `UserError` if the file is missing or damaged, holds anything but an array, or has more voxels than the limit.
     """
     try:
         # not mapped: page faults cost more than reads where the file has to come from a disk
         volume: Any = blosc2.open(urlpath=str(file), mode="r", dparams={"nthreads": threads})
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing: preprocess this case again.") from None
     except Exception as error:  # noqa: BLE001 (blosc2 raises many kinds for damaged files)
         raise UserError(f"{file} is damaged ({reader_reason(error)}): preprocess this case again.") from None
     if not isinstance(volume, blosc2.NDArray):

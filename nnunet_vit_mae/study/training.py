@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from nnunet_vit_mae.files import read_json
+from nnunet_vit_mae.pickles import read_trained
 from nnunet_vit_mae.presets import Settings
 from nnunet_vit_mae.pretraining.run import STATE
 from nnunet_vit_mae.study.design import CHECKPOINTS, StudyDesign
@@ -58,5 +59,5 @@ def training_curves(study: StudyDesign) -> list[TrainingCurve]:
 
 def _logged(checkpoint: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return loss and Dice of each epoch from a checkpoint of nnU-Net, which holds numpy scalars."""
-    log = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)["logging"]
+    log = read_trained(checkpoint, mmap=True)["logging"]
     return np.array(log["train_losses"], float), np.array(log["ema_fg_dice"], float)

@@ -111,7 +111,7 @@ def find_tasks(raw: Path) -> tuple[list[InspectionTask], Channels, Labels, list[
     """
     channels, labels = read_channels(raw), read_labels(raw / DESCRIPTION)
     record = read_contrasts(raw)
-    tasks, findings = [], list(_description_findings(raw, labels))
+    tasks, findings = [], list(_description_findings(raw, channels.ending, labels))
     ct = frozenset(number for number, name in enumerate(channels.names) if is_ct(name))
     label_files = {folder: cases_in(raw / name, channels.ending) if name else {} for folder, name in LABELS_OF.items()}
     for case in find_case_images(raw, channels):
@@ -137,11 +137,16 @@ def find_tasks(raw: Path) -> tuple[list[InspectionTask], Channels, Labels, list[
     return [task for task in tasks if task.images], channels, labels, findings
 
 
-def _description_findings(raw: Path, labels: Labels) -> Iterator[Finding]:
+def _description_findings(raw: Path, ending: str, labels: Labels) -> Iterator[Finding]:
     values = sorted(labels.known)
     if values != list(range(len(values))):
         text = f"labels in dataset.json are {', '.join(map(str, values))}, but nnU-Net requires 0, 1, 2 and so on"
         yield Finding(ERROR, "label values", "", text)
+    for folder in (*LABELS_OF, *filter(None, LABELS_OF.values())):
+        hidden = sorted(file.name for file in (raw / folder).glob(".*") if file.name.endswith(ending))
+        if hidden:
+            text = f"{folder} has {len(hidden)} hidden files such as {hidden[0]}, which nnU-Net takes for images"
+            yield Finding(WARNING, "hidden files", "", text)
     if not (raw / "labelsTr").is_dir():
         yield Finding(ERROR, "no labels", "", "there is no folder labelsTr")
 

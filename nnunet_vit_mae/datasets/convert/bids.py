@@ -13,7 +13,7 @@ import nibabel
 from nnunet_vit_mae.datasets.convert.studies import ContrastPattern, FoundStudies, ImageSource, Scanner, Study
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import read_json
-from nnunet_vit_mae.imaging.channels import NIFTI, visible_below, without_ending
+from nnunet_vit_mae.imaging.channels import NIFTI, is_hidden, visible_below, without_ending
 from nnunet_vit_mae.presets import canonical_contrast
 
 LABEL_SUFFIXES = ("dseg", "mask", "msk")  # the last is that of the ISLES data, which is not BIDS
@@ -119,7 +119,7 @@ def _images_of(subject: Path) -> list[Path]:
 def _find_labels(folder: Path, pattern: str | None) -> list[Path]:
     if pattern:
         try:
-            labels = sorted(file for file in folder.glob(pattern) if _is_nifti(file) and not file.name.startswith("."))
+            labels = sorted(file for file in folder.glob(pattern) if _is_nifti(file) and not is_hidden(file.name))
         except (NotImplementedError, ValueError):  # an absolute path, or not a pattern
             labels = []
         if not labels:

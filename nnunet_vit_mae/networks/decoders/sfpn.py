@@ -20,6 +20,7 @@ from nnunet_vit_mae.networks.tokenizer import Triple, doublings
 from nnunet_vit_mae.networks.upsampling import as_map, stage_widths, upsampling
 
 DOUBLED = (2, 2, 2)  # from the coarsest level to the tokens
+WIDEST = 320  # features of the two coarsest levels, as in nnU-Net's U-Nets
 
 
 def build(blueprint: Blueprint) -> SFPNDecoder:
@@ -37,7 +38,8 @@ def build(blueprint: Blueprint) -> SFPNDecoder:
 class SFPNDecoder(nn.Module):
     """A pyramid from half the resolution of the tokens to voxels, and a U-Net decoder that climbs it.
 
-    `pyramid` has the levels coarse to fine. Their widths double towards the coarsest, up to the encoder's.
+    `pyramid` has the levels coarse to fine. Their widths double towards the coarsest; the last two doublings end at the
+    encoder's width, or at 320.
     """
 
     def __init__(
@@ -52,7 +54,9 @@ class SFPNDecoder(nn.Module):
     ):
         super().__init__()
         factors = doublings(token) or [(1, 1, 1)]
-        coarsest, of_tokens, *widths = (min(w, in_width) for w in stage_widths(narrowest, 2 + len(factors)))
+        all_widths = stage_widths(narrowest, 2 + len(factors))
+        coarsest, of_tokens = (min(width, in_width, WIDEST) for width in all_widths[:2])
+        widths = all_widths[2:]
         climbs = [list(zip(factors[:level], widths[:level], strict=True)) for level in range(1, 1 + len(factors))]
         pooled = nn.MaxPool3d(2, ceil_mode=True)
         self.pyramid = nn.ModuleList(
