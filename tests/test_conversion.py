@@ -236,7 +236,7 @@ def test_the_key_is_written_before_the_first_image(folders, tmp_path, refused, m
 
     with monkeypatch.context() as context:
         context.setattr("nnunet_vit_mae.datasets.convert.conversion.convert_study", stop)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="130"):
             main([*arguments, str(key)])
     assert table(key) == [{"case": "P0001_1", "patient": "sub-01", "session": ""}]
     key.write_text("\ufeffcase;patient;session\nP0005_2;sub-01;\n", encoding="utf-8")  # as a spreadsheet saves it

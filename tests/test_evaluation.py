@@ -411,8 +411,8 @@ def test_folders_that_do_not_fit_are_refused(data, refused):
     [
         ({"background": 0, "core": 1}, "have different labels: compare models that segment the same labels"),
         ({"background": 0}, "lists no label except the background"),
-        ([1, 2], "has no valid labels"),
-        ({"core": "one"}, "has no valid labels"),
+        ([1, 2], "labels is [1, 2], but it must be an object"),
+        ({"core": "one"}, "must be a whole number"),
     ],
 )
 def test_descriptions_that_do_not_fit_are_refused(data, refused, labels, reason):

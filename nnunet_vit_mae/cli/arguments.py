@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nnunet_vit_mae.errors import UserError, did_you_mean
 from nnunet_vit_mae.presets import LARGEST
@@ -34,16 +34,17 @@ class _WithDefaults(argparse.ArgumentDefaultsHelpFormatter):
 class _Parser(argparse.ArgumentParser):
     """A parser that suggests the nearest flag for an unknown one, and that shells can ask for completions."""
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         if "_ARGCOMPLETE" in os.environ:  # the shell asks, by way of argcomplete's own hook
             import argcomplete
 
             argcomplete.autocomplete(self)
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            near = did_you_mean(unknown[0].split("=")[0], self._option_string_actions)
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
-        return parsed
+        return super().parse_args(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        if unknown := re.search(r"unrecognized arguments: ([^ =]+)", message):
+            message += did_you_mean(unknown[1], self._option_string_actions)
+        super().error(message)
 
 
 def parser_for(program: str, description: str | None, *examples: str) -> argparse.ArgumentParser:
