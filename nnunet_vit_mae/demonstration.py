@@ -29,7 +29,7 @@ from nnunet_vit_mae.plots import Segmented, plot_segmentations
 DATASET_ID = "900"
 PLANS = "Quick"
 # small regions with large plaques, so that a few minutes on a CPU are enough to learn something
-PHANTOMS = {"labelled": 40, "unlabelled": 60, "extent_mm": (20.0, 26.0, 26.0), "plaque_scale": 2.5}
+PHANTOMS = {"labelled": 40, "unlabelled": 60, "test": 16, "extent_mm": (20.0, 26.0, 26.0), "plaque_scale": 3.0}
 UNET = "nnU-Net"
 MODELS = {
     "ViT, pre-trained": "nnUNetTrainerViTMAE",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from nnunet_vit_mae.errors import UserError
 
@@ -39,3 +41,26 @@ def max_voxels() -> int:
     if not value.isdecimal() or not int(value):
         raise UserError(f"The environment variable {VARIABLE} is {value!r}: give a positive whole number of voxels.")
     return int(value)
+
+
+@contextmanager
+def at_most_more(size: int) -> Iterator[None]:
+    """Let this process take no more than `size` bytes beside those that it has, where the system can see to that.
+
+    A library then fails in the block, for lack of memory, instead of filling the memory with what a damaged length asks
+    for. Linux has such a limit.
+    """
+    status = Path("/proc/self/statm")
+    if not status.is_file():
+        yield
+        return
+    import resource  # which Windows lacks
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    limit = int(status.read_text().split()[0]) * resource.getpagesize() + size
+    limits = [limit, *(one for one in before if one != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

@@ -234,7 +234,7 @@ def _no_reports_of_children() -> Iterator[None]:
 def _listening() -> Iterator[None]:
     """Answer signals by `Stopped`, where they are not ignored."""
     usual: dict[int, Any] = {}
-    hook = sys.unraisablehook
+    hook, thread_hook = sys.unraisablehook, threading.excepthook
     _request.listening, _request.number, _request.kept = True, 0, ""
 
     def unraisable(lost: Any) -> None:
@@ -245,7 +245,11 @@ def _listening() -> Iterator[None]:
         threading.Timer(0.01, os.kill, (os.getpid(), lost.exc_value.number)).start()
         return None
 
-    sys.unraisablehook = unraisable
+    def in_thread(failure: threading.ExceptHookArgs) -> None:
+        if not _request.number:  # what fails afterwards, such as a queue without its workers, is a consequence
+            thread_hook(failure)
+
+    sys.unraisablehook, threading.excepthook = unraisable, in_thread
     for number in SIGNALS:
         if signal.getsignal(number) not in (signal.SIG_IGN, None):
             usual[number] = signal.signal(number, _on_signal)
@@ -253,7 +257,7 @@ def _listening() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.unraisablehook = hook
+        sys.unraisablehook, threading.excepthook = hook, thread_hook
         for number, handler in usual.items():
             signal.signal(number, handler)
         if signal.SIGINT in usual:

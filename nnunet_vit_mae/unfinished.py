@@ -30,6 +30,7 @@ def new_folder(folder: Path, call: Mapping[str, Any]) -> Iterator[None]:
             another process is writing to it.
     """
     mark, content = folder / MARK, {"arguments": _checksum(call)}
+    make_folder(folder.parent)
     with locked(folder):
         if mark.is_file():
             if read_json(mark) != content:

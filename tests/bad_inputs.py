@@ -635,6 +635,7 @@ FLAG_ROWS = [
     Row("an output that is in use", f"mae3d_demo -o {RAW}", "already exists"),
     Row("--seed 2^64", f"mae3d_demo -o demo --seed {2**64}", "--seed"),
     Row("an unknown flag", "mae3d_trainers --nothing", "--nothing"),
+    Row("an unknown flag", "mae3d_doctor --nothing", "--nothing"),
     Row("a model that is not trained", f"{EXPORT} -o model.zip -f 3", "no checkpoint"),
     Row("a checkpoint of NaN", f"{EXPORT} -o new.zip", "NaN", saved(CHECKPOINT, nan_weights)),
     Row("an archive that is missing", "mae3d_import nowhere.zip", "nowhere.zip"),

@@ -194,6 +194,6 @@ def test_the_trainer_augments_where_the_plans_say(in_workspace, monkeypatch):
     assert next(validation)["data"].shape[2:] == patch
     seen = []
     trainer.network.register_forward_pre_hook(lambda network, inputs: seen.append(inputs[0]))
-    trainer.network.train()
+    trainer.on_train_epoch_start()
     assert np.isfinite(trainer.train_step(batch)["loss"])
     assert seen[0].shape == (2, 2, *patch)

@@ -29,6 +29,12 @@ def test_steps_of_the_pretraining_decoder_run_with_all_options():
         benchmark.step_of(options, "XS", 12, 4, 2)()
 
 
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_a_step_runs_with_each_kind_of_positions(kind):
+    benchmark = import_module("positions")
+    benchmark.step_of(kind, "XS", 12, 4, 2, benchmark.torch.device("cpu"))()
+
+
 @pytest.mark.filterwarnings("ignore:torch.meshgrid")  # of MONAI
 @pytest.mark.parametrize("name", ["ours", "MONAI"])
 def test_a_step_of_pretraining_runs_beside_monais(name):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -222,7 +223,7 @@ def test_mistakes_in_calibrating_get_a_sentence(model, in_workspace, refused, tm
     assert "The case test_0 has no reference segmentation" in message
     file = model / "fold_0" / "validation" / "train_0.npz"
     np.savez(file, probabilities=np.zeros((2, 3, 4, 5), np.float32))
-    assert "has the shape (2, 3, 4, 5)" in refuse()
+    assert "has (3, 4, 5) voxels" in refuse()
     file.write_bytes(b"half a file")
     assert "train_0.npz cannot be read" in refuse()
     assert not (model / "calibration.json").exists()
@@ -400,3 +401,35 @@ def test_two_calls_do_not_write_to_one_place(model, refused, scans, tmp_path):
         assert "Another process is writing to" in refused(quantify_command.main, *flags, *call)
     assert not (model / "calibration.json").exists()
     assert not (tmp_path / "volumes_segmentations").exists()
+
+
+class Poison:
+    """Unpickling it makes a file."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def test_a_checkpoint_with_code_is_not_given_to_nnunet(model, scans, refused, tmp_path):
+    file, marker = model / "fold_0" / "checkpoint_final.pth", tmp_path / "marker"
+    torch.save(torch.load(file, weights_only=True) | {"logging": Poison(marker)}, file)
+    flags = f"-d 901 -tr {TRAINER} -device cpu -i {scans} -o {tmp_path}/volumes.csv".split()
+    message = refused(quantify_command.main, *flags)
+    assert str(file) in message
+    assert "only weights and plain values are unpickled" in message
+    assert not marker.exists()
+    torch.load(file, weights_only=False)
+    assert marker.exists()  # as nnU-Net would have done
+
+
+def test_plans_that_name_a_command_are_refused(model, scans, refused, tmp_path):
+    plans = json.loads((model / "plans.json").read_text())
+    plans["configurations"]["3d_fullres"]["architecture"]["network_class_name"] = "os.system"
+    (model / "plans.json").write_text(json.dumps(plans))
+    flags = f"-d 901 -tr {TRAINER} -device cpu -i {scans} -o {tmp_path}/volumes.csv".split()
+    assert "names 'os.system' as network_class_name, which is no part of a network" in refused(
+        quantify_command.main, *flags
+    )

@@ -20,7 +20,7 @@ def test_a_folder_in_use_is_refused(tmp_path, refused):
     (tmp_path / "mine.txt").write_text("precious")
     assert "already exists" in refused(demo.main, "-o", str(tmp_path))
     assert "already exists" in refused(demo.main, "-o", str(tmp_path / "mine.txt"))
-    assert "below 0" in refused(demo.main, "-o", str(tmp_path / "new"), "--seed", "-1")
+    assert "is not between 0" in refused(demo.main, "-o", str(tmp_path / "new"), "--seed", "-1")
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -50,9 +50,9 @@ def test_the_demonstration_runs_and_its_models_have_learned(tmp_path):
 
     scores = read_rows(folder / "report" / "cases.csv")
     dice = {model: np.mean([float(s["dice"]) for s in scores if s["model"] == model]) for model in MODELS}
-    assert len(scores) == 3 * 8
-    assert dice["nnU-Net"] > 0.6
-    assert dice["ViT, pre-trained"] > 0.6
+    assert len(scores) == 3 * 16
+    assert dice["nnU-Net"] > 0.5
+    assert dice["ViT, pre-trained"] > 0.5
     assert all(f"{value:.3f}" in done.stdout for value in dice.values())
     page = Path(url2pathname(urlsplit(done.stdout.split()[-1]).path))
     assert page == folder.resolve() / "report" / "index.html"

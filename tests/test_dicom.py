@@ -1,5 +1,7 @@
 """DICOM as it comes from hospitals: a right volume, or one clause that says why there is none."""
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -155,6 +157,7 @@ def test_slices_that_are_no_stack_say_why(tmp_path):
         ("no position", without("ImagePositionPatient"), "without a position"),
         ("frames", with_value("FrameOfReferenceUID", lambda n: f"1.{1 + n // 4}"), "several frames of reference"),
         ("colour", in_colour, "in colour"),
+        ("frames", with_value("NumberOfFrames", lambda _: 2), "without a position"),
     ):
         write_slices(tmp_path / name, change)
         assert words in refusal(tmp_path / name), name
@@ -212,6 +215,28 @@ def test_compressed_slices_are_read_or_named_by_their_compression(tmp_path):
     series, lost = find_series(tmp_path)
     message = refusal(tmp_path) if series else str(lost)
     assert "JPEG 2000" in message or message == "8"
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
+from nnunet_vit_mae.imaging.dicom import find_series
+before = getrusage(RUSAGE_SELF).ru_maxrss
+print(find_series(Path(sys.argv[1]))[1], getrusage(RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits what a library takes")
+def test_a_damaged_length_takes_no_memory(tmp_path):
+    """GDCM makes room for what a length asks for before it reads: gigabytes here, for three letters too many."""
+    write_frames(tmp_path / "a.dcm", ALL)
+    content = (tmp_path / "a.dcm").read_bytes()
+    (tmp_path / "a.dcm").write_bytes(content.replace(b"PRIMARY", b"PRIMA\xff\xff\xff\xffY"))
+    command = [sys.executable, "-c", MEASURED, str(tmp_path)]
+    damaged, kilobytes = map(int, subprocess.run(command, capture_output=True, check=True, text=True).stdout.split())
+    assert damaged == 1
+    assert kilobytes < 2**18
 
 
 # ---------- what is no image is never taken for one
@@ -310,7 +335,7 @@ def test_a_wrong_character_set_does_not_merge_patients(tmp_path):
     assert {study.patient for study in dicom_studies(tmp_path, HEAD, None).studies} == {"MäM", "MüM"}
 
 
-@pytest.mark.parametrize("number", ["ANONYMOUS", "0000", "", "n/a", "Anonymized", "999999"])
+@pytest.mark.parametrize("number", ["ANONYMOUS", "0000", "", "n/a", "Anonymized", "999999", "123456"])
 def test_people_who_share_a_placeholder_are_told_apart(tmp_path, number):
     for study in range(3):
         uid = f"1.9.{study + 5}"

@@ -207,7 +207,7 @@ def test_pretraining_sees_a_folds_training_cases_and_the_pool_but_never_test_ima
 @pytest.mark.parametrize("content", ["{}", "[]", '[{"train": ["a"]}]', '[{"train": ["a"], "val": [1]}]'])
 def test_a_file_of_splits_that_is_none_is_refused(in_workspace, content):
     (in_workspace.preprocessed / "splits_final.json").write_text(content)
-    with pytest.raises(UserError, match=r"splits_final\.json is not a list of folds"):
+    with pytest.raises(UserError, match=r"splits_final\.json cannot be used"):
         split_of(tiny_plan(), "0", [])
 
 
@@ -223,7 +223,7 @@ def test_an_unlabelled_pool_that_was_forgotten_is_mentioned(in_workspace, caplog
         ("-d 901", "-device cpu"),
         ("-d 901 -device cpu -f 9", "-f 9"),
         ("-d 901 -device cpu -f 00", "-f 00"),
-        ("-d 901 -device cpu --seed -1", "below 0"),
+        ("-d 901 -device cpu --seed -1", "is not between 0"),
         ("-d 901 -device cpu --mask_ratio 1.5", "mask_ratio"),
     ],
 )

@@ -86,6 +86,7 @@ LAYERS = {
     "doctor": 0,
     "signals": 0,
     "unfinished": 0,
+    "divergence": 1,
     "guard": 1,
     "networks": 1,
     "optimisation": 1,
@@ -120,7 +121,9 @@ SAME_LAYER = {
     ("planning", "errors"),
     ("planning", "presets"),
     ("signals", "errors"),
+    ("phantoms", "imaging"),
     ("transfer", "weights"),
+    ("weights", "networks"),
     ("unfinished", "errors"),
     ("unfinished", "files"),
 }

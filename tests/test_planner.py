@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from test_weights import make_card
 
 from nnunet_vit_mae.cli import plan as plan_command
@@ -97,6 +99,18 @@ def encoder_of(tmp_path):
         return tmp_path / "elsewhere" / "encoder.safetensors"
 
     return write
+
+
+def test_an_encoder_with_nan_or_without_a_tensor_is_refused(not_planned, encoder_of):
+    file = encoder_of()
+    with safe_open(file, framework="pt") as content:
+        metadata = content.metadata()
+        tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    name = "transformer.norm.weight"
+    save_file(tensors | {name: tensors[name] * torch.nan}, file, metadata)
+    assert f"has NaN or Inf in {name}" in not_planned(f"--encoder {file}")
+    save_file({other: tensor for other, tensor in tensors.items() if other != name}, file, metadata)
+    assert f"it lacks {name}" in not_planned(f"--encoder {file}")
 
 
 # ---------- the table

@@ -321,3 +321,25 @@ def test_a_huge_image_takes_no_memory(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 50_000  # kB
     assert MAX_VOXELS < 3000**3
+
+
+COMMANDS: dict[str, tuple[str, str]] = {  # the file that is huge, and the command on the folder
+    "check": ("raw/imagesTr/train_0_0000.nii.gz", "mae3d_check -d 901"),
+    "fill": ("raw/imagesTs/test_0_0000.nii.gz", "mae3d_fill_contrasts -d 901"),
+    "preprocess": ("raw/imagesUn/pool_0_0001.nii.gz", "mae3d_preprocess -d 901 -c 3d_fullres -np 1"),
+    "refine": ("raw/labelsTr/train_1.nii.gz", "mae3d_refine_labels -i {raw}/imagesTr -l {raw}/labelsTr -o {out}"),
+    "evaluate": ("raw/labelsTr/train_1.nii.gz", "mae3d_evaluate -r {raw}/labelsTr -p a={raw}/labelsTr -o {out} -np 1"),
+    "convert": ("bids/sub-01/anat/sub-01_T1w.nii.gz", "mae3d_convert -i {root}/bids -o {out}/Dataset902_New -np 1"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_names_a_huge_image(name, workspace, tmp_path):
+    place, command = COMMANDS[name]
+    file = workspace.raw / place.removeprefix("raw/") if place.startswith("raw/") else workspace.root / place
+    file.parent.mkdir(parents=True, exist_ok=True)
+    nifti_of_zeros(file, HUGE)
+    places = {"raw": workspace.raw, "root": workspace.root, "out": tmp_path / "out"}
+    done = workspace.call(*command.format(**places).split(), code=2)
+    assert "600 x 600 x 600 voxels, more than the 200,000,000" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr

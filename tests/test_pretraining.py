@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 
 import blosc2
@@ -189,7 +190,7 @@ def numbered(tmp_path, shape):
 def test_several_crops_lie_near_one_another_inside_the_volume(tmp_path_factory, shape, count, masks, seed):
     file, patch = numbered(tmp_path_factory.mktemp("several"), shape), (6, 4, 9)
     drawing = replace(DRAWING, token=(1, 2, 3), masks_per_crop=masks)
-    crops, _, drawn, _ = RandomCrops([file], patch, drawing, seed, crops_per_volume=count)[[0]]
+    crops, _, drawn, *_ = RandomCrops([file], patch, drawing, seed, crops_per_volume=count)[[0]]
     assert crops.shape == (count, 1, *patch)
     assert len(drawn.visible) == count * masks
     if all(side >= size for side, size in zip(shape, patch, strict=True)):  # no token lies outside of the volume
@@ -311,7 +312,6 @@ def test_readers_change_nothing_but_the_time(make_job, tmp_path):
     assert loop.run(job, tmp_path / "read", device=CPU, resume=False, readers=1).losses == alone.losses
 
 
-@pytest.mark.parametrize(("lr", "word"), [(1e-6, "low"), (3e-4, None), (6e-3, "high")])
 class Fails(RandomCrops):
     """Crops of which one kills its reader, or is never read."""
 
@@ -333,7 +333,7 @@ def test_a_reader_that_dies_or_hangs_is_noticed(files, monkeypatch, fail, senten
     crops = Fails(files, PATCH, DRAWING, seed=3)
     crops.fail = fail
     batches = readers.read_batches(crops, ConsecutiveBatches(0, 4, 2), 1, pin_memory=False)
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=sentence), readers.reader_failures(), closing(batches):
         list(batches)
     assert not multiprocessing.active_children()
 
@@ -345,10 +345,11 @@ import sys, torch
 from pathlib import Path
 from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, MaskDrawing, RandomCrops
-from nnunet_vit_mae.pretraining.readers import read_batches
+from nnunet_vit_mae.pretraining.readers import read_batches, reader_failures
 drawing = MaskDrawing(masking=Masking(mask_ratio=0.6), token=(4, 4, 4))
 crops = RandomCrops([Path('{file}')], (40, 40, 40), drawing, 0)
-list(read_batches(crops, ConsecutiveBatches(0, 2, 1), 1, pin_memory=False))
+with reader_failures():
+    list(read_batches(crops, ConsecutiveBatches(0, 2, 1), 1, pin_memory=False))
 "
 """
 
@@ -371,6 +372,7 @@ def test_shared_memory_is_measured_before_it_is_used():
         readers.refuse_without_shared_memory(4, 2**60)
 
 
+@pytest.mark.parametrize(("lr", "word"), [(1e-6, "low"), (3e-4, None), (6e-3, "high")])
 def test_an_unusual_learning_rate_is_warned_about(make_job, tmp_path, lr, word):
     loop.run(make_job(epochs=1, base_lr=lr * 256 / 2), tmp_path, device=CPU, resume=False)
     warnings = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "WARNING" in line]

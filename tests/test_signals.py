@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from textwrap import dedent, indent
 
+import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.signals import signal_name
@@ -310,3 +312,31 @@ def test_a_folder_is_for_one_process(running, tmp_path):
     process.wait()
     with new_folder(tmp_path / "out", {}):
         pass
+
+
+def test_a_segmentation_that_was_cut_off_is_predicted_again(tmp_path):
+    from nnunet_vit_mae.nnunet.prediction import _remove_if_cut_off
+
+    for file in (tmp_path / "case.nii.gz", tmp_path / "case.nii", tmp_path / "case.nrrd"):
+        sitk.WriteImage(sitk.GetImageFromArray(np.arange(4000, dtype=np.uint16).reshape(10, 20, 20)), str(file))
+        _remove_if_cut_off(file)
+        assert file.is_file()
+        with file.open("r+b") as stream:
+            stream.truncate(file.stat().st_size * 2 // 3)
+        _remove_if_cut_off(file)
+        assert not file.exists()
+        _remove_if_cut_off(file)
+
+
+def test_a_training_promises_only_what_it_has_saved(tmp_path):
+    from nnunet_vit_mae.nnunet.stopping import BEST, FINAL, LATEST, what_training_keeps
+
+    assert "nothing is saved" in what_training_keeps(tmp_path, 0.0)
+    (tmp_path / BEST).touch()
+    assert "nothing is saved" in what_training_keeps(tmp_path, time.time() + 60)  # of an earlier training
+    (tmp_path / LATEST).touch()
+    assert f"{LATEST}, and the same command with --c goes on from there." in what_training_keeps(tmp_path, 0.0)
+    (tmp_path / FINAL).touch()
+    assert "--val" in what_training_keeps(tmp_path, 0.0)
+    os.utime(tmp_path / FINAL, (1, 1))  # nnU-Net would go on from this one
+    assert f"after {tmp_path / FINAL} of an earlier training has been moved away" in what_training_keeps(tmp_path, 2.0)

@@ -355,7 +355,7 @@ def test_verify_finds_a_test_case_in_a_fold(data, refused):
     (data / "splits_final.json").write_text(json.dumps(folds))
     assert f"fold 1 has {held[0]}" in refused(lambda _: typed("--verify"))
     (data / "split.json").write_text("[]")
-    assert "was not written by mae3d_split" in refused(lambda _: typed("--verify"))
+    assert "split.json cannot be used" in refused(lambda _: typed("--verify"))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ that each frame states. Volumes leave this module with voxels and geometry, and 
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -19,9 +20,10 @@ from tqdm import tqdm
 
 from nnunet_vit_mae.imaging.channels import visible_below
 from nnunet_vit_mae.imaging.dicom_header import TRAITS, DicomHeader, Frame, is_image_class, read_header
-from nnunet_vit_mae.limits import too_many_voxels
+from nnunet_vit_mae.limits import at_most_more, too_many_voxels
 
 GAP = 0.02  # slice distances may differ by this share, or by 0.1 mm: positions are stored with few digits
+HEADROOM = 2**29  # bytes that GDCM may take beside file and voxels; it believes every length that a file states
 NO_IMAGE = "is no image"
 
 
@@ -97,7 +99,7 @@ def find_series(folder: Path, *, progress: bool = False) -> tuple[list[DicomSeri
             header = read_header(file)
             if header and header.is_image:
                 _check_pixels(file)
-        except (ValueError, RuntimeError):  # RuntimeError is SimpleITK's
+        except (ValueError, RuntimeError, MemoryError):  # RuntimeError is SimpleITK's
             damaged[_series_of_damaged(file)] += 1
             continue
         if header is None:
@@ -238,8 +240,10 @@ def _read_frames(ordered: Sequence[Frame], files: Sequence[DicomHeader]) -> np.n
 def _read_file(header: DicomHeader) -> np.ndarray:
     """Read the planes of a file (frames y x); GDCM applies the scale of the first frame to all of them."""
     try:
-        image = sitk.ReadImage(str(header.file), sitk.sitkUnknown, "GDCMImageIO")
-    except RuntimeError:  # its message names files, which often name the patient
+        voxels = math.prod(header.plane) * len(header.frames)
+        with at_most_more(HEADROOM + 2 * header.file.stat().st_size + 32 * voxels):
+            image = sitk.ReadImage(str(header.file), sitk.sitkUnknown, "GDCMImageIO")
+    except (RuntimeError, MemoryError):  # whose messages name files, which often name the patient
         how = f", which is compressed as {header.syntax}" if "Little Endian" not in header.syntax else ""
         raise SeriesError(f"has a slice that cannot be read{how}, copy it again") from None
     if image.GetNumberOfComponentsPerPixel() > 1:
@@ -264,7 +268,8 @@ def _check_pixels(file: Path) -> None:
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(str(file))
-    reader.ReadImageInformation()
+    with at_most_more(HEADROOM + 2 * file.stat().st_size):
+        reader.ReadImageInformation()
 
 
 def _series_of_damaged(file: Path) -> str | None:

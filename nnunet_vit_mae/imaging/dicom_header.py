@@ -64,6 +64,7 @@ READ = [*TEXTS, *GEOMETRY, *TRAITS, FRAMES, SHARED, "SpecificCharacterSet", "Sam
 BINARY = ("FD", "FL", "US", "UL", "SS", "SL")  # value representations that are not text
 IMAGE = " Image Storage"  # part of the names of all classes of images (DICOM part 4, annex B.5), and of no others
 CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # secondary capture, and its multi-frame classes
+MOST_FRAMES = 100_000  # more are a damaged number, for which there would be no memory
 DIRECTORY = "1.2.840.10008.1.3.10"
 
 
@@ -174,6 +175,8 @@ def _frames(file: Path, dataset: Dataset, tags: dict[str, str]) -> tuple[Frame, 
         count = int(tags["NumberOfFrames"] or 1)
         if count == 1:
             return (_frame(file, 0, [dataset]),)
+        if not 1 < count <= MOST_FRAMES:
+            raise ValueError("no number of frames")
         return tuple(Frame(file, number, None, None, None, None) for number in range(count))
     shared = [element for item in dataset.get(SHARED) or () for element in _levels(item)]
     return tuple(_frame(file, number, [*_levels(item), *shared]) for number, item in enumerate(groups))

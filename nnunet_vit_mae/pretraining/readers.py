@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from multiprocessing import active_children
 from signal import SIG_IGN
 from typing import Any
@@ -45,8 +46,7 @@ def read_batches(
 ) -> Generator[CropBatch, None, None]:
     """Yield the batches of all steps, read by as many processes as `readers` says, or by this one if that is 0.
 
-    Close the iterator to end the readers. Raises `UserError` when a reader has ended, when none gives a batch for a
-    long time, and when shared memory runs out.
+    Close the iterator to end the readers; see `reader_failures` for what it raises.
     """
     if not readers:
         yield from DataLoader(crops, sampler=steps, batch_size=None, pin_memory=pin_memory)
@@ -60,11 +60,21 @@ def read_batches(
         with held():
             batches = iter(loader)
         yield from batches
-    except RuntimeError as error:
-        raise _reason(str(error)) or error from None
     finally:
         batches = None  # which ends readers that listen
         end_children(set(active_children()) - others)
+
+
+@contextmanager
+def reader_failures() -> Iterator[None]:
+    """Turn what torch raises for readers, in the middle of anything else too, into a `UserError`.
+
+    That is when one has ended, when none gives a batch for a long time, and when shared memory runs out.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError) as error:
+        raise _reason(error) or error from None
 
 
 def refuse_without_shared_memory(batches: int, batch_bytes: int, without: str = "-np 0") -> None:
@@ -86,8 +96,9 @@ def _start_reader(_: int) -> None:
     follow_parent(SIG_IGN)  # the loop needs its batches until it has finished its step, whoever gets SIGTERM
 
 
-def _reason(message: str) -> UserError | None:
-    """Return what a message of torch about its readers means; None for an error of another kind."""
+def _reason(error: Exception) -> UserError | None:
+    """Return what an error of torch about its readers means; None for an error of another kind."""
+    message = str(error)
     if re.search("shared memory|Bus error", message):
         return UserError(f"The shared memory {SHARED_MEMORY} is full: {NO_ROOM} (-np 0).")
     if "timed out after" in message:
@@ -95,7 +106,8 @@ def _reason(message: str) -> UserError | None:
             f"No reader has given a batch of crops for {math.ceil(READER_SECONDS / 60)} minutes: look whether the disk "
             "with the preprocessed files answers, and run the command again."
         )
-    if re.search("killed by signal|exited unexpectedly", message):
+    was_cut_off = isinstance(error, ConnectionError | EOFError | FileNotFoundError) and "Caught" not in message
+    if was_cut_off or re.search("killed by signal|exited unexpectedly", message):
         return UserError(
             "A process that reads crops was ended, as the system does when memory runs out: use fewer of them (-np) or "
             "a smaller batch."

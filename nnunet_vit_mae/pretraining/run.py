@@ -39,7 +39,7 @@ from nnunet_vit_mae.pretraining import distributed
 from nnunet_vit_mae.pretraining.affines import SHARE, AffineDrawing
 from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, MaskDrawing, RandomCrops, Samples
 from nnunet_vit_mae.pretraining.pictures import rebuild
-from nnunet_vit_mae.pretraining.readers import read_batches
+from nnunet_vit_mae.pretraining.readers import read_batches, reader_failures
 from nnunet_vit_mae.pretraining.saved_state import STATE, read_state, save_state
 from nnunet_vit_mae.pretraining.volumes import Cache
 from nnunet_vit_mae.signals import Stopped, postponed
@@ -173,6 +173,7 @@ def _train(
     network.train()
     with (
         postponed() as signal,
+        reader_failures(),
         closing(batches),
         tqdm(total=job.steps, initial=first_step, unit="step", desc="pre-training", disable=not is_first) as bar,
     ):

@@ -27,7 +27,7 @@ ITEM = np.dtype(np.float16).itemsize
 def open_volume(file: Path, *, threads: int = 1) -> Any:
     """Open a preprocessed volume (c z y x), to be read by slicing.
 
-    Raises `UserError` if the file is missing or damaged, holds anything but an array, or has more voxels than the limit.
+    Raises `UserError` if the file is missing, damaged or no array, or has more voxels than the limit.
     """
     try:
         # not mapped: page faults cost more than reads where the file has to come from a disk

@@ -114,7 +114,7 @@ def convert(
         ConversionTask(study, names[study.patient, study.session], list(contrasts), reference, output)
         for study in studies
     ]
-    by_case = _converted_before(output, studies)
+    by_case = _converted_before(output, studies, names)
     left = [job for job in jobs if job.case not in by_case]
     for job, result in tqdm(run_each(convert_study, left, processes), total=len(left), unit="study"):
         lost = ConvertedStudy(job.case, problems={WHOLE_STUDY: "needs more memory than is available: lower -np"})
@@ -150,20 +150,24 @@ def convert(
     return Conversion(converted, counts)
 
 
-def _converted_before(output: Path, studies: Sequence[Study]) -> dict[str, ConvertedStudy]:
+def _converted_before(
+    output: Path, studies: Sequence[Study], names: Mapping[tuple[str, str], str]
+) -> dict[str, ConvertedStudy]:
     """Return what a conversion of the same studies had done when it was stopped, by case.
 
-    Raises `UserError` if it was of other studies: its cases would have other names.
+    Raises `UserError` if it was of other studies, or with other names for them.
     """
     folder, note = output / CONVERTED, output / CONVERTED / "studies.json"
     # of all studies together, so that nobody can find a patient by trying
-    content = {"studies": hashlib.sha256(repr(studies).encode()).hexdigest()}
-    if not note.is_file():
+    content = {"studies": hashlib.sha256(repr((studies, sorted(names.items()))).encode()).hexdigest()}
+    done = sorted(folder.glob("P*.json"))
+    if not done:
         write_json(content, note)
-        return {}
-    if read_json(note) != content:
-        raise UserError(f"{output} is an unfinished conversion of other files than there are now: remove it.")
-    before = (ConvertedStudy(**read_json(file)) for file in folder.glob("P*.json"))
+    elif read_json(note) != content:
+        raise UserError(
+            f"{output} is an unfinished conversion of other files, or with another key, than there are now: remove it."
+        )
+    before = (ConvertedStudy(**read_json(file)) for file in done)
     return {study.case: replace(study, label_values=tuple(study.label_values)) for study in before}
 
 

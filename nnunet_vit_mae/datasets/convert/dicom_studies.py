@@ -15,7 +15,8 @@ LABEL = "label"
 # patient IDs that anonymisation leaves behind, without punctuation: many people have the same one
 PLACEHOLDER = re.compile(
     r"|anon[^0-9]*|de?identified|0+|(.)\1{2,}|n[ao]|none?|null|nil|nan|noid|unknown|unbekannt|undefined|unnamed|"
-    r"test|default|dummy|removed|redacted|deleted|hidden|private|patient|patientid|id|name|xx"
+    r"test|default|dummy|removed|redacted|deleted|hidden|private|pat|patient|patientid|subject|id|name|nn|xx|johndoe|"
+    r"janedoe|0?12345(6(7(89?0?)?)?)?"
 )
 
 

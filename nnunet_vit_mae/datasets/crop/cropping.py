@@ -127,8 +127,8 @@ def crop_folder(
     if column:
         table = read_case_table(column.file, column.case, [scan.name for scan in scans])
         template_of = table.column(column.template, "--template_column")
+    make_folder(settings.output)
     with locked(settings.output):
-        make_folder(settings.output)
         description = describe_like(images, contrasts)
         return finish(crop_scans(scans, settings, template_of, processes), settings.output, description)
 
