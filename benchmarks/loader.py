@@ -27,7 +27,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import SimpleITK as sitk
 import torch
 from scipy.ndimage import gaussian_filter
 
@@ -199,6 +198,8 @@ def describe(images: list[Path]) -> str:
 
 def make_dataset(folder: Path, volumes: int, *, processes: int = 1, shape: tuple[int, ...] = SHAPE) -> None:
     """Write CT-like volumes with a label, planned and preprocessed by nnU-Net's own command."""
+    import SimpleITK as sitk  # not above: `gpu.py` measures pre-training where neither it nor nnU-Net is installed
+
     os.environ |= {f"nnUNet_{name}": str(folder / name) for name in ("raw", "preprocessed")}
     raw = folder / "raw" / SYNTHETIC
     for part in ("imagesTr", "labelsTr"):
