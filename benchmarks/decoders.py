@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.memory import finetuning_memory, segmentation_loss
-from nnunet_vit_mae.presets import UPSAMPLINGS, Network
+from nnunet_vit_mae.presets import UPSAMPLINGS
+from nnunet_vit_mae.settings import Network
 
 UPSAMPLED = ("unetr", "sfpn", "upscale")
 VARIANTS: dict[tuple[str, str], dict[str, Any]] = {

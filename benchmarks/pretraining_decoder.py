@@ -23,7 +23,7 @@ from torch import Tensor
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.masking import Masking, background_tokens
-from nnunet_vit_mae.presets import Network, Pretraining, token_grid
+from nnunet_vit_mae.settings import Network, Pretraining, token_grid
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -28,7 +28,8 @@ from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.models import find_model
 from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.nnunet.quantification import TrainingRange, model_hash, warnings_of
-from nnunet_vit_mae.presets import DECODERS, Network
+from nnunet_vit_mae.presets import DECODERS
+from nnunet_vit_mae.settings import Network
 from nnunet_vit_mae.thresholds import segment
 
 TRAINER = "nnUNetTrainerBaseline"

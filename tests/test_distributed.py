@@ -20,10 +20,10 @@ from scipy.ndimage import gaussian_filter
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import locked
-from nnunet_vit_mae.presets import Network, Pretraining
 from nnunet_vit_mae.pretraining import distributed
 from nnunet_vit_mae.pretraining import run as loop
 from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, CropBatch, RandomCrops
+from nnunet_vit_mae.settings import Network, Pretraining
 from nnunet_vit_mae.signals import Stopped, signal_name, stoppable
 
 CPU = torch.device("cpu")

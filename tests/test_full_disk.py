@@ -34,7 +34,7 @@ from nnunet_vit_mae.imaging.writing import write_image, write_segmentation, writ
 from nnunet_vit_mae.networks.build import build_encoder
 from nnunet_vit_mae.nnunet import calibration, preprocessing
 from nnunet_vit_mae.plots import save_figure
-from nnunet_vit_mae.presets import Network
+from nnunet_vit_mae.settings import Network
 from nnunet_vit_mae.weights import save_encoder
 
 IMAGES = ("image.nii.gz", "image.nii", "image.nrrd", "image.mha")

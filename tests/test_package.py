@@ -82,6 +82,7 @@ LAYERS = {
     "limits": 0,
     "entries": 0,
     "presets": 0,
+    "settings": 0,
     "planning": 0,
     "doctor": 0,
     "signals": 0,
@@ -111,7 +112,8 @@ LAYERS = {
     "cli": 4,
 }
 SAME_LAYER = {
-    ("presets", "errors"),
+    ("settings", "errors"),
+    ("settings", "presets"),
     ("files", "errors"),
     ("csv_tables", "errors"),
     ("csv_tables", "files"),
@@ -120,6 +122,7 @@ SAME_LAYER = {
     ("entries", "files"),
     ("planning", "errors"),
     ("planning", "presets"),
+    ("planning", "settings"),
     ("signals", "errors"),
     ("phantoms", "imaging"),
     ("transfer", "weights"),

@@ -15,7 +15,7 @@ from nnunet_vit_mae.cli.arguments import (
     usable_device,
     whole_number,
 )
-from nnunet_vit_mae.presets import Pretraining
+from nnunet_vit_mae.settings import Pretraining
 from nnunet_vit_mae.signals import command
 
 

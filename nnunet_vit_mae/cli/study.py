@@ -129,7 +129,7 @@ def _study(args: argparse.Namespace, output: Path) -> StudyDesign:
     from nnunet_vit_mae.cli.arguments import table_file, usable_device
     from nnunet_vit_mae.nnunet.folders import find_dataset
     from nnunet_vit_mae.nnunet.plans import read_recipe
-    from nnunet_vit_mae.presets import Settings
+    from nnunet_vit_mae.settings import Settings
 
     dataset = find_dataset(args.dataset)
     if not args.dry_run and not args.executor:

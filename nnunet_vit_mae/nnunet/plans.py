@@ -23,7 +23,7 @@ from nnunet_vit_mae.imaging.description import DESCRIPTION, describe, read_descr
 from nnunet_vit_mae.nnunet.checked_plans import BLOCK, read_plans
 from nnunet_vit_mae.nnunet.folders import Dataset
 from nnunet_vit_mae.planning import default_decoder, default_settings
-from nnunet_vit_mae.presets import Finetuning, Network, Settings
+from nnunet_vit_mae.settings import Finetuning, Network, Settings
 from nnunet_vit_mae.thresholds import Classes
 from nnunet_vit_mae.transfer import Destination
 

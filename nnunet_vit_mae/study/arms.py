@@ -11,7 +11,7 @@ from typing import Any
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.files import read_json
-from nnunet_vit_mae.presets import Network
+from nnunet_vit_mae.settings import Network
 
 DEFAULT_PLANS = "nnUNetPlans"
 PRIMUS = "nnUNet_PrimusV2M_Trainer"
