@@ -13,9 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measuring import taken_in_turn, training_step
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from measuring import flops, taken_in_turn, training_step
 
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.memory import finetuning_memory, segmentation_loss
@@ -59,7 +57,7 @@ def main() -> None:
             memory = finetuning_memory(network, patch, 1, 2, 4) / 2**30
             ratio = seconds[decoder, kind] / seconds[REFERENCE]
             print(
-                f"| {side} | {decoder} | {kind} | {parameters:.2f} | {gigaflops(model, patch):.1f} | {memory:.2f} "
+                f"| {side} | {decoder} | {kind} | {parameters:.2f} | {gigaflops(network, patch):.1f} | {memory:.2f} "
                 f"| {ratio:.2f} |",
                 flush=True,
             )
@@ -72,12 +70,14 @@ def step_of(network: Network, patch: tuple[int, ...]) -> Callable[[], None]:
     return training_step(model, lambda: segmentation_loss(model(volume), target))
 
 
-def gigaflops(model: torch.nn.Module, patch: tuple[int, ...]) -> float:
-    """Count operations of a forward pass on one patch, two per multiplication and addition."""
-    # the counter does not know the CPU's fused attention
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model.eval()(torch.randn(1, 1, *patch))
-    return counter.get_total_flops() / 1e9
+def gigaflops(network: Network, patch: tuple[int, ...]) -> float:
+    """Count operations of a forward pass on one patch."""
+
+    def prepare() -> Callable[[], object]:
+        model, volume = build_segmenter(network, 1, 2, drop_path=0.1).eval(), torch.empty(1, 1, *patch)
+        return torch.no_grad()(lambda: model(volume))
+
+    return flops(prepare) / 1e9
 
 
 if __name__ == "__main__":

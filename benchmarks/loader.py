@@ -18,28 +18,30 @@ import math
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import SimpleITK as sitk
 import torch
 from scipy.ndimage import gaussian_filter
-from torch.utils.data import DataLoader
 
 from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, MaskDrawing, RandomCrops
+from nnunet_vit_mae.pretraining.readers import read_batches
 from nnunet_vit_mae.pretraining.volumes import Cache
 
 if TYPE_CHECKING:
     from nnunet_vit_mae.nnunet.plans import Plan
 
 SYNTHETIC = "Dataset999_Volumes"
-SHAPE = (160, 224, 224)
+SHAPE = (160, 224, 224)  # of the volumes that are made
 BATCH = 2
+CPU = torch.device("cpu")
 TURN_SECONDS = 0.5
 CROPS, MASKS = 4, 2
 NNUNET, OURS, CACHED = "nnU-Net, its augmentation", "ours", "ours, `--cache`"
@@ -133,8 +135,9 @@ def our_batches(
     *,
     crops: int = 1,
     masks: int = 1,
+    readers: int = 0,
 ) -> Iterator[int]:
-    """Read as `mae3d_pretrain` on a CPU, and as each of its workers for a GPU; yields the samples of a batch."""
+    """Read as `mae3d_pretrain` does, in this process or with `readers`; yields the samples of a batch."""
     network, protocol = plan.settings.network, plan.settings.pretraining
     drawing = MaskDrawing(
         masking=Masking(mask_ratio=protocol.mask_ratio, rebuilt_share=protocol.rebuilt_share),
@@ -144,22 +147,29 @@ def our_batches(
         masks_per_crop=masks,
     )
     random_crops = RandomCrops(images, patch, drawing, 0, cache, crops_per_volume=crops)
-    for batch in DataLoader(random_crops, sampler=ConsecutiveBatches(0, 10**9, BATCH), batch_size=None):
-        yield len(batch.present)
+    with closing(read_batches(random_crops, ConsecutiveBatches(0, 10**9, BATCH), readers, pin_memory=False)) as batches:
+        for batch in batches:
+            yield len(batch.present)
 
 
 def nnunet_batches(plan: Plan, patch: tuple[int, ...]) -> Iterator[int]:
     """Read with nnU-Net's own training loader, as its trainer builds it, in this process."""
     from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerBaseline
 
-    plans = json.loads(json.dumps(plan.plans.plans)) | {"continue_training": False}
-    plans["configurations"][plan.name] |= {"patch_size": list(patch), "batch_size": BATCH}
+    trainer = trainer_of(nnUNetTrainerBaseline, plan, {"patch_size": list(patch), "batch_size": BATCH}, CPU)
     with contextlib.redirect_stdout(io.StringIO()):
-        trainer = nnUNetTrainerBaseline(plans, plan.name, "all", plan.dataset_json, torch.device("cpu"))
         trainer.batch_size = BATCH
         batches, _ = trainer.get_dataloaders()
     for batch in batches:
         yield len(batch["data"])
+
+
+def trainer_of(kind: type[Any], plan: Plan, changes: Mapping[str, Any], device: torch.device) -> Any:
+    """Return a trainer on all cases, with changes of the plans' configuration."""
+    plans = json.loads(json.dumps(plan.plans.plans)) | {"continue_training": False}
+    plans["configurations"][plan.name] |= changes
+    with contextlib.redirect_stdout(io.StringIO()):
+        return kind(plans, plan.name, "all", plan.dataset_json, device)
 
 
 def drop_from_page_cache(files: list[Path]) -> None:
@@ -185,7 +195,7 @@ def describe(images: list[Path]) -> str:
     return f"{stored.mean() / 2**20:.2f} MiB per case on disk, {stored.sum() / plain.sum():.0%} of its float32"
 
 
-def make_dataset(folder: Path, volumes: int) -> None:
+def make_dataset(folder: Path, volumes: int, *, processes: int = 1, shape: tuple[int, ...] = SHAPE) -> None:
     """Write CT-like volumes with a label, planned and preprocessed by nnU-Net's own command."""
     os.environ |= {f"nnUNet_{name}": str(folder / name) for name in ("raw", "preprocessed")}
     raw = folder / "raw" / SYNTHETIC
@@ -193,14 +203,14 @@ def make_dataset(folder: Path, volumes: int) -> None:
         (raw / part).mkdir(parents=True)
     random = np.random.default_rng(0)
     for number in range(volumes):
-        tissue, structure = (gaussian_filter(random.normal(size=SHAPE), 6) for _ in range(2))
-        image = 300 * tissue / tissue.std() + random.normal(scale=20, size=SHAPE)
+        tissue, structure = (gaussian_filter(random.normal(size=shape), 6) for _ in range(2))
+        image = 300 * tissue / tissue.std() + random.normal(scale=20, size=shape)
         label = structure > np.quantile(structure, 0.97)  # of all intensities, for nnU-Net clips to those within it
         sitk.WriteImage(sitk.GetImageFromArray(image.astype(np.int16)), raw / f"imagesTr/case_{number}_0000.nii.gz")
         sitk.WriteImage(sitk.GetImageFromArray(label.astype(np.uint8)), raw / f"labelsTr/case_{number}.nii.gz")
     description = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "structure": 1}, "file_ending": ".nii.gz"}
     (raw / "dataset.json").write_text(json.dumps(description | {"numTraining": volumes}))
-    command = "nnUNetv2_plan_and_preprocess -d 999 -c 3d_fullres -np 1 -npfp 1"
+    command = f"nnUNetv2_plan_and_preprocess -d 999 -c 3d_fullres -np {processes} -npfp {processes}"
     subprocess.run(command.split(), check=True, stdout=subprocess.DEVNULL)
 
 

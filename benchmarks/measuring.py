@@ -1,4 +1,4 @@
-"""Time and memory of steps on a machine that others use too: figures are ratios of what was measured in turn."""
+"""Time, memory and work of steps; on a machine that others use too, figures are ratios of what was measured in turn."""
 
 from __future__ import annotations
 
@@ -14,8 +14,16 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import DeviceType
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
-MEBIBYTE = 2**20
+from nnunet_vit_mae.networks.positions import forget_positions
+
+MEBIBYTE, GIBIBYTE = 2**20, 2**30
+WARM_UP = 3  # steps: the first ones allocate, choose kernels, and compile
 Name = TypeVar("Name", bound=Hashable)
 
 
@@ -46,11 +54,56 @@ def taken_in_turn(steps: Mapping[Name, Callable[[], object]], rounds: int) -> di
             for name, step in steps.items():
                 started = clock()
                 step()
-                if torch.cuda.is_initialized():
-                    torch.cuda.synchronize()
+                finish()
                 if number:
                     taken[name].append(clock() - started)
     return taken
+
+
+def seconds_each(step: Callable[[], object], seconds: float) -> float:
+    """Return the mean seconds of a step that is repeated for so long, and of what it starts on a GPU."""
+    for _ in range(WARM_UP):
+        step()
+    finish()
+    started, count = time.perf_counter(), 0
+    while not count or time.perf_counter() < started + seconds:
+        step()
+        finish()
+        count += 1
+    return (time.perf_counter() - started) / count
+
+
+def finish() -> None:
+    """Wait for what a GPU was given, if there is one in use."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def kernels(step: Callable[[], object]) -> tuple[int, float]:
+    """Return how many kernels and copies a step runs on a GPU, and in which share of its time any of them does."""
+    step()
+    finish()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        started = time.perf_counter()
+        step()
+        finish()
+        taken = time.perf_counter() - started
+    ran = [event.time_range.elapsed_us() for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    return len(ran), sum(ran) / 1e6 / taken
+
+
+def flops(prepare: Callable[[], Callable[[], object]]) -> int:
+    """Count the operations of a step, two per multiplication and addition, without taking it.
+
+    Attention counts as if its scores were stored: kernels that compute them twice do more work for the same result.
+    """
+    forget_positions()  # cached tables are real tensors, and those made here are not
+    try:
+        with FakeTensorMode(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            prepare()()
+        return counter.get_total_flops()
+    finally:
+        forget_positions()
 
 
 def printed_apart(script: str, *arguments: str) -> str:

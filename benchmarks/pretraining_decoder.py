@@ -14,6 +14,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder
-from nnunet_vit_mae.networks.masking import Masking, background_tokens
+from nnunet_vit_mae.networks.masking import Masking, Masks, background_tokens
+from nnunet_vit_mae.networks.precision import autocast
 from nnunet_vit_mae.settings import Network, Pretraining, token_grid
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -41,6 +43,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "skip_background": True,
     },
 }
+CPU = torch.device("cpu")
+DRAWN_MASKS = 4
 SCENES = [(96, 8, 1), (48, 8, 4)]  # side of the cubic patch, token, batch
 
 
@@ -72,21 +76,37 @@ def main() -> None:
         print(f"| {' | '.join(row)} |")
 
 
-def step_of(options: Mapping[str, Any], size: str, side: int, token: int, batch: int) -> Callable[[], None]:
-    """Return a whole step on random volumes whose first third along z is empty; masks differ from step to step."""
+def step_of(
+    options: Mapping[str, Any],
+    size: str,
+    side: int,
+    token: int,
+    batch: int,
+    *,
+    device: torch.device = CPU,
+    compiler: Mapping[str, Any] | None = None,
+) -> Callable[[], None]:
+    """Return a whole step on random volumes whose first third along z is empty; masks differ from step to step.
+
+    Masks are drawn before, as readers do. `compiler` are arguments of `torch.compile`; None: it is not used.
+    """
     network, protocol = Network(size=size, token=(token,) * 3), Pretraining(batch_size=batch, **options)
-    model = build_autoencoder(network, 1, protocol)
-    volume = torch.randn(batch, 1, side, side, side)
+    with device:
+        model = build_autoencoder(network, 1, protocol)
+    volume = torch.randn(batch, 1, side, side, side, device=device)
     volume[:, :, : side // 3] = 0
     tokens = math.prod(token_grid(volume.shape[2:], network.token))
     masking = Masking(mask_ratio=protocol.mask_ratio, rebuilt_share=protocol.rebuilt_share)
+    taking_part = ~background_tokens(volume, network.token).cpu() if protocol.skip_background else None
+    drawn = [masking.draw(torch.rand(batch, tokens), taking_part) for _ in range(DRAWN_MASKS)]
+    masks = cycle([masking.rounds(one)[0].to(device) for one in drawn])
 
-    def loss() -> Tensor:
-        taking_part = ~background_tokens(volume, network.token) if protocol.skip_background else None
-        masks = masking.rounds(masking.draw(torch.rand(batch, tokens), taking_part))[0]
-        return reconstruction_loss(model(volume, masks), norm_pix=protocol.norm_pix)
+    def loss(volume: Tensor, masks: Masks) -> Tensor:
+        with autocast(device):
+            return reconstruction_loss(model(volume, masks), norm_pix=protocol.norm_pix)
 
-    return training_step(model, loss)
+    compiled = loss if compiler is None else torch.compile(loss, dynamic=False, fullgraph=True, **compiler)
+    return training_step(model, lambda: compiled(volume, next(masks)))
 
 
 if __name__ == "__main__":

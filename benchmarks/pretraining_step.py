@@ -30,7 +30,7 @@ from nnunet_vit_mae.presets import SIZES
 from nnunet_vit_mae.settings import Network, Pretraining
 
 RATIO = 0.9
-NAMES = ("ours", "MONAI")
+NAMES = ("ours", "MONAI")  # `step_of` knows nnssl too, where it is installed
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def step_of(name: str, case: Case, size: str, device: torch.device) -> Callable[
     """Return a training step, ready to be repeated."""
     torch.manual_seed(0)
     volume = torch.randn(case.batch, 1, *(case.side,) * 3, device=device)
-    model = (our_model if name == "ours" else monai_model)(case, size).to(device).train()
-    loss_of = our_loss if name == "ours" else monai_loss
+    build, loss_of = PEERS[name]
+    model = build(case, size).to(device).train()
 
     def loss() -> Tensor:
         with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
@@ -133,6 +133,39 @@ def monai_loss(model: nn.Module, volume: Tensor, case: Case) -> Tensor:
     error = (predicted.float() - target).square().mean(dim=-1)
     return (error * mask).sum() / mask.sum()
 
+
+def nnssl_model(case: Case, size: str) -> nn.Module:
+    """Build nnssl's network, whose decoder is as wide as its encoder, with the depths of ours.
+
+    Its rotary positions need heads of another width than ours, so only the added ones are used.
+    """
+    from nnssl.architectures.evaMAE_module import EvaMAE
+
+    sizes = SIZES[size]
+    return EvaMAE(
+        input_channels=1,
+        embed_dim=sizes.width,
+        patch_embed_size=(case.token,) * 3,
+        output_channels=1,
+        input_shape=(case.side,) * 3,
+        encoder_eva_depth=sizes.depth,
+        encoder_eva_numheads=sizes.heads,
+        decoder_eva_depth=sizes.decoder_depth,
+        decoder_eva_numheads=sizes.heads,
+        patch_drop_rate=RATIO,
+        use_rot_pos_emb=False,
+    )
+
+
+def nnssl_loss(model: nn.Module, volume: Tensor, case: Case) -> Tensor:
+    """Compute nnssl's loss, the squared error of voxels in hidden tokens."""
+    predicted, kept = model(volume)
+    hidden = torch.ones(case.batch, case.tokens, device=volume.device).scatter_(1, kept, 0)
+    error = patchify((predicted.float() - volume).square(), (case.token,) * 3).mean(dim=(2, 3))
+    return (error * hidden).sum() / hidden.sum()
+
+
+PEERS = {"ours": (our_model, our_loss), "MONAI": (monai_model, monai_loss), "nnssl": (nnssl_model, nnssl_loss)}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

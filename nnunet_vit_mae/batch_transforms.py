@@ -124,8 +124,8 @@ def lower_resolution(rows: Float[Tensor, "k *patch"], scales: Float[Tensor, "k d
 
 def _grid(volumes: Tensor, affine: Tensor, patch: Sequence[int]) -> Tensor:
     """Return the position of each voxel of the patch in the volume as `grid_sample` wants it: x first, from -1 to 1."""
-    half_patch = torch.tensor(patch[::-1]).to(affine) / 2
-    half_volume = torch.tensor(volumes.shape[:1:-1]).to(affine) / 2
+    half_patch = torch.tensor(patch[::-1]).to(affine, non_blocking=True) / 2
+    half_volume = torch.tensor(volumes.shape[:1:-1]).to(affine, non_blocking=True) / 2
     linear = affine.flip(1, 2) * half_patch / half_volume[:, None]
     theta = functional.pad(linear, (0, 1)).to(volumes)  # without translation
     return functional.affine_grid(theta, [len(volumes), 1, *patch], align_corners=False)

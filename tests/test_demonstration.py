@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from nnunet_vit_mae.cli import demo
-from nnunet_vit_mae.csv_tables import read_rows
 from nnunet_vit_mae.demonstration import MODELS, Shell
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.storage.csv_tables import read_rows
 
 
 def test_a_folder_in_use_is_refused(tmp_path, refused):

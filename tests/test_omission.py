@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_vit_mae.cli import omit as omit_command
-from nnunet_vit_mae.files import link
 from nnunet_vit_mae.installation import trainers_folder
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.models import find_model
@@ -27,6 +26,7 @@ from nnunet_vit_mae.nnunet.omission import OmissionCase, find_channels, write_im
 from nnunet_vit_mae.nnunet.omission_table import OmissionRow, omission_table
 from nnunet_vit_mae.nnunet.prediction import PredictionCase
 from nnunet_vit_mae.statistics import compare
+from nnunet_vit_mae.storage.files import link
 
 few = settings(max_examples=50, deadline=None)
 dice = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=60)

@@ -17,10 +17,10 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from safetensors.torch import load, save
 
-from nnunet_vit_mae.archives import FORMAT
 from nnunet_vit_mae.cli import export_model, import_model
 from nnunet_vit_mae.nnunet import importing
 from nnunet_vit_mae.nnunet.shared_models import OUR_TRAINERS, read_weights, weights_content
+from nnunet_vit_mae.storage.archives import FORMAT
 
 PLAN = "mae3d_plan -d 901 -o Tiny --recipe quick --token 4 --epochs 1 --iterations 1 --batch_size 2"
 TRAINERS = ("nnUNetTrainerViTScratch", "nnUNetTrainerBaseline")

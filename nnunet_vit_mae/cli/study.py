@@ -15,10 +15,10 @@ from nnunet_vit_mae.cli.arguments import (
     refuse_patient_without_table,
     share,
 )
-from nnunet_vit_mae.entries import read_entries
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import make_folder, read_json
-from nnunet_vit_mae.signals import command
+from nnunet_vit_mae.processes.signals import command
+from nnunet_vit_mae.storage.entries import read_entries
+from nnunet_vit_mae.storage.files import make_folder, read_json
 from nnunet_vit_mae.study.arms import ARMS, choose_arms, merged
 from nnunet_vit_mae.study.design import StudyDesign, check_unchanged, read_study
 

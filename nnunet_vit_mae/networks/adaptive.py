@@ -46,9 +46,9 @@ def groups(present: list[list[int]], device: torch.device) -> Iterator[Group]:
     for count in sorted({len(contrasts) for contrasts in present}):
         members = [study for study, contrasts in enumerate(present) if len(contrasts) == count]
         yield Group(
-            torch.tensor(members, device=device),
-            torch.tensor([present[study] for study in members], device=device),
-            torch.tensor([[starts[study] + i for i in range(count)] for study in members], device=device),
+            _on_device(members, device),
+            _on_device([present[study] for study in members], device),
+            _on_device([[starts[study] + i for i in range(count)] for study in members], device),
         )
 
 
@@ -57,8 +57,13 @@ def split_contrasts(
 ) -> tuple[Shaped[Tensor, "s 1 *rest"], Int[Tensor, " s"]]:
     """Return the contrast images of a batch, and which contrast each of them is."""
     studies = [study for study, contrasts in enumerate(present) for _ in contrasts]
-    contrasts = torch.tensor([contrast for own in present for contrast in own], device=volume.device)
-    return volume[torch.tensor(studies, device=volume.device), contrasts][:, None], contrasts
+    contrasts = _on_device([contrast for own in present for contrast in own], volume.device)
+    return volume[_on_device(studies, volume.device), contrasts][:, None], contrasts
+
+
+def _on_device(numbers: list, device: torch.device) -> Int[Tensor, "*_"]:
+    """Return a tensor on a device without waiting for its work, as `torch.tensor` would there."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
 
 
 class ModalityVectors(nn.Module):

@@ -103,7 +103,7 @@ def rotated(
     `padding` zeros are appended, which saves a copy.
     """
     cosine, sine = (part.unsqueeze(-3).to(heads.dtype) for part in rotation.unbind(dim=-2))
-    r = rotation.shape[-1]
+    r = cosine.shape[-1]  # torch.compile cannot ask a table, which it holds as a constant, for its shape
     first, second = heads[..., :r], heads[..., r : 2 * r]
     parts = [first * cosine - second * sine, first * sine + second * cosine, heads[..., 2 * r :]]
     return torch.cat([*parts, heads.new_zeros(*heads.shape[:-1], padding)], dim=-1)

@@ -15,7 +15,6 @@ import joblib
 import torch
 
 from nnunet_vit_mae.errors import UserError, abbreviated
-from nnunet_vit_mae.files import locked
 from nnunet_vit_mae.networks.memory import pretraining_memory
 from nnunet_vit_mae.nnunet.capacity import memory_of, refuse_step_beyond
 from nnunet_vit_mae.nnunet.folders import encoder_file
@@ -29,6 +28,7 @@ from nnunet_vit_mae.pretraining.run import PretrainingResult, run
 from nnunet_vit_mae.pretraining.saved_state import what_is_kept
 from nnunet_vit_mae.pretraining.volumes import ITEM, Cache, volume_problems
 from nnunet_vit_mae.settings import Pretraining, to_json_types
+from nnunet_vit_mae.storage.files import locked
 from nnunet_vit_mae.weights import Card, hashed_name, package_versions, save_encoder
 
 logger = logging.getLogger(__name__)

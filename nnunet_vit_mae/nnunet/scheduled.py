@@ -23,7 +23,7 @@ from nnunet_vit_mae.nnunet.checked_plans import check_plans
 from nnunet_vit_mae.nnunet.plans import schedule_of
 from nnunet_vit_mae.nnunet.stopping import StoppableTrainer
 from nnunet_vit_mae.nnunet.watched import WatchedTrainer
-from nnunet_vit_mae.pickles import read_trained
+from nnunet_vit_mae.storage.pickles import read_trained
 
 CUDA = torch.device("cuda")
 VALIDATION_SHARE = 5  # nnU-Net's own 250 training iterations come with 50 of validation

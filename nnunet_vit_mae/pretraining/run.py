@@ -21,9 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nnunet_vit_mae.entries import read_entries
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import remove_unfinished, write_json
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import Autoencoder, build_autoencoder
 from nnunet_vit_mae.networks.precision import autocast
@@ -37,7 +35,9 @@ from nnunet_vit_mae.pretraining.readers import read_batches, reader_failures
 from nnunet_vit_mae.pretraining.run_log import announce, logging_to
 from nnunet_vit_mae.pretraining.saved_state import STATE, read_state, save_state
 from nnunet_vit_mae.pretraining.watching import WatchedEpoch
-from nnunet_vit_mae.signals import Stopped, postponed
+from nnunet_vit_mae.processes.signals import Stopped, postponed
+from nnunet_vit_mae.storage.entries import read_entries
+from nnunet_vit_mae.storage.files import remove_unfinished, write_json
 
 logger = logging.getLogger(__name__)
 
