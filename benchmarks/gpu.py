@@ -24,7 +24,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from gpu_parts import PARTS, Bench, Part
+from gpu_parts import Bench, Part, parts
+
+from nnunet_vit_mae.storage.files import replacing
 
 Row = dict[str, Any]
 
@@ -52,15 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             plans=chosen.plans,
             configuration=chosen.configuration,
         )
-        parts = [part for part in PARTS if part.name.startswith(tuple(chosen.only))]
-        failed = measure(bench, parts, chosen.output, chosen.seconds)
+        wanted = [part for part in parts(smoke=chosen.smoke) if part.name.startswith(tuple(chosen.only))]
+        failed = measure(bench, wanted, chosen.output, chosen.seconds)
     print(markdown(read(chosen.output)))
     if failed:
         raise SystemExit(f"These parts failed: {', '.join(failed)}")
 
 
 def measure(bench: Bench, parts: Sequence[Part], file: Path, seconds: float) -> list[str]:
-    """Append the rows of all parts that the file lacks, as far as the time allows; returns the parts that failed."""
+    """Add the rows of all parts that the file lacks, as far as the time allows; returns the parts that failed."""
     end, failed = time.monotonic() + seconds, []
     for part in parts:
         done = {row["part"]: row for row in read(file)}
@@ -81,8 +83,9 @@ def measure(bench: Bench, parts: Sequence[Part], file: Path, seconds: float) -> 
             continue
         finally:
             tidy()
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"part": part.name, "table": part.table, "cells": cells}) + "\n")
+        rows = [*read(file), {"part": part.name, "table": part.table, "cells": cells}]
+        with replacing(file) as temporary:
+            temporary.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
         print(f"{part.name}: {time.monotonic() - started:.1f} s", flush=True)
     return failed
 
@@ -97,11 +100,9 @@ def tidy() -> None:
 
 
 def read(file: Path) -> list[Row]:
-    """Return the rows of all parts that are done; the last line may have been cut off."""
-    if not file.exists():
-        return []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Return the rows of all parts that are done."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def markdown(rows: Sequence[Row]) -> str:

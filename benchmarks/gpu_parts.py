@@ -7,7 +7,7 @@ import dataclasses
 import io
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pretraining_decoder
 import torch
-from loader import SYNTHETIC, make_dataset, our_batches, trainer_of
+from loader import SHAPE, SYNTHETIC, make_dataset, our_batches, trainer_of
 from measuring import GIBIBYTE, finish, flops, kernels, seconds_each
 
 from nnunet_vit_mae.networks.memory import pretraining_memory
@@ -34,6 +34,7 @@ MOST, USUAL = 1024, 16  # batches: the largest one that is tried, and the defaul
 OPTIONS_BATCH, PEERS_BATCH, FINETUNING_BATCH = 64, 16, 4
 PATCH = 96  # of fine-tuning and of the reader on volumes that are made for this
 CEILING = "ceilings"
+SECONDS = 2.0  # for which a step is repeated
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,9 @@ class Bench:
         """Return the same with the rows of the parts that are done."""
         return dataclasses.replace(self, done=done)
 
-    @property
-    def seconds(self) -> float:
-        """Return for how long a step is repeated."""
-        return 0.0 if self.smoke else 2.0
+    def timed(self, step: Step) -> float:
+        """Return the seconds of a step."""
+        return seconds_each(step, 0, warm_up=0) if self.smoke else seconds_each(step, SECONDS)
 
     @property
     def flops_per_second(self) -> float | None:
@@ -66,7 +66,7 @@ class Bench:
 
     def scaled(self, size: str, side: int, token: int) -> tuple[str, int, int]:
         """Return a scene, or a tiny one."""
-        return ("XS", 16, 8) if self.smoke else (size, side, token)
+        return ("XS", 24, 8) if self.smoke else (size, side, token)
 
     def batch(self, batch: int) -> int:
         """Return a batch, or a tiny one."""
@@ -79,9 +79,8 @@ class Bench:
         from nnunet_vit_mae.nnunet.plans import load_plan
 
         if self.dataset is None and not self._made:
-            many = os.cpu_count() or 1
-            shape = {"shape": (24, 28, 32)} if self.smoke else {}
-            make_dataset(self.folder, 2 if self.smoke else 8, processes=min(8, many), **shape)
+            volumes, shape = (2, (24, 28, 32)) if self.smoke else (8, SHAPE)
+            make_dataset(self.folder, volumes, processes=min(volumes, os.cpu_count() or 1), shape=shape)
             self._made.append(SYNTHETIC)
         return load_plan(find_dataset(self.dataset or SYNTHETIC), self.plans, self.configuration)
 
@@ -112,8 +111,8 @@ def ceilings(bench: Bench) -> Cells:
     source = torch.randn(numbers, device=bench.device)
     target = torch.empty_like(source)
     a, b = (torch.randn(side, side, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
-    copied = 2 * source.nbytes / seconds_each(lambda: target.copy_(source), bench.seconds)
-    multiplied = 2 * side**3 / seconds_each(lambda: a @ b, bench.seconds)
+    copied = 2 * source.nbytes / bench.timed(lambda: target.copy_(source))
+    multiplied = 2 * side**3 / bench.timed(lambda: a @ b)
     name = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"
     return {
         "device": name,
@@ -175,7 +174,7 @@ def largest(of_batch: Callable[[int], Step], estimate: Callable[[int], int], ben
 
 def of_step(bench: Bench, step: Step, volumes: int, work: int | None = None) -> Cells:
     """Measure a step of so many volumes, whose operations are known or not."""
-    seconds = seconds_each(step, bench.seconds)
+    seconds = bench.timed(step)
     on_gpu, ceiling = bench.device.type == "cuda", bench.flops_per_second
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -217,6 +216,7 @@ def peer(bench: Bench, name: str, scene: tuple[str, int, int]) -> Cells:
 
 def finetuning(bench: Bench, network: str, augmentation: str) -> Cells:
     """Measure steps of a trainer, with the loader that feeds it."""
+    plan = bench.plan  # before nnU-Net is imported, for making volumes sets its folders
     from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerBaseline, nnUNetTrainerViTScratch
 
     batch = bench.batch(FINETUNING_BATCH)
@@ -229,7 +229,7 @@ def finetuning(bench: Bench, network: str, augmentation: str) -> Cells:
     changes = {"patch_size": list(bench.patch), "batch_size": batch}
     if network in DECODERS:
         changes["vit_mae"] = settings
-    trainer = trainer_of(kind, bench.plan, changes, bench.device)
+    trainer = trainer_of(kind, plan, changes, bench.device)
     with batches_of(trainer) as batches:
         step = lambda: trainer.train_step(next(batches))  # noqa: E731
         measured = of_step(bench, step, batch)
@@ -253,11 +253,12 @@ def batches_of(trainer: Any) -> Iterator[Any]:
 
 def prediction(bench: Bench, name: str) -> Cells:
     """Measure nnU-Net's predictor on a volume."""
+    plan = bench.plan  # before nnU-Net is imported, as above
     from prediction import prediction as predicted
 
-    predict = predicted(bench.plan, 1 if bench.smoke else 2, bench.device, name)
+    predict = predicted(plan, 1 if bench.smoke else 2, bench.device, name)
     measured = of_step(bench, predict, 1)
-    return {"network": name, "patch": " x ".join(map(str, bench.plan.patch_size)), **measured}
+    return {"network": name, "patch": " x ".join(map(str, plan.patch_size)), **measured}
 
 
 def reader(bench: Bench, *, cached: bool) -> Cells:
@@ -272,37 +273,39 @@ def reader(bench: Bench, *, cached: bool) -> Cells:
             for _ in range(readers):  # which start one after another
                 next(batches)
             started, crops = time.perf_counter(), 0
-            while not crops or time.perf_counter() < started + bench.seconds:
+            while not crops or time.perf_counter() < started + SECONDS * (not bench.smoke):
                 crops += next(batches)
             taken = time.perf_counter() - started
     crop = " x ".join(map(str, bench.patch))
     return {"reader": "--cache" if cached else "files", "crop": crop, "cores": readers, "crops/s": crops / taken}
 
 
-def _pretraining_parts() -> Iterator[Part]:
+def _pretraining_parts(scenes: Sequence[tuple[str, int, int]]) -> Iterator[Part]:
     table = "Pre-training"
-    for scene in SCENES:
+    for scene in scenes:
         label = "{} {}/{}".format(*scene)
         for usual in (False, True):
             run = partial(pretraining, scene=scene, run="eager", usual=usual)
             yield Part(f"pretraining {label}, eager, {'usual' if usual else 'largest'} batch", table, 20, run)
-    for scene in SCENES:
+    for scene in scenes:
         label = "{} {}/{}".format(*scene)
         run = partial(pretraining, scene=scene, run="compiled", usual=False)
         yield Part(f"pretraining {label}, compiled, largest batch", table, 60, run)
-    for scene in SCENES[:2]:
+    for scene in scenes[:2]:
         label = "{} {}/{}".format(*scene)
         run = partial(pretraining, scene=scene, run="compiled, CUDA graphs", usual=True)
         yield Part(f"pretraining {label}, CUDA graphs, usual batch", table, 60, run)
 
 
-def _parts() -> Iterator[Part]:
+def parts(*, smoke: bool) -> Iterator[Part]:
+    """Yield all parts, the quick ones first; where sizes are tiny, the scenes do not differ, so there is one."""
+    scenes = SCENES[:1] if smoke else SCENES
     yield Part(CEILING, "Ceilings", 15, ceilings)
-    pretrained = list(_pretraining_parts())
+    pretrained = list(_pretraining_parts(scenes))
     yield from (part for part in pretrained if "eager" in part.name)
     for name in pretraining_decoder.OPTIONS:
         yield Part(f"decoder {name}", "Options of the pre-training decoder", 10, partial(decoder_option, name=name))
-    for scene in SCENES[:2]:
+    for scene in scenes[:2]:
         for name, package in {"ours": None, "MONAI": "monai", "nnssl": "nnssl"}.items():
             part = partial(peer, name=name, scene=scene)
             yield Part("peer {} {} {}/{}".format(name, *scene), "Beside other packages", 15, part, package)
@@ -315,6 +318,3 @@ def _parts() -> Iterator[Part]:
     for name in ("ViT", "U-Net"):
         yield Part(f"prediction {name}", "Prediction", 25, partial(prediction, name=name))
     yield from (part for part in pretrained if "eager" not in part.name)  # compiling takes most of their time
-
-
-PARTS = list(_parts())

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 SYNTHETIC = "Dataset999_Volumes"
 SHAPE = (160, 224, 224)  # of the volumes that are made
+ENTRY = "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints"
 BATCH = 2
 CPU = torch.device("cpu")
 TURN_SECONDS = 0.5
@@ -210,8 +212,8 @@ def make_dataset(folder: Path, volumes: int, *, processes: int = 1, shape: tuple
         sitk.WriteImage(sitk.GetImageFromArray(label.astype(np.uint8)), raw / f"labelsTr/case_{number}.nii.gz")
     description = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "structure": 1}, "file_ending": ".nii.gz"}
     (raw / "dataset.json").write_text(json.dumps(description | {"numTraining": volumes}))
-    command = f"nnUNetv2_plan_and_preprocess -d 999 -c 3d_fullres -np {processes} -npfp {processes}"
-    subprocess.run(command.split(), check=True, stdout=subprocess.DEVNULL)
+    command = f"-m {ENTRY} -d 999 -c 3d_fullres -np {processes} -npfp {processes}"
+    subprocess.run([sys.executable, *command.split()], check=True, stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

@@ -60,9 +60,9 @@ def taken_in_turn(steps: Mapping[Name, Callable[[], object]], rounds: int) -> di
     return taken
 
 
-def seconds_each(step: Callable[[], object], seconds: float) -> float:
+def seconds_each(step: Callable[[], object], seconds: float, *, warm_up: int = WARM_UP) -> float:
     """Return the mean seconds of a step that is repeated for so long, and of what it starts on a GPU."""
-    for _ in range(WARM_UP):
+    for _ in range(warm_up):
         step()
     finish()
     started, count = time.perf_counter(), 0

@@ -17,6 +17,7 @@ from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
 from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.networks.memory import segmentation_loss
+from nnunet_vit_mae.networks.precision import autocast
 from nnunet_vit_mae.presets import DECODERS, SIZES, Size
 from nnunet_vit_mae.settings import Network, Pretraining
 
@@ -47,6 +48,16 @@ def finetuning(decoder: str, *, adaptive: bool = False) -> int:
     return graphs(lambda volume, target: segmentation_loss(model.logits(volume, present), target), batches)
 
 
+def on_a_gpu() -> int:
+    """Compile what asks a GPU whether it has bf16."""
+
+    def product(values: Tensor) -> Tensor:
+        with autocast(torch.device("cuda")):
+            return values @ values
+
+    return graphs(product, [(torch.ones(2, 2),)])
+
+
 def branching() -> int:
     """Compile what no single graph can hold."""
     return graphs(lambda values: values if values.sum() > 0 else -values, [(torch.ones(2),)])
@@ -63,6 +74,7 @@ CASES: dict[str, Callable[[], int]] = {
     ),
     **{decoder: partial(finetuning, decoder) for decoder in DECODERS},
     "adaptive unetr": partial(finetuning, "unetr", adaptive=True),
+    "on a GPU": on_a_gpu,
     "branching": branching,
 }
 

@@ -1,6 +1,9 @@
 """Test that every benchmark can be imported, and that what it measures runs at a small scale."""
 
 import argparse
+import json
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.presets import POSITIONS
 from nnunet_vit_mae.settings import Finetuning, Network, Pretraining
 
 BENCHMARKS = sorted(file.stem for file in (Path(__file__).parents[1] / "benchmarks").glob("*.py"))
@@ -74,3 +78,51 @@ def test_an_arm_whose_choice_an_ablation_would_not_read_is_refused():
     benchmark.refuse_ignored("free", Finetuning(layer_decay=1.0, freeze_epochs=3, lr=1e-3))
     with pytest.raises(UserError, match=r"The arm dice sets finetuning\.loss, which this benchmark does not read"):
         benchmark.refuse_ignored("dice", Finetuning(loss="dice"))
+
+
+class TestGPU:
+    """What is to be measured on a GPU, here on a CPU at tiny sizes."""
+
+    benchmark = import_module("gpu")
+
+    def test_all_parts_run_and_a_second_run_measures_nothing_again(self, in_workspace, monkeypatch, tmp_path):
+        # in a process of its own, for the checks of shapes in tests cannot be compiled
+        monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+        file = tmp_path / "gpu.jsonl"
+        command = [sys.executable, "-W", "ignore", self.benchmark.__file__, "-o", file, "-d", "901"]
+        command += ["--device", "cpu", "--smoke"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows = self.benchmark.read(file)
+        names = [part.name for part in self.benchmark.parts(smoke=True) if not part.missing()]
+        assert [row["part"] for row in rows] == names
+        assert all(row["cells"].get("volumes/s", 1.0) > 0 for row in rows)
+        assert done.stdout.count("### ") == len({row["table"] for row in rows})
+
+        self.benchmark.main(list(map(str, command[4:])))
+        assert self.benchmark.read(file) == rows
+
+    def test_parts_that_fail_are_named_and_the_others_are_kept(self, tmp_path, capsys):
+        file = tmp_path / "gpu.jsonl"
+        rows = [{"part": "first", "table": "A", "cells": {"volumes/s": 1234.5, "peak, GiB": None}}]
+        file.write_text(json.dumps(rows[0]) + "\n")
+        kinds = {"first": 1 / 0.5, "bad": None, "long": 1.0, "good": 2.0}
+        parts = [
+            self.benchmark.Part(name, "A", 1e9 if name == "long" else 1, lambda _, cell=cell: {"share": 1 / cell})
+            for name, cell in kinds.items()
+        ]
+        bench = SimpleNamespace(knowing=lambda done: None)
+        assert self.benchmark.measure(bench, parts, file, 100) == ["bad"]
+        assert [row["part"] for row in self.benchmark.read(file)] == ["first", "good"]
+        assert "long: left for another run" in capsys.readouterr().out
+
+    def test_a_table_has_three_digits_and_dashes(self):
+        rows = [
+            {"part": "one", "table": "A", "cells": {"name": "x", "volumes/s": 1234.5, "share": 0.1234, "GiB": None}}
+        ]
+        assert self.benchmark.markdown(rows).splitlines()[-1] == "| x | 1,234 | 0.123 | - |"
+
+    def test_the_work_of_a_step_is_counted_without_taking_it(self):
+        benchmark, flops = import_module("pretraining_decoder"), import_module("measuring").flops
+        one, two = (flops(lambda batch=batch: benchmark.step_of({}, "XS", 16, 4, batch)) for batch in (1, 2))
+        assert two == 2 * one > 0
