@@ -330,7 +330,7 @@ def test_mistakes_are_one_sentence(folders, refused):
     assert "already exists" in refused(main, "-i", str(source), "-o", str(output))
     (output.parent / "file").touch()
     inside = output.parent / "file" / output.name
-    assert "cannot be created" in refused(main, "-i", str(source), "-o", str(inside))
+    assert "File exists" in refused(main, "-i", str(source), "-o", str(inside))
     absolute = str(source / "sub-01/anat/*.nii.gz")
     empty = output.with_name("Dataset905_Empty")
     assert "matches --labels" in refused(main, "-i", str(source), "-o", str(empty), "--labels", absolute)
@@ -348,7 +348,7 @@ def test_bids_names_that_are_less_common(folders, refused):
     second.rename(second.with_name("sub-02_FLAIR.NII.GZ"))
     (source / "sub-02/anat/sub-02_T2w.nii.gz").write_bytes(b"text")
     message = refused(main, "-i", str(source), "-o", str(output), "-np", "1")
-    assert "P0002_1 T2: the file cannot be read by SimpleITK" in message
+    assert "P0002_1 T2: the file is not compressed, although its name ends with .gz" in message
     assert "all T2: is in no case, so that this channel is all zeros" in message
     assert json.loads((output / "dataset.json").read_text())["channel_names"] == {"0": "FLAIR", "1": "T2"}
     means = [array_of(sitk.ReadImage(str(file))).mean() for file in sorted((output / "imagesUn").glob("*_0000.nii.gz"))]
@@ -393,7 +393,7 @@ def test_a_lacking_ct_is_told_with_all_other_problems(folders, refused):
         write(image, source / subject / "ct" / f"{subject}_ct.nii.gz")
     (source / "sub-02/ct/sub-02_ct.nii.gz").write_bytes(b"text")
     message = refused(main, "-i", str(source), "-o", str(output), "-np", "1")
-    assert "P0002_1 CT: the file cannot be read" in message
+    assert "P0002_1 CT: the file is not compressed" in message
     assert "lacks CT" in message
     assert "then run mae3d_fill_contrasts" in message
     assert len(list((output / "imagesUn").iterdir())) == 5

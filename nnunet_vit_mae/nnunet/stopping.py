@@ -46,7 +46,7 @@ class StoppableTrainer(nnUNetTrainer):
         batches = loaders + max(6, loaders // 2) if loaders else 0  # at work on one, and in nnU-Net's queue
         processes = dist.get_world_size() if self.is_ddp else 1
         voxels = math.prod(self.configuration_manager.patch_size)
-        batch = self.batch_size * voxels * (4 * self.num_input_channels + 2)  # float32, and the labels in int16
+        batch = self.batch_size * voxels * (4 * int(self.num_input_channels or 0) + 2)  # float32, labels int16
         refuse_without_shared_memory(processes * batches, batch, without="nnUNet_n_proc_DA=0")
         return super().get_dataloaders()
 
