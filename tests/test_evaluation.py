@@ -394,7 +394,7 @@ def test_folders_that_do_not_fit_are_refused(data, refused):
     assert "but has none: check -r." in reason(references="empty")
     assert "labelsTs already exists: give a new folder with -o" in reason(out="labelsTs")
     file = data / "unet" / "case_4.nii.gz"
-    assert f"{file}/report cannot be created" in reason(out="unet/case_4.nii.gz/report")
+    assert f"{file} cannot be created" in reason(out="unet/case_4.nii.gz/report")
     (data / "imagesTs" / "case_5_0000.nii.gz").unlink()
     assert "The case case_5 has no image" in reason("-i", data / "imagesTs")
     write(data / "unet" / "case_4.nrrd", read_mask(file))

@@ -238,7 +238,7 @@ def test_a_model_that_does_not_fit_is_not_exported(site, tmp_path, capsys, monke
     assert "inference_allowed_mirroring_axes" in reason(lambda c: c.update(inference_allowed_mirroring_axes=(7,)))
     assert "checkpoint" in reason(lambda c: c.update(code=Poison(tmp_path / "marker")))
     file.write_bytes(whole[:1000])
-    assert "is damaged" in capture(export_model.main, capsys, *flags)
+    assert f"{file} cannot be read" in capture(export_model.main, capsys, *flags)
     file.write_bytes(whole)
     message = capture(export_model.main, capsys, *flags, "-chk", "checkpoint_best.pth")
     assert "There is no checkpoint" in message
