@@ -44,10 +44,12 @@ from nnunet_vit_mae.networks.tokenizer import padded, patchify
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.plans import Plan, build_unet, load_plan
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
-from nnunet_vit_mae.presets import SIZES, Finetuning, Settings
+from nnunet_vit_mae.presets import SIZES
 from nnunet_vit_mae.pretraining.crops import random_crop
-from nnunet_vit_mae.pretraining.run import PretrainingRun, run
+from nnunet_vit_mae.pretraining.job import PretrainingRun
+from nnunet_vit_mae.pretraining.run import run
 from nnunet_vit_mae.pretraining.volumes import open_volume
+from nnunet_vit_mae.settings import Finetuning, Settings
 
 UNET = "unet"  # the arm of nnU-Net's U-Net alone
 TRIES = 10  # for a crop with foreground

@@ -18,7 +18,7 @@ import torch
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.masking import Masking
-from nnunet_vit_mae.presets import Network, Pretraining
+from nnunet_vit_mae.settings import Network, Pretraining
 
 # contrasts per study: eight sessions of multiple sclerosis (dataset 506), and AMAE's seven, each one present by chance
 MIXTURES = {"506": [4, 4, 4, 2, 3, 3, 2, 2], "1 to 7, alike": list(range(1, 8))}

@@ -17,7 +17,8 @@ from measuring import flops, taken_in_turn, training_step
 
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.memory import finetuning_memory, segmentation_loss
-from nnunet_vit_mae.presets import UPSAMPLINGS, Network
+from nnunet_vit_mae.presets import UPSAMPLINGS
+from nnunet_vit_mae.settings import Network
 
 UPSAMPLED = ("unetr", "sfpn", "upscale")
 VARIANTS: dict[tuple[str, str], dict[str, Any]] = {

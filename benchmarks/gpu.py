@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from gpu_parts import Bench, Part, parts
 
-from nnunet_vit_mae.files import replacing
+from nnunet_vit_mae.storage.files import replacing
 
 Row = dict[str, Any]
 

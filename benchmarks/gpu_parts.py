@@ -20,7 +20,8 @@ from loader import SHAPE, SYNTHETIC, make_dataset, our_batches, trainer_of
 from measuring import GIBIBYTE, finish, flops, kernels, seconds_each
 
 from nnunet_vit_mae.networks.memory import pretraining_memory
-from nnunet_vit_mae.presets import DECODERS, Network, Pretraining
+from nnunet_vit_mae.presets import DECODERS
+from nnunet_vit_mae.settings import Network, Pretraining
 
 if TYPE_CHECKING:
     from nnunet_vit_mae.nnunet.plans import Plan

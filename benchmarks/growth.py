@@ -21,8 +21,8 @@ from measuring import MEBIBYTE, exponent, peak_memory, printed_apart, taken_in_t
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.masking import Masking
-from nnunet_vit_mae.presets import Network, Pretraining
 from nnunet_vit_mae.pretraining.crops import MaskDrawing, RandomCrops
+from nnunet_vit_mae.settings import Network, Pretraining
 
 # z y x in tokens: 64, 512, 4,096 and 32,768 of them, and twice as many between
 GRIDS = [(4, 4, 4), (4, 4, 8), (8, 8, 8), (8, 8, 16), (16, 16, 16), (16, 16, 32), (32, 32, 32)]

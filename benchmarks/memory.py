@@ -21,7 +21,7 @@ from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
 from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.networks.memory import finetuning_memory, pretraining_memory, segmentation_loss
-from nnunet_vit_mae.presets import Network, Pretraining, token_grid
+from nnunet_vit_mae.settings import Network, Pretraining, token_grid
 
 PATCH = (40, 48, 56)
 

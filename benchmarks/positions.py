@@ -20,7 +20,8 @@ from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.networks.precision import autocast
-from nnunet_vit_mae.presets import POSITIONS, Network, Pretraining
+from nnunet_vit_mae.presets import POSITIONS
+from nnunet_vit_mae.settings import Network, Pretraining
 
 SCENES = [(48, 8, 4), (96, 8, 1)]  # side of the cubic patch, token, batch
 SIZES_SHOWN = ("XS", "S")

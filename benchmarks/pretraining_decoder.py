@@ -25,7 +25,7 @@ from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.masking import Masking, Masks, background_tokens
 from nnunet_vit_mae.networks.precision import autocast
-from nnunet_vit_mae.presets import Network, Pretraining, token_grid
+from nnunet_vit_mae.settings import Network, Pretraining, token_grid
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -26,7 +26,8 @@ from nnunet_vit_mae.networks.autoencoder import norm_pix_targets, reconstruction
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.networks.tokenizer import patchify
-from nnunet_vit_mae.presets import SIZES, Network, Pretraining
+from nnunet_vit_mae.presets import SIZES
+from nnunet_vit_mae.settings import Network, Pretraining
 
 RATIO = 0.9
 NAMES = ("ours", "MONAI")  # `step_of` knows nnssl too, where it is installed

@@ -17,14 +17,14 @@ from shlex import quote
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_vit_mae.csv_tables import read_rows
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import refuse_in_use
-from nnunet_vit_mae.guard import guarded
 from nnunet_vit_mae.imaging.volumes import read_image
 from nnunet_vit_mae.installation import trainers_folder
 from nnunet_vit_mae.phantoms.dataset import write_phantom_dataset
 from nnunet_vit_mae.plots import Segmented, plot_segmentations
+from nnunet_vit_mae.processes.guard import guarded
+from nnunet_vit_mae.storage.csv_tables import read_rows
+from nnunet_vit_mae.storage.files import refuse_in_use
 
 DATASET_ID = "900"
 PLANS = "Quick"

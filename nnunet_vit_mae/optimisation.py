@@ -86,3 +86,26 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, *, freeze_pre
     """
     for group in optimizer.param_groups:
         group["lr"] = 0.0 if freeze_pretrained and group["pretrained"] else lr * group["lr_scale"]
+
+
+class WarmupCosine:
+    """The schedule of fine-tuning: a function of epoch and step alone, so that `--c` goes on where it was."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        lr: float,
+        *,
+        warmup: float,
+        epochs: int,
+        steps_per_epoch: int,
+        freeze_epochs: int = 0,
+    ):
+        self.optimizer, self.lr, self.warmup = optimizer, lr, warmup
+        self.epochs, self.steps_per_epoch, self.freeze_epochs = epochs, steps_per_epoch, freeze_epochs
+
+    def step(self, epoch: int, step: int = 0) -> None:
+        """Set the rates of a step of an epoch, both counted from 0; neither the first nor the last one is 0."""
+        progress = (epoch * self.steps_per_epoch + step + 1) / (self.epochs * self.steps_per_epoch + 1)
+        lr = self.lr * warmup_cosine(progress, self.warmup)
+        set_learning_rate(self.optimizer, lr, freeze_pretrained=epoch < self.freeze_epochs)

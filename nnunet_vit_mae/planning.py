@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.presets import Finetuning, Network, Pretraining, Settings, token_grid
+from nnunet_vit_mae.settings import Finetuning, Network, Pretraining, Settings, token_grid
 
 TOKEN_BUDGET = 4096  # 64^3 voxels at token 4, the paper's setting; a 128^3 patch at token 8
 SLACK = 1.25

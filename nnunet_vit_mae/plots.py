@@ -11,7 +11,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nnunet_vit_mae.files import replacing
+from nnunet_vit_mae.storage.files import replacing
 
 PLANES = ("z", "y", "x")
 

@@ -124,7 +124,7 @@ def _match_modality_vectors(
 def _by_name(entries: Tensor, there: Sequence[str], here: Sequence[str]) -> tuple[Tensor, list[str], str]:
     """Return entries (first axis: contrasts) for other contrasts, which of them are new, and both as text.
 
-    An entry of the same name (see `presets.contrast`) is kept; a new one is the mean over all.
+    An entry of the same name (see `presets.canonical_contrast`) is kept; a new one is the mean over all.
     """
     slots = {key: number for number, key in enumerate(_keys(there))}
     matches = [slots.get(key) for key in _keys(here)]

@@ -21,9 +21,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from nnunet_vit_mae.errors import UserError, abbreviated
-from nnunet_vit_mae.files import replacing
 from nnunet_vit_mae.networks.build import build_encoder
-from nnunet_vit_mae.presets import ENCODER_SETTINGS, Network, Settings
+from nnunet_vit_mae.presets import ENCODER_SETTINGS
+from nnunet_vit_mae.settings import Network, Settings
+from nnunet_vit_mae.storage.files import replacing
 
 CARD_KEY = "mae3d_card"
 OPTIONAL = {"network", "source", "notes"}  # entries that cards of earlier versions lack

@@ -18,7 +18,8 @@ from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
 from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.networks.memory import segmentation_loss
 from nnunet_vit_mae.networks.precision import autocast
-from nnunet_vit_mae.presets import DECODERS, SIZES, Network, Pretraining, Size
+from nnunet_vit_mae.presets import DECODERS, SIZES, Size
+from nnunet_vit_mae.settings import Network, Pretraining
 
 SIDES, TOKEN, B, C = (7, 8, 9), (4, 4, 4), 2, 3  # tokens reach beyond the volume
 TOKENS = 2 * 2 * 3

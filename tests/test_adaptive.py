@@ -28,7 +28,8 @@ from nnunet_vit_mae.networks.memory import finetuning_memory
 from nnunet_vit_mae.networks.positions import forget_positions, rotary_positions, sine_cosine_positions
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.networks.tokenizer import Triple, padded, patchify
-from nnunet_vit_mae.presets import DECODERS, MODALITY_VECTORS, POSITIONS, Network, Pretraining
+from nnunet_vit_mae.presets import DECODERS, MODALITY_VECTORS, POSITIONS
+from nnunet_vit_mae.settings import Network, Pretraining
 
 CPU = torch.device("cpu")
 TOKEN, SIDES, GRID = (2, 4, 8), (7, 5, 17), (4, 2, 3)

@@ -23,9 +23,10 @@ from nnunet_vit_mae.networks.positions import forget_positions, sine_cosine_posi
 from nnunet_vit_mae.networks.token_decoder import TokenDecoder
 from nnunet_vit_mae.networks.tokenizer import patchify
 from nnunet_vit_mae.networks.transformer import Transformer
-from nnunet_vit_mae.presets import MODALITY_VECTORS, Network, Pretraining
+from nnunet_vit_mae.presets import MODALITY_VECTORS
 from nnunet_vit_mae.pretraining.crops import Samples
 from nnunet_vit_mae.pretraining.pictures import rebuild
+from nnunet_vit_mae.settings import Network, Pretraining
 
 CPU = torch.device("cpu")
 C, TOKEN, SIDES, GRID = 3, (2, 4, 8), (7, 5, 17), (4, 2, 3)  # the last tokens hold 1 layer of the volume each

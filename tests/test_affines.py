@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.networks.tokenizer import patchify
-from nnunet_vit_mae.presets import Network, Pretraining, Settings
 from nnunet_vit_mae.pretraining import affines as module
 from nnunet_vit_mae.pretraining.affines import AffineDrawing, moved, tokens_reached
 from nnunet_vit_mae.pretraining.crops import MaskDrawing, RandomCrops
-from nnunet_vit_mae.pretraining.run import PretrainingRun
+from nnunet_vit_mae.pretraining.job import PretrainingRun
+from nnunet_vit_mae.settings import Network, Pretraining, Settings
 
 CPU = torch.device("cpu")
 PATCH, TOKEN = (8, 12, 10), (4, 2, 4)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.presets import POSITIONS, Finetuning, Network, Pretraining
+from nnunet_vit_mae.presets import POSITIONS
+from nnunet_vit_mae.settings import Finetuning, Network, Pretraining
 
 BENCHMARKS = sorted(file.stem for file in (Path(__file__).parents[1] / "benchmarks").glob("*.py"))
 

@@ -18,9 +18,7 @@ from torch import nn
 
 from nnunet_vit_mae.cli import calibrate as calibrate_command
 from nnunet_vit_mae.cli import quantify as quantify_command
-from nnunet_vit_mae.csv_tables import read_rows
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import locked
 from nnunet_vit_mae.imaging.volumes import Geometry
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.nnunet.calibration import shift_head
@@ -28,7 +26,10 @@ from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.models import find_model
 from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.nnunet.quantification import TrainingRange, model_hash, warnings_of
-from nnunet_vit_mae.presets import DECODERS, Network
+from nnunet_vit_mae.presets import DECODERS
+from nnunet_vit_mae.settings import Network
+from nnunet_vit_mae.storage.csv_tables import read_rows
+from nnunet_vit_mae.storage.files import locked
 from nnunet_vit_mae.thresholds import segment
 
 TRAINER = "nnUNetTrainerBaseline"

@@ -9,7 +9,7 @@ from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
 from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.networks.tokenizer import ConvolutionalTokenizer, doublings, patchify, unpatchify
-from nnunet_vit_mae.presets import Network, Pretraining, token_grid
+from nnunet_vit_mae.settings import Network, Pretraining, token_grid
 
 TOKEN = (2, 4, 8)
 SHAPE = (5, 11, 27)

@@ -29,7 +29,7 @@ from nnunet_vit_mae.datasets.crop import cropping as module
 from nnunet_vit_mae.datasets.crop.region import continuous_index, find_box, read_region
 from nnunet_vit_mae.imaging.registration import RegistrationError, map_points, register, rotation_degrees
 from nnunet_vit_mae.imaging.scans import find_scans
-from nnunet_vit_mae.workers import run_each
+from nnunet_vit_mae.processes.workers import run_each
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data" / "Dataset506_MSLesions"
 THICK = {"size": (60, 64, 20), "spacing": (1.5, 1.6, 5.0)}

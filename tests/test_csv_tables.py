@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nnunet_vit_mae.csv_tables import (
+from nnunet_vit_mae.datasets.tables import read_case_table
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.storage.csv_tables import (
     escaped,
     read_cells,
     read_frame,
@@ -19,8 +21,6 @@ from nnunet_vit_mae.csv_tables import (
     write_records,
     write_rows,
 )
-from nnunet_vit_mae.datasets.tables import read_case_table
-from nnunet_vit_mae.errors import UserError
 
 PACKAGE = Path(__file__).parent.parent / "nnunet_vit_mae"
 FORMULAS = ["=cmd|' /C calc'!A0", "+1+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", "＝1", "-name", "+49 170"]  # noqa: RUF001

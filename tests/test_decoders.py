@@ -24,7 +24,8 @@ from nnunet_vit_mae.networks.encoder import Encoded
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.networks.tokenizer import Triple, doublings, padded
 from nnunet_vit_mae.networks.upsampling import as_map, narrowest_width, stage_widths, upsampling
-from nnunet_vit_mae.presets import DECODERS, SIZES, TOKEN_SIDES, UPSAMPLINGS, Network, Pretraining
+from nnunet_vit_mae.presets import DECODERS, SIZES, UPSAMPLINGS
+from nnunet_vit_mae.settings import TOKEN_SIDES, Network, Pretraining
 
 TOKEN, SIDES = (2, 4, 8), (7, 5, 17)
 VOLUMES = {  # for each token three unequal sides that it does not divide; unequal numbers of tokens but for the largest

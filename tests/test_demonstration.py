@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from nnunet_vit_mae.cli import demo
-from nnunet_vit_mae.csv_tables import read_rows
 from nnunet_vit_mae.demonstration import MODELS, Shell
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.storage.csv_tables import read_rows
 
 
 def test_a_folder_in_use_is_refused(tmp_path, refused):
@@ -51,8 +51,8 @@ def test_the_demonstration_runs_and_its_models_have_learned(tmp_path):
     scores = read_rows(folder / "report" / "cases.csv")
     dice = {model: np.mean([float(s["dice"]) for s in scores if s["model"] == model]) for model in MODELS}
     assert len(scores) == 3 * 16
-    assert dice["nnU-Net"] > 0.5
-    assert dice["ViT, pre-trained"] > 0.5
+    assert dice["nnU-Net"] > 0.6
+    assert dice["ViT, pre-trained"] > 0.6
     assert all(f"{value:.3f}" in done.stdout for value in dice.values())
     page = Path(url2pathname(urlsplit(done.stdout.split()[-1]).path))
     assert page == folder.resolve() / "report" / "index.html"

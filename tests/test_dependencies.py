@@ -19,7 +19,8 @@ def normalised(distribution: str) -> str:
 
 def declared() -> set[str]:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    return {normalised(re.match(r"[\w.-]+", requirement)[0]) for requirement in project["dependencies"]}
+    requirements = [*project["dependencies"], *project["optional-dependencies"]["completion"]]  # asked for by shells
+    return {normalised(re.match(r"[\w.-]+", requirement)[0]) for requirement in requirements}
 
 
 def imported(source: str) -> set[str]:

@@ -19,12 +19,12 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import locked
-from nnunet_vit_mae.presets import Network, Pretraining
 from nnunet_vit_mae.pretraining import distributed
 from nnunet_vit_mae.pretraining import run as loop
 from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, CropBatch, RandomCrops
-from nnunet_vit_mae.signals import Stopped, signal_name, stoppable
+from nnunet_vit_mae.processes.signals import Stopped, signal_name, stoppable
+from nnunet_vit_mae.settings import Network, Pretraining
+from nnunet_vit_mae.storage.files import locked
 
 CPU = torch.device("cpu")
 PATCH = (8, 12, 10)  # tokens of 4 reach beyond it: a hidden token at the border has fewer voxels than another one
@@ -255,9 +255,8 @@ def test_rank_0_reports_for_all(monkeypatch, error, code):
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
     """The lock ends with its process, however that ends."""
-    script = (
-        "import sys, pathlib, nnunet_vit_mae.files as f\nwith f.locked(pathlib.Path(sys.argv[1])): print(1); input()"
-    )
+    lines = ["import sys, pathlib", "from nnunet_vit_mae.storage import files"]
+    script = "\n".join([*lines, "with files.locked(pathlib.Path(sys.argv[1])): print(1); input()"])
     with subprocess.Popen(
         [sys.executable, "-u", "-c", script, str(tmp_path / "fold_0")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:

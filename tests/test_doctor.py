@@ -16,6 +16,7 @@ from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.nnunet.diagnoses import diagnose_dataset, diagnose_trainers, diagnose_variables
 from nnunet_vit_mae.nnunet.folders import encoder_file, find_dataset
 from nnunet_vit_mae.nnunet.plans import load_plan
+from nnunet_vit_mae.settings import Network
 from nnunet_vit_mae.weights import save_encoder
 
 
@@ -91,11 +92,11 @@ def test_a_dataset(in_workspace):
     plan = load_plan(dataset, "nnUNetPlans", "3d_fullres")
     shutil.copy(next(plan.dataset.references.glob("*.nii.gz")), plan.dataset.references / "unprocessed.nii.gz")
     file = encoder_file(dataset.results, "nnUNetPlans", "3d_fullres", "all")
-    network = build_segmenter(plan.settings.network, 2, 2, drop_path=0.0)
-    save_encoder(network.encoder, make_card(size="L"), file)
+    network = build_segmenter(Network(size="XS", token=(4, 8, 8)), 2, 2, drop_path=0.0)
+    save_encoder(network.encoder, make_card(token=[4, 8, 8]), file)
     found = list(diagnose_dataset("901", "nnUNetPlans", "3d_fullres"))
     assert levels(found) >= {("images", ERROR), ("images", WARNING), ("encoder", ERROR)}
-    assert "size L there" in next(diagnosis.text for diagnosis in found if diagnosis.topic == "encoder")
+    assert "size XS there" in next(diagnosis.text for diagnosis in found if diagnosis.topic == "encoder")
     (unknown,) = diagnose_dataset("902", "nnUNetPlans", "3d_fullres")
     assert unknown.level == ERROR
 

@@ -15,7 +15,7 @@ import SimpleITK as sitk
 import torch
 from conftest import SHAPE, Workspace
 
-from nnunet_vit_mae.csv_tables import read_rows
+from nnunet_vit_mae.storage.csv_tables import read_rows
 from nnunet_vit_mae.weights import load_encoder
 
 pytestmark = pytest.mark.slow

@@ -23,10 +23,10 @@ from nnunet_vit_mae.evaluation.by_token import differ_in_network, read_trained_v
 from nnunet_vit_mae.evaluation.cases import find_evaluation_set, labels_in, measure_cases, read_mask
 from nnunet_vit_mae.evaluation.results import MEASURES, EvaluationOptions
 from nnunet_vit_mae.evaluation.summary import Measurements, evaluate, paired_tests, write_tables
-from nnunet_vit_mae.files import locked
 from nnunet_vit_mae.imaging.grids import distance_mm, turned_like
 from nnunet_vit_mae.imaging.volumes import geometry_of
-from nnunet_vit_mae.workers import run_each
+from nnunet_vit_mae.processes.workers import run_each
+from nnunet_vit_mae.storage.files import locked
 
 SHAPE = (6, 11, 13)  # z y x
 LABELS = {"background": 0, "core": 1, "rim": 2}
@@ -394,7 +394,7 @@ def test_folders_that_do_not_fit_are_refused(data, refused):
     assert "but has none: check -r." in reason(references="empty")
     assert "labelsTs already exists: give a new folder with -o" in reason(out="labelsTs")
     file = data / "unet" / "case_4.nii.gz"
-    assert f"{file}/report cannot be created" in reason(out="unet/case_4.nii.gz/report")
+    assert f"{file} cannot be created" in reason(out="unet/case_4.nii.gz/report")
     (data / "imagesTs" / "case_5_0000.nii.gz").unlink()
     assert "The case case_5 has no image" in reason("-i", data / "imagesTs")
     write(data / "unet" / "case_4.nrrd", read_mask(file))

@@ -22,7 +22,8 @@ from nnunet_vit_mae.networks.checkerboard import checkerboard, feature_maps, inn
 from nnunet_vit_mae.nnunet.features import read_patch
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.plans import load_plan
-from nnunet_vit_mae.presets import DECODERS, UPSAMPLINGS, Network
+from nnunet_vit_mae.presets import DECODERS, UPSAMPLINGS
+from nnunet_vit_mae.settings import Network
 
 PERIOD = (1, 2, 4)
 few = settings(max_examples=25, deadline=None)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_vit_mae.errors import WHAT_TO_DO, UserError, WriteError, exit_on_user_error
-from nnunet_vit_mae.files import inside, read_json, replacing, write_json
+from nnunet_vit_mae.storage.files import inside, read_json, replacing, write_json
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),

@@ -32,7 +32,8 @@ from nnunet_vit_mae.networks.positions import PositionTable
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.plans import load_plan
 from nnunet_vit_mae.optimisation import parameter_groups
-from nnunet_vit_mae.presets import SIZES, Network, Pretraining, Settings, Size
+from nnunet_vit_mae.presets import SIZES, Size
+from nnunet_vit_mae.settings import Network, Pretraining, Settings
 from nnunet_vit_mae.transfer import Destination, adapt_encoder
 from nnunet_vit_mae.weights import load_encoder, save_encoder
 

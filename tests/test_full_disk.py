@@ -25,16 +25,16 @@ from synthetic_head import COARSE_GRID, moved, scan, write_template
 from test_weights import make_card
 
 import nnunet_vit_mae
-from nnunet_vit_mae.csv_tables import write_frame, write_rows
 from nnunet_vit_mae.datasets.crop import contact_sheet, cropping, qc_table
 from nnunet_vit_mae.errors import WriteError
-from nnunet_vit_mae.files import replacing, write_json
 from nnunet_vit_mae.imaging.scans import read_scan
 from nnunet_vit_mae.imaging.writing import write_image, write_segmentation, write_zeros
 from nnunet_vit_mae.networks.build import build_encoder
 from nnunet_vit_mae.nnunet import calibration, preprocessing
 from nnunet_vit_mae.plots import save_figure
-from nnunet_vit_mae.presets import Network
+from nnunet_vit_mae.settings import Network
+from nnunet_vit_mae.storage.csv_tables import write_frame, write_rows
+from nnunet_vit_mae.storage.files import replacing, write_json
 from nnunet_vit_mae.weights import save_encoder
 
 IMAGES = ("image.nii.gz", "image.nii", "image.nrrd", "image.mha")

@@ -39,11 +39,11 @@ from nnunet_vit_mae.evaluation.calibration_record import read_calibration
 from nnunet_vit_mae.foreign.checkpoints import read_checkpoint, weights_in
 from nnunet_vit_mae.imaging.labels import read_labels
 from nnunet_vit_mae.imaging.scans import ScanError, read_scan
-from nnunet_vit_mae.limits import VARIABLE
 from nnunet_vit_mae.networks.build import build_encoder
 from nnunet_vit_mae.nnunet.prediction import read_probabilities
-from nnunet_vit_mae.pickles import read_properties, read_trained
 from nnunet_vit_mae.pretraining.volumes import volume_problem
+from nnunet_vit_mae.storage.limits import VARIABLE
+from nnunet_vit_mae.storage.pickles import read_properties, read_trained
 from nnunet_vit_mae.weights import load_encoder, save_encoder
 
 INPUTS = 10_000

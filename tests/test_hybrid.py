@@ -10,7 +10,7 @@ from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.decoders.unet import matching_stage
 from nnunet_vit_mae.networks.memory import finetuning_memory
 from nnunet_vit_mae.networks.segmenter import Segmenter
-from nnunet_vit_mae.presets import Network
+from nnunet_vit_mae.settings import Network
 
 STRIDES = [(1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 2, 2)]
 SHAPE = (8, 16, 24)

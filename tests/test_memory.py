@@ -11,7 +11,8 @@ from torch import nn
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.memory import finetuning_memory, pretraining_memory
 from nnunet_vit_mae.networks.positions import sine_cosine_positions
-from nnunet_vit_mae.presets import DECODERS, Network, Pretraining
+from nnunet_vit_mae.presets import DECODERS
+from nnunet_vit_mae.settings import Network, Pretraining
 
 PATCH = (14, 18, 22)
 BYTES_PER_PARAMETER = 16  # weight, gradient and two moments of AdamW, in fp32

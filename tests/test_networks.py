@@ -16,7 +16,7 @@ from nnunet_vit_mae.networks.masking import Masking, count_visible, take
 from nnunet_vit_mae.networks.positions import Positions, sine_cosine_positions
 from nnunet_vit_mae.networks.tokenizer import Tokenizer, grid_of, padded, patchify, unpatchify, voxels_inside
 from nnunet_vit_mae.networks.transformer import Attention, Block, Transformer
-from nnunet_vit_mae.presets import Network, Pretraining
+from nnunet_vit_mae.settings import Network, Pretraining
 
 CPU = torch.device("cpu")
 

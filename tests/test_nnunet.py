@@ -18,7 +18,7 @@ from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.folds import pretraining_cases, split_of
 from nnunet_vit_mae.nnunet.plans import load_plan, read_recipe, schedule_of, settings_of
 from nnunet_vit_mae.nnunet.preprocessing import _preprocess_case
-from nnunet_vit_mae.presets import Settings
+from nnunet_vit_mae.settings import Settings
 
 pytestmark = pytest.mark.slow
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
-from nnunet_vit_mae.nnunet.trainers import WarmupCosine
-from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
-from nnunet_vit_mae.presets import DECODERS, SIZES, Network, Pretraining
+from nnunet_vit_mae.optimisation import WarmupCosine, parameter_groups, set_learning_rate, warmup_cosine
+from nnunet_vit_mae.presets import DECODERS, SIZES
+from nnunet_vit_mae.settings import Network, Pretraining
 
 DEPTH = SIZES["XS"].depth
 DECAY = 0.7

@@ -21,7 +21,7 @@ from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.planner import choose_settings
 from nnunet_vit_mae.nnunet.plans import load_plan
 from nnunet_vit_mae.nnunet.trainers import _unchanged
-from nnunet_vit_mae.presets import EncoderFile, Network, Pretraining, token_grid
+from nnunet_vit_mae.settings import EncoderFile, Network, Pretraining, token_grid
 from nnunet_vit_mae.weights import save_encoder
 
 pytestmark = pytest.mark.slow

@@ -22,7 +22,8 @@ from nnunet_vit_mae.planning import (
     token_grid,
     token_steps,
 )
-from nnunet_vit_mae.presets import DECODERS, TOKEN_SIDES, Settings
+from nnunet_vit_mae.presets import DECODERS
+from nnunet_vit_mae.settings import TOKEN_SIDES, Settings
 
 patches = st.tuples(*[st.integers(1, 320)] * 3)
 spacings = st.tuples(*[st.integers(10, 2000).map(lambda n: n / 100)] * 3)

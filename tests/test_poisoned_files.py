@@ -26,14 +26,14 @@ from nnunet_vit_mae.foreign.checkpoints import read_checkpoint
 from nnunet_vit_mae.imaging.labels import read_volume
 from nnunet_vit_mae.imaging.scans import ScanError, read_scan
 from nnunet_vit_mae.imaging.volumes import read_geometry, read_image, refuse_large
-from nnunet_vit_mae.limits import MAX_VOXELS, VARIABLE
 from nnunet_vit_mae.nnunet.calibration import shift_checkpoint
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.plans import load_plan
 from nnunet_vit_mae.nnunet.prediction import read_probabilities
 from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerViTScratch
-from nnunet_vit_mae.pickles import read_properties, read_trained
 from nnunet_vit_mae.pretraining.volumes import open_volume
+from nnunet_vit_mae.storage.limits import MAX_VOXELS, VARIABLE
+from nnunet_vit_mae.storage.pickles import read_properties, read_trained
 from nnunet_vit_mae.study.costs import count_parameters
 from nnunet_vit_mae.weights import load_encoder
 

@@ -11,7 +11,8 @@ from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
 from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.networks.positions import Positions, forget_positions, rotary_positions, rotated
 from nnunet_vit_mae.networks.transformer import Attention, GatedMLP, Transformer, plain_mlp
-from nnunet_vit_mae.presets import BLOCKS, POSITIONS, Network, Pretraining, token_grid
+from nnunet_vit_mae.presets import BLOCKS, POSITIONS
+from nnunet_vit_mae.settings import Network, Pretraining, token_grid
 
 CPU = torch.device("cpu")
 GRID = (3, 4, 5)

@@ -18,14 +18,10 @@ from nnunet_vit_mae.presets import (
     POSITIONS,
     PRETRAINING_DECODERS,
     SIZES,
-    TOKEN_SIDES,
     TOKENIZERS,
     UPSAMPLINGS,
-    Finetuning,
-    Network,
-    Pretraining,
-    Settings,
 )
+from nnunet_vit_mae.settings import TOKEN_SIDES, Finetuning, Network, Pretraining, Settings
 
 
 def with_taps(network: Network) -> st.SearchStrategy[Network]:

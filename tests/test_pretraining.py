@@ -26,7 +26,6 @@ from scipy.ndimage import gaussian_filter
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.masking import Masking
-from nnunet_vit_mae.presets import Network, Pretraining
 from nnunet_vit_mae.pretraining import crops as module
 from nnunet_vit_mae.pretraining import readers
 from nnunet_vit_mae.pretraining import run as loop
@@ -40,6 +39,7 @@ from nnunet_vit_mae.pretraining.crops import (
 )
 from nnunet_vit_mae.pretraining.pictures import interpolated, rebuild
 from nnunet_vit_mae.pretraining.volumes import open_volume
+from nnunet_vit_mae.settings import Network, Pretraining
 
 CPU = torch.device("cpu")
 PATCH = (8, 12, 10)

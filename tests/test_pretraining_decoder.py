@@ -15,10 +15,11 @@ from nnunet_vit_mae.networks.masking import Masks, count_rebuilt, count_visible
 from nnunet_vit_mae.networks.memory import pretraining_memory
 from nnunet_vit_mae.networks.positions import Places
 from nnunet_vit_mae.networks.tokenizer import patchify
-from nnunet_vit_mae.presets import SIZES, Network, Pretraining
+from nnunet_vit_mae.presets import SIZES
 from nnunet_vit_mae.pretraining.crops import MaskDrawing, Samples
+from nnunet_vit_mae.pretraining.job import PretrainingRun
 from nnunet_vit_mae.pretraining.pictures import rebuild
-from nnunet_vit_mae.pretraining.run import PretrainingRun
+from nnunet_vit_mae.settings import Network, Pretraining
 
 B, C, TOKEN, SHAPE, GRID = 3, 2, (2, 4, 8), (5, 11, 27), (3, 3, 4)  # the last tokens reach beyond the volume
 TOKENS = math.prod(GRID)

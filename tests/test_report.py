@@ -393,9 +393,9 @@ def test_images_that_do_not_fit_are_refused(example, tmp_path):
     ("text", "reason"),
     [
         ("{", "is not valid JSON"),
-        ("[]", "has no thresholds"),
-        ('{"thresholds": {"a": "high"}}', "has no thresholds"),
-        ('{"thresholds": {"a": 0.5}, "before": {"a": 3}}', "'before' is not a table"),
+        ("[]", "must be an object"),
+        ('{"thresholds": {"a": "high"}}', "thresholds.a is 'high'"),
+        ('{"thresholds": {"a": 0.5}, "before": {"a": 3}}', "before.a is 3"),
     ],
 )
 def test_calibrations_that_are_none(text, reason, tmp_path):

@@ -17,10 +17,10 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from safetensors.torch import load, save
 
-from nnunet_vit_mae.archives import FORMAT
 from nnunet_vit_mae.cli import export_model, import_model
 from nnunet_vit_mae.nnunet import importing
 from nnunet_vit_mae.nnunet.shared_models import OUR_TRAINERS, read_weights, weights_content
+from nnunet_vit_mae.storage.archives import FORMAT
 
 PLAN = "mae3d_plan -d 901 -o Tiny --recipe quick --token 4 --epochs 1 --iterations 1 --batch_size 2"
 TRAINERS = ("nnUNetTrainerViTScratch", "nnUNetTrainerBaseline")
@@ -238,7 +238,7 @@ def test_a_model_that_does_not_fit_is_not_exported(site, tmp_path, capsys, monke
     assert "inference_allowed_mirroring_axes" in reason(lambda c: c.update(inference_allowed_mirroring_axes=(7,)))
     assert "checkpoint" in reason(lambda c: c.update(code=Poison(tmp_path / "marker")))
     file.write_bytes(whole[:1000])
-    assert "is damaged" in capture(export_model.main, capsys, *flags)
+    assert f"{file} cannot be read" in capture(export_model.main, capsys, *flags)
     file.write_bytes(whole)
     message = capture(export_model.main, capsys, *flags, "-chk", "checkpoint_best.pth")
     assert "There is no checkpoint" in message

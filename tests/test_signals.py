@@ -16,17 +16,17 @@ import pytest
 import SimpleITK as sitk
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.signals import signal_name
-from nnunet_vit_mae.unfinished import MARK, new_folder
+from nnunet_vit_mae.processes.signals import signal_name
+from nnunet_vit_mae.storage.unfinished import MARK, new_folder
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 SCRIPT = """
 import sys, time, os, signal, threading
 from pathlib import Path
-from nnunet_vit_mae.files import replacing
-from nnunet_vit_mae.guard import guarded
-from nnunet_vit_mae.signals import command, end_with_parent, postponed, tell
-from nnunet_vit_mae.workers import run_each
+from nnunet_vit_mae.storage.files import replacing
+from nnunet_vit_mae.processes.guard import guarded
+from nnunet_vit_mae.processes.signals import command, end_with_parent, postponed, tell
+from nnunet_vit_mae.processes.workers import run_each
 
 def say(word):
     print(word, flush=True)
@@ -301,7 +301,7 @@ def test_a_call_that_writes_nothing_leaves_nothing(tmp_path):
 
 def test_a_folder_is_for_one_process(running, tmp_path):
     process = running(f"""
-        from nnunet_vit_mae.unfinished import new_folder
+        from nnunet_vit_mae.storage.unfinished import new_folder
         with new_folder(Path({str(tmp_path / "out")!r}), {{}}):
             say("ready")
             time.sleep(60)

@@ -17,7 +17,7 @@ import torch
 
 from nnunet_vit_mae.cli import study as command
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.presets import Settings
+from nnunet_vit_mae.settings import Settings
 from nnunet_vit_mae.study import comparisons, costs, workflow
 from nnunet_vit_mae.study.arms import ARMS, arms_from, arms_to_json, choose_arms, encoder_recipe, scratch_pairs
 from nnunet_vit_mae.study.comparisons import Question, Variant

@@ -19,7 +19,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation
-from nnunet_vit_mae.nnunet.trainers import ScheduledTrainer, nnUNetTrainerBaseline, nnUNetTrainerViTScratch
+from nnunet_vit_mae.nnunet.scheduled import ScheduledTrainer
+from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerBaseline, nnUNetTrainerViTScratch
 from nnunet_vit_mae.optimisation import warmup_cosine
 from nnunet_vit_mae.presets import SIZES
 from nnunet_vit_mae.weights import load_encoder

@@ -14,7 +14,8 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.adaptive import DynamicTokenizer, ModalityVectors
 from nnunet_vit_mae.networks.build import build_autoencoder, build_encoder
 from nnunet_vit_mae.networks.tokenizer import Tokenizer, patchify
-from nnunet_vit_mae.presets import MODALITY_VECTORS, Network, Pretraining
+from nnunet_vit_mae.presets import MODALITY_VECTORS
+from nnunet_vit_mae.settings import Network, Pretraining
 from nnunet_vit_mae.transfer import Destination, adapt_encoder
 from nnunet_vit_mae.weights import Card
 

@@ -16,12 +16,12 @@ import torch
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.masking import Masking
-from nnunet_vit_mae.presets import Network, Pretraining
 from nnunet_vit_mae.pretraining import distributed
 from nnunet_vit_mae.pretraining import run as loop
 from nnunet_vit_mae.pretraining import volumes as module
 from nnunet_vit_mae.pretraining.crops import MaskDrawing, RandomCrops
 from nnunet_vit_mae.pretraining.volumes import Cache
+from nnunet_vit_mae.settings import Network, Pretraining
 
 CPU = torch.device("cpu")
 PATCH = (8, 12, 10)

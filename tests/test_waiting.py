@@ -23,9 +23,10 @@ from torch.utils._pytree import tree_iter
 
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.positions import forget_positions
-from nnunet_vit_mae.presets import Network, Pretraining
 from nnunet_vit_mae.pretraining.crops import RandomCrops
-from nnunet_vit_mae.pretraining.run import PretrainingRun, _step
+from nnunet_vit_mae.pretraining.job import PretrainingRun
+from nnunet_vit_mae.pretraining.run import _step
+from nnunet_vit_mae.settings import Network, Pretraining
 
 GPU = torch.device("cuda")
 SIDES, TOKEN, C = (8, 12, 16), (4, 4, 4), 3

@@ -20,7 +20,7 @@ from torch import nn
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.build import build_autoencoder
-from nnunet_vit_mae.presets import Network, Pretraining
+from nnunet_vit_mae.settings import Network, Pretraining
 from nnunet_vit_mae.weights import (
     CARD_KEY,
     Card,

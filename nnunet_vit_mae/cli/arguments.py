@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nnunet_vit_mae.errors import UserError, did_you_mean
-from nnunet_vit_mae.presets import LARGEST
+from nnunet_vit_mae.settings import LARGEST
 
 if TYPE_CHECKING:
     import torch

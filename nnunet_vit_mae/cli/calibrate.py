@@ -8,8 +8,8 @@ from pathlib import Path
 
 from nnunet_vit_mae.cli.arguments import add_device_argument, add_plan_arguments, parser_for, usable_device
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import locked
-from nnunet_vit_mae.signals import command
+from nnunet_vit_mae.processes.signals import command
+from nnunet_vit_mae.storage.files import locked
 
 
 @command("Predictions that are done are kept, and the same command goes on with the others.")

@@ -13,7 +13,7 @@ from nnunet_vit_mae.cli.arguments import (
     patient_columns,
     positive_int,
 )
-from nnunet_vit_mae.signals import command
+from nnunet_vit_mae.processes.signals import command
 
 
 @command()
@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from nnunet_vit_mae.datasets.check.check_report import check_report, write_check
     from nnunet_vit_mae.datasets.check.checking import check_dataset
-    from nnunet_vit_mae.files import make_folder
     from nnunet_vit_mae.nnunet.folders import find_dataset
+    from nnunet_vit_mae.storage.files import make_folder
 
     dataset = find_dataset(args.dataset)
     output = args.output or Path(f"{dataset.name}_check")

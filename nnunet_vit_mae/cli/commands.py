@@ -8,7 +8,7 @@ from importlib import import_module
 from types import ModuleType
 
 from nnunet_vit_mae.errors import UserError, did_you_mean
-from nnunet_vit_mae.signals import command
+from nnunet_vit_mae.processes.signals import command
 
 GROUPS = {  # in the order of the work
     "Before anything else": ("doctor", "demo", "trainers"),

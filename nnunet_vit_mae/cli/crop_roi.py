@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nnunet_vit_mae.cli.arguments import parser_for, positive_int, raw_dataset_folder
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.signals import command
+from nnunet_vit_mae.processes.signals import command
 
 
 @command("Cases that are done are kept, and the same command goes on with the others.")

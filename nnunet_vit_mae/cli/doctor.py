@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nnunet_vit_mae.cli.arguments import parser_for
-from nnunet_vit_mae.signals import command
+from nnunet_vit_mae.processes.signals import command
 
 if TYPE_CHECKING:
     from nnunet_vit_mae.doctor.diagnosis import Diagnosis

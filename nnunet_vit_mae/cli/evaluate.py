@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from nnunet_vit_mae.cli.arguments import parser_for, positive_float, positive_int, seed
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, CalibrationRecord, read_calibration
-from nnunet_vit_mae.signals import command
-from nnunet_vit_mae.unfinished import new_folder
+from nnunet_vit_mae.processes.signals import command
+from nnunet_vit_mae.storage.unfinished import new_folder
 
 if TYPE_CHECKING:
     from nnunet_vit_mae.evaluation.results import Evaluation, Mean

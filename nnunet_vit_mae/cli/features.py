@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunet_vit_mae.cli.arguments import add_device_argument, parser_for, usable_device
-from nnunet_vit_mae.signals import command
+from nnunet_vit_mae.processes.signals import command
 
 
 @command()

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from nnunet_vit_mae.cli.arguments import add_dataset_argument, parser_for
-from nnunet_vit_mae.signals import command
+from nnunet_vit_mae.processes.signals import command
 
 
 @command()

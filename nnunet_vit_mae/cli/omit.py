@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunet_vit_mae.cli.arguments import add_device_argument, add_plan_arguments, parser_for, usable_device
-from nnunet_vit_mae.signals import command
-from nnunet_vit_mae.unfinished import new_folder
+from nnunet_vit_mae.processes.signals import command
+from nnunet_vit_mae.storage.unfinished import new_folder
 
 
 @command()

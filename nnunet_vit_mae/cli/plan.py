@@ -9,7 +9,7 @@ from typing import Any
 
 from nnunet_vit_mae.cli.arguments import add_plan_arguments, parser_for, positive_float, positive_int, whole_number
 from nnunet_vit_mae.presets import DECODERS, SIZES, UPSAMPLINGS
-from nnunet_vit_mae.signals import command
+from nnunet_vit_mae.processes.signals import command
 
 SAME_AS_PLANS = "plans"
 

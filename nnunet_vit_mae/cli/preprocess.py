@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from nnunet_vit_mae.cli.arguments import add_plan_arguments, parser_for, positive_int
-from nnunet_vit_mae.signals import command
+from nnunet_vit_mae.processes.signals import command
 
 
 @command("Cases that are done are kept, and the same command goes on with the others.")

@@ -15,8 +15,8 @@ from nnunet_vit_mae.cli.arguments import (
     usable_device,
     whole_number,
 )
-from nnunet_vit_mae.presets import Pretraining
-from nnunet_vit_mae.signals import command
+from nnunet_vit_mae.processes.signals import command
+from nnunet_vit_mae.settings import Pretraining
 
 
 @command("What was saved before is kept, and the same command starts again.")

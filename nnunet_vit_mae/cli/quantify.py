@@ -15,7 +15,7 @@ from nnunet_vit_mae.cli.arguments import (
     usable_device,
     whole_number,
 )
-from nnunet_vit_mae.signals import command
+from nnunet_vit_mae.processes.signals import command
 
 
 @command("Segmentations that are done are kept, and the same command goes on with the others.")

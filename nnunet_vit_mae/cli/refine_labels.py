@@ -11,8 +11,8 @@ from pathlib import Path
 from nnunet_vit_mae.cli.arguments import parser_for, positive_int, whole_number
 from nnunet_vit_mae.datasets.refinement_rule import CONNECTIVITIES, RefinementRule
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.signals import command
-from nnunet_vit_mae.unfinished import new_folder
+from nnunet_vit_mae.processes.signals import command
+from nnunet_vit_mae.storage.unfinished import new_folder
 
 
 @command()

@@ -18,7 +18,7 @@ from nnunet_vit_mae.cli.arguments import (
     share,
 )
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.signals import command
+from nnunet_vit_mae.processes.signals import command
 
 if TYPE_CHECKING:
     from nnunet_vit_mae.datasets.split.cohort import Cohort

@@ -15,10 +15,10 @@ from nnunet_vit_mae.cli.arguments import (
     refuse_patient_without_table,
     share,
 )
-from nnunet_vit_mae.entries import read_entries
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import make_folder, read_json
-from nnunet_vit_mae.signals import command
+from nnunet_vit_mae.processes.signals import command
+from nnunet_vit_mae.storage.entries import read_entries
+from nnunet_vit_mae.storage.files import make_folder, read_json
 from nnunet_vit_mae.study.arms import ARMS, choose_arms, merged
 from nnunet_vit_mae.study.design import StudyDesign, check_unchanged, read_study
 
@@ -129,7 +129,7 @@ def _study(args: argparse.Namespace, output: Path) -> StudyDesign:
     from nnunet_vit_mae.cli.arguments import table_file, usable_device
     from nnunet_vit_mae.nnunet.folders import find_dataset
     from nnunet_vit_mae.nnunet.plans import read_recipe
-    from nnunet_vit_mae.presets import Settings
+    from nnunet_vit_mae.settings import Settings
 
     dataset = find_dataset(args.dataset)
     if not args.dry_run and not args.executor:

@@ -17,9 +17,7 @@ from tempfile import TemporaryFile
 
 from tqdm import tqdm
 
-from nnunet_vit_mae.entries import read_entries
 from nnunet_vit_mae.errors import UserError, reader_reason
-from nnunet_vit_mae.files import write_json
 from nnunet_vit_mae.imaging.channels import (
     IMAGE_ENDINGS,
     case_and_channel,
@@ -35,6 +33,8 @@ from nnunet_vit_mae.imaging.volumes import (
     without_warnings_of_itk,
 )
 from nnunet_vit_mae.imaging.writing import write_zeros
+from nnunet_vit_mae.storage.entries import read_entries
+from nnunet_vit_mae.storage.files import write_json
 
 CONTRAST_RECORD = "contrasts.json"
 LABELS_BESIDE = {"imagesTr": "labelsTr", "imagesTs": None, "imagesUn": None}  # test labels without images are harmless

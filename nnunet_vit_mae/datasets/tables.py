@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_vit_mae.csv_tables import read_cells
 from nnunet_vit_mae.errors import UserError, abbreviated
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, case_and_channel, without_ending
+from nnunet_vit_mae.storage.csv_tables import read_cells
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.drawing import label_axis, make_panels, model_styles, range_with_margin, styled
-from nnunet_vit_mae.files import read_json
-from nnunet_vit_mae.presets import SIZES, Network, Settings
+from nnunet_vit_mae.presets import SIZES
+from nnunet_vit_mae.settings import Network, Settings
+from nnunet_vit_mae.storage.files import read_json
 
 VIT_TRAINERS = ("ViT", "AMAE")  # parts of the names of our trainers that train a ViT
 

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, FiniteFloat
 
-from nnunet_vit_mae.entries import checked_entries
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import read_json
+from nnunet_vit_mae.storage.entries import checked_entries
+from nnunet_vit_mae.storage.files import read_json
 
 CALIBRATION_RECORD = "calibration.json"
 

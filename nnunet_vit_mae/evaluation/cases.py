@@ -20,7 +20,7 @@ from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, cases_in, channel_fil
 from nnunet_vit_mae.imaging.grids import distance_mm, turned_geometry, turned_like
 from nnunet_vit_mae.imaging.labels import Labels, read_labels, read_volume, whole_numbers
 from nnunet_vit_mae.imaging.volumes import NOT_FINITE, Geometry, all_finite, without_warnings_of_itk
-from nnunet_vit_mae.workers import run_each
+from nnunet_vit_mae.processes.workers import run_each
 
 DATASET_JSON = "dataset.json"
 THICKNESS_DIGITS = 4  # decimals of mm: headers in single precision turn 5 mm into 5.0000002 mm

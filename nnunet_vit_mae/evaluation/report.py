@@ -17,7 +17,7 @@ from nnunet_vit_mae.evaluation.overlays import ExampleSlice, choose_examples, re
 from nnunet_vit_mae.evaluation.pictures import Gallery, draw_label, embed_calibration
 from nnunet_vit_mae.evaluation.results import Evaluation
 from nnunet_vit_mae.evaluation.tables import agreement_table, bin_table, comparison_table, headline_table, risk_table
-from nnunet_vit_mae.files import replacing
+from nnunet_vit_mae.storage.files import replacing
 
 CALIBRATION_FACTS = ("trainer", "plans", "configuration", "folds", "checkpoint")
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nnunet_vit_mae.csv_tables import write_frame
 from nnunet_vit_mae.evaluation import clinical
 from nnunet_vit_mae.evaluation.clinical import Columns
 from nnunet_vit_mae.evaluation.results import (
@@ -25,8 +24,9 @@ from nnunet_vit_mae.evaluation.results import (
     PairedTest,
     RiskGroups,
 )
-from nnunet_vit_mae.files import write_json
 from nnunet_vit_mae.statistics import FEW_PAIRS, compare, holm, limits_of_agreement, mean_interval, smallest_p
+from nnunet_vit_mae.storage.csv_tables import write_frame
+from nnunet_vit_mae.storage.files import write_json
 from nnunet_vit_mae.weights import package_versions
 
 REPORTED_PACKAGES = (

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.transformer import MLP_RATIO
-from nnunet_vit_mae.presets import SIZES, TOKEN_SIDES
+from nnunet_vit_mae.presets import SIZES
+from nnunet_vit_mae.settings import TOKEN_SIDES
 
 Z_SCORE = "ZScoreNormalization"
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.foreign.checkpoints import Weights, weights_in
 from nnunet_vit_mae.foreign.parts import ConvertedEncoder, checked_token, mlp_tensors, size_of
-from nnunet_vit_mae.presets import SIZES, TOKEN_SIDES, token_grid
+from nnunet_vit_mae.presets import SIZES
+from nnunet_vit_mae.settings import TOKEN_SIDES, token_grid
 
 KERNEL = "patch_embed.proj.weight"
 NORM_EPS = 1e-6

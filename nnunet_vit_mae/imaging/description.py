@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from nnunet_vit_mae.entries import checked_entries
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import read_json
+from nnunet_vit_mae.storage.entries import checked_entries
+from nnunet_vit_mae.storage.files import read_json
 
 DESCRIPTION = "dataset.json"
 LARGEST_LABEL = 2**16 - 1  # nnU-Net writes segmentations with 16 bits at most

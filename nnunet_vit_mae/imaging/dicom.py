@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from nnunet_vit_mae.imaging.channels import visible_below
 from nnunet_vit_mae.imaging.dicom_header import TRAITS, DicomHeader, Frame, is_image_class, read_header
-from nnunet_vit_mae.limits import at_most_more, too_many_voxels
+from nnunet_vit_mae.storage.limits import at_most_more, too_many_voxels
 
 GAP = 0.02  # slice distances may differ by this share, or by 0.1 mm: positions are stored with few digits
 HEADROOM = 2**29  # bytes that GDCM may take beside file and voxels; it believes every length that a file states

@@ -19,7 +19,7 @@ import SimpleITK as sitk
 from nnunet_vit_mae.errors import reading
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, NIFTI
 from nnunet_vit_mae.imaging.stated_geometry import CUT_OFF, spacing_problem
-from nnunet_vit_mae.limits import too_many_voxels
+from nnunet_vit_mae.storage.limits import too_many_voxels
 
 NOT_FINITE = "holds voxels that are NaN or infinite: replace them"
 

@@ -11,9 +11,9 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_vit_mae.files import read_back_otherwise, replacing
 from nnunet_vit_mae.imaging.channels import NIFTI
 from nnunet_vit_mae.imaging.volumes import geometry_of, read_geometry, read_image, without_warnings_of_itk
+from nnunet_vit_mae.storage.files import read_back_otherwise, replacing
 
 
 def write_image(image: sitk.Image, file: Path) -> None:

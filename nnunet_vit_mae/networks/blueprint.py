@@ -13,7 +13,8 @@ from nnunet_vit_mae.networks.token_decoder import TokenDecoder
 from nnunet_vit_mae.networks.tokenizer import ConvolutionalTokenizer, Tokenizer, Triple
 from nnunet_vit_mae.networks.transformer import Transformer
 from nnunet_vit_mae.networks.upsampling import narrowest_width
-from nnunet_vit_mae.presets import SIZES, Network, Size
+from nnunet_vit_mae.presets import SIZES, Size
+from nnunet_vit_mae.settings import Network
 
 POSITION_MM = 8.0  # length that counts as one token where positions are in mm
 ONE_MM = (1.0, 1.0, 1.0)

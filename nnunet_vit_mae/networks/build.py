@@ -13,7 +13,7 @@ from nnunet_vit_mae.networks.autoencoder import MaskedAutoencoder
 from nnunet_vit_mae.networks.blueprint import ONE_MM, Blueprint
 from nnunet_vit_mae.networks.encoder import Encoder
 from nnunet_vit_mae.networks.segmenter import Segmenter
-from nnunet_vit_mae.presets import Network, Pretraining
+from nnunet_vit_mae.settings import Network, Pretraining
 
 Autoencoder = MaskedAutoencoder | AdaptiveMaskedAutoencoder
 

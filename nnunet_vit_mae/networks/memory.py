@@ -22,7 +22,7 @@ from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
 from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.networks.positions import forget_positions
-from nnunet_vit_mae.presets import Network, Pretraining, token_grid
+from nnunet_vit_mae.settings import Network, Pretraining, token_grid
 
 
 def finetuning_memory(

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnunet_vit_mae.presets import token_grid
+from nnunet_vit_mae.settings import token_grid
 
 Triple = tuple[int, int, int]
 

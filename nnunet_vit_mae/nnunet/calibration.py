@@ -18,19 +18,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nnunet_vit_mae.csv_tables import write_rows
 from nnunet_vit_mae.datasets.split.files import SPLITS
 from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.evaluation.calibration_figures import agreement_figure, curve_figure
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
-from nnunet_vit_mae.files import inside, replacing, write_json
 from nnunet_vit_mae.imaging.volumes import NOT_FINITE, all_finite, refuse_large
 from nnunet_vit_mae.nnunet.folds import reference_segmentations, split_of, training_names
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
 from nnunet_vit_mae.nnunet.prediction import find_prediction_cases, find_reference, predict_cases, read_probabilities
-from nnunet_vit_mae.pickles import read_trained
 from nnunet_vit_mae.plots import save_figure
+from nnunet_vit_mae.storage.csv_tables import write_rows
+from nnunet_vit_mae.storage.files import inside, replacing, write_json
+from nnunet_vit_mae.storage.pickles import read_trained
 from nnunet_vit_mae.thresholds import Calibration, CalibrationCase, CaseVolumes, Classes, ThresholdCurve, fit_thresholds
 from nnunet_vit_mae.weights import file_hash, package_versions
 

@@ -15,11 +15,11 @@ from typing import Annotated, Any
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from pydantic import AfterValidator, Field
 
-from nnunet_vit_mae.entries import Length, Value, Whole, checked_entries
 from nnunet_vit_mae.errors import UserError, reader_reason
-from nnunet_vit_mae.files import read_json
 from nnunet_vit_mae.imaging.description import Description
 from nnunet_vit_mae.nnunet.plan_code import refuse_other_code
+from nnunet_vit_mae.storage.entries import Length, Value, Whole, checked_entries
+from nnunet_vit_mae.storage.files import read_json
 
 BLOCK = "vit_mae"
 ADVICE = "correct it, or write the plans again with nnUNetv2_plan_experiment and mae3d_plan"

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.presets import Settings, to_json_types
 from nnunet_vit_mae.pretraining.saved_state import weights_difference
+from nnunet_vit_mae.settings import Settings, to_json_types
 
 
 def refuse_other_network(

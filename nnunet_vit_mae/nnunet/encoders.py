@@ -10,10 +10,10 @@ from pathlib import Path
 from torch import Tensor
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import replacing
 from nnunet_vit_mae.foreign.checkpoints import is_foreign
 from nnunet_vit_mae.foreign.conversion import Target, convert_checkpoint
 from nnunet_vit_mae.nnunet.plans import Plan
+from nnunet_vit_mae.storage.files import replacing
 from nnunet_vit_mae.weights import Card, encoder_content, file_hash, load_encoder
 
 

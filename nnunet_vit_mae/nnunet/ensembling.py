@@ -14,12 +14,12 @@ import numpy as np
 
 from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
-from nnunet_vit_mae.files import replacing, write_json
 from nnunet_vit_mae.imaging.volumes import refuse_large
 from nnunet_vit_mae.imaging.writing import write_segmentation
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
 from nnunet_vit_mae.nnunet.prediction import read_probabilities
-from nnunet_vit_mae.pickles import read_properties
+from nnunet_vit_mae.storage.files import replacing, write_json
+from nnunet_vit_mae.storage.pickles import read_properties
 from nnunet_vit_mae.thresholds import Calibration, CalibrationCase, Classes, fit_thresholds
 
 

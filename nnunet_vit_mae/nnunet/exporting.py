@@ -7,8 +7,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from nnunet_vit_mae.archives import json_content, write_archive
-from nnunet_vit_mae.entries import checked_entries, read_entries
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, read_calibration
 from nnunet_vit_mae.nnunet.calibration import CALIBRATED
@@ -35,7 +33,9 @@ from nnunet_vit_mae.nnunet.training_range import (
     fingerprint_file,
     read_training_volumes,
 )
-from nnunet_vit_mae.pickles import read_trained
+from nnunet_vit_mae.storage.archives import json_content, write_archive
+from nnunet_vit_mae.storage.entries import checked_entries, read_entries
+from nnunet_vit_mae.storage.pickles import read_trained
 from nnunet_vit_mae.weights import package_versions
 
 RENAME = "train the model with a name of letters, digits and underscores"

@@ -13,7 +13,6 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import Tensor
 
-from nnunet_vit_mae.csv_tables import write_rows
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.checkerboard import FeatureMap, checkerboard, feature_maps, inner
 from nnunet_vit_mae.networks.segmenter import Segmenter
@@ -26,9 +25,10 @@ from nnunet_vit_mae.nnunet.trainers import (
     nnUNetTrainerViTMAE,
     nnUNetTrainerViTScratch,
 )
-from nnunet_vit_mae.pickles import read_properties, read_trained
 from nnunet_vit_mae.plots import Features, plot_features
 from nnunet_vit_mae.pretraining.volumes import open_volume, volume_problem
+from nnunet_vit_mae.storage.csv_tables import write_rows
+from nnunet_vit_mae.storage.pickles import read_properties, read_trained
 
 TRAINERS = {
     trainer.__name__: trainer

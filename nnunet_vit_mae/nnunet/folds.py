@@ -16,10 +16,10 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunet_vit_mae.datasets.split.files import SPLITS, parent_fold, read_fold, read_split_record
 from nnunet_vit_mae.datasets.split.patients import patient_of, recorded_patients
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import write_json
 from nnunet_vit_mae.imaging.channels import cases_in
 from nnunet_vit_mae.nnunet.plans import Plan
 from nnunet_vit_mae.nnunet.preprocessing import preprocessed_pool
+from nnunet_vit_mae.storage.files import write_json
 
 logger = logging.getLogger(__name__)
 

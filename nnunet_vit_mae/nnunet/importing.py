@@ -14,11 +14,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from pydantic import Field, FiniteFloat
 from torch import Tensor
 
-from nnunet_vit_mae.archives import Archive, open_archive
-from nnunet_vit_mae.entries import checked_entries
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
-from nnunet_vit_mae.files import inside, locked, replacing, write_json
 from nnunet_vit_mae.imaging.description import describe
 from nnunet_vit_mae.nnunet.calibration import CALIBRATED
 from nnunet_vit_mae.nnunet.checked_plans import check_plans
@@ -38,6 +35,9 @@ from nnunet_vit_mae.nnunet.shared_models import (
     weights_member,
 )
 from nnunet_vit_mae.nnunet.training_range import FINGERPRINT, TRAINING_VOLUMES, Fingerprint, Volumes
+from nnunet_vit_mae.storage.archives import Archive, open_archive
+from nnunet_vit_mae.storage.entries import checked_entries
+from nnunet_vit_mae.storage.files import inside, locked, replacing, write_json
 from nnunet_vit_mae.weights import file_hash
 
 ADVICE = "export the model again"

@@ -11,7 +11,7 @@ from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.nnunet.checked_plans import read_plans
 from nnunet_vit_mae.nnunet.folders import Dataset
 from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade
-from nnunet_vit_mae.pickles import read_trained
+from nnunet_vit_mae.storage.pickles import read_trained
 
 
 @dataclass(frozen=True)

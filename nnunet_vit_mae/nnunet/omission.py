@@ -22,7 +22,6 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from tqdm import tqdm
 
 from nnunet_vit_mae.errors import UserError, reading
-from nnunet_vit_mae.files import link
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS
 from nnunet_vit_mae.imaging.volumes import refuse_large
 from nnunet_vit_mae.imaging.writing import write_zeros
@@ -37,6 +36,7 @@ from nnunet_vit_mae.nnunet.omission_table import (
 from nnunet_vit_mae.nnunet.plans import Plan
 from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, find_reference, predict_folder
 from nnunet_vit_mae.presets import canonical_contrast
+from nnunet_vit_mae.storage.files import link
 
 
 @dataclass(frozen=True)

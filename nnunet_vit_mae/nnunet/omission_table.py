@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_vit_mae.csv_tables import write_rows
 from nnunet_vit_mae.statistics import FEW_PAIRS, Comparison, compare
+from nnunet_vit_mae.storage.csv_tables import write_rows
 
 NOTHING_TO_OMIT = "nothing to omit"
 NOTHING_LEFT = "no contrast would be left"

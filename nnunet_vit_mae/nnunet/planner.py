@@ -20,8 +20,9 @@ from nnunet_vit_mae.nnunet.capacity import LARGEST_DEVICE, refuse_step_beyond
 from nnunet_vit_mae.nnunet.encoders import Start, find_encoder
 from nnunet_vit_mae.nnunet.plans import Plan, build_unet, changed, destination, settings_of
 from nnunet_vit_mae.planning import GB, TOKEN_BUDGET, Memory, fit_to_memory, in_gb, refuse_useless_masks
-from nnunet_vit_mae.presets import DECODERS, UPSAMPLINGS, Network, Settings, token_grid
+from nnunet_vit_mae.presets import DECODERS, UPSAMPLINGS
 from nnunet_vit_mae.pretraining.volumes import open_volume
+from nnunet_vit_mae.settings import Network, Settings, token_grid
 from nnunet_vit_mae.transfer import adapt_encoder
 
 FEW_CASES = 5

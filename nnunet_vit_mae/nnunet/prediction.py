@@ -18,15 +18,15 @@ import numpy as np
 from tqdm import tqdm
 
 from nnunet_vit_mae.errors import UserError, reader_reason
-from nnunet_vit_mae.files import inside, link
-from nnunet_vit_mae.guard import guarded
 from nnunet_vit_mae.imaging.channels import channels_by_case
 from nnunet_vit_mae.imaging.volumes import read_geometry, read_image, refuse_large
 from nnunet_vit_mae.installation import trainers_folder
-from nnunet_vit_mae.limits import too_many_voxels
 from nnunet_vit_mae.nnunet.models import Model, refuse_damaged_weights
 from nnunet_vit_mae.nnunet.plans import Plan
-from nnunet_vit_mae.pickles import read_trained
+from nnunet_vit_mae.processes.guard import guarded
+from nnunet_vit_mae.storage.files import inside, link
+from nnunet_vit_mae.storage.limits import too_many_voxels
+from nnunet_vit_mae.storage.pickles import read_trained
 
 logger = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 
 from nnunet_vit_mae.errors import UserError, WriteError, reader_reason
-from nnunet_vit_mae.files import read_json, remove_unfinished, replacing, write_json
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, case_and_channel, channels_by_case
 from nnunet_vit_mae.imaging.volumes import all_finite, read_geometry, without_warnings_of_itk
-from nnunet_vit_mae.limits import too_many_voxels
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.plans import Plan, load_plan
-from nnunet_vit_mae.workers import run_each
+from nnunet_vit_mae.processes.workers import run_each
+from nnunet_vit_mae.storage.files import read_json, remove_unfinished, replacing, write_json
+from nnunet_vit_mae.storage.limits import too_many_voxels
 
 STAMP = "made_with.json"  # what the files in the folder depend on; if it changes, they are made again
 KILLED = "was being preprocessed when its process was killed, most likely because memory ran out: try a smaller -np"

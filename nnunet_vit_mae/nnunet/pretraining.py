@@ -15,19 +15,20 @@ import joblib
 import torch
 
 from nnunet_vit_mae.errors import UserError, abbreviated
-from nnunet_vit_mae.files import locked
 from nnunet_vit_mae.networks.memory import pretraining_memory
 from nnunet_vit_mae.nnunet.capacity import memory_of, refuse_step_beyond
 from nnunet_vit_mae.nnunet.folders import encoder_file
 from nnunet_vit_mae.nnunet.folds import PreprocessedCase, pretraining_cases
 from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade, settings_for
 from nnunet_vit_mae.planning import refuse_useless_masks
-from nnunet_vit_mae.presets import Pretraining, to_json_types
 from nnunet_vit_mae.pretraining import distributed
+from nnunet_vit_mae.pretraining.job import PretrainingRun
 from nnunet_vit_mae.pretraining.readers import READY_BATCHES, refuse_without_shared_memory
-from nnunet_vit_mae.pretraining.run import PretrainingResult, PretrainingRun, run
+from nnunet_vit_mae.pretraining.run import PretrainingResult, run
 from nnunet_vit_mae.pretraining.saved_state import what_is_kept
 from nnunet_vit_mae.pretraining.volumes import ITEM, Cache, volume_problems
+from nnunet_vit_mae.settings import Pretraining, to_json_types
+from nnunet_vit_mae.storage.files import locked
 from nnunet_vit_mae.weights import Card, hashed_name, package_versions, save_encoder
 
 logger = logging.getLogger(__name__)

@@ -17,12 +17,9 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from nnunet_vit_mae.csv_tables import read_frame, write_frame
-from nnunet_vit_mae.entries import read_entries
 from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, read_calibration
 from nnunet_vit_mae.evaluation.clinical import find_cutoffs, group_names, group_of
-from nnunet_vit_mae.files import locked, write_json
 from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
 from nnunet_vit_mae.nnunet.calibration import CALIBRATED
 from nnunet_vit_mae.nnunet.models import Model
@@ -30,6 +27,9 @@ from nnunet_vit_mae.nnunet.plans import Plan, classes_of
 from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, predict_cases
 from nnunet_vit_mae.nnunet.preprocessing import resampled_problem
 from nnunet_vit_mae.nnunet.training_range import TrainingRange, read_training_range, volumes_in, warnings_of
+from nnunet_vit_mae.storage.csv_tables import read_frame, write_frame
+from nnunet_vit_mae.storage.entries import read_entries
+from nnunet_vit_mae.storage.files import locked, write_json
 from nnunet_vit_mae.weights import file_hash
 
 MODEL_NOTE = "model.json"

@@ -13,9 +13,9 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import distributed as dist
 
 from nnunet_vit_mae.errors import exit_on_user_error
-from nnunet_vit_mae.files import replacing
 from nnunet_vit_mae.pretraining.readers import refuse_without_shared_memory
-from nnunet_vit_mae.signals import forks_follow, stoppable, tell
+from nnunet_vit_mae.processes.signals import forks_follow, stoppable, tell
+from nnunet_vit_mae.storage.files import replacing
 
 FINAL, LATEST, BEST = (f"checkpoint_{name}.pth" for name in ("final", "latest", "best"))
 

@@ -7,18 +7,13 @@ prediction from the plans and the trainer's name, so `build_network_architecture
 from __future__ import annotations
 
 import math
-import os
-import random
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
-from nnunetv2.paths import nnUNet_preprocessed
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -26,104 +21,22 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_vit_mae.datasets.split.files import SPLITS, parent_fold, read_fold
-from nnunet_vit_mae.datasets.split.patients import separation_warning
+from nnunet_vit_mae.datasets.split.files import parent_fold
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
-from nnunet_vit_mae.imaging.description import DESCRIPTION, describe
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.nnunet.absence import keeping_absence
-from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation, repeatable
-from nnunet_vit_mae.nnunet.checked_plans import check_plans
+from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation
 from nnunet_vit_mae.nnunet.checkpoints import refuse_other_network
 from nnunet_vit_mae.nnunet.folders import dataset_id, encoder_file
-from nnunet_vit_mae.nnunet.plans import channel_names, destination, refuse_cascade, schedule_of, settings_for
-from nnunet_vit_mae.nnunet.stopping import StoppableTrainer
-from nnunet_vit_mae.nnunet.watched import WatchedTrainer
-from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
-from nnunet_vit_mae.pickles import read_trained
-from nnunet_vit_mae.presets import SIZES, EncoderFile, Settings
+from nnunet_vit_mae.nnunet.plans import channel_names, destination, refuse_cascade, settings_for
+from nnunet_vit_mae.nnunet.scheduled import CUDA, ScheduledTrainer
+from nnunet_vit_mae.optimisation import WarmupCosine, parameter_groups
+from nnunet_vit_mae.presets import SIZES
+from nnunet_vit_mae.settings import EncoderFile, Settings
+from nnunet_vit_mae.storage.pickles import read_trained
 from nnunet_vit_mae.transfer import adapt_encoder
 from nnunet_vit_mae.weights import Card, file_hash, load_encoder
-
-CUDA = torch.device("cuda")
-VALIDATION_SHARE = 5  # nnU-Net's own 250 training iterations come with 50 of validation
-
-
-class ScheduledTrainer(WatchedTrainer, StoppableTrainer):
-    """nnU-Net's trainer with the length of its schedule and a seed from the plans.
-
-    Runs with the same seed are equal to the digit on a CPU where nnU-Net augments in one process
-    (`nnUNet_n_proc_DA=0`), interrupted or not. On a GPU, kernels add in an order of their own.
-    """
-
-    # nnU-Net reads the names of these parameters by introspection: any other signature is a KeyError there
-    @exit_on_user_error
-    def __init__(
-        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
-    ) -> None:
-        planned = check_plans(
-            plans, configuration, describe(dataset_json, DESCRIPTION), source="The file of the plans (-p)"
-        )
-        if nnUNet_preprocessed.is_set():
-            _refuse_bad_fold(Path(str(nnUNet_preprocessed), plans["dataset_name"]), planned.data_identifier, fold)
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        schedule = schedule_of(self.configuration_manager)
-        self.seed = schedule.seed
-        self.num_epochs = schedule.epochs
-        self.num_iterations_per_epoch = schedule.iterations
-        self.num_val_iterations_per_epoch = max(1, self.num_iterations_per_epoch // VALIDATION_SHARE)
-
-    @exit_on_user_error
-    def initialize(self) -> None:
-        """Seed all random numbers if the plans say so, then build the network and the rest as nnU-Net does.
-
-        On a CPU the trainer uses as many threads as `OMP_NUM_THREADS` says.
-        """
-        threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-        if self.device.type == "cpu" and threads.isdecimal():
-            torch.set_num_threads(int(threads))  # nnUNetv2_train -device cpu has set one for each core
-        self._seed_random_numbers()
-        super().initialize()
-
-    def on_train_epoch_start(self) -> None:
-        """Begin an epoch as nnU-Net does.
-
-        Each epoch has random numbers of its own, so that a run that goes on after an interruption (`--c`) draws what
-        one that was never interrupted draws.
-        """
-        self._seed_random_numbers(self.current_epoch + 1)
-        super().on_train_epoch_start()
-
-    def _seed_random_numbers(self, *place: int) -> None:
-        """Seed all generators, if the plans have a seed, by it, the place in the run, and the process."""
-        if self.seed < 0:
-            return
-        # each GPU draws other samples; DDP takes the weights from the first
-        drawn = np.random.SeedSequence((self.seed, self.local_rank, *place)).generate_state(3)
-        random.seed(int(drawn[0]))
-        np.random.seed(drawn[1])  # noqa: NPY002 (nnU-Net draws from numpy's global generator)
-        torch.manual_seed(int(drawn[2]))
-
-    @exit_on_user_error
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """Load a checkpoint as nnU-Net does, which would run code in it: one with more than weights is refused."""
-        read_trained(Path(filename_or_checkpoint))
-        super().load_checkpoint(filename_or_checkpoint)
-
-    @exit_on_user_error
-    def get_tr_and_val_datasets(self) -> tuple:
-        """Return nnU-Net's datasets, and log a warning when cases of one patient are in both."""
-        training, validation = super().get_tr_and_val_datasets()
-        folder = Path(self.preprocessed_dataset_folder_base)
-        if self.fold != "all" and (warning := separation_warning(folder, training.identifiers, validation.identifiers)):
-            self.print_to_log_file(f"WARNING: {warning}")
-        return training, validation
-
-    def get_training_transforms(self, *args: Any, **kwargs: Any) -> ComposeTransforms:
-        """Return nnU-Net's augmentation; with a seed, one that repeats."""
-        transform = cast(ComposeTransforms, nnUNetTrainer.get_training_transforms(*args, **kwargs))
-        return repeatable(transform) if self.seed >= 0 else transform
 
 
 class nnUNetTrainerBaseline(ScheduledTrainer):  # noqa: N801 (the names that users type follow nnU-Net)
@@ -392,16 +305,6 @@ class nnUNetTrainerAMAEScratch(nnUNetTrainerViTScratch):  # noqa: N801
     adaptive = True
 
 
-def _refuse_bad_fold(folder: Path, data_identifier: str, fold: int | str) -> None:
-    """Raise `UserError` as pre-training does for a fold that cannot be trained on.
-
-    nnU-Net takes whatever `splits_final.json` holds, and splits at random where it has no such fold.
-    """
-    if fold != "all" and (folder / SPLITS).is_file() and (folder / data_identifier).is_dir():
-        cases = nnUNetDatasetBlosc2.get_identifiers(str(folder / data_identifier))
-        read_fold(folder / SPLITS, str(fold), cases)
-
-
 def _unchanged(encoder: EncoderFile) -> Path:
     """Return the encoder that the plans name; raise `UserError` when it is missing or has changed."""
     file = Path(encoder.file)
@@ -410,26 +313,3 @@ def _unchanged(encoder: EncoderFile) -> Path:
     if file_hash(file) != encoder.sha256:
         raise UserError(f"The encoder {file} has changed since the plans were written: run mae3d_plan again.")
     return file
-
-
-class WarmupCosine:
-    """The schedule of fine-tuning: a function of epoch and step alone, so that `--c` goes on where it was."""
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        lr: float,
-        *,
-        warmup: float,
-        epochs: int,
-        steps_per_epoch: int,
-        freeze_epochs: int = 0,
-    ):
-        self.optimizer, self.lr, self.warmup = optimizer, lr, warmup
-        self.epochs, self.steps_per_epoch, self.freeze_epochs = epochs, steps_per_epoch, freeze_epochs
-
-    def step(self, epoch: int, step: int = 0) -> None:
-        """Set the rates of a step of an epoch, both counted from 0; neither the first nor the last one is 0."""
-        progress = (epoch * self.steps_per_epoch + step + 1) / (self.epochs * self.steps_per_epoch + 1)
-        lr = self.lr * warmup_cosine(progress, self.warmup)
-        set_learning_rate(self.optimizer, lr, freeze_pretrained=epoch < self.freeze_epochs)

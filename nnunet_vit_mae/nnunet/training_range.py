@@ -15,14 +15,14 @@ import numpy as np
 from pydantic import Field, FiniteFloat
 from tqdm import tqdm
 
-from nnunet_vit_mae.entries import read_entries
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.cases import read_mask
-from nnunet_vit_mae.files import write_json
 from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
 from nnunet_vit_mae.nnunet.folds import reference_segmentations
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import classes_of
+from nnunet_vit_mae.storage.entries import read_entries
+from nnunet_vit_mae.storage.files import write_json
 from nnunet_vit_mae.thresholds import Classes
 
 logger = logging.getLogger(__name__)

@@ -15,11 +15,11 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_vit_mae.csv_tables import write_rows
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import write_json
 from nnunet_vit_mae.imaging.writing import write_image
 from nnunet_vit_mae.phantoms.scanner import PhantomScan, make_scan
+from nnunet_vit_mae.storage.csv_tables import write_rows
+from nnunet_vit_mae.storage.files import write_json
 
 SMALLEST_LABEL_MM3 = 5.0
 MOST_REDRAWS = 100

@@ -21,9 +21,9 @@ from torch.utils.data import Dataset, Sampler
 from nnunet_vit_mae.networks.adaptive import present_contrasts, split_contrasts
 from nnunet_vit_mae.networks.masking import Masking, Masks, background_tokens
 from nnunet_vit_mae.networks.tokenizer import grid_of
-from nnunet_vit_mae.presets import token_grid
 from nnunet_vit_mae.pretraining.affines import AffineDrawing, moved, tokens_reached
 from nnunet_vit_mae.pretraining.volumes import Cache, open_volume
+from nnunet_vit_mae.settings import token_grid
 
 REGION = 1.5  # sides of what is read for several crops, in sides of one: they differ, and share most of their blocks
 

@@ -24,7 +24,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, spawn
 from tqdm import tqdm
 
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
-from nnunet_vit_mae.signals import Stopped, end_children, end_with_parent, held, stoppable
+from nnunet_vit_mae.processes.signals import Stopped, end_children, end_with_parent, held, stoppable
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_vit_mae.errors import UserError, abbreviated, reader_reason
-from nnunet_vit_mae.files import replacing
 from nnunet_vit_mae.pretraining import distributed
-from nnunet_vit_mae.signals import tell
+from nnunet_vit_mae.processes.signals import tell
+from nnunet_vit_mae.storage.files import replacing
 
 STATE = "state.pt"
 

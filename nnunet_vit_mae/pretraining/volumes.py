@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nnunet_vit_mae.errors import UserError, reader_reason
-from nnunet_vit_mae.limits import too_many_voxels
+from nnunet_vit_mae.storage.limits import too_many_voxels
 
 SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it; other systems have no limit of their own
 CHECKED_AT_ONCE = 8

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import read_json
-from nnunet_vit_mae.presets import Network
+from nnunet_vit_mae.settings import Network
+from nnunet_vit_mae.storage.files import read_json
 
 DEFAULT_PLANS = "nnUNetPlans"
 PRIMUS = "nnUNet_PrimusV2M_Trainer"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_vit_mae.evaluation.by_token import trains_vit
-from nnunet_vit_mae.files import read_json
-from nnunet_vit_mae.pickles import read_trained
+from nnunet_vit_mae.storage.files import read_json
+from nnunet_vit_mae.storage.pickles import read_trained
 from nnunet_vit_mae.study.design import CHECKPOINTS, StudyDesign
 from nnunet_vit_mae.study.workflow import Compute, duration_text, read_compute
 

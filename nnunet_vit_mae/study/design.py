@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import read_json
+from nnunet_vit_mae.storage.files import read_json
 from nnunet_vit_mae.study.arms import Arm, arms_from, arms_to_json, encoder_recipe, merged
 
 STUDY_FILE = "study.json"

@@ -10,13 +10,13 @@ from typing import Any
 
 import pandas as pd
 
-from nnunet_vit_mae.csv_tables import write_frame
 from nnunet_vit_mae.evaluation.by_token import DiceOfVit, read_trained_vit, trains_vit
 from nnunet_vit_mae.evaluation.pictures import Gallery, Picture, draw_by_token
 from nnunet_vit_mae.evaluation.report import template_environment
 from nnunet_vit_mae.evaluation.summary import REPORTED_PACKAGES
 from nnunet_vit_mae.evaluation.words import format_values, p_text
-from nnunet_vit_mae.files import replacing
+from nnunet_vit_mae.storage.csv_tables import write_frame
+from nnunet_vit_mae.storage.files import replacing
 from nnunet_vit_mae.study.comparisons import (
     COMPARED,
     OPTIONS,

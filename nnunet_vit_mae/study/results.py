@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from nnunet_vit_mae.csv_tables import read_frame, write_frame
 from nnunet_vit_mae.datasets.acquisition import find_scans_table, read_scans_table, slice_thickness
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.cases import find_evaluation_set, measure_cases
 from nnunet_vit_mae.evaluation.results import EvaluationOptions
+from nnunet_vit_mae.storage.csv_tables import read_frame, write_frame
 from nnunet_vit_mae.study.design import StudyDesign, StudyModel
 from nnunet_vit_mae.study.steps import prediction_marker
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nnunet_vit_mae.files import read_json
-from nnunet_vit_mae.pickles import read_trained
-from nnunet_vit_mae.presets import Settings
-from nnunet_vit_mae.pretraining.run import STATE
+from nnunet_vit_mae.pretraining.saved_state import STATE
+from nnunet_vit_mae.settings import Settings
+from nnunet_vit_mae.storage.files import read_json
+from nnunet_vit_mae.storage.pickles import read_trained
 from nnunet_vit_mae.study.design import CHECKPOINTS, StudyDesign
 
 

@@ -18,9 +18,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import locked, write_json
-from nnunet_vit_mae.guard import guarded
 from nnunet_vit_mae.installation import trainers_folder
+from nnunet_vit_mae.processes.guard import guarded
+from nnunet_vit_mae.storage.files import locked, write_json
 from nnunet_vit_mae.study.design import STUDY_FILE, StudyDesign
 from nnunet_vit_mae.study.steps import Step, steps_of
 

@@ -11,7 +11,7 @@ from nnunet_vit_mae.datasets.check.across_cases import empty_labels, outliers_by
 from nnunet_vit_mae.datasets.check.checking import DatasetCheck
 from nnunet_vit_mae.datasets.check.figure import check_figure
 from nnunet_vit_mae.datasets.check.inspection import CaseSummary, Finding
-from nnunet_vit_mae.files import replacing, write_json
+from nnunet_vit_mae.storage.files import replacing, write_json
 
 SHOWN = 10  # cases of each kind that are printed; check.json has all
 EMPTY = "empty_labels.txt"

@@ -26,7 +26,7 @@ from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.imaging.labels import Labels, read_labels, read_volume, whole_numbers
 from nnunet_vit_mae.imaging.stated_geometry import nifti_ambiguities
 from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
-from nnunet_vit_mae.workers import run_each
+from nnunet_vit_mae.processes.workers import run_each
 
 ERROR, WARNING = "error", "warning"
 LABELS_OF = {"imagesTr": "labelsTr", "imagesTs": "labelsTs", "imagesUn": None}

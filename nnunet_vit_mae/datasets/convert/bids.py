@@ -12,9 +12,9 @@ import nibabel
 
 from nnunet_vit_mae.datasets.convert.studies import ContrastPattern, FoundStudies, ImageSource, Scanner, Study
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import read_json
 from nnunet_vit_mae.imaging.channels import NIFTI, is_hidden, visible_below, without_ending
 from nnunet_vit_mae.presets import canonical_contrast
+from nnunet_vit_mae.storage.files import read_json
 
 LABEL_SUFFIXES = ("dseg", "mask", "msk")  # the last is that of the ISLES data, which is not BIDS
 NOT_CONTRASTS = (*LABEL_SUFFIXES, "defacemask", "probseg", "sbref")

@@ -18,19 +18,19 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
-from nnunet_vit_mae.csv_tables import write_records, write_rows
 from nnunet_vit_mae.datasets.acquisition import KERNEL, SCANS_TABLE, SLICE_THICKNESS
 from nnunet_vit_mae.datasets.contrasts import fill_contrasts
 from nnunet_vit_mae.datasets.convert.studies import FoundStudies, Study, read_image_source
 from nnunet_vit_mae.datasets.tables import read_case_table
 from nnunet_vit_mae.errors import UserError, WriteError
-from nnunet_vit_mae.files import make_folder, read_json, write_json
 from nnunet_vit_mae.imaging.channels import channel_file_name
 from nnunet_vit_mae.imaging.registration import RegistrationError, register, single_itk_thread
 from nnunet_vit_mae.imaging.scans import ENDING, ScanError
 from nnunet_vit_mae.imaging.volumes import geometry_of
 from nnunet_vit_mae.imaging.writing import write_image
-from nnunet_vit_mae.workers import run_each
+from nnunet_vit_mae.processes.workers import run_each
+from nnunet_vit_mae.storage.csv_tables import write_records, write_rows
+from nnunet_vit_mae.storage.files import make_folder, read_json, write_json
 
 CONVERTED = ".converted"  # what is known about studies that are done, until the dataset is complete
 PROBLEMS, UNUSED = "problems.csv", "unused.csv"

@@ -12,7 +12,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_vit_mae.datasets.crop.region import Region
-from nnunet_vit_mae.files import replacing
+from nnunet_vit_mae.storage.files import replacing
 
 PIXELS = 110  # along a side of one view
 AROUND = 0.5  # share of the region's largest side that is shown around it on each side

@@ -48,7 +48,6 @@ from nnunet_vit_mae.datasets.crop.sources import (
 )
 from nnunet_vit_mae.datasets.tables import read_case_table
 from nnunet_vit_mae.errors import UserError, WriteError, reader_reason
-from nnunet_vit_mae.files import locked, make_folder, read_back_otherwise, remove_unfinished, replacing
 from nnunet_vit_mae.imaging.channels import channel_file_name
 from nnunet_vit_mae.imaging.labels import whole_numbers
 from nnunet_vit_mae.imaging.registration import (
@@ -64,7 +63,8 @@ from nnunet_vit_mae.imaging.registration import (
 from nnunet_vit_mae.imaging.scans import ENDING, Scan, ScanError, find_scans, read_scan
 from nnunet_vit_mae.imaging.volumes import geometry_of
 from nnunet_vit_mae.imaging.writing import write_image
-from nnunet_vit_mae.workers import run_each
+from nnunet_vit_mae.processes.workers import run_each
+from nnunet_vit_mae.storage.files import locked, make_folder, read_back_otherwise, remove_unfinished, replacing
 
 PAUSE = 5.0  # seconds between two writes of the table, which may have thousands of rows
 

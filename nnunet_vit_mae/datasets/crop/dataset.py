@@ -24,9 +24,9 @@ from nnunet_vit_mae.datasets.crop.qc_table import (
 )
 from nnunet_vit_mae.datasets.tables import read_names
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import inside, write_json
 from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.imaging.scans import ENDING
+from nnunet_vit_mae.storage.files import inside, write_json
 
 KEPT = ("channel_names", "labels", "regions_class_order")  # taken from the dataset.json beside the scans
 COMPLETE = 0.999  # coverage from which a region counts as fully in view

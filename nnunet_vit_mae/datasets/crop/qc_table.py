@@ -7,11 +7,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nnunet_vit_mae.csv_tables import read_rows, write_rows
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import inside
 from nnunet_vit_mae.imaging.channels import channel_file_name
 from nnunet_vit_mae.imaging.scans import ENDING
+from nnunet_vit_mae.storage.csv_tables import read_rows, write_rows
+from nnunet_vit_mae.storage.files import inside
 
 QC_TABLE = "qc.csv"
 DONE, FAILED, REJECTED = "done", "failed", "rejected"

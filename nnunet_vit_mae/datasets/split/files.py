@@ -18,13 +18,13 @@ from pydantic import Field
 
 from nnunet_vit_mae.datasets.split.patients import PATIENTS
 from nnunet_vit_mae.datasets.split.splits import Split, SplitOptions, Splits, fold_problems
-from nnunet_vit_mae.entries import read_entries
 from nnunet_vit_mae.errors import UserError, reading
-from nnunet_vit_mae.files import link, read_json, write_json
 from nnunet_vit_mae.imaging.channels import NIFTI, cases_in, channels_by_case
 from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.imaging.labels import read_labels, read_volume
 from nnunet_vit_mae.imaging.volumes import without_warnings_of_itk
+from nnunet_vit_mae.storage.entries import read_entries
+from nnunet_vit_mae.storage.files import link, read_json, write_json
 
 SPLITS, SPLIT_RECORD = "splits_final.json", "split.json"
 RAW_LABELS, PREPROCESSED_LABELS = "labelsTr", "gt_segmentations"

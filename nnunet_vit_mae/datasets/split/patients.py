@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from nnunet_vit_mae.entries import read_entries
 from nnunet_vit_mae.errors import abbreviated
+from nnunet_vit_mae.storage.entries import read_entries
 
 PATIENTS = "patients.json"  # patient by case, beside splits_final.json
 

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import replacing
+from nnunet_vit_mae.storage.files import replacing
 
 MANIFEST = "manifest.json"
 FORMAT = "nnunet-vit-mae model 1"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import locked, make_folder, read_json, refuse_in_use, remove_unfinished, write_json
+from nnunet_vit_mae.storage.files import locked, make_folder, read_json, refuse_in_use, remove_unfinished, write_json
 
 MARK = ".unfinished.json"
 AS_ONE_LIKES = ("processes", "device")  # may differ when a call is repeated, for they change no result

@@ -10,7 +10,7 @@ from functools import partial
 from multiprocessing import active_children, get_context
 from typing import TypeVar
 
-from nnunet_vit_mae.signals import end_children, exit_in_order, follow_parent, held
+from nnunet_vit_mae.processes.signals import end_children, exit_in_order, follow_parent, held
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

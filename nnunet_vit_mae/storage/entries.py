@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.files import read_json
+from nnunet_vit_mae.storage.files import read_json
 
 T = TypeVar("T")
 

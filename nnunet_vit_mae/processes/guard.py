@@ -1,8 +1,8 @@
 """Run a command that ends, with every process that it has started, when the process that asked for it does.
 
-`python -m nnunet_vit_mae.guard SECONDS COMMAND ...`: the guard lives in a session of its own, where no signal for the
-asking process reaches it. It ends the command as soon as its standard input is closed, which the system does for a
-process that was killed, and kills what is still there after so many seconds.
+`python -m nnunet_vit_mae.processes.guard SECONDS COMMAND ...`: the guard lives in a session of its own, where no signal
+for the asking process reaches it. It ends the command as soon as its standard input is closed, which the system does
+for a process that was killed, and kills what is still there after so many seconds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
-from nnunet_vit_mae.signals import adopt_orphans, end_with_parent
+from nnunet_vit_mae.processes.signals import adopt_orphans, end_with_parent
 
 ENDING_SECONDS = 30.0  # for the command to save what it has
 LEFTOVER_SECONDS = 2.0  # for processes that outlive their command
@@ -33,7 +33,7 @@ def guarded(
     Its processes are sent SIGTERM and killed after some seconds. `options` are those of `subprocess.Popen`. The exit
     code is the command's; one that a signal ended gives 128 and the number of the signal.
     """
-    guard = [sys.executable, "-m", "nnunet_vit_mae.guard", str(seconds), *command]
+    guard = [sys.executable, "-m", "nnunet_vit_mae.processes.guard", str(seconds), *command]
     process = subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True, **options)
     assert process.stdin
     try:

@@ -1,0 +1,1 @@
+"""Processes: pools of workers, signals, and children that end with their parent."""
