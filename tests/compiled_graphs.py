@@ -24,7 +24,6 @@ from nnunet_vit_mae.settings import Network, Pretraining
 SIDES, TOKEN, B, C = (7, 8, 9), (4, 4, 4), 2, 3  # tokens reach beyond the volume
 TOKENS = 2 * 2 * 3
 MIXED = [[0, 1, 2], [1]]
-SIZES["Tiny"] = Size(24, 2, 2, 12, 1, 2)  # for tracing takes its time
 
 
 def pretraining(network: dict, protocol: dict) -> int:
@@ -104,5 +103,6 @@ def unet() -> nn.Module:
 
 
 if __name__ == "__main__":
+    SIZES["Tiny"] = Size(24, 2, 2, 12, 1, 2)  # for tracing takes its time
     torch.set_num_threads(1)
     print(json.dumps({name: count() for name, count in CASES.items()}))

@@ -109,9 +109,17 @@ def stoppable(kept: str, say: Callable[[str], None] | None = None) -> Iterator[N
             for other in SIGNALS:
                 signal.signal(other, signal.SIG_IGN)
             end_children()
+            _wait_for_threads()
             with suppress(OSError):  # of a terminal that is no more
                 (say or _to_stderr)(f"Stopped by {signal_name(number)}. {_request.kept or kept}")
             sys.exit(128 + number)
+
+
+def _wait_for_threads() -> None:
+    """Wait for threads that notice that their workers are gone: the interpreter would complain of them at its end."""
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join(GRACE_SECONDS)
 
 
 def tell(kept: str) -> None:
