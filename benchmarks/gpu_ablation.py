@@ -1,4 +1,4 @@
-"""What pre-training is worth with few labels, on a GPU: the comparison of `ablation.py` on volumes that lie in its memory.
+"""What pre-training is worth with few labels: the comparison of `ablation.py` on volumes in the memory of a GPU.
 
 A GPU that is lent by the minute has no time to read files, and no nnU-Net installed. So `--pack` writes a preprocessed
 dataset into one file, where nnU-Net is; all else needs torch and dynamic-network-architectures only. Cases are drawn as

@@ -126,3 +126,31 @@ class TestGPU:
         benchmark, flops = import_module("pretraining_decoder"), import_module("measuring").flops
         one, two = (flops(lambda batch=batch: benchmark.step_of({}, "XS", 16, 4, batch)) for batch in (1, 2))
         assert two == 2 * one > 0
+
+
+def test_the_ablation_on_a_gpu_runs_on_a_packed_dataset(tmp_path, monkeypatch):
+    benchmark, random = import_module("gpu_ablation"), np.random.default_rng(0)
+    labels = np.zeros((4, 10, 18, 14), np.uint8)
+    labels[:, 3:7, 5:9, 4:8] = 1
+    np.savez_compressed(
+        tmp_path / "packed.npz",
+        volumes=random.normal(size=(5, 10, 18, 14)).astype(np.float16),
+        labels=labels,
+        sizes=np.array([[10, 18, 14]] * 3 + [[7, 16, 14]] * 2),
+        patch=[8, 16, 12],
+        strides=[[1, 1, 1], [2, 2, 2]],
+        name="Dataset900_Noise",
+    )
+    network = {"size": "XS", "token": [4, 4, 4], "decoder": "mae"}
+    arms = {"unet": {}, "ViT": {"network": network, "pretraining": {"batch_size": 2}, "finetuning": {"batch_size": 2}}}
+    (tmp_path / "arms.json").write_text(json.dumps(arms))
+    flags = "--seeds 1 --labelled 2 --tested 2 --steps 1 --pretraining_steps 2 --device cpu"
+    command = f"gpu_ablation.py packed.npz --arms arms.json -o results.jsonl {flags}"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", command.split())
+    for _ in range(2):  # the second time nothing is left to do
+        benchmark.main()
+    entries = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(entry["arm"], entry["steps"]) for entry in entries] == [("unet", 0), ("ViT", 0), ("ViT", 2)]
+    assert all(0 <= entry["dice"] <= 1 for entry in entries)
+    assert entries[2]["loss"] > 0
