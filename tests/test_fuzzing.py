@@ -29,7 +29,7 @@ from test_weights import make_card
 from nnunet_vit_mae.datasets.check.inspection import InspectionTask, inspect_case
 from nnunet_vit_mae.datasets.contrasts import CONTRAST_RECORD, read_channels, read_contrasts
 from nnunet_vit_mae.datasets.convert.bids import bids_studies
-from nnunet_vit_mae.datasets.convert.conversion import _read_key
+from nnunet_vit_mae.datasets.convert.key import read_key
 from nnunet_vit_mae.datasets.crop.qc_table import QC_TABLE, QCRow, read_qc_table, write_qc_table
 from nnunet_vit_mae.datasets.split.files import SPLIT_RECORD, read_split_record, read_splits
 from nnunet_vit_mae.datasets.split.patients import read_patients
@@ -168,7 +168,7 @@ READERS = {
         Reader("frames.dcm", lambda file: write_frames(file, range(8)), scan_in_folder),
         Reader("sub-1/anat/sub-1_T1w.json", sidecar, lambda file: bids_studies(file.parents[2], [], None)),
         Reader("table.csv", write_text(TABLE), lambda file: read_case_table(file, None, CASES)),
-        Reader("key.csv", write_text(TABLE), _read_key),
+        Reader("key.csv", write_text(TABLE), read_key),
         Reader("names.txt", write_text("P0001_1\n# P0002_1\n"), lambda file: read_names(file, CASES, "--names")),
         Reader(QC_TABLE, write_qc, lambda file: read_qc_table(file.parent)),
         Reader("probabilities.npz", write_probabilities, lambda file: read_probabilities(file, 2)),

@@ -7,7 +7,6 @@ written to the `key` only, a file outside the dataset.
 from __future__ import annotations
 
 import hashlib
-import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,8 +19,8 @@ from tqdm import tqdm
 
 from nnunet_vit_mae.datasets.acquisition import KERNEL, SCANS_TABLE, SLICE_THICKNESS
 from nnunet_vit_mae.datasets.contrasts import fill_contrasts
+from nnunet_vit_mae.datasets.convert.key import pseudonyms_of, write_key
 from nnunet_vit_mae.datasets.convert.studies import FoundStudies, Study, read_image_source
-from nnunet_vit_mae.datasets.tables import read_case_table
 from nnunet_vit_mae.errors import UserError, WriteError
 from nnunet_vit_mae.imaging.channels import channel_file_name
 from nnunet_vit_mae.imaging.registration import RegistrationError, register, single_itk_thread
@@ -38,7 +37,6 @@ LABEL, WHOLE_STUDY = "label", "study"  # a problem may concern these instead of 
 ALL, UNKNOWN = "all", "unknown"  # a problem may concern these instead of a case
 UNUSED_SHOWN = 10  # kinds of images not used that are printed
 UNUSED_FIELDS = ("case", "image", "reason")
-KEY_FIELDS = ("case", "patient", "session")
 
 
 @dataclass(frozen=True)
@@ -106,10 +104,10 @@ def convert(
     studies = found.studies
     if key is not None and output.resolve() in key.resolve().parents:
         raise UserError(f"{key} is inside the dataset and would be shared with it: give another folder with --key.")
-    names = _pseudonyms(studies, key)
+    names = pseudonyms_of(studies, key)
     make_folder(output)
     if key is not None:
-        _write_key(names, key)
+        write_key(names, key)
     jobs = [
         ConversionTask(study, names[study.patient, study.session], list(contrasts), reference, output)
         for study in studies
@@ -344,44 +342,3 @@ def _write_conversion_tables(studies: Sequence[ConvertedStudy], contrasts: Seque
         for image, reason in study.problems.items()
     ]
     write_records(problems, ("case", "image", "problem"), output / PROBLEMS)
-
-
-# ---------- pseudonyms
-
-
-def _pseudonyms(studies: Sequence[Study], key: Path | None) -> dict[tuple[str, str], str]:
-    """Return the case by patient and session; those in an earlier key keep their numbers, new ones follow them."""
-    names: dict[tuple[str, str], str] = {}
-    if key is not None and key.exists():
-        names = _read_key(key)
-    patients = {patient: case.split("_")[0] for (patient, _), case in names.items()}
-    for study in studies:
-        if (study.patient, study.session) in names:
-            continue
-        last = max((int(name[1:]) for name in patients.values()), default=0)
-        patient = patients.setdefault(study.patient, f"P{last + 1:04d}")
-        sessions = [int(case.split("_")[1]) for case in names.values() if case.split("_")[0] == patient]
-        names[study.patient, study.session] = f"{patient}_{max(sessions, default=0) + 1}"
-    return names
-
-
-def _read_key(key: Path) -> dict[tuple[str, str], str]:
-    no_key = UserError(f"{key} is not the key of an earlier conversion: give another file with --key.")
-    try:
-        columns = read_case_table(key, "case", ()).columns
-        names = {(columns["patient"][case], columns["session"][case]): case for case in columns["case"]}
-    except (KeyError, UserError):  # whose messages may hold names
-        raise no_key from None
-    if not all(re.fullmatch(r"P[0-9]{4,}_[0-9]+", case) for case in names.values()):
-        raise no_key
-    return names
-
-
-def _write_key(names: dict[tuple[str, str], str], key: Path) -> None:
-    """Write the key, before the first image is written, so that it exists whatever happens later."""
-    try:
-        write_rows(KEY_FIELDS, ((case, *of) for of, case in names.items()), key)
-    except OSError as error:
-        raise UserError(
-            f"{key} cannot be written ({error.strerror}): give a file in a writable folder with --key."
-        ) from None

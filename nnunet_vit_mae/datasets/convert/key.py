@@ -1,0 +1,53 @@
+"""Pseudonyms of patients, and the key to them: a table that links cases to patients, and that stays at the hospital."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from nnunet_vit_mae.datasets.convert.studies import Study
+from nnunet_vit_mae.datasets.tables import read_case_table
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.storage.csv_tables import write_rows
+
+KEY_FIELDS = ("case", "patient", "session")
+
+
+def pseudonyms_of(studies: Sequence[Study], key: Path | None) -> dict[tuple[str, str], str]:
+    """Return the case by patient and session; those in an earlier key keep their numbers, new ones follow them."""
+    names: dict[tuple[str, str], str] = {}
+    if key is not None and key.exists():
+        names = read_key(key)
+    patients = {patient: case.split("_")[0] for (patient, _), case in names.items()}
+    for study in studies:
+        if (study.patient, study.session) in names:
+            continue
+        last = max((int(name[1:]) for name in patients.values()), default=0)
+        patient = patients.setdefault(study.patient, f"P{last + 1:04d}")
+        sessions = [int(case.split("_")[1]) for case in names.values() if case.split("_")[0] == patient]
+        names[study.patient, study.session] = f"{patient}_{max(sessions, default=0) + 1}"
+    return names
+
+
+def read_key(key: Path) -> dict[tuple[str, str], str]:
+    """Return the case by patient and session. Raises `UserError` for anything but a key; the message holds no name."""
+    no_key = UserError(f"{key} is not the key of an earlier conversion: give another file with --key.")
+    try:
+        columns = read_case_table(key, "case", ()).columns
+        names = {(columns["patient"][case], columns["session"][case]): case for case in columns["case"]}
+    except (KeyError, UserError):  # whose messages may hold names
+        raise no_key from None
+    if not all(re.fullmatch(r"P[0-9]{4,}_[0-9]+", case) for case in names.values()):
+        raise no_key
+    return names
+
+
+def write_key(names: dict[tuple[str, str], str], key: Path) -> None:
+    """Write the key, before the first image is written, so that it exists whatever happens later."""
+    try:
+        write_rows(KEY_FIELDS, ((case, *of) for of, case in names.items()), key)
+    except OSError as error:
+        raise UserError(
+            f"{key} cannot be written ({error.strerror}): give a file in a writable folder with --key."
+        ) from None
