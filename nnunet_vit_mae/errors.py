@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -46,13 +47,17 @@ def exit_on_user_error(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            sys.stdout.flush()
+            return result
         except UserError as error:
             sentence = str(error)
         except MemoryError as error:
             details = f" ({error})" if str(error) else ""
             sentence = f"There is not enough memory{details}: use fewer processes, a smaller batch, or more memory."
         except OSError as error:
+            if error.errno == errno.EPIPE and _nobody_reads_on():
+                sys.exit(1)
             if error.errno is None:  # not from the system, but from a library that reads files
                 raise
             sentence = system_error(error)
@@ -60,6 +65,16 @@ def exit_on_user_error(function: Callable[P, R]) -> Callable[P, R]:
         sys.exit(2)
 
     return wrapped
+
+
+def _nobody_reads_on() -> bool:
+    """Return whether the program that reads standard output, such as `head`, has ended; write no more then."""
+    try:
+        print(flush=True)  # noqa: T201 (a flush that has failed does not fail again)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter tries again at its end
+        return True
+    return False
 
 
 def system_error(error: OSError) -> str:

@@ -80,3 +80,14 @@ def test_shells_complete_flags(tmp_path):
     script = "from nnunet_vit_mae.cli.plan import main; main()"
     subprocess.run([sys.executable, "-c", script], env=environment, check=True)
     assert answer.read_text().split() == ["--recipe"]
+
+
+def test_a_reader_that_ends_early_is_no_error():
+    """As in `mae3d | head -n 1`."""
+    script = "from nnunet_vit_mae.cli.commands import main; main([])"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
