@@ -45,7 +45,7 @@ def default_settings(
 
 
 def refuse_useless_masks(network: Network, protocol: Pretraining, patch_size: Sequence[int]) -> None:
-    """Raise `UserError` when a crop has no token to hide, or none that could stay visible."""
+    """Raise `UserError` when a crop has no token to hide; at least one is always visible."""
     tokens = math.prod(token_grid(patch_size, network.token))
     crop, token = (" x ".join(map(str, sides)) for sides in (patch_size, network.token))
     visible = round(tokens * (1 - protocol.mask_ratio))
@@ -53,11 +53,6 @@ def refuse_useless_masks(network: Network, protocol: Pretraining, patch_size: Se
         raise UserError(
             f"A mask ratio of {protocol.mask_ratio:g} hides none of the {tokens} tokens of {token} voxels in a patch "
             f"of {crop}, so that there is nothing to learn: choose a smaller token, or a larger mask ratio."
-        )
-    if visible < 1:
-        raise UserError(
-            f"A mask ratio of {protocol.mask_ratio:g} leaves none of the {tokens} tokens of {token} voxels in a patch "
-            f"of {crop} visible: choose a smaller mask ratio, or a smaller token."
         )
 
 

@@ -83,6 +83,7 @@ def train(
 
     `killed` is a process and the read at which it dies, `told` the same and a signal that it sends to the launcher.
     """
+    before = loop.SAVE_EVERY_SECONDS, loop.PICTURES
     loop.SAVE_EVERY_SECONDS, loop.PICTURES = 0.0, 1
     notes = output.with_name(f"{output.name}_{distributed.rank()}.txt").open("a")
     read = RandomCrops.__getitem__
@@ -105,8 +106,9 @@ def train(
     RandomCrops.__getitem__ = noted
     try:
         loop.run(job, output, device=device, resume=resume)
-    finally:
+    finally:  # one process runs in that of the tests
         RandomCrops.__getitem__ = read
+        loop.SAVE_EVERY_SECONDS, loop.PICTURES = before
 
 
 def train_all(tasks: list[Callable[[torch.device], None]], device: torch.device) -> None:
