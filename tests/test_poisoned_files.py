@@ -324,7 +324,7 @@ def test_a_huge_image_takes_no_memory(tmp_path):
 
 
 COMMANDS: dict[str, tuple[str, str]] = {  # the file that is huge, and the command on the folder
-    "check": ("raw/imagesTr/train_0_0000.nii.gz", "mae3d_check -d 901"),
+    "check": ("raw/imagesTr/train_0_0000.nii.gz", "mae3d_check -d 901 -o {out}"),
     "fill": ("raw/imagesTs/test_0_0000.nii.gz", "mae3d_fill_contrasts -d 901"),
     "preprocess": ("raw/imagesUn/pool_0_0001.nii.gz", "mae3d_preprocess -d 901 -c 3d_fullres -np 1"),
     "refine": ("raw/labelsTr/train_1.nii.gz", "mae3d_refine_labels -i {raw}/imagesTr -l {raw}/labelsTr -o {out}"),
