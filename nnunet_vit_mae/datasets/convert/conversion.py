@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
-from tqdm import tqdm
 
 from nnunet_vit_mae.datasets.acquisition import KERNEL, SCANS_TABLE, SLICE_THICKNESS
 from nnunet_vit_mae.datasets.contrasts import fill_contrasts
@@ -28,6 +27,7 @@ from nnunet_vit_mae.imaging.scans import ENDING, ScanError
 from nnunet_vit_mae.imaging.volumes import geometry_of
 from nnunet_vit_mae.imaging.writing import write_image
 from nnunet_vit_mae.processes.workers import run_each
+from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.csv_tables import write_records, write_rows
 from nnunet_vit_mae.storage.files import make_folder, read_json, write_json
 
@@ -114,7 +114,9 @@ def convert(
     ]
     by_case = _converted_before(output, studies, names)
     left = [job for job in jobs if job.case not in by_case]
-    for job, result in tqdm(run_each(convert_study, left, processes), total=len(left), unit="study"):
+    for job, result in with_progress(
+        run_each(convert_study, left, processes), total=len(left), unit="study", desc="converting"
+    ):
         lost = ConvertedStudy(job.case, problems={WHOLE_STUDY: "needs more memory than is available: lower -np"})
         by_case[job.case] = result or lost
         if result:
