@@ -288,7 +288,7 @@ def test_the_loss_falls_and_everything_is_written(make_job, tmp_path, monkeypatc
         file.relative_to(tmp_path / "out").as_posix() for file in (tmp_path / "out").rglob("*") if file.is_file()
     }
     pictures = {f"reconstructions/epoch_{epoch:04d}.png" for epoch in (9, 18, 25)}
-    assert written == {"config.json", "log.txt", "metrics.csv", "progress.png", "state.pt"} | pictures
+    assert written == {"README.txt", "config.json", "log.txt", "metrics.csv", "progress.png", "state.pt"} | pictures
     log = (tmp_path / "out" / "log.txt").read_text()
     assert "cases 5" in log
     assert "18 tokens, 7 of them visible" in log

@@ -108,7 +108,7 @@ def test_tensorboard_that_is_asked_for_and_missing_is_a_mistake(monkeypatch, tmp
 @pytest.mark.parametrize("text", ["", "yes", "2"])
 def test_a_switch_is_on_or_off(monkeypatch, text):
     monkeypatch.setenv("MAE3D_TENSORBOARD", text)
-    with pytest.raises(UserError, match="set it to 1 .on. or 0 .off."):
+    with pytest.raises(UserError, match=r"set it to 1 \(on\) or 0 \(off\)"):
         read_switch("MAE3D_TENSORBOARD")
 
 
@@ -198,15 +198,13 @@ def test_mistakes_with_wandb_are_one_sentence(wandb, tmp_path, monkeypatch):
 
 
 def test_in_the_other_processes_of_a_training_wandb_is_off(wandb, monkeypatch):
-    import os
-
     from nnunet_vit_mae.nnunet import wandb_tracker
 
     rank = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True, get_rank=lambda: rank.number)
     monkeypatch.setattr(wandb_tracker, "dist", rank)
     for rank.number, on in ((0, True), (1, False)):
         assert wandb_tracker.check_wandb() == on
-        assert os.environ["nnUNet_wandb_enabled"] == str(int(on))
+        assert read_switch("nnUNet_wandb_enabled") == on
 
 
 def test_the_reference_lists_the_metrics():

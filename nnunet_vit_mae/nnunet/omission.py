@@ -37,6 +37,14 @@ from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cas
 from nnunet_vit_mae.presets import canonical_contrast
 from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.files import link
+from nnunet_vit_mae.storage.readme import write_readme
+
+CONTENTS = {
+    "omission.csv": "Dice of each case and label, with and without the contrast",
+    "with_all/": "segmentations from all contrasts",
+    "without_*/": "images with zeros in place of the contrast, and segmentations from them",
+    "log.txt": "what nnU-Net has said",
+}
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,7 @@ def omit(
     for case in with_progress(cases, unit="case", desc="evaluating"):
         rows += _case_rows(model.plan, case, with_all, without / "predictions")
     write_omission_table(rows, output / "omission.csv")
+    write_readme(output, CONTENTS)
     return rows
 
 

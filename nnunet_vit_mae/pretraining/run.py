@@ -38,6 +38,7 @@ from nnunet_vit_mae.processes.signals import Stopped, postponed
 from nnunet_vit_mae.progress import progress_bar
 from nnunet_vit_mae.storage.entries import read_entries
 from nnunet_vit_mae.storage.files import remove_unfinished, write_json
+from nnunet_vit_mae.storage.readme import write_readme
 from nnunet_vit_mae.tracking import StepClock, Tracker, Trackers, open_trackers
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,16 @@ logger = logging.getLogger(__name__)
 PICTURES = 20  # over a whole run
 SAVE_EVERY_SECONDS = 120.0  # and after the last epoch
 SAVING_SHARE = 0.05  # of the time may go into saving more often than that
+CONTENTS = {
+    "encoder.safetensors": "the encoder with its card, once pre-training is complete",
+    "state.pt": "what --c continues from",
+    "config.json": "all settings, and the cases",
+    "log.txt": "how it went",
+    "metrics.csv": "loss, learning rate, gradient norm and times of each epoch",
+    "tensorboard/": "the same for TensorBoard, if it is installed",
+    "progress.png": "loss and learning rate",
+    "reconstructions/": "original, masked and rebuilt slices",
+}
 LOOK_EVERY_STEPS = 100  # at the losses, which stay on the device until then; and before each save
 
 
@@ -200,6 +211,7 @@ def _prepare(
         _move_aside(output)
         output.mkdir(parents=True, exist_ok=True)
         write_json(job.to_dict(), output / "config.json")
+        write_readme(output, CONTENTS)
         return None
     remove_unfinished(output)
     before = read_entries(dict[str, Any], output / "config.json", "start again without --c, which moves this run aside")

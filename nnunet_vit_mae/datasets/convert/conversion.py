@@ -33,6 +33,16 @@ from nnunet_vit_mae.storage.files import make_folder, read_json, write_json
 
 CONVERTED = ".converted"  # what is known about studies that are done, until the dataset is complete
 PROBLEMS, UNUSED = "problems.csv", "unused.csv"
+CONTENTS = {
+    "dataset.json": "nnU-Net's description: channels, labels and number of training cases",
+    "imagesTr/": "images of the cases that have labels, one file for each contrast",
+    "labelsTr/": "their labels",
+    "imagesUn/": "images without labels, for pre-training",
+    SCANS_TABLE: "scanner, slice thickness and protocol of each image",
+    PROBLEMS: "what could not be converted, and why",
+    UNUSED: "what was not used, and why",
+    "contrasts.json": "which contrasts of each case are present, and which were filled with zeros",
+}
 LABEL, WHOLE_STUDY = "label", "study"  # a problem may concern these instead of a contrast
 ALL, UNKNOWN = "all", "unknown"  # a problem may concern these instead of a case
 UNUSED_SHOWN = 10  # kinds of images not used that are printed
