@@ -53,6 +53,7 @@ CONTENTS = {
     "log.txt": "how it went",
     "metrics.csv": "loss, learning rate, gradient norm and times of each epoch",
     "tensorboard/": "the same for TensorBoard, if it is installed",
+    "wandb/": "the same of Weights & Biases, if it is on",
     "progress.png": "loss and learning rate",
     "reconstructions/": "original, masked and rebuilt slices",
 }
