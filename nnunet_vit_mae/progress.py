@@ -19,7 +19,7 @@ PAUSE_SECONDS, LINE_SECONDS = 5.0, 60.0  # between two lines: at least, and at m
 LINE_SHARE = 0.05  # of the time so far: so a run of days writes some hundred lines, not thousands
 
 
-class Progress(Protocol):
+class ProgressBar(Protocol):
     """What can be done with a bar or its lines."""
 
     @property
@@ -38,7 +38,7 @@ class Progress(Protocol):
 
 def progress_bar(
     total: int, *, unit: str, desc: str, initial: int = 0, shown: bool = True
-) -> AbstractContextManager[Progress]:
+) -> AbstractContextManager[ProgressBar]:
     """Return what shows the progress of the block that it is opened for.
 
     Args:

@@ -306,8 +306,8 @@ def test_the_log_says_how_long_a_run_waited(make_job, tmp_path, monkeypatch, sec
     assert len(shares) == 2
     assert low <= float(shares[1]) <= high
     for row, share in zip(read_rows(tmp_path / "metrics.csv"), shares, strict=True):
-        assert 100 * float(row["waiting_share"]) == pytest.approx(float(share), abs=2)
-        assert float(row["seconds_per_step"]) == pytest.approx(float(row["seconds_per_epoch"]), rel=0.5)  # one step
+        assert 100 * float(row["waiting_share"]) == pytest.approx(float(share), abs=0.1)
+        assert seconds * low / 100 < float(row["seconds_per_step"]) <= float(row["seconds_per_epoch"])  # one step
         took = float(row["epoch_end_timestamps"]) - float(row["epoch_start_timestamps"])
         assert took == pytest.approx(float(row["seconds_per_epoch"]), rel=1e-3)
 

@@ -27,7 +27,7 @@ from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
 from nnunet_vit_mae.nnunet.prediction import find_prediction_cases, find_reference, predict_cases, read_probabilities
 from nnunet_vit_mae.plots import save_figure
-from nnunet_vit_mae.progress import Progress, progress_bar
+from nnunet_vit_mae.progress import ProgressBar, progress_bar
 from nnunet_vit_mae.storage.csv_tables import write_rows
 from nnunet_vit_mae.storage.files import inside, replacing, write_json
 from nnunet_vit_mae.storage.pickles import read_trained
@@ -205,7 +205,7 @@ def _predict(model: Model, images: Path, names: Sequence[str], folder: str, devi
     return predictions
 
 
-def _calibration_case(plan: Plan, case: PredictedCase, classes: Classes, bar: Progress) -> CalibrationCase:
+def _calibration_case(plan: Plan, case: PredictedCase, classes: Classes, bar: ProgressBar) -> CalibrationCase:
     _, spacing = _read_reference(plan, case.reference)
 
     def read() -> tuple[np.ndarray, np.ndarray]:

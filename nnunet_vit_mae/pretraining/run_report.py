@@ -44,7 +44,7 @@ class RunReport:
         logger.info(
             "epoch %d: loss %.6f%s, learning rate %.2e, %.1f s (%.1f%% waiting for crops), %s%s",
             epoch + 1, losses[-1], " (norm-pix)" if job.protocol.norm_pix_in(epoch) else "", rate, seconds,
-            100 * clock.waited / seconds, speed, said,
+            100 * clock.metrics.get("waiting_share", 0.0), speed, said,
         )  # fmt: skip
         return speed
 
