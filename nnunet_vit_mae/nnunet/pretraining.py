@@ -81,7 +81,6 @@ def pretrain(
     refuse_cascade(plan.configuration)
     check_wandb()
     wants_tensorboard()  # raises what is wrong with the switch before anything is written
-    check_wandb(), wants_tensorboard()
     settings = plan.settings
     if adaptive or settings.network.adaptive:
         settings = settings_for(plan.configuration, len(plan.channel_names), adaptive=True)

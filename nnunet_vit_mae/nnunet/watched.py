@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ class WatchedTrainer(nnUNetTrainer):
     cases: list[list[str]]  # of the batches of this epoch
     losses: list[float]
     norms: list[torch.Tensor]
-    norm_metrics: Mapping[str, float]  # of the epoch that has ended, under their names in `METRICS`
+    norm_metrics: dict[str, float]  # of the epoch that has ended, under their names in `METRICS`
 
     def on_train_epoch_start(self) -> None:
         """Begin an epoch as nnU-Net does."""
