@@ -25,6 +25,7 @@ from nnunet_vit_mae.plots import Segmented, plot_segmentations
 from nnunet_vit_mae.processes.guard import guarded
 from nnunet_vit_mae.storage.csv_tables import read_rows
 from nnunet_vit_mae.storage.files import refuse_in_use
+from nnunet_vit_mae.storage.readme import write_readme
 
 DATASET_ID = "900"
 PLANS = "Quick"
@@ -35,6 +36,15 @@ MODELS = {
     "ViT, pre-trained": "nnUNetTrainerViTMAE",
     "ViT, from scratch": "nnUNetTrainerViTScratch",
     UNET: "nnUNetTrainerBaseline",
+}
+CONTENTS = {
+    "report/": "the report of mae3d_evaluate: open index.html in a browser",
+    "results.png": "reference and predictions of some test cases",
+    "raw/": "the synthetic CT, as an nnU-Net dataset (nnUNet_raw)",
+    "preprocessed/": "what nnU-Net trains on (nnUNet_preprocessed)",
+    "results/": "the pre-training with its reconstructions, and the trained models (nnUNet_results)",
+    "predictions/": "segmentations of the test cases, by trainer",
+    "logs/": "what each command has said",
 }
 EXAMPLES = 3  # rows of the figure
 
@@ -49,6 +59,7 @@ def demonstrate(folder: Path, *, seed: int) -> Path:
     raw = write_phantom_dataset(folder / "raw", dataset_id=int(DATASET_ID), seed=seed, **PHANTOMS)
     print(f"Wrote {raw}: synthetic CT of the skull base, see its scans.csv", flush=True)
 
+    write_readme(folder, CONTENTS)
     shell = Shell(folder)
     dataset = f"-d {DATASET_ID} -c 3d_fullres"
     # nnU-Net's planner takes the number of augmentation processes for a number of threads, of which there is none in 0

@@ -25,6 +25,7 @@ from nnunet_vit_mae.installation import trainers_folder
 settings.register_profile("any machine", deadline=None)  # times differ too much from one to the next
 settings.load_profile("any machine")
 torch.set_num_threads(1)  # there are as many processes as cores
+os.environ["MAE3D_TENSORBOARD"] = "0"  # its import takes longer than a training here
 os.environ.setdefault("nnUNet_def_n_proc", "1")  # nnU-Net reads it when it is imported
 
 DATASET = "Dataset901_Tiny"

@@ -102,12 +102,14 @@ def found(data, monkeypatch):
 
 
 def test_a_good_dataset_has_nothing_to_say_and_is_not_touched(data, found, capsys):
+    (data.raw / "README.txt").write_text("of mae3d_convert, which is no mistake\n")
     before = {file: file.read_bytes() for file in data.raw.rglob("*") if file.is_file()}
     assert found() == {"errors": {}, "warnings": {}}
     said = capsys.readouterr().out
     assert "No problems were found." in said
     assert "3-3.5 mm in 8" in said
     assert {file: file.read_bytes() for file in data.raw.rglob("*") if file.is_file()} == before
+    assert "check.json " in Path("Dataset906_Checked_check/README.txt").read_text()
     content = json.loads(Path("Dataset906_Checked_check/check.json").read_text())
     case = content["cases"]["imagesTr/a3"]
     assert case["size"] == list(SIZE)

@@ -112,7 +112,8 @@ def test_the_command_writes_what_it_measures(data, capsys):
     command.main(arguments(data, "-i", data / "imagesTs", *flags, resamples=200))
     shown = capsys.readouterr().out
     report = data / "report"
-    assert {"index.html", "cases.csv", "summary.json", "figures"} <= {file.name for file in report.iterdir()}
+    written = {"README.txt", "index.html", "cases.csv", "summary.json", "figures"}
+    assert written <= {file.name for file in report.iterdir()}
     rows = rows_in(report)
     names = [f"case_{number}" for number in range(6)]
     assert list(rows) == [(m, c, label) for m in ("ViT", "nnU-Net") for c in names for label in ("core", "rim")]

@@ -40,6 +40,7 @@ from nnunet_vit_mae.pretraining.crops import (
 from nnunet_vit_mae.pretraining.pictures import interpolated, rebuild
 from nnunet_vit_mae.pretraining.volumes import open_volume
 from nnunet_vit_mae.settings import Network, Pretraining
+from nnunet_vit_mae.storage.csv_tables import read_rows
 
 CPU = torch.device("cpu")
 PATCH = (8, 12, 10)
@@ -287,7 +288,7 @@ def test_the_loss_falls_and_everything_is_written(make_job, tmp_path, monkeypatc
         file.relative_to(tmp_path / "out").as_posix() for file in (tmp_path / "out").rglob("*") if file.is_file()
     }
     pictures = {f"reconstructions/epoch_{epoch:04d}.png" for epoch in (9, 18, 25)}
-    assert written == {"config.json", "log.txt", "progress.png", "state.pt"} | pictures
+    assert written == {"README.txt", "config.json", "log.txt", "metrics.csv", "progress.png", "state.pt"} | pictures
     log = (tmp_path / "out" / "log.txt").read_text()
     assert "cases 5" in log
     assert "18 tokens, 7 of them visible" in log
@@ -304,6 +305,11 @@ def test_the_log_says_how_long_a_run_waited(make_job, tmp_path, monkeypatch, sec
     shares = re.findall(r"s \(([\d.]+)% waiting for crops\)", (tmp_path / "log.txt").read_text())
     assert len(shares) == 2
     assert low <= float(shares[1]) <= high
+    for row, share in zip(read_rows(tmp_path / "metrics.csv"), shares, strict=True):
+        assert 100 * float(row["waiting_share"]) == pytest.approx(float(share), abs=0.1)
+        assert seconds * low / 100 < float(row["seconds_per_step"]) <= float(row["seconds_per_epoch"])  # one step
+        took = float(row["epoch_end_timestamps"]) - float(row["epoch_start_timestamps"])
+        assert took == pytest.approx(float(row["seconds_per_epoch"]), rel=1e-3)
 
 
 def test_readers_change_nothing_but_the_time(make_job, tmp_path):
@@ -408,6 +414,11 @@ def test_a_run_that_was_killed_goes_on_to_the_digit(make_job, tmp_path, monkeypa
     for name, tensor in unbroken.network.state_dict().items():
         assert torch.equal(tensor, resumed.network.state_dict()[name]), name
     assert "continuing after epoch 3 of 5" in (tmp_path / "broken" / "log.txt").read_text()
+    tables = [read_rows(tmp_path / name / "metrics.csv") for name in ("unbroken", "broken")]
+    for column in ("epoch", "train_losses", "lrs"):
+        assert [row[column] for row in tables[1]] == [row[column] for row in tables[0]]
+    assert [int(row["epoch"]) for row in tables[1]] == [0, 1, 2, 3, 4]
+    assert [float(row["train_losses"]) for row in tables[1]] == unbroken.losses
 
 
 @pytest.mark.parametrize(
@@ -506,6 +517,25 @@ def test_the_log_has_the_gradient_norm(make_job, tmp_path):
     norms = re.findall(r"gradient norm (\S+), at most (\S+)", (tmp_path / "out" / "log.txt").read_text())
     assert len(norms) == 2
     assert all(0 < float(mean) <= float(most) for mean, most in norms)
+    rows = read_rows(tmp_path / "out" / "metrics.csv")
+    assert [(f"{float(r['gradient_norms']):.3g}", f"{float(r['gradient_norms_max']):.3g}") for r in rows] == norms
+
+
+def test_trackers_get_the_numbers_and_the_pictures(make_job, tmp_path):
+    told = []
+
+    class Recorder:
+        def log(self, epoch, metrics):
+            told.append((epoch, metrics["train_losses"]))
+
+        def show(self, epoch, name, picture):
+            told.append((epoch, name, picture.is_file()))
+
+        def close(self):
+            told.append("closed")
+
+    result = loop.run(make_job(epochs=2), tmp_path, device=CPU, resume=False, more_trackers=lambda *_: [Recorder()])
+    assert told == [*enumerate(result.losses), (1, "reconstructions", True), "closed"]
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])

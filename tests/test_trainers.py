@@ -23,6 +23,8 @@ from nnunet_vit_mae.nnunet.scheduled import ScheduledTrainer
 from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerBaseline, nnUNetTrainerViTScratch
 from nnunet_vit_mae.optimisation import warmup_cosine
 from nnunet_vit_mae.presets import SIZES
+from nnunet_vit_mae.storage.csv_tables import read_rows
+from nnunet_vit_mae.tracking import METRICS
 from nnunet_vit_mae.weights import load_encoder
 
 pytestmark = pytest.mark.slow
@@ -276,7 +278,25 @@ def seeded(request, planned, tmp_path_factory):
 def test_the_same_seed_gives_the_same_losses_to_the_digit_though_interrupted(seeded, planned, tmp_path):
     workspace = copy_of(planned, tmp_path)
     interrupt(workspace, seeded.trainer)
+    table = logs_of(workspace, seeded.trainer)[0].with_name("metrics.csv")
+    table.write_text(table.read_text() + table.read_text().splitlines()[1].replace("0,", "1,", 1) + "\n")  # cut off
     assert losses_of(workspace, seeded.trainer, "--c") == seeded.losses
+    rows = read_rows(table)
+    assert [int(row["epoch"]) for row in rows] == [0, 1]
+    assert [float(row[name]) for name in ("train_losses", "val_losses") for row in rows] == seeded.losses
+
+
+def test_the_table_has_what_nnunet_logs_and_how_the_steps_went(seeded):
+    (log,) = logs_of(seeded.workspace, seeded.trainer)
+    rows = read_rows(log.with_name("metrics.csv"))
+    assert [*rows[0]] == ["epoch", *METRICS, "dice_per_class_or_region/class_1"]
+    logging = checkpoint_of(seeded.workspace, "Seeded", seeded.trainer.__name__)["logging"]
+    for name in set(METRICS) & set(logging):
+        assert [float(row[name]) for row in rows] == pytest.approx(logging[name], nan_ok=True), name
+    for row in rows:
+        assert 0 < float(row["gradient_norms"]) <= float(row["gradient_norms_max"])
+        assert 0 <= float(row["waiting_share"]) < 1
+        assert 0 < 2 * float(row["seconds_per_step"]) < float(row["seconds_per_epoch"])
 
 
 def test_another_seed_gives_other_losses(seeded, planned, tmp_path):

@@ -45,14 +45,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _convert(args: argparse.Namespace, output: Path) -> str:
     """Convert everything, and return what could not be done, if anything."""
-    from nnunet_vit_mae.datasets.convert.conversion import conversion_report, convert
+    from nnunet_vit_mae.datasets.convert.conversion import CONTENTS, conversion_report, convert
     from nnunet_vit_mae.datasets.convert.sources import contrast_order, find_studies, parse_patterns, parse_reference
+    from nnunet_vit_mae.storage.readme import write_readme
 
     patterns = parse_patterns(args.contrasts)
     found = find_studies(args.source, patterns, args.labels)
     contrasts = contrast_order(patterns, found.studies)
     reference = parse_reference(args.reference, contrasts)
     conversion = convert(found, contrasts, reference, output, args.key, args.processes)
+    write_readme(output, CONTENTS, private=(args.source, args.key))
     print(conversion_report(conversion, contrasts, output))
     for warning in found.warnings:
         print(f"Warning: {warning}")

@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--csv and --template_column go together: give both or neither.")
 
     from nnunet_vit_mae.datasets.crop.cropping import CropSettings, TemplateColumn, crop_folder
-    from nnunet_vit_mae.datasets.crop.dataset import cropping_report, reject_cases
+    from nnunet_vit_mae.datasets.crop.dataset import CONTENTS, cropping_report, reject_cases
+    from nnunet_vit_mae.storage.readme import write_readme
 
     if only_reject:
         cropping = reject_cases(output, args.reject, args.contrasts)
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cropping = crop_folder(args.images, args.labels, settings, column, args.contrasts, args.processes)
         if args.reject:
             cropping = reject_cases(output, args.reject, args.contrasts, cropping.cropped)
+    write_readme(output, CONTENTS, private=(args.images, args.labels))
     print(cropping_report(cropping, output))
     if cropping.failed:
         raise UserError(cropping.failure())

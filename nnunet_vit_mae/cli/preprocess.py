@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from nnunet_vit_mae.cli.arguments import add_plan_arguments, parser_for, positive_int
 from nnunet_vit_mae.processes.signals import command
+from nnunet_vit_mae.progress import with_progress
 
 
 @command("Cases that are done are kept, and the same command goes on with the others.")
@@ -17,15 +18,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-np", dest="processes", type=positive_int, default=4, metavar="N", help="number of processes")
     args = parser.parse_args(argv)
 
-    from tqdm import tqdm
-
     from nnunet_vit_mae.nnunet.folders import find_dataset
     from nnunet_vit_mae.nnunet.plans import load_plan
     from nnunet_vit_mae.nnunet.preprocessing import preprocess_unlabelled, raw_unlabelled_cases
 
     plan = load_plan(find_dataset(args.dataset), args.plans, args.configuration)
     to_do, outcomes = preprocess_unlabelled(plan, args.processes)
-    failed = [outcome for outcome in tqdm(outcomes, total=to_do, unit="case") if outcome.problem]
+    failed = [
+        outcome
+        for outcome in with_progress(outcomes, total=to_do, unit="case", desc="preprocessing")
+        if outcome.problem
+    ]
 
     total = len(raw_unlabelled_cases(plan))
     print(f"{total - len(failed)} of {total} unlabelled cases are in {plan.unlabelled_folder} ({to_do} were to do).")

@@ -15,8 +15,6 @@ from glob import escape
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from tqdm import tqdm
-
 from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.imaging.channels import (
     IMAGE_ENDINGS,
@@ -33,6 +31,7 @@ from nnunet_vit_mae.imaging.volumes import (
     without_warnings_of_itk,
 )
 from nnunet_vit_mae.imaging.writing import write_zeros
+from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.entries import read_entries
 from nnunet_vit_mae.storage.files import write_json
 
@@ -127,7 +126,8 @@ def fill_contrasts(raw: Path) -> FillResult:
             "put the images there, with the names that nnU-Net expects."
         )
     with without_warnings_of_itk():
-        sorted_cases = [sort_contrasts(case, channels, former) for case in tqdm(cases, unit="case", desc="reading")]
+        read = with_progress(cases, unit="case", desc="reading")
+        sorted_cases = [sort_contrasts(case, channels, former) for case in read]
     _refuse_absent_ct(sorted_cases, raw)
     record = _new_record(sorted_cases, former)
     to_fill = [case for case in sorted_cases if case.to_write]
@@ -140,7 +140,7 @@ def fill_contrasts(raw: Path) -> FillResult:
         write_json(content, raw / CONTRAST_RECORD)
     problems = {str(case.images): case.problem for case in sorted_cases if case.problem}
     written = []
-    for case in tqdm(to_fill, unit="case", desc="filling", disable=not to_fill):
+    for case in with_progress(to_fill, unit="case", desc="filling"):
         _fill(case)
         written += case.to_write
     return FillResult(channels, record, written, list(_replaced(former, record)), problems)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
-from tqdm import tqdm
 
 from nnunet_vit_mae.datasets.refinement_rule import RefinementRule
 from nnunet_vit_mae.errors import UserError, reading
@@ -22,6 +21,7 @@ from nnunet_vit_mae.imaging.channels import cases_in, channel_file_name, ending_
 from nnunet_vit_mae.imaging.labels import read_labels, read_volume, whole_numbers
 from nnunet_vit_mae.imaging.volumes import all_finite, read_image, without_warnings_of_itk
 from nnunet_vit_mae.imaging.writing import write_image
+from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.csv_tables import write_records
 from nnunet_vit_mae.storage.files import make_folder
 
@@ -155,7 +155,7 @@ def refine_folder(images: Path, labels: Path, rule: RefinementRule, output: Path
     make_folder(output)
     changes, problems = [], []
     with without_warnings_of_itk():
-        for case in tqdm(cases, unit="case", desc="refining"):
+        for case in with_progress(cases, unit="case", desc="refining"):
             try:
                 changes += refine_case(case, rule, values, output)
             except UserError as error:

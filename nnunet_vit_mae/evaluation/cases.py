@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from nnunet_vit_mae.errors import UserError, abbreviated, reading
 from nnunet_vit_mae.evaluation.measures import measure
@@ -21,6 +20,7 @@ from nnunet_vit_mae.imaging.grids import distance_mm, turned_geometry, turned_li
 from nnunet_vit_mae.imaging.labels import Labels, read_labels, read_volume, whole_numbers
 from nnunet_vit_mae.imaging.volumes import NOT_FINITE, Geometry, all_finite, without_warnings_of_itk
 from nnunet_vit_mae.processes.workers import run_each
+from nnunet_vit_mae.progress import with_progress
 
 DATASET_JSON = "dataset.json"
 THICKNESS_DIGITS = 4  # decimals of mm: headers in single precision turn 5 mm into 5.0000002 mm
@@ -130,9 +130,8 @@ def labels_in(references: Sequence[Path]) -> Labels:
         UserError: If all references are empty, or one cannot be read.
     """
     with without_warnings_of_itk():
-        values = {
-            int(value) for file in tqdm(references, unit="case", desc="labels") for value in np.unique(read_mask(file))
-        }
+        masks = map(read_mask, with_progress(references, unit="case", desc="reading labels"))
+        values = {int(value) for mask in masks for value in np.unique(mask)}
     values -= {0}
     if not values:
         raise UserError(
@@ -202,7 +201,7 @@ def measure_cases(
     cases = evaluation_set.cases
     results = run_each(measure_case, cases, processes, initializer=use_one_torch_thread)
     by_name: dict[str, _MeasuredCase] = {}
-    for case, measured in tqdm(results, total=len(cases), unit="case", desc="measuring"):
+    for case, measured in with_progress(results, total=len(cases), unit="case", desc="measuring"):
         if measured is None:
             raise UserError(
                 f"There is not enough memory for the case {case.name}: use fewer processes than -np {processes}."

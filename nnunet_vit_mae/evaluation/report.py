@@ -18,7 +18,14 @@ from nnunet_vit_mae.evaluation.pictures import Gallery, draw_label, embed_calibr
 from nnunet_vit_mae.evaluation.results import Evaluation
 from nnunet_vit_mae.evaluation.tables import agreement_table, bin_table, comparison_table, headline_table, risk_table
 from nnunet_vit_mae.storage.files import replacing
+from nnunet_vit_mae.storage.readme import write_readme
 
+CONTENTS = {
+    "index.html": "the report: open it in a browser, it needs no other file",
+    "cases.csv": "a row for each model, case and label",
+    "summary.json": "means, tests, agreement, risk groups, settings and versions",
+    "figures/": "every figure as PNG and SVG",
+}
 CALIBRATION_FACTS = ("trainer", "plans", "configuration", "folds", "checkpoint")
 
 
@@ -35,7 +42,7 @@ def write_report(
         evaluation: The results.
         evaluation_set: The files that were evaluated, for the figures of examples.
         calibrations: Calibrations by model.
-        output: Folder for `index.html` and `figures/`.
+        output: Folder for `index.html`, `figures/` and `README.txt`.
         vits: What is known of the models' networks, by model, for Dice by token and size.
 
     Returns:
@@ -57,6 +64,7 @@ def write_report(
         "settings": {name: _setting_text(value) for name, value in evaluation.settings.items()},
         "significant": words.SIGNIFICANT,
     }
+    write_readme(output, CONTENTS)
     page = output / "index.html"
     with replacing(page) as temporary:
         temporary.write_text(

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
-from tqdm import tqdm
 
 from nnunet_vit_mae.imaging.channels import visible_below
 from nnunet_vit_mae.imaging.dicom_header import TRAITS, DicomHeader, Frame, is_image_class, read_header
+from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.limits import at_most_more, too_many_voxels
 
 GAP = 0.02  # slice distances may differ by this share, or by 0.1 mm: positions are stored with few digits
@@ -94,7 +94,7 @@ def find_series(folder: Path, *, progress: bool = False) -> tuple[list[DicomSeri
     originals: dict[tuple[str, ...], Path] = {}
     damaged: Counter[str | None] = Counter()
     files = [file for file in visible_below(folder) if file.is_file()]
-    for file in tqdm(files, unit="file", desc="reading headers", disable=not progress):
+    for file in with_progress(files, unit="file", desc="reading headers", shown=progress):
         try:
             header = read_header(file)
             if header and header.is_image:

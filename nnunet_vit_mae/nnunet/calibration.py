@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nnunet_vit_mae.datasets.split.files import SPLITS
 from nnunet_vit_mae.errors import UserError, reading
@@ -28,6 +27,7 @@ from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
 from nnunet_vit_mae.nnunet.prediction import find_prediction_cases, find_reference, predict_cases, read_probabilities
 from nnunet_vit_mae.plots import save_figure
+from nnunet_vit_mae.progress import ProgressBar, progress_bar
 from nnunet_vit_mae.storage.csv_tables import write_rows
 from nnunet_vit_mae.storage.files import inside, replacing, write_json
 from nnunet_vit_mae.storage.pickles import read_trained
@@ -96,7 +96,7 @@ def development_cases(
 def fit(model: Model, cases: Sequence[PredictedCase], objective: str) -> Calibration:
     """Find the shifts with the smallest loss on these cases. Raises `UserError` for files that cannot be read."""
     classes = classes_of(model.plan)
-    with tqdm(unit="case", desc="reading") as bar:
+    with progress_bar(len(cases), unit="case", desc="reading") as bar:
         return fit_thresholds([_calibration_case(model.plan, case, classes, bar) for case in cases], classes, objective)
 
 
@@ -205,7 +205,7 @@ def _predict(model: Model, images: Path, names: Sequence[str], folder: str, devi
     return predictions
 
 
-def _calibration_case(plan: Plan, case: PredictedCase, classes: Classes, bar: tqdm) -> CalibrationCase:
+def _calibration_case(plan: Plan, case: PredictedCase, classes: Classes, bar: ProgressBar) -> CalibrationCase:
     _, spacing = _read_reference(plan, case.reference)
 
     def read() -> tuple[np.ndarray, np.ndarray]:

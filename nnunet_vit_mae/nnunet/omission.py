@@ -19,7 +19,6 @@ import nnunetv2
 import numpy as np
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
-from tqdm import tqdm
 
 from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS
@@ -36,7 +35,16 @@ from nnunet_vit_mae.nnunet.omission_table import (
 from nnunet_vit_mae.nnunet.plans import Plan
 from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, find_reference, predict_folder
 from nnunet_vit_mae.presets import canonical_contrast
+from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.files import link
+from nnunet_vit_mae.storage.readme import write_readme
+
+CONTENTS = {
+    "omission.csv": "Dice of each case and label, with and without the contrast",
+    "with_all/": "segmentations from all contrasts",
+    "without_*/": "images with zeros in place of the contrast, and segmentations from them",
+    "log.txt": "what nnU-Net has said",
+}
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,7 @@ def find_omission_cases(plan: Plan, images: Path, references: Path, channels: Se
     """
     files = [(case, find_reference(plan, case.name, references)) for case in find_prediction_cases(plan, images)]
     cases = []
-    for case, reference in tqdm(files, unit="case", desc="reading"):
+    for case, reference in with_progress(files, unit="case", desc="reading"):
         present = _present_channels(plan, case, reference)
         omitted = tuple(channel for channel in channels if present[channel])
         cases.append(OmissionCase(case, reference, omitted, any(np.delete(present, channels))))
@@ -127,9 +135,10 @@ def omit(
     predict_folder(model, images, [case.name for case in cases], with_all, **places)
     predict_folder(model, without / "images", [case.name for case in again], without / "predictions", **places)
     rows = []
-    for case in tqdm(cases, unit="case", desc="evaluating"):
+    for case in with_progress(cases, unit="case", desc="evaluating"):
         rows += _case_rows(model.plan, case, with_all, without / "predictions")
     write_omission_table(rows, output / "omission.csv")
+    write_readme(output, CONTENTS)
     return rows
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.imaging.channels import channels_by_case
@@ -24,6 +23,7 @@ from nnunet_vit_mae.installation import trainers_folder
 from nnunet_vit_mae.nnunet.models import Model, refuse_damaged_weights
 from nnunet_vit_mae.nnunet.plans import Plan
 from nnunet_vit_mae.processes.guard import guarded
+from nnunet_vit_mae.progress import progress_bar
 from nnunet_vit_mae.storage.files import inside, link
 from nnunet_vit_mae.storage.limits import too_many_voxels
 from nnunet_vit_mae.storage.pickles import read_trained
@@ -166,13 +166,12 @@ def _run(command: Sequence[str], expected: Sequence[Path], log: Path) -> None:
     def count() -> int:
         return sum(file.is_file() for file in expected)
 
-    with log.open("a", encoding="utf-8") as stream, tqdm(total=len(expected), unit="case", desc="predicting") as bar:
+    with log.open("a", encoding="utf-8") as stream, progress_bar(len(expected), unit="case", desc="predicting") as bar:
         stream.write(f"$ {shlex.join(command)}\n")
         stream.flush()
         with guarded([program, *command[1:]], seconds=5.0, env=_environment(), stdout=stream, stderr=stream) as process:
             while _is_running(process):
-                if new := count() - bar.n:  # in the log of a job, each update is a line
-                    bar.update(new)
+                bar.update(count() - bar.n)
         bar.update(count() - bar.n)
     if process.returncode or count() < len(expected):
         raise UserError(

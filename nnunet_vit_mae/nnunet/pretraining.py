@@ -20,6 +20,7 @@ from nnunet_vit_mae.nnunet.capacity import memory_of, refuse_step_beyond
 from nnunet_vit_mae.nnunet.folders import encoder_file
 from nnunet_vit_mae.nnunet.folds import PreprocessedCase, pretraining_cases
 from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade, settings_for
+from nnunet_vit_mae.nnunet.wandb_tracker import check_wandb, wandb_tracker
 from nnunet_vit_mae.planning import refuse_useless_masks
 from nnunet_vit_mae.pretraining import distributed
 from nnunet_vit_mae.pretraining.job import PretrainingRun
@@ -29,6 +30,7 @@ from nnunet_vit_mae.pretraining.saved_state import what_is_kept
 from nnunet_vit_mae.pretraining.volumes import ITEM, Cache, volume_problems
 from nnunet_vit_mae.settings import Pretraining, to_json_types
 from nnunet_vit_mae.storage.files import locked
+from nnunet_vit_mae.tracking import wants_tensorboard
 from nnunet_vit_mae.weights import Card, hashed_name, package_versions, save_encoder
 
 logger = logging.getLogger(__name__)
@@ -77,6 +79,8 @@ def pretrain(
     mistake that the user can correct.
     """
     refuse_cascade(plan.configuration)
+    check_wandb()
+    wants_tensorboard()  # raises what is wrong with the switch before anything is written
     settings = plan.settings
     if adaptive or settings.network.adaptive:
         settings = settings_for(plan.configuration, len(plan.channel_names), adaptive=True)
@@ -178,7 +182,7 @@ def _make_encoder(
     """Run one process of a pre-training; rank 0 holds the folder and writes."""
     with ExitStack() as held:
         distributed.from_rank_0(lambda: held.enter_context(locked(file.parent)))
-        result = run(job, file.parent, device=device, resume=resume, readers=readers)
+        result = run(job, file.parent, device=device, resume=resume, readers=readers, more_trackers=wandb_tracker)
         if distributed.is_rank_0():
             save_encoder(result.network.encoder, card(result), file)
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, read_calibration
@@ -27,6 +26,7 @@ from nnunet_vit_mae.nnunet.plans import Plan, classes_of
 from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, predict_cases
 from nnunet_vit_mae.nnunet.preprocessing import resampled_problem
 from nnunet_vit_mae.nnunet.training_range import TrainingRange, read_training_range, volumes_in, warnings_of
+from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.csv_tables import read_frame, write_frame
 from nnunet_vit_mae.storage.entries import read_entries
 from nnunet_vit_mae.storage.files import locked, write_json
@@ -77,12 +77,13 @@ def _quantify(
     cases = find_prediction_cases(model.plan, images)[part.number :: part.of]
     training = read_training_range(model)
     write_json({"model": identity}, work / MODEL_NOTE)
-    geometries = {case.name: _check_images(model.plan, case) for case in tqdm(cases, unit="case", desc="checking")}
+    checked = with_progress(cases, unit="case", desc="checking")
+    geometries = {case.name: _check_images(model.plan, case) for case in checked}
     readable = [name for name, geometry in geometries.items() if isinstance(geometry, Geometry)]
     places = {"links": work / f"images_part{part.number}", "log": work / f"log_part{part.number}.txt"}
     predict_cases(model, images, readable, work, **places, device=device)
     rows = []
-    for name, geometry in tqdm(geometries.items(), unit="case", desc="measuring"):
+    for name, geometry in with_progress(geometries.items(), unit="case", desc="measuring"):
         rows += _case_rows(model, name, geometry, work, training, cutoffs)
     written = [part.table(table)]
     write_frame(pd.DataFrame(rows).assign(model=identity), written[0])

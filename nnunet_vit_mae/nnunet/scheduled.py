@@ -22,14 +22,15 @@ from nnunet_vit_mae.nnunet.augmentation import repeatable
 from nnunet_vit_mae.nnunet.checked_plans import check_plans
 from nnunet_vit_mae.nnunet.plans import schedule_of
 from nnunet_vit_mae.nnunet.stopping import StoppableTrainer
-from nnunet_vit_mae.nnunet.watched import WatchedTrainer
+from nnunet_vit_mae.nnunet.tracked import TrackedTrainer
+from nnunet_vit_mae.nnunet.wandb_tracker import check_wandb
 from nnunet_vit_mae.storage.pickles import read_trained
 
 CUDA = torch.device("cuda")
 VALIDATION_SHARE = 5  # nnU-Net's own 250 training iterations come with 50 of validation
 
 
-class ScheduledTrainer(WatchedTrainer, StoppableTrainer):
+class ScheduledTrainer(TrackedTrainer, StoppableTrainer):
     """nnU-Net's trainer with the length of its schedule and a seed from the plans.
 
     Runs with the same seed are equal to the digit on a CPU where nnU-Net augments in one process
@@ -46,6 +47,7 @@ class ScheduledTrainer(WatchedTrainer, StoppableTrainer):
         )
         if nnUNet_preprocessed.is_set():
             _refuse_bad_fold(Path(str(nnUNet_preprocessed), plans["dataset_name"]), planned.data_identifier, fold)
+        check_wandb()
         super().__init__(plans, configuration, fold, dataset_json, device)
         schedule = schedule_of(self.configuration_manager)
         self.seed = schedule.seed

@@ -13,7 +13,6 @@ from typing import Annotated
 
 import numpy as np
 from pydantic import Field, FiniteFloat
-from tqdm import tqdm
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.cases import read_mask
@@ -21,6 +20,7 @@ from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warn
 from nnunet_vit_mae.nnunet.folds import reference_segmentations
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import classes_of
+from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.entries import read_entries
 from nnunet_vit_mae.storage.files import write_json
 from nnunet_vit_mae.thresholds import Classes
@@ -128,7 +128,8 @@ def _volume_warnings(volume: float, training: np.ndarray | None) -> list[str]:
 
 def _training_volumes(model: Model) -> dict[str, list[float]]:
     classes, files = classes_of(model.plan), reference_segmentations(model.plan).values()
-    by_case = [volumes_in(file, classes) for file in tqdm(files, unit="case", desc="training labels")]
+    files = with_progress(files, unit="case", desc="reading training labels")
+    by_case = [volumes_in(file, classes) for file in files]
     return {label: [volumes[label] for volumes in by_case] for label in classes.names}
 
 

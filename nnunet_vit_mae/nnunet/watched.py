@@ -22,6 +22,7 @@ class WatchedTrainer(nnUNetTrainer):
     cases: list[list[str]]  # of the batches of this epoch
     losses: list[float]
     norms: list[torch.Tensor]
+    norm_metrics: dict[str, float]  # of the epoch that has ended, under their names in `METRICS`
 
     def on_train_epoch_start(self) -> None:
         """Begin an epoch as nnU-Net does."""
@@ -46,6 +47,7 @@ class WatchedTrainer(nnUNetTrainer):
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """End an epoch as nnU-Net does, and log the gradient norm; stop if the training has diverged."""
         super().on_train_epoch_end(train_outputs)
+        self.norm_metrics = {}
         if self.norms:
             norms = torch.stack(self.norms).cpu()
             bad = (~norms.isfinite()).nonzero().flatten().tolist()
@@ -53,6 +55,7 @@ class WatchedTrainer(nnUNetTrainer):
                 raise self._divergence(bad[0], f"The gradient norm is {norms[bad[0]].item()}")
             skipped = len(self.losses) - len(norms)
             said = f"; {skipped} steps skipped, for their gradients were too large for fp16" if skipped else ""
+            self.norm_metrics = {"gradient_norms": float(norms.mean()), "gradient_norms_max": float(norms.max())}
             self.print_to_log_file(f"{self.norm_name} {norms.mean():.3g}, at most {norms.max():.3g}{said}")
         losses = self.logger.get_value("train_losses", step=None)
         first = losses[0] if len(losses) > 1 else self.losses[0]

@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,10 +20,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import ProcessExitedException, spawn
-from tqdm import tqdm
 
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
 from nnunet_vit_mae.processes.signals import Stopped, end_children, end_with_parent, held, stoppable
+from nnunet_vit_mae.progress import keep_progress_to_this_process
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +209,7 @@ def _supervise(task: Task, device: torch.device, processes: int) -> None:
 def _worker(number: int, task: Task, device: torch.device, processes: int, store: str) -> None:
     """Run a process of `_supervise`; it ends without a message when the launcher ends."""
     end_with_parent()
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore, reported as leaked when the process is stopped
+    keep_progress_to_this_process()
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     place = {"init_method": store, "rank": number, "world_size": processes}
     say = None if number == 0 else logger.debug  # rank 0 speaks for all

@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,32 +20,47 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import Autoencoder, build_autoencoder
 from nnunet_vit_mae.networks.precision import autocast
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate
-from nnunet_vit_mae.plots import plot_contrasts, plot_progress, plot_views
 from nnunet_vit_mae.pretraining import distributed
 from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, RandomCrops, Samples
 from nnunet_vit_mae.pretraining.job import PretrainingRun
-from nnunet_vit_mae.pretraining.pictures import rebuild
 from nnunet_vit_mae.pretraining.readers import read_batches, reader_failures
 from nnunet_vit_mae.pretraining.run_log import announce, logging_to
+from nnunet_vit_mae.pretraining.run_report import RunReport
 from nnunet_vit_mae.pretraining.saved_state import STATE, read_state, save_state
 from nnunet_vit_mae.pretraining.watching import WatchedEpoch
 from nnunet_vit_mae.processes.signals import Stopped, postponed
+from nnunet_vit_mae.progress import progress_bar
 from nnunet_vit_mae.storage.entries import read_entries
 from nnunet_vit_mae.storage.files import remove_unfinished, write_json
+from nnunet_vit_mae.storage.readme import write_readme
+from nnunet_vit_mae.tracking import StepClock, Tracker, Trackers, open_trackers
 
 logger = logging.getLogger(__name__)
 
 PICTURES = 20  # over a whole run
 SAVE_EVERY_SECONDS = 120.0  # and after the last epoch
 SAVING_SHARE = 0.05  # of the time may go into saving more often than that
+CONTENTS = {
+    "encoder.safetensors": "the encoder with its card, once pre-training is complete",
+    "state.pt": "what --c continues from",
+    "config.json": "all settings, and the cases",
+    "log.txt": "how it went",
+    "metrics.csv": "loss, learning rate, gradient norm and times of each epoch",
+    "tensorboard/": "the same for TensorBoard, if it is installed",
+    "wandb/": "the same of Weights & Biases, if it is on",
+    "progress.png": "loss and learning rate",
+    "reconstructions/": "original, masked and rebuilt slices",
+}
 LOOK_EVERY_STEPS = 100  # at the losses, which stay on the device until then; and before each save
+
+
+MoreTrackers = Callable[[PretrainingRun, Path, bool], Iterable[Tracker]]  # job, folder, whether it goes on
 
 
 @dataclass
@@ -55,12 +71,23 @@ class PretrainingResult:
     losses: list[float]  # mean of each epoch
 
 
-def run(
-    job: PretrainingRun, output: Path, *, device: torch.device, resume: bool, readers: int = 0
-) -> PretrainingResult:
-    """Pre-train; writes `config.json`, `log.txt`, `progress.png`, `reconstructions/` and `state.pt` to `output`.
+def _no_more(job: PretrainingRun, output: Path, resumed: bool) -> Iterable[Tracker]:
+    return ()
 
-    Crops are read by as many processes as `readers` says; with 0, by the loop itself between two steps.
+
+def run(
+    job: PretrainingRun,
+    output: Path,
+    *,
+    device: torch.device,
+    resume: bool,
+    readers: int = 0,
+    more_trackers: MoreTrackers = _no_more,
+) -> PretrainingResult:
+    """Pre-train; writes to `output` what `CONTENTS` lists, except for the encoder.
+
+    Crops are read by as many processes as `readers` says; with 0, by the loop itself between two steps. `more_trackers`
+    opens those that the table and TensorBoard are not, on rank 0.
 
     With `resume`, goes on from `state.pt` if there is one. Raises `UserError` when that belongs to a different job, or
     when the training diverges (the last good state is kept).
@@ -71,15 +98,20 @@ def run(
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
     state = distributed.from_rank_0(lambda: _prepare(output, job, network, optimizer, resume=resume))
     losses, begun = _restore(state, network, optimizer)
-    with logging_to(output / "log.txt") if distributed.is_rank_0() else nullcontext():
+    with ExitStack() as opened:
+        trackers = Trackers()
+        if distributed.is_rank_0():
+            opened.enter_context(logging_to(output / "log.txt"))
+            trackers = Trackers([*open_trackers(output), *more_trackers(job, output, state is not None)])
+            opened.enter_context(closing(trackers))
         announce(job, network, device, done=len(losses) * job.steps_per_epoch + len(begun))
-        _train(job, output, network, optimizer, losses, begun, device, readers)
+        _train(job, RunReport(job, output, trackers), network, optimizer, losses, begun, device, readers)
     return PretrainingResult(network, losses)
 
 
 def _train(
     job: PretrainingRun,
-    output: Path,
+    report: RunReport,
     network: Autoencoder,
     optimizer: torch.optim.Optimizer,
     losses: list[float],
@@ -111,44 +143,36 @@ def _train(
         postponed() as signal,
         reader_failures(),
         closing(batches),
-        tqdm(total=job.steps, initial=first_step, unit="step", desc="pre-training", disable=not is_first) as bar,
+        progress_bar(job.steps, initial=first_step, unit="step", desc="pre-training", shown=is_first) as bar,
     ):
         for epoch in range(len(losses), job.protocol.epochs):
-            started, waited = time.monotonic(), 0.0
-            watched, begun = WatchedEpoch(job, crops, reads, output, epoch, begun), []
+            clock = StepClock()
+            watched, begun = WatchedEpoch(job, crops, reads, report.output, epoch, begun), []
             for step in range(epoch * job.steps_per_epoch + watched.looked, (epoch + 1) * job.steps_per_epoch):
                 set_learning_rate(optimizer, job.learning_rate(step))
-                asked = time.monotonic()
                 batch = next(batches)
-                waited += time.monotonic() - asked
+                clock.batch_came()
                 watched.add(*_step(job, epoch, model, optimizer, batch.samples(device)))
                 number = distributed.largest(signal())
                 if number or len(watched.norms) % LOOK_EVERY_STEPS == 0:
                     watched.look()
                 if number:
-                    save_state(output, network, optimizer, losses, watched.losses)
+                    save_state(report.output, network, optimizer, losses, watched.losses)
                     logger.info("stopped by a signal after step %d of %d", step + 1, job.steps)
                     raise Stopped(number)
                 bar.update()
+                clock.step_done()
             losses.append(watched.checked_mean(losses))
-
-            kind = " (norm-pix)" if job.protocol.norm_pix_in(epoch) else ""
-            rate = job.learning_rate((epoch + 1) * job.steps_per_epoch - 1)
-            seconds = time.monotonic() - started
-            speed = job.steps_per_epoch * job.protocol.batch_size / seconds
-            bar.set_postfix(loss=f"{losses[-1]:.4f}", samples_per_s=f"{speed:.1f}")
-            logger.info(
-                "epoch %d: loss %.6f%s, learning rate %.2e, %.1f s (%.1f%% waiting for crops), %.1f samples/s%s",
-                epoch + 1, losses[-1], kind, rate, seconds, 100 * waited / seconds, speed, watched.norms_in_words,
-            )  # fmt: skip
+            speed = report.tell(losses, watched.norm_metrics, clock)
+            bar.set_postfix_str(f"loss {losses[-1]:.4f}, {speed}")
             if sample is None:  # rank 0 alone writes
                 continue
             is_last = epoch + 1 == job.protocol.epochs
             if is_last or time.monotonic() - saved > min(SAVE_EVERY_SECONDS, cost / SAVING_SHARE):
-                cost = save_state(output, network, optimizer, losses)
+                cost = save_state(report.output, network, optimizer, losses)
                 saved = time.monotonic()
             if is_last or (epoch + 1) % math.ceil(job.protocol.epochs / PICTURES) == 0:
-                _draw(job, output, network, losses, sample)
+                report.draw(network, losses, sample)
 
 
 def _step(
@@ -188,6 +212,7 @@ def _prepare(
         _move_aside(output)
         output.mkdir(parents=True, exist_ok=True)
         write_json(job.to_dict(), output / "config.json")
+        write_readme(output, CONTENTS)
         return None
     remove_unfinished(output)
     before = read_entries(dict[str, Any], output / "config.json", "start again without --c, which moves this run aside")
@@ -217,21 +242,3 @@ def _restore(
     network.load_state_dict(state["network"])
     optimizer.load_state_dict(state["optimizer"])
     return list(state["losses"]), list(state["begun"].to(next(network.parameters()).device))
-
-
-def _draw(job: PretrainingRun, output: Path, network: Autoencoder, losses: list[float], sample: Samples) -> None:
-    rates = [job.learning_rate((epoch + 1) * job.steps_per_epoch - 1) for epoch in range(len(losses))]
-    plot_progress(losses, rates, output / "progress.png", plain=job.protocol.plain_epochs)
-    norm_pix = job.protocol.norm_pix_in(len(losses) - 1)
-    views = rebuild(network, job.drawing.masking, sample, norm_pix=norm_pix)
-    title = f"epoch {len(losses)}, loss {losses[-1]:.4f}"
-    if norm_pix:
-        title += "\nhidden tokens: predicted pattern, brightness and contrast interpolated from visible tokens"
-    if job.protocol.skip_background:
-        title += "\nblank in the rebuilt image: tokens without content, left out"
-    names = [job.channel_names[channel] for channel in sample.present[0]]
-    file = output / "reconstructions" / f"epoch_{len(losses):04d}.png"
-    if len(names) > 1:
-        plot_contrasts(views._asdict(), names, job.spacing, title, file)
-    else:
-        plot_views([view[0] for view in views], views._fields, job.spacing, f"{names[0]}, {title}", file)

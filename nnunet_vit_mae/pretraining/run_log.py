@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nnunet_vit_mae.errors import WriteError
 from nnunet_vit_mae.networks.masking import BACKGROUND_DEVIATION, count_rebuilt, count_visible
@@ -19,6 +18,7 @@ from nnunet_vit_mae.presets import PRETRAINING_DECODERS
 from nnunet_vit_mae.pretraining import distributed
 from nnunet_vit_mae.pretraining.affines import SHARE
 from nnunet_vit_mae.pretraining.job import PretrainingRun
+from nnunet_vit_mae.progress import logging_past_progress
 from nnunet_vit_mae.settings import token_grid
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def logging_to(file: Path) -> Iterator[None]:
     level = package.level
     package.setLevel(logging.INFO)
     try:
-        with logging_redirect_tqdm():
+        with logging_past_progress():
             yield
     finally:
         package.setLevel(level)

@@ -14,9 +14,9 @@ from typing import Any
 import blosc2
 import joblib
 import numpy as np
-from tqdm import tqdm
 
 from nnunet_vit_mae.errors import UserError, reader_reason
+from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.limits import too_many_voxels
 
 SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it; other systems have no limit of their own
@@ -98,7 +98,7 @@ class Cache(AbstractContextManager):
             )
         self._memory = SharedMemory(create=True, size=max(1, size))
         try:
-            for file in tqdm(self.places, desc="reading into memory", unit="volume"):
+            for file in with_progress(self.places, desc="reading into memory", unit="volume"):
                 self._read(file)
         except BaseException:
             self._memory.unlink()

@@ -36,12 +36,12 @@ class WatchedEpoch:
         self.norms.append(norm)
 
     @property
-    def norms_in_words(self) -> str:
-        """Return the mean and the largest gradient norm for the log."""
+    def norm_metrics(self) -> dict[str, float]:
+        """Return the mean and the largest gradient norm, under their names in `METRICS`."""
         if not self.norms:
-            return ""
+            return {}
         norms = torch.stack(self.norms)
-        return f", gradient norm {norms.mean():.3g}, at most {norms.max():.3g}"
+        return {"gradient_norms": float(norms.mean()), "gradient_norms_max": float(norms.max())}
 
     def look(self) -> None:
         """Look at the steps since the last time; raise `UserError`, the same on all processes, if one is bad."""

@@ -21,9 +21,25 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.installation import trainers_folder
 from nnunet_vit_mae.processes.guard import guarded
 from nnunet_vit_mae.storage.files import locked, write_json
+from nnunet_vit_mae.storage.readme import write_readme
 from nnunet_vit_mae.study.design import STUDY_FILE, StudyDesign
 from nnunet_vit_mae.study.steps import Step, steps_of
 
+CONTENTS = {
+    "index.html": "the report: open it in a browser",
+    "figures/": "its figures as PNG and SVG",
+    "results.csv": "a row for each arm, number of labels, seed, calibration, case and label",
+    "comparisons.csv": "all paired comparisons, with their sentences",
+    "evaluations/": "the report of mae3d_evaluate for the first seed of each number of labels",
+    "study.json": "the choices; the same command with the same choices goes on",
+    "recipes/": "settings of each arm and seed",
+    "predictions/": "segmentations of the test cases, by model",
+    "measures/": "measures of each model",
+    "test/": "links to the test cases of the split",
+    "done/": "which steps are done: remove a file to repeat its step",
+    "logs/": "what each step has said",
+    "compute/": "time and memory of each step",
+}
 POLL_SECONDS = 20.0  # between two looks at what is done
 
 
@@ -63,6 +79,7 @@ def run_workflow(study: StudyDesign, jobs: int, executor: str | None, say: Calla
     output = Path(study.output)
     with locked(output):
         write_json(study.to_json(), output / STUDY_FILE)
+        write_readme(output, CONTENTS)
         for file, recipe in study.recipes().items():
             write_json(recipe, file)
         command = snakemake_command(study, output / STUDY_FILE)

@@ -12,9 +12,15 @@ from nnunet_vit_mae.datasets.check.checking import DatasetCheck
 from nnunet_vit_mae.datasets.check.figure import check_figure
 from nnunet_vit_mae.datasets.check.inspection import CaseSummary, Finding
 from nnunet_vit_mae.storage.files import replacing, write_json
+from nnunet_vit_mae.storage.readme import write_readme
 
 SHOWN = 10  # cases of each kind that are printed; check.json has all
 EMPTY = "empty_labels.txt"
+CONTENTS = {
+    "check.json": "all errors and warnings, and what was found in each case",
+    "check.png": "sizes, spacings, intensities and labels of the cases",
+    EMPTY: "cases whose labels are empty, with --list_empty",
+}
 
 
 def write_check(check: DatasetCheck, output: Path, *, list_empty: bool) -> None:
@@ -28,6 +34,7 @@ def write_check(check: DatasetCheck, output: Path, *, list_empty: bool) -> None:
     }
     write_json(content, output / "check.json")
     write_figure(check, output / "check.png")
+    write_readme(output, CONTENTS)
     if list_empty:
         with replacing(output / EMPTY) as temporary:
             names = empty_labels(check.cases, check.labels)

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from nnunet_vit_mae.datasets.check.across_cases import findings_across_cases
 from nnunet_vit_mae.datasets.check.inspection import ERROR, WARNING, CaseSummary, Finding, find_tasks, inspect_all
 from nnunet_vit_mae.datasets.contrasts import Channels
@@ -15,6 +13,7 @@ from nnunet_vit_mae.datasets.split.patients import PATIENTS, read_patients
 from nnunet_vit_mae.datasets.tables import PatientColumns, read_case_table
 from nnunet_vit_mae.errors import abbreviated
 from nnunet_vit_mae.imaging.labels import Labels
+from nnunet_vit_mae.progress import with_progress
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def check_dataset(raw: Path, columns: PatientColumns, preprocessed: Path, proces
     """
     tasks, channels, labels, findings = find_tasks(raw)
     patients, note = _known_patients(columns, [task.name for task in tasks], preprocessed)
-    summaries = tqdm(inspect_all(tasks, labels, processes), total=len(tasks), unit="case", desc="checking")
+    summaries = with_progress(inspect_all(tasks, labels, processes), total=len(tasks), unit="case", desc="checking")
     cases = sorted(summaries, key=lambda case: (case.folder, case.name))
     findings += [finding for case in cases for finding in case.findings]
     findings += findings_across_cases(cases, channels, labels, patients)

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
-from tqdm import tqdm
 
 from nnunet_vit_mae.datasets.acquisition import KERNEL, SCANS_TABLE, SLICE_THICKNESS
 from nnunet_vit_mae.datasets.contrasts import fill_contrasts
@@ -28,11 +27,22 @@ from nnunet_vit_mae.imaging.scans import ENDING, ScanError
 from nnunet_vit_mae.imaging.volumes import geometry_of
 from nnunet_vit_mae.imaging.writing import write_image
 from nnunet_vit_mae.processes.workers import run_each
+from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.csv_tables import write_records, write_rows
 from nnunet_vit_mae.storage.files import make_folder, read_json, write_json
 
 CONVERTED = ".converted"  # what is known about studies that are done, until the dataset is complete
 PROBLEMS, UNUSED = "problems.csv", "unused.csv"
+CONTENTS = {
+    "dataset.json": "nnU-Net's description: channels, labels and number of training cases",
+    "imagesTr/": "images of the cases that have labels, one file for each contrast",
+    "labelsTr/": "their labels",
+    "imagesUn/": "images without labels, for pre-training",
+    SCANS_TABLE: "scanner, slice thickness and protocol of each image",
+    PROBLEMS: "what could not be converted, and why",
+    UNUSED: "what was not used, and why",
+    "contrasts.json": "which contrasts of each case are present, and which were filled with zeros",
+}
 LABEL, WHOLE_STUDY = "label", "study"  # a problem may concern these instead of a contrast
 ALL, UNKNOWN = "all", "unknown"  # a problem may concern these instead of a case
 UNUSED_SHOWN = 10  # kinds of images not used that are printed
@@ -114,7 +124,9 @@ def convert(
     ]
     by_case = _converted_before(output, studies, names)
     left = [job for job in jobs if job.case not in by_case]
-    for job, result in tqdm(run_each(convert_study, left, processes), total=len(left), unit="study"):
+    for job, result in with_progress(
+        run_each(convert_study, left, processes), total=len(left), unit="study", desc="converting"
+    ):
         lost = ConvertedStudy(job.case, problems={WHOLE_STUDY: "needs more memory than is available: lower -np"})
         by_case[job.case] = result or lost
         if result:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
-from tqdm import tqdm
 
 from nnunet_vit_mae.datasets.crop.contact_sheet import thumbnail, write_thumbnail
 from nnunet_vit_mae.datasets.crop.dataset import Cropping, describe_like, finish
@@ -64,6 +63,7 @@ from nnunet_vit_mae.imaging.scans import ENDING, Scan, ScanError, find_scans, re
 from nnunet_vit_mae.imaging.volumes import geometry_of
 from nnunet_vit_mae.imaging.writing import write_image
 from nnunet_vit_mae.processes.workers import run_each
+from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.files import locked, make_folder, read_back_otherwise, remove_unfinished, replacing
 
 PAUSE = 5.0  # seconds between two writes of the table, which may have thousands of rows
@@ -326,7 +326,9 @@ def _crop_all(jobs: list[CropTask], rows: dict[str, QCRow], output: Path, proces
     _thumbnails_of_templates(jobs, output)
     cropped, written = [], time.monotonic()
     try:
-        for job, row in tqdm(run_each(crop_case, jobs, processes), total=len(jobs), unit="case", disable=not jobs):
+        for job, row in with_progress(
+            run_each(crop_case, jobs, processes), total=len(jobs), unit="case", desc="cropping"
+        ):
             rows[job.scan.name] = row or _failed(job, "its process was killed: give a smaller -np or more memory")
             if rows[job.scan.name].status == DONE:
                 cropped.append(job.scan.name)

@@ -29,6 +29,17 @@ from nnunet_vit_mae.imaging.scans import ENDING
 from nnunet_vit_mae.storage.files import inside, write_json
 
 KEPT = ("channel_names", "labels", "regions_class_order")  # taken from the dataset.json beside the scans
+CONTENTS = {
+    DESCRIPTION: "nnU-Net's description: channels, labels and number of training cases",
+    "imagesTr/": "crops of the cases that have labels, one file for each channel",
+    "labelsTr/": "their labels",
+    "imagesUn/": "crops of the other cases, for pre-training",
+    QC_TABLE: "a row for each case: its registration, the region and what failed",
+    "contact_sheet_*.png": "all crops at a glance, worst first",
+    "thumbnails/": "the pictures on these sheets",
+    "transforms/": "from template to scan, for ITK",
+    f"{REJECTED}/": "cases that were moved out of the dataset with --reject",
+}
 COMPLETE = 0.999  # coverage from which a region counts as fully in view
 
 
