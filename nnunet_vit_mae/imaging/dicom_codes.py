@@ -12,17 +12,17 @@ from pydantic import Field
 from nnunet_vit_mae.errors import UserError, did_you_mean
 from nnunet_vit_mae.storage.entries import read_entries
 
-CodeValue = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\\]+$")]
-SchemeName = Annotated[str, Field(min_length=1, max_length=16, pattern=r"^[^\\]+$")]
+Text = Annotated[str, Field(min_length=1, max_length=64)]  # as long as DICOM allows
+ShortText = Annotated[str, Field(min_length=1, max_length=16)]
 
 
 @dataclass(frozen=True)
 class DicomCode:
     """A coded concept: its value, the scheme that defines it (SCT is SNOMED CT), and its meaning in words."""
 
-    value: CodeValue
-    scheme: SchemeName
-    meaning: CodeValue
+    value: ShortText
+    scheme: ShortText
+    meaning: Text
 
 
 TISSUE = DicomCode("85756007", "SCT", "Tissue")  # what 3D Slicer writes where nobody chose a code either

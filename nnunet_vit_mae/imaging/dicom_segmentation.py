@@ -102,7 +102,7 @@ def as_text(text: str) -> str:
 
 def coded(code: DicomCode) -> CodedConcept:
     """Return a code as highdicom takes it."""
-    return CodedConcept(code.value, code.scheme, code.meaning)
+    return CodedConcept(as_text(code.value), as_text(code.scheme), as_text(code.meaning))
 
 
 @contextmanager

@@ -26,6 +26,8 @@ EXPECTED = {  # by pydantic's type of error, in the words of this package
     "bool_type": "true or false",
     "list_type": "a list",
     "tuple_type": "a list",
+    "string_too_short": "text of {min_length} or more characters",
+    "string_too_long": "text of {max_length} characters at most",
     "greater_than": "above {gt}",
     "greater_than_equal": "{ge} or more",
     "less_than_equal": "at most {le}",
