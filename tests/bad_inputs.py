@@ -521,6 +521,12 @@ FILE_ROWS = [
         put_json("codes.json", {"blot": {}}),
     ),
     Row(
+        "an entry of codes that does not exist",
+        f"{DICOM} --codes codes.json",
+        "blob.typ",
+        put_json("codes.json", {"blob": {"typ": {}}}),
+    ),
+    Row(
         "a code without its meaning",
         f"{DICOM} --codes codes.json",
         "it has no blob.type.meaning",

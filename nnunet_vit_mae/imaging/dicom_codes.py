@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from nnunet_vit_mae.errors import UserError, did_you_mean
 from nnunet_vit_mae.storage.entries import read_entries
@@ -31,6 +31,8 @@ TISSUE = DicomCode("85756007", "SCT", "Tissue")  # what 3D Slicer writes where n
 @dataclass(frozen=True)
 class LabelCodes:
     """What a label shows: its category (DICOM CID 7150), its type (CID 7151 and others), and where it lies."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")  # a typing error would leave the default in its place
 
     category: DicomCode = TISSUE
     type: DicomCode = TISSUE
