@@ -60,9 +60,8 @@ def report_of(
         DicomOutputError: If highdicom does not accept the series.
     """
     with without_names():
-        numbers = (
-            {item.TrackingUID: item.SegmentNumber for item in segmentation.SegmentSequence} if segmentation else {}
-        )
+        described = segmentation.SegmentSequence if segmentation else []
+        numbers = {str(item.TrackingUID): int(item.SegmentNumber) for item in described}
         content = MeasurementReport(
             observation_context=_observer(algorithm),
             procedure_reported=PROCEDURES.get(source.modality, codes.cid100.ImagingProcedure),
