@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-
 from nnunet_vit_mae.datasets.convert.conversion import ConversionTask, convert_study
 from nnunet_vit_mae.datasets.convert.dicom_studies import dicom_studies
 from nnunet_vit_mae.datasets.convert.sources import parse_patterns, parse_reference
