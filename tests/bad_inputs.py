@@ -40,6 +40,7 @@ PREPROCESS = "mae3d_preprocess -d 901 -p Tiny -np 1"
 FEATURES = "mae3d_features -d 901 -p Tiny -o features.png -device cpu"
 CALIBRATE = "mae3d_calibrate -d 901 -p Tiny -f 0 -device cpu"
 QUANTIFY = f"mae3d_quantify -d 901 -p Tiny -f 0 -device cpu -i {RAW}/imagesTs -o volumes.csv"
+DICOM = f"{QUANTIFY} --dicom"
 OMIT = f"mae3d_omit -d 901 -p Tiny -tr nnUNetTrainerViTMAE -i {RAW}/imagesTs -r {RAW}/labelsTs -o omitted -device cpu"
 EVALUATE = f"mae3d_evaluate -r {RAW}/labelsTs -p A={RAW}/labelsTs -o report -np 1 --resamples 20"
 EXPORT = "mae3d_export -d 901 -p Tiny"
@@ -509,6 +510,28 @@ FILE_ROWS = [
         "dataset.json",
     ),
     Row("a part that does not exist", f"{QUANTIFY} -num_parts 2 -part_id 2", "-part_id 2"),
+    Row("patterns of DICOM series without --dicom", f"{QUANTIFY} --contrast T1=t1", "add --dicom"),
+    Row("a pattern for a channel that the model lacks", f"{DICOM} --contrast FLAR=f", "did you mean FLAIR?"),
+    Row("no pattern for a channel", f"{DICOM} --contrast T1=t1", "give the series of FLAIR"),
+    Row("DICOM in a folder of NIfTI", f"{DICOM} --contrast T1=t1 --contrast FLAIR=f", "There are no DICOM images"),
+    Row(
+        "codes of a label that the model lacks",
+        f"{DICOM} --codes codes.json",
+        "did you mean blob?",
+        put_json("codes.json", {"blot": {}}),
+    ),
+    Row(
+        "an entry of codes that does not exist",
+        f"{DICOM} --codes codes.json",
+        "blob.typ",
+        put_json("codes.json", {"blob": {"typ": {}}}),
+    ),
+    Row(
+        "a code without its meaning",
+        f"{DICOM} --codes codes.json",
+        "it has no blob.type.meaning",
+        put_json("codes.json", {"blob": {"type": {"value": "1", "scheme": "SCT"}}}),
+    ),
 ]
 
 POOL_IMAGE = f"{RAW}/imagesUn/pool_1_0000.nii.gz"

@@ -80,7 +80,7 @@ def write_slices(
         dataset.RescaleSlope, dataset.RescaleIntercept = 1, 0
         set_pixels(dataset, plane)
         if change is None or change(dataset, number) is not False:
-            write_dicom(dataset, folder / f"{number * 5 % 8}_{uid}.dcm")
+            write_dicom(dataset, folder / f"{number * 5 % len(array)}_{uid}.dcm")
 
 
 def group(**tags: Any) -> Items:

@@ -19,7 +19,8 @@ def normalised(distribution: str) -> str:
 
 def declared() -> set[str]:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    requirements = [*project["dependencies"], *project["optional-dependencies"]["completion"]]  # asked for by shells
+    extras = project["optional-dependencies"]  # argcomplete is asked for by shells, highdicom by --dicom
+    requirements = [*project["dependencies"], *extras["completion"], *extras["dicom"]]
     return {normalised(re.match(r"[\w.-]+", requirement)[0]) for requirement in requirements}
 
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import Workspace
+from conftest import Workspace, blob
+from dicom_files import write_slices
+from pydicom import dcmread
 
 from nnunet_vit_mae.nnunet.calibration import shift_checkpoint
 
@@ -171,3 +173,30 @@ def test_quantification_gives_volumes_and_warnings_and_goes_on(trained, output, 
     assert segmentation.stat().st_mtime_ns == before
     message = trained.call(*command, "-chk", "checkpoint_final.pth", code=2).stderr
     assert "segmentations of another model" in message
+
+
+def test_a_dicom_study_becomes_a_dicom_segmentation_and_a_report(trained, tmp_path):
+    """What nnU-Net segments lies in the DICOM files, on the slices that it was made on."""
+    study, table = tmp_path / "study", tmp_path / "volumes.csv"
+    tags = {"FrameOfReferenceUID": "1.9.7", "PatientName": "A^B"}
+    for number, (contrast, array) in enumerate(zip(("T1", "FLAIR"), blob(20)[0], strict=True)):
+        write_slices(
+            study, uid=f"1.9.1.{number}", array=array.astype(np.int16), SeriesDescription=f"{contrast} tra", **tags
+        )
+    flags = f"-i {study} -o {table} {MODEL} nnUNetTrainerViTMAE -f 0 --dicom --contrast T1=t1* --contrast FLAIR=flair*"
+    trained.call("mae3d_quantify", *flags.split())
+    with table.open() as stream:
+        (row,) = csv.DictReader(stream)
+    expected = read(tmp_path / "volumes_segmentations" / f"{row['case']}.nii.gz")
+    found, folder = np.zeros_like(expected), tmp_path / "volumes_dicom" / row["case"]
+    if expected.any():
+        dataset = dcmread(folder / "segmentation.dcm")
+        planes = dataset.pixel_array.reshape(-1, dataset.Rows, dataset.Columns)
+        for groups, plane in zip(dataset.PerFrameFunctionalGroupsSequence, planes, strict=True):
+            z = groups.PlanePositionSequence[0].ImagePositionPatient[2]
+            found[round((z - 100) / 2)] = plane  # see dicom_files.position
+    assert np.array_equal(found, expected)
+    assert (folder / "segmentation.dcm").exists() == expected.any()
+    report = dcmread(folder / "report.dcm")
+    assert report.PatientName == "A^B"
+    assert str(float(row["volume_mm3"])) in str(report)

@@ -53,7 +53,9 @@ FLAGS = {
     | {"--min_lesion_voxels", "--resamples", "--seed", "--calibration", "--model_folder", "-np"},
     "mae3d_calibrate": PLAN_FLAGS
     | {"-tr", "-f", "-chk", "--objective", "-i", "-l", "--allow_training_cases", "-device"},
-    "mae3d_quantify": PLAN_FLAGS | {"-i", "-o", "-tr", "-f", "-chk", "--cutoffs", "-num_parts", "-part_id", "-device"},
+    "mae3d_quantify": PLAN_FLAGS
+    | {"-i", "-o", "-tr", "-f", "-chk", "--cutoffs", "-num_parts", "-part_id", "-device"}
+    | {"--dicom", "--contrast", "--reference", "--codes"},
     "mae3d_export": PLAN_FLAGS | {"-tr", "-f", "-chk", "-o", "--case_names"},
     "mae3d_import": {"-h", "--help", "-o", "--overwrite"},
     "mae3d_check": {"-h", "--help", "-d", "-o", "--csv", "--case", "--patient", "--list_empty", "-np"},

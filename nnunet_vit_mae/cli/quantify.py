@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nnunet_vit_mae.cli.arguments import (
     add_device_argument,
@@ -15,15 +18,27 @@ from nnunet_vit_mae.cli.arguments import (
     usable_device,
     whole_number,
 )
+from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.processes.signals import command
+
+if TYPE_CHECKING:
+    from nnunet_vit_mae.nnunet.models import Model
+    from nnunet_vit_mae.nnunet.quantification import Part
 
 
 @command("Segmentations that are done are kept, and the same command goes on with the others.")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_quantify`."""
-    parser = parser_for("mae3d_quantify", __doc__, "-i scans -o volumes.csv -d 501")
+    parser = parser_for(
+        "mae3d_quantify",
+        __doc__,
+        "-i scans -o volumes.csv -d 501",
+        "-i studies -o volumes.csv -d 501 --dicom --contrast 'CT=*head*' --codes codes.json",
+    )
     add = parser.add_argument
-    add("-i", dest="images", required=True, type=Path, metavar="FOLDER", help="images, named as for nnU-Net")
+    add(
+        "-i", dest="images", required=True, type=Path, metavar="FOLDER", help="images, named as for nnU-Net, or studies"
+    )
     add("-o", dest="table", required=True, type=Path, metavar="TABLE.csv", help="table to write")
     add_plan_arguments(parser)
     add("-tr", dest="trainer", default="nnUNetTrainerViTMAE", metavar="NAME", help="trainer of the model")
@@ -39,11 +54,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("-num_parts", type=positive_int, default=1, metavar="N", help="number of parts to divide the cases into")
     add("-part_id", type=whole_number, default=0, metavar="K", help="part to process here, from 0")
     add_device_argument(parser, "cuda")
+    _add_dicom_arguments(parser)
     args = parser.parse_args(argv)
+    _refuse_unusable_dicom(args)
 
     from nnunet_vit_mae.nnunet.folders import find_dataset
     from nnunet_vit_mae.nnunet.models import find_model, model_folder
-    from nnunet_vit_mae.nnunet.quantification import Part, best_checkpoint, quantify
+    from nnunet_vit_mae.nnunet.quantification import Part, best_checkpoint, find_scans_to_quantify, quantify
 
     device = usable_device(args.device).type
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -53,7 +70,49 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = args.checkpoint or best_checkpoint(folder, args.folds)
     chosen = {"trainer": args.trainer, "folds": args.folds, "checkpoint": checkpoint}
     model = find_model(dataset, args.plans, args.configuration, **chosen)
-    cutoffs = sorted(args.cutoffs) if args.cutoffs else None
     images, table = args.images.resolve(), args.table.resolve()
-    written = quantify(model, images, table, part, cutoffs=cutoffs, device=device)
-    print(f"Wrote {' and '.join(map(str, written))} with {checkpoint}; segmentations in {table.stem}_segmentations.")
+    options = {"cutoffs": sorted(args.cutoffs) if args.cutoffs else None, "device": device}
+    if args.dicom:
+        tables, unfinished = _quantify_dicom(model, images, table, part, args, options)
+    else:
+        tables, unfinished = quantify(model, find_scans_to_quantify(model, images, part), table, part, **options), ""
+    written = f"segmentations in {table.stem}_segmentations{f' and {table.stem}_dicom' if args.dicom else ''}"
+    print(f"Wrote {' and '.join(map(str, tables))} with {checkpoint}; {written}.")
+    if unfinished:
+        raise UserError(unfinished)
+
+
+def _add_dicom_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("DICOM, with highdicom").add_argument
+    add("--dicom", action="store_true", help="read DICOM studies, and write DICOM segmentations and reports too")
+    help_ = "channel of the model and its series descriptions, as in mae3d_convert; repeat it for each channel"
+    add("--contrast", dest="contrasts", action="append", default=[], metavar="NAME=PATTERN", help=help_)
+    add("--reference", metavar="NAME", help="channel to segment on and to register the others to (default: the first)")
+    add("--codes", type=Path, metavar="FILE.json", help="codes of the labels, e.g. of SNOMED CT (default: tissue)")
+
+
+def _refuse_unusable_dicom(args: argparse.Namespace) -> None:
+    """Raise `UserError` for flags that need `--dicom`, and for what `--dicom` needs."""
+    given = {"--contrast": args.contrasts, "--reference": args.reference, "--codes": args.codes}
+    if not args.dicom:
+        if alone := [flag for flag, value in given.items() if value]:
+            raise UserError(f"{alone[0]} is for DICOM studies: add --dicom, or leave it out.")
+        return
+    if find_spec("highdicom") is None:
+        raise UserError('--dicom needs highdicom: pip install "nnunet-vit-mae[dicom]".')
+    if not args.images.is_dir():
+        raise UserError(f"{args.images} is not a folder: give the folder of the DICOM files with -i.")
+
+
+def _quantify_dicom(
+    model: Model, images: Path, table: Path, part: Part, args: argparse.Namespace, options: dict[str, Any]
+) -> tuple[list[Path], str]:
+    """Return the tables that were written, and what could not be done, if anything."""
+    from nnunet_vit_mae.imaging.dicom_codes import read_label_codes
+    from nnunet_vit_mae.nnunet.dicom_quantification import DicomInput, quantify_dicom
+    from nnunet_vit_mae.nnunet.plans import classes_of
+
+    codes = read_label_codes(args.codes, classes_of(model.plan).names)
+    source = DicomInput(images, args.contrasts, args.reference)
+    result = quantify_dicom(model, source, table, part, codes=codes, **options)
+    return result.tables, result.unfinished

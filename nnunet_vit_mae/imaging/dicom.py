@@ -139,7 +139,7 @@ def read_series(series: DicomSeries) -> sitk.Image:
     rows, columns = (max(file.plane[side] for file in series.files) for side in (0, 1))
     if problem := too_many_voxels((columns, rows, len(series.frames))):
         raise SeriesError(problem)
-    stack = _stack(series.frames)
+    stack = stack_frames(series.frames)
     image = sitk.GetImageFromArray(_read_frames(stack.frames, series.files))
     image.SetDirection(stack.direction.ravel().tolist())
     image.SetOrigin(stack.origin.tolist())
@@ -170,7 +170,8 @@ def _refuse_incomplete(files: Sequence[DicomHeader]) -> None:
         raise SeriesError("has slices of several frames of reference, whose positions cannot be compared")
 
 
-def _stack(frames: Sequence[Frame]) -> Stack:
+def stack_frames(frames: Sequence[Frame]) -> Stack:
+    """Sort frames along their normal; raises `SeriesError` if they are not one regular stack."""
     if len(frames) < 2:
         raise SeriesError("has only one slice")
     if any(frame.position is None or frame.orientation is None for frame in frames):

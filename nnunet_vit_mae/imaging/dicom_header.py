@@ -138,8 +138,8 @@ def read_header(file: Path) -> DicomHeader | None:
         ValueError: If the header is damaged.
     """
     try:
-        with _silent():
-            dataset = _dataset(file)
+        with silent_pydicom():
+            dataset = _dataset(file, READ)
             if dataset is None:
                 return None
             meta = getattr(dataset, "file_meta", Dataset())
@@ -158,15 +158,24 @@ def _name(uid: str) -> str:
     return UID(uid, validation_mode=config.IGNORE).name
 
 
-def _dataset(file: Path) -> Dataset | None:
+def read_all_tags(file: Path) -> Dataset:
+    """Read the whole header of a DICOM file, up to its pixels; raises what pydicom raises."""
+    dataset = _dataset(file, None)
+    if dataset is None:
+        raise InvalidDicomError
+    return dataset
+
+
+def _dataset(file: Path, tags: list[str] | None) -> Dataset | None:
+    """Read tags, or all of them, of a DICOM file; None if it is another file."""
     try:
-        return dcmread(file, stop_before_pixels=True, specific_tags=READ)
+        return dcmread(file, stop_before_pixels=True, specific_tags=tags)
     except InvalidDicomError:  # there is no preamble: an old file, which starts with group 0002 or 0008, or no DICOM
         with file.open("rb") as stream:
             start = stream.read(8)
         if start[:4] not in (b"\x02\0\0\0", b"\x08\0\0\0", b"\x08\0\x05\0", b"\x08\0\x08\0", b"\x08\0\x16\0"):
             return None
-        return dcmread(file, stop_before_pixels=True, specific_tags=READ, force=True)
+        return dcmread(file, stop_before_pixels=True, specific_tags=tags, force=True)
 
 
 def _frames(file: Path, dataset: Dataset, tags: dict[str, str]) -> tuple[Frame, ...]:
@@ -238,7 +247,7 @@ def _in_colour(dataset: Dataset, tags: dict[str, str]) -> bool:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent_pydicom() -> Iterator[None]:
     """Silence pydicom, which quotes invalid values of any tag, and accept such values."""
     logger, mode = logging.getLogger("pydicom"), config.settings.reading_validation_mode
     was_disabled, logger.disabled = logger.disabled, True

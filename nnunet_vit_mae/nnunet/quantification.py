@@ -8,8 +8,8 @@ others.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from nnunet_vit_mae.storage.files import locked, write_json
 from nnunet_vit_mae.weights import file_hash
 
 MODEL_NOTE = "model.json"
+OTHER_MODEL = "segmentations of another model"
 
 
 @dataclass(frozen=True)
@@ -53,35 +54,49 @@ class Part:
         return table if self.of == 1 else table.with_name(f"{table.stem}_part{self.number}of{self.of}{table.suffix}")
 
 
+@dataclass(frozen=True)
+class Scans:
+    """The scans of one part: a folder named as nnU-Net expects, its cases, and why others could not be read."""
+
+    folder: Path
+    cases: Sequence[PredictionCase]
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+
+
+def find_scans_to_quantify(model: Model, images: Path, part: Part) -> Scans:
+    """Find the scans of a part in a folder that is named as nnU-Net expects; raises `UserError` if it has none."""
+    return Scans(images, find_prediction_cases(model.plan, images)[part.number :: part.of])
+
+
 def quantify(
-    model: Model, images: Path, table: Path, part: Part, *, cutoffs: Sequence[float] | None, device: str
+    model: Model, scans: Scans, table: Path, part: Part, *, cutoffs: Sequence[float] | None, device: str
 ) -> list[Path]:
-    """Predict a folder, or a part of it, and write the table; the part that ends last joins the tables of all parts.
+    """Predict the scans of a part and write the table; the part that ends last joins the tables of all parts.
 
     Segmentations are written to `TABLE_segmentations` beside the table. Returns the tables that were written. Raises
-    `UserError` for a folder without images, for segmentations of another model there, if another process writes the
-    table, and if the prediction fails.
+    `UserError` for segmentations of another model there, if another process writes the table, and if the prediction
+    fails.
     """
-    if table.is_dir() or table.suffix != ".csv":
-        raise UserError(f"-o {table} is not a file name that ends in .csv: name the table to write.")
+    refuse_no_table(table)
     with locked(part.table(table)):
-        return _quantify(model, images, table, part, cutoffs=cutoffs, device=device)
+        return _quantify(model, scans, table, part, cutoffs=cutoffs, device=device)
 
 
 def _quantify(
-    model: Model, images: Path, table: Path, part: Part, *, cutoffs: Sequence[float] | None, device: str
+    model: Model, scans: Scans, table: Path, part: Part, *, cutoffs: Sequence[float] | None, device: str
 ) -> list[Path]:
-    work, identity = table.with_name(f"{table.stem}_segmentations"), model_hash(model)
-    _refuse_other_model(work, identity)
+    work, identity = segmentations_beside(table), model_hash(model)
+    note = {"model": identity}
+    refuse_other_content(work, note, OTHER_MODEL)
     thresholds_of(model)  # refuses a bad record before anything is predicted
-    cases = find_prediction_cases(model.plan, images)[part.number :: part.of]
     training = read_training_range(model)
-    write_json({"model": identity}, work / MODEL_NOTE)
-    checked = with_progress(cases, unit="case", desc="checking")
-    geometries = {case.name: _check_images(model.plan, case) for case in checked}
+    write_json(note, work / MODEL_NOTE)
+    checking = with_progress(scans.cases, unit="case", desc="checking")
+    geometries = {**scans.unreadable, **{case.name: _check_images(model.plan, case) for case in checking}}
+    geometries = dict(sorted(geometries.items()))
     readable = [name for name, geometry in geometries.items() if isinstance(geometry, Geometry)]
     places = {"links": work / f"images_part{part.number}", "log": work / f"log_part{part.number}.txt"}
-    predict_cases(model, images, readable, work, **places, device=device)
+    predict_cases(model, scans.folder, readable, work, **places, device=device)
     rows = []
     for name, geometry in with_progress(geometries.items(), unit="case", desc="measuring"):
         rows += _case_rows(model, name, geometry, work, training, cutoffs)
@@ -116,12 +131,27 @@ def thresholds_of(model: Model) -> dict[str, float]:
     return dict.fromkeys(classes_of(model.plan).names, 0.5)
 
 
-def _refuse_other_model(work: Path, identity: str) -> None:
-    note = work / MODEL_NOTE
-    if note.is_file() and read_entries(dict[str, str], note, "remove that folder").get("model") != identity:
-        raise UserError(f"{work} holds segmentations of another model: give another -o, or remove that folder.")
-    if not note.is_file() and work.exists() and any(work.iterdir()):
-        raise UserError(f"{work} is not empty: give another -o, or remove that folder.")
+def refuse_no_table(table: Path) -> None:
+    """Raise `UserError` if a table cannot be written by that name."""
+    if table.is_dir() or table.suffix != ".csv":
+        raise UserError(f"-o {table} is not a file name that ends in .csv: name the table to write.")
+
+
+def segmentations_beside(table: Path) -> Path:
+    """Return the folder of the segmentations from which a table is made."""
+    return table.with_name(f"{table.stem}_segmentations")
+
+
+def refuse_other_content(folder: Path, note: Mapping[str, str], other: str) -> None:
+    """Raise `UserError` for a folder that was written with another note in it, or without one; `other` is its content.
+
+    The note says with which model the content was made.
+    """
+    file = folder / MODEL_NOTE
+    if file.is_file() and read_entries(dict[str, str], file, "remove that folder") != note:
+        raise UserError(f"{folder} holds {other}: give another -o, or remove that folder.")
+    if not file.is_file() and folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty: give another -o, or remove that folder.")
 
 
 def _check_images(plan: Plan, case: PredictionCase) -> Geometry | str:

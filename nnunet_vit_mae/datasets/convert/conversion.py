@@ -51,13 +51,14 @@ UNUSED_FIELDS = ("case", "image", "reason")
 
 @dataclass(frozen=True)
 class ConversionTask:
-    """A study, the case that it becomes, and the contrasts in the order of the channels."""
+    """A study, the case that it becomes, the contrasts in the order of the channels, and the ending of its files."""
 
     study: Study
     case: str
     contrasts: list[str]
     reference: str | None
     output: Path
+    ending: str = ENDING
 
 
 @dataclass(frozen=True)
@@ -274,11 +275,11 @@ def _write_case(
 ) -> ConvertedStudy:
     folder = "imagesTr" if label is not None else "imagesUn"
     for contrast, image in images.items():
-        write_image(image, job.output / folder / channel_file_name(job.case, job.contrasts.index(contrast), ENDING))
+        write_image(image, job.output / folder / channel_file_name(job.case, job.contrasts.index(contrast), job.ending))
     values = np.zeros(0, int)
     if label is not None:
         values = np.unique(sitk.GetArrayViewFromImage(label)).astype(int)
-        write_image(label, job.output / "labelsTr" / f"{job.case}{ENDING}")
+        write_image(label, job.output / "labelsTr" / f"{job.case}{job.ending}")
     row["contrasts"] = ";".join(contrast for contrast in job.contrasts if contrast in images)
     return ConvertedStudy(job.case, folder, row, tuple(values.tolist()), problems)
 

@@ -1,0 +1,169 @@
+"""DICOM in and DICOM out: a table of volumes, and a segmentation and a report of each study for the PACS."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from highdicom import UID
+
+from nnunet_vit_mae import __version__
+from nnunet_vit_mae.errors import abbreviated
+from nnunet_vit_mae.evaluation.cases import read_mask
+from nnunet_vit_mae.imaging.dicom import DicomSeries
+from nnunet_vit_mae.imaging.dicom_codes import LabelCodes
+from nnunet_vit_mae.imaging.dicom_report import report_of
+from nnunet_vit_mae.imaging.dicom_segmentation import (
+    Algorithm,
+    DicomOutputError,
+    Segment,
+    read_source,
+    segmentation_of,
+    write_dicom_file,
+)
+from nnunet_vit_mae.imaging.volumes import without_warnings_of_itk
+from nnunet_vit_mae.nnunet.dicom_scans import DicomInput, convert_cases, find_study_cases, write_study_table
+from nnunet_vit_mae.nnunet.models import Model
+from nnunet_vit_mae.nnunet.plans import classes_of
+from nnunet_vit_mae.nnunet.quantification import (
+    MODEL_NOTE,
+    OTHER_MODEL,
+    Part,
+    model_hash,
+    quantify,
+    refuse_no_table,
+    refuse_other_content,
+    segmentations_beside,
+    thresholds_of,
+)
+from nnunet_vit_mae.nnunet.training_range import volumes_in
+from nnunet_vit_mae.progress import with_progress
+from nnunet_vit_mae.storage.files import write_json
+
+SEGMENTATION, REPORT, STUDIES = "segmentation.dcm", "report.dcm", "studies.csv"
+
+
+@dataclass(frozen=True)
+class DicomResult:
+    """The tables that were written, the folder of DICOM files beside them, and what is missing there, by case."""
+
+    tables: list[Path]
+    folder: Path
+    problems: dict[str, str]
+    damaged: int  # files that belong to no readable series
+
+    @property
+    def unfinished(self) -> str:
+        """What could not be done, or an empty string."""
+        parts = []
+        if self.problems:
+            reasons = abbreviated(f"{case} {reason}" for case, reason in self.problems.items())
+            parts.append(f"some cases have volumes, but no DICOM files ({reasons})")
+        if self.damaged:
+            parts.append(f"{self.damaged} files cannot be read and belong to no readable series, copy them again")
+        sentence = "; ".join(parts)
+        return f"{sentence[:1].upper()}{sentence[1:]}." if parts else ""
+
+
+def quantify_dicom(
+    model: Model,
+    source: DicomInput,
+    table: Path,
+    part: Part,
+    *,
+    codes: Mapping[str, LabelCodes],
+    cutoffs: Sequence[float] | None,
+    device: str,
+) -> DicomResult:
+    """Quantify the studies of a part, and write segmentation and report of each to `TABLE_dicom` beside the table.
+
+    A case whose report is there already is left as it is. One for which no DICOM can be written does not stop the
+    others.
+
+    Args:
+        model: The model.
+        source: The studies.
+        table: The table to write, see `quantify`.
+        part: The part of the studies, sorted by case.
+        codes: What each label of the model shows.
+        cutoffs: Volumes between risk groups.
+        device: Where to predict.
+
+    Returns:
+        What was written, and what could not be.
+
+    Raises:
+        UserError: If the studies do not fit the model, for files of another model there, and as `quantify` does.
+    """
+    refuse_no_table(table)
+    identity, work = model_hash(model), segmentations_beside(table)
+    output = table.with_name(f"{table.stem}_dicom")
+    note = {"model": identity, "codes": hashlib.sha256(repr(sorted(codes.items())).encode()).hexdigest()[:12]}
+    # all of this before images are converted, which takes long
+    refuse_other_content(work, {"model": identity}, OTHER_MODEL)
+    refuse_other_content(output, note, "DICOM files of another model or with other codes")
+    thresholds = thresholds_of(model)
+    cases, damaged = find_study_cases(model, source)
+    write_json(note, output / MODEL_NOTE)
+    write_study_table(model, cases, output / STUDIES)
+    with TemporaryDirectory(prefix=f".{table.stem}_images_", dir=table.parent) as folder:
+        converted = convert_cases(model, cases[part.number :: part.of], Path(folder))
+        tables = quantify(model, converted.scans, table, part, cutoffs=cutoffs, device=device)
+    writer = _CaseWriter(model, codes, thresholds, _algorithm(model, identity))
+    problems = {}
+    for case, series in with_progress(converted.series.items(), unit="case", desc="writing DICOM"):
+        segmentation = work / f"{case}{model.plan.dataset_json['file_ending']}"
+        if segmentation.is_file() and not (output / case / REPORT).is_file():  # without one, the table says why
+            try:
+                writer.write(series, segmentation, output / case)
+            except DicomOutputError as error:
+                problems[case] = str(error)
+    return DicomResult(tables, output, problems, damaged)
+
+
+@dataclass(frozen=True)
+class _CaseWriter:
+    """What all cases have in common."""
+
+    model: Model
+    codes: Mapping[str, LabelCodes]
+    thresholds: Mapping[str, float]
+    algorithm: Algorithm
+
+    def write(self, series: DicomSeries, segmentation: Path, folder: Path) -> None:
+        """Write the DICOM segmentation of a case, unless nothing was found, and then its report.
+
+        Raises `DicomOutputError` if the series allows none.
+        """
+        source, segments = read_source(series), self._segments(segmentation)
+        dataset = segmentation_of(source, segments, self.algorithm)
+        report = report_of(source, segments, dataset, self.algorithm)
+        if dataset is not None:
+            write_dicom_file(dataset, folder / SEGMENTATION)
+        write_dicom_file(report, folder / REPORT)
+
+    def _segments(self, segmentation: Path) -> list[Segment]:
+        classes = classes_of(self.model.plan)
+        volumes = volumes_in(segmentation, classes)
+        with without_warnings_of_itk():
+            labels = read_mask(segmentation)
+        return [
+            Segment(name, self.codes[name], self.thresholds[name], np.isin(labels, values), volumes[name], UID())
+            for name, values in zip(classes.names, classes.values, strict=True)
+        ]
+
+
+def _algorithm(model: Model, identity: str) -> Algorithm:
+    parameters = {
+        "trainer": model.trainer,
+        "plans": model.plan.plans.plans_name,
+        "configuration": model.plan.name,
+        "folds": " ".join(model.folds),
+        "checkpoint": model.checkpoint,
+        "model": identity,
+    }
+    return Algorithm("nnunet-vit-mae", __version__, identity, parameters)
