@@ -1,26 +1,26 @@
 """What each choice is worth with few labels: networks side by side, pre-trained and from scratch, seed by seed.
 
 For each seed some labelled cases are set apart for testing. Of the others a few are labelled, and all of them and the
-unlabelled pool are what an encoder is pre-trained on. Each arm is fine-tuned on the same few cases with the same crops,
-for the same number of steps and samples, and tested on cases that nothing has seen. Dice is the mean over cases of the
-mean over classes. The probe asks the frozen encoder: how well a linear map of a token's vector, learned on the labelled
-cases, finds each class's share of the token in the test cases (R2).
+unlabelled pool are what an encoder is pre-trained on; arms with equal encoders share one. Each arm is fine-tuned on the
+same few cases with the same crops, for the same number of steps and samples, and tested on cases that nothing has seen.
+An arm without a network is nnU-Net's own U-Net. Dice is the mean over cases of the mean over classes. The probe asks
+the frozen encoder: how well a linear map of a token's vector, learned on the labelled cases, finds each class's share
+of the token in the test cases (R2).
 
-Every result is a line of the output file, and what is there already is not run again, so that days of one CPU core can
-be given in pieces:
+Volumes stay in the memory of the device. Every result is a line of the output file, and what is there already is not
+run again, so that days of one CPU core, or minutes of a GPU, can be given in pieces:
 
-    python benchmarks/ablation.py -d 504 --arms benchmarks/ablation_arms.json --seeds 0 1 2 -o ablation_504.jsonl
-    python benchmarks/ablation.py --table ablation_504.jsonl ablation_507.jsonl
+    python benchmarks/ablation.py --pack 504 -o 504.npz
+    python benchmarks/ablation.py 504.npz --arms benchmarks/ablation_arms.json --device cpu --unet_width 8 -o 504.jsonl
+    python benchmarks/ablation.py --table 504.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import json
 import math
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,138 +29,123 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.inferers.utils import sliding_window_inference
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from sklearn.linear_model import RidgeCV
-from sklearn.metrics import r2_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from packed import Packed, covered, crops, cut, pack, place_with_foreground, unpack
 from torch import Tensor, nn
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.networks.build import build_segmenter
+from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
+from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
+from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.networks.memory import segmentation_loss
+from nnunet_vit_mae.networks.precision import autocast
 from nnunet_vit_mae.networks.tokenizer import padded, patchify
-from nnunet_vit_mae.nnunet.folders import find_dataset
-from nnunet_vit_mae.nnunet.plans import Plan, build_unet, load_plan
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
 from nnunet_vit_mae.presets import SIZES
-from nnunet_vit_mae.pretraining.crops import random_crop
-from nnunet_vit_mae.pretraining.job import PretrainingRun
-from nnunet_vit_mae.pretraining.run import run
-from nnunet_vit_mae.pretraining.volumes import open_volume
 from nnunet_vit_mae.settings import Finetuning, Settings
 
-UNET = "unet"  # the arm of nnU-Net's U-Net alone
-TRIES = 10  # for a crop with foreground
-IGNORED = ("contrast_dropout", "loss", "augmentation")  # settings of fine-tuning
+IGNORED = ("contrast_dropout", "loss", "augmentation", "freeze_epochs")  # settings of fine-tuning
 INTENSITY = 0.2  # standard deviation of the random factor and shift of a training crop
+WIDEST = 10  # features of the U-Net's deepest stages, relative to the first: 320 and 32 in nnU-Net
+SHRINKAGE = 0.01  # of the probe's weights, relative to the variance of what they weigh
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Cases by what they are for: names of labelled cases, files for pre-training."""
+    """Numbers of cases by what they are for."""
 
-    labelled: list[str]
-    tested: list[str]
-    pretraining: list[Path]
+    labelled: list[int]
+    tested: list[int]
+    pretraining: list[int]
 
 
 def main() -> None:
-    """Run what is missing, or print the table of results."""
+    """Pack a dataset, run what is missing, or print the table of results."""
     arguments = _parser().parse_args()
     if arguments.table:
         print_table([json.loads(line) for file in arguments.table for line in file.read_text().splitlines()])
-        return
-    torch.set_num_threads(1)
-    plan = thin(load_plan(find_dataset(arguments.dataset), "nnUNetPlans", "3d_fullres"), arguments.unet_width)
-    arms: Mapping[str, dict] = json.loads(arguments.arms.read_text())
-    lines = arguments.output.read_text().splitlines() if arguments.output.exists() else []
-    done = {(entry["arm"], entry["seed"], entry["steps"]) for entry in map(json.loads, lines)}
-    for seed in arguments.seeds:
-        split = split_of_seed(plan, seed, arguments.labelled, arguments.tested)
-        for arm, steps in jobs(arms, arguments.pretraining_steps):
-            if (arm, seed, steps) not in done:
-                entry = measured(plan, arm, arms[arm], steps, seed, split, arguments.steps)
-                with arguments.output.open("a") as stream:
-                    stream.write(json.dumps({"dataset": plan.dataset.name, "arm": arm, "seed": seed} | entry) + "\n")
-                print(entry, flush=True)
+    elif arguments.pack:
+        pack(arguments.pack, arguments.output)
+    else:
+        run(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-d", dest="dataset")
+    parser.add_argument("packed", type=Path, nargs="?", help="a dataset that --pack wrote")
+    parser.add_argument("--pack", metavar="ID", help="write this dataset's preprocessed volumes to -o")
     parser.add_argument("-o", dest="output", type=Path, help="a line for each result")
     parser.add_argument("--arms", type=Path, help="arms by name, each a partial vit_mae block")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--labelled", type=int, default=10, help="cases of fine-tuning")
-    parser.add_argument("--tested", type=int, default=30, help="labelled cases that nothing sees")
-    parser.add_argument("--steps", type=int, default=600, help="of fine-tuning")
-    parser.add_argument("--pretraining_steps", type=int, default=3000)
-    parser.add_argument("--unet_width", type=int, default=8, help="features of the U-Net at full resolution")
+    parser.add_argument("--tested", type=int, default=20, help="labelled cases that nothing sees")
+    parser.add_argument("--steps", type=int, default=400, help="of fine-tuning")
+    parser.add_argument("--pretraining_steps", type=int, nargs="+", default=[6000], help="one or more lengths")
+    parser.add_argument("--unet_width", type=int, default=32, help="features of the U-Net at full resolution")
+    parser.add_argument("--device", default="cuda")
     parser.add_argument("--table", type=Path, nargs="+", help="print the table of these results")
     return parser
 
 
-def jobs(arms: Mapping[str, dict], pretraining_steps: int) -> Iterator[tuple[str, int]]:
-    """Yield each arm from scratch and pre-trained; the U-Net has nothing to pre-train."""
-    for arm in arms:
-        yield arm, 0
-        if arm != UNET:
-            yield arm, pretraining_steps
+def run(arguments: argparse.Namespace) -> None:
+    """Run what the output file lacks."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.set_num_threads(1)
+    packed = unpack(arguments.packed, torch.device(arguments.device))
+    arms: Mapping[str, dict] = json.loads(arguments.arms.read_text())
+    lines = arguments.output.read_text().splitlines() if arguments.output.exists() else []
+    done = {(entry["arm"], entry["seed"], entry["steps"]) for entry in map(json.loads, lines)}
+    for seed in arguments.seeds:
+        for entry in results(packed, arms, seed, arguments, done):
+            with arguments.output.open("a") as stream:
+                stream.write(json.dumps({"dataset": packed.name, "seed": seed} | entry) + "\n")
+            print(entry, flush=True)
 
 
-def thin(plan: Plan, width: int) -> Plan:
-    """Return the plan with a U-Net that has so many features at full resolution, at most eight times as many below."""
-    plans = copy.deepcopy(plan.plans.plans)
-    kwargs = plans["configurations"][plan.name]["architecture"]["arch_kwargs"]
-    kwargs["features_per_stage"] = [min(width << stage, 8 * width) for stage in range(kwargs["n_stages"])]
-    return dataclasses.replace(plan, plans=PlansManager(plans))
-
-
-def split_of_seed(plan: Plan, seed: int, labelled: int, tested: int) -> Split:
-    """Draw the cases of a seed."""
-    folder = plan.preprocessed_folder
-    names = sorted(file.name[: -len("_seg.b2nd")] for file in folder.glob("*_seg.b2nd"))
-    order = np.random.default_rng(seed).permutation(names).tolist()
-    rest = order[tested:]
-    pool = sorted(plan.unlabelled_folder.glob("*.b2nd")) if plan.unlabelled_folder.is_dir() else []
-    return Split(rest[:labelled], order[:tested], [folder / f"{name}.b2nd" for name in sorted(rest)] + pool)
-
-
-def measured(
-    plan: Plan, arm: str, block: dict, steps: int, seed: int, split: Split, finetuning_steps: int
-) -> dict[str, Any]:
-    """Pre-train for so many steps, fine-tune and test."""
-    started = time.process_time()
-    settings = plan.settings.updated(block)
-    refuse_ignored(arm, settings.finetuning)
-    loss, encoder = pretrained(plan, settings, steps, seed, split) if steps else (math.nan, None)
-    torch.manual_seed(seed)
-    network: nn.Module
-    if arm == UNET:
-        network, probe = build_unet(plan), math.nan
-    else:
-        network = build_segmenter(
-            settings.network,
-            len(plan.channel_names),
-            plan.classes,
-            drop_path=settings.finetuning.drop_path,
-            spacing=tuple(plan.configuration.spacing),
-            unet=lambda: build_unet(plan),
-        )
-        if encoder is not None:
-            network.encoder.load_state_dict(encoder)
-        probe = probe_of(plan, network.encoder, settings, split)
-    finetune(plan, network, settings, split, seed, finetuning_steps, pretrained=encoder is not None)
-    dice = [dice_of(plan, network, name) for name in split.tested]
-    return {
-        "steps": steps,
-        "loss": loss,
-        "probe": probe,
-        "dice": float(np.mean(dice)),
-        "cpu_seconds": round(time.process_time() - started),
-    }
+def results(
+    packed: Packed, arms: Mapping[str, dict], seed: int, arguments: argparse.Namespace, done: set
+) -> Iterator[dict[str, Any]]:
+    """Yield the results of a seed that are not there yet."""
+    order = np.random.default_rng(seed).permutation(len(packed.labels)).tolist()
+    rest = order[arguments.tested :]
+    pool = range(len(packed.labels), len(packed.volumes))
+    split = Split(rest[: arguments.labelled], order[: arguments.tested], [*sorted(rest), *pool])
+    encoders: dict[str, tuple[float, dict[str, Tensor]]] = {}
+    for steps in (0, *arguments.pretraining_steps):
+        for arm, block in arms.items():
+            if (arm, seed, steps) in done or (steps and "network" not in block):
+                continue
+            settings = Settings.from_dict(block)
+            refuse_ignored(arm, settings.finetuning)
+            started, loss, encoder = time.monotonic(), math.nan, None
+            if steps:
+                decoder_apart = dataclasses.replace(settings.network, decoder="mae", decoder_width=0, taps=())
+                key = f"{decoder_apart} {settings.pretraining} {steps}"
+                if key not in encoders:
+                    encoders[key] = pretrained(packed, settings, steps, seed, split)
+                loss, encoder = encoders[key]
+            torch.manual_seed(seed)
+            network, probe = unet(packed, arguments.unet_width), math.nan
+            if "network" in block:
+                network = build_segmenter(
+                    settings.network,
+                    1,
+                    packed.classes,
+                    drop_path=settings.finetuning.drop_path,
+                    unet=lambda: unet(packed, arguments.unet_width),
+                )
+                if encoder is not None:
+                    network.encoder.load_state_dict(encoder)
+                probe = probe_of(packed, network.encoder.to(packed.device), settings, split)
+            finetune(packed, network, settings, split, seed, arguments.steps, pretrained=encoder is not None)
+            dice = [dice_of(packed, network, number) for number in split.tested]
+            yield {
+                "arm": arm,
+                "steps": steps,
+                "loss": loss,
+                "probe": probe,
+                "dice": float(np.mean(dice)),
+                "seconds": round(time.monotonic() - started, 1),
+            }
 
 
 def refuse_ignored(arm: str, protocol: Finetuning) -> None:
@@ -170,32 +155,59 @@ def refuse_ignored(arm: str, protocol: Finetuning) -> None:
             raise UserError(f"The arm {arm} sets finetuning.{name}, which this benchmark does not read: leave it out.")
 
 
-def pretrained(plan: Plan, settings: Settings, steps: int, seed: int, split: Split) -> tuple[float, dict[str, Tensor]]:
+def unet(packed: Packed, width: int) -> nn.Module:
+    """Build the U-Net that nnU-Net plans, of this width at full resolution, with outputs at all resolutions."""
+    from dynamic_network_architectures.architectures.unet import PlainConvUNet
+
+    stages = len(packed.strides)
+    features = [min(width << stage, WIDEST * width) for stage in range(stages)]
+    return PlainConvUNet(
+        1, stages, features, nn.Conv3d, 3, packed.strides, 2, packed.classes, 2, conv_bias=True,
+        norm_op=nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True}, deep_supervision=True,
+    )  # fmt: skip
+
+
+def pretrained(
+    packed: Packed, settings: Settings, steps: int, seed: int, split: Split
+) -> tuple[float, dict[str, Tensor]]:
     """Return the loss of the last twentieth of a pre-training, and its encoder."""
-    epochs = max(1, round(steps * settings.pretraining.batch_size / len(split.pretraining)))
-    job = PretrainingRun(
-        files=split.pretraining,
-        channel_names=plan.channel_names,
-        patch_size=plan.patch_size,
-        spacing=tuple(plan.configuration.spacing),
-        network=settings.network,
-        protocol=dataclasses.replace(settings.pretraining, epochs=epochs, seed=seed),
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        result = run(job, Path(folder), device=torch.device("cpu"), resume=False)
-    last = result.losses[-max(1, len(result.losses) // 20) :]
-    return float(np.mean(last)), result.network.encoder.state_dict()
+    protocol, device = settings.pretraining, packed.device
+    torch.manual_seed(seed)
+    random, network = np.random.default_rng((seed, 1)), build_autoencoder(settings.network, 1, protocol).to(device)
+    groups = parameter_groups(network.named_parameters(), weight_decay=protocol.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+    masking = Masking(mask_ratio=protocol.mask_ratio, rebuilt_share=protocol.rebuilt_share)
+    tokens = math.prod(-(-side // part) for side, part in zip(packed.patch, settings.network.token, strict=True))
+    losses = []
+    for step in range(steps):
+        set_learning_rate(optimizer, protocol.lr * warmup_cosine((step + 1) / (steps + 1), protocol.warmup))
+        cases = random.choice(split.pretraining, protocol.batch_size)
+        volume, inside = crops(packed, cases, random)
+        for axis in (2, 3, 4):
+            if random.random() < 0.5:
+                volume, inside = volume.flip(axis), inside.flip(axis)
+        noise = torch.from_numpy(random.random((len(cases), tokens), dtype=np.float32))
+        masks = masking.draw(noise, covered(inside, settings.network.token).cpu())  # on the host, as in the product
+        masks = masking.rounds(masks)[0].to(device)
+        with autocast(device):
+            loss = reconstruction_loss(network(volume, masks), norm_pix=protocol.norm_pix)
+        _descend(loss, network, optimizer, protocol.gradient_clip)
+        losses.append(loss.detach())
+    return float(torch.stack(losses[-max(1, steps // 20) :]).mean()), network.encoder.state_dict()
 
 
 def finetune(
-    plan: Plan, network: nn.Module, settings: Settings, split: Split, seed: int, steps: int, *, pretrained: bool
+    packed: Packed, network: nn.Module, settings: Settings, split: Split, seed: int, steps: int, *, pretrained: bool
 ) -> None:
-    """Train on the labelled cases as the settings say, but for the number of steps.
+    """Train on the labelled cases as the settings say, but for the number of steps; the network stays on the device.
 
-    `freeze_epochs` counts as its share of the `epochs`.
+    On a CPU channels come last in memory, which makes convolutions with few channels a quarter faster.
     """
-    protocol, random = settings.finetuning, np.random.default_rng(seed)
-    frozen = steps * protocol.freeze_epochs / protocol.epochs if pretrained else 0
+    protocol, random, device = settings.finetuning, np.random.default_rng(seed), packed.device
+    layout = torch.channels_last_3d if device.type == "cpu" else torch.contiguous_format
+    network.to(device=device, memory_format=layout).train()
+    labels = packed.labels.cpu().numpy()
     groups = parameter_groups(
         network.named_parameters(),
         weight_decay=protocol.weight_decay,
@@ -203,103 +215,95 @@ def finetune(
         depth=SIZES[settings.network.size].depth,
     )
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
-    network.train()
     for step in range(steps):
-        rate = protocol.lr * warmup_cosine((step + 1) / (steps + 1), protocol.warmup)
-        set_learning_rate(optimizer, rate, freeze_pretrained=step < frozen)
-        batch = [labelled_crop(plan, random.choice(split.labelled), random) for _ in range(protocol.batch_size)]
-        volume, target = (torch.from_numpy(np.stack(part)) for part in zip(*batch, strict=True))
-        loss = segmentation_loss(network(volume), target[:, 0].long())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), protocol.gradient_clip)
-        optimizer.step()
+        set_learning_rate(optimizer, protocol.lr * warmup_cosine((step + 1) / (steps + 1), protocol.warmup))
+        cases = random.choice(split.labelled, protocol.batch_size)
+        starts = np.array([place_with_foreground(packed, labels[case], case, random) for case in cases])
+        volume, target = cut(packed.volumes, packed, cases, starts)[0], cut(packed.labels, packed, cases, starts)[0]
+        factor, shift = (
+            torch.from_numpy(random.normal(mean, INTENSITY, (len(cases), 1, 1, 1, 1))).float().to(device)
+            for mean in (1, 0)
+        )
+        noise = torch.randn(volume.shape, device=device) * (INTENSITY / 2 * random.random())
+        logits = _logits(network, volume.float() * factor + shift + noise)
+        _descend(segmentation_loss(logits, target[:, 0].long()), network, optimizer, protocol.gradient_clip)
     network.eval()
 
 
-def labelled_crop(plan: Plan, name: str, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Return image (c z y x) and labels (1 z y x) of a crop, with foreground if a few tries find any."""
-    image, reference = volume_of(plan, name), labels_of(plan, name)
-    for _ in range(TRIES):
-        place = random.integers(2**62)
-        labels = random_crop(reference, plan.patch_size, np.random.default_rng(place))[0].clip(min=0)
-        if labels.any():
-            break
-    crop = random_crop(image, plan.patch_size, np.random.default_rng(place))[0]
-    factor, shift = random.normal(1, INTENSITY), random.normal(0, INTENSITY)
-    noise = random.normal(0, INTENSITY / 2 * random.random(), crop.shape)
-    return (crop * factor + shift + noise).astype(np.float32), labels
+def _descend(loss: Tensor, network: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(network.parameters(), clip)
+    optimizer.step()
 
 
-def probe_of(plan: Plan, encoder: nn.Module, settings: Settings, split: Split) -> float:
+def _logits(network: nn.Module, volume: Tensor) -> Tensor | list[Tensor]:
+    with torch.autocast(volume.device.type, torch.bfloat16, enabled=volume.device.type == "cuda"):
+        return network(volume)
+
+
+def probe_of(packed: Packed, encoder: nn.Module, settings: Settings, split: Split) -> float:
     """Return R2 on the test cases, mean over classes, of a linear map from a token to each class's share of it."""
     encoder.eval()
-    seen, unseen = (
-        [
-            np.concatenate(parts)
-            for parts in zip(*(tokens_of(plan, encoder, settings, name) for name in names), strict=True)
-        ]
-        for names in (split.labelled, split.tested)
+    (seen, shares), (unseen, truth) = (
+        map(torch.cat, zip(*(tokens_of(packed, encoder, settings, case) for case in cases), strict=True))
+        for cases in (split.labelled, split.tested)
     )
-    probe = make_pipeline(StandardScaler(), RidgeCV(alphas=np.logspace(0, 5, 11))).fit(*seen)
-    return float(r2_score(unseen[1], probe.predict(unseen[0])))
+    mean, deviation = seen.mean(dim=0), seen.std(dim=0).clamp(min=1e-6)
+    seen, unseen = (seen - mean) / deviation, (unseen - mean) / deviation
+    offset = shares.mean(dim=0)
+    penalty = SHRINKAGE * torch.eye(seen.shape[1], dtype=seen.dtype, device=seen.device)
+    weights = torch.linalg.solve(seen.T @ seen / len(seen) + penalty, seen.T @ (shares - offset) / len(seen))
+    errors = (unseen @ weights + offset - truth).square().sum(dim=0)
+    return (1 - errors / (truth - truth.mean(dim=0)).square().sum(dim=0)).mean().item()
 
 
 @torch.no_grad()
-def tokens_of(plan: Plan, encoder: nn.Module, settings: Settings, name: str) -> tuple[np.ndarray, np.ndarray]:
+def tokens_of(packed: Packed, encoder: nn.Module, settings: Settings, case: int) -> tuple[Tensor, Tensor]:
     """Return the vectors of all tokens of a case (n d), and the share of each foreground class in them (n classes)."""
-    image = torch.from_numpy(volume_of(plan, name))[None]
-    labels = torch.from_numpy(labels_of(plan, name))
-    classes = torch.arange(1, plan.classes)[:, None, None, None]
-    shares = patchify(padded((labels == classes)[None].float(), settings.network.token), settings.network.token)
-    return encoder.encode(image, ()).tokens[0].numpy(), shares.mean(dim=3)[0].numpy()
+    box = tuple(slice(int(side)) for side in packed.sizes[case])
+    image, token = packed.volumes[case][box][None, None].float(), settings.network.token
+    classes = torch.arange(1, packed.classes, device=packed.device)[:, None, None, None]
+    shares = patchify(padded((packed.labels[case][box] == classes)[None].float(), token), token).mean(dim=3)[0]
+    return encoder.encode(image, ()).tokens[0].double(), shares.double()
 
 
 @torch.no_grad()
-def dice_of(plan: Plan, network: nn.Module, name: str) -> float:
-    """Return the mean Dice over the classes that the reference holds."""
-    reference = labels_of(plan, name)[0]
-
-    def predict(window: Tensor) -> Tensor:
-        logits = network(window)
-        return logits[0] if isinstance(logits, list) else logits
-
-    image = torch.from_numpy(volume_of(plan, name))[None]
-    found = sliding_window_inference(image, plan.patch_size, 1, predict, overlap=0.5, mode="gaussian")
-    found = found.argmax(dim=1)[0].numpy()
-    overlaps = [(found == label, reference == label) for label in np.unique(reference[reference > 0])]
-    return float(np.mean([2 * (a & b).sum() / (a.sum() + b.sum()) for a, b in overlaps]))
-
-
-def volume_of(plan: Plan, name: str) -> np.ndarray:
-    """Read a preprocessed image (c z y x)."""
-    return open_volume(plan.preprocessed_folder / f"{name}.b2nd")[:].astype(np.float32)
+def dice_of(packed: Packed, network: nn.Module, case: int) -> float:
+    """Return the mean Dice over the classes of a case, from windows that overlap by half at least."""
+    sizes, patch = packed.sizes[case], packed.patch
+    reference = packed.labels[case][tuple(slice(int(side)) for side in sizes)]
+    shape = [max(int(voxels), side) for voxels, side in zip(sizes, patch, strict=True)]
+    total = torch.zeros(packed.classes, *shape, device=packed.device)
+    for start in np.stack(np.meshgrid(*map(steps_along, shape, patch), indexing="ij"), axis=-1).reshape(-1, 3):
+        volume, _ = cut(packed.volumes, packed, np.array([case]), start[None])
+        logits = _logits(network, volume.float())
+        logits = (logits[0] if isinstance(logits, list) else logits)[0].float()
+        total[(slice(None), *(slice(a, a + b) for a, b in zip(start, patch, strict=True)))] += logits.softmax(dim=0)
+    found = total.argmax(dim=0)[tuple(slice(int(side)) for side in sizes)]
+    present = [label for label in range(1, packed.classes) if (reference == label).any()]
+    overlaps = [(found == label, reference == label) for label in present]
+    return float(np.mean([2 * (a & b).sum().item() / (a.sum() + b.sum()).item() for a, b in overlaps]))
 
 
-def labels_of(plan: Plan, name: str) -> np.ndarray:
-    """Read preprocessed labels (1 z y x)."""
-    return open_volume(plan.preprocessed_folder / f"{name}_seg.b2nd")[:]
+def steps_along(voxels: int, side: int) -> np.ndarray:
+    """Return the first voxels of the windows along an axis."""
+    count = math.ceil((voxels - side) / (side / 2)) + 1
+    return np.linspace(0, voxels - side, count).round().astype(int)
 
 
 def print_table(entries: Sequence[Mapping[str, Any]]) -> None:
-    """Print a line for each dataset and arm, with the Dice of every seed."""
-    found: dict[tuple[str, str, bool], dict[int, Mapping[str, Any]]] = defaultdict(dict)
+    """Print a line for each dataset, arm and length of pre-training, with the Dice of every seed."""
+    found: dict[tuple[str, str, int], dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for entry in entries:
-        found[entry["dataset"], entry["arm"], entry["steps"] > 0][entry["seed"]] = entry
-    print("| dataset | arm | loss | probe, scratch and pre-trained | scratch | pre-trained | difference |")
+        found[entry["dataset"], entry["arm"], entry["steps"]][entry["seed"]] = entry
+    print("| dataset | arm | steps of pre-training | its loss | probe | Dice: mean (each seed) | gain over scratch |")
     print("|---|---|---|---|---|---|---|")
-    for dataset, arm in dict.fromkeys((dataset, arm) for dataset, arm, _ in found):
-        scratch, trained = (found.get((dataset, arm, steps), {}) for steps in (False, True))
-        paired = [trained[seed]["dice"] - scratch[seed]["dice"] for seed in scratch if seed in trained]
-        cells = [
-            dataset,
-            arm,
-            _mean(trained, "loss"),
-            f"{_mean(scratch, 'probe')} {_mean(trained, 'probe')}",
-            _seeds(scratch),
-            _seeds(trained),
-            f"{np.mean(paired):+.3f}" if paired else "",
-        ]
+    for dataset, arm, steps in sorted(found, key=lambda key: [*map(str, key[:2]), key[2]]):
+        trained, scratch = found[dataset, arm, steps], found.get((dataset, arm, 0), {})
+        paired = [trained[seed]["dice"] - scratch[seed]["dice"] for seed in scratch if steps and seed in trained]
+        gain = f"{np.mean(paired):+.3f}" if paired else ""
+        cells = [dataset, arm, str(steps), _mean(trained, "loss"), _mean(trained, "probe"), _seeds(trained), gain]
         print(f"| {' | '.join(cells)} |")
 
 
@@ -310,7 +314,7 @@ def _mean(entries: Mapping[int, Mapping[str, Any]], key: str) -> str:
 
 def _seeds(entries: Mapping[int, Mapping[str, Any]]) -> str:
     values = [entries[seed]["dice"] for seed in sorted(entries)]
-    return f"{np.mean(values):.3f} ({' '.join(f'{value:.3f}' for value in values)})" if values else ""
+    return f"{np.mean(values):.3f} ({' '.join(f'{value:.3f}' for value in values)})"
 
 
 if __name__ == "__main__":

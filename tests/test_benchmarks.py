@@ -1,6 +1,7 @@
 """Test that every benchmark can be imported, and that what it measures runs at a small scale."""
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from types import SimpleNamespace
 import blosc2
 import numpy as np
 import pytest
+import torch
 
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.networks.tokenizer import patchify
 from nnunet_vit_mae.presets import POSITIONS
-from nnunet_vit_mae.settings import Finetuning, Network, Pretraining
+from nnunet_vit_mae.settings import Finetuning, Network, Pretraining, Settings
 
 BENCHMARKS = sorted(file.stem for file in (Path(__file__).parents[1] / "benchmarks").glob("*.py"))
 
@@ -75,7 +78,7 @@ def test_the_loader_yields_the_samples_of_a_batch(tmp_path):
 
 def test_an_arm_whose_choice_an_ablation_would_not_read_is_refused():
     benchmark = import_module("ablation")
-    benchmark.refuse_ignored("free", Finetuning(layer_decay=1.0, freeze_epochs=3, lr=1e-3))
+    benchmark.refuse_ignored("free", Finetuning(layer_decay=1.0, lr=1e-3))
     with pytest.raises(UserError, match=r"The arm dice sets finetuning\.loss, which this benchmark does not read"):
         benchmark.refuse_ignored("dice", Finetuning(loss="dice"))
 
@@ -128,8 +131,8 @@ class TestGPU:
         assert two == 2 * one > 0
 
 
-def test_the_ablation_on_a_gpu_runs_on_a_packed_dataset(tmp_path, monkeypatch):
-    benchmark, random = import_module("gpu_ablation"), np.random.default_rng(0)
+def test_the_ablation_runs_on_a_packed_dataset(tmp_path, monkeypatch, capsys):
+    benchmark, random = import_module("ablation"), np.random.default_rng(0)
     labels = np.zeros((4, 10, 18, 14), np.uint8)
     labels[:, 3:7, 5:9, 4:8] = 1
     np.savez_compressed(
@@ -144,13 +147,38 @@ def test_the_ablation_on_a_gpu_runs_on_a_packed_dataset(tmp_path, monkeypatch):
     network = {"size": "XS", "token": [4, 4, 4], "decoder": "mae"}
     arms = {"unet": {}, "ViT": {"network": network, "pretraining": {"batch_size": 2}, "finetuning": {"batch_size": 2}}}
     (tmp_path / "arms.json").write_text(json.dumps(arms))
-    flags = "--seeds 1 --labelled 2 --tested 2 --steps 1 --pretraining_steps 2 --device cpu"
-    command = f"gpu_ablation.py packed.npz --arms arms.json -o results.jsonl {flags}"
+    flags = "--seeds 1 --labelled 2 --tested 2 --steps 1 --pretraining_steps 2 3 --device cpu --unet_width 4"
+    command = f"ablation.py packed.npz --arms arms.json -o results.jsonl {flags}"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", command.split())
     for _ in range(2):  # the second time nothing is left to do
         benchmark.main()
     entries = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [(entry["arm"], entry["steps"]) for entry in entries] == [("unet", 0), ("ViT", 0), ("ViT", 2)]
+    assert [(entry["arm"], entry["steps"]) for entry in entries] == [("unet", 0), ("ViT", 0), ("ViT", 2), ("ViT", 3)]
     assert all(0 <= entry["dice"] <= 1 for entry in entries)
-    assert entries[2]["loss"] > 0
+    assert all(entry["loss"] > 0 and entry["probe"] < 1 for entry in entries[2:])
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", "ablation.py --table results.jsonl".split())
+    benchmark.main()
+    rows = [row.split(" | ")[1:3] for row in capsys.readouterr().out.splitlines()[2:]]
+    assert rows == [["ViT", "0"], ["ViT", "2"], ["ViT", "3"], ["unet", "0"]]
+
+
+def test_the_probe_finds_what_tokens_tell():
+    benchmark = import_module("ablation")
+
+    class Told:  # each token's vector holds the class's share of it, among others
+        def eval(self): ...
+
+        def encode(self, image, taps):
+            tokens = patchify(image, (4, 4, 4)).mean(dim=3)[..., 0]
+            return SimpleNamespace(tokens=torch.stack([tokens, torch.rand_like(tokens)], dim=2))
+
+    labels = torch.from_numpy(np.random.default_rng(0).random((4, 8, 16, 12)) < 0.3).byte()
+    sizes = np.array([labels.shape[1:]] * 4)
+    packed = import_module("packed").Packed("noise", labels.half(), labels, sizes, (8, 16, 12), [])
+    split = benchmark.Split([0, 1], [2, 3], [])
+    settings = Settings.from_dict({"network": {"token": [4, 4, 4]}})
+    assert benchmark.probe_of(packed, Told(), settings, split) > 0.99
+    shuffled = dataclasses.replace(packed, volumes=torch.rand(labels.shape).half())
+    assert benchmark.probe_of(shuffled, Told(), settings, split) < 0.1

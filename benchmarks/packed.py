@@ -1,0 +1,124 @@
+"""A dataset in one file, and in the memory of the device that trains: what `ablation.py` runs on.
+
+A GPU that is lent by the minute has no time to read files, and no nnU-Net installed. So `pack` writes a preprocessed
+dataset into one file, where nnU-Net is; all else needs neither.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+TRIES = 10  # for a crop with foreground
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A dataset: volumes (n z y x, zeros behind each of them), their sizes, labels of the first ones, and plans."""
+
+    name: str
+    volumes: Tensor  # on the device, in half precision
+    labels: Tensor  # on the device
+    sizes: np.ndarray  # n 3
+    patch: tuple[int, ...]
+    strides: list[list[int]]  # of nnU-Net's U-Net
+
+    @property
+    def classes(self) -> int:
+        """Return the number of outputs, the background among them."""
+        return int(self.labels.max()) + 1
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the volumes are."""
+        return self.volumes.device
+
+
+def pack(dataset: str, output: Path) -> None:
+    """Write the preprocessed volumes of a dataset of one channel, labelled ones first, and what its plans say."""
+    from nnunet_vit_mae.nnunet.folders import find_dataset
+    from nnunet_vit_mae.nnunet.plans import load_plan
+    from nnunet_vit_mae.pretraining.volumes import open_volume
+
+    plan = load_plan(find_dataset(dataset), "nnUNetPlans", "3d_fullres")
+    names = sorted(file.name[: -len("_seg.b2nd")] for file in plan.preprocessed_folder.glob("*_seg.b2nd"))
+    files = [plan.preprocessed_folder / f"{name}.b2nd" for name in names]
+    files += sorted(plan.unlabelled_folder.glob("*.b2nd")) if plan.unlabelled_folder.is_dir() else []
+    volumes = [open_volume(file)[0] for file in files]
+    labels = [open_volume(plan.preprocessed_folder / f"{name}_seg.b2nd")[0].clip(min=0) for name in names]
+    sizes = np.array([volume.shape for volume in volumes])
+    largest = tuple(sizes.max(axis=0))
+    np.savez_compressed(
+        output,
+        # three digits are kept, which compress well
+        volumes=np.stack([_filled(volume.round(2).astype(np.float16), largest) for volume in volumes]),
+        labels=np.stack([_filled(label.astype(np.uint8), largest) for label in labels]),
+        sizes=sizes,
+        patch=plan.patch_size,
+        strides=plan.configuration.network_arch_init_kwargs["strides"],
+        name=plan.dataset.name,
+    )
+
+
+def _filled(array: np.ndarray, largest: tuple[int, ...]) -> np.ndarray:
+    return np.pad(array, [(0, most - side) for side, most in zip(array.shape, largest, strict=True)])
+
+
+def unpack(file: Path, device: torch.device) -> Packed:
+    """Read a packed dataset to the device."""
+    with np.load(file, allow_pickle=False) as content:
+        volumes, labels = (torch.from_numpy(content[part]).to(device) for part in ("volumes", "labels"))
+        patch, strides = content["patch"].tolist(), content["strides"].tolist()
+        return Packed(str(content["name"]), volumes, labels, content["sizes"], tuple(patch), strides)
+
+
+def crops(packed: Packed, cases: np.ndarray, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Return crops (b 1 z y x) at random places of volumes, zeros around them, and which voxels lie in the volumes."""
+    starts = np.array([place(packed.sizes[case], packed.patch, random) for case in cases])
+    volume, inside = cut(packed.volumes, packed, cases, starts)
+    return volume.float(), inside
+
+
+def place(sizes: np.ndarray, patch: tuple[int, ...], random: np.random.Generator) -> list[int]:
+    """Draw the first voxel of a crop; of a volume that is smaller than the crop, all of it is kept."""
+    ends = [sorted((0, int(voxels) - side)) for voxels, side in zip(sizes, patch, strict=True)]
+    return [int(random.integers(low, high + 1)) for low, high in ends]
+
+
+def place_with_foreground(packed: Packed, labels: np.ndarray, case: int, random: np.random.Generator) -> list[int]:
+    """Draw the first voxel of a crop, with foreground in it if a few tries find any."""
+    start: list[int] = []
+    for _ in range(TRIES):
+        start = place(packed.sizes[case], packed.patch, random)
+        box = tuple(slice(max(0, first), first + side) for first, side in zip(start, packed.patch, strict=True))
+        if labels[box].any():
+            break
+    return start
+
+
+def cut(source: Tensor, packed: Packed, cases: np.ndarray, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Cut crops from the volumes or labels of cases, and say which of their voxels lie inside."""
+    device = source.device
+    index, inside = [], []
+    for axis in range(3):
+        places = torch.from_numpy(starts[:, axis, None] + np.arange(packed.patch[axis]))
+        sizes = torch.from_numpy(packed.sizes[cases][:, axis, None])
+        inside.append(((places >= 0) & (places < sizes)).to(device))
+        index.append(places.clamp(0, source.shape[axis + 1] - 1).to(device))
+    z, y, x = inside
+    valid = z[:, :, None, None] & y[:, None, :, None] & x[:, None, None, :]
+    chosen = torch.from_numpy(np.asarray(cases)).to(device)[:, None, None, None]
+    voxels = source[chosen, index[0][:, :, None, None], index[1][:, None, :, None], index[2][:, None, None, :]]
+    return (voxels * valid)[:, None], valid[:, None]
+
+
+def covered(inside: Tensor, token: tuple[int, int, int]) -> Tensor:
+    """Return which tokens (b n) hold a voxel of their volume, given which voxels do (b 1 z y x)."""
+    sides = [-side % part for side, part in zip(inside.shape[2:], token, strict=True)]
+    filled = functional.pad(inside.half(), (0, sides[2], 0, sides[1], 0, sides[0]))
+    return functional.max_pool3d(filled.float(), token).flatten(1) > 0
