@@ -1,6 +1,9 @@
 """`mae3d_demo`: all of its commands at a smaller scale, and what it draws at its own."""
 
 import json
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 import pytest
@@ -65,6 +68,7 @@ def test_the_demonstration_ends_in_a_report_of_models_that_learn(tmp_path, capfd
     assert all(values[-1] < 0.85 * values[0] for values in losses.values()), losses
 
 
+@pytest.mark.slow
 def test_the_command_draws_all_phantoms_before_it_types_the_first_command(tmp_path, monkeypatch, refused):
     class Stops(Shell):
         def type(self, *commands: str, **_: str) -> None:
@@ -75,3 +79,11 @@ def test_the_command_draws_all_phantoms_before_it_types_the_first_command(tmp_pa
     (raw,) = (tmp_path / "demo" / "raw").iterdir()
     sets = {name: MINUTES.phantoms[name] for name in IMAGE_FOLDERS}
     assert {name: len(list((raw / folder).iterdir())) for name, folder in IMAGE_FOLDERS.items()} == sets
+
+
+def test_the_command_ends_with_a_link_to_the_report(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "my demo" / "report" / "index.html"
+    monkeypatch.setattr(demonstration, "demonstrate", lambda folder, seed: folder / "report" / "index.html")
+    demo.main(["-o", str(tmp_path / "my demo")])
+    link = capsys.readouterr().out.split()[-1]
+    assert Path(url2pathname(urlsplit(link).path)) == page
