@@ -266,7 +266,7 @@ def reader(bench: Bench, *, cached: bool) -> Cells:
     from nnunet_vit_mae.pretraining.volumes import Cache
 
     images = sorted(file for file in bench.plan.preprocessed_folder.glob("*.b2nd") if not file.stem.endswith("_seg"))
-    readers = min(2, os.cpu_count() or 1) if bench.smoke else os.cpu_count() or 1
+    readers = 1 if bench.smoke else os.cpu_count() or 1
     with Cache(images, limit=2**34) if cached else contextlib.nullcontext() as cache:
         batches = our_batches(bench.plan, images, bench.patch, cache, readers=readers)
         with contextlib.closing(batches):

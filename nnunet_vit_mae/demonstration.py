@@ -11,8 +11,10 @@ import sysconfig
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -29,8 +31,6 @@ from nnunet_vit_mae.storage.readme import write_readme
 
 DATASET_ID = "900"
 PLANS = "Quick"
-# small regions with large plaques, so that a few minutes on a CPU are enough to learn something
-PHANTOMS = {"labelled": 40, "unlabelled": 60, "test": 16, "extent_mm": (20.0, 26.0, 26.0), "plaque_scale": 3.0}
 UNET = "nnU-Net"
 MODELS = {
     "ViT, pre-trained": "nnUNetTrainerViTMAE",
@@ -49,14 +49,33 @@ CONTENTS = {
 EXAMPLES = 3  # rows of the figure
 
 
-def demonstrate(folder: Path, *, seed: int) -> Path:
+@dataclass(frozen=True)
+class Workload:
+    """How much is drawn, trained and predicted.
+
+    Attributes:
+        phantoms: Arguments of `write_phantom_dataset`.
+        recipe: The recipe of `mae3d_plan`: a name, or a file.
+    """
+
+    phantoms: Mapping[str, Any]
+    recipe: str
+
+
+# small regions with large plaques, so that a few minutes on a CPU are enough to learn something
+MINUTES = Workload(
+    {"labelled": 40, "unlabelled": 60, "test": 16, "extent_mm": (20.0, 26.0, 26.0), "plaque_scale": 3.0}, "quick"
+)
+
+
+def demonstrate(folder: Path, *, seed: int, workload: Workload = MINUTES) -> Path:
     """Run everything in a new folder: nnU-Net's three folders, `predictions/`, `report/`, `logs/` and `results.png`.
 
     The same seed gives the same results on the same kind of processor. Returns the page of the report.
     Raises `UserError` if the folder is not empty, or if a command fails (its output is in `logs/`).
     """
     refuse_in_use(folder)
-    raw = write_phantom_dataset(folder / "raw", dataset_id=int(DATASET_ID), seed=seed, **PHANTOMS)
+    raw = write_phantom_dataset(folder / "raw", dataset_id=int(DATASET_ID), seed=seed, **workload.phantoms)
     print(f"Wrote {raw}: synthetic CT of the skull base, see its scans.csv", flush=True)
 
     write_readme(folder, CONTENTS)
@@ -65,7 +84,7 @@ def demonstrate(folder: Path, *, seed: int) -> Path:
     # nnU-Net's planner takes the number of augmentation processes for a number of threads, of which there is none in 0
     shell.type(f"nnUNetv2_plan_and_preprocess {dataset} -np 1 -npfp 1", nnUNet_n_proc_DA="1")
     shell.type(f"mae3d_preprocess {dataset} -np 1")
-    shell.type(f"mae3d_plan {dataset} -o {PLANS} --recipe quick --seed {seed}")
+    shell.type(f"mae3d_plan {dataset} -o {PLANS} --recipe {quote(workload.recipe)} --seed {seed}")
     pretrain = f"mae3d_pretrain {dataset} -p {PLANS} --seed {seed} -device cpu"
     train = {
         model: f"nnUNetv2_train {DATASET_ID} 3d_fullres 0 -p {PLANS} -tr {trainer} -device cpu"

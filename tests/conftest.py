@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from hypothesis import settings
-from in_process import run_in_process
+from in_process import path_of_forked_scripts, run_in_process
 from no_network import sitecustomize
 from torch import distributed
 
@@ -159,6 +160,12 @@ def in_workspace(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Works
     for name, value in workspace.environment.items():
         monkeypatch.setenv(name, value)
     return workspace
+
+
+@pytest.fixture
+def forked_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that this process types are forked from one that has all imports done."""
+    monkeypatch.setattr(sysconfig, "get_path", path_of_forked_scripts)
 
 
 @pytest.fixture

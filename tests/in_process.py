@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import sysconfig
 import threading
 import traceback
 import warnings
@@ -18,8 +19,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+from forked_commands import forked_scripts
 
 OWN_CONTEXT = multiprocessing.get_context
+OWN_PATH = sysconfig.get_path
 THREADS = SimpleNamespace(Pool=ThreadPool, Process=threading.Thread)  # what nnU-Net takes from a context
 
 
@@ -35,6 +38,7 @@ def run_in_process(command: Sequence[str], environment: Mapping[str, str]) -> su
             _log_as_at_start(),
             _warnings_of_others_ignored(),
             _nnunet_without_processes(),
+            _commands_of_commands_forked(),
         ):
             stack.enter_context(context)
         (script,) = entry_points(group="console_scripts", name=command[0])
@@ -98,3 +102,18 @@ def _nnunet_without_processes() -> Iterator[None]:
 def _context(method: str | None = None) -> Any:
     caller = sys._getframe(1).f_globals["__name__"]
     return THREADS if caller.startswith("nnunetv2.") else OWN_CONTEXT(method)
+
+
+@contextmanager
+def _commands_of_commands_forked() -> Iterator[None]:
+    """Let commands find the scripts of `forked_commands`, unless a test has others."""
+    if sysconfig.get_path is not OWN_PATH:
+        yield
+        return
+    with mock.patch.object(sysconfig, "get_path", path_of_forked_scripts):
+        yield
+
+
+def path_of_forked_scripts(name: str, *arguments: Any, **options: Any) -> str:
+    """In place of `sysconfig.get_path`."""
+    return str(forked_scripts()) if name == "scripts" else OWN_PATH(name, *arguments, **options)

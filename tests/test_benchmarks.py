@@ -88,6 +88,7 @@ class TestGPU:
 
     benchmark = import_module("gpu")
 
+    @pytest.mark.slow
     def test_all_parts_run_and_a_second_run_measures_nothing_again(self, in_workspace, monkeypatch, tmp_path):
         # in a process of its own, for the checks of shapes in tests cannot be compiled
         monkeypatch.setenv("nnUNet_n_proc_DA", "0")

@@ -481,10 +481,10 @@ def test_nnunet_takes_the_filled_dataset_and_leaves_absent_contrasts_at_zero(tmp
     }
     (workspace.raw / "dataset.json").write_text(json.dumps(description))
 
-    said = workspace.type("mae3d_fill_contrasts", "-d", "903").stdout
+    said = workspace.call("mae3d_fill_contrasts", "-d", "903").stdout
     assert "Wrote 6 images of zeros" in said
     plan = "nnUNetv2_plan_and_preprocess -d 903 -c 3d_fullres -np 1 -npfp 1 --verify_dataset_integrity"
-    assert "WARNING" not in workspace.type(*plan.split()).stdout
+    assert "WARNING" not in workspace.call(*plan.split()).stdout
     for number, channels in enumerate(acquired):
         volume = blosc2.open(str(workspace.preprocessed / f"nnUNetPlans_3d_fullres/case_{number}.b2nd"))[:]
         assert {channel for channel in range(3) if volume[channel].any()} == channels

@@ -1,18 +1,20 @@
-"""`mae3d_demo` as it is typed, in full: what the README promises."""
+"""`mae3d_demo`: all of its commands at a smaller scale, and what it draws at its own."""
 
-import subprocess
-import sys
-import time
+import json
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
 import pytest
+import torch
 
+from nnunet_vit_mae import demonstration
 from nnunet_vit_mae.cli import demo
-from nnunet_vit_mae.demonstration import MODELS, Shell
+from nnunet_vit_mae.demonstration import MINUTES, MODELS, Shell, Workload, demonstrate
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.nnunet.plans import read_recipe
+from nnunet_vit_mae.phantoms.dataset import IMAGE_FOLDERS
 from nnunet_vit_mae.storage.csv_tables import read_rows
 
 
@@ -39,23 +41,49 @@ def test_a_command_that_fails_is_named_with_its_log(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demonstration_runs_and_its_models_have_learned(tmp_path):
-    started = time.monotonic()
-    program = Path(sys.executable).with_name("mae3d_demo")
+def test_the_demonstration_ends_in_a_report_of_models_that_learn(tmp_path, capfd, forked_commands):
+    """All of its commands on fewer cases, with the networks, patches and batches of the whole one in fewer steps."""
+    fewer = {"labelled": 6, "unlabelled": 2, "test": 3}
+    recipe = read_recipe(MINUTES.recipe)
+    recipe["pretraining"]["epochs"] = 6
+    recipe["finetuning"] |= {"epochs": 3, "iterations": 6}
+    (tmp_path / "short.json").write_text(json.dumps(recipe))
     folder = tmp_path / "my demo"
-    done = subprocess.run([program, "-o", folder], capture_output=True, text=True, check=False)
-    logs = sorted((folder / "logs").iterdir(), key=lambda log: log.stat().st_mtime)
-    assert done.returncode == 0, done.stdout + done.stderr + "".join(log.read_text()[-3000:] for log in logs[-2:])
-    print(done.stdout, f"{time.monotonic() - started:.0f} s in all")
+    page = demonstrate(folder, seed=0, workload=Workload(MINUTES.phantoms | fewer, str(tmp_path / "short.json")))
 
-    scores = read_rows(folder / "report" / "cases.csv")
-    dice = {model: np.mean([float(s["dice"]) for s in scores if s["model"] == model]) for model in MODELS}
-    assert len(scores) == 3 * 16
-    assert dice["nnU-Net"] > 0.6
-    assert dice["ViT, pre-trained"] > 0.6
-    assert all(f"{value:.3f}" in done.stdout for value in dice.values())
-    page = Path(url2pathname(urlsplit(done.stdout.split()[-1]).path))
-    assert page == folder.resolve() / "report" / "index.html"
+    assert page == folder / "report" / "index.html"
     assert page.is_file()
+    scores = read_rows(folder / "report" / "cases.csv")
+    assert [score["model"] for score in scores] == [model for model in MODELS for _ in range(3)]
+    dice = {model: np.mean([float(s["dice"]) for s in scores if s["model"] == model]) for model in MODELS}
+    printed = capfd.readouterr().out
+    assert all(f"{value:.3f}" in printed for value in dice.values())
     assert (folder / "results.png").stat().st_size > 10_000
-    assert len(list((folder / "results").rglob("reconstructions/*.png"))) == 20
+    pretrained = next((folder / "results").rglob("state.pt"))
+    losses = {"pre-training": torch.load(pretrained, weights_only=True)["losses"]}
+    assert list((pretrained.parent / "reconstructions").iterdir())
+    for trainer in MODELS.values():
+        (checkpoint,) = (folder / "results").glob(f"*/{trainer}__*/fold_0/checkpoint_final.pth")
+        losses[trainer] = torch.load(checkpoint, weights_only=False)["logging"]["train_losses"]
+    assert all(values[-1] < 0.85 * values[0] for values in losses.values()), losses
+
+
+@pytest.mark.slow
+def test_the_command_draws_all_phantoms_before_it_types_the_first_command(tmp_path, monkeypatch, refused):
+    class Stops(Shell):
+        def type(self, *commands: str, **_: str) -> None:
+            raise UserError(commands[0])
+
+    monkeypatch.setattr(demonstration, "Shell", Stops)
+    refused(demo.main, "-o", str(tmp_path / "demo"))
+    (raw,) = (tmp_path / "demo" / "raw").iterdir()
+    sets = {name: MINUTES.phantoms[name] for name in IMAGE_FOLDERS}
+    assert {name: len(list((raw / folder).iterdir())) for name, folder in IMAGE_FOLDERS.items()} == sets
+
+
+def test_the_command_ends_with_a_link_to_the_report(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "my demo" / "report" / "index.html"
+    monkeypatch.setattr(demonstration, "demonstrate", lambda folder, seed: folder / "report" / "index.html")
+    demo.main(["-o", str(tmp_path / "my demo")])
+    link = capsys.readouterr().out.split()[-1]
+    assert Path(url2pathname(urlsplit(link).path)) == page

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import blosc2
 import numpy as np
 import pytest
 import torch
+from preloaded import SERVER
 from scipy.ndimage import gaussian_filter
+from torch.multiprocessing.spawn import start_processes
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.pretraining import distributed
@@ -43,6 +46,34 @@ def never_hang() -> Iterator[None]:
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, usual)
+
+
+class Stderr:
+    """Standard error of the process that pickles it, which becomes that of the process that unpickles it."""
+
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[Any]]:
+        return _take_stderr, (DupFd(2),)
+
+
+def _take_stderr(stream: Any) -> None:
+    os.dup2(stream.detach(), 2)
+
+
+def _work(number: int, _: None, *arguments: Any) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server may have been started in the background
+    distributed._worker(number, *arguments)
+
+
+def _start_from_server(_: Callable[..., None], arguments: tuple, processes: int, *, join: bool) -> Any:
+    return start_processes(_work, (Stderr(), *arguments), processes, join=join, start_method=SERVER.get_start_method())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _from_a_server() -> Iterator[None]:
+    """Fork the processes from a server that has the imports done; the commands below start their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "spawn", _start_from_server)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +124,7 @@ def train(
             if killed == (distributed.rank(), number):
                 os.kill(os.getpid(), signal.SIGKILL)
             if told and told[:2] == (distributed.rank(), number):
-                os.kill(os.getppid(), told[2])
+                os.kill(multiprocessing.parent_process().pid, told[2])
             print("read", number, file=notes, flush=True)
         return read(self, reads)
 
@@ -290,6 +321,12 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         distributed.start(partial(fail, ""), torch.device("cuda"), 2)
 
 
+def test_torchrun_and_a_number_of_processes_are_refused_together(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with pytest.raises(UserError, match=r"torchrun has set the number of processes already: leave out -num_gpus\."):
+        distributed.start(partial(fail, ""), CPU, 2)
+
+
 class TestCommand:
     """Run `mae3d_pretrain` itself on a dataset that nnU-Net preprocessed."""
 
@@ -306,15 +343,13 @@ class TestCommand:
     def test_torchrun_ends_where_one_process_does(self, in_workspace):
         arguments = (*self.command, "-p", "Tiny", "--cache", "0.1")
         folder = in_workspace.results / "mae3d_pretrain__Tiny__3d_fullres" / "fold_all"
-        in_workspace.type("mae3d_pretrain", *arguments)
+        in_workspace.call("mae3d_pretrain", *arguments)
         folder.rename(folder.with_name("alone"))
         launcher = ("torchrun", "--nproc_per_node", "2", "--no-python", "mae3d_pretrain")
         done = in_workspace.type(*launcher, *arguments)
         assert done.stdout.count("Wrote ") == 1
         assert_same_end(folder, folder.with_name("alone"))
         assert (folder / "encoder.safetensors").is_file()
-        refused = in_workspace.type(*launcher, *arguments, "-num_gpus", "2", code=1).stderr
-        assert refused.count("Error: torchrun has set the number of processes already: leave out -num_gpus.") == 1
 
     def test_a_killed_process_gives_one_sentence(self, in_workspace):
         command = [Path(sys.executable).with_name("mae3d_pretrain"), *self.command, "-p", "Tiny", "-num_gpus", "2"]
@@ -324,7 +359,7 @@ class TestCommand:
             while not (log.is_file() and "epoch 2" in log.read_text()):
                 assert running.poll() is None
                 time.sleep(0.1)
-            done = in_workspace.type("mae3d_pretrain", *self.command, "-p", "Tiny", code=2)
+            done = in_workspace.call("mae3d_pretrain", *self.command, "-p", "Tiny", code=2)
             assert "Another process is writing to" in done.stderr
             children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
             os.kill(int(children[-1]), signal.SIGKILL)

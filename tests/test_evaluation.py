@@ -20,10 +20,11 @@ from nnunet_vit_mae.cli import evaluate as command
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation import cases
 from nnunet_vit_mae.evaluation.by_token import differ_in_network, read_trained_vit
-from nnunet_vit_mae.evaluation.cases import find_evaluation_set, labels_in, measure_cases, read_mask
+from nnunet_vit_mae.evaluation.cases import find_evaluation_set, labels_in, measure_cases
 from nnunet_vit_mae.evaluation.results import MEASURES, EvaluationOptions
 from nnunet_vit_mae.evaluation.summary import Measurements, evaluate, paired_tests, write_tables
 from nnunet_vit_mae.imaging.grids import distance_mm, turned_like
+from nnunet_vit_mae.imaging.labels import read_mask
 from nnunet_vit_mae.imaging.volumes import geometry_of
 from nnunet_vit_mae.processes.workers import run_each
 from nnunet_vit_mae.storage.files import locked

@@ -46,7 +46,7 @@ from nnunet_vit_mae.storage.limits import VARIABLE
 from nnunet_vit_mae.storage.pickles import read_properties, read_trained
 from nnunet_vit_mae.weights import load_encoder, save_encoder
 
-INPUTS = 10_000
+INPUTS = 4_000
 FAST = 1_000
 LARGEST = 100_000  # voxels, so that a damaged size takes neither memory nor time
 RANDOM_BYTES = 600

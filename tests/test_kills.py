@@ -1,7 +1,8 @@
-"""Kill commands at random instants, and type them again: they end as if nothing had happened.
+"""Kill commands at instants all over their time, and type them again: they end as if nothing had happened.
 
-Nothing is lost, nothing is promised that is not there, and neither processes nor temporary files are left. Instants and
-signals come from a fixed seed; a server that has all imports done forks the commands, so that each takes little time.
+Nothing is lost, nothing is promised that is not there, and neither processes nor temporary files are left. There is an
+instant in each of equal parts of the time, from a fixed seed. A server that has all imports done forks the commands, so
+that each takes little time.
 """
 
 import importlib
@@ -18,25 +19,15 @@ import pytest
 import SimpleITK as sitk
 import torch
 from conftest import Workspace, blob
+from preloaded import SERVER
 from safetensors.torch import load_file
 from synthetic_head import COARSE_GRID, moved, scan, write_template
 from test_signals import SIGNALS, assert_all_end, processes_of
 
 pytestmark = pytest.mark.slow
 
-INSTANTS = 30
+INSTANTS = 16  # each signal four times, twice with readers
 KILLS = [*SIGNALS, signal.SIGKILL]
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    [
-        "test_signals",
-        *(
-            f"nnunet_vit_mae.{name}"
-            for name in ("nnunet.pretraining", "datasets.crop.cropping", "datasets.convert.sources")
-        ),
-        *("nnunet_vit_mae.datasets.convert.conversion", "matplotlib.pyplot", "pydicom"),
-    ]
-)
 
 
 def run_command(command: str, arguments: list[str], environment: dict[str, str], errors: Path) -> None:
@@ -60,9 +51,10 @@ def run_command(command: str, arguments: list[str], environment: dict[str, str],
 class Killer:
     """Runs one command over and over, and kills it at instants that are spread over the time that it takes."""
 
-    def __init__(self, command: str, environment: Mapping[str, str], errors: Path, seed: int = 0):
+    def __init__(self, command: str, environment: Mapping[str, str], errors: Path, instants: int):
         self.command, self.environment, self.errors = command, dict(environment), errors
-        self.random = random.Random(seed)
+        chance = random.Random(0)
+        self.instants = [(part + chance.random()) / instants for part in chance.sample(range(instants), instants)]
 
     def run(self, *arguments: str) -> float:
         """Run the command to its end, and return the seconds that it took."""
@@ -78,7 +70,7 @@ class Killer:
         Insists on a sentence and the conventional exit code.
         """
         process, began = self._start(arguments), time.monotonic()
-        time.sleep(self.random.uniform(0.0, within))
+        time.sleep(self.instants.pop() * within)
         processes = processes_of(process.pid)
         if process.is_alive():
             os.kill(process.pid, number)
@@ -111,12 +103,14 @@ def temporary_files(*folders: Path) -> list[Path]:
 @pytest.fixture
 def killer(tmp_path: Path) -> Callable[..., Killer]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("nnUNet")}
-    return lambda command, more=(): Killer(command, environment | dict(more), tmp_path / "errors.txt")
+    return lambda command, instants, more=(): Killer(
+        command, environment | dict(more), tmp_path / "errors.txt", instants
+    )
 
 
 def test_pretraining_goes_on_to_the_digit(workspace: Workspace, killer):
-    """Every second run has readers in processes of their own."""
-    killed = killer("pretrain", workspace.environment)
+    """Half of the runs have readers in processes of their own."""
+    killed = killer("pretrain", INSTANTS, workspace.environment)
     arguments = ["-d", "901", "-device", "cpu", "--epochs", "16", "--batch_size", "2", "--c", "-p", "Tiny"]
     workspace.call(*"mae3d_plan -d 901 -o Tiny --size XS --token 8".split())
     folder = workspace.results / "mae3d_pretrain__Tiny__3d_fullres" / "fold_all"
@@ -131,7 +125,7 @@ def test_pretraining_goes_on_to_the_digit(workspace: Workspace, killer):
     while len(codes) < INSTANTS:
         number = KILLS[len(codes) % len(KILLS)]
         kept = steps_in(folder)
-        codes.append(killed.kill(number, seconds * 0.6, *arguments, "-np", str(len(codes) % 2)))
+        codes.append(killed.kill(number, seconds * 0.6, *arguments, "-np", str(len(codes) // len(KILLS) % 2)))
         error = killed.errors.read_text()
         assert ("The state is saved in" not in error) or steps_in(folder), error
         assert steps_in(folder) >= kept
@@ -180,12 +174,12 @@ def contents(folder: Path) -> dict[str, object]:
     return found
 
 
-def kill_until_done(killed: Killer, output: Path, arguments: list[str], instants: int) -> None:
+def kill_until_done(killed: Killer, output: Path, arguments: list[str]) -> None:
     """Compare the dataset of a command that was killed again and again with that of one that was not."""
     seconds = killed.run(*arguments, "-np", "1")
     whole = contents(output)
     output.rename(output.with_name("whole"))
-    for count in range(instants):
+    for count in range(len(killed.instants)):
         code = killed.kill(KILLS[count % len(KILLS)], seconds, *arguments, "-np", "1")
         if code == 0:
             assert contents(output) == whole
@@ -207,7 +201,7 @@ def test_conversion_goes_on(tmp_path, killer):
                 sitk.GetImageFromArray(array.astype(np.float32)), str(folder / f"sub-{number}_{name}.nii.gz")
             )
     arguments = ["-i", str(source), "-o", str(output), "--key", str(tmp_path / "key.csv")]
-    kill_until_done(killer("convert"), output, arguments, 10)
+    kill_until_done(killer("convert", 8), output, arguments)
 
 
 def test_cropping_goes_on(tmp_path, killer):
@@ -218,4 +212,4 @@ def test_cropping_goes_on(tmp_path, killer):
         image, _ = scan(moved((0.05 * number, 0.0, 0.1), (5, -3, 8)), **COARSE_GRID)
         sitk.WriteImage(image, str(images / f"case_{number}_0000.nii.gz"))
     arguments = ["-i", str(images), "-o", str(output), "-t", str(template), "-r", str(region)]
-    kill_until_done(killer("crop_roi"), output, arguments, 8)
+    kill_until_done(killer("crop_roi", 4), output, arguments)

@@ -493,7 +493,7 @@ def test_a_failed_step_is_named_and_the_others_go_on(tmp_path, monkeypatch, caps
 
 @pytest.mark.slow
 @needs_snakemake
-def test_a_study_from_beginning_to_end(in_workspace, tmp_path, capfd):
+def test_a_study_from_beginning_to_end(in_workspace, tmp_path, capfd, forked_commands):
     """A pre-trained ViT and an arm of the user's, with one label number and seed."""
     shutil.rmtree(in_workspace.raw / "imagesUn")
     arms = tmp_path / "arms.json"

@@ -17,7 +17,7 @@ from nnunet_vit_mae.evaluation.measures import measure
 from nnunet_vit_mae.evaluation.results import EvaluationOptions
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, cases_in, channel_file_name, ending_in
 from nnunet_vit_mae.imaging.grids import distance_mm, turned_geometry, turned_like
-from nnunet_vit_mae.imaging.labels import Labels, read_labels, read_volume, whole_numbers
+from nnunet_vit_mae.imaging.labels import Labels, read_labels, read_mask, read_segmentation, read_volume
 from nnunet_vit_mae.imaging.volumes import NOT_FINITE, Geometry, all_finite, without_warnings_of_itk
 from nnunet_vit_mae.processes.workers import run_each
 from nnunet_vit_mae.progress import with_progress
@@ -222,30 +222,6 @@ def measure_cases(
 def use_one_torch_thread() -> None:
     """Limit this process to one thread, because there are as many processes as cores."""
     torch.set_num_threads(1)
-
-
-def read_mask(file: Path) -> np.ndarray:
-    """Read a segmentation.
-
-    Args:
-        file: An image of labels.
-
-    Returns:
-        Labels (z y x), of an integer type.
-
-    Raises:
-        UserError: If the file cannot be read, is cut off, or holds numbers that are not integers.
-    """
-    return read_segmentation(file)[0]
-
-
-def read_segmentation(file: Path) -> tuple[np.ndarray, Geometry]:
-    """Read a segmentation and its geometry; see `read_mask`."""
-    with reading(file):
-        array, geometry = read_volume(file)
-    if not whole_numbers(array) or not all_finite(array, file):
-        raise UserError(f"{file} holds numbers that are not integers, or NaN: use segmentations, not probabilities.")
-    return array.astype(np.int32) if array.dtype.kind == "f" else array, geometry
 
 
 def _measure_case(case: EvaluationCase, labels: Labels, options: EvaluationOptions) -> _MeasuredCase:

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
-from sklearn.metrics import cohen_kappa_score, confusion_matrix
 
 from nnunet_vit_mae.evaluation.results import Bin, RiskGroups
 
@@ -103,6 +102,8 @@ def risk_groups(
     Returns:
         Confusion matrix, number of correct cases and kappa.
     """
+    from sklearn.metrics import cohen_kappa_score, confusion_matrix  # takes a second to import
+
     reference, predicted = (group_of(columns[column], cutoffs) for column in ("reference_mm3", "predicted_mm3"))
     numbers = list(range(len(names)))
     confusion = confusion_matrix(reference, predicted, labels=numbers)

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.imaging.description import read_description
-from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, read_image
+from nnunet_vit_mae.imaging.volumes import Geometry, all_finite, read_geometry, read_image
 
 IGNORE = "ignore"
 
@@ -72,3 +73,27 @@ def whole_numbers(array: np.ndarray) -> bool:
         (True, False)
     """
     return array.dtype.kind in "iub" or bool(np.isfinite(array).all() and np.array_equal(array, np.rint(array)))
+
+
+def read_mask(file: Path) -> np.ndarray:
+    """Read a segmentation.
+
+    Args:
+        file: An image of labels.
+
+    Returns:
+        Labels (z y x), of an integer type.
+
+    Raises:
+        UserError: If the file cannot be read, is cut off, or holds numbers that are not integers.
+    """
+    return read_segmentation(file)[0]
+
+
+def read_segmentation(file: Path) -> tuple[np.ndarray, Geometry]:
+    """Read a segmentation and its geometry; see `read_mask`."""
+    with reading(file):
+        array, geometry = read_volume(file)
+    if not whole_numbers(array) or not all_finite(array, file):
+        raise UserError(f"{file} holds numbers that are not integers, or NaN: use segmentations, not probabilities.")
+    return array.astype(np.int32) if array.dtype.kind == "f" else array, geometry

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nnunet_vit_mae.networks.constants import constant_result
 from nnunet_vit_mae.networks.tokenizer import Triple
 
 PERIOD = 10_000
@@ -75,7 +76,7 @@ class PositionTable(nn.Module):
         return values.flatten(0, 2)
 
 
-@torch.compiler.assume_constant_result  # a compiled network holds the table as it holds its weights
+@constant_result
 def sine_cosine_positions(
     grid: Triple, width: int, device: torch.device, step: tuple[float, float, float] = (1.0, 1.0, 1.0)
 ) -> Float[Tensor, "n d"]:
@@ -87,7 +88,7 @@ def sine_cosine_positions(
     return _sine_cosine_table(grid, width, device, step)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def rotary_positions(
     grid: Triple, head_width: int, device: torch.device, step: tuple[float, float, float], base: float
 ) -> Float[Tensor, "n 2 r"]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
-from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunet_vit_mae.datasets.split.files import SPLITS, parent_fold, read_fold, read_split_record
 from nnunet_vit_mae.datasets.split.patients import patient_of, recorded_patients
@@ -96,6 +95,8 @@ def split_of(plan: Plan, fold: str, names: list[str]) -> dict[str, list[str]]:
     if not file.is_file():
         if len(names) < FOLDS:
             raise UserError(f"{len(names)} labelled cases cannot be split into {FOLDS} folds: use -f all.")
+        from nnunetv2.utilities.crossval_split import generate_crossval_split  # imports scikit-learn
+
         write_json(generate_crossval_split(sorted(names), seed=12345, n_splits=FOLDS), file)
     return read_fold(file, fold, names)
 

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, FiniteFloat
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.evaluation.cases import read_mask
+from nnunet_vit_mae.imaging.labels import read_mask
 from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
 from nnunet_vit_mae.nnunet.folds import reference_segmentations
 from nnunet_vit_mae.nnunet.models import Model
