@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 
@@ -86,6 +86,13 @@ class Calibration:
     def thresholds(self) -> tuple[float, ...]:
         """Thresholds on the probability; with several classes, on that against the strongest rival alone."""
         return tuple(1 / (1 + math.exp(shift)) for shift in self.shifts)
+
+    def at_temperature(self, temperature: float) -> Calibration:
+        """Return the same calibration for logits that are divided by a temperature: it segments in the same way."""
+        curves = tuple(
+            replace(curve, thresholds=_probability(_log_odds(curve.thresholds) / temperature)) for curve in self.curves
+        )
+        return replace(self, shifts=tuple(shift / temperature for shift in self.shifts), curves=curves)
 
 
 def fit_thresholds(cases: Sequence[CalibrationCase], classes: Classes, objective: str) -> Calibration:
@@ -229,7 +236,7 @@ def _between_scores(
     edges = np.union1d(GRID[gaps], GRID[gaps + 1])
     scores = [edges]
     for case in cases:
-        for probabilities, labels in _blocks(case, classes):
+        for probabilities, labels in blocks(case, classes):
             block = _class_scores(probabilities, labels, classes, shifts, index).scores
             block = block[(block > -LOG_ODDS_LIMIT) & (block < LOG_ODDS_LIMIT)]
             scores.append(np.unique(block[promising[np.searchsorted(GRID, block, side="left") - 1]]))
@@ -242,11 +249,11 @@ def _count_all(
 ) -> Iterator[VoxelCounts]:
     """Read the cases one at a time and count their voxels."""
     for case in cases:
-        blocks = (_class_scores(*block, classes, shifts, index) for block in _blocks(case, classes))
-        yield reduce(add, (_count(block, thresholds, case.voxel_mm3) for block in blocks))
+        scores = (_class_scores(*block, classes, shifts, index) for block in blocks(case, classes))
+        yield reduce(add, (_count(part, thresholds, case.voxel_mm3) for part in scores))
 
 
-def _blocks(case: CalibrationCase, classes: Classes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def blocks(case: CalibrationCase, classes: Classes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield probabilities (channels n) and labels (n) of the voxels that count, some millions at a time."""
     probabilities, labels = case.read()
     probabilities, labels = probabilities.reshape(len(probabilities), -1), labels.reshape(-1)
@@ -254,6 +261,12 @@ def _blocks(case: CalibrationCase, classes: Classes) -> Iterator[tuple[np.ndarra
         part = labels[start : start + VOXELS_PER_BLOCK]
         counted = np.ones(part.shape, bool) if classes.ignore is None else part != classes.ignore
         yield probabilities[:, start : start + VOXELS_PER_BLOCK][:, counted], part[counted]
+
+
+def members_of(labels: np.ndarray, classes: Classes) -> np.ndarray:
+    """Return whether each voxel belongs to the class of each of the model's outputs (channels n)."""
+    foreground = np.stack([np.isin(labels, values) for values in classes.values])
+    return foreground if classes.regions else np.concatenate([~foreground.any(axis=0, keepdims=True), foreground])
 
 
 @dataclass(frozen=True)

@@ -532,6 +532,19 @@ FILE_ROWS = [
         "it has no blob.type.meaning",
         put_json("codes.json", {"blob": {"type": {"value": "1", "scheme": "SCT"}}}),
     ),
+    Row("uncertainty of a model that is not calibrated", f"{QUANTIFY} --uncertainty", "needs a calibrated checkpoint"),
+    Row("--coverage in percent", f"{QUANTIFY} --uncertainty --coverage 90", "--coverage"),
+    Row(
+        "a calibration of another checkpoint",
+        f"{QUANTIFY} -chk checkpoint_calibrated.pth",
+        "belongs to fold_0/checkpoint_calibrated.pth",
+        several(put_json(f"{MODEL}/fold_0/calibration.json", {"thresholds": {"blob": 0.5}}), calibrated),
+    ),
+    Row(
+        "uncertainty from training cases",
+        f"{CALIBRATE} --uncertainty --allow_training_cases",
+        "leave out --allow_training_cases",
+    ),
 ]
 
 POOL_IMAGE = f"{RAW}/imagesUn/pool_1_0000.nii.gz"
@@ -596,6 +609,12 @@ FLAG_ROWS = [
     Row("-o with ..", f"{PLAN}".replace("New", "../New"), "letters, digits"),
     Row("--seed 2^32", f"{EVALUATE} --seed {2**32}", "--seed"),
     Row("--resamples 0", f"{EVALUATE} --resamples 0", "--resamples"),
+    Row(
+        "--uncertainty of another table",
+        f"{EVALUATE} --uncertainty A=t.csv",
+        "is no table of mae3d_quantify --uncertainty",
+        put("t.csv", "case,label\ntest_0,blob\n"),
+    ),
     Row("--calibration of a list", f"{EVALUATE} --calibration A=c.json", "c.json", put_json("c.json", [])),
     Row(
         "--calibration of text",

@@ -14,18 +14,22 @@ import torch
 from conftest import SHAPE, SPACING, blob, write_case
 from dynamic_network_architectures.architectures.primus import PrimusV2
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import nn
 
 from nnunet_vit_mae.cli import calibrate as calibrate_command
 from nnunet_vit_mae.cli import quantify as quantify_command
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.evaluation.calibration_record import read_calibration
 from nnunet_vit_mae.imaging.volumes import Geometry
 from nnunet_vit_mae.networks.build import build_segmenter
-from nnunet_vit_mae.nnunet.calibration import shift_head
+from nnunet_vit_mae.nnunet.calibrated import calibrated_head
 from nnunet_vit_mae.nnunet.folders import find_dataset
-from nnunet_vit_mae.nnunet.models import find_model
+from nnunet_vit_mae.nnunet.members import MemberPredictor
+from nnunet_vit_mae.nnunet.models import find_model, model_hash
 from nnunet_vit_mae.nnunet.plans import classes_of
-from nnunet_vit_mae.nnunet.quantification import TrainingRange, model_hash, warnings_of
+from nnunet_vit_mae.nnunet.quantification import TrainingRange, thresholds_of, warnings_of
+from nnunet_vit_mae.nnunet.shared_models import untrained_network
 from nnunet_vit_mae.presets import DECODERS
 from nnunet_vit_mae.settings import Network
 from nnunet_vit_mae.storage.csv_tables import read_rows
@@ -47,7 +51,7 @@ def u_net() -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", [*DECODERS, "adaptive", "U-Net", "Primus"])
-def test_shifting_the_head_shifts_every_logit(kind):
+def test_every_logit_is_divided_and_shifted(kind):
     """Also for a head with an output for each voxel of a token, whose sides are unequal."""
     torch.manual_seed(0)
     if kind == "U-Net":
@@ -63,13 +67,13 @@ def test_shifting_the_head_shifts_every_logit(kind):
     volume = torch.randn(2, 2, 8, 16 if kind == "Primus" else 12, 16)
     with torch.no_grad():
         before = network(volume)
-        network.load_state_dict(shift_head(network.state_dict(), shifts))
-        torch.testing.assert_close(network(volume) - before, torch.tensor(shifts).view(3, 1, 1, 1).expand_as(before))
+        network.load_state_dict(calibrated_head(network.state_dict(), shifts, temperature=2.0))
+        torch.testing.assert_close(network(volume), before / 2 + torch.tensor(shifts).view(3, 1, 1, 1))
 
 
 def test_a_network_with_another_head_is_refused():
     with pytest.raises(UserError, match="mae3d_calibrate does not know the last layer"):
-        shift_head({"up.head.weight": torch.zeros(2), "classifier.bias": torch.zeros(2)}, [0, 1])
+        calibrated_head({"up.head.weight": torch.zeros(2), "classifier.bias": torch.zeros(2)}, [0, 1])
 
 
 # ---------- a model whose predictions are made up
@@ -187,6 +191,59 @@ def test_checkpoints_carry_the_shift_and_nothing_else_changes(model):
         assert calibrated["optimizer_state"] is None
 
 
+@pytest.mark.parametrize("model", LABELS, indirect=True)
+def test_a_temperature_changes_probabilities_and_no_segmentation(model, capsys):
+    calibrate()
+    plain = json.loads((model / "calibration.json").read_text())
+    calibrate("--temperature")
+    record = json.loads((model / "calibration.json").read_text())
+    temperature = record["temperature"]
+    assert plain["temperature"] == 1
+    assert temperature != 1
+    assert record["cases"] == plain["cases"]
+    for label, shift in plain["shifts"].items():
+        assert record["shifts"][label] == pytest.approx(shift / temperature)
+        assert record["thresholds"][label] == pytest.approx(1 / (1 + math.exp(shift / temperature)))
+        assert plain["calibration_error"][label]["before"] == record["calibration_error"][label]["before"]
+    likelihood = record["negative_log_likelihood"]
+    assert likelihood["after"] < likelihood["before"] == plain["negative_log_likelihood"]["after"]
+    weights = torch.load(model / "fold_1" / "checkpoint_calibrated.pth", weights_only=False)["network_weights"]
+    assert torch.equal(weights["decoder.other.bias"], torch.ones(2))
+    assert f"at the temperature {temperature:.3g}" in capsys.readouterr().out
+    assert (model / "calibration_reliability.png").stat().st_size > 0
+
+
+def model_of(*folds, checkpoint="checkpoint_calibrated.pth"):
+    chosen = {"trainer": TRAINER, "folds": folds, "checkpoint": checkpoint}
+    return find_model(find_dataset("901"), "nnUNetPlans", "3d_fullres", **chosen)
+
+
+def test_folds_that_are_calibrated_one_after_another_keep_their_records(model, in_workspace):
+    for fold in "01":
+        calibrate_command.main(["-d", "901", "-tr", TRAINER, "-f", fold, "-device", "cpu"])
+    assert not (model / "calibration.json").exists()
+    thresholds = []
+    for fold in "01":
+        record = json.loads((model / f"fold_{fold}" / "calibration.json").read_text())
+        assert {row["fold"] for row in record["cases"]} == {fold}
+        assert (model / f"fold_{fold}" / "calibration_curve.png").is_file()
+        assert thresholds_of(model_of(fold)) == record["thresholds"]
+        thresholds.append(record["thresholds"]["blob"])
+    assert thresholds[0] != thresholds[1]
+    with pytest.raises(UserError, match="run mae3d_calibrate with -f 0 1"):
+        thresholds_of(model_of("0", "1"))
+    with pytest.raises(UserError, match=r"give that of a fold \(.*fold_0.calibration.json"):
+        read_calibration(model)
+
+    calibrate()  # both together
+    together = json.loads((model / "calibration.json").read_text())
+    for folds in (("0", "1"), ("0",), ("1",)):
+        assert thresholds_of(model_of(*folds)) == together["thresholds"]
+    calibrate_command.main(["-d", "901", "-tr", TRAINER, "-f", "0", "-device", "cpu"])
+    assert thresholds_of(model_of("0"))["blob"] == thresholds[0]
+    assert thresholds_of(model_of("1")) == together["thresholds"]
+
+
 def test_probabilities_of_an_older_checkpoint_are_not_taken(model, monkeypatch):
     commands, linked = [], []
 
@@ -227,8 +284,105 @@ def test_mistakes_in_calibrating_get_a_sentence(model, in_workspace, refused, tm
     assert "has (3, 4, 5) voxels" in refuse()
     file.write_bytes(b"half a file")
     assert "train_0.npz cannot be read" in refuse()
-    assert not (model / "calibration.json").exists()
-    assert not list(model.glob("fold_*/checkpoint_calibrated.pth"))
+    assert not [*model.rglob("calibration.json"), *model.rglob("checkpoint_calibrated.pth")]
+
+
+# ---------- the members of a prediction
+
+
+@pytest.fixture
+def with_networks(model):
+    """The same model with networks of random weights, whose probabilities are not all near a half."""
+    for fold in "01":
+        plan = model_of(fold, checkpoint="checkpoint_final.pth").plan
+        torch.manual_seed(int(fold))
+        network = untrained_network(plan, TRAINER, "model")
+        file = model / f"fold_{fold}" / "checkpoint_final.pth"
+        weights = calibrated_head(network.state_dict(), [0.0, 0.1], temperature=0.2)
+        mirrored = {"inference_allowed_mirroring_axes": (0, 2), "trainer_name": TRAINER, "init_args": {}}
+        torch.save({"network_weights": weights, **mirrored}, file)
+        os.utime(file, (1, 1))  # older than the probabilities
+    return model
+
+
+def predicted_by_nnunet(model, images, mirrored_axes):
+    """Segmentation and probabilities of a case as nnU-Net's own predictor gives them."""
+    plan, weights = model.plan, [torch.load(file)["network_weights"] for file in model.files]
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    network = untrained_network(plan, TRAINER, "model")
+    predictor.manual_initialization(
+        network, plan.plans, plan.configuration, weights, plan.dataset_json, TRAINER, mirrored_axes
+    )
+    files = [[str(image) for image in images]]
+    return predictor.predict_from_files_sequential(files, None, save_probabilities=True)[0]
+
+
+def test_members_are_those_that_nnunet_averages(with_networks, in_workspace):
+    """The mean as nnU-Net's own predictor gives it, and each fold and mirroring counted one by one."""
+    images = [in_workspace.raw / "imagesTs" / f"test_0_000{channel}.nii.gz" for channel in range(2)]
+    models = {
+        name: model_of(*folds, checkpoint="checkpoint_final.pth")
+        for name, folds in {"0": "0", "1": "1", "together": "01"}.items()
+    }
+    found = MemberPredictor(models["together"], [0.0], torch.device("cpu")).predict(images)
+    assert list(found.estimates) == list(models)
+    for name, estimates in found.estimates.items():
+        segmentation, probabilities = predicted_by_nnunet(models[name], images, (0, 2))
+        assert 0.02 < segmentation.mean() < 0.98
+        assert estimates["blob"].volume_mm3 == pytest.approx(VOXEL * segmentation.sum(), rel=0.01)
+        assert estimates["blob"].voxel_mm3 == VOXEL
+    inner = (slice(2, -2),) * 3  # nnU-Net's weights of a window underflow at the border
+    assert np.mean(found.segmentation[inner] != segmentation[inner]) < 2e-3
+    mask = found.segmentation == 1
+    soft = 2 * probabilities[1][mask].sum() / (mask.sum() + probabilities[1].sum())
+    assert found.soft_dice["blob"] == pytest.approx(soft, abs=2e-3)
+    assert found.estimates["0"]["blob"].spread_mm3 > 0
+    assert found.disagreement.shape == SHAPE
+    # two folds that are not mirrored are two of the eight members: where both differ, a quarter disagrees at least
+    unmirrored = [predicted_by_nnunet(models[fold], images, None)[0] for fold in "01"]
+    both = np.all([own != found.segmentation for own in unmirrored], axis=0)[inner]
+    assert both.any()
+    assert found.disagreement[inner][both].min() >= 25
+    assert found.disagreement[inner].mean() < 50  # most members agree with their mean
+
+
+def test_from_validation_cases_to_the_intervals_of_new_ones(with_networks, in_workspace, tmp_path, capsys):
+    model, table = with_networks, tmp_path / "volumes.csv"
+    flags = f"-d 901 -tr {TRAINER} -device cpu -f 0 --uncertainty".split()
+    calibrate_command.main(flags)
+    assert "intervals at level 0.9 hold the reference volume: none" in capsys.readouterr().out
+    file = model / "fold_0" / "calibration.json"
+    record = json.loads(file.read_text())
+    rows = record["uncertainty"]["cases"]
+    assert [row["case"] for row in rows] == ["train_0", "train_1"]
+    for row in rows:
+        assert row["reference_mm3"] == VOXEL * blob(int(row["case"][-1]))[1].sum()
+        assert 0 < row["soft_dice"] < 1
+    assert record["uncertainty"]["expected_dice"] == {"blob": None}  # from two cases
+
+    new = [*flags, "-i", str(in_workspace.raw / "imagesTs"), "-o", str(table)]
+    quantify_command.main([*new, "--coverage", "0.5"])
+    found, maps = read_rows(table), table.with_name("volumes_uncertainty")
+    errors = [
+        abs(row["volume_mm3"] - row["reference_mm3"])
+        / (row["spread_mm3"] + 0.05 * row["volume_mm3"] + row["voxel_mm3"])
+        for row in rows
+    ]
+    for row in found:
+        said = json.loads((maps / f"{row['case']}.json").read_text())["estimates"]["0"]["blob"]
+        assert float(row["volume_mm3"]) == pytest.approx(said["volume_mm3"])
+        scale = said["spread_mm3"] + 0.05 * said["volume_mm3"] + VOXEL
+        assert float(row["volume_high_mm3"]) == pytest.approx(said["volume_mm3"] + scale * max(errors), abs=1e-3)
+        assert row["expected_dice"] == ""
+        assert sitk.GetArrayFromImage(sitk.ReadImage(str(maps / f"{row['case']}.nii.gz"))).max() <= 100
+    written = {file: file.stat().st_mtime_ns for file in maps.iterdir()}
+    quantify_command.main(new)  # at the level 0.9, for which two cases are too few
+    assert {file: file.stat().st_mtime_ns for file in maps.iterdir()} == written  # nothing is predicted twice
+    assert {row["volume_high_mm3"] for row in read_rows(table)} == {""}
+    file.write_text(json.dumps({key: value for key, value in record.items() if key != "uncertainty"}))
+    with pytest.raises(SystemExit):
+        quantify_command.main(new)
+    assert "knows nothing of uncertainty: run mae3d_calibrate with -f 0 --uncertainty" in capsys.readouterr().err
 
 
 # ---------- quantification
@@ -383,7 +537,7 @@ def test_probabilities_that_are_no_numbers_are_refused(model, refused, value):
     np.savez_compressed(file, probabilities=probabilities)
     message = refused(calibrate_command.main, "-d", "901", "-tr", TRAINER, "-f", "0", "-device", "cpu")
     assert f"{file} cannot be read (it holds NaN or infinite values" in message
-    assert not (model / "calibration.json").exists()
+    assert not [*model.rglob("calibration.json")]
 
 
 def test_the_record_of_a_calibration_holds_no_path(model, tmp_path):
@@ -400,7 +554,7 @@ def test_two_calls_do_not_write_to_one_place(model, refused, scans, tmp_path):
     with locked(tmp_path / "volumes.csv"):
         call = ["-i", str(scans), "-o", str(tmp_path / "volumes.csv")]
         assert "Another process is writing to" in refused(quantify_command.main, *flags, *call)
-    assert not (model / "calibration.json").exists()
+    assert not [*model.rglob("calibration.json")]
     assert not (tmp_path / "volumes_segmentations").exists()
 
 

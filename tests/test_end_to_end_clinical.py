@@ -14,7 +14,7 @@ from conftest import Workspace, blob
 from dicom_files import write_slices
 from pydicom import dcmread
 
-from nnunet_vit_mae.nnunet.calibration import shift_checkpoint
+from nnunet_vit_mae.nnunet.calibrated import write_calibrated
 
 pytestmark = pytest.mark.slow
 
@@ -109,7 +109,7 @@ def test_the_calibrated_checkpoint_thresholds_the_averaged_probabilities(trained
     threshold = float(np.quantile(np.concatenate([*averages.values()]), 0.8))
     for fold in "01":
         folder = folder_of(trained, trainer) / f"fold_{fold}"
-        calibrated = shift_checkpoint(folder / "checkpoint_final.pth", [0, -math.log(threshold / (1 - threshold))])
+        calibrated = write_calibrated(folder / "checkpoint_final.pth", [0, -math.log(threshold / (1 - threshold))])
         assert calibrated == folder / "checkpoint_calibrated.pth"
     trained.call(*predict, str(tmp_path / "calibrated"), "-chk", "checkpoint_calibrated.pth")
     differing = changed = 0

@@ -30,7 +30,7 @@ from nnunet_vit_mae.errors import WriteError
 from nnunet_vit_mae.imaging.scans import read_scan
 from nnunet_vit_mae.imaging.writing import write_image, write_segmentation, write_zeros
 from nnunet_vit_mae.networks.build import build_encoder
-from nnunet_vit_mae.nnunet import calibration, preprocessing
+from nnunet_vit_mae.nnunet import calibrated, preprocessing
 from nnunet_vit_mae.plots import save_figure
 from nnunet_vit_mae.settings import Network
 from nnunet_vit_mae.storage.csv_tables import write_frame, write_rows
@@ -81,7 +81,7 @@ def write_preprocessed(file: Path) -> None:
 def write_calibrated(file: Path) -> None:
     file.with_name("checkpoint_final.pth").hardlink_to(file.parents[1] / "checkpoint_final.pth")
     try:
-        calibration.shift_checkpoint(file.with_name("checkpoint_final.pth"), [0.5])
+        calibrated.write_calibrated(file.with_name("checkpoint_final.pth"), [0.5])
     finally:
         file.with_name("checkpoint_final.pth").unlink()
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-from scipy.ndimage import binary_erosion
+from scipy.ndimage import binary_erosion, label
 
 from nnunet_vit_mae.evaluation.measures import crop_to_union, lesions, measure, surface_dice, surface_distances
 
@@ -263,6 +263,50 @@ def test_lesions_are_counted_as_by_flooding(seed, smallest):
     assert found["lesion_recall"] == pytest.approx(hits / len(true) if true else math.nan, nan_ok=True)
     expected = (len(predicted) - false) / len(predicted) if predicted else math.nan
     assert found["lesion_precision"] == pytest.approx(expected, nan_ok=True)
+
+
+def boxes(seed):
+    """Reference and prediction: small boxes, most of them in both and moved by a voxel, some in one of them."""
+    random = np.random.default_rng(seed)
+    reference, prediction = np.zeros((2, 11, 15, 19), bool)
+    for _ in range(14):
+        corner, size = random.integers(0, (9, 13, 17)), random.integers(1, 4, 3)
+        moved = np.maximum(corner + random.integers(-1, 2, 3), 0)
+        kind = random.integers(4)
+        for mask, start, kinds in ((reference, corner, (0, 1, 2)), (prediction, moved, (0, 1, 3))):
+            if kind in kinds:
+                mask[tuple(slice(low, low + side) for low, side in zip(start, size, strict=True))] = True
+    return reference, prediction
+
+
+# what panoptica 2.1.7 counts in these masks with the backend cc3d (26 neighbours) and a match for any overlap:
+# NaiveThresholdMatching(Metric.IOU, 0.0, strict_threshold=True, allow_many_to_one=True), predicted lesions without it
+PANOPTICA = {  # reference and predicted lesions, true and false positives, by seed
+    0: (11, 8, 3, 5),
+    1: (8, 8, 3, 5),
+    2: (11, 8, 4, 4),
+    3: (7, 9, 3, 6),
+    4: (7, 6, 4, 2),
+    5: (7, 9, 6, 3),
+    6: (8, 10, 1, 9),
+    7: (10, 7, 3, 4),
+}
+
+
+@pytest.mark.parametrize(("seed", "counted"), PANOPTICA.items())
+def test_lesions_are_counted_as_by_panoptica(seed, counted):
+    """Except that a prediction that covers several reference lesions finds each of them here."""
+    reference, prediction = boxes(seed)
+    found = lesions(reference, prediction, 1)
+    assert (found["reference_lesions"], found["predicted_lesions"], found["false_lesions"]) == (
+        *counted[:2],
+        counted[3],
+    )
+    neighbours = np.ones((3, 3, 3))
+    of_reference, of_prediction = (label(mask, neighbours)[0] for mask in (reference, prediction))
+    pairs = {(p, r) for p, r in zip(of_prediction.ravel(), of_reference.ravel(), strict=True) if p and r}
+    covering = {p: sum(other == p for other, _ in pairs) for p, _ in pairs}
+    assert found["found_lesions"] - counted[2] == sum(number - 1 for number in covering.values())
 
 
 def test_lesions_by_hand():

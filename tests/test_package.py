@@ -50,12 +50,13 @@ FLAGS = {
     "mae3d_fill_contrasts": {"-h", "--help", "-d"},
     "mae3d_omit": PLAN_FLAGS | {"-tr", "-f", "-chk", "-i", "-r", "--omit", "-o", "-device"},
     "mae3d_evaluate": {"-h", "--help", "-r", "-p", "-i", "-o", "--csv", "--cutoffs", "--thickness_bins", "--tolerance"}
-    | {"--min_lesion_voxels", "--resamples", "--seed", "--calibration", "--model_folder", "-np"},
+    | {"--min_lesion_voxels", "--resamples", "--seed", "--calibration", "--uncertainty", "--model_folder", "-np"},
     "mae3d_calibrate": PLAN_FLAGS
-    | {"-tr", "-f", "-chk", "--objective", "-i", "-l", "--allow_training_cases", "-device"},
+    | {"-tr", "-f", "-chk", "--objective", "--temperature", "--uncertainty", "-i", "-l", "-device"}
+    | {"--allow_training_cases"},
     "mae3d_quantify": PLAN_FLAGS
-    | {"-i", "-o", "-tr", "-f", "-chk", "--cutoffs", "-num_parts", "-part_id", "-device"}
-    | {"--dicom", "--contrast", "--reference", "--codes"},
+    | {"-i", "-o", "-tr", "-f", "-chk", "--cutoffs", "--uncertainty", "--coverage"}
+    | {"-num_parts", "-part_id", "-device", "--dicom", "--contrast", "--reference", "--codes"},
     "mae3d_export": PLAN_FLAGS | {"-tr", "-f", "-chk", "-o", "--case_names"},
     "mae3d_import": {"-h", "--help", "-o", "--overwrite"},
     "mae3d_check": {"-h", "--help", "-d", "-o", "--csv", "--case", "--patient", "--list_empty", "-np"},
@@ -98,6 +99,9 @@ LAYERS = {
     "phantoms": 1,
     "statistics": 1,
     "thresholds": 1,
+    "temperature": 1,
+    "conformal": 1,
+    "expected_dice": 1,
     "datasets": 2,
     "foreign": 2,
     "pretraining": 2,
@@ -108,6 +112,7 @@ LAYERS = {
     "cli": 4,
 }
 SAME_LAYER = {
+    ("temperature", "thresholds"),
     ("storage", "errors"),
     ("processes", "errors"),
     ("settings", "errors"),

@@ -26,7 +26,7 @@ from nnunet_vit_mae.foreign.checkpoints import read_checkpoint
 from nnunet_vit_mae.imaging.labels import read_volume
 from nnunet_vit_mae.imaging.scans import ScanError, read_scan
 from nnunet_vit_mae.imaging.volumes import read_geometry, read_image, refuse_large
-from nnunet_vit_mae.nnunet.calibration import shift_checkpoint
+from nnunet_vit_mae.nnunet.calibrated import write_calibrated
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.plans import load_plan
 from nnunet_vit_mae.nnunet.prediction import read_probabilities
@@ -100,7 +100,7 @@ def load_case(file: Path) -> None:
 
 
 POISONED: dict[str, tuple[Callable[[Path, Path], Path], Callable[[Path], object]]] = {
-    "a checkpoint to calibrate": (checkpoint, lambda file: shift_checkpoint(file, [0.5])),
+    "a checkpoint to calibrate": (checkpoint, lambda file: write_calibrated(file, [0.5])),
     "a checkpoint to count": (checkpoint, count_parameters),
     "a checkpoint": (checkpoint, read_trained),
     "another project's checkpoint": (checkpoint, read_checkpoint),

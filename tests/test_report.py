@@ -20,6 +20,7 @@ from nnunet_vit_mae.evaluation import drawing, figures, overlays, words
 from nnunet_vit_mae.evaluation.bland_altman import bland_altman_figure, spread_apart
 from nnunet_vit_mae.evaluation.calibration_record import CalibrationRecord, read_calibration
 from nnunet_vit_mae.evaluation.cases import EvaluationSet, find_evaluation_set
+from nnunet_vit_mae.evaluation.expected import read_expected, review_tables, with_expected
 from nnunet_vit_mae.evaluation.pictures import slug
 from nnunet_vit_mae.evaluation.report import write_report
 from nnunet_vit_mae.evaluation.results import (
@@ -33,6 +34,7 @@ from nnunet_vit_mae.evaluation.results import (
 )
 from nnunet_vit_mae.evaluation.tables import comparison_table, headline_table
 from nnunet_vit_mae.imaging.volumes import Geometry
+from nnunet_vit_mae.storage.csv_tables import write_records
 
 SHAPE = (6, 20, 24)  # z y x: three unequal sides
 EVIL = "<script>alert(1)</script> $x_1$"
@@ -408,6 +410,59 @@ def test_calibrations_that_are_none(text, reason, tmp_path):
 def test_a_missing_calibration(tmp_path):
     with pytest.raises(UserError, match="is missing"):
         read_calibration(tmp_path)
+
+
+# ---------- the cases to look at first
+
+
+def written_table(file: Path, rows: list[dict]) -> Path:
+    write_records(rows, ["case", "label", "volume_mm3", "volume_low_mm3", "volume_high_mm3", "expected_dice"], file)
+    return file
+
+
+def test_the_cases_to_look_at_first(example, tmp_path):
+    evaluation = evaluation_of()
+    own = evaluation.rows_of(LABELS[0], MODELS[0]).to_dict("records")
+    table = [
+        {
+            "case": row["case"],
+            "label": LABELS[0],
+            "volume_low_mm3": 0.9 * row["reference_mm3"] if number % 4 else row["reference_mm3"] + 1,
+            "volume_high_mm3": 1.1 * row["reference_mm3"] + 2,
+            "expected_dice": "" if number == 0 else 1 - number / 20,
+        }
+        for number, row in enumerate(own)
+    ]
+    expected = read_expected(written_table(tmp_path / "volumes.csv", table))
+    cases = with_expected(evaluation.cases, {MODELS[0]: expected})
+    evaluation = replace(evaluation, cases=cases)
+    (review,) = review_tables(evaluation, LABELS[0])
+    assert review["model"] == MODELS[0]
+    assert [row["case"] for row in review["rows"]] == [f"case_{number}" for number in range(11, 1, -1)]
+    assert review["rows"][0]["expected"] == "0.450"
+    assert "9 of 12 reference volumes (75%) lie in their intervals." in review["sentences"]
+    known = cases[(cases["model"] == MODELS[0]) & (cases["label"] == LABELS[0])][["expected_dice", "dice"]].dropna()
+    correlation = known.corr(method="spearman").iloc[0, 1]
+    assert f"rank correlation {words.rounded(correlation, 2)}" in review["sentences"][0]
+    assert review_tables(evaluation, LABELS[1]) == review_tables(evaluation_of(), LABELS[0]) == []
+    page = write_report(evaluation, example.evaluation_set, {}, tmp_path / "report")[0].read_text()
+    assert "Look at these first" in page
+    assert page.count('<th class="text" scope="row">case_11</th>') == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([{"case": "case_1", "label": "x", "expected_dice": "high"}], "is no table of mae3d_quantify --uncertainty"),
+        ([{"case": "elsewhere", "label": LABELS[0]}], "has none of the cases and labels"),
+    ],
+)
+def test_tables_that_expect_nothing(rows, reason, tmp_path):
+    file = written_table(tmp_path / "volumes.csv", rows)
+    with pytest.raises(UserError, match=reason):
+        with_expected(evaluation_of().cases, {MODELS[0]: read_expected(file)})
+    with pytest.raises(UserError, match="is missing"):
+        read_expected(tmp_path / "other.csv")
 
 
 # ---------- the page as text

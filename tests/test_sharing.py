@@ -184,7 +184,10 @@ def test_calibration_moves_without_names_of_cases(site, results, tmp_path, capsy
         monkeypatch.setenv(name, value)
     folder = model_folder(site.root / "results", TRAINERS[0])
     shutil.copy(folder / "fold_0" / "checkpoint_final.pth", folder / "fold_0" / "checkpoint_calibrated.pth")
+    name = "fold_0/checkpoint_calibrated.pth"
     record = {"thresholds": {"blob": 0.25}, "before": {}, "after": {}, "cases": [{"case": "Mueller", "fold": "0"}]}
+    record["uncertainty"] = {"cases": [{"case": "Mueller", "label": "blob"}]}
+    record["checkpoints"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()}
     (folder / "calibration.json").write_text(json.dumps(record))
     flags = f"-d 901 -p Tiny -tr {TRAINERS[0]} -f 0".split()
     for number, more in enumerate(([], ["--case_names"])):
@@ -196,6 +199,7 @@ def test_calibration_moves_without_names_of_cases(site, results, tmp_path, capsy
     installed = json.loads((model_folder(results, TRAINERS[0]) / "calibration.json").read_text())
     assert installed["thresholds"] == {"blob": 0.25}
     assert installed["cases"] == [{"case": "case_1", "fold": "0"}]
+    assert installed["uncertainty"]["cases"] == [{"case": "case_1", "label": "blob"}]
     (name,) = installed["checkpoints"]
     assert name == "fold_0/checkpoint_calibrated.pth"
     content = (model_folder(results, TRAINERS[0]) / name).read_bytes()

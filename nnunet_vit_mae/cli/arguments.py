@@ -145,7 +145,7 @@ def positive_float(text: str) -> float:
 
 
 def share(text: str) -> float:
-    """Argparse type of a share of patients."""
+    """Argparse type of a share, such as of patients."""
     number = float(text)
     if not 0 < number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")

@@ -22,6 +22,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("-f", dest="folds", nargs="+", default=["0"], metavar="FOLD", help="trained folds")
     add("-chk", dest="checkpoint", default="checkpoint_final.pth", metavar="FILE", help="checkpoint to calibrate")
     add("--objective", choices=("volume", "dice"), default="volume", help="what to optimise: volume difference or Dice")
+    add("--temperature", action="store_true", help="also fit a temperature, for probabilities that can be believed")
+    add(
+        "--uncertainty",
+        action="store_true",
+        help="also predict each member of the prediction by itself, for mae3d_quantify --uncertainty",
+    )
     add("-i", dest="images", type=Path, metavar="FOLDER", help="images of a development set, with -l")
     add(
         "-l", dest="labels", type=Path, metavar="FOLDER", help="reference segmentations of the development set, with -i"
@@ -32,15 +38,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (args.images is None) != (args.labels is None):
         raise UserError("-i and -l go together: give both the images and the labels of a development set, or neither.")
 
-    from nnunet_vit_mae.nnunet import calibration
+    if args.uncertainty and args.allow_training_cases:
+        raise UserError(
+            "--uncertainty needs cases that the model was not trained on, whose errors are those of new cases: leave "
+            "out --allow_training_cases."
+        )
+
+    from nnunet_vit_mae.nnunet import calibration, uncertainty
+    from nnunet_vit_mae.nnunet.calibrated import CALIBRATED, refuse_calibrated
     from nnunet_vit_mae.nnunet.folders import find_dataset
     from nnunet_vit_mae.nnunet.models import find_model
 
     device = usable_device(args.device).type
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     chosen = {"trainer": args.trainer, "folds": args.folds, "checkpoint": args.checkpoint}
-    calibration.refuse_calibrated(args.checkpoint)
+    refuse_calibrated(args.checkpoint)
     model = find_model(find_dataset(args.dataset), args.plans, args.configuration, **chosen)
+    if args.uncertainty:
+        uncertainty.refuse_without_volumes(model)
     with locked(model.folder):
         if args.images is not None:
             images, labels = args.images.resolve(), args.labels.resolve()
@@ -51,9 +66,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             cases = calibration.training_cases(model, device)
         else:
             cases = calibration.validation_cases(model, device)
-        fitted = calibration.fit(model, cases, args.objective)
+        fitted = calibration.fit(model, cases, args.objective, temperature=args.temperature)
         written = calibration.write(model, cases, fitted, args.objective)
-    print(calibration.threshold_table(fitted))
+        print(calibration.threshold_table(fitted))
+        if args.uncertainty:
+            images = args.images.resolve() if args.images else model.plan.dataset.raw / "imagesTr"
+            print(uncertainty.summary_text(uncertainty.add_uncertainty(model, cases, images, device)))
     names = [str(file.relative_to(model.folder)) for file in written]
     print(f"Wrote to {model.folder}: {', '.join(names)}.")
-    print(f"Predict with nnUNetv2_predict ... -tr {args.trainer} -chk {calibration.CALIBRATED}.")
+    print(f"Predict with nnUNetv2_predict ... -tr {args.trainer} -chk {CALIBRATED}.")

@@ -65,6 +65,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         help=f"calibration of a model: its {CALIBRATION_RECORD}, written by mae3d_calibrate, or the folder with it",
     )
     add(
+        "--uncertainty",
+        dest="expected",
+        action="append",
+        default=[],
+        metavar="NAME=TABLE.csv",
+        help="table of mae3d_quantify --uncertainty of a model, to list the cases to look at first",
+    )
+    add(
         "--model_folder",
         dest="model_folders",
         action="append",
@@ -84,12 +92,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     predictions = _paths_by_name(args.predictions, "-p")
     records = _paths_by_model(args.calibrations, "--calibration", list(predictions))
     calibrations = {name: read_calibration(path) for name, path in records.items()}
+    tables = _paths_by_model(args.expected, "--uncertainty", list(predictions))
     models = _paths_by_model(args.model_folders, "--model_folder", list(predictions))
     for flag, values in {"--cutoffs": args.cutoffs, "--thickness_bins": args.thickness_bins}.items():
         if values and any(low >= high for low, high in pairwise(values)):
             raise UserError(f"{flag} {' '.join(f'{value:g}' for value in values)}: give ascending numbers.")
     with new_folder(args.output, vars(args)):
-        _evaluate(args, predictions, calibrations, models)
+        _evaluate(args, predictions, calibrations, tables, models)
     print(f"Wrote index.html, cases.csv, summary.json and figures to {args.output}.")
 
 
@@ -97,11 +106,13 @@ def _evaluate(
     args: argparse.Namespace,
     predictions: dict[str, Path],
     calibrations: dict[str, CalibrationRecord],
+    tables: dict[str, Path],
     models: dict[str, Path],
 ) -> None:
     from nnunet_vit_mae.datasets.acquisition import find_scans_table, read_scans_table, slice_thickness
     from nnunet_vit_mae.evaluation.by_token import read_trained_vit
     from nnunet_vit_mae.evaluation.cases import find_evaluation_set, measure_cases
+    from nnunet_vit_mae.evaluation.expected import read_expected, with_expected
     from nnunet_vit_mae.evaluation.report import write_report
     from nnunet_vit_mae.evaluation.results import EvaluationOptions
     from nnunet_vit_mae.evaluation.summary import evaluate, write_tables
@@ -114,6 +125,7 @@ def _evaluate(
         resamples=args.resamples,
         seed=args.seed,
     )
+    expected = {name: read_expected(file) for name, file in tables.items()}
     vits = {name: read_trained_vit(folder) for name, folder in models.items()}
     evaluation_set = find_evaluation_set(args.references, predictions, args.images)
     folders = [folder.resolve().parent for folder in (args.images, args.references) if folder]
@@ -123,6 +135,7 @@ def _evaluate(
     # a process takes as long to start as several cases take to measure
     processes = args.processes or min(4, 1 + len(evaluation_set.cases) // 20)
     cases, notes = measure_cases(evaluation_set, options, processes)
+    cases = with_expected(cases, expected)
     labels = list(evaluation_set.labels.values)
     evaluation = evaluate(cases, evaluation_set.models, labels, options, [*evaluation_set.notes, *notes])
     write_tables(evaluation, args.output)

@@ -15,6 +15,7 @@ from nnunet_vit_mae.cli.arguments import (
     parser_for,
     positive_float,
     positive_int,
+    share,
     usable_device,
     whole_number,
 )
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="MM3",
         help="cutoffs between risk groups (default: quartiles)",
     )
+    add("--uncertainty", action="store_true", help="add intervals of volumes, expected Dice, and maps of disagreement")
+    add("--coverage", type=share, default=0.9, metavar="SHARE", help="share of the intervals to hold the true volume")
     add("-num_parts", type=positive_int, default=1, metavar="N", help="number of parts to divide the cases into")
     add("-part_id", type=whole_number, default=0, metavar="K", help="part to process here, from 0")
     add_device_argument(parser, "cuda")
@@ -72,12 +75,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = find_model(dataset, args.plans, args.configuration, **chosen)
     images, table = args.images.resolve(), args.table.resolve()
     options = {"cutoffs": sorted(args.cutoffs) if args.cutoffs else None, "device": device}
+    options["level"] = args.coverage if args.uncertainty else None
     if args.dicom:
         tables, unfinished = _quantify_dicom(model, images, table, part, args, options)
     else:
         tables, unfinished = quantify(model, find_scans_to_quantify(model, images, part), table, part, **options), ""
     written = f"segmentations in {table.stem}_segmentations{f' and {table.stem}_dicom' if args.dicom else ''}"
     print(f"Wrote {' and '.join(map(str, tables))} with {checkpoint}; {written}.")
+    if args.uncertainty:
+        print(f"Maps of the share of members that disagree, in percent, are in {table.stem}_uncertainty.")
     if unfinished:
         raise UserError(unfinished)
 

@@ -1,4 +1,6 @@
-"""Figures of a calibration (ViTiac, figure 4): volume difference and Dice by threshold, agreement before and after."""
+"""Figures of a calibration: volume difference and Dice by threshold, agreement before and after (ViTiac, figure 4),
+and the reliability of the probabilities.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from matplotlib.ticker import FuncFormatter
 
 from nnunet_vit_mae.evaluation.bland_altman import bland_altman_figure
 from nnunet_vit_mae.evaluation.drawing import COLOURS, styled
+from nnunet_vit_mae.temperature import Reliability
 from nnunet_vit_mae.thresholds import LOG_ODDS_LIMIT, CaseVolumes, ThresholdCurve
 
 TICKS = np.array([0.001, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98, 0.999])
@@ -65,6 +68,30 @@ def agreement_figure(volumes: Sequence[CaseVolumes], label: str) -> Figure:
     reference = np.array([row.reference_mm3 for row in rows])
     before, after = np.array([row.before_mm3 for row in rows]), np.array([row.after_mm3 for row in rows])
     return bland_altman_figure({"before calibration": (reference, before), "after calibration": (reference, after)})
+
+
+@styled
+def reliability_figure(curves: Mapping[str, Mapping[str, Reliability]], temperature: float) -> Figure:
+    """Draw how often voxels belong to each class by the probability that they do (a reliability diagram).
+
+    Args:
+        curves: The curves `before` and `after` the temperature, by class.
+        temperature: The temperature; at 1 both curves are the same, and one is drawn.
+
+    Returns:
+        A figure with a panel for each class.
+    """
+    figure = Figure(figsize=(3.5 * len(curves), 3.6), layout="constrained")
+    names = {"before": "as trained"} | ({"after": f"temperature {temperature:.3g}"} if temperature != 1 else {})
+    for axes, (label, of_label) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        axes.plot([0, 1], [0, 1], color="black", linewidth=1, linestyle=":")
+        for colour, (when, name) in zip(COLOURS, names.items(), strict=False):
+            curve = of_label[when]
+            text = f"{name}, error {curve.expected_error:.3f}" if len(curve.voxels) else f"{name}, no voxels"
+            axes.plot(curve.probability, curve.frequency, marker="o", markersize=3, color=colour, label=text)
+        axes.legend(loc="upper left", fontsize=8)
+        axes.set(xlim=(0, 1), ylim=(0, 1), title=label, xlabel="Probability", ylabel="Share of voxels in the class")
+    return figure
 
 
 def _log_odds(probabilities: np.ndarray | float) -> np.ndarray:

@@ -14,6 +14,7 @@ from nnunet_vit_mae.storage.entries import checked_entries
 from nnunet_vit_mae.storage.files import read_json
 
 CALIBRATION_RECORD = "calibration.json"
+UNCERTAINTY = "uncertainty"  # its section on intervals of volumes and expected Dice
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class _Entries:
     thresholds: dict[str, Annotated[FiniteFloat, Field(ge=0, le=1)]]
     before: dict[str, dict[str, Any]] = field(default_factory=dict)
     after: dict[str, dict[str, Any]] = field(default_factory=dict)
+    checkpoints: dict[str, str] = field(default_factory=dict)  # hashes of the calibrated ones, by path in the model
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ def read_calibration(path: Path) -> CalibrationRecord:
     """
     file = path / CALIBRATION_RECORD if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"{file} is missing: run mae3d_calibrate, or check --calibration.")
+        of_folds = ", ".join(str(found) for found in sorted(path.glob(f"fold_*/{CALIBRATION_RECORD}")))
+        advice = f"give that of a fold ({of_folds})" if of_folds else "run mae3d_calibrate, or check --calibration"
+        raise UserError(f"{file} is missing: {advice}.")
     content = read_json(file)
     checked_entries(_Entries, content, str(file), f"give the {CALIBRATION_RECORD} that mae3d_calibrate wrote")
     return CalibrationRecord(content, file.parent)

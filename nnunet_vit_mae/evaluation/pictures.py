@@ -21,6 +21,7 @@ from nnunet_vit_mae.evaluation.results import Evaluation
 
 CALIBRATION_FIGURES = {  # captions by file name; with several labels there is a Bland-Altman plot for each
     "calibration_curve.png": "Absolute volume difference and Dice on the calibration cases by threshold.",
+    "calibration_reliability.png": "Share of voxels in a class by their probability, on the calibration cases.",
     "calibration_bland_altman*.png": "Agreement of volumes on the calibration cases, before and after calibration.",
 }
 MIME = {".png": "image/png", ".svg": "image/svg+xml"}

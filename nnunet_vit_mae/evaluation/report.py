@@ -12,6 +12,7 @@ from nnunet_vit_mae.evaluation import words
 from nnunet_vit_mae.evaluation.by_token import TrainedVit
 from nnunet_vit_mae.evaluation.calibration_record import CalibrationRecord
 from nnunet_vit_mae.evaluation.cases import EvaluationSet
+from nnunet_vit_mae.evaluation.expected import review_tables
 from nnunet_vit_mae.evaluation.figures import bin_pairs
 from nnunet_vit_mae.evaluation.overlays import ExampleSlice, choose_examples, read_example
 from nnunet_vit_mae.evaluation.pictures import Gallery, draw_label, embed_calibration
@@ -99,6 +100,7 @@ def _label_context(
         "risks": risk_table(risks),
         "groups": words.groups_in_words(risks[0]) if risks else [],
         "bins": [bin_table(evaluation, label, *pair) for pair in bin_pairs(evaluation, label)],
+        "reviews": review_tables(evaluation, label),
         "pictures": draw_label(evaluation, label, slices, gallery, vits),
     }
 

@@ -1,4 +1,4 @@
-"""Thresholds for a trained model of nnU-Net, written into its checkpoints (ViTiac, section 3.1).
+"""Thresholds for a trained model of nnU-Net, written into its checkpoints (ViTiac, section 3.1), and a temperature.
 
 A shift of the bias in front of the softmax (or sigmoids) acts as a threshold on the probability. It still does after
 everything else that nnU-Net does: mirroring, blending of windows, averaging of folds, linear resampling. A calibrated
@@ -7,21 +7,19 @@ model is therefore an ordinary checkpoint, with which nnU-Net's own command pred
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from nnunet_vit_mae.datasets.split.files import SPLITS
 from nnunet_vit_mae.errors import UserError, reading
-from nnunet_vit_mae.evaluation.calibration_figures import agreement_figure, curve_figure
+from nnunet_vit_mae.evaluation.calibration_figures import agreement_figure, curve_figure, reliability_figure
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
 from nnunet_vit_mae.imaging.volumes import NOT_FINITE, all_finite, refuse_large
+from nnunet_vit_mae.nnunet.calibrated import record_folder, write_calibrated
 from nnunet_vit_mae.nnunet.folds import reference_segmentations, split_of, training_names
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
@@ -29,17 +27,19 @@ from nnunet_vit_mae.nnunet.prediction import find_prediction_cases, find_referen
 from nnunet_vit_mae.plots import save_figure
 from nnunet_vit_mae.progress import ProgressBar, progress_bar
 from nnunet_vit_mae.storage.csv_tables import write_rows
-from nnunet_vit_mae.storage.files import inside, replacing, write_json
-from nnunet_vit_mae.storage.pickles import read_trained
+from nnunet_vit_mae.storage.files import inside, write_json
+from nnunet_vit_mae.temperature import (
+    Reliability,
+    VoxelSample,
+    fit_temperature,
+    negative_log_likelihood,
+    reliability_of,
+    sample_voxels,
+)
 from nnunet_vit_mae.thresholds import Calibration, CalibrationCase, CaseVolumes, Classes, ThresholdCurve, fit_thresholds
 from nnunet_vit_mae.weights import file_hash, package_versions
 
-CALIBRATED = "checkpoint_calibrated.pth"
 FOLDER = "calibration"  # in the model's folder, for probabilities that nnU-Net has not saved
-# of our decoders, of nnU-Net's U-Nets, of those inside of our decoder unet, and of nnU-Net's Primus
-HEAD = re.compile(
-    r"(?:decoder\.(?:(?:.+\.)?head|(?:unet\.decoder\.)?seg_layers\.\d+)|up_projection\.decode\.\d+)\.bias"
-)
 RECORDED_PACKAGES = ("nnunet-vit-mae", "nnunetv2", "torch", "numpy")
 
 
@@ -51,6 +51,16 @@ class PredictedCase:
     fold: str | None  # of which it is a validation case; None in a development set
     probabilities: Path
     reference: Path
+
+
+@dataclass(frozen=True)
+class FittedModel:
+    """What was fitted to the cases of a calibration, and how reliable the probabilities are before and after it."""
+
+    calibration: Calibration
+    temperature: float  # 1 unless it was asked for
+    likelihood: dict[str, float]  # mean negative log likelihood of a voxel, `before` and `after` the temperature
+    reliability: dict[str, dict[str, Reliability]]  # by class; `before` and `after`
 
 
 def validation_cases(model: Model, device: str) -> list[PredictedCase]:
@@ -93,37 +103,49 @@ def development_cases(
     return [PredictedCase(name, None, predictions / f"{name}.npz", file) for name, file in references_of.items()]
 
 
-def fit(model: Model, cases: Sequence[PredictedCase], objective: str) -> Calibration:
-    """Find the shifts with the smallest loss on these cases. Raises `UserError` for files that cannot be read."""
+def fit(model: Model, cases: Sequence[PredictedCase], objective: str, *, temperature: bool = False) -> FittedModel:
+    """Find the shifts with the smallest loss on these cases, and the best temperature if asked for.
+
+    Raises `UserError` for files that cannot be read.
+    """
     classes = classes_of(model.plan)
     with progress_bar(len(cases), unit="case", desc="reading") as bar:
-        return fit_thresholds([_calibration_case(model.plan, case, classes, bar) for case in cases], classes, objective)
+        readable = [_calibration_case(model.plan, case, classes, bar) for case in cases]
+        sample = sample_voxels(readable, classes)
+        best = fit_temperature(sample, regions=classes.regions) if temperature else 1.0
+        calibration = fit_thresholds(readable, classes, objective).at_temperature(best)
+    return FittedModel(calibration, best, *_reliabilities(sample, classes, best))
 
 
-def write(model: Model, cases: Sequence[PredictedCase], calibration: Calibration, objective: str) -> list[Path]:
-    """Write a calibrated checkpoint for each fold, the record, the curve as table and figure, and Bland-Altman plots.
+def write(model: Model, cases: Sequence[PredictedCase], fitted: FittedModel, objective: str) -> list[Path]:
+    """Write a calibrated checkpoint for each fold, the record, and curves and Bland-Altman plots.
 
-    Raises `UserError` if the head of the network cannot be found.
+    All but the checkpoints of several folds lies in the folder that `record_folder` names. Raises `UserError` if the
+    head of the network cannot be found.
     """
-    classes, folder = classes_of(model.plan), model.folder
+    classes, folder, calibration = classes_of(model.plan), record_folder(model), fitted.calibration
     shifts = calibration.shifts if classes.regions else (0.0, *calibration.shifts)
-    checkpoints = [shift_checkpoint(file, shifts) for file in model.files]
+    checkpoints = [write_calibrated(file, shifts, fitted.temperature) for file in model.files]
     curves = dict(zip(classes.names, calibration.curves, strict=True))
-    figures = {folder / "calibration_curve.png": curve_figure(curves, calibration.thresholds)}
+    figures = {
+        folder / "calibration_curve.png": curve_figure(curves, calibration.thresholds),
+        folder / "calibration_reliability.png": reliability_figure(fitted.reliability, fitted.temperature),
+    }
     for label in classes.names:
         ending = f"_{label}" if len(classes.names) > 1 else ""
         figures[folder / f"calibration_bland_altman{ending}.png"] = agreement_figure(calibration.volumes, label)
     for file, figure in figures.items():
         save_figure(figure, file)
     _write_curves(curves, folder / "calibration_curve.csv")
-    hashes = {"checkpoints": {file.relative_to(folder).as_posix(): file_hash(file) for file in checkpoints}}
-    record = _record(model, cases, calibration, objective) | hashes
+    hashes = {"checkpoints": {file.relative_to(model.folder).as_posix(): file_hash(file) for file in checkpoints}}
+    record = _record(model, cases, fitted, objective) | hashes
     write_json(record, folder / CALIBRATION_RECORD)
     return [*checkpoints, folder / CALIBRATION_RECORD, folder / "calibration_curve.csv", *figures]
 
 
-def threshold_table(calibration: Calibration) -> str:
-    """Return the threshold of each class, and means before and after, as text."""
+def threshold_table(fitted: FittedModel) -> str:
+    """Return the threshold of each class, means before and after, and calibration errors, as text."""
+    calibration = fitted.calibration
     lines = [f"{'class':20}  {'threshold':>9}  {'mm3 before':>12}  {'after':>12}  {'Dice before':>11}  {'after':>6}"]
     labels = list(dict.fromkeys(row.label for row in calibration.volumes))
     for label, threshold in zip(labels, calibration.thresholds, strict=True):
@@ -132,43 +154,11 @@ def threshold_table(calibration: Calibration) -> str:
         dice = f"{before['dice']:11.3f}  {after['dice']:6.3f}"
         lines.append(f"{label:20}  {threshold:9.4g}  {'  '.join(volumes)}  {dice}")
     lines.append("mm3: mean absolute volume difference. All means are over the cases that the threshold was fitted to.")
+    for label, errors in _calibration_errors(fitted).items():
+        before, after = ("-" if error is None else f"{error:.4f}" for error in errors.values())
+        tempered = f", {after} at the temperature {fitted.temperature:.3g}" if fitted.temperature != 1 else ""
+        lines.append(f"{label}: expected calibration error {before}{tempered}.")
     return "\n".join(lines)
-
-
-def refuse_calibrated(checkpoint: str) -> None:
-    """Raise `UserError` for a checkpoint that already has a threshold."""
-    if checkpoint == CALIBRATED:
-        raise UserError(f"-chk {CALIBRATED} already has a threshold: calibrate the checkpoint that it was made from.")
-
-
-def shift_head(weights: Mapping[str, Tensor], shifts: Sequence[float]) -> dict[str, Tensor]:
-    """Return the weights of a network whose logits are shifted by one number for each output channel.
-
-    The bias of a head may have several consecutive numbers for each channel: that of the `mae` decoder has one for each
-    voxel of a token. Raises `UserError` if the head of the network is not found.
-    """
-    heads = [name for name in weights if HEAD.fullmatch(name)]
-    if not heads:
-        raise UserError(
-            "mae3d_calibrate does not know the last layer of this network: calibrate a model of this package, a U-Net "
-            "with decoder.seg_layers, or a Primus."
-        )
-    shifted = dict(weights)
-    for name in heads:
-        bias = weights[name]
-        change = torch.tensor(shifts, dtype=bias.dtype, device=bias.device)
-        shifted[name] = bias + change.repeat_interleave(len(bias) // len(shifts))
-    return shifted
-
-
-def shift_checkpoint(file: Path, shifts: Sequence[float]) -> Path:
-    """Write `checkpoint_calibrated.pth` beside a checkpoint, without the state that only training needs."""
-    checkpoint = read_trained(file)
-    checkpoint["network_weights"] = shift_head(checkpoint["network_weights"], shifts)
-    checkpoint["optimizer_state"] = checkpoint["grad_scaler_state"] = None
-    with replacing(file.with_name(CALIBRATED)) as temporary, temporary.open("wb") as stream:
-        torch.save(checkpoint, stream)
-    return file.with_name(CALIBRATED)
 
 
 def _validation_cases_of(model: Model, fold: str, device: str) -> list[PredictedCase]:
@@ -232,12 +222,28 @@ def _read_reference(plan: Plan, file: Path) -> tuple[np.ndarray, Sequence[float]
     return labels[0], properties["spacing"]
 
 
-def _record(model: Model, cases: Sequence[PredictedCase], calibration: Calibration, objective: str) -> dict[str, Any]:
-    names = classes_of(model.plan).names
+def _reliabilities(
+    sample: VoxelSample, classes: Classes, temperature: float
+) -> tuple[dict[str, float], dict[str, dict[str, Reliability]]]:
+    """Return likelihood, and reliability by class, before and after a temperature."""
+    temperatures, regions = {"before": 1.0, "after": temperature}, classes.regions
+    likelihood = {when: negative_log_likelihood(sample, value, regions=regions) for when, value in temperatures.items()}
+    by_class = {
+        name: {when: reliability_of(sample, value, index, regions=regions) for when, value in temperatures.items()}
+        for index, name in enumerate(classes.names)
+    }
+    return likelihood, by_class
+
+
+def _record(model: Model, cases: Sequence[PredictedCase], fitted: FittedModel, objective: str) -> dict[str, Any]:
+    names, calibration = classes_of(model.plan).names, fitted.calibration
     folds = {case.name: case.fold for case in cases}
     return {
         "thresholds": dict(zip(names, calibration.thresholds, strict=True)),
         "shifts": dict(zip(names, calibration.shifts, strict=True)),
+        "temperature": fitted.temperature,
+        "calibration_error": _calibration_errors(fitted),
+        "negative_log_likelihood": fitted.likelihood,
         "objective": objective,
         "dataset": model.plan.dataset.name,
         "configuration": model.plan.name,
@@ -249,6 +255,14 @@ def _record(model: Model, cases: Sequence[PredictedCase], calibration: Calibrati
         "after": {name: _means(calibration.volumes, name, "after") for name in names},
         "cases": [asdict(row) | {"fold": folds[row.case]} for row in calibration.volumes],
         "versions": package_versions(RECORDED_PACKAGES),
+    }
+
+
+def _calibration_errors(fitted: FittedModel) -> dict[str, dict[str, float | None]]:
+    """Return the expected calibration error of each class before and after the temperature; None without voxels."""
+    return {
+        name: {when: curve.expected_error if len(curve.voxels) else None for when, curve in curves.items()}
+        for name, curves in fitted.reliability.items()
     }
 
 

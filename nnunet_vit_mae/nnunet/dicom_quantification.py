@@ -27,13 +27,12 @@ from nnunet_vit_mae.imaging.dicom_segmentation import (
 )
 from nnunet_vit_mae.imaging.volumes import without_warnings_of_itk
 from nnunet_vit_mae.nnunet.dicom_scans import DicomInput, convert_cases, find_study_cases, write_study_table
-from nnunet_vit_mae.nnunet.models import Model
+from nnunet_vit_mae.nnunet.models import Model, model_hash
 from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.nnunet.quantification import (
     MODEL_NOTE,
     OTHER_MODEL,
     Part,
-    model_hash,
     quantify,
     refuse_no_table,
     refuse_other_content,
@@ -78,6 +77,7 @@ def quantify_dicom(
     codes: Mapping[str, LabelCodes],
     cutoffs: Sequence[float] | None,
     device: str,
+    level: float | None = None,
 ) -> DicomResult:
     """Quantify the studies of a part, and write segmentation and report of each to `TABLE_dicom` beside the table.
 
@@ -112,7 +112,7 @@ def quantify_dicom(
     write_study_table(model, cases, output / STUDIES)
     with TemporaryDirectory(prefix=f".{table.stem}_images_", dir=table.parent) as folder:
         converted = convert_cases(model, cases[part.number :: part.of], Path(folder))
-        tables = quantify(model, converted.scans, table, part, cutoffs=cutoffs, device=device)
+        tables = quantify(model, converted.scans, table, part, cutoffs=cutoffs, device=device, level=level)
     writer = _CaseWriter(model, codes, thresholds, _algorithm(model, identity))
     problems = {}
     for case, series in with_progress(converted.series.items(), unit="case", desc="writing DICOM"):

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, read_calibration
-from nnunet_vit_mae.nnunet.calibration import CALIBRATED
+from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, UNCERTAINTY
+from nnunet_vit_mae.nnunet.calibrated import CALIBRATED, read_calibration_of
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.nnunet.shared_models import (
@@ -85,8 +85,8 @@ def _texts(models: Sequence[Model], *, case_names: bool) -> tuple[dict[str, Any]
         texts[TRAINING_VOLUMES] = volumes
     else:
         notes.append("The labels are not here: mae3d_quantify will not know the volumes of the training cases.")
-    if any(each.checkpoint == CALIBRATED for each in models):
-        content = dict(read_calibration(model.folder).content)
+    for calibrated in (each for each in models if each.checkpoint == CALIBRATED):
+        content = dict(read_calibration_of(calibrated).content)
         texts[CALIBRATION_RECORD] = content if case_names else _numbered(content)
     return texts, notes
 
@@ -118,7 +118,15 @@ def _numbered(record: Mapping[str, Any]) -> dict[str, Any]:
         list[dict[str, Any]], record.get("cases", []), CALIBRATION_RECORD, "calibrate the model again"
     )
     numbers = {name: f"case_{number}" for number, name in enumerate(dict.fromkeys(row.get("case") for row in rows), 1)}
-    return {**record, "cases": [{**row, "case": numbers[row.get("case")]} for row in rows]}
+    numbered = {**record, "cases": [{**row, "case": numbers[row.get("case")]} for row in rows]}
+    if isinstance(section := record.get(UNCERTAINTY), dict):
+        of_section = checked_entries(
+            list[dict[str, Any]], section.get("cases", []), CALIBRATION_RECORD, "calibrate the model again"
+        )
+        # a case that the threshold was not fitted to has no number, and no name either
+        cases = [{**row, "case": numbers.get(row.get("case"), "case")} for row in of_section]
+        numbered[UNCERTAINTY] = {**section, "cases": cases}
+    return numbered
 
 
 def _checkpoint_members(model: Model, fold: str, file: Path) -> Iterator[tuple[str, bytes]]:

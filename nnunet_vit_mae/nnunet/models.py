@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from nnunet_vit_mae.nnunet.checked_plans import read_plans
 from nnunet_vit_mae.nnunet.folders import Dataset
 from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade
 from nnunet_vit_mae.storage.pickles import read_trained
+from nnunet_vit_mae.weights import file_hash
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ def refuse_damaged_weights(model: Model) -> None:
         bad = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
         if bad:
             raise UserError(f"{file} has NaN or Inf in {abbreviated(bad)}: train again, or name another checkpoint.")
+
+
+def model_hash(model: Model) -> str:
+    """Return twelve hexadecimal digits that change with the checkpoints."""
+    return hashlib.sha256("".join(file_hash(file) for file in model.files).encode()).hexdigest()[:12]
 
 
 def model_folder(dataset: Dataset, trainer: str, plans_name: str, configuration: str) -> Path:

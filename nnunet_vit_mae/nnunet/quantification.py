@@ -7,7 +7,6 @@ others.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,20 +16,20 @@ import numpy as np
 import pandas as pd
 
 from nnunet_vit_mae.errors import UserError, reader_reason
-from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, read_calibration
+from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
 from nnunet_vit_mae.evaluation.clinical import find_cutoffs, group_names, group_of
 from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
-from nnunet_vit_mae.nnunet.calibration import CALIBRATED
-from nnunet_vit_mae.nnunet.models import Model
+from nnunet_vit_mae.nnunet.calibrated import CALIBRATED, read_calibration_of
+from nnunet_vit_mae.nnunet.models import Model, model_hash
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
 from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, predict_cases
 from nnunet_vit_mae.nnunet.preprocessing import resampled_problem
 from nnunet_vit_mae.nnunet.training_range import TrainingRange, read_training_range, volumes_in, warnings_of
+from nnunet_vit_mae.nnunet.uncertainty import LabelColumns, predict_with_uncertainty, read_uncertainty
 from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.csv_tables import read_frame, write_frame
 from nnunet_vit_mae.storage.entries import read_entries
 from nnunet_vit_mae.storage.files import locked, write_json
-from nnunet_vit_mae.weights import file_hash
 
 MODEL_NOTE = "model.json"
 OTHER_MODEL = "segmentations of another model"
@@ -69,37 +68,59 @@ def find_scans_to_quantify(model: Model, images: Path, part: Part) -> Scans:
 
 
 def quantify(
-    model: Model, scans: Scans, table: Path, part: Part, *, cutoffs: Sequence[float] | None, device: str
+    model: Model,
+    scans: Scans,
+    table: Path,
+    part: Part,
+    *,
+    cutoffs: Sequence[float] | None,
+    device: str,
+    level: float | None = None,
 ) -> list[Path]:
     """Predict the scans of a part and write the table; the part that ends last joins the tables of all parts.
 
-    Segmentations are written to `TABLE_segmentations` beside the table. Returns the tables that were written. Raises
-    `UserError` for segmentations of another model there, if another process writes the table, and if the prediction
-    fails.
+    Segmentations are written to `TABLE_segmentations` beside the table. With the `level` of an interval (such as 0.9),
+    each volume gets one and an expected Dice, and maps of uncertainty are written to `TABLE_uncertainty`. Returns the
+    tables that were written. Raises `UserError` for segmentations of another model there, if another process writes the
+    table, and if the prediction fails.
     """
     refuse_no_table(table)
     with locked(part.table(table)):
-        return _quantify(model, scans, table, part, cutoffs=cutoffs, device=device)
+        return _quantify(model, scans, table, part, cutoffs=cutoffs, device=device, level=level)
 
 
 def _quantify(
-    model: Model, scans: Scans, table: Path, part: Part, *, cutoffs: Sequence[float] | None, device: str
+    model: Model,
+    scans: Scans,
+    table: Path,
+    part: Part,
+    *,
+    cutoffs: Sequence[float] | None,
+    device: str,
+    level: float | None,
 ) -> list[Path]:
     work, identity = segmentations_beside(table), model_hash(model)
     note = {"model": identity}
     refuse_other_content(work, note, OTHER_MODEL)
-    thresholds_of(model)  # refuses a bad record before anything is predicted
+    thresholds = thresholds_of(model)  # refuses a bad record before anything is predicted
+    uncertainty = None if level is None else read_uncertainty(model)
     training = read_training_range(model)
     write_json(note, work / MODEL_NOTE)
     checking = with_progress(scans.cases, unit="case", desc="checking")
     geometries = {**scans.unreadable, **{case.name: _check_images(model.plan, case) for case in checking}}
     geometries = dict(sorted(geometries.items()))
-    readable = [name for name, geometry in geometries.items() if isinstance(geometry, Geometry)]
-    places = {"links": work / f"images_part{part.number}", "log": work / f"log_part{part.number}.txt"}
-    predict_cases(model, scans.folder, readable, work, **places, device=device)
+    readable = [case for case in scans.cases if isinstance(geometries[case.name], Geometry)]
+    more: Mapping[str, LabelColumns] = {}
+    if uncertainty is not None and level is not None:
+        maps = table.with_name(f"{table.stem}_uncertainty")
+        more = predict_with_uncertainty(model, uncertainty, readable, work, maps, device=device, level=level)
+    else:
+        places = {"links": work / f"images_part{part.number}", "log": work / f"log_part{part.number}.txt"}
+        predict_cases(model, scans.folder, [case.name for case in readable], work, **places, device=device)
     rows = []
     for name, geometry in with_progress(geometries.items(), unit="case", desc="measuring"):
-        rows += _case_rows(model, name, geometry, work, training, cutoffs)
+        of_case = _case_rows(model, name, geometry, work, training, thresholds, cutoffs)
+        rows += [row | more.get(name, {}).get(row["label"], {}) for row in of_case]
     written = [part.table(table)]
     write_frame(pd.DataFrame(rows).assign(model=identity), written[0])
     parts = [Part(number, part.of).table(table) for number in range(part.of)]
@@ -116,17 +137,15 @@ def best_checkpoint(folder: Path, folds: Sequence[str]) -> str:
     return CALIBRATED if calibrated else "checkpoint_final.pth"
 
 
-def model_hash(model: Model) -> str:
-    """Return twelve hexadecimal digits that change with the checkpoints."""
-    return hashlib.sha256("".join(file_hash(file) for file in model.files).encode()).hexdigest()[:12]
-
-
 def thresholds_of(model: Model) -> dict[str, float]:
     """Return the threshold of each label: the calibrated one, or nnU-Net's 0.5."""
     if model.checkpoint == CALIBRATED:
-        thresholds = read_calibration(model.folder).content["thresholds"]
+        record = read_calibration_of(model)
+        thresholds = record.content["thresholds"]
         if {*thresholds} != {*classes_of(model.plan).names}:
-            raise UserError(f"{model.folder / CALIBRATION_RECORD} has other labels than the model: calibrate it again.")
+            raise UserError(
+                f"{record.folder / CALIBRATION_RECORD} has other labels than the model: calibrate it again."
+            )
         return thresholds
     return dict.fromkeys(classes_of(model.plan).names, 0.5)
 
@@ -175,10 +194,11 @@ def _case_rows(
     geometry: Geometry | str,
     work: Path,
     training: TrainingRange,
+    thresholds: Mapping[str, float],
     cutoffs: Sequence[float] | None,
 ) -> list[dict[str, Any]]:
     """Return a row for each label of a case; the geometry is the reason if the case could not be predicted."""
-    classes, thresholds = classes_of(model.plan), thresholds_of(model)
+    classes = classes_of(model.plan)
     if isinstance(geometry, str):
         return [{"case": case, "label": label, "warnings": geometry} for label in classes.names]
     volumes = volumes_in(work / f"{case}{model.plan.dataset_json['file_ending']}", classes)

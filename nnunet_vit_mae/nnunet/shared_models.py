@@ -16,7 +16,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from pydantic import AfterValidator, Field
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
@@ -110,6 +110,15 @@ def rest_member(fold: str, checkpoint: str) -> str:
 def expected_tensors(plan: Plan, trainer: str, source: str) -> dict[str, Tensor]:
     """Return all tensors of the network that the plans describe, without memory for their values (device `meta`).
 
+    Raises `UserError` as `untrained_network` does.
+    """
+    with torch.device("meta"):
+        return untrained_network(plan, trainer, source).state_dict()
+
+
+def untrained_network(plan: Plan, trainer: str, source: str) -> nn.Module:
+    """Build the network that the plans describe, of any trainer.
+
     Raises `UserError` if the trainer is not installed here, or if nnU-Net cannot build the network; `source` is what
     the error calls the model.
     """
@@ -122,13 +131,11 @@ def expected_tensors(plan: Plan, trainer: str, source: str) -> dict[str, Tensor]
         ) from None
     channels, outputs = len(plan.channel_names), plan.classes
     try:
-        with torch.device("meta"):
-            network = found.build_network_architecture(
-                plan.plans, plan.configuration, channels, outputs, enable_deep_supervision=False
-            )
+        return found.build_network_architecture(
+            plan.plans, plan.configuration, channels, outputs, enable_deep_supervision=False
+        )
     except Exception as error:  # noqa: BLE001  whatever a stranger's plans make of a network
         raise UserError(f"{source} has plans of no network ({reader_reason(error)}): export it again.") from None
-    return network.state_dict()
 
 
 def weights_content(weights: Mapping[str, Tensor]) -> tuple[bytes, dict[str, str]]:
