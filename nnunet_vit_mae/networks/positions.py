@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -23,6 +23,7 @@ from nnunet_vit_mae.networks.tokenizer import Triple
 
 PERIOD = 10_000
 TABLE_DEVIATION = 0.02  # of learned positions before anything is learned, as in other ViTs
+TOKENS_FIRST, HEADS_FIRST = "parts b h n w -> b n parts h w", "b n parts h w -> parts b h n w"
 ROTARY_BASE = 100.0  # the slowest frequency turns once in about 600 units: grids have some tens of tokens along an axis
 
 
@@ -97,17 +98,46 @@ def rotary_positions(
 
 
 def rotated(
-    heads: Float[Tensor, "parts b h n w"], rotation: Float[Tensor, "*b n 2 r"], padding: int = 0
+    heads: Float[Tensor, "parts b h n w"], rotation: Float[Tensor, "*b n 2 r"], *, turned: int, padding: int = 0
 ) -> Float[Tensor, "parts b h n _"]:
-    """Turn queries and keys: pairs (i, i + r) by the angle of their place, what is left over not at all.
+    """Turn the first `turned` parts: pairs (i, i + r) by the angle of their place, what is left over not at all.
 
-    `padding` zeros are appended, which saves a copy.
+    `padding` zeros are appended to each head.
     """
-    cosine, sine = (part.unsqueeze(-3).to(heads.dtype) for part in rotation.unbind(dim=-2))
+    return _Rotated.apply(heads, rotation.to(heads.dtype), turned, padding)
+
+
+class _Rotated(torch.autograd.Function):
+    """The rotation with its gradient, which is the rotation back: autograd's own takes three times as many kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, heads: Float[Tensor, "parts b h n w"], rotation: Float[Tensor, "*b n 2 r"], turned: int, padding: int
+    ) -> Float[Tensor, "parts b h n _"]:
+        ctx.save_for_backward(rotation)
+        ctx.turned, ctx.padding = turned, padding
+        result = functional.pad(heads, (0, padding)) if padding else heads.clone(memory_format=torch.contiguous_format)
+        return _turn(result, heads, rotation, turned, backwards=False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Float[Tensor, "parts b h n _"]) -> tuple[Tensor, None, None, None]:
+        (rotation,) = ctx.saved_tensors
+        gradient = gradients[0][..., : gradients[0].shape[-1] - ctx.padding]
+        # in memory as the heads are, which come from a linear layer
+        result = rearrange(rearrange(gradient, TOKENS_FIRST).clone(memory_format=torch.contiguous_format), HEADS_FIRST)
+        return _turn(result, gradient, rotation, ctx.turned, backwards=True), None, None, None
+
+
+def _turn(result: Tensor, heads: Tensor, rotation: Float[Tensor, "*b n 2 r"], turned: int, *, backwards: bool) -> Tensor:
+    """Turn a copy of the heads in place."""
+    cosine, sine = (part.unsqueeze(-3) for part in rotation.unbind(dim=-2))
     r = cosine.shape[-1]  # torch.compile cannot ask a table, which it holds as a constant, for its shape
-    first, second = heads[..., :r], heads[..., r : 2 * r]
-    parts = [first * cosine - second * sine, first * sine + second * cosine, heads[..., 2 * r :]]
-    return torch.cat([*parts, heads.new_zeros(*heads.shape[:-1], padding)], dim=-1)
+    first, second = heads[:turned, ..., :r], heads[:turned, ..., r : 2 * r]
+    pairs = result[:turned, ..., : 2 * r].unflatten(-1, (2, r))
+    pairs.mul_(cosine[..., None, :])
+    pairs[..., 0, :].addcmul_(second, sine, value=1 if backwards else -1)
+    pairs[..., 1, :].addcmul_(first, sine, value=-1 if backwards else 1)
+    return result
 
 
 @lru_cache(maxsize=16)  # a run meets one or two grids, at two widths
