@@ -8,6 +8,7 @@ patch sizes without interpolation. Encoders from elsewhere may have learned posi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -18,7 +19,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnunet_vit_mae.networks.constants import constant_result
 from nnunet_vit_mae.networks.tokenizer import Triple
 
 PERIOD = 10_000
@@ -77,7 +77,6 @@ class PositionTable(nn.Module):
         return values.flatten(0, 2)
 
 
-@constant_result
 def sine_cosine_positions(
     grid: Triple, width: int, device: torch.device, step: tuple[float, float, float] = (1.0, 1.0, 1.0)
 ) -> Float[Tensor, "n d"]:
@@ -86,15 +85,14 @@ def sine_cosine_positions(
     Each axis fills a third of the width: sines, then cosines, of `width // 6` frequencies. What a width that 6 does not
     divide has left over stays zero.
     """
-    return _sine_cosine_table(grid, width, device, step)
+    return _table(_sine_cosine, device, grid, width, step)
 
 
-@constant_result
 def rotary_positions(
     grid: Triple, head_width: int, device: torch.device, step: tuple[float, float, float], base: float
 ) -> Float[Tensor, "n 2 r"]:
     """Return cosines and sines of the angles of all tokens of a grid: `head_width // 6` frequencies for each axis."""
-    return _rotary_table(grid, head_width, device, step, base)
+    return _table(_rotary, device, grid, head_width, step, base)
 
 
 def rotated(
@@ -128,10 +126,12 @@ class _Rotated(torch.autograd.Function):
         return _turn(result, gradient, rotation, ctx.turned, backwards=True), None, None, None
 
 
-def _turn(result: Tensor, heads: Tensor, rotation: Float[Tensor, "*b n 2 r"], turned: int, *, backwards: bool) -> Tensor:
-    """Turn a copy of the heads in place."""
+def _turn(
+    result: Tensor, heads: Tensor, rotation: Float[Tensor, "*b n 2 r"], turned: int, *, backwards: bool
+) -> Tensor:
+    """Turn `result`, which is a copy of the heads, in place."""
     cosine, sine = (part.unsqueeze(-3) for part in rotation.unbind(dim=-2))
-    r = cosine.shape[-1]  # torch.compile cannot ask a table, which it holds as a constant, for its shape
+    r = cosine.shape[-1]
     first, second = heads[:turned, ..., :r], heads[:turned, ..., r : 2 * r]
     pairs = result[:turned, ..., : 2 * r].unflatten(-1, (2, r))
     pairs.mul_(cosine[..., None, :])
@@ -140,39 +140,47 @@ def _turn(result: Tensor, heads: Tensor, rotation: Float[Tensor, "*b n 2 r"], tu
     return result
 
 
-@lru_cache(maxsize=16)  # a run meets one or two grids, at two widths
-def _sine_cosine_table(
-    grid: Triple, width: int, device: torch.device, step: tuple[float, float, float]
-) -> Float[Tensor, "n d"]:
-    frequencies = width // 6
+def _table(compute: Callable[..., Tensor], device: torch.device, *arguments: Any) -> Tensor:
+    """Return a table, which is kept; compiled networks cannot keep it, and compute it at little cost."""
+    if torch.compiler.is_compiling():
+        return compute(device, *arguments)
+    return _kept_table(compute, device, *arguments)
+
+
+@lru_cache(maxsize=32)  # a run meets one or two grids, at two widths
+def _kept_table(compute: Callable[..., Tensor], device: torch.device, *arguments: Any) -> Tensor:
     # normal tensors even when the first call comes from nnU-Net's predictor, for training may follow in this process
     with torch.inference_mode(False), torch.no_grad():
-        omega = PERIOD ** -(torch.arange(frequencies, dtype=torch.float64) / frequencies)
-        angles = [axis[:, None] * omega for axis in _coordinates(grid, step)]
-        positions = torch.zeros(angles[0].shape[0], width)
-        positions[:, : 6 * frequencies] = torch.cat(
-            [part for a in angles for part in (a.sin(), a.cos())], dim=1
-        ).float()
-        return positions.to(device)
+        return compute(torch.device("cpu"), *arguments).to(device)
 
 
-@lru_cache(maxsize=16)
-def _rotary_table(
-    grid: Triple, head_width: int, device: torch.device, step: tuple[float, float, float], base: float
+def _sine_cosine(
+    device: torch.device, grid: Triple, width: int, step: tuple[float, float, float]
+) -> Float[Tensor, "n d"]:
+    frequencies = width // 6
+    omega = PERIOD ** -(torch.arange(frequencies, dtype=torch.float64, device=device) / frequencies)
+    angles = [axis[:, None] * omega for axis in _coordinates(grid, step, device)]
+    positions = torch.cat([part for a in angles for part in (a.sin(), a.cos())], dim=1).float()
+    return functional.pad(positions, (0, width - 6 * frequencies))
+
+
+def _rotary(
+    device: torch.device, grid: Triple, head_width: int, step: tuple[float, float, float], base: float
 ) -> Float[Tensor, "n 2 r"]:
     frequencies = head_width // 6
-    with torch.inference_mode(False), torch.no_grad():
-        omega = base ** -(torch.arange(frequencies, dtype=torch.float64) / max(1, frequencies))
-        angles = torch.cat([axis[:, None] * omega for axis in _coordinates(grid, step)], dim=1)
-        return torch.stack([angles.cos(), angles.sin()], dim=1).float().to(device)
+    omega = base ** -(torch.arange(frequencies, dtype=torch.float64, device=device) / max(1, frequencies))
+    angles = torch.cat([axis[:, None] * omega for axis in _coordinates(grid, step, device)], dim=1)
+    return torch.stack([angles.cos(), angles.sin()], dim=1).float()
 
 
-def _coordinates(grid: Triple, step: tuple[float, float, float]) -> list[Float[Tensor, " n"]]:
-    axes = [torch.arange(tokens, dtype=torch.float64) * length for tokens, length in zip(grid, step, strict=True)]
+def _coordinates(grid: Triple, step: tuple[float, float, float], device: torch.device) -> list[Float[Tensor, " n"]]:
+    axes = [
+        torch.arange(tokens, dtype=torch.float64, device=device) * length
+        for tokens, length in zip(grid, step, strict=True)
+    ]
     return [axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")]
 
 
 def forget_positions() -> None:
-    """Empty the cache of tables."""
-    _sine_cosine_table.cache_clear()
-    _rotary_table.cache_clear()
+    """Forget the tables that are kept."""
+    _kept_table.cache_clear()
