@@ -21,6 +21,7 @@ from measuring import GIBIBYTE, finish, flops, kernels, seconds_each
 
 from nnunet_vit_mae.networks.memory import pretraining_memory
 from nnunet_vit_mae.presets import DECODERS
+from nnunet_vit_mae.pretraining.loss import COMPILER
 from nnunet_vit_mae.settings import Network, Pretraining
 
 if TYPE_CHECKING:
@@ -29,11 +30,12 @@ if TYPE_CHECKING:
 Cells = dict[str, Any]
 Step = Callable[[], object]
 SCENES = [("S", 96, 8), ("S", 96, 16), ("B", 96, 16), ("S", 64, 4), ("S", 48, 4)]  # size, side of the patch, token
-COMPILERS: dict[str, dict[str, str]] = {"compiled": {}, "compiled, CUDA graphs": {"mode": "reduce-overhead"}}
+COMPILERS: dict[str, dict[str, Any]] = {"compiled": {}, "compiled, CUDA graphs": COMPILER}  # the last one as in runs
 MOST, USUAL = 1024, 16  # batches: the largest one that is tried, and the default of pre-training
 OPTIONS_BATCH, PEERS_BATCH, FINETUNING_BATCH = 64, 16, 4
 PATCH = 96  # of fine-tuning and of the reader on volumes that are made for this
 CEILING = "ceilings"
+ON_DEVICE = "--cache, on the device"
 SECONDS = 2.0  # for which a step is repeated
 
 
@@ -261,23 +263,30 @@ def prediction(bench: Bench, name: str) -> Cells:
     return {"network": name, "patch": " x ".join(map(str, plan.patch_size)), **measured}
 
 
-def reader(bench: Bench, *, cached: bool) -> Cells:
-    """Measure how many crops all cores of this machine read."""
-    from nnunet_vit_mae.pretraining.volumes import Cache
+def reader(bench: Bench, place: str) -> Cells:
+    """Measure how many crops all cores of this machine read, or the device cuts from volumes that it holds."""
+    from nnunet_vit_mae.pretraining.volumes import Cache, DeviceCache
 
     images = sorted(file for file in bench.plan.preprocessed_folder.glob("*.b2nd") if not file.stem.endswith("_seg"))
     readers = 1 if bench.smoke else os.cpu_count() or 1
-    with Cache(images, limit=2**34) if cached else contextlib.nullcontext() as cache:
-        batches = our_batches(bench.plan, images, bench.patch, cache, readers=readers)
-        with contextlib.closing(batches):
-            for _ in range(readers):  # which start one after another
-                next(batches)
-            started, crops = time.perf_counter(), 0
-            while not crops or time.perf_counter() < started + SECONDS * (not bench.smoke):
-                crops += next(batches)
-            taken = time.perf_counter() - started
+    with contextlib.ExitStack() as stack:
+        cache: Any = None
+        if place == ON_DEVICE:
+            cache, readers = DeviceCache(images, bench.device), 0
+        elif place == "--cache":
+            cache = stack.enter_context(Cache(images, limit=2**34))
+        batches = stack.enter_context(
+            contextlib.closing(our_batches(bench.plan, images, bench.patch, cache, readers=readers))
+        )
+        for _ in range(max(1, readers)):  # which start one after another
+            next(batches)
+        started, crops = time.perf_counter(), 0
+        while not crops or time.perf_counter() < started + SECONDS * (not bench.smoke):
+            crops += next(batches)
+        finish()
+        taken = time.perf_counter() - started
     crop = " x ".join(map(str, bench.patch))
-    return {"reader": "--cache" if cached else "files", "crop": crop, "cores": readers, "crops/s": crops / taken}
+    return {"crops from": place, "crop": crop, "readers": readers, "crops/s": crops / taken}
 
 
 def _pretraining_parts(scenes: Sequence[tuple[str, int, int]]) -> Iterator[Part]:
@@ -309,8 +318,8 @@ def parts(*, smoke: bool) -> Iterator[Part]:
         for name, package in {"ours": None, "MONAI": "monai", "nnssl": "nnssl"}.items():
             part = partial(peer, name=name, scene=scene)
             yield Part("peer {} {} {}/{}".format(name, *scene), "Beside other packages", 15, part, package)
-    for cached in (False, True):
-        yield Part(f"reader {'cached' if cached else 'files'}", "The reader", 60, partial(reader, cached=cached))
+    for place in ("files", "--cache", ON_DEVICE):
+        yield Part(f"reader {place}", "The reader", 60, partial(reader, place=place))
     for network in ("U-Net", *DECODERS):
         for augmentation in ("loader", "device") if network in DECODERS else ("loader",):
             part = partial(finetuning, network=network, augmentation=augmentation)

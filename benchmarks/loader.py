@@ -33,7 +33,7 @@ from scipy.ndimage import gaussian_filter
 from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, MaskDrawing, RandomCrops
 from nnunet_vit_mae.pretraining.readers import read_batches
-from nnunet_vit_mae.pretraining.volumes import Cache
+from nnunet_vit_mae.pretraining.volumes import Cache, DeviceCache
 
 if TYPE_CHECKING:
     from nnunet_vit_mae.nnunet.plans import Plan
@@ -132,7 +132,7 @@ def our_batches(
     plan: Plan,
     images: list[Path],
     patch: tuple[int, ...],
-    cache: Cache | None = None,
+    cache: Cache | DeviceCache | None = None,
     *,
     crops: int = 1,
     masks: int = 1,

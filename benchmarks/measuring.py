@@ -8,9 +8,10 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_vit_mae.networks.positions import forget_positions
 
 MEBIBYTE, GIBIBYTE = 2**20, 2**30
+WITHOUT_KERNEL = {"_unsafe_view", "alias", "detach", "empty", "empty_like", "empty_strided", "new_empty"}
+OF_TWO = {"constant_pad_nd": 2, "slice_backward": 2, "select_backward": 2}  # they fill, and copy
 WARM_UP = 3  # steps: the first ones allocate, choose kernels, and compile
 Name = TypeVar("Name", bound=Hashable)
 
@@ -32,9 +36,8 @@ def training_step(model: nn.Module, loss_of: Callable[[], Tensor]) -> Callable[[
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
 
     def step() -> None:
-        loss = loss_of()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss_of().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
@@ -90,6 +93,29 @@ def kernels(step: Callable[[], object]) -> tuple[int, float]:
         taken = time.perf_counter() - started
     ran = [event.time_range.elapsed_us() for event in profiler.events() if event.device_type == DeviceType.CUDA]
     return len(ran), sum(ran) / 1e6 / taken
+
+
+def operations(step: Callable[[], object]) -> Counter[str]:
+    """Count the operations of torch that a step starts, by name, without views and without memory that is not filled.
+
+    It needs no GPU, where nearly all of them are a kernel, and some are two or more: those of lists of tensors, the
+    backward pass of attention and of norms.
+    """
+    with _Operations() as counted:
+        step()
+    return counted.counts
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in WITHOUT_KERNEL:
+            self.counts[name] += OF_TWO.get(name, 1)
+        return func(*args, **(kwargs or {}))
 
 
 def flops(prepare: Callable[[], Callable[[], object]]) -> int:

@@ -19,12 +19,10 @@ from typing import Any
 
 import torch
 from measuring import MEBIBYTE, peak_memory, printed_apart, taken_in_turn, training_step
-from torch import Tensor
 
-from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder
-from nnunet_vit_mae.networks.masking import Masking, Masks, background_tokens
-from nnunet_vit_mae.networks.precision import autocast
+from nnunet_vit_mae.networks.masking import Masking, background_tokens
+from nnunet_vit_mae.pretraining.loss import PretrainingLoss
 from nnunet_vit_mae.settings import Network, Pretraining, token_grid
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -101,12 +99,9 @@ def step_of(
     drawn = [masking.draw(torch.rand(batch, tokens), taking_part) for _ in range(DRAWN_MASKS)]
     masks = cycle([masking.rounds(one)[0].to(device) for one in drawn])
 
-    def loss(volume: Tensor, masks: Masks) -> Tensor:
-        with autocast(device):
-            return reconstruction_loss(model(volume, masks), norm_pix=protocol.norm_pix)
-
-    compiled = loss if compiler is None else torch.compile(loss, dynamic=False, fullgraph=True, **compiler)
-    return training_step(model, lambda: compiled(volume, next(masks)))
+    module = PretrainingLoss(model)
+    loss = module if compiler is None else torch.compile(module, fullgraph=True, **compiler)
+    return training_step(model, lambda: loss(volume, next(masks), norm_pix=protocol.norm_pix)[0])
 
 
 if __name__ == "__main__":

@@ -99,6 +99,7 @@ CONTRASTS = {
 
 LOSSES = ("dice_ce", "dice")
 AUGMENTATIONS = ("loader", "device")
+COMPILING = ("auto", "on", "off")
 
 
 def canonical_contrast(name: str) -> str:

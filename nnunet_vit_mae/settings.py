@@ -15,6 +15,7 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.presets import (
     AUGMENTATIONS,
     BLOCKS,
+    COMPILING,
     DECODERS,
     ENCODER_SETTINGS,
     LOSSES,
@@ -158,6 +159,7 @@ class Pretraining:
     gradient_clip: float = 1.0
     rotation: float = 0.0  # degrees: the largest angle about each axis, of a fifth of the crops
     scaling: tuple[float, float] = (1.0, 1.0)  # smallest and largest factor of sizes, of a fifth of the crops
+    compile: str = "auto"  # forward pass and loss; auto: long runs on a GPU, if torch can
     seed: int = 0  # of weights, crops and masks
 
     def __post_init__(self) -> None:
@@ -180,6 +182,7 @@ class Pretraining:
         factors = list(self.scaling)
         fit = len(factors) == 2 and 0.1 <= factors[0] <= factors[1] <= 10
         _require(fit, "pretraining.scaling", factors, "two factors from 0.1 to 10, the smaller one first")
+        _require(self.compile in COMPILING, "pretraining.compile", self.compile, f"one of {', '.join(COMPILING)}")
         _require(self.seed >= 0, "pretraining.seed", self.seed, "0 or more")
 
     @property
@@ -272,6 +275,9 @@ class Settings:
         width, heads = SIZES[self.network.size].decoder_width, self.pretraining.decoder_heads
         expected = f"0 or a divisor of {width}, the width of the decoder of size {self.network.size}"
         _require(heads == 0 or width % heads == 0, "pretraining.decoder_heads", heads, expected)
+        compiled = self.pretraining.compile
+        fits = compiled != "on" or not self.network.adaptive
+        _require(fits, "pretraining.compile", compiled, "auto or off, as network.adaptive is set")
 
     @classmethod
     def from_dict(cls, block: Mapping[str, Any]) -> Settings:

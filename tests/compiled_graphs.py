@@ -1,24 +1,39 @@
-"""Count the graphs that torch.compile makes of networks; prints them as JSON.
+"""Count the graphs that torch.compile makes of networks, and pre-train with it; prints what comes out as JSON.
 
 It runs in a process of its own, for the checks of shapes in other tests cannot be traced.
 """
 
+import contextlib
 import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
 
+import blosc2
+import numpy as np
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
 
+from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
 from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.networks.memory import segmentation_loss
 from nnunet_vit_mae.networks.precision import autocast
 from nnunet_vit_mae.presets import DECODERS, SIZES, Size
+from nnunet_vit_mae.pretraining import loss
+from nnunet_vit_mae.pretraining import run as loop
+from nnunet_vit_mae.pretraining.job import PretrainingRun
+from nnunet_vit_mae.pretraining.loss import PretrainingLoss
+from nnunet_vit_mae.pretraining.run_report import RunReport
+from nnunet_vit_mae.pretraining.saved_state import save_state
 from nnunet_vit_mae.settings import Network, Pretraining
 
 SIDES, TOKEN, B, C = (7, 8, 9), (4, 4, 4), 2, 3  # tokens reach beyond the volume
@@ -34,6 +49,76 @@ def pretraining(network: dict, protocol: dict) -> int:
     samples = sum(map(len, MIXED)) if settings.adaptive else B
     batches = [(torch.randn(B, C, *SIDES), masking.rounds(masking.draw(torch.rand(samples, TOKENS)))[0]) for _ in "ab"]
     return graphs(lambda volume, masks: reconstruction_loss(model(volume, masks, MIXED), norm_pix=True), batches)
+
+
+def token_numbers() -> int:
+    """Compile the loss of a run, and call it with batches that differ in their numbers of tokens."""
+    loss_of = PretrainingLoss(build_autoencoder(Network(size="Tiny", token=TOKEN), C, Pretraining()))
+    masking = Masking(mask_ratio=0.6)
+    batches = []
+    for some in range(TOKENS, 4, -2):
+        taking_part = torch.arange(TOKENS).expand(B, -1) < some
+        batches.append((torch.randn(B, C, *SIDES), masking.draw(torch.rand(B, TOKENS), taking_part)))
+    return graphs(lambda volume, masks: loss_of(volume, masks, norm_pix=True)[0], batches)
+
+
+def runs() -> dict[str, dict[str, Any]]:
+    """Pre-train eager, compiled after an eager beginning that was interrupted, and without a compiler."""
+    SIZES["Tiny"] = Size(24, 1, 2, 12, 1, 2)
+    loss.COMPILER = {"backend": "aot_eager"}
+    loop.SAVE_EVERY_SECONDS = 0.0
+    shapes = [(9, 8, 9), (4, 9, 9), (8, 4, 12), (7, 9, 5)]  # of which not all fill a crop
+    with TemporaryDirectory() as name, patch.object(RunReport, "draw"):
+        folder, random = Path(name), np.random.default_rng(0)
+        files = [folder / f"case_{number}.b2nd" for number in range(4)]
+        for file, shape in zip(files, shapes, strict=True):
+            blosc2.asarray(random.normal(size=(C, *shape)).astype(np.float32), urlpath=str(file), mode="w")
+        with contextlib.suppress(KeyboardInterrupt), patch.object(loop, "save_state", saved_once):
+            pretrained(files, folder / "resumed", "off")
+        done = {
+            "eager": pretrained(files, folder / "eager", "off"),
+            "resumed": pretrained(files, folder / "resumed", "on"),
+        }
+        loss.COMPILER = {"backend": missing}
+        try:
+            pretrained(files, folder / "refused", "on")
+        except UserError as error:
+            done["refused"] = {"error": str(error)}
+        with patch.object(loss, "_pays", return_value=True):  # as on a GPU
+            return done | {"without a compiler": pretrained(files, folder / "without", "auto")}
+
+
+def missing(*_: Any) -> Callable:
+    """Compile nothing, as where triton is missing."""
+    raise RuntimeError("Cannot find a compiler.\nMore can be found elsewhere.")
+
+
+def saved_once(*state: Any) -> None:
+    """Save a run, and interrupt it."""
+    save_state(*state)
+    raise KeyboardInterrupt
+
+
+def pretrained(files: list[Path], output: Path, kind: str) -> dict[str, Any]:
+    """Pre-train, or go on with it, and return what became of it."""
+    job = PretrainingRun(
+        files=files,
+        channel_names=["a", "b", "c"],
+        patch_size=SIDES,
+        spacing=(1.0, 1.0, 1.0),
+        network=Network(size="Tiny", token=TOKEN),
+        protocol=Pretraining(epochs=4, batch_size=2, plain_share=0.5, base_lr=0.1, compile=kind),
+    )
+    torch._dynamo.reset()
+    counters.clear()
+    done = loop.run(job, output, device=torch.device("cpu"), resume=True)
+    saved = torch.load(output / "state.pt", weights_only=True)["network"]
+    return {
+        "losses": done.losses,
+        "names": sorted(saved),
+        "graphs": counters["stats"]["unique_graphs"],
+        "log": (output / "log.txt").read_text(),
+    }
 
 
 def finetuning(decoder: str, *, adaptive: bool = False) -> int:
@@ -72,6 +157,7 @@ CASES: dict[str, Callable[[], int]] = {
         pretraining, {"adaptive": True, "modality_vectors": "learned"}, {"decoder": "cross", "rebuilt_share": 0.5}
     ),
     **{decoder: partial(finetuning, decoder) for decoder in DECODERS},
+    "numbers of tokens": token_numbers,
     "adaptive unetr": partial(finetuning, "unetr", adaptive=True),
     "on a GPU": on_a_gpu,
     "branching": branching,
@@ -105,4 +191,4 @@ def unet() -> nn.Module:
 if __name__ == "__main__":
     SIZES["Tiny"] = Size(24, 2, 2, 12, 1, 2)  # for tracing takes its time
     torch.set_num_threads(1)
-    print(json.dumps({name: count() for name, count in CASES.items()}))
+    print(json.dumps({"graphs": {name: count() for name, count in CASES.items()}, "runs": runs()}))

@@ -132,6 +132,17 @@ class TestGPU:
         assert two == 2 * one > 0
 
 
+def test_a_step_of_size_s_starts_no_more_operations_than_it_did(monkeypatch):
+    """Their number depends on the blocks alone, not on the tokens."""
+    monkeypatch.setattr("nnunet_vit_mae.networks.precision._has_bf16", lambda _: True)  # as on a GPU
+    step = import_module("pretraining_decoder").step_of({}, "S", 8, 4, 2)
+    step()  # which makes what later ones keep
+    counts = import_module("measuring").operations(step)
+    assert counts["mm"] + counts["addmm"] == 3 * 83 - 1  # of the linear layers: nothing of the step is left out
+    assert counts["_fused_adamw_"] == 1
+    assert counts.total() <= 1390
+
+
 def test_the_ablation_runs_on_a_packed_dataset(tmp_path, monkeypatch, capsys):
     benchmark, random = import_module("ablation"), np.random.default_rng(0)
     labels = np.zeros((4, 10, 18, 14), np.uint8)

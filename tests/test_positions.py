@@ -40,21 +40,34 @@ def test_rotary_scores_depend_on_the_distance_of_two_tokens_alone(first, second,
     table = rotary_positions(GRID, 26, CPU, ONE, 100.0)
 
     def score(one: tuple[int, int, int], other: tuple[int, int, int]) -> torch.Tensor:
-        a, b = (rotated(x, table[index(*place)][None]) for x, place in ((query, one), (key, other)))
+        a, b = (rotated(x, table[index(*place)][None], turned=1) for x, place in ((query, one), (key, other)))
         return (a * b).sum()
 
     torch.testing.assert_close(score(first, second), score(*moved), atol=1e-4, rtol=1e-4)
 
 
 def test_rotation_keeps_lengths_and_leaves_the_rest_alone():
-    heads = torch.randn(2, 3, 2, math.prod(GRID), 26)
+    heads = torch.randn(3, 2, 2, math.prod(GRID), 26)
     table = rotary_positions(GRID, 26, CPU, ONE, 100.0)
-    turned = rotated(heads, table, padding=6)
+    turned = rotated(heads, table, turned=2, padding=6)
     assert table.shape == (math.prod(GRID), 2, 12)
     torch.testing.assert_close(turned[..., :26].norm(dim=-1), heads.norm(dim=-1))
     torch.testing.assert_close(turned[..., 24:26], heads[..., 24:])
     assert not turned[..., 26:].any()
+    torch.testing.assert_close(turned[2, ..., :26], heads[2])  # values have no place
     torch.testing.assert_close(turned[..., 0, :26], heads[..., 0, :])  # the token at the origin is not turned
+    assert (turned[:2, ..., 1:, :26] - heads[:2, ..., 1:, :]).abs().amax(dim=(0, 1, 2, 4)).min() > 1e-3
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("batch", [(), (2,)], ids=["one table", "a table for each sample"])
+def test_the_gradient_of_a_rotation_is_that_of_its_formula(padding, batch):
+    """Against differences of the rotation itself."""
+    torch.manual_seed(0)
+    heads = torch.randn(3, 2, 2, 3, 7, dtype=torch.float64, requires_grad=True)
+    angles = torch.randn(*batch, 3, 2, dtype=torch.float64)
+    rotation = torch.stack([angles.cos(), angles.sin()], dim=-2)
+    assert torch.autograd.gradcheck(lambda x: rotated(x, rotation, turned=2, padding=padding), heads)
 
 
 def test_a_step_in_mm_scales_all_axes_of_the_coordinates():

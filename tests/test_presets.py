@@ -13,6 +13,7 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.presets import (
     BLOCKS,
+    COMPILING,
     DECODERS,
     POSITION_UNITS,
     POSITIONS,
@@ -69,6 +70,7 @@ pretrainings = st.builds(
     warmup=shares,
     loss=st.one_of(st.just({"norm_pix": False}), st.fixed_dictionaries({"plain_share": shares})),
     gradient_clip=positive,
+    compile=st.sampled_from(COMPILING),
 )
 finetunings = st.builds(
     Finetuning,
@@ -171,6 +173,11 @@ def test_a_batch_that_its_reads_do_not_make_up_is_refused():
         chosen.updated({"pretraining": {"batch_size": 12}})
 
 
+def test_a_network_that_takes_each_contrast_on_its_own_is_not_compiled():
+    with pytest.raises(UserError, match=r"compile is 'on', .* auto or off, as network.adaptive is set"):
+        Settings.from_dict({"network": {"adaptive": True}, "pretraining": {"compile": "on"}})
+
+
 def test_decoder_heads_that_do_not_divide_the_width_of_another_size_are_refused():
     chosen = Settings.from_dict({"network": {"size": "S"}, "pretraining": {"decoder_heads": 3}})
     with pytest.raises(UserError, match=r"decoder_heads is 3, .* 512, the width of the decoder of size B"):
@@ -217,6 +224,7 @@ def test_decoder_heads_that_do_not_divide_the_width_of_another_size_are_refused(
         ("pretraining", "plain_share", 1.0),
         ("pretraining", "plain_share", -0.1),
         ("pretraining", "gradient_clip", 0),
+        ("pretraining", "compile", "yes"),
         ("finetuning", "epochs", 0),
         ("finetuning", "iterations", 0),
         ("finetuning", "batch_size", 0),

@@ -102,6 +102,7 @@ def test_a_crop_is_a_piece_of_the_volume_with_zeros_around_it(tmp_path_factory, 
     volume = np.arange(1, 1 + 2 * math.prod(shape), dtype=np.float32).reshape(2, *shape)
     file = write_volume(tmp_path_factory.mktemp("crop") / "case.b2nd", volume)
     crop, bounds = random_crop(open_volume(file), patch, np.random.default_rng(seed))
+    crop = crop.numpy()
     assert crop.shape == (2, *patch)
     inside = crop[0] > 0
     assert inside[tuple(slice(first, end) for first, end in bounds)].all()

@@ -1,6 +1,7 @@
 """Test that volumes in shared memory give the same crops, keep to the limit and leave nothing behind."""
 
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -16,11 +17,13 @@ import torch
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.masking import Masking
+from nnunet_vit_mae.nnunet import pretraining as preparation
 from nnunet_vit_mae.pretraining import distributed
 from nnunet_vit_mae.pretraining import run as loop
 from nnunet_vit_mae.pretraining import volumes as module
+from nnunet_vit_mae.pretraining.affines import AffineDrawing
 from nnunet_vit_mae.pretraining.crops import MaskDrawing, RandomCrops
-from nnunet_vit_mae.pretraining.volumes import Cache
+from nnunet_vit_mae.pretraining.volumes import Cache, DeviceCache
 from nnunet_vit_mae.settings import Network, Pretraining
 
 CPU = torch.device("cpu")
@@ -69,6 +72,43 @@ def test_crops_are_those_of_the_files_in_half_precision(files, crops_of):
         assert torch.equal(cached.crops, direct.crops.half())
         assert torch.equal(cached.flips, direct.flips)
         assert all(torch.equal(a, b) for a, b in zip(cached.masks, direct.masks, strict=True))
+
+
+@pytest.mark.parametrize("affines", [None, AffineDrawing(rotation=30.0, scaling=(0.7, 1.4), spacing=(1.5, 1.0, 1.0))])
+def test_crops_that_are_cut_on_the_device_are_those_of_the_readers(files, crops_of, affines):
+    with Cache(files, PLENTY) as cache:
+        read, cut = crops_of(files, cache), crops_of(files, DeviceCache(files, CPU))
+        read.affines = cut.affines = affines
+        a, b = read[range(12)], cut[range(12)]
+    assert torch.equal(a.crops, b.crops)
+    assert a.present == b.present
+    for one, other in zip(a.samples(CPU).masks, b.samples(CPU).masks, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(a.samples(CPU).volume, b.samples(CPU).volume)
+    held = [tensor.clone() for tensor in cut.cache.volumes.values()]
+    b.crops.zero_()
+    assert all(torch.equal(*pair) for pair in zip(held, cut.cache.volumes.values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("free", "limit", "settings", "reason"),
+    [
+        (10 * PLENTY, PLENTY, {}, None),
+        (2 * PLENTY + 1000, 10 * PLENTY, {}, None),
+        (2 * PLENTY + 999, 10 * PLENTY, {}, "the GPU has room for"),
+        (-1, 10 * PLENTY, {}, r"the GPU has room for 0\.0 GB"),
+        (10 * PLENTY, PLENTY - 1, {}, "--cache allows"),
+        (10 * PLENTY, PLENTY, {"skip_background": True}, "masks depend on the voxels"),
+    ],
+)
+def test_volumes_are_cached_on_a_gpu_that_has_room(files, monkeypatch, caplog, free, limit, settings, reason):
+    monkeypatch.setattr(preparation, "free_memory_of", lambda _: free)
+    monkeypatch.setattr(preparation, "_step_bytes", lambda *_: 1000)
+    machine = preparation.Machine(device=torch.device("cuda"), cache_bytes=limit)
+    caplog.set_level("INFO")
+    assert preparation._fits_on_device(job_of(files, None, **settings), machine) == (reason is None)
+    assert len(caplog.messages) == (reason is not None)
+    assert re.search(reason or "", "".join(caplog.messages))
 
 
 def test_the_limit_holds_and_changes_no_crop(files, crops_of):
@@ -122,8 +162,9 @@ def test_voxels_beyond_half_precision_are_refused(files, monkeypatch, value):
     blosc2.asarray(volume, urlpath=str(files[2]), mode="w")
     made = []
     monkeypatch.setattr(module, "SharedMemory", lambda **given: made.append(SharedMemory(**given)) or made[0])
-    with pytest.raises(UserError, match=r"case_2.b2nd has voxels .* leave out --cache"):
-        Cache(files, PLENTY)
+    for make in (lambda: DeviceCache(files, CPU), lambda: Cache(files, PLENTY)):
+        with pytest.raises(UserError, match=r"case_2.b2nd has voxels .* leave out --cache"):
+            make()
     assert not is_there(made[0].name)
 
 
@@ -188,6 +229,9 @@ def test_the_loss_differs_by_rounding_only_and_goes_on_with_a_cache_alone(files,
         with pytest.raises(UserError, match="other half_precision_crops"):
             loop.run(job_of(files, cache), tmp_path / "direct", device=CPU, resume=True)
         assert loop.run(job_of(files, cache), tmp_path / "cached", device=CPU, resume=True).losses == cached.losses
+    on_device = loop.run(job_of(files, DeviceCache(files, CPU)), tmp_path / "device", device=CPU, resume=False)
+    assert on_device.losses == cached.losses
+    assert "4 of the cases in the memory of the device" in (tmp_path / "device" / "log.txt").read_text()
     with pytest.raises(UserError, match="other half_precision_crops"):
         loop.run(job_of(files, None), tmp_path / "cached", device=CPU, resume=True)
     assert cached.losses == pytest.approx(direct.losses, rel=2e-3)

@@ -25,7 +25,9 @@ from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.positions import forget_positions
 from nnunet_vit_mae.pretraining.crops import RandomCrops
 from nnunet_vit_mae.pretraining.job import PretrainingRun
+from nnunet_vit_mae.pretraining.loss import PretrainingLoss
 from nnunet_vit_mae.pretraining.run import _step
+from nnunet_vit_mae.pretraining.volumes import DeviceCache
 from nnunet_vit_mae.settings import Network, Pretraining
 
 GPU = torch.device("cuda")
@@ -100,6 +102,25 @@ def files(tmp_path: Path) -> list[Path]:
     ],
 )
 def test_a_step_from_the_crops_to_the_optimizer_never_waits(gpu, files, network, protocol, monkeypatch):
+    assert steps(gpu, files, network, protocol, None, monkeypatch) == {"cuda"}
+    assert gpu.waits == []
+
+
+@pytest.mark.parametrize("protocol", [{"crops_per_volume": 2}, {"rotation": 180.0, "scaling": (0.7, 1.4)}])
+def test_no_step_waits_for_crops_that_are_cut_on_the_device(gpu, files, protocol, monkeypatch):
+    assert steps(gpu, files, {}, protocol, DeviceCache(files, GPU), monkeypatch) == {"cuda"}
+    assert gpu.waits == []
+
+
+def steps(
+    gpu: GPUWithoutValues,
+    files: list[Path],
+    network: dict[str, Any],
+    protocol: dict[str, Any],
+    cache: DeviceCache | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> set[str]:
+    """Take two steps; returns where the results of the second one are, whose waits are noted."""
     job = PretrainingRun(
         files=files,
         channel_names=["T1", "T2", "FLAIR"],
@@ -108,20 +129,20 @@ def test_a_step_from_the_crops_to_the_optimizer_never_waits(gpu, files, network,
         network=Network(size="XS", token=TOKEN, **network),
         protocol=Pretraining(batch_size=4, **protocol),
     )
-    crops = RandomCrops(files, SIDES, job.drawing, 0, affines=job.affines)
-    batch = crops[range(job.protocol.reads)]
+    several = job.protocol.crops_per_volume
+    crops = RandomCrops(files, SIDES, job.drawing, 0, cache, crops_per_volume=several, affines=job.affines)
     with GPU:
-        model = build_autoencoder(job.network, C, job.protocol)
+        model = PretrainingLoss(build_autoencoder(job.network, C, job.protocol))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     # torch's engine asks the driver for its streams, so gradients are made here; the tests of the networks have a
     # backward pass without values
     monkeypatch.setattr(Tensor, "backward", lambda _: _give_gradients(model))
 
-    _step(job, 0, model, optimizer, batch.samples(GPU))  # which makes the tables of positions
-    gpu.waits.clear()
-    loss, norm = _step(job, 0, model, optimizer, batch.samples(GPU))
-    assert gpu.waits == []
-    assert {part.device.type for part in (loss, norm)} == {"cuda"}
+    results = []
+    for _ in range(2):  # the first one makes the tables of positions
+        gpu.waits.clear()
+        results = _step(job, 0, model, optimizer, crops[range(job.protocol.reads)].samples(GPU))
+    return {part.device.type for part in results}
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="processes that read crops for each GPU (default: up to 8; on a CPU the training itself reads)",
     )
     parser.add_argument(
-        "--cache", type=positive_float, metavar="GB", help="keep volumes in memory, in half precision, up to this size"
+        "--cache",
+        type=positive_float,
+        metavar="GB",
+        help="keep volumes in memory, in half precision, up to this size; on the GPU if all fit there",
     )
     args = parser.parse_args(argv)
 

@@ -30,6 +30,10 @@ class Masks(NamedTuple):
         """Return the same masks on a device."""
         return Masks(*(part.to(device, non_blocking=True) for part in self))
 
+    def pinned(self) -> Masks:
+        """Return the same masks in memory from which a GPU copies without being waited for."""
+        return Masks(*(part.pin_memory() for part in self))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Masking:

@@ -8,9 +8,10 @@ patch sizes without interpolation. Encoders from elsewhere may have learned posi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -18,11 +19,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnunet_vit_mae.networks.constants import constant_result
 from nnunet_vit_mae.networks.tokenizer import Triple
 
 PERIOD = 10_000
 TABLE_DEVIATION = 0.02  # of learned positions before anything is learned, as in other ViTs
+TOKENS_FIRST, HEADS_FIRST = "parts b h n w -> b n parts h w", "b n parts h w -> parts b h n w"
 ROTARY_BASE = 100.0  # the slowest frequency turns once in about 600 units: grids have some tens of tokens along an axis
 
 
@@ -76,7 +77,6 @@ class PositionTable(nn.Module):
         return values.flatten(0, 2)
 
 
-@constant_result
 def sine_cosine_positions(
     grid: Triple, width: int, device: torch.device, step: tuple[float, float, float] = (1.0, 1.0, 1.0)
 ) -> Float[Tensor, "n d"]:
@@ -85,64 +85,102 @@ def sine_cosine_positions(
     Each axis fills a third of the width: sines, then cosines, of `width // 6` frequencies. What a width that 6 does not
     divide has left over stays zero.
     """
-    return _sine_cosine_table(grid, width, device, step)
+    return _table(_sine_cosine, device, grid, width, step)
 
 
-@constant_result
 def rotary_positions(
     grid: Triple, head_width: int, device: torch.device, step: tuple[float, float, float], base: float
 ) -> Float[Tensor, "n 2 r"]:
     """Return cosines and sines of the angles of all tokens of a grid: `head_width // 6` frequencies for each axis."""
-    return _rotary_table(grid, head_width, device, step, base)
+    return _table(_rotary, device, grid, head_width, step, base)
 
 
 def rotated(
-    heads: Float[Tensor, "parts b h n w"], rotation: Float[Tensor, "*b n 2 r"], padding: int = 0
+    heads: Float[Tensor, "parts b h n w"], rotation: Float[Tensor, "*b n 2 r"], *, turned: int, padding: int = 0
 ) -> Float[Tensor, "parts b h n _"]:
-    """Turn queries and keys: pairs (i, i + r) by the angle of their place, what is left over not at all.
+    """Turn the first `turned` parts: pairs (i, i + r) by the angle of their place, what is left over not at all.
 
-    `padding` zeros are appended, which saves a copy.
+    `padding` zeros are appended to each head.
     """
-    cosine, sine = (part.unsqueeze(-3).to(heads.dtype) for part in rotation.unbind(dim=-2))
-    r = cosine.shape[-1]  # torch.compile cannot ask a table, which it holds as a constant, for its shape
-    first, second = heads[..., :r], heads[..., r : 2 * r]
-    parts = [first * cosine - second * sine, first * sine + second * cosine, heads[..., 2 * r :]]
-    return torch.cat([*parts, heads.new_zeros(*heads.shape[:-1], padding)], dim=-1)
+    return _Rotated.apply(heads, rotation.to(heads.dtype), turned, padding)
 
 
-@lru_cache(maxsize=16)  # a run meets one or two grids, at two widths
-def _sine_cosine_table(
-    grid: Triple, width: int, device: torch.device, step: tuple[float, float, float]
-) -> Float[Tensor, "n d"]:
-    frequencies = width // 6
+class _Rotated(torch.autograd.Function):
+    """The rotation with its gradient, which is the rotation back: autograd's own takes three times as many kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, heads: Float[Tensor, "parts b h n w"], rotation: Float[Tensor, "*b n 2 r"], turned: int, padding: int
+    ) -> Float[Tensor, "parts b h n _"]:
+        ctx.save_for_backward(rotation)
+        ctx.turned, ctx.padding = turned, padding
+        result = functional.pad(heads, (0, padding)) if padding else heads.clone(memory_format=torch.contiguous_format)
+        return _turn(result, heads, rotation, turned, backwards=False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Float[Tensor, "parts b h n _"]) -> tuple[Tensor, None, None, None]:
+        (rotation,) = ctx.saved_tensors
+        gradient = gradients[0][..., : gradients[0].shape[-1] - ctx.padding]
+        # in memory as the heads are, which come from a linear layer
+        result = rearrange(rearrange(gradient, TOKENS_FIRST).clone(memory_format=torch.contiguous_format), HEADS_FIRST)
+        return _turn(result, gradient, rotation, ctx.turned, backwards=True), None, None, None
+
+
+def _turn(
+    result: Tensor, heads: Tensor, rotation: Float[Tensor, "*b n 2 r"], turned: int, *, backwards: bool
+) -> Tensor:
+    """Turn `result`, which is a copy of the heads, in place."""
+    cosine, sine = (part.unsqueeze(-3) for part in rotation.unbind(dim=-2))
+    r = cosine.shape[-1]
+    first, second = heads[:turned, ..., :r], heads[:turned, ..., r : 2 * r]
+    pairs = result[:turned, ..., : 2 * r].unflatten(-1, (2, r))
+    pairs.mul_(cosine[..., None, :])
+    pairs[..., 0, :].addcmul_(second, sine, value=1 if backwards else -1)
+    pairs[..., 1, :].addcmul_(first, sine, value=-1 if backwards else 1)
+    return result
+
+
+def _table(compute: Callable[..., Tensor], device: torch.device, *arguments: Any) -> Tensor:
+    """Return a table, which is kept; compiled networks cannot keep it, and compute it at little cost."""
+    if torch.compiler.is_compiling():
+        return compute(device, *arguments)
+    return _kept_table(compute, device, *arguments)
+
+
+@lru_cache(maxsize=32)  # a run meets one or two grids, at two widths
+def _kept_table(compute: Callable[..., Tensor], device: torch.device, *arguments: Any) -> Tensor:
     # normal tensors even when the first call comes from nnU-Net's predictor, for training may follow in this process
     with torch.inference_mode(False), torch.no_grad():
-        omega = PERIOD ** -(torch.arange(frequencies, dtype=torch.float64) / frequencies)
-        angles = [axis[:, None] * omega for axis in _coordinates(grid, step)]
-        positions = torch.zeros(angles[0].shape[0], width)
-        positions[:, : 6 * frequencies] = torch.cat(
-            [part for a in angles for part in (a.sin(), a.cos())], dim=1
-        ).float()
-        return positions.to(device)
+        return compute(torch.device("cpu"), *arguments).to(device)
 
 
-@lru_cache(maxsize=16)
-def _rotary_table(
-    grid: Triple, head_width: int, device: torch.device, step: tuple[float, float, float], base: float
+def _sine_cosine(
+    device: torch.device, grid: Triple, width: int, step: tuple[float, float, float]
+) -> Float[Tensor, "n d"]:
+    frequencies = width // 6
+    omega = PERIOD ** -(torch.arange(frequencies, dtype=torch.float64, device=device) / frequencies)
+    angles = [axis[:, None] * omega for axis in _coordinates(grid, step, device)]
+    positions = torch.cat([part for a in angles for part in (a.sin(), a.cos())], dim=1).float()
+    return functional.pad(positions, (0, width - 6 * frequencies))
+
+
+def _rotary(
+    device: torch.device, grid: Triple, head_width: int, step: tuple[float, float, float], base: float
 ) -> Float[Tensor, "n 2 r"]:
     frequencies = head_width // 6
-    with torch.inference_mode(False), torch.no_grad():
-        omega = base ** -(torch.arange(frequencies, dtype=torch.float64) / max(1, frequencies))
-        angles = torch.cat([axis[:, None] * omega for axis in _coordinates(grid, step)], dim=1)
-        return torch.stack([angles.cos(), angles.sin()], dim=1).float().to(device)
+    omega = base ** -(torch.arange(frequencies, dtype=torch.float64, device=device) / max(1, frequencies))
+    angles = torch.cat([axis[:, None] * omega for axis in _coordinates(grid, step, device)], dim=1)
+    return torch.stack([angles.cos(), angles.sin()], dim=1).float()
 
 
-def _coordinates(grid: Triple, step: tuple[float, float, float]) -> list[Float[Tensor, " n"]]:
-    axes = [torch.arange(tokens, dtype=torch.float64) * length for tokens, length in zip(grid, step, strict=True)]
+def _coordinates(grid: Triple, step: tuple[float, float, float], device: torch.device) -> list[Float[Tensor, " n"]]:
+    axes = [
+        torch.arange(tokens, dtype=torch.float64, device=device) * length
+        for tokens, length in zip(grid, step, strict=True)
+    ]
     return [axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")]
 
 
 def forget_positions() -> None:
-    """Empty the cache of tables."""
-    _sine_cosine_table.cache_clear()
-    _rotary_table.cache_clear()
+    """Forget the tables that are kept."""
+    _kept_table.cache_clear()

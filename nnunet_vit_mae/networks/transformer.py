@@ -19,7 +19,7 @@ from torch.nn import functional
 from nnunet_vit_mae.networks.positions import rotated
 
 MLP_RATIO = 4
-KERNEL_WIDTH = 16  # attention kernels work on multiples of it; the papers' heads are 10, 20, 40 and 80 wide
+KERNEL_WIDTH = 8  # flash attention works on multiples of it; the papers' heads are 10, 20, 40 and 80 wide
 BRANCH_SCALE = 0.1  # at which LayerScale starts
 
 
@@ -135,10 +135,10 @@ class Attention(nn.Module):
         if context is None:
             query, key, value = self._heads(self.qkv(tokens), rotation, turned=2)
         else:
-            width = tokens.shape[2]
-            query_projection = functional.linear(tokens, self.qkv.weight[:width], self.qkv.bias[:width])
-            (query,) = self._heads(query_projection, rotation, turned=1)
-            projected = functional.linear(context, self.qkv.weight[width:], self.qkv.bias[width:])
+            sizes = [tokens.shape[2], 2 * tokens.shape[2]]
+            weights, biases = self.qkv.weight.split(sizes), self.qkv.bias.split(sizes)
+            (query,) = self._heads(functional.linear(tokens, weights[0], biases[0]), rotation, turned=1)
+            projected = functional.linear(context, weights[1], biases[1])
             key, value = self._heads(projected, context_rotation, turned=1)
         mixed = functional.scaled_dot_product_attention(query, key, value, scale=self.head_width**-0.5)
         return self.out(self.inner_norm(rearrange(mixed[..., : self.head_width], "b h n w -> b n (h w)")))
@@ -150,10 +150,11 @@ class Attention(nn.Module):
         heads = rearrange(projected, "b n (parts h w) -> parts b h n w", h=self.heads, w=self.head_width)
         # zeros add nothing to a scalar product and give zeros in the values: the same result, on a faster kernel
         padding = -self.head_width % KERNEL_WIDTH
-        if rotation is None:
-            return functional.pad(heads, (0, padding)).unbind(0)
-        values = functional.pad(heads[turned:], (0, padding))
-        return [*rotated(heads[:turned], rotation, padding), *values]
+        if rotation is not None:
+            heads = rotated(heads, rotation, turned=turned, padding=padding)
+        elif padding:
+            heads = functional.pad(heads, (0, padding))
+        return heads.unbind(0)
 
 
 def plain_mlp(width: int) -> nn.Sequential:

@@ -25,6 +25,11 @@ def memory_of(device: torch.device) -> int:
     return LARGEST_DEVICE  # Windows tells in another way; its own error comes later
 
 
+def free_memory_of(gpu: torch.device) -> int:
+    """Return the bytes of a GPU's memory that nobody uses."""
+    return torch.cuda.mem_get_info(gpu)[0]
+
+
 def refuse_step_beyond(
     available: int,
     where: str,

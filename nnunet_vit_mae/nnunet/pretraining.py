@@ -16,18 +16,18 @@ import torch
 
 from nnunet_vit_mae.errors import UserError, abbreviated
 from nnunet_vit_mae.networks.memory import pretraining_memory
-from nnunet_vit_mae.nnunet.capacity import memory_of, refuse_step_beyond
+from nnunet_vit_mae.nnunet.capacity import free_memory_of, memory_of, refuse_step_beyond
 from nnunet_vit_mae.nnunet.folders import encoder_file
 from nnunet_vit_mae.nnunet.folds import PreprocessedCase, pretraining_cases
 from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade, settings_for
 from nnunet_vit_mae.nnunet.wandb_tracker import check_wandb, wandb_tracker
-from nnunet_vit_mae.planning import refuse_useless_masks
+from nnunet_vit_mae.planning import in_gb, refuse_useless_masks
 from nnunet_vit_mae.pretraining import distributed
 from nnunet_vit_mae.pretraining.job import PretrainingRun
 from nnunet_vit_mae.pretraining.readers import READY_BATCHES, refuse_without_shared_memory
 from nnunet_vit_mae.pretraining.run import PretrainingResult, run
 from nnunet_vit_mae.pretraining.saved_state import what_is_kept
-from nnunet_vit_mae.pretraining.volumes import ITEM, Cache, volume_problems
+from nnunet_vit_mae.pretraining.volumes import ITEM, Cache, DeviceCache, bytes_in_half_precision, volume_problems
 from nnunet_vit_mae.settings import Pretraining, to_json_types
 from nnunet_vit_mae.storage.files import locked
 from nnunet_vit_mae.tracking import wants_tensorboard
@@ -109,12 +109,15 @@ def pretrain(
     _refuse_large_step(job, machine)
     _refuse_damaged(plan, cases)
     file = encoder_file(plan.dataset.results, plan.plans.plans_name, plan.name, fold)
+    on_device = bool(machine.cache_bytes) and machine.device.type == "cuda" and _fits_on_device(job, machine)
+    if on_device:
+        machine = replace(machine, readers=0)
     if not machine.cache_bytes:
         refuse_without_shared_memory(_ready_batches(machine), _batch_bytes(job, machine, 4))
-    with _cache(job, machine) if machine.cache_bytes else nullcontext() as cache:
+    with _cache(job, machine) if machine.cache_bytes and not on_device else nullcontext() as cache:
         task = partial(
             _make_encoder, replace(job, cache=cache), partial(_card, plan, fold, job, cases), file, resume=resume,
-            readers=machine.readers_of_each,
+            readers=machine.readers_of_each, on_device=on_device,
         )  # fmt: skip
         try:
             distributed.start(task, machine.device, machine.processes)
@@ -125,18 +128,35 @@ def pretrain(
 
 def _refuse_large_step(job: PretrainingRun, machine: Machine) -> None:
     batch, channels = job.protocol.batch_size // machine.all_processes, len(job.channel_names)
-    on_gpu = machine.device.type == "cuda"
-
-    def estimate() -> int:
-        return pretraining_memory(job.network, job.protocol, job.patch_size, channels, batch, on_gpu=on_gpu)
-
     refuse_step_beyond(
         memory_of(machine.device),
-        "the GPU" if on_gpu else "this machine",
+        "the GPU" if machine.device.type == "cuda" else "this machine",
         shape=(batch, channels, *job.patch_size),
-        estimate=estimate,
+        estimate=partial(_step_bytes, job, machine),
         advice="give a smaller --batch_size, or plan with a smaller --size or a larger --token",
     )
+
+
+def _step_bytes(job: PretrainingRun, machine: Machine) -> int:
+    """Return about how much memory a step takes on each device."""
+    batch, on_gpu = job.protocol.batch_size // machine.all_processes, machine.device.type == "cuda"
+    channels = len(job.channel_names)
+    return pretraining_memory(job.network, job.protocol, job.patch_size, channels, batch, on_gpu=on_gpu)
+
+
+def _fits_on_device(job: PretrainingRun, machine: Machine) -> bool:
+    """Return whether the volumes are to be cached on the GPU; if not, say why in the log."""
+    needed = bytes_in_half_precision(job.files)
+    room = (free_memory_of(machine.device) - _step_bytes(job, machine)) // 2  # libraries and fragments take some too
+    if job.network.adaptive or job.protocol.skip_background:
+        reason = "masks depend on the voxels of a crop, which readers look at"
+    elif needed > min(room, machine.cache_bytes):
+        limit = "the GPU has room for" if room < machine.cache_bytes else "--cache allows"
+        reason = f"they take {in_gb(needed)} GB, and {limit} {in_gb(max(0, min(room, machine.cache_bytes)))} GB"
+    else:
+        return True
+    logger.info("The volumes are cached in the memory of this machine and not on the GPU: %s.", reason)
+    return False
 
 
 def _refuse_damaged(plan: Plan, cases: list[PreprocessedCase]) -> None:
@@ -178,10 +198,13 @@ def _make_encoder(
     *,
     resume: bool,
     readers: int,
+    on_device: bool,
 ) -> None:
     """Run one process of a pre-training; rank 0 holds the folder and writes."""
     with ExitStack() as held:
         distributed.from_rank_0(lambda: held.enter_context(locked(file.parent)))
+        if on_device:
+            job = replace(job, cache=DeviceCache(job.files, device))
         result = run(job, file.parent, device=device, resume=resume, readers=readers, more_trackers=wandb_tracker)
         if distributed.is_rank_0():
             save_encoder(result.network.encoder, card(result), file)

@@ -22,7 +22,7 @@ from nnunet_vit_mae.networks.adaptive import present_contrasts, split_contrasts
 from nnunet_vit_mae.networks.masking import Masking, Masks, background_tokens
 from nnunet_vit_mae.networks.tokenizer import grid_of
 from nnunet_vit_mae.pretraining.affines import AffineDrawing, moved, tokens_reached
-from nnunet_vit_mae.pretraining.volumes import Cache, open_volume
+from nnunet_vit_mae.pretraining.volumes import Cache, DeviceCache, open_volume
 from nnunet_vit_mae.settings import token_grid
 
 REGION = 1.5  # sides of what is read for several crops, in sides of one: they differ, and share most of their blocks
@@ -42,13 +42,21 @@ class Samples(NamedTuple):
 
 
 class CropBatch(NamedTuple):
-    """What a reader hands over: crops as they lie in their volumes, and what is to be done where the network trains."""
+    """What a reader hands over: crops as they lie in their volumes, and what is to be done where the network trains.
+
+    The crops may be on the device already; all else is on the host, which decides what is done.
+    """
 
     crops: Float[Tensor, "b c z y x"]
     flips: Bool[Tensor, "b 3"]  # along z y x
     masks: Masks  # of the flipped crops
     present: list[list[int]]  # of each crop
     affines: Float[Tensor, "b 3 3"] | None = None  # of the flipped crops; None: they are neither rotated nor scaled
+
+    def pinned(self) -> CropBatch:
+        """Return the same with all that is on the host in memory from which a GPU copies without being waited for."""
+        crops = self.crops if self.crops.is_cuda else self.crops.pin_memory()
+        return self._replace(crops=crops, flips=self.flips.pin_memory(), masks=self.masks.pinned())
 
     def samples(self, device: torch.device) -> Samples:
         """Flip, rotate and scale the crops on the device, and repeat them for each of their masks."""
@@ -151,7 +159,8 @@ class RandomCrops(Dataset):
     """An endless sequence of reads: pass after pass over the files, each pass in an order of its own.
 
     What a read gives depends on the seed and its number alone: the same in any worker or process and after any restart.
-    With a cache all crops are in half precision, whether their volumes are in it or not.
+    With a cache all crops are in half precision, whether their volumes are in it or not; with one on a device they are
+    cut there.
 
     Args:
         files: Preprocessed volumes (c z y x).
@@ -168,7 +177,7 @@ class RandomCrops(Dataset):
         patch_size: Sequence[int],
         drawing: MaskDrawing,
         seed: int,
-        cache: Cache | None = None,
+        cache: Cache | DeviceCache | None = None,
         *,
         crops_per_volume: int = 1,
         affines: AffineDrawing | None = None,
@@ -193,9 +202,9 @@ class RandomCrops(Dataset):
             if self.affines is not None:
                 own = np.random.default_rng((self.seed, 2, read))
                 maps += [self.affines.draw(own) for _ in range(self.crops_per_volume)]
-        dtype = np.float32 if self.cache is None else np.float16
-        stacked = np.stack(crops, dtype=dtype, casting="same_kind")  # the only copy of cached crops, which are views
-        batch, flipped = torch.from_numpy(stacked), torch.from_numpy(np.stack(flips))
+        dtype = torch.float if self.cache is None else torch.half
+        batch = torch.stack([crop.to(dtype) for crop in crops])  # the only copy of cached crops, which are views
+        flipped = torch.from_numpy(np.stack(flips))
         affines = torch.from_numpy(np.stack(maps)).float() if maps else None
         masks, present = self.drawing.draw(
             batch, torch.tensor(inside), flipped, torch.from_numpy(np.stack(noise)), affines
@@ -239,10 +248,10 @@ class ConsecutiveBatches(Sampler[list[int]]):
 
 def random_crop(
     volume: Any, patch_size: Sequence[int], random: np.random.Generator
-) -> tuple[np.ndarray, list[tuple[int, int]]]:
+) -> tuple[Float[Tensor, "c z y x"], list[tuple[int, int]]]:
     """Cut a crop (c z y x) at a random place; where the volume is smaller than the crop, zeros stand around it.
 
-    `volume` is an array or an open file; a crop of an array may be a view.
+    `volume` is an array, a tensor or an open file; a crop of the first two may be a view.
 
     Returns:
         The crop, and where the volume is in it: the first voxel along z y x, and the first one behind it.
@@ -253,10 +262,10 @@ def random_crop(
         for start, voxels, side in zip(starts, volume.shape[1:], patch_size, strict=True)
     ]
     inside = [(part.start - start, part.stop - start) for part, start in zip(source, starts, strict=True)]
-    piece = volume[(slice(None), *source)]
+    piece = torch.as_tensor(volume[(slice(None), *source)])
     if piece.shape[1:] == tuple(patch_size):
         return piece, inside
-    crop = np.zeros((volume.shape[0], *patch_size), dtype=piece.dtype)
+    crop = piece.new_zeros(piece.shape[0], *patch_size)
     crop[:, *(slice(*part) for part in inside)] = piece
     return crop, inside
 

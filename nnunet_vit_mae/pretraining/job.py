@@ -12,7 +12,7 @@ from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.optimisation import warmup_cosine
 from nnunet_vit_mae.pretraining.affines import AffineDrawing
 from nnunet_vit_mae.pretraining.crops import MaskDrawing
-from nnunet_vit_mae.pretraining.volumes import Cache
+from nnunet_vit_mae.pretraining.volumes import Cache, DeviceCache
 from nnunet_vit_mae.settings import Network, Pretraining, to_json_types
 
 
@@ -26,7 +26,7 @@ class PretrainingRun:
     spacing: tuple[float, ...]  # mm, z y x; for pictures
     network: Network
     protocol: Pretraining
-    cache: Cache | None = None
+    cache: Cache | DeviceCache | None = None
 
     @property
     def drawing(self) -> MaskDrawing:
@@ -66,13 +66,15 @@ class PretrainingRun:
         return self.protocol.lr * warmup_cosine((step + 1) / (self.steps + 1), self.protocol.warmup)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types, for `config.json`."""
+        """Return plain JSON types, for `config.json`: what has to stay the same when a run goes on."""
+        protocol = to_json_types(self.protocol)
+        del protocol["compile"]  # it changes no more than the rounding, and runs may go on elsewhere
         return {
             "cases": [file.stem for file in self.files],
             "channel_names": list(self.channel_names),
             "patch_size": list(self.patch_size),
             "spacing": list(self.spacing),
             "network": to_json_types(self.network),
-            "pretraining": to_json_types(self.protocol),
+            "pretraining": protocol,
             "half_precision_crops": self.cache is not None,
         }

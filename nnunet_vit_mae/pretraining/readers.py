@@ -49,7 +49,8 @@ def read_batches(
     Close the iterator to end the readers; see `reader_failures` for what it raises.
     """
     if not readers:
-        yield from DataLoader(crops, sampler=steps, batch_size=None, pin_memory=pin_memory)
+        for reads in steps:
+            yield crops[reads].pinned() if pin_memory else crops[reads]
         return
     others = set(active_children())
     loader = DataLoader(

@@ -22,13 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import Autoencoder, build_autoencoder
-from nnunet_vit_mae.networks.precision import autocast
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate
 from nnunet_vit_mae.pretraining import distributed
 from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, RandomCrops, Samples
 from nnunet_vit_mae.pretraining.job import PretrainingRun
+from nnunet_vit_mae.pretraining.loss import PretrainingLoss, compiled_where_it_pays, loss_of_step
 from nnunet_vit_mae.pretraining.readers import read_batches, reader_failures
 from nnunet_vit_mae.pretraining.run_log import announce, logging_to
 from nnunet_vit_mae.pretraining.run_report import RunReport
@@ -123,7 +122,7 @@ def _train(
 
     Raises `Stopped` after the step in which a signal came to any process, with the state saved.
     """
-    is_first, model = distributed.is_rank_0(), distributed.synchronised(network)
+    is_first = distributed.is_rank_0()
     first_step = len(losses) * job.steps_per_epoch + len(begun)
     crops = RandomCrops(
         job.files,
@@ -137,8 +136,12 @@ def _train(
     reads = _reads(job, first_step)
     batches = read_batches(crops, reads, readers, pin_memory=device.type == "cuda")
     sample = crops[[0]].samples(device).first() if is_first else None
-    saved, cost = time.monotonic(), 0.0
     network.train()
+    module = compiled_where_it_pays(
+        PretrainingLoss(network), job, len(losses), device, lambda: crops[reads.of(first_step)].samples(device)
+    )
+    model = distributed.synchronised(module)
+    saved, cost = time.monotonic(), 0.0
     with (
         postponed() as signal,
         reader_failures(),
@@ -180,19 +183,16 @@ def _step(
 ) -> tuple[Tensor, Tensor]:
     """Take a step of an epoch on a batch; loss and gradient norm stay on the device, so that a GPU is not waited for.
 
-    `model` is the network, or what averages its gradients over the processes.
+    `model` is the module of the loss, or what averages its gradients over the processes.
     """
-    masks = job.drawing.masking.rounds(samples.masks)[0]
-    with autocast(samples.volume.device):
-        rebuilt = model(samples.volume, masks, samples.present)
-        loss = reconstruction_loss(rebuilt, norm_pix=job.protocol.norm_pix_in(epoch))
-    if distributed.process_count() > 1:  # studies differ in their contrasts, and so do processes in their voxels
-        loss = distributed.part_of_joint_mean(loss, rebuilt.counted.sum())
     optimizer.zero_grad(set_to_none=True)
+    loss, counted = loss_of_step(job, epoch, model, samples)
+    if distributed.process_count() > 1:  # studies differ in their contrasts, and so do processes in their voxels
+        loss = distributed.part_of_joint_mean(loss, counted)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), job.protocol.gradient_clip)
     optimizer.step()
-    return loss.detach(), norm
+    return loss.detach().clone(), norm  # a CUDA graph writes the next loss into the same place
 
 
 def _reads(job: PretrainingRun, first_step: int) -> ConsecutiveBatches:

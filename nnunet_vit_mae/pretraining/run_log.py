@@ -18,6 +18,7 @@ from nnunet_vit_mae.presets import PRETRAINING_DECODERS
 from nnunet_vit_mae.pretraining import distributed
 from nnunet_vit_mae.pretraining.affines import SHARE
 from nnunet_vit_mae.pretraining.job import PretrainingRun
+from nnunet_vit_mae.pretraining.volumes import DeviceCache
 from nnunet_vit_mae.progress import logging_past_progress
 from nnunet_vit_mae.settings import token_grid
 
@@ -52,7 +53,8 @@ def announce(job: PretrainingRun, network: nn.Module, device: torch.device, *, d
         "cases %d, channels %s, crops of %s voxels (z y x)", len(job.files), list(job.channel_names), job.patch_size
     )
     if job.cache is not None:
-        logger.info("%d of the cases in memory, all crops in half precision", len(job.cache))
+        where = "the memory of the device" if isinstance(job.cache, DeviceCache) else "memory"
+        logger.info("%d of the cases in %s, all crops in half precision", len(job.cache), where)
     if protocol.reads < protocol.batch_size:
         logger.info(
             "%d volumes read for a batch, %d crops of each, %d masks of each crop",

@@ -1,4 +1,7 @@
-"""Preprocessed volumes in memory, in half precision and not compressed: a crop is then a copy and nothing else."""
+"""Preprocessed volumes in memory, in half precision and not compressed: a crop is then a copy and nothing else.
+
+The memory is that of the host, which readers share, or that of the device that trains, which then needs no reader.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ from typing import Any
 import blosc2
 import joblib
 import numpy as np
+import torch
+from torch import Tensor
 
 from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.progress import with_progress
@@ -118,9 +123,34 @@ class Cache(AbstractContextManager):
         return np.ndarray(shape, np.float16, self._memory.buf, start)
 
     def _read(self, file: Path) -> None:
-        volume = open_volume(file, threads=joblib.cpu_count())[:]
-        if not np.abs(volume).max() <= np.finfo(np.float16).max:
-            raise UserError(f"{file} has voxels that half precision cannot hold: leave out --cache.")
         place = self.get(file)
         assert place is not None
-        place[...] = volume
+        place[...] = _read_for_half_precision(file)
+
+
+class DeviceCache:
+    """All volumes in the memory of a device; each process that trains makes its own."""
+
+    def __init__(self, files: Sequence[Path], device: torch.device):
+        """Read the volumes; raises `UserError` for voxels that half precision cannot hold."""
+        reading = with_progress(files, desc="reading into the memory of the device", unit="volume")
+        self.volumes = {file: torch.from_numpy(_read_for_half_precision(file)).half().to(device) for file in reading}
+
+    def __len__(self) -> int:
+        return len(self.volumes)
+
+    def get(self, file: Path) -> Tensor:
+        """Return the volume of a file (c z y x), not to be written to."""
+        return self.volumes[file]
+
+
+def bytes_in_half_precision(files: Sequence[Path]) -> int:
+    """Return the memory that all volumes take."""
+    return sum(math.prod(open_volume(file).shape) for file in files) * ITEM
+
+
+def _read_for_half_precision(file: Path) -> np.ndarray:
+    volume = open_volume(file, threads=joblib.cpu_count())[:]
+    if not np.abs(volume).max() <= np.finfo(np.float16).max:
+        raise UserError(f"{file} has voxels that half precision cannot hold: leave out --cache.")
+    return volume
