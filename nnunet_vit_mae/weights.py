@@ -127,7 +127,7 @@ def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 def save_encoder(encoder: nn.Module, card: Card, file: Path) -> None:
     """Write an encoder's state dict and its card; the file is whole or not there.
 
-    Raises `UserError` for an encoder that `load_encoder` would not take.
+    Raises `UserError` for an encoder that `read_encoder` would not take.
     """
     content = encoder_content(encoder.state_dict(), card)
     with replacing(file) as temporary:
@@ -141,7 +141,7 @@ def encoder_content(tensors: Mapping[str, Tensor], card: Card) -> bytes:
     return save(plain, metadata={CARD_KEY: card.to_json()})
 
 
-def load_encoder(file: Path) -> tuple[dict[str, Tensor], Card]:
+def read_encoder(file: Path) -> tuple[dict[str, Tensor], Card]:
     """Read an encoder and its card; whoever gets them may use them without a look at either.
 
     Raises:

@@ -24,7 +24,7 @@ from nnunet_vit_mae.nnunet.folds import labelled_cases, split_of
 from nnunet_vit_mae.nnunet.plans import Plan, destination, load_plan
 from nnunet_vit_mae.nnunet.preprocessing import preprocessed_pool
 from nnunet_vit_mae.transfer import adapt_encoder
-from nnunet_vit_mae.weights import load_encoder
+from nnunet_vit_mae.weights import read_encoder
 
 EXT_TRAINER = "nnUNet_extTrainer"
 TRAINER = "nnUNetTrainerViTMAE"  # the others are in the same file
@@ -123,7 +123,7 @@ def _encoders(plan: Plan) -> Iterator[Diagnosis]:
     files = [Path(settings.encoder.file)] if settings.encoder.file else _own_encoders(plan.dataset, plan)
     for file in files:
         try:
-            tensors, card = load_encoder(file)
+            tensors, card = read_encoder(file)
             _, notes = adapt_encoder(tensors, card, place)
         except UserError as error:
             yield Diagnosis("encoder", ERROR, f"{file} does not fit these plans: {error}")

@@ -14,7 +14,7 @@ from nnunet_vit_mae.foreign.checkpoints import is_foreign
 from nnunet_vit_mae.foreign.conversion import Target, convert_checkpoint
 from nnunet_vit_mae.nnunet.plans import Plan
 from nnunet_vit_mae.storage.files import replacing
-from nnunet_vit_mae.weights import Card, encoder_content, file_hash, load_encoder
+from nnunet_vit_mae.weights import Card, encoder_content, file_hash, read_encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,5 +71,5 @@ def find_encoder(
         file = Path(source.settings.encoder.file)
     if file is None:
         return None
-    tensors, card = load_encoder(file)
+    tensors, card = read_encoder(file)
     return Start(file=file.resolve(), tensors=tensors, card=card, sha256=file_hash(file))

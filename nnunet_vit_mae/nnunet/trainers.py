@@ -36,7 +36,7 @@ from nnunet_vit_mae.presets import SIZES
 from nnunet_vit_mae.settings import EncoderFile, Settings
 from nnunet_vit_mae.storage.pickles import read_trained
 from nnunet_vit_mae.transfer import adapt_encoder
-from nnunet_vit_mae.weights import Card, file_hash, load_encoder
+from nnunet_vit_mae.weights import Card, file_hash, read_encoder
 
 
 class nnUNetTrainerBaseline(ScheduledTrainer):  # noqa: N801 (the names that users type follow nnU-Net)
@@ -250,7 +250,7 @@ class nnUNetTrainerViTMAE(nnUNetTrainerViTScratch):  # noqa: N801
 
     def _load_encoder(self) -> None:
         file = self._find_encoder()
-        tensors, card = load_encoder(file)
+        tensors, card = read_encoder(file)
         place = destination(self.settings.network, self.configuration_manager, self.dataset_json)
         try:
             tensors, notes = adapt_encoder(tensors, card, place)
