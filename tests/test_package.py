@@ -189,6 +189,7 @@ def test_the_wheel_holds_what_it_should(tmp_path):
     assert "nnunet_vit_mae/trainers/nnunet_vit_mae_trainers.py" in names
     for recipe in (REPOSITORY / "plans").glob("*.json"):
         assert f"nnunet_vit_mae/plans/{recipe.name}" in names
+    assert "nnunet_vit_mae/py.typed" in names
     assert any(name.endswith("LICENSE") for name in names)
     assert all(f"{command} =" in entries for command in FLAGS)
     tops = {name.split("/")[0] for name in names}

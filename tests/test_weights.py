@@ -28,8 +28,8 @@ from nnunet_vit_mae.weights import (
     encoder_content,
     file_hash,
     hashed_name,
-    read_encoder,
     package_versions,
+    read_encoder,
     save_encoder,
 )
 

@@ -101,7 +101,7 @@ def _evaluate(
 ) -> None:
     from nnunet_vit_mae.datasets.acquisition import find_scans_table, read_scans_table, slice_thickness
     from nnunet_vit_mae.evaluation.by_token import read_trained_vit
-    from nnunet_vit_mae.evaluation.cases import find_evaluation_set, measure_cases
+    from nnunet_vit_mae.evaluation.cases import find_evaluation_set
     from nnunet_vit_mae.evaluation.report import write_report
     from nnunet_vit_mae.evaluation.results import EvaluationOptions
     from nnunet_vit_mae.evaluation.summary import evaluate, write_tables
@@ -120,11 +120,7 @@ def _evaluate(
     if table := args.csv or find_scans_table([args.references, *folders]):
         known = slice_thickness(read_scans_table(table, [case.name for case in evaluation_set.cases]))
         evaluation_set = evaluation_set.with_slice_thickness(known, table)
-    # a process takes as long to start as several cases take to measure
-    processes = args.processes or min(4, 1 + len(evaluation_set.cases) // 20)
-    cases, notes = measure_cases(evaluation_set, options, processes)
-    labels = list(evaluation_set.labels.values)
-    evaluation = evaluate(cases, evaluation_set.models, labels, options, [*evaluation_set.notes, *notes])
+    evaluation = evaluate(evaluation_set, options, args.processes)
     write_tables(evaluation, args.output)
     print(headline_text(evaluation), flush=True)
     write_report(evaluation, evaluation_set, calibrations, args.output, vits)

@@ -23,7 +23,7 @@ from nnunet_vit_mae.evaluation.calibration_figures import agreement_figure, curv
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
 from nnunet_vit_mae.imaging.volumes import NOT_FINITE, all_finite, refuse_large
 from nnunet_vit_mae.nnunet.folds import reference_segmentations, split_of, training_names
-from nnunet_vit_mae.nnunet.models import Model
+from nnunet_vit_mae.nnunet.models import CALIBRATED, Model
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
 from nnunet_vit_mae.nnunet.prediction import find_prediction_cases, find_reference, predict_cases, read_probabilities
 from nnunet_vit_mae.plots import save_figure
@@ -34,7 +34,6 @@ from nnunet_vit_mae.storage.pickles import read_trained
 from nnunet_vit_mae.thresholds import Calibration, CalibrationCase, CaseVolumes, Classes, ThresholdCurve, fit_thresholds
 from nnunet_vit_mae.weights import file_hash, package_versions
 
-CALIBRATED = "checkpoint_calibrated.pth"
 FOLDER = "calibration"  # in the model's folder, for probabilities that nnU-Net has not saved
 # of our decoders, of nnU-Net's U-Nets, of those inside of our decoder unet, and of nnU-Net's Primus
 HEAD = re.compile(

@@ -9,8 +9,7 @@ from typing import Any
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, read_calibration
-from nnunet_vit_mae.nnunet.calibration import CALIBRATED
-from nnunet_vit_mae.nnunet.models import Model
+from nnunet_vit_mae.nnunet.models import CALIBRATED, Model
 from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.nnunet.shared_models import (
     CARD,
