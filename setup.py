@@ -13,6 +13,7 @@ setup(
         "nnunet_vit_mae": ["py.typed"],
         "nnunet_vit_mae.plans": ["*.json"],
         "nnunet_vit_mae.evaluation": ["*.j2"],
+        "nnunet_vit_mae.sharing": ["*.j2"],
         "nnunet_vit_mae.study": ["*.j2", "Snakefile"],
     },
 )

@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from nnunet_vit_mae.errors import UserError, abbreviated
+from nnunet_vit_mae.hub import local_file
 from nnunet_vit_mae.networks.adaptive import AdaptiveEncoder
 from nnunet_vit_mae.networks.blueprint import ONE_MM
 from nnunet_vit_mae.networks.build import build_encoder
@@ -198,10 +199,11 @@ def load_encoder(file: Path | str) -> PretrainedEncoder:
     """Load an encoder for its features, in eval mode.
 
     Args:
-        file: A file of `mae3d_pretrain`.
+        file: A file of `mae3d_pretrain`, or `hf:owner/name@revision` on the Hugging Face hub.
 
     Raises:
-        UserError: As `read_encoder`, and for a converted encoder without a tokenizer, which takes no volumes.
+        UserError: As `read_encoder`, for a converted encoder without a tokenizer, which takes no volumes, and if the
+            hub cannot be reached.
 
     Example:
         >>> encoder = load_encoder("encoder.safetensors")
@@ -214,7 +216,7 @@ def load_encoder(file: Path | str) -> PretrainedEncoder:
         >>> tokens.mean(dim=1).shape  # features of each volume, for a classifier
         torch.Size([5, 96])
     """
-    tensors, card = read_encoder(Path(file))
+    tensors, card = read_encoder(local_file(file))
     if not any(name.startswith("tokenizer.") for name in tensors):
         raise UserError(f"The encoder {file} has no tokenizer ({card.origin}): fine-tune it with mae3d_plan --encoder.")
     spacing = tuple(card.spacing) or ONE_MM  # of a converted encoder it may not be known

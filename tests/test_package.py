@@ -46,6 +46,7 @@ FLAGS = {
     "mae3d_pretrain": PLAN_FLAGS
     | {"-f", "--epochs", "--mask_ratio", "--batch_size", "--lr", "--adaptive", "--seed", "--c", "-device"}
     | {"-np", "-num_gpus", "--cache"},
+    "mae3d_share": PLAN_FLAGS | {"-f", "-o", "--licence", "--case_hashes", "--repo", "--public"},
     "mae3d_features": PLAN_FLAGS | {"-tr", "-f", "-chk", "--case", "-o", "-device"},
     "mae3d_fill_contrasts": {"-h", "--help", "-d"},
     "mae3d_omit": PLAN_FLAGS | {"-tr", "-f", "-chk", "-i", "-r", "--omit", "-o", "-device"},
@@ -78,6 +79,7 @@ FLAGS = {
 # an arrow goes to a smaller number only, or stays inside its own folder
 LAYERS = {
     "errors": 0,
+    "hub": 0,
     "installation": 0,
     "storage": 0,
     "processes": 0,
@@ -102,6 +104,7 @@ LAYERS = {
     "foreign": 2,
     "pretraining": 2,
     "evaluation": 2,
+    "sharing": 3,
     "study": 3,
     "nnunet": 3,
     "demonstration": 3,
@@ -109,6 +112,7 @@ LAYERS = {
 }
 SAME_LAYER = {
     ("storage", "errors"),
+    ("hub", "errors"),
     ("processes", "errors"),
     ("settings", "errors"),
     ("settings", "presets"),

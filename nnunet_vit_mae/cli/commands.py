@@ -15,7 +15,7 @@ GROUPS = {  # in the order of the work
     "From the hospital's files to a dataset": (
         "convert", "crop_roi", "refine_labels", "fill_contrasts", "check", "split",
     ),
-    "Pre-training": ("plan", "preprocess", "pretrain"),
+    "Pre-training": ("plan", "preprocess", "pretrain", "share"),
     "Trained models": ("calibrate", "quantify", "evaluate", "omit", "features", "export", "import"),
     "Does it help on these data?": ("study",),
 }  # fmt: skip

@@ -23,7 +23,6 @@ from nnunet_vit_mae.nnunet.shared_models import (
     rest_member,
     weights_content,
     weights_member,
-    without_paths,
 )
 from nnunet_vit_mae.nnunet.training_range import (
     FINGERPRINT,
@@ -34,6 +33,7 @@ from nnunet_vit_mae.nnunet.training_range import (
 )
 from nnunet_vit_mae.storage.archives import json_content, write_archive
 from nnunet_vit_mae.storage.entries import checked_entries, read_entries
+from nnunet_vit_mae.storage.files import without_paths
 from nnunet_vit_mae.storage.pickles import read_trained
 from nnunet_vit_mae.weights import package_versions
 

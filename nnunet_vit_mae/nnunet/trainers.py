@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_vit_mae.datasets.split.files import parent_fold
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
+from nnunet_vit_mae.hub import local_file
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.nnunet.absence import keeping_absence
@@ -307,9 +308,9 @@ class nnUNetTrainerAMAEScratch(nnUNetTrainerViTScratch):  # noqa: N801
 
 def _unchanged(encoder: EncoderFile) -> Path:
     """Return the encoder that the plans name; raise `UserError` when it is missing or has changed."""
-    file = Path(encoder.file)
+    file = local_file(encoder.file)
     if not file.is_file():
         raise UserError(f"The encoder {file}, which the plans name, is missing: put it back, or run mae3d_plan again.")
     if file_hash(file) != encoder.sha256:
-        raise UserError(f"The encoder {file} has changed since the plans were written: run mae3d_plan again.")
+        raise UserError(f"The encoder {encoder.file} has changed since the plans were written: run mae3d_plan again.")
     return file
