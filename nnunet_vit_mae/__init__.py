@@ -19,15 +19,9 @@ if TYPE_CHECKING:
     from nnunet_vit_mae.nnunet.quantification import find_scans_to_quantify as find_scans_to_quantify
     from nnunet_vit_mae.nnunet.quantification import quantify as quantify
     from nnunet_vit_mae.settings import Network as Network
-    from nnunet_vit_mae.thresholds import (
-        CalibrationCase as CalibrationCase,
-    )
-    from nnunet_vit_mae.thresholds import (
-        Classes as Classes,
-    )
-    from nnunet_vit_mae.thresholds import (
-        fit_thresholds as fit_thresholds,
-    )
+    from nnunet_vit_mae.thresholds import CalibrationCase as CalibrationCase
+    from nnunet_vit_mae.thresholds import Classes as Classes
+    from nnunet_vit_mae.thresholds import fit_thresholds as fit_thresholds
     from nnunet_vit_mae.weights import PretrainedEncoder as PretrainedEncoder
     from nnunet_vit_mae.weights import load_encoder as load_encoder
 

@@ -48,7 +48,8 @@ def download(address: str) -> tuple[Path, str]:
     repository, revision = match.groups()
     from huggingface_hub import hf_hub_download
 
-    with _answers_in_words(f"The encoder {address} cannot be downloaded"):
+    otherwise = f"copy {WEIGHTS} here and give its path"
+    with _answers_in_words(f"The encoder {address} cannot be downloaded", otherwise):
         file = Path(hf_hub_download(repository, WEIGHTS, revision=revision))
     commit = file.parent.name  # the hub's cache has a folder for each commit
     return file, f"{PREFIX}{repository}@{commit}"
@@ -62,7 +63,8 @@ def push(folder: Path, files: Sequence[str], repository: str, *, public: bool) -
     """
     from huggingface_hub import HfApi
 
-    with _answers_in_words(f"{folder} is written, but cannot be pushed to {repository}"):
+    what = f"{folder} is written, but cannot be pushed to {repository}"
+    with _answers_in_words(what, "give the same command where there is one"):
         hub = HfApi()
         hub.create_repo(repository, private=not public, exist_ok=True)
         message = "Share an encoder of nnunet-vit-mae"
@@ -73,18 +75,18 @@ def push(folder: Path, files: Sequence[str], repository: str, *, public: bool) -
 
 
 @contextmanager
-def _answers_in_words(what: str) -> Iterator[None]:
-    """Turn the errors of huggingface_hub into a `UserError` that begins with `what`; a full disk stays as it is."""
+def _answers_in_words(what: str, otherwise: str) -> Iterator[None]:
+    """Turn the errors of huggingface_hub into a `UserError` that begins with `what`; a full disk stays as it is.
+
+    `otherwise` is what to do without a network.
+    """
     from huggingface_hub import errors
 
-    reach = (
-        "the hub cannot be reached: this needs a network (unset HF_HUB_OFFLINE, check HF_ENDPOINT), or the file "
-        f"{WEIGHTS} itself, copied here and given by its path"
-    )
+    reach = "the hub cannot be reached: this needs a network (unset HF_HUB_OFFLINE, check HF_ENDPOINT)"
     try:
         yield
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        raise UserError(f"{what}, because {reach}.") from None
+        raise UserError(f"{what}, because {reach}; otherwise {otherwise}.") from None
     except errors.RepositoryNotFoundError:
         raise UserError(f"{what}, because the hub knows no such repository; if it is private, {TOKEN}.") from None
     except errors.RevisionNotFoundError:
@@ -100,4 +102,4 @@ def _answers_in_words(what: str) -> Iterator[None]:
     except Exception as error:  # the HTTP library of huggingface_hub has errors of its own, and has changed twice
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
             raise
-        raise UserError(f"{what} ({reader_reason(error)}), because {reach}.") from None
+        raise UserError(f"{what} ({reader_reason(error)}), because {reach}; otherwise {otherwise}.") from None

@@ -136,9 +136,3 @@ def running_hub() -> Iterator[HubServer]:
             yield server
         finally:
             server.shutdown()
-
-
-if __name__ == "__main__":  # to try commands by hand
-    with running_hub() as hub:
-        print(hub.url, flush=True)
-        Thread(target=hub.serve_forever).join()
