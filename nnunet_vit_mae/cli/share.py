@@ -69,7 +69,3 @@ def _licence(text: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", text):
         raise argparse.ArgumentTypeError(f"{text} is not a licence as the hub spells it, such as cc-by-4.0")
     return text
-
-
-if __name__ == "__main__":
-    main()
