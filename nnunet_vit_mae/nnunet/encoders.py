@@ -70,8 +70,9 @@ def find_encoder(
         return Start(place=str(converted), tensors=tensors, card=card, sha256=digest, converted=content)
     if token_order is not None:
         raise UserError("--token_order is for a checkpoint of nnssl, which --encoder must name.")
-    place = place or source.settings.encoder.file
-    if not place:
+    if place is None:
+        place = source.settings.encoder.file or None
+    if place is None:
         return None
     file, pinned = download(str(place)) if is_address(place) else (Path(place), str(Path(place).resolve()))
     tensors, card = read_encoder(file)
