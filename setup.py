@@ -10,8 +10,10 @@ setup(
     packages=[*find_packages(include=["nnunet_vit_mae*"]), "nnunet_vit_mae.trainers", "nnunet_vit_mae.plans"],
     package_dir={"nnunet_vit_mae.trainers": "trainers", "nnunet_vit_mae.plans": "plans"},
     package_data={
+        "nnunet_vit_mae": ["py.typed"],
         "nnunet_vit_mae.plans": ["*.json"],
         "nnunet_vit_mae.evaluation": ["*.j2"],
+        "nnunet_vit_mae.sharing": ["*.j2"],
         "nnunet_vit_mae.study": ["*.j2", "Snakefile"],
     },
 )

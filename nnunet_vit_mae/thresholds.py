@@ -95,7 +95,7 @@ class Calibration:
         return replace(self, shifts=tuple(shift / temperature for shift in self.shifts), curves=curves)
 
 
-def fit_thresholds(cases: Sequence[CalibrationCase], classes: Classes, objective: str) -> Calibration:
+def fit_thresholds(cases: Sequence[CalibrationCase], classes: Classes, objective: str = "volume") -> Calibration:
     """Fit the threshold of each class to labelled cases.
 
     Several classes of a softmax are fitted in turn until none improves; each step is exact. Fit on cases that the model
@@ -115,7 +115,7 @@ def fit_thresholds(cases: Sequence[CalibrationCase], classes: Classes, objective
         >>> foreground = np.array([[[0.1, 0.3, 0.4]]], dtype=np.float32)
         >>> probabilities, labels = np.stack([1 - foreground, foreground]), np.array([[[0, 1, 1]]])
         >>> case = CalibrationCase("case_1", voxel_mm3=2.0, read=lambda: (probabilities, labels))
-        >>> calibration = fit_thresholds([case], Classes(("lesion",), ((1,),)), "volume")
+        >>> calibration = fit_thresholds([case], Classes(("lesion",), ((1,),)))
         >>> 0.1 < calibration.thresholds[0] < 0.3
         True
         >>> calibration.volumes[0].before_mm3, calibration.volumes[0].after_mm3

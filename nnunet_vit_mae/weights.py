@@ -21,7 +21,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from nnunet_vit_mae.errors import UserError, abbreviated
+from nnunet_vit_mae.hub import local_file
+from nnunet_vit_mae.networks.adaptive import AdaptiveEncoder
+from nnunet_vit_mae.networks.blueprint import ONE_MM
 from nnunet_vit_mae.networks.build import build_encoder
+from nnunet_vit_mae.networks.encoder import Encoder
+from nnunet_vit_mae.networks.tokenizer import Triple
 from nnunet_vit_mae.presets import ENCODER_SETTINGS
 from nnunet_vit_mae.settings import Network, Settings
 from nnunet_vit_mae.storage.files import replacing
@@ -33,6 +38,31 @@ PACKAGES = ("nnunet-vit-mae", "nnunetv2", "torch")
 Voxels = Annotated[int, Field(gt=0, le=10**6)]  # along an axis
 Millimetres = Annotated[FiniteFloat, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+
+
+class PretrainedEncoder(nn.Module):
+    """An encoder whose call takes volumes; `card` says how they have to be: channels, spacing, normalisation.
+
+    Shapes: volume (b c z y x) of any size -> tokens (b n d), and their grid (z y x), whose product is n. Tokens are in
+    the order of the grid, z slowest.
+
+    Channels are those of `card.channel_names`. An adaptive encoder takes a channel of exact zeros for a contrast that
+    is missing, and gives at each place the maximum over the contrasts that are present (AMAE, section 2.3).
+    """
+
+    def __init__(self, encoder: Encoder | AdaptiveEncoder, card: Card):
+        super().__init__()
+        self.encoder, self.card = encoder, card
+
+    def forward(self, volume: Tensor) -> tuple[Tensor, Triple]:
+        names = self.card.channel_names
+        if volume.ndim != 5 or volume.shape[1] != len(names):
+            raise ValueError(
+                f"The volume has the shape {tuple(volume.shape)}, but must be (b c z y x) with {len(names)} channels: "
+                f"{', '.join(names)}."
+            )
+        encoded = self.encoder.encode(volume, taps=())
+        return encoded.tokens, encoded.grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +157,7 @@ def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 def save_encoder(encoder: nn.Module, card: Card, file: Path) -> None:
     """Write an encoder's state dict and its card; the file is whole or not there.
 
-    Raises `UserError` for an encoder that `load_encoder` would not take.
+    Raises `UserError` for an encoder that `read_encoder` would not take.
     """
     content = encoder_content(encoder.state_dict(), card)
     with replacing(file) as temporary:
@@ -141,7 +171,7 @@ def encoder_content(tensors: Mapping[str, Tensor], card: Card) -> bytes:
     return save(plain, metadata={CARD_KEY: card.to_json()})
 
 
-def load_encoder(file: Path) -> tuple[dict[str, Tensor], Card]:
+def read_encoder(file: Path) -> tuple[dict[str, Tensor], Card]:
     """Read an encoder and its card; whoever gets them may use them without a look at either.
 
     Raises:
@@ -163,6 +193,36 @@ def load_encoder(file: Path) -> tuple[dict[str, Tensor], Card]:
     except UserError as error:
         raise UserError(f"The encoder {file} cannot be used: {str(error).rstrip('.')}.") from None
     return tensors, card
+
+
+def load_encoder(file: Path | str) -> PretrainedEncoder:
+    """Load an encoder for its features, in eval mode.
+
+    Args:
+        file: A file of `mae3d_pretrain`, or `hf:owner/name@revision` on the Hugging Face hub.
+
+    Raises:
+        UserError: As `read_encoder`, for a converted encoder without a tokenizer, which takes no volumes, and if the
+            hub cannot be reached.
+
+    Example:
+        >>> encoder = load_encoder("encoder.safetensors")
+        >>> encoder.card.channel_names, encoder.card.token
+        (['T1', 'FLAIR'], [2, 4, 8])
+        >>> with torch.inference_mode():
+        ...     tokens, grid = encoder(torch.randn(5, 2, 8, 12, 16))
+        >>> tokens.shape, grid
+        (torch.Size([5, 24, 96]), (4, 3, 2))
+        >>> tokens.mean(dim=1).shape  # features of each volume, for a classifier
+        torch.Size([5, 96])
+    """
+    tensors, card = read_encoder(local_file(file))
+    if not any(name.startswith("tokenizer.") for name in tensors):
+        raise UserError(f"The encoder {file} has no tokenizer ({card.origin}): fine-tune it with mae3d_plan --encoder.")
+    spacing = tuple(card.spacing) or ONE_MM  # of a converted encoder it may not be known
+    encoder = build_encoder(card.settings, len(card.channel_names), spacing=spacing)
+    encoder.load_state_dict(tensors)
+    return PretrainedEncoder(encoder, card).eval()
 
 
 def check_encoder(tensors: Mapping[str, Tensor], card: Card) -> None:

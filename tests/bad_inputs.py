@@ -44,6 +44,7 @@ DICOM = f"{QUANTIFY} --dicom"
 OMIT = f"mae3d_omit -d 901 -p Tiny -tr nnUNetTrainerViTMAE -i {RAW}/imagesTs -r {RAW}/labelsTs -o omitted -device cpu"
 EVALUATE = f"mae3d_evaluate -r {RAW}/labelsTs -p A={RAW}/labelsTs -o report -np 1 --resamples 20"
 EXPORT = "mae3d_export -d 901 -p Tiny"
+SHARE = "mae3d_share -d 901 -p Tiny -f 0 -o shared"
 SPLIT = "mae3d_split -d 901 -o split --folds 3"
 CHECK = "mae3d_check -d 901 -o check -np 1"
 FILL = "mae3d_fill_contrasts -d 901"
@@ -677,6 +678,12 @@ FLAG_ROWS = [
     Row("--seed 2^64", f"mae3d_demo -o demo --seed {2**64}", "--seed"),
     Row("an unknown flag", "mae3d_trainers --nothing", "--nothing"),
     Row("an unknown flag", "mae3d_doctor --nothing", "--nothing"),
+    Row("an address that is none", f"{PLAN} --encoder hf:vessel", "hf:vessel is no address on the hub"),
+    Row("a fold without an encoder", SHARE.replace("-f 0", "-f 3"), "There is no encoder"),
+    Row("an encoder cut off", SHARE, "encoder.safetensors is damaged", cut(f"{RUN}/encoder.safetensors")),
+    Row("a public repository without a name", f"{SHARE} --public", "--repo"),
+    Row("a repository without an owner", f"{SHARE} --repo vessel", "vessel is not OWNER/NAME"),
+    Row("a licence that the hub does not know", f"{SHARE} --licence CC", "CC is not a licence"),
     Row("a model that is not trained", f"{EXPORT} -o model.zip -f 3", "no checkpoint"),
     Row("a checkpoint of NaN", f"{EXPORT} -o new.zip", "NaN", saved(CHECKPOINT, nan_weights)),
     Row("an archive that is missing", "mae3d_import nowhere.zip", "nowhere.zip"),

@@ -1,6 +1,7 @@
 """Calibration and quantification of models in nnU-Net's folders, with predictions that are made here."""
 
 import csv
+import doctest
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.calibration_record import read_calibration
 from nnunet_vit_mae.imaging.volumes import Geometry
 from nnunet_vit_mae.networks.build import build_segmenter
+from nnunet_vit_mae.nnunet import quantification
 from nnunet_vit_mae.nnunet.calibrated import calibrated_head
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.members import MemberPredictor
@@ -434,6 +436,12 @@ def pretend_to_predict(table, scans):
 
 def quantify(scans, table, *flags):
     quantify_command.main(["-d", "901", "-tr", TRAINER, "-device", "cpu", "-i", str(scans), "-o", str(table), *flags])
+
+
+def test_the_example_in_the_docstring(model, in_workspace, scans, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pretend_to_predict(tmp_path / "volumes.csv", scans)
+    assert doctest.testmod(quantification) == doctest.TestResults(failed=0, attempted=5)
 
 
 def test_volumes_are_those_of_the_segmentations(model, in_workspace, scans, tmp_path):

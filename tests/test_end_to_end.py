@@ -16,7 +16,7 @@ import torch
 from conftest import SHAPE, Workspace
 
 from nnunet_vit_mae.storage.csv_tables import read_rows
-from nnunet_vit_mae.weights import load_encoder
+from nnunet_vit_mae.weights import read_encoder
 
 pytestmark = pytest.mark.slow
 
@@ -116,7 +116,7 @@ def test_the_whole_path_as_a_user_types_it(workspace, tmp_path):
 
 def test_pretraining_writes_an_encoder_with_its_card(pretrained):
     folder = pretraining_folder(pretrained) / "fold_all"
-    _, card = load_encoder(folder / "encoder.safetensors")
+    _, card = read_encoder(folder / "encoder.safetensors")
     assert card.channel_names == ["T1", "FLAIR"]
     assert (card.dataset, card.data_licence, card.epochs) == ("Dataset901_Tiny", "CC0", 2)
     assert card.seen([f"train_{i}" for i in range(6)]) == [f"train_{i}" for i in range(6)]
@@ -172,7 +172,7 @@ def test_fine_tuning_starts_from_the_encoder(copied):
     copied.call(*"nnUNetv2_train 901 3d_fullres 1 -p Still -device cpu -tr nnUNetTrainerViTMAE".split())
     folder = training_folder(copied, "nnUNetTrainerViTMAE", "Still", fold=1)
     weights = checkpoint_of(folder)["network_weights"]
-    tensors, _ = load_encoder(source / "fold_all" / "encoder.safetensors")
+    tensors, _ = read_encoder(source / "fold_all" / "encoder.safetensors")
     for name, tensor in tensors.items():
         torch.testing.assert_close(weights[f"encoder.{name}"], tensor, atol=1e-7, rtol=0)
     log = log_of(folder)
@@ -207,7 +207,7 @@ def test_a_frozen_encoder_stays_as_it_was_while_the_decoder_learns(copied, tmp_p
     copied.call(*f"mae3d_plan -d 901 -o Frozen --recipe {recipe} --encoder {encoder}".split())
     copied.call(*"nnUNetv2_train 901 3d_fullres 0 -p Frozen -device cpu -tr nnUNetTrainerViTMAE".split())
     checkpoint = checkpoint_of(training_folder(copied, "nnUNetTrainerViTMAE", "Frozen"))
-    tensors, _ = load_encoder(encoder)
+    tensors, _ = read_encoder(encoder)
     for name, tensor in tensors.items():
         assert torch.equal(checkpoint["network_weights"][f"encoder.{name}"], tensor), name
     moved = checkpoint["optimizer_state"]["param_groups"][0]["lr"]

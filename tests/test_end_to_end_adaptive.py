@@ -12,7 +12,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_vit_mae.nnunet.plans import settings_for, settings_of
 from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerAMAE
-from nnunet_vit_mae.weights import load_encoder
+from nnunet_vit_mae.weights import read_encoder
 
 pytestmark = pytest.mark.slow
 
@@ -100,7 +100,7 @@ def test_without_an_encoder_training_names_the_command_that_makes_an_adaptive_on
 
 def test_adaptive_pretraining_writes_an_encoder_that_knows_its_contrasts(pretrained):
     file = encoder_of(pretrained)
-    tensors, card = load_encoder(file)
+    tensors, card = read_encoder(file)
     assert card.adaptive
     assert card.channel_names == ["T1", "FLAIR", "T2"]
     assert tensors["tokenizer.factors.weight"].shape == (2 * 96, 3)
@@ -111,7 +111,7 @@ def test_the_flag_alone_makes_pretraining_adaptive(planned_studies, tmp_path):
     studies = copy_of(planned_studies, tmp_path)
     studies.call(*"mae3d_plan -d 902 -o Plain --recipe quick --token 4".split())
     studies.call(*"mae3d_pretrain -d 902 -p Plain --adaptive --epochs 1 --batch_size 4 -device cpu".split())
-    assert load_encoder(encoder_of(studies, "Plain"))[1].adaptive
+    assert read_encoder(encoder_of(studies, "Plain"))[1].adaptive
 
 
 def test_both_routes_start_from_the_same_encoder(trained):

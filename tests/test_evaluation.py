@@ -22,7 +22,7 @@ from nnunet_vit_mae.evaluation import cases
 from nnunet_vit_mae.evaluation.by_token import differ_in_network, read_trained_vit
 from nnunet_vit_mae.evaluation.cases import find_evaluation_set, labels_in, measure_cases
 from nnunet_vit_mae.evaluation.results import MEASURES, EvaluationOptions
-from nnunet_vit_mae.evaluation.summary import Measurements, evaluate, paired_tests, write_tables
+from nnunet_vit_mae.evaluation.summary import Measurements, paired_tests, summarise, write_tables
 from nnunet_vit_mae.imaging.grids import distance_mm, turned_like
 from nnunet_vit_mae.imaging.labels import read_mask
 from nnunet_vit_mae.imaging.volumes import geometry_of
@@ -493,13 +493,13 @@ def test_tests_are_scipys_with_holms_correction_by_hand():
 
 
 def test_agreement_by_hand():
-    found = evaluate(table_of({"a": [1.0, 3.0, 5.0]}), ["a"], ["blob"], EvaluationOptions(resamples=10)).agreements[0]
+    found = summarise(table_of({"a": [1.0, 3.0, 5.0]}), ["a"], ["blob"], EvaluationOptions(resamples=10)).agreements[0]
     assert (found.n, found.bias) == (3, 3)
     assert (found.lower, found.upper) == (pytest.approx(3 - 1.96 * 2), pytest.approx(3 + 1.96 * 2))
 
 
 def test_one_case_has_means_and_no_more(tmp_path):
-    found = evaluate(table_of({"a": [0.5], "b": [0.75]}), ["a", "b"], ["blob"], EvaluationOptions())
+    found = summarise(table_of({"a": [0.5], "b": [0.75]}), ["a", "b"], ["blob"], EvaluationOptions())
     assert [mean.mean for mean in found.means if mean.measure == "dice"] == [0.5, 0.75]
     assert all(math.isnan(mean.low) for mean in found.means)
     assert found.risks == ()
@@ -514,7 +514,7 @@ def test_one_case_has_means_and_no_more(tmp_path):
 
 
 def test_a_measure_that_is_nowhere_defined_is_a_dash_and_null(tmp_path):
-    found = evaluate(table_of({"a": [math.nan] * 5}), ["a"], ["blob"], EvaluationOptions())
+    found = summarise(table_of({"a": [math.nan] * 5}), ["a"], ["blob"], EvaluationOptions())
     assert {(mean.n, mean.left_out) for mean in found.means} == {(0, 5)}
     assert command.headline_text(found).splitlines()[1].split() == ["blob", "a", "5", "-", "-", "-"]
     write_tables(found, tmp_path)
@@ -524,7 +524,7 @@ def test_a_measure_that_is_nowhere_defined_is_a_dash_and_null(tmp_path):
 def test_equal_inputs_give_equal_files(tmp_path):
     table = table_of({"a": [0.1, 0.5, 0.6, 0.9, 0.3], "b": [0.2, 0.5, 0.1, 0.8, 0.4]})
     for folder in ("one", "two"):
-        write_tables(evaluate(table, ["a", "b"], ["blob"], EvaluationOptions()), tmp_path / folder)
+        write_tables(summarise(table, ["a", "b"], ["blob"], EvaluationOptions()), tmp_path / folder)
     for name in ("cases.csv", "summary.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert "\r" not in (tmp_path / "one" / "cases.csv").read_bytes().decode()

@@ -35,7 +35,7 @@ from nnunet_vit_mae.optimisation import parameter_groups
 from nnunet_vit_mae.presets import SIZES, Size
 from nnunet_vit_mae.settings import Network, Pretraining, Settings
 from nnunet_vit_mae.transfer import Destination, adapt_encoder
-from nnunet_vit_mae.weights import load_encoder, save_encoder
+from nnunet_vit_mae.weights import read_encoder, save_encoder
 
 WIDTH, DEPTH, HEADS = 48, 2, 2
 SIDE = 4  # voxels of a token
@@ -546,7 +546,7 @@ def test_plans_and_trainer_take_a_checkpoint_of_nnssl(in_workspace, tmp_path, ca
     )
     written = in_workspace.preprocessed / "encoders" / "Foreign.safetensors"
     assert plan.settings.encoder.file == str(written)
-    tensors, card = load_encoder(written)
+    tensors, card = read_encoder(written)
     assert card.network == network.encoder_settings
 
     plans = plan.plans.plans | {"continue_training": False}

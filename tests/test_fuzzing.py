@@ -44,7 +44,7 @@ from nnunet_vit_mae.nnunet.prediction import read_probabilities
 from nnunet_vit_mae.pretraining.volumes import volume_problem
 from nnunet_vit_mae.storage.limits import VARIABLE
 from nnunet_vit_mae.storage.pickles import read_properties, read_trained
-from nnunet_vit_mae.weights import load_encoder, save_encoder
+from nnunet_vit_mae.weights import read_encoder, save_encoder
 
 INPUTS = 4_000
 FAST = 1_000
@@ -175,7 +175,7 @@ READERS = {
         Reader("volume.b2nd", write_volume, lambda file: volume_problem(file, 1)),
         Reader("checkpoint.pth", write_checkpoint, lambda file: weights_in(read_checkpoint(file))),
         Reader("foreign.safetensors", write_tensors, lambda file: weights_in(read_checkpoint(file))),
-        Reader("encoder.safetensors", write_encoder, load_encoder),
+        Reader("encoder.safetensors", write_encoder, read_encoder),
         Reader("trained.pth", write_trained, read_trained),
         Reader("properties.pkl", write_properties, read_properties),
         Reader("dataset.json", write_text(DESCRIPTION), lambda file: (read_channels(file.parent), read_labels(file))),

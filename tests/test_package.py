@@ -46,6 +46,7 @@ FLAGS = {
     "mae3d_pretrain": PLAN_FLAGS
     | {"-f", "--epochs", "--mask_ratio", "--batch_size", "--lr", "--adaptive", "--seed", "--c", "-device"}
     | {"-np", "-num_gpus", "--cache"},
+    "mae3d_share": PLAN_FLAGS | {"-f", "-o", "--licence", "--case_hashes", "--repo", "--public"},
     "mae3d_features": PLAN_FLAGS | {"-tr", "-f", "-chk", "--case", "-o", "-device"},
     "mae3d_fill_contrasts": {"-h", "--help", "-d"},
     "mae3d_omit": PLAN_FLAGS | {"-tr", "-f", "-chk", "-i", "-r", "--omit", "-o", "-device"},
@@ -79,6 +80,7 @@ FLAGS = {
 # an arrow goes to a smaller number only, or stays inside its own folder
 LAYERS = {
     "errors": 0,
+    "hub": 0,
     "installation": 0,
     "storage": 0,
     "processes": 0,
@@ -106,6 +108,7 @@ LAYERS = {
     "foreign": 2,
     "pretraining": 2,
     "evaluation": 2,
+    "sharing": 3,
     "study": 3,
     "nnunet": 3,
     "demonstration": 3,
@@ -114,6 +117,7 @@ LAYERS = {
 SAME_LAYER = {
     ("temperature", "thresholds"),
     ("storage", "errors"),
+    ("hub", "errors"),
     ("processes", "errors"),
     ("settings", "errors"),
     ("settings", "presets"),
@@ -194,6 +198,7 @@ def test_the_wheel_holds_what_it_should(tmp_path):
     assert "nnunet_vit_mae/trainers/nnunet_vit_mae_trainers.py" in names
     for recipe in (REPOSITORY / "plans").glob("*.json"):
         assert f"nnunet_vit_mae/plans/{recipe.name}" in names
+    assert "nnunet_vit_mae/py.typed" in names
     assert any(name.endswith("LICENSE") for name in names)
     assert all(f"{command} =" in entries for command in FLAGS)
     tops = {name.split("/")[0] for name in names}

@@ -35,7 +35,7 @@ from nnunet_vit_mae.pretraining.volumes import open_volume
 from nnunet_vit_mae.storage.limits import MAX_VOXELS, VARIABLE
 from nnunet_vit_mae.storage.pickles import read_properties, read_trained
 from nnunet_vit_mae.study.costs import count_parameters
-from nnunet_vit_mae.weights import load_encoder
+from nnunet_vit_mae.weights import read_encoder
 
 
 class Poison:
@@ -106,7 +106,7 @@ POISONED: dict[str, tuple[Callable[[Path, Path], Path], Callable[[Path], object]
     "another project's checkpoint": (checkpoint, read_checkpoint),
     "properties": (properties, read_properties),
     "probabilities": (probabilities, lambda file: read_probabilities(file, 2)),
-    "an encoder": (encoder, load_encoder),
+    "an encoder": (encoder, read_encoder),
     "a volume with a function": (function, open_volume),
     "a volume with an expression": (expression, open_volume),
 }
@@ -304,7 +304,7 @@ def test_a_long_header_of_an_encoder_is_refused(tmp_path):
     file = tmp_path / "encoder.safetensors"
     file.write_bytes(struct.pack("<Q", 2**40) + b"{}")
     with pytest.raises(UserError, match=r"encoder\.safetensors"):
-        load_encoder(file)
+        read_encoder(file)
 
 
 def test_a_huge_image_takes_no_memory(tmp_path):

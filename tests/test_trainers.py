@@ -25,7 +25,7 @@ from nnunet_vit_mae.optimisation import warmup_cosine
 from nnunet_vit_mae.presets import SIZES
 from nnunet_vit_mae.storage.csv_tables import read_rows
 from nnunet_vit_mae.tracking import METRICS
-from nnunet_vit_mae.weights import load_encoder
+from nnunet_vit_mae.weights import read_encoder
 
 pytestmark = pytest.mark.slow
 
@@ -124,7 +124,7 @@ def test_the_hybrid_learns_to_use_the_vit_and_the_vit_learns(hybrid):
     weights = checkpoint_of(hybrid.workspace, "Hybrid", "nnUNetTrainerViTMAE")["network_weights"]
     assert weights["decoder.projection.weight"].any()  # it starts at zero
     file = hybrid.workspace.results / "mae3d_pretrain__Hybrid__3d_fullres" / "fold_all" / "encoder.safetensors"
-    tensors, _ = load_encoder(file)
+    tensors, _ = read_encoder(file)
     assert all(not torch.equal(weights[f"encoder.{name}"], tensor) for name, tensor in tensors.items())
 
 
@@ -177,7 +177,7 @@ def moved(planned, tmp_path_factory):
     workspace.call(*"mae3d_preprocess -d 901 -np 1".split())
     workspace.call(*"mae3d_pretrain -d 901 -p Moved --adaptive --epochs 1 --batch_size 4 -device cpu".split())
     file = workspace.results / "mae3d_pretrain__Moved__3d_fullres" / "fold_all" / "encoder.safetensors"
-    brought = {f"encoder.{name}": t for name, t in load_encoder(file)[0].items() if not name.startswith("tokenizer.")}
+    brought = {f"encoder.{name}": t for name, t in read_encoder(file)[0].items() if not name.startswith("tokenizer.")}
     arguments = (workspace, "Moved", "nnUNetTrainerViTMAE")
     (frozen,) = train(*arguments, interrupted=True)
     weights = checkpoint_of(*arguments, name="checkpoint_best.pth")["network_weights"]

@@ -28,8 +28,8 @@ from nnunet_vit_mae.weights import (
     encoder_content,
     file_hash,
     hashed_name,
-    load_encoder,
     package_versions,
+    read_encoder,
     save_encoder,
 )
 
@@ -78,7 +78,7 @@ def file(tmp_path, encoder) -> Path:
 
 def refused(file: Path) -> str:
     with pytest.raises(UserError) as caught:
-        load_encoder(file)
+        read_encoder(file)
     assert str(file) in str(caught.value)
     return str(caught.value)
 
@@ -87,7 +87,7 @@ def refused(file: Path) -> str:
 
 
 def test_tensors_come_back_bitwise(file, encoder):
-    tensors, _ = load_encoder(file)
+    tensors, _ = read_encoder(file)
     written = encoder.state_dict()
     assert set(tensors) == set(written)
     for name, tensor in tensors.items():
@@ -101,7 +101,7 @@ def test_tensors_that_are_not_contiguous_come_back(tmp_path, encoder):
     weight.data = weight.data.T.contiguous().T
     assert not weight.is_contiguous()
     save_encoder(copy, make_card(), tmp_path / "encoder.safetensors")
-    tensors, _ = load_encoder(tmp_path / "encoder.safetensors")
+    tensors, _ = read_encoder(tmp_path / "encoder.safetensors")
     assert torch.equal(tensors["transformer.blocks.0.attention.qkv.weight"], weight)
 
 
@@ -115,7 +115,7 @@ def test_others_may_read_the_file_as_the_umask_says(tmp_path, encoder):
 
 
 def test_the_card_comes_back(file):
-    assert load_encoder(file)[1] == make_card()
+    assert read_encoder(file)[1] == make_card()
 
 
 @given(
@@ -140,7 +140,7 @@ def test_the_file_is_read_by_safetensors_alone(file):
 
 def test_saving_replaces_an_older_file_and_leaves_no_other(file, encoder):
     save_encoder(encoder, make_card(epochs=3), file)
-    assert load_encoder(file)[1].epochs == 3
+    assert read_encoder(file)[1].epochs == 3
     assert list(file.parent.iterdir()) == [file]
 
 
@@ -241,7 +241,7 @@ def test_a_card_that_is_none_is_refused(tmp_path, card):
     file = tmp_path / "encoder.safetensors"
     save_file({"weight": torch.zeros(1)}, file, metadata={CARD_KEY: card})
     with pytest.raises(UserError, match="card"):
-        load_encoder(file)
+        read_encoder(file)
 
 
 # ---------- encoders that cannot be used

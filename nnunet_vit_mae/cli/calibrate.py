@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
     from nnunet_vit_mae.nnunet import calibration, uncertainty
-    from nnunet_vit_mae.nnunet.calibrated import CALIBRATED, refuse_calibrated
+    from nnunet_vit_mae.nnunet.calibrated import refuse_calibrated
     from nnunet_vit_mae.nnunet.folders import find_dataset
     from nnunet_vit_mae.nnunet.models import find_model
 

@@ -15,7 +15,7 @@ GROUPS = {  # in the order of the work
     "From the hospital's files to a dataset": (
         "convert", "crop_roi", "refine_labels", "fill_contrasts", "check", "split",
     ),
-    "Pre-training": ("plan", "preprocess", "pretrain"),
+    "Pre-training": ("plan", "preprocess", "pretrain", "share"),
     "Trained models": ("calibrate", "quantify", "evaluate", "omit", "features", "export", "import"),
     "Does it help on these data?": ("study",),
 }  # fmt: skip
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     known = [name for names in GROUPS.values() for name in names]
     if name not in known:
         raise UserError(f"mae3d has no command {name}{did_you_mean(name, known)}: mae3d --help lists all.")
-    _module(name).main(rest)
+    command_module(name).main(rest)
 
 
 def overview() -> str:
@@ -46,9 +46,10 @@ def overview() -> str:
     ]
     for title, names in GROUPS.items():
         lines += ["", f"{title}:"]
-        lines += [f"  {name:15} {(_module(name).__doc__ or '').splitlines()[0]}" for name in names]
+        lines += [f"  {name:15} {(command_module(name).__doc__ or '').splitlines()[0]}" for name in names]
     return "\n".join([*lines, "", "Training and prediction are nnU-Net's own: nnUNetv2_train, nnUNetv2_predict."])
 
 
-def _module(name: str) -> ModuleType:
+def command_module(name: str) -> ModuleType:
+    """Return the module with the `main` of a command."""
     return import_module(f"nnunet_vit_mae.cli.{MODULES.get(name, name)}")

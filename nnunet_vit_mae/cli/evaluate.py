@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,7 +112,7 @@ def _evaluate(
 ) -> None:
     from nnunet_vit_mae.datasets.acquisition import find_scans_table, read_scans_table, slice_thickness
     from nnunet_vit_mae.evaluation.by_token import read_trained_vit
-    from nnunet_vit_mae.evaluation.cases import find_evaluation_set, measure_cases
+    from nnunet_vit_mae.evaluation.cases import find_evaluation_set
     from nnunet_vit_mae.evaluation.expected import read_expected, with_expected
     from nnunet_vit_mae.evaluation.report import write_report
     from nnunet_vit_mae.evaluation.results import EvaluationOptions
@@ -132,12 +133,8 @@ def _evaluate(
     if table := args.csv or find_scans_table([args.references, *folders]):
         known = slice_thickness(read_scans_table(table, [case.name for case in evaluation_set.cases]))
         evaluation_set = evaluation_set.with_slice_thickness(known, table)
-    # a process takes as long to start as several cases take to measure
-    processes = args.processes or min(4, 1 + len(evaluation_set.cases) // 20)
-    cases, notes = measure_cases(evaluation_set, options, processes)
-    cases = with_expected(cases, expected)
-    labels = list(evaluation_set.labels.values)
-    evaluation = evaluate(cases, evaluation_set.models, labels, options, [*evaluation_set.notes, *notes])
+    evaluation = evaluate(evaluation_set, options, args.processes)
+    evaluation = replace(evaluation, cases=with_expected(evaluation.cases, expected))
     write_tables(evaluation, args.output)
     print(headline_text(evaluation), flush=True)
     write_report(evaluation, evaluation_set, calibrations, args.output, vits)

@@ -25,8 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from nnunet_vit_mae.nnunet.exporting import export_model
     from nnunet_vit_mae.nnunet.folders import find_dataset
-    from nnunet_vit_mae.nnunet.models import find_model, model_folder
-    from nnunet_vit_mae.nnunet.quantification import best_checkpoint
+    from nnunet_vit_mae.nnunet.models import best_checkpoint, find_model, model_folder
 
     dataset = find_dataset(args.dataset)
     folder = model_folder(dataset, args.trainer, args.plans, args.configuration)

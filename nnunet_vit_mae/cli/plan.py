@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from nnunet_vit_mae.cli.arguments import add_plan_arguments, parser_for, positive_float, positive_int, seed
@@ -38,10 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--encoder",
-        type=Path,
-        metavar="FILE",
+        metavar="FILE|hf:OWNER/NAME@REVISION",
         help="start from this encoder, which sets size and token: one of ours, or a checkpoint of nnssl (OpenMind), "
-        "timm or MONAI, which is converted",
+        "timm or MONAI, which is converted; hf: an encoder of ours on the Hugging Face hub",
     )
     parser.add_argument(
         "--token_order",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from nnunet_vit_mae.cli.arguments import (
@@ -16,7 +15,6 @@ from nnunet_vit_mae.cli.arguments import (
     whole_number,
 )
 from nnunet_vit_mae.processes.signals import command
-from nnunet_vit_mae.settings import Pretraining
 
 
 @command("What was saved before is kept, and the same command starts again.")
@@ -60,12 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
 
-    def change(protocol: Pretraining) -> Pretraining:
-        flags = {name: getattr(args, name) for name in ("epochs", "mask_ratio", "batch_size", "seed")}
-        protocol = dataclasses.replace(protocol, **{name: value for name, value in flags.items() if value is not None})
-        return protocol if args.lr is None else protocol.with_lr(args.lr)
+    flags = {name: getattr(args, name) for name in ("epochs", "mask_ratio", "batch_size", "lr", "seed")}
 
-    from nnunet_vit_mae.nnunet.folders import find_dataset
     from nnunet_vit_mae.nnunet.plans import load_plan
     from nnunet_vit_mae.nnunet.pretraining import Machine, pretrain
     from nnunet_vit_mae.pretraining.distributed import is_rank_0, log_to_console, reported_once
@@ -79,10 +73,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             cache_bytes=round((args.cache or 0) * 1e9),
         )
         encoder = pretrain(
-            load_plan(find_dataset(args.dataset), args.plans, args.configuration),
+            load_plan(args.dataset, args.plans, args.configuration),
             args.fold,
-            change=change,
             machine=machine,
+            changes={name: value for name, value in flags.items() if value is not None},
             resume=args.resume,
             adaptive=args.adaptive,
         )

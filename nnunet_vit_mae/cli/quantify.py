@@ -61,18 +61,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     _refuse_unusable_dicom(args)
 
-    from nnunet_vit_mae.nnunet.folders import find_dataset
-    from nnunet_vit_mae.nnunet.models import find_model, model_folder
-    from nnunet_vit_mae.nnunet.quantification import Part, best_checkpoint, find_scans_to_quantify, quantify
+    from nnunet_vit_mae.nnunet.models import find_model
+    from nnunet_vit_mae.nnunet.quantification import Part, find_scans_to_quantify, quantify
 
     device = usable_device(args.device).type
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     part = Part(args.part_id, args.num_parts)
-    dataset = find_dataset(args.dataset)
-    folder = model_folder(dataset, args.trainer, args.plans, args.configuration)
-    checkpoint = args.checkpoint or best_checkpoint(folder, args.folds)
-    chosen = {"trainer": args.trainer, "folds": args.folds, "checkpoint": checkpoint}
-    model = find_model(dataset, args.plans, args.configuration, **chosen)
+    chosen = {"trainer": args.trainer, "folds": args.folds, "checkpoint": args.checkpoint}
+    model = find_model(args.dataset, args.plans, args.configuration, **chosen)
     images, table = args.images.resolve(), args.table.resolve()
     options = {"cutoffs": sorted(args.cutoffs) if args.cutoffs else None, "device": device}
     options["level"] = args.coverage if args.uncertainty else None
@@ -81,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         tables, unfinished = quantify(model, find_scans_to_quantify(model, images, part), table, part, **options), ""
     written = f"segmentations in {table.stem}_segmentations{f' and {table.stem}_dicom' if args.dicom else ''}"
-    print(f"Wrote {' and '.join(map(str, tables))} with {checkpoint}; {written}.")
+    print(f"Wrote {' and '.join(map(str, tables))} with {model.checkpoint}; {written}.")
     if args.uncertainty:
         print(f"Maps of the share of members that disagree, in percent, are in {table.stem}_uncertainty.")
     if unfinished:

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from nnunet_vit_mae.evaluation import clinical
+from nnunet_vit_mae.evaluation.cases import EvaluationSet, measure_cases
 from nnunet_vit_mae.evaluation.clinical import Columns
 from nnunet_vit_mae.evaluation.results import (
     MEASURES,
@@ -44,6 +45,38 @@ GROUP_COLUMNS = {"reference_group": "reference_mm3", "predicted_group": "predict
 
 
 def evaluate(
+    evaluation_set: EvaluationSet, options: EvaluationOptions | None = None, processes: int | None = None
+) -> Evaluation:
+    """Measure all cases of all models, and summarise the measures; nothing is written.
+
+    Args:
+        evaluation_set: The files to compare; see `find_evaluation_set`.
+        options: The user's choices; None: the defaults.
+        processes: Number of processes; None: one for every 20 cases, up to 4.
+
+    Returns:
+        Measures by case, means, paired tests, agreement, risk groups and notes.
+
+    Raises:
+        UserError: If a file cannot be read, or does not fit the others.
+
+    Example:
+        >>> from nnunet_vit_mae import find_evaluation_set
+        >>> from nnunet_vit_mae.phantoms.dataset import write_phantom_dataset
+        >>> labels = write_phantom_dataset(Path("raw"), labelled=2, unlabelled=0, test=0) / "labelsTr"
+        >>> evaluation = evaluate(find_evaluation_set(labels, {"perfect": labels}))
+        >>> [(mean.label, mean.n, mean.mean) for mean in evaluation.means if mean.measure == "dice"]
+        [('calcification', 2, 1.0)]
+    """
+    options = options or EvaluationOptions()
+    # a process takes as long to start as several cases take to measure
+    processes = processes or min(4, 1 + len(evaluation_set.cases) // 20)
+    cases, notes = measure_cases(evaluation_set, options, processes)
+    labels = list(evaluation_set.labels.values)
+    return summarise(cases, evaluation_set.models, labels, options, [*evaluation_set.notes, *notes])
+
+
+def summarise(
     cases: pd.DataFrame,
     models: Sequence[str],
     labels: Sequence[str],

@@ -37,7 +37,7 @@ def build_segmenter(
     channels: int,
     classes: int,
     *,
-    drop_path: float,
+    drop_path: float = 0.0,
     spacing: tuple[float, ...] = ONE_MM,
     unet: Callable[[], nn.Module] | None = None,
 ) -> Segmenter:
@@ -50,6 +50,12 @@ def build_segmenter(
         drop_path: Of the last block of the encoder.
         spacing: mm along z y x.
         unet: Makes nnU-Net's own U-Net, which only the decoder `unet` needs.
+
+    Example:
+        >>> import torch
+        >>> segmenter = build_segmenter(Network(size="XS", token=(2, 4, 8)), channels=2, classes=3)
+        >>> segmenter(torch.zeros(1, 2, 10, 20, 30)).shape
+        torch.Size([1, 3, 10, 20, 30])
     """
     blueprint = Blueprint(network=network, channels=channels, classes=classes, spacing=spacing, unet=unet)
     decoder = import_module(f"nnunet_vit_mae.networks.decoders.{network.decoder}").build(blueprint)

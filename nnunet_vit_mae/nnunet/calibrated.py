@@ -16,12 +16,11 @@ from torch import Tensor
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, CalibrationRecord, read_calibration
-from nnunet_vit_mae.nnunet.models import Model
+from nnunet_vit_mae.nnunet.models import CALIBRATED, Model
 from nnunet_vit_mae.storage.files import replacing
 from nnunet_vit_mae.storage.pickles import read_trained
 from nnunet_vit_mae.weights import file_hash
 
-CALIBRATED = "checkpoint_calibrated.pth"
 # of our decoders, of nnU-Net's U-Nets, of those inside of our decoder unet, and of nnU-Net's Primus
 HEAD = re.compile(
     r"(?:decoder\.(?:(?:.+\.)?head|(?:unet\.decoder\.)?seg_layers\.\d+)|up_projection\.decode\.\d+)\.(weight|bias)"

@@ -17,6 +17,7 @@ from nnunet_vit_mae.datasets.split.patients import separation_warning
 from nnunet_vit_mae.doctor.diagnosis import ERROR, OK, WARNING, Diagnosis
 from nnunet_vit_mae.doctor.machine import diagnose_disk
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.hub import local_file
 from nnunet_vit_mae.imaging.channels import cases_in
 from nnunet_vit_mae.installation import trainers_folder
 from nnunet_vit_mae.nnunet.folders import Dataset, encoder_file, find_dataset
@@ -24,7 +25,7 @@ from nnunet_vit_mae.nnunet.folds import labelled_cases, split_of
 from nnunet_vit_mae.nnunet.plans import Plan, destination, load_plan
 from nnunet_vit_mae.nnunet.preprocessing import preprocessed_pool
 from nnunet_vit_mae.transfer import adapt_encoder
-from nnunet_vit_mae.weights import load_encoder
+from nnunet_vit_mae.weights import read_encoder
 
 EXT_TRAINER = "nnUNet_extTrainer"
 TRAINER = "nnUNetTrainerViTMAE"  # the others are in the same file
@@ -120,10 +121,10 @@ def _folds(plan: Plan) -> Iterator[Diagnosis]:
 def _encoders(plan: Plan) -> Iterator[Diagnosis]:
     settings = plan.settings
     place = destination(settings.network, plan.configuration, plan.dataset_json)
-    files = [Path(settings.encoder.file)] if settings.encoder.file else _own_encoders(plan.dataset, plan)
+    files = [settings.encoder.file] if settings.encoder.file else _own_encoders(plan.dataset, plan)
     for file in files:
         try:
-            tensors, card = load_encoder(file)
+            tensors, card = read_encoder(local_file(file))
             _, notes = adapt_encoder(tensors, card, place)
         except UserError as error:
             yield Diagnosis("encoder", ERROR, f"{file} does not fit these plans: {error}")

@@ -13,7 +13,6 @@ from highdicom import UID
 
 from nnunet_vit_mae import __version__
 from nnunet_vit_mae.errors import abbreviated
-from nnunet_vit_mae.evaluation.cases import read_mask
 from nnunet_vit_mae.imaging.dicom import DicomSeries
 from nnunet_vit_mae.imaging.dicom_codes import LabelCodes
 from nnunet_vit_mae.imaging.dicom_report import report_of
@@ -25,6 +24,7 @@ from nnunet_vit_mae.imaging.dicom_segmentation import (
     segmentation_of,
     write_dicom_file,
 )
+from nnunet_vit_mae.imaging.labels import read_mask
 from nnunet_vit_mae.imaging.volumes import without_warnings_of_itk
 from nnunet_vit_mae.nnunet.dicom_scans import DicomInput, convert_cases, find_study_cases, write_study_table
 from nnunet_vit_mae.nnunet.models import Model, model_hash

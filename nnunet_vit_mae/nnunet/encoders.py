@@ -12,16 +12,17 @@ from torch import Tensor
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.foreign.checkpoints import is_foreign
 from nnunet_vit_mae.foreign.conversion import Target, convert_checkpoint
+from nnunet_vit_mae.hub import download, is_address
 from nnunet_vit_mae.nnunet.plans import Plan
 from nnunet_vit_mae.storage.files import replacing
-from nnunet_vit_mae.weights import Card, encoder_content, file_hash, load_encoder
+from nnunet_vit_mae.weights import Card, encoder_content, file_hash, read_encoder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
     """An encoder from elsewhere; `converted` is the content of its file, if that is still to be written."""
 
-    file: Path
+    place: str  # as plans record it: an absolute path, or an address on the hub with a commit
     tensors: dict[str, Tensor]
     card: Card
     sha256: str
@@ -30,31 +31,33 @@ class Start:
     def write_if_converted(self) -> None:
         """Write the file of an encoder that was converted."""
         if self.converted:
-            with replacing(self.file) as temporary:
+            with replacing(Path(self.place)) as temporary:
                 temporary.write_bytes(self.converted)
 
 
 def find_encoder(
     source: Plan,
-    file: Path | None,
+    place: Path | str | None,
     *,
     name: str = "",
     token: Sequence[int] | None = None,
     token_order: str | None = None,
 ) -> Start | None:
-    """Return the encoder of a file, or that of the plans, if there is one.
+    """Return an encoder from elsewhere, or that of the plans, if there is one.
 
     Args:
         source: The plans to start from.
-        file: An encoder of ours or a checkpoint of another project; None: what the plans name.
+        place: A file, which is an encoder of ours or a checkpoint of another project, or the address of an encoder of
+            ours on the hub; None: what the plans name.
         name: Of the plans to write, and so of a converted encoder.
         token: Voxels of a token (z y x), if they were given.
         token_order: Of a checkpoint of nnssl, if it was given.
 
     Raises:
-        UserError: The file is missing, damaged or none that can be used.
+        UserError: The file is missing, damaged or none that can be used, or the hub cannot be reached.
     """
-    if file is not None and is_foreign(file):
+    if place is not None and not is_address(place) and is_foreign(Path(place)):
+        file = Path(place)
         configuration = source.configuration
         depth = token[0] if token else None
         target = Target(
@@ -64,12 +67,13 @@ def find_encoder(
         content = encoder_content(tensors, card)
         converted = (source.dataset.preprocessed / "encoders" / f"{name}.safetensors").resolve()
         digest = hashlib.sha256(content).hexdigest()
-        return Start(file=converted, tensors=tensors, card=card, sha256=digest, converted=content)
+        return Start(place=str(converted), tensors=tensors, card=card, sha256=digest, converted=content)
     if token_order is not None:
         raise UserError("--token_order is for a checkpoint of nnssl, which --encoder must name.")
-    if file is None and source.settings.encoder.file:
-        file = Path(source.settings.encoder.file)
-    if file is None:
+    if place is None:
+        place = source.settings.encoder.file or None
+    if place is None:
         return None
-    tensors, card = load_encoder(file)
-    return Start(file=file.resolve(), tensors=tensors, card=card, sha256=file_hash(file))
+    file, pinned = download(str(place)) if is_address(place) else (Path(place), str(Path(place).resolve()))
+    tensors, card = read_encoder(file)
+    return Start(place=pinned, tensors=tensors, card=card, sha256=file_hash(file))

@@ -9,8 +9,8 @@ from typing import Any
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, UNCERTAINTY
-from nnunet_vit_mae.nnunet.calibrated import CALIBRATED, read_calibration_of
-from nnunet_vit_mae.nnunet.models import Model
+from nnunet_vit_mae.nnunet.calibrated import read_calibration_of
+from nnunet_vit_mae.nnunet.models import CALIBRATED, Model
 from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.nnunet.shared_models import (
     CARD,
@@ -24,7 +24,6 @@ from nnunet_vit_mae.nnunet.shared_models import (
     rest_member,
     weights_content,
     weights_member,
-    without_paths,
 )
 from nnunet_vit_mae.nnunet.training_range import (
     FINGERPRINT,
@@ -35,6 +34,7 @@ from nnunet_vit_mae.nnunet.training_range import (
 )
 from nnunet_vit_mae.storage.archives import json_content, write_archive
 from nnunet_vit_mae.storage.entries import checked_entries, read_entries
+from nnunet_vit_mae.storage.files import without_paths
 from nnunet_vit_mae.storage.pickles import read_trained
 from nnunet_vit_mae.weights import package_versions
 

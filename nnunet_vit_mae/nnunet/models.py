@@ -10,10 +10,12 @@ from pathlib import Path
 from nnunet_vit_mae.errors import UserError, abbreviated, did_you_mean
 from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.nnunet.checked_plans import read_plans
-from nnunet_vit_mae.nnunet.folders import Dataset
+from nnunet_vit_mae.nnunet.folders import Dataset, find_dataset
 from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade
 from nnunet_vit_mae.storage.pickles import read_trained
 from nnunet_vit_mae.weights import file_hash
+
+CALIBRATED = "checkpoint_calibrated.pth"
 
 
 @dataclass(frozen=True)
@@ -66,16 +68,44 @@ def model_folder(dataset: Dataset, trainer: str, plans_name: str, configuration:
     return dataset.results / f"{trainer}__{plans_name}__{configuration}"
 
 
+def best_checkpoint(folder: Path, folds: Sequence[str]) -> str:
+    """Return the calibrated checkpoint if all folds have one, otherwise the final one."""
+    calibrated = all((folder / f"fold_{fold}" / CALIBRATED).is_file() for fold in folds)
+    return CALIBRATED if calibrated else "checkpoint_final.pth"
+
+
 def find_model(
-    dataset: Dataset, plans_name: str, configuration: str, *, trainer: str, folds: Sequence[str], checkpoint: str
+    dataset: Dataset | str,
+    plans_name: str = "nnUNetPlans",
+    configuration: str = "3d_fullres",
+    *,
+    trainer: str = "nnUNetTrainerViTMAE",
+    folds: Sequence[str] = ("0",),
+    checkpoint: str | None = None,
 ) -> Model:
-    """Find the model that these flags name. Raises `UserError` if a checkpoint is missing, and for a cascade."""
+    """Find a trained model in nnU-Net's results folder.
+
+    Args:
+        dataset: Number or name, as `-d` takes it.
+        plans_name: Name of the plans.
+        configuration: nnU-Net's configuration.
+        trainer: Name of the trainer, ours or another.
+        folds: Trained folds, whose predictions nnU-Net averages.
+        checkpoint: File name; None: `best_checkpoint`, the calibrated one where there is one.
+
+    Raises:
+        UserError: If a checkpoint is missing, or for the second stage of a cascade.
+    """
+    dataset = find_dataset(dataset) if isinstance(dataset, str) else dataset
     for flag, name in {"-tr": trainer, "-p": plans_name, "-c": configuration, "-chk": checkpoint}.items():
+        if name is None:
+            continue
         if not name or set(name) & set("/\\\0"):
             raise UserError(f"{flag} {name} is not the name of one: give a name without a folder.")
     if unknown := [fold for fold in folds if fold != "all" and not (fold.isascii() and fold.isdigit())]:
         raise UserError(f"-f {unknown[0]} is neither 'all' nor the number of a fold.")
     folder = model_folder(dataset, trainer, plans_name, configuration)
+    checkpoint = best_checkpoint(folder, folds) if checkpoint is None else checkpoint
     for fold in folds:
         file = folder / f"fold_{fold}" / checkpoint
         if not file.is_file():

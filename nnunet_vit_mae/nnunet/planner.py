@@ -9,11 +9,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.hub import is_address
 from nnunet_vit_mae.imaging.ct_clipping import clipping_warning, loses_soft_tissue
 from nnunet_vit_mae.networks.memory import finetuning_memory, pretraining_memory
 from nnunet_vit_mae.nnunet.capacity import LARGEST_DEVICE, refuse_step_beyond
@@ -119,15 +121,18 @@ def _share_below(plan: Plan, channel: int, lowest: float) -> float | None:
 
 def _starting_from(source: Plan, settings: Settings, start: Start) -> tuple[Settings, list[Choice]]:
     """Return the settings with a foreign encoder in them, if it fits."""
-    file, tensors, card = start.file, start.tensors, start.card
-    place = destination(settings.network, source.configuration, source.dataset_json)
+    place, tensors, card = start.place, start.tensors, start.card
+    here = destination(settings.network, source.configuration, source.dataset_json)
     try:
-        _, notes = adapt_encoder(tensors, card, place)
+        _, notes = adapt_encoder(tensors, card, here)
     except UserError as error:
-        raise UserError(f"The encoder {file} does not fit here ({error}): choose others, or another encoder.") from None
-    settings = settings.updated({"encoder": {"file": str(file), "sha256": start.sha256}})
+        raise UserError(
+            f"The encoder {place} does not fit here ({error}): choose others, or another encoder."
+        ) from None
+    name = place if is_address(place) else Path(place).name
+    settings = settings.updated({"encoder": {"file": place, "sha256": start.sha256}})
     notes = card.notes + notes
-    return settings, [Choice("encoder", file.name, card.origin), *(Choice("", "", note) for note in notes)]
+    return settings, [Choice("encoder", name, card.origin), *(Choice("", "", note) for note in notes)]
 
 
 def _estimator(source: Plan, settings: Settings) -> Callable[[Settings], Memory]:

@@ -20,7 +20,7 @@ from torch import nn
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.description import DESCRIPTION, describe, read_description
 from nnunet_vit_mae.nnunet.checked_plans import BLOCK, read_plans
-from nnunet_vit_mae.nnunet.folders import Dataset
+from nnunet_vit_mae.nnunet.folders import Dataset, find_dataset
 from nnunet_vit_mae.planning import default_decoder, default_settings
 from nnunet_vit_mae.settings import Finetuning, Network, Settings
 from nnunet_vit_mae.storage.files import read_json, write_json
@@ -86,8 +86,23 @@ class Plan:
         return self.dataset.preprocessed / f"{self.configuration.data_identifier}_unlabelled"
 
 
-def load_plan(dataset: Dataset, plans_name: str, configuration: str) -> Plan:
-    """Read plans; raises `UserError` when plans, configuration or `dataset.json` are not there."""
+def load_plan(dataset: Dataset | str, plans_name: str = "nnUNetPlans", configuration: str = "3d_fullres") -> Plan:
+    """Read the plans of nnU-Net, or of `mae3d_plan`.
+
+    Args:
+        dataset: Number or name, as `-d` takes it.
+        plans_name: Name of the plans.
+        configuration: nnU-Net's configuration.
+
+    Raises:
+        UserError: If plans, configuration or `dataset.json` are not there.
+
+    Example:
+        >>> plan = load_plan("901")
+        >>> plan.channel_names, plan.licence
+        (['T1', 'FLAIR'], 'CC0')
+    """
+    dataset = find_dataset(dataset) if isinstance(dataset, str) else dataset
     file = dataset.plans_file(plans_name)
     if not file.is_file():
         raise UserError(

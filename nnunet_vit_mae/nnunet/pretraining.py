@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import joblib
 import torch
@@ -28,7 +29,7 @@ from nnunet_vit_mae.pretraining.readers import READY_BATCHES, refuse_without_sha
 from nnunet_vit_mae.pretraining.run import PretrainingResult, run
 from nnunet_vit_mae.pretraining.saved_state import what_is_kept
 from nnunet_vit_mae.pretraining.volumes import ITEM, Cache, DeviceCache, bytes_in_half_precision, volume_problems
-from nnunet_vit_mae.settings import Pretraining, to_json_types
+from nnunet_vit_mae.settings import Pretraining, Settings, to_json_types
 from nnunet_vit_mae.storage.files import locked
 from nnunet_vit_mae.tracking import wants_tensorboard
 from nnunet_vit_mae.weights import Card, hashed_name, package_versions, save_encoder
@@ -65,18 +66,37 @@ class Machine:
 
 def pretrain(
     plan: Plan,
-    fold: str,
+    fold: str = "all",
     *,
-    change: Callable[[Pretraining], Pretraining],
     machine: Machine,
-    resume: bool,
+    changes: Mapping[str, Any] | None = None,
+    resume: bool = False,
     adaptive: bool = False,
 ) -> Path:
-    """Pre-train on the cases of a fold (or `all`) and the unlabelled pool; gives the encoder's file.
+    """Pre-train an encoder on the training cases of a fold and the unlabelled pool.
 
-    `change` turns the plans' protocol into the one to use; `adaptive` takes each contrast on its own even if the plans
-    do not say so. An earlier run in the same place is moved aside, never overwritten. Raises `UserError` for every
-    mistake that the user can correct.
+    An earlier run in the same place is moved aside, never overwritten.
+
+    Args:
+        plan: Plans of a preprocessed dataset; see `load_plan`.
+        fold: Number of a fold, or `all`.
+        machine: The hardware to use.
+        changes: Settings of `pretraining` that replace those of the plans; `lr` is the peak learning rate.
+        resume: Continue from the last saved state, if there is one.
+        adaptive: Take each contrast on its own, even if the plans do not say so.
+
+    Returns:
+        The file of the encoder, for `load_encoder`.
+
+    Raises:
+        UserError: For every mistake that the user can correct.
+
+    Example:
+        >>> from nnunet_vit_mae import load_plan
+        >>> changes = {"epochs": 1, "batch_size": 2, "lr": 1e-3}
+        >>> file = pretrain(load_plan("901", "Tiny"), changes=changes, machine=Machine(device=torch.device("cpu")))
+        >>> file.relative_to(load_plan("901").dataset.results).as_posix()
+        'mae3d_pretrain__Tiny__3d_fullres/fold_all/encoder.safetensors'
     """
     refuse_cascade(plan.configuration)
     check_wandb()
@@ -96,7 +116,7 @@ def pretrain(
         patch_size=plan.patch_size,
         spacing=tuple(map(float, plan.configuration.spacing)),
         network=settings.network,
-        protocol=change(settings.pretraining),
+        protocol=_protocol(settings, changes or {}),
     )
     parts = machine.all_processes
     if job.protocol.reads % parts:
@@ -124,6 +144,12 @@ def pretrain(
         except distributed.LostProcessError as lost:
             raise UserError(f"{lost} {what_is_kept(file.parent)}") from None
     return file
+
+
+def _protocol(settings: Settings, changes: Mapping[str, Any]) -> Pretraining:
+    others = {name: value for name, value in changes.items() if name != "lr"}
+    protocol = settings.updated({"pretraining": others}).pretraining
+    return protocol.with_lr(changes["lr"]) if "lr" in changes else protocol
 
 
 def _refuse_large_step(job: PretrainingRun, machine: Machine) -> None:

@@ -19,8 +19,8 @@ from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
 from nnunet_vit_mae.evaluation.clinical import find_cutoffs, group_names, group_of
 from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
-from nnunet_vit_mae.nnunet.calibrated import CALIBRATED, read_calibration_of
-from nnunet_vit_mae.nnunet.models import Model, model_hash
+from nnunet_vit_mae.nnunet.calibrated import read_calibration_of
+from nnunet_vit_mae.nnunet.models import CALIBRATED, Model, model_hash
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
 from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, predict_cases
 from nnunet_vit_mae.nnunet.preprocessing import resampled_problem
@@ -62,7 +62,10 @@ class Scans:
     unreadable: Mapping[str, str] = field(default_factory=dict)
 
 
-def find_scans_to_quantify(model: Model, images: Path, part: Part) -> Scans:
+WHOLE = Part(0, 1)
+
+
+def find_scans_to_quantify(model: Model, images: Path, part: Part = WHOLE) -> Scans:
     """Find the scans of a part in a folder that is named as nnU-Net expects; raises `UserError` if it has none."""
     return Scans(images, find_prediction_cases(model.plan, images)[part.number :: part.of])
 
@@ -71,18 +74,40 @@ def quantify(
     model: Model,
     scans: Scans,
     table: Path,
-    part: Part,
+    part: Part = WHOLE,
     *,
-    cutoffs: Sequence[float] | None,
-    device: str,
+    cutoffs: Sequence[float] | None = None,
+    device: str = "cuda",
     level: float | None = None,
 ) -> list[Path]:
     """Predict the scans of a part and write the table; the part that ends last joins the tables of all parts.
 
-    Segmentations are written to `TABLE_segmentations` beside the table. With the `level` of an interval (such as 0.9),
-    each volume gets one and an expected Dice, and maps of uncertainty are written to `TABLE_uncertainty`. Returns the
-    tables that were written. Raises `UserError` for segmentations of another model there, if another process writes the
-    table, and if the prediction fails.
+    Segmentations are written to `TABLE_segmentations` beside the table. With a `level`, maps of uncertainty are written
+    to `TABLE_uncertainty`.
+
+    Args:
+        model: The model to predict with; see `find_model`.
+        scans: The scans to predict; see `find_scans_to_quantify`.
+        table: The CSV file to write.
+        part: Which of several parts of the cases to predict here.
+        cutoffs: Volumes in mm3 between risk groups, ascending; None: quartiles of the training cases.
+        device: `cuda` or `cpu`.
+        level: Of an interval that each volume gets, with an expected Dice, such as 0.9; None: neither.
+
+    Returns:
+        The tables that were written.
+
+    Raises:
+        UserError: For segmentations of another model there, if another process writes the table, and if the prediction
+            fails.
+
+    Example:
+        >>> from nnunet_vit_mae import find_model
+        >>> model = find_model("901", trainer="nnUNetTrainerBaseline")
+        >>> scans = find_scans_to_quantify(model, Path("images").resolve())
+        >>> tables = quantify(model, scans, Path("volumes.csv").resolve(), device="cpu")
+        >>> [table.name for table in tables]
+        ['volumes.csv']
     """
     refuse_no_table(table)
     with locked(part.table(table)):
@@ -129,12 +154,6 @@ def _quantify(
         write_frame(joined.sort_values("case", kind="stable"), table)
         written.append(table)
     return written
-
-
-def best_checkpoint(folder: Path, folds: Sequence[str]) -> str:
-    """Return the calibrated checkpoint if all folds have one, otherwise the final one."""
-    calibrated = all((folder / f"fold_{fold}" / CALIBRATED).is_file() for fold in folds)
-    return CALIBRATED if calibrated else "checkpoint_final.pth"
 
 
 def thresholds_of(model: Model) -> dict[str, float]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath, PureWindowsPath
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
@@ -181,23 +180,6 @@ def refuse_other_weights(weights: Mapping[str, Tensor], expected: Mapping[str, T
             )
         if theirs.is_floating_point() and not torch.isfinite(theirs).all():
             raise UserError(f"{source} has NaN or infinite values in {name}: train the model again.")
-
-
-def without_paths(content: Any) -> Any:
-    """Return the content of JSON with file names in place of absolute paths.
-
-    >>> without_paths({"encoder": {"file": "/home/me/encoder.safetensors"}, "share": "1/2"})
-    {'encoder': {'file': 'encoder.safetensors'}, 'share': '1/2'}
-    """
-    if isinstance(content, dict):
-        return {without_paths(key): without_paths(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [without_paths(value) for value in content]
-    if isinstance(content, str):
-        for kind in (PurePosixPath, PureWindowsPath):
-            if kind(content).is_absolute():
-                return kind(content).name
-    return content
 
 
 def _described(tensor: Tensor | None) -> str:

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_vit_mae.datasets.split.files import parent_fold
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
+from nnunet_vit_mae.hub import local_file
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.nnunet.absence import keeping_absence
@@ -36,7 +37,7 @@ from nnunet_vit_mae.presets import SIZES
 from nnunet_vit_mae.settings import EncoderFile, Settings
 from nnunet_vit_mae.storage.pickles import read_trained
 from nnunet_vit_mae.transfer import adapt_encoder
-from nnunet_vit_mae.weights import Card, file_hash, load_encoder
+from nnunet_vit_mae.weights import Card, file_hash, read_encoder
 
 
 class nnUNetTrainerBaseline(ScheduledTrainer):  # noqa: N801 (the names that users type follow nnU-Net)
@@ -250,7 +251,7 @@ class nnUNetTrainerViTMAE(nnUNetTrainerViTScratch):  # noqa: N801
 
     def _load_encoder(self) -> None:
         file = self._find_encoder()
-        tensors, card = load_encoder(file)
+        tensors, card = read_encoder(file)
         place = destination(self.settings.network, self.configuration_manager, self.dataset_json)
         try:
             tensors, notes = adapt_encoder(tensors, card, place)
@@ -307,9 +308,9 @@ class nnUNetTrainerAMAEScratch(nnUNetTrainerViTScratch):  # noqa: N801
 
 def _unchanged(encoder: EncoderFile) -> Path:
     """Return the encoder that the plans name; raise `UserError` when it is missing or has changed."""
-    file = Path(encoder.file)
+    file = local_file(encoder.file)
     if not file.is_file():
         raise UserError(f"The encoder {file}, which the plans name, is missing: put it back, or run mae3d_plan again.")
     if file_hash(file) != encoder.sha256:
-        raise UserError(f"The encoder {file} has changed since the plans were written: run mae3d_plan again.")
+        raise UserError(f"The encoder {encoder.file} has changed since the plans were written: run mae3d_plan again.")
     return file

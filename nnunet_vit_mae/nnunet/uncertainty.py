@@ -20,15 +20,15 @@ from pydantic import FiniteFloat
 from nnunet_vit_mae.conformal import Residual, Validated, VolumeEstimate, coverage, fewest_cases, volume_interval
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, UNCERTAINTY
-from nnunet_vit_mae.evaluation.cases import read_mask
 from nnunet_vit_mae.evaluation.measures import overlap
 from nnunet_vit_mae.expected_dice import ExpectedDice, fit_expected_dice
+from nnunet_vit_mae.imaging.labels import read_mask
 from nnunet_vit_mae.imaging.volumes import without_warnings_of_itk
 from nnunet_vit_mae.imaging.writing import write_segmentation
-from nnunet_vit_mae.nnunet.calibrated import CALIBRATED, read_calibration_of
+from nnunet_vit_mae.nnunet.calibrated import read_calibration_of
 from nnunet_vit_mae.nnunet.calibration import FOLDER, PredictedCase
 from nnunet_vit_mae.nnunet.members import TOGETHER, MemberPrediction, MemberPredictor
-from nnunet_vit_mae.nnunet.models import Model, model_hash
+from nnunet_vit_mae.nnunet.models import CALIBRATED, Model, model_hash
 from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases
 from nnunet_vit_mae.progress import with_progress

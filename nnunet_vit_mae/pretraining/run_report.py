@@ -17,6 +17,8 @@ from nnunet_vit_mae.tracking import StepClock, Trackers
 
 logger = logging.getLogger(__name__)
 
+PROGRESS = "progress.png"  # the figure of losses and learning rates
+
 
 @dataclass
 class RunReport:
@@ -52,7 +54,7 @@ class RunReport:
         """Draw the losses so far, and a sample as it is rebuilt now."""
         job, names = self.job, [self.job.channel_names[channel] for channel in sample.present[0]]
         rates = [job.learning_rate((epoch + 1) * job.steps_per_epoch - 1) for epoch in range(len(losses))]
-        plot_progress(losses, rates, self.output / "progress.png", plain=job.protocol.plain_epochs)
+        plot_progress(losses, rates, self.output / PROGRESS, plain=job.protocol.plain_epochs)
         norm_pix = job.protocol.norm_pix_in(len(losses) - 1)
         views = rebuild(network, job.drawing.masking, sample, norm_pix=norm_pix)
         title = f"epoch {len(losses)}, loss {losses[-1]:.4f}"

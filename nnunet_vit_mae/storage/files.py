@@ -9,7 +9,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -164,6 +164,23 @@ def write_json(content: Any, file: Path) -> None:
     """Write JSON as nnU-Net does: indented, keys in the given order."""
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
+
+
+def without_paths(content: Any) -> Any:
+    """Return the content of JSON with file names in place of absolute paths.
+
+    >>> without_paths({"encoder": {"file": "/home/me/encoder.safetensors"}, "share": "1/2"})
+    {'encoder': {'file': 'encoder.safetensors'}, 'share': '1/2'}
+    """
+    if isinstance(content, dict):
+        return {without_paths(key): without_paths(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_paths(value) for value in content]
+    if isinstance(content, str):
+        for kind in (PurePosixPath, PureWindowsPath):
+            if kind(content).is_absolute():
+                return kind(content).name
+    return content
 
 
 def read_json(file: Path) -> Any:
