@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import spearmanr
+
+from nnunet_vit_mae.statistics import rank_correlation
 
 FEWEST = 5  # cases for a line
 
@@ -66,8 +67,7 @@ def fit_expected_dice(soft: Sequence[float], true: Sequence[float]) -> ExpectedD
         slope_of_others, intercept_of_others = _line(others)
         errors.append(abs(np.clip(intercept_of_others + slope_of_others * score, 0, 1) - dice))
         of_the_mean.append(abs(others[:, 1].mean() - dice))
-    varies = np.ptp(pairs, axis=0).min() > 0
-    correlation = float(spearmanr(pairs[:, 0], pairs[:, 1])[0]) if varies else None
+    correlation = rank_correlation(pairs[:, 0], pairs[:, 1])
     return ExpectedDice(slope, intercept, len(pairs), correlation, float(np.mean(errors)), float(np.mean(of_the_mean)))
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import bootstrap, wilcoxon
+from scipy.stats import bootstrap, spearmanr, wilcoxon
 
 DIGITS = 12  # decimals of a difference that count: equal differences must be ties in spite of rounding
 FEW_PAIRS = 5  # with so few pairs the test cannot give p < 0.05
@@ -173,6 +173,18 @@ def limits_of_agreement(differences: np.ndarray) -> tuple[float, float, float]:
     bias = float(differences.mean())
     spread = LIMIT_SDS * float(differences.std(ddof=1)) if len(differences) > 1 else math.nan
     return bias, bias - spread, bias + spread
+
+
+def rank_correlation(first: np.ndarray, second: np.ndarray) -> float | None:
+    """Return Spearman's rank correlation of pairs; None where one side is constant.
+
+    >>> rank_correlation(np.array([1.0, 2.0, 3.0]), np.array([1.0, 4.0, 9.0]))
+    1.0
+    """
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    result: Any = spearmanr(first, second)
+    return round(float(result.statistic), DIGITS)
 
 
 def _wilcoxon(differences: np.ndarray) -> float | None:

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nnunet_vit_mae.nnunet import calibration, uncertainty
     from nnunet_vit_mae.nnunet.calibrated import refuse_calibrated
     from nnunet_vit_mae.nnunet.folders import find_dataset
-    from nnunet_vit_mae.nnunet.models import find_model
+    from nnunet_vit_mae.nnunet.models import CALIBRATED, find_model
 
     device = usable_device(args.device).type
     logging.basicConfig(level=logging.INFO, format="%(message)s")

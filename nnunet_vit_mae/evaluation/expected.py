@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation import words
 from nnunet_vit_mae.evaluation.results import Evaluation
+from nnunet_vit_mae.statistics import rank_correlation
 from nnunet_vit_mae.storage.csv_tables import read_rows
 
 EXPECTED, LOW, HIGH = "expected_dice", "volume_low_mm3", "volume_high_mm3"
@@ -79,7 +81,7 @@ def review_tables(evaluation: Evaluation, label: str) -> list[dict[str, Any]]:
     tables = []
     for model in evaluation.models:
         rows = evaluation.rows_of(label, model)
-        if rows[[EXPECTED, LOW]].notna().any(axis=None):
+        if rows[[EXPECTED, LOW]].notna().to_numpy().any():
             first = rows.sort_values(EXPECTED, kind="stable").head(SHOWN)
             tables.append(
                 {
@@ -103,18 +105,16 @@ def _row(row: Mapping[str, Any]) -> dict[str, str]:
 
 def _how_good(rows: pd.DataFrame) -> list[str]:
     sentences = []
-    pairs = rows[[EXPECTED, "dice"]].dropna()
-    if len(pairs) >= FEWEST and pairs.nunique().min() > 1:
-        correlation = pairs.corr(method="spearman").iloc[0, 1]
-        error = (pairs[EXPECTED] - pairs["dice"]).abs().mean()
+    expected, dice = rows[[EXPECTED, "dice"]].dropna().to_numpy(float).T
+    if len(dice) >= FEWEST and (correlation := rank_correlation(expected, dice)) is not None:
         sentences.append(
             f"Expected and true Dice: rank correlation {words.rounded(correlation, 2)}, mean absolute error "
-            f"{words.rounded(error, 3)} ({len(pairs)} cases)."
+            f"{words.rounded(float(np.abs(expected - dice).mean()), 3)} ({len(dice)} cases)."
         )
-    intervals = rows[[LOW, HIGH, "reference_mm3"]].dropna()
-    if len(intervals):
-        inside = int(intervals["reference_mm3"].between(intervals[LOW], intervals[HIGH]).sum())
+    low, high, reference = rows[[LOW, HIGH, "reference_mm3"]].dropna().to_numpy(float).T
+    if len(reference):
+        inside = int(((low <= reference) & (reference <= high)).sum())
         sentences.append(
-            f"{inside} of {len(intervals)} reference volumes ({inside / len(intervals):.0%}) lie in their intervals."
+            f"{inside} of {len(reference)} reference volumes ({inside / len(reference):.0%}) lie in their intervals."
         )
     return sentences

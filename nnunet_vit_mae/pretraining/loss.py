@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -75,7 +75,7 @@ def compiled_where_it_pays(
         return module
     samples, started = example(), time.monotonic()
     try:
-        compiled = torch.compile(module, fullgraph=True, **COMPILER)
+        compiled = cast(nn.Module, torch.compile(module, fullgraph=True, **COMPILER))
         for _ in range(REHEARSALS):
             loss_of_step(job, epoch, compiled, samples)[0].backward()
             module.zero_grad(set_to_none=True)
