@@ -661,6 +661,7 @@ FLAG_ROWS = [
     ),
     Row("--omit an unknown contrast", f"{OMIT} --omit CT", "--omit CT"),
     Row("--omit all contrasts", f"{OMIT} --omit T1 FLAIR", "would leave none"),
+    Row("a checkpoint of NaN", f"{OMIT} --omit FLAIR", "NaN", saved(CHECKPOINT, nan_weights)),
     Row("--channel 7", f"{REFINE} --channel 7", "0007"),
     Row("--threshold nan", f"{REFINE} --threshold nan", "--threshold"),
     Row("qc.csv of something else", CROP, "qc.csv", put("Dataset902_Crop/qc.csv", "a,b\n1,2\n")),

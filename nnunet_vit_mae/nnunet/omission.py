@@ -125,14 +125,14 @@ def omit(
     with_all = output / "with_all" / "predictions"
     names = [re.sub(r"\W+", "_", model.plan.channel_names[channel]) for channel in channels]
     without = output / "_".join(["without", *names])
+    places = {"log": output / "log.txt", "device": device}
+    predict_folder(model, images, [case.name for case in cases], with_all, **places)
+
     again = [case for case in cases if case.predicted_again]
     try:
         write_images(again, without / "images")
     except OSError as error:
         raise UserError(f"{output} cannot be written to ({error}): choose another folder with -o.") from None
-
-    places = {"log": output / "log.txt", "device": device}
-    predict_folder(model, images, [case.name for case in cases], with_all, **places)
     predict_folder(model, without / "images", [case.name for case in again], without / "predictions", **places)
     rows = []
     for case in with_progress(cases, unit="case", desc="evaluating"):

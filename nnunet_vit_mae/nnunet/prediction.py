@@ -26,7 +26,6 @@ from nnunet_vit_mae.processes.guard import guarded
 from nnunet_vit_mae.progress import progress_bar
 from nnunet_vit_mae.storage.files import inside, link
 from nnunet_vit_mae.storage.limits import too_many_voxels
-from nnunet_vit_mae.storage.pickles import read_trained
 
 logger = logging.getLogger(__name__)
 
@@ -74,26 +73,26 @@ def predict_cases(
 ) -> None:
     """Predict some of the cases in a folder of images, except those that are whole in the output folder already.
 
-    The images are linked into the folder `links`, which is removed after the prediction. The output of nnU-Net's
-    command is appended to `log`. Raises `UserError` if images are missing or the prediction fails.
+    The images are linked into the folder `links`, which is removed afterwards. The output of nnU-Net's command is
+    appended to `log`. Raises `UserError` if images are missing, and as `predict_folder` does.
     """
     endings = [model.plan.dataset_json["file_ending"], *([".npz"] if probabilities else [])]
     for case in cases:
         _remove_if_cut_off(output / f"{case}{endings[0]}")
     if all((output / f"{case}{ending}").is_file() for case in cases for ending in endings):
         return
-    refuse_damaged_weights(model)
+    images_of = {case.name: case.images for case in find_prediction_cases(model.plan, images)}
+    if missing := [case for case in cases if case not in images_of]:
+        raise UserError(f"There are no images of the case {missing[0]} in {images}: add them.")
     shutil.rmtree(links, ignore_errors=True)
     links.mkdir(parents=True)
-    images_of = {case.name: case.images for case in find_prediction_cases(model.plan, images)}
-    for case in cases:
-        if case not in images_of:
-            raise UserError(f"There are no images of the case {case} in {images}: add them.")
-        for image in images_of[case]:
+    try:
+        for image in (image for case in cases for image in images_of[case]):
             link(image, links / image.name)
-    flags = [*(["--save_probabilities"] if probabilities else []), "--continue_prediction"]
-    predict_folder(model, links, cases, output, log=log, device=device, flags=flags)
-    shutil.rmtree(links)
+        flags = [*(["--save_probabilities"] if probabilities else []), "--continue_prediction"]
+        predict_folder(model, links, cases, output, log=log, device=device, flags=flags)
+    finally:
+        shutil.rmtree(links)
 
 
 def _remove_if_cut_off(segmentation: Path) -> None:
@@ -113,10 +112,10 @@ def predict_folder(
 ) -> None:
     """Predict the cases in a folder of images with `nnUNetv2_predict`, and show its progress.
 
-    The output of the command is appended to `log`. Raises `UserError` if it fails, or if a checkpoint holds code.
+    The output of the command is appended to `log`. Raises `UserError` if it fails, or if a checkpoint is damaged or
+    holds NaN, or code, which nnU-Net would run.
     """
-    for file in model.files:
-        read_trained(file, mmap=True)  # nnU-Net would run whatever code is in it
+    refuse_damaged_weights(model)
     ending = model.plan.dataset_json["file_ending"]
     _run([*model.command(images, output, device), *flags], [output / f"{case}{ending}" for case in cases], log)
 
