@@ -44,7 +44,7 @@ def soft_dice(mask: np.ndarray, probabilities: np.ndarray) -> float:
     if not mask.any():
         return math.nan
     inside, everywhere = probabilities[mask].sum(dtype=float), probabilities.sum(dtype=float)
-    return round(2 * inside / (int(mask.sum()) + everywhere), 12)
+    return round(float(2 * inside / (int(mask.sum()) + everywhere)), 12)
 
 
 def fit_expected_dice(soft: Sequence[float], true: Sequence[float]) -> ExpectedDice | None:

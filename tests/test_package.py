@@ -99,7 +99,7 @@ LAYERS = {
     "plots": 1,
     "imaging": 1,
     "phantoms": 1,
-    "statistics": 1,
+    "statistics": 0,
     "thresholds": 1,
     "temperature": 1,
     "conformal": 1,

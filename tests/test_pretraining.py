@@ -24,9 +24,11 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.pretraining import crops as module
+from nnunet_vit_mae.pretraining import loss as step
 from nnunet_vit_mae.pretraining import readers
 from nnunet_vit_mae.pretraining import run as loop
 from nnunet_vit_mae.pretraining.crops import (
@@ -496,17 +498,17 @@ def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(make_job
         def backward(context, gradient):
             return gradient * torch.inf
 
-    loss = loop.reconstruction_loss
-    monkeypatch.setattr(loop, "reconstruction_loss", lambda *args, **kwargs: Sharp.apply(loss(*args, **kwargs)))
+    loss = reconstruction_loss
+    monkeypatch.setattr(step, "reconstruction_loss", lambda *args, **kwargs: Sharp.apply(loss(*args, **kwargs)))
     with pytest.raises(UserError, match=r"The gradient norm is (nan|inf) in step 1 of epoch 1.* lower --lr"):
         loop.run(make_job(epochs=1), tmp_path / "out", device=CPU, resume=False)
     assert not (tmp_path / "out" / "state.pt").exists()
 
 
 def test_a_loss_that_explodes_stops_the_run(make_job, tmp_path, monkeypatch, saving_always):
-    loss, count = loop.reconstruction_loss, itertools.count()
+    loss, count = reconstruction_loss, itertools.count()
     factors = [1.0] * 7 + [1e4] + [1e3] * 100
-    monkeypatch.setattr(loop, "reconstruction_loss", lambda *args, **kw: factors[next(count)] * loss(*args, **kw))
+    monkeypatch.setattr(step, "reconstruction_loss", lambda *args, **kw: factors[next(count)] * loss(*args, **kw))
     expected = r"The loss of an epoch was \S+ and has grown to \S+, most of all in step 2 of epoch 3, .* case_\d"
     with pytest.raises(UserError, match=expected):
         loop.run(make_job(epochs=4), tmp_path / "out", device=CPU, resume=False)
