@@ -85,7 +85,7 @@ def test_blocks_are_what_they_say(language, text, monkeypatch):
 
 
 def test_a_flag_that_does_not_exist_would_be_noticed(monkeypatch, capsys):
-    ((name, *arguments),) = commands_in("VARIABLE=1 mae3d_plan -d 501 \\\n  -o 'A name' --sise S   # a comment\n")
+    ((name, *arguments),) = commands_in("VARIABLE=1 mae3d_plan -d 501 \\\n  -o 'A name' --sizes S   # a comment\n")
     assert (name, arguments[:4]) == ("mae3d_plan", ["-d", "501", "-o", "A name"])
     with pytest.raises(SystemExit):
         parse(name, arguments, monkeypatch)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
-from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -138,10 +137,12 @@ SAME_LAYER = {
 def build(kind: str, folder: Path) -> Path:
     """Build a wheel from a copy of the sources, with the environment's own setuptools."""
     sources = folder / "sources"
-    for part in BUILT_FROM:
-        copy = partial(shutil.copytree, ignore=shutil.ignore_patterns("__pycache__"))
-        sources.mkdir(parents=True, exist_ok=True)
-        (copy if (REPOSITORY / part).is_dir() else shutil.copy)(REPOSITORY / part, sources / part)
+    sources.mkdir()
+    for part in (REPOSITORY / name for name in BUILT_FROM):
+        if part.is_dir():
+            shutil.copytree(part, sources / part.name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(part, sources)
     script = f"from setuptools import build_meta as b; print(b.build_{kind}(r'{folder}'))"
     done = subprocess.run([sys.executable, "-c", script], cwd=sources, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
