@@ -109,7 +109,7 @@ class TutorialWorkspace(Workspace):
 
 
 def without_numbers(line):
-    return re.sub(r"[\d.,]+", "#", " ".join(line.split()))
+    return [word for word in line.split() if not re.search(r"\d|nan", word)]
 
 
 def test_the_tutorial_runs_from_dicom_to_a_report(tmp_path):
@@ -130,7 +130,7 @@ def test_the_tutorial_runs_from_dicom_to_a_report(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     shown = [line for language, text in blocks if language == "text" for line in text.splitlines() if line != "..."]
-    printed = {without_numbers(line) for line in done.stdout.splitlines()}
+    printed = [without_numbers(line) for line in done.stdout.splitlines()]
     assert len(shown) > 10
     assert [line for line in shown if without_numbers(line) not in printed] == []
 
