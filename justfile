@@ -18,4 +18,8 @@ lint:
 types:
     .venv/bin/pyright
 
+# the pages of docs/ as a site, in build/site
+docs:
+    .venv/bin/sphinx-build --fail-on-warning --keep-going docs build/site
+
 check: lint types test

@@ -21,14 +21,14 @@ FOLDER = Path(__file__).parent
 COMMANDS = """\
 # Commands
 
-What `--help` says of every command; made by `make_reference.py`. `mae3d` lists them, and `mae3d NAME` is the same as
-`mae3d_NAME`.
+For those who look up a flag. What `--help` says of every command; made by `make_reference.py`. `mae3d` lists them, and
+`mae3d NAME` is the same as `mae3d_NAME`.
 """
 API = """\
 # Python
 
-The functions that the commands call, and what they take; made by `make_reference.py` from the code. All are imported
-from `nnunet_vit_mae` itself:
+For those who write scripts. The functions that the commands call, and what they take; made by `make_reference.py` from
+the code. All are imported from `nnunet_vit_mae` itself:
 
 ```python
 from nnunet_vit_mae import load_encoder

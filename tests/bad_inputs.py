@@ -708,6 +708,8 @@ def page() -> str:
     lines = [
         "# Mistakes and their sentences",
         "",
+        "For those who met an error, or who write scripts around the commands.",
+        "",
         "Every command ends at a mistake with exit code 2 and one sentence, which says what is wrong, where, and what",
         f"to do. It changes no file. `tests/test_bad_inputs.py` tries these {len(ROWS)}; `tests/bad_inputs.py` has the",
         "edits and the whole commands.",

@@ -60,6 +60,7 @@ def test_the_demonstration_ends_in_a_report_of_models_that_learn(tmp_path, capfd
     assert all(f"{value:.3f}" in printed for value in dice.values())
     assert (folder / "results.png").stat().st_size > 10_000
     pretrained = next((folder / "results").rglob("state.pt"))
+    assert all(figure.stat().st_size > 0 for figure in (folder / "results").rglob("progress.png"))
     losses = {"pre-training": torch.load(pretrained, weights_only=True)["losses"]}
     assert list((pretrained.parent / "reconstructions").iterdir())
     for trainer in MODELS.values():

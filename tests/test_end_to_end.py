@@ -1,25 +1,34 @@
-"""The whole path from a planned dataset to predictions, on a tiny one.
+"""The whole path from scans to predictions, on tiny datasets.
 
-The first test types every command in an interpreter of its own, as a user does. The others call the same commands in
-this process and share what was trained; a test that changes files takes a copy.
+The first test lets bash run the commands of the tutorial. The others call the same commands in this process and share
+what was trained; a test that changes files takes a copy.
 """
 
+import contextlib
 import hashlib
 import json
+import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
 from conftest import SHAPE, Workspace
+from forked_commands import forked_scripts
+from markdown_blocks import SHELL, blocks_of
 
+from nnunet_vit_mae.imaging.volumes import geometry_of
 from nnunet_vit_mae.storage.csv_tables import read_rows
 from nnunet_vit_mae.weights import read_encoder
 
 pytestmark = pytest.mark.slow
 
+TUTORIAL = Path(__file__).parent.parent / "docs" / "tutorial.md"
 PLAN = "mae3d_plan -d 901 -o Tiny --recipe quick --token 4 --epochs 2 --iterations 3 --batch_size 3"
 PRETRAIN = "mae3d_pretrain -d 901 -p Tiny --epochs 2 --batch_size 4 -device cpu"
 TRAIN = "nnUNetv2_train 901 3d_fullres 0 -p Tiny -device cpu -tr"
@@ -95,20 +104,47 @@ def check_predictions(workspace, folder):
         assert np.allclose(prediction.GetSpacing(), reference.GetSpacing())
 
 
-def test_the_whole_path_as_a_user_types_it(workspace, tmp_path):
-    workspace.type(*"mae3d_preprocess -d 901 -np 1".split())
-    workspace.type(*PLAN.split(), "--epochs", "1")
-    done = workspace.type(*PRETRAIN.split())
-    encoder = pretraining_folder(workspace) / "fold_all" / "encoder.safetensors"
-    assert str(encoder) in done.stdout
-    workspace.type(*TRAIN.split(), "nnUNetTrainerViTMAE")
-    folder = training_folder(workspace, "nnUNetTrainerViTMAE")
-    assert f"Loaded the encoder {encoder}: " in log_of(folder)
-    assert (folder / "progress.png").stat().st_size > 0
-    assert (folder / "validation" / "summary.json").is_file()
-    predict = f"nnUNetv2_predict -i {workspace.raw / 'imagesTs'} -o {tmp_path / 'out'} {MODEL} nnUNetTrainerViTMAE"
-    workspace.type(*predict.split())
-    check_predictions(workspace, tmp_path / "out")
+class TutorialWorkspace(Workspace):
+    dataset: ClassVar[str] = "Dataset501_Head"
+
+
+def without_numbers(line):
+    return [word for word in line.split() if not re.search(r"\d|nan", word)]
+
+
+def test_the_tutorial_runs_from_dicom_to_a_report(tmp_path):
+    """Bash runs all lines of the page; every line of output that it shows is printed, but for its numbers."""
+    workspace, blocks = TutorialWorkspace(tmp_path), blocks_of(TUTORIAL)
+    (drawing,) = (text for language, text in blocks if language == "python")
+    with contextlib.chdir(tmp_path):
+        exec(drawing, {})
+    to_be_exported = dict.fromkeys(("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer"), "")
+    scripts = {"PATH": os.pathsep.join([str(forked_scripts()), os.environ["PATH"]]), "nnUNet_n_proc_DA": "0"}
+    done = subprocess.run(
+        ["bash", "-e", "-c", "".join(text for language, text in blocks if language == SHELL)],
+        cwd=tmp_path,
+        env={**workspace.environment, **to_be_exported, **scripts},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    shown = [line for language, text in blocks if language == "text" for line in text.splitlines() if line != "..."]
+    printed = [without_numbers(line) for line in done.stdout.splitlines()]
+    assert len(shown) > 10
+    assert [line for line in shown if without_numbers(line) not in printed] == []
+
+    encoder = pretraining_folder(workspace, "Quick") / "fold_all" / "encoder.safetensors"
+    assert f"Loaded the encoder {encoder}: " in log_of(training_folder(workspace, "nnUNetTrainerViTMAE", "Quick"))
+    later = workspace.root / "raw" / "Dataset502_Later"
+    for reference in (later / "labelsTr").iterdir():
+        for model in ("ViT", "U-Net"):
+            prediction = sitk.ReadImage(str(tmp_path / "out" / model / reference.name))
+            assert geometry_of(prediction).difference(geometry_of(sitk.ReadImage(str(reference)))) is None
+    scores = read_rows(tmp_path / "report" / "cases.csv")
+    assert [score["model"] for score in scores] == ["ViT"] * 3 + ["U-Net"] * 3
+    assert len(read_rows(tmp_path / "volumes.csv")) == 3
+    assert "ViT" in (tmp_path / "report" / "index.html").read_text()
 
 
 # ---------- pre-training

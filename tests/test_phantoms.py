@@ -10,9 +10,11 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.imaging.dicom import find_series, read_series
 from nnunet_vit_mae.phantoms import dataset as phantoms
 from nnunet_vit_mae.phantoms.anatomy import draw_anatomy, render
-from nnunet_vit_mae.phantoms.dataset import write_phantom_dataset
+from nnunet_vit_mae.phantoms.dataset import draw_scans, plan_scans, write_phantom_dataset
+from nnunet_vit_mae.phantoms.dicom import EXTENT_MM, PLAQUE_SCALE, write_phantom_studies
 from nnunet_vit_mae.phantoms.scanner import (
     KERNELS,
     SCANNERS,
@@ -268,3 +270,17 @@ def test_a_smaller_extent_gives_smaller_volumes(tmp_path):
     image = read(next((folder / "imagesTr").iterdir()))
     sides = [n * step for n, step in zip(image.GetSize(), image.GetSpacing(), strict=True)]
     assert sides == pytest.approx([24, 30, 20], abs=max(image.GetSpacing()))
+
+
+def test_studies_in_dicom_hold_the_scans(tmp_path):
+    write_phantom_studies(tmp_path / "archive", labelled=1, seed=3)
+    found, damaged = find_series(tmp_path)
+    series = {one.description: read_series(one) for one in found}
+    ((_, scan),) = draw_scans(plan_scans(1, 0, 0), 3, EXTENT_MM, PLAQUE_SCALE)
+    assert damaged == 0
+    assert series.keys() == {f"head {scan.kernel}", "calcification label"}
+    for description, voxels in ((f"head {scan.kernel}", scan.image), ("calcification label", scan.label)):
+        assert np.array_equal(sitk.GetArrayFromImage(series[description]), voxels)
+        assert series[description].GetSpacing() == pytest.approx(scan.spacing[::-1])
+    with pytest.raises(UserError, match="already exists"):
+        write_phantom_studies(tmp_path / "archive", labelled=1)

@@ -92,7 +92,7 @@ def write_phantom_dataset(
     with TemporaryDirectory(dir=target.parent, prefix=".phantom_") as partial:
         growing = Path(partial) / target.name
         rows = []
-        for place, scan in _scans(_plan(labelled, unlabelled, test), seed, extent_mm, plaque_scale):
+        for place, scan in draw_scans(plan_scans(labelled, unlabelled, test), seed, extent_mm, plaque_scale):
             _write_scan(growing, place, scan)
             acquisition = (scan.scanner, scan.kernel, scan.slice_thickness)
             rows.append((place.case, place.patient_name, place.set_name, *acquisition))
@@ -101,7 +101,7 @@ def write_phantom_dataset(
     return target
 
 
-def _plan(labelled: int, unlabelled: int, test: int) -> list[PlannedScan]:
+def plan_scans(labelled: int, unlabelled: int, test: int) -> list[PlannedScan]:
     """Plan one labelled scan per training patient, one scan per test patient, and the unlabelled scans.
 
     A third of the unlabelled scans are second scans of training patients; new patients have one to three scans each.
@@ -118,7 +118,7 @@ def _plan(labelled: int, unlabelled: int, test: int) -> list[PlannedScan]:
     return plan
 
 
-def _scans(
+def draw_scans(
     plan: list[PlannedScan], seed: int, extent_mm: tuple[float, float, float], plaque_scale: float
 ) -> Iterator[tuple[PlannedScan, PhantomScan]]:
     """Make the planned scans; a patient whose labelled scan shows too little plaque is drawn again."""
