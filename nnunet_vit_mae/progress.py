@@ -92,8 +92,9 @@ class ProgressLines:
         self._write()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.n != self._written:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        # of work that was stopped, no line may follow the sentence about it: a generator ends later than its caller
+        if error is None and self.n != self._written:
             self._write()
 
     def update(self, n: float = 1, /) -> None:

@@ -68,6 +68,16 @@ def test_neither_a_short_nor_a_long_run_fills_the_file(clock, capsys, steps, sec
     assert lines[-1].startswith(f"training: {steps} of {steps} steps (100%)")
 
 
+def test_nothing_follows_the_sentence_of_work_that_was_stopped(capsys):
+    items = with_progress(range(4), unit="case", desc="reading")
+    assert [next(items), next(items)] == [0, 1]
+    items.close()  # as it is when nothing refers to it any more
+    with pytest.raises(KeyboardInterrupt), ProgressLines(4, "cases", "reading") as bar:
+        bar.update()
+        raise KeyboardInterrupt
+    assert lines_of(capsys) == ["reading: 0 of 4 cases (0%)"] * 2
+
+
 def test_nothing_is_shown_where_there_is_nothing_to_do(capsys):
     assert list(with_progress([], unit="case", desc="filling")) == []
     with progress_bar(3, unit="step", desc="training", shown=False) as bar:
