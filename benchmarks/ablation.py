@@ -38,6 +38,7 @@ from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
 from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.networks.memory import segmentation_loss
 from nnunet_vit_mae.networks.precision import autocast
+from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.networks.tokenizer import padded, patchify
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
 from nnunet_vit_mae.presets import SIZES
@@ -124,18 +125,9 @@ def results(
                     encoders[key] = pretrained(packed, settings, steps, seed, split)
                 loss, encoder = encoders[key]
             torch.manual_seed(seed)
-            network, probe = unet(packed, arguments.unet_width), math.nan
-            if "network" in block:
-                network = build_segmenter(
-                    settings.network,
-                    1,
-                    packed.classes,
-                    drop_path=settings.finetuning.drop_path,
-                    unet=lambda: unet(packed, arguments.unet_width),
-                )
-                if encoder is not None:
-                    network.encoder.load_state_dict(encoder)
-                probe = probe_of(packed, network.encoder.to(packed.device), settings, split)
+            network, probe = build(packed, settings, block, encoder, arguments.unet_width), math.nan
+            if isinstance(network, Segmenter):
+                probe = probe_of(packed, network.encoder, settings, split)
             finetune(packed, network, settings, split, seed, arguments.steps, pretrained=encoder is not None)
             dice = [dice_of(packed, network, number) for number in split.tested]
             yield {
@@ -153,6 +145,24 @@ def refuse_ignored(arm: str, protocol: Finetuning) -> None:
     for name in IGNORED:
         if getattr(protocol, name) != getattr(Finetuning(), name):
             raise UserError(f"The arm {arm} sets finetuning.{name}, which this benchmark does not read: leave it out.")
+
+
+def build(
+    packed: Packed, settings: Settings, block: Mapping[str, Any], encoder: dict[str, Tensor] | None, unet_width: int
+) -> nn.Module:
+    """Build an arm's network on the device."""
+    if "network" not in block:
+        return unet(packed, unet_width).to(packed.device)
+    network = build_segmenter(
+        settings.network,
+        1,
+        packed.classes,
+        drop_path=settings.finetuning.drop_path,
+        unet=lambda: unet(packed, unet_width),
+    )
+    if encoder is not None:
+        network.encoder.load_state_dict(encoder)
+    return network.to(packed.device)
 
 
 def unet(packed: Packed, width: int) -> nn.Module:
@@ -200,13 +210,13 @@ def pretrained(
 def finetune(
     packed: Packed, network: nn.Module, settings: Settings, split: Split, seed: int, steps: int, *, pretrained: bool
 ) -> None:
-    """Train on the labelled cases as the settings say, but for the number of steps; the network stays on the device.
+    """Train on the labelled cases as the settings say, but for the number of steps.
 
     On a CPU channels come last in memory, which makes convolutions with few channels a quarter faster.
     """
     protocol, random, device = settings.finetuning, np.random.default_rng(seed), packed.device
     layout = torch.channels_last_3d if device.type == "cpu" else torch.contiguous_format
-    network.to(device=device, memory_format=layout).train()
+    network.to(memory_format=layout).train()
     labels = packed.labels.cpu().numpy()
     groups = parameter_groups(
         network.named_parameters(),
