@@ -10,7 +10,7 @@ at and count for all, so that each case is read once and little of it is kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ class Reliability:
         return float(np.average(np.abs(self.probability - self.frequency), weights=self.voxels))
 
 
-def sample_voxels(cases: Sequence[CalibrationCase], classes: Classes) -> VoxelSample:
+def sample_voxels(cases: Iterable[CalibrationCase], classes: Classes) -> VoxelSample:
     """Read all cases once and keep what tells how good their probabilities are; ignored voxels are left out."""
     kept: list[VoxelSample] = []
     for case in cases:

@@ -72,9 +72,10 @@ def test_nothing_follows_the_sentence_of_work_that_was_stopped(capsys):
     items = with_progress(range(4), unit="case", desc="reading")
     assert [next(items), next(items)] == [0, 1]
     items.close()  # as it is when nothing refers to it any more
-    with pytest.raises(KeyboardInterrupt), ProgressLines(4, "cases", "reading") as bar:
-        bar.update()
-        raise KeyboardInterrupt
+    bar = ProgressLines(4, "cases", "reading")
+    bar.__enter__()
+    bar.update()
+    bar.__exit__(KeyboardInterrupt)
     assert lines_of(capsys) == ["reading: 0 of 4 cases (0%)"] * 2
 
 

@@ -7,7 +7,7 @@ model is therefore an ordinary checkpoint, with which nnU-Net's own command pred
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
 from nnunet_vit_mae.nnunet.prediction import find_prediction_cases, find_reference, predict_cases, read_probabilities
 from nnunet_vit_mae.plots import save_figure
-from nnunet_vit_mae.progress import ProgressBar, progress_bar
+from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.csv_tables import write_rows
 from nnunet_vit_mae.storage.files import inside, write_json
 from nnunet_vit_mae.temperature import (
@@ -40,6 +40,7 @@ from nnunet_vit_mae.thresholds import Calibration, CalibrationCase, CaseVolumes,
 from nnunet_vit_mae.weights import file_hash, package_versions
 
 FOLDER = "calibration"  # in the model's folder, for probabilities that nnU-Net has not saved
+KEPT_BYTES = 2**31  # of probabilities and labels, while thresholds are fitted
 RECORDED_PACKAGES = ("nnunet-vit-mae", "nnunetv2", "torch", "numpy")
 
 
@@ -108,12 +109,11 @@ def fit(model: Model, cases: Sequence[PredictedCase], objective: str, *, tempera
 
     Raises `UserError` for files that cannot be read.
     """
-    classes = classes_of(model.plan)
-    with progress_bar(len(cases), unit="case", desc="reading") as bar:
-        readable = [_calibration_case(model.plan, case, classes, bar) for case in cases]
-        sample = sample_voxels(readable, classes)
-        best = fit_temperature(sample, regions=classes.regions) if temperature else 1.0
-        calibration = fit_thresholds(readable, classes, objective).at_temperature(best)
+    classes, memory = classes_of(model.plan), CaseMemory(KEPT_BYTES)
+    readable = [_calibration_case(model.plan, case, classes, memory) for case in cases]
+    sample = sample_voxels(with_progress(readable, unit="case", desc="reading"), classes)
+    best = fit_temperature(sample, regions=classes.regions) if temperature else 1.0
+    calibration = fit_thresholds(readable, classes, objective).at_temperature(best)
     return FittedModel(calibration, best, *_reliabilities(sample, classes, best))
 
 
@@ -195,7 +195,29 @@ def _predict(model: Model, images: Path, names: Sequence[str], folder: str, devi
     return predictions
 
 
-def _calibration_case(plan: Plan, case: PredictedCase, classes: Classes, bar: ProgressBar) -> CalibrationCase:
+class CaseMemory:
+    """Keeps what was read of cases as long as there is room, for several classes are fitted in many passes.
+
+    Args:
+        room: Bytes.
+    """
+
+    def __init__(self, room: int):
+        self.room = room
+        self.kept: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def recall(self, name: str, read: Callable[[], tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+        """Return what is kept of a case, or read it."""
+        if name in self.kept:
+            return self.kept[name]
+        arrays = read()
+        if (size := sum(array.nbytes for array in arrays)) <= self.room:
+            self.room -= size
+            self.kept[name] = arrays
+        return arrays
+
+
+def _calibration_case(plan: Plan, case: PredictedCase, classes: Classes, memory: CaseMemory) -> CalibrationCase:
     _, spacing = _read_reference(plan, case.reference)
 
     def read() -> tuple[np.ndarray, np.ndarray]:
@@ -206,10 +228,9 @@ def _calibration_case(plan: Plan, case: PredictedCase, classes: Classes, bar: Pr
                 f"{case.probabilities} has {probabilities.shape[1:]} voxels, but {case.reference} has {labels.shape}: "
                 "they do not belong to the same case."
             )
-        bar.update()
         return probabilities, labels
 
-    return CalibrationCase(case.name, float(np.prod(spacing)), read)
+    return CalibrationCase(case.name, float(np.prod(spacing)), lambda: memory.recall(case.name, read))
 
 
 def _read_reference(plan: Plan, file: Path) -> tuple[np.ndarray, Sequence[float]]:
