@@ -57,7 +57,7 @@ def forked_scripts() -> Path:
             file.chmod(0o755)
     paths = [str(Path(sitecustomize.__file__).parent), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     server = subprocess.Popen(
-        [sys.executable, "-c", "import sys, forked_commands as here; here.serve(sys.argv[1])", address],
+        [sys.executable, "-P", "-c", "import sys, forked_commands as here; here.serve(sys.argv[1])", address],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         start_new_session=True,  # Ctrl+C is for the tests
