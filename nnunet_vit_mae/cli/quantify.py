@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     device = usable_device(args.device).type
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("highdicom").setLevel(logging.WARNING)  # it reports every module that it copies
     part = Part(args.part_id, args.num_parts)
     chosen = {"trainer": args.trainer, "folds": args.folds, "checkpoint": args.checkpoint}
     model = find_model(args.dataset, args.plans, args.configuration, **chosen)
