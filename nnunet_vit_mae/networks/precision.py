@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from nnunet_vit_mae.networks.constants import constant_result
+import torch
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -12,6 +12,11 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=_has_bf16(device))
 
 
-@constant_result  # a GPU does not change, but torch.compile cannot look at it
 def _has_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+# A GPU does not change, but torch.compile cannot look at it. `torch.compiler.assume_constant_result` would set this
+# mark, but imports the compiler for it: that takes longer than the import of torch, and most commands compile nothing.
+_marked: Any = _has_bf16
+_marked._dynamo_marked_constant = True
