@@ -147,19 +147,24 @@ def printed_apart(script: str, *arguments: str) -> str:
 
 
 def peak_memory(prepare: Callable[[], Callable[[], object]], times: int = 2) -> int:
-    """Return the peak bytes of a step above those before it was prepared; for a process that has done nothing else."""
+    """Return the peak bytes of the last of several steps above those before it was prepared.
+
+    For a process that has done nothing else. Pages of files are left out: the code of libraries, which the first step
+    brings into memory in pieces whose size is the kernel's choice.
+    """
     image, kernel = torch.randn(1, 1, 8, 8, 8), torch.randn(2, 1, 3, 3, 3)
     torch.nn.functional.conv3d(image, kernel)  # libraries allocate on first use
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
+    before = resident("RssAnon")
     step = prepare()
-    for _ in range(times):
+    for _ in range(times - 1):
         step()
-    return resident("VmHWM") - before
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    step()
+    return resident("VmHWM") - resident("RssFile") - before
 
 
 def resident(entry: str) -> int:
-    """Return the bytes in memory, now (`VmRSS`) or at the peak (`VmHWM`).
+    """Return the bytes in memory: at the peak (`VmHWM`), or now without files (`RssAnon`) and of files (`RssFile`).
 
     `getrusage` would count the peak of the parent before the fork.
     """
