@@ -3,9 +3,10 @@
 For each seed some labelled cases are set apart for testing. Of the others a few are labelled, and all of them and the
 unlabelled pool are what an encoder is pre-trained on; arms with equal encoders share one. Each arm is fine-tuned on the
 same few cases with the same crops, for the same number of steps and samples, and tested on cases that nothing has seen.
-An arm without a network is nnU-Net's own U-Net. Dice is the mean over cases of the mean over classes. The probe asks
-the frozen encoder: how well a linear map of a token's vector, learned on the labelled cases, finds each class's share
-of the token in the test cases (R2).
+An arm without a network is nnU-Net's own U-Net, which learns by AdamW as the others do, or, with `"optimizer": "SGD"`,
+by what nnU-Net trains it with. Dice is the mean over cases of the mean over classes. The probe asks the frozen encoder:
+how well a linear map of a token's vector, learned on the labelled cases, finds each class's share of the token in the
+test cases (R2).
 
 Volumes stay in the memory of the device. Every result is a line of the output file, and what is there already is not
 run again, so that days of one CPU core, or minutes of a GPU, can be given in pieces:
@@ -23,7 +24,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,29 @@ from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.networks.tokenizer import padded, patchify
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
 from nnunet_vit_mae.presets import SIZES
-from nnunet_vit_mae.settings import Finetuning, Settings
+from nnunet_vit_mae.settings import Finetuning, Pretraining, Settings
 
 IGNORED = ("contrast_dropout", "loss", "augmentation", "freeze_epochs")  # settings of fine-tuning
 INTENSITY = 0.2  # standard deviation of the random factor and shift of a training crop
 WIDEST = 10  # features of the U-Net's deepest stages, relative to the first: 320 and 32 in nnU-Net
 SHRINKAGE = 0.01  # of the probe's weights, relative to the variance of what they weigh
+
+
+@dataclasses.dataclass(frozen=True)
+class Descent:
+    """An optimizer, its rate at a share (0 to 1) of the steps, and the largest norm of its gradients."""
+
+    optimizer: torch.optim.Optimizer
+    rate: Callable[[float], float]
+    clip: float
+
+    def step(self, network: nn.Module, loss: Tensor, done: float) -> None:
+        """Take a step when the share `done` of all steps is done."""
+        set_learning_rate(self.optimizer, self.rate(done))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), self.clip)
+        self.optimizer.step()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +133,7 @@ def results(
         for arm, block in arms.items():
             if (arm, seed, steps) in done or (steps and "network" not in block):
                 continue
-            settings = Settings.from_dict(block)
+            settings = Settings.from_dict({name: part for name, part in block.items() if name != "optimizer"})
             refuse_ignored(arm, settings.finetuning)
             started, loss, encoder = time.monotonic(), math.nan, None
             if steps:
@@ -128,7 +146,8 @@ def results(
             network, probe = build(packed, settings, block, encoder, arguments.unet_width), math.nan
             if isinstance(network, Segmenter):
                 probe = probe_of(packed, network.encoder, settings, split)
-            finetune(packed, network, settings, split, seed, arguments.steps, pretrained=encoder is not None)
+            descent = descent_of(network, block, settings, pretrained=encoder is not None)
+            finetune(packed, network, descent, settings.finetuning.batch_size, split, seed, arguments.steps)
             dice = [dice_of(packed, network, number) for number in split.tested]
             yield {
                 "arm": arm,
@@ -186,12 +205,11 @@ def pretrained(
     torch.manual_seed(seed)
     random, network = np.random.default_rng((seed, 1)), build_autoencoder(settings.network, 1, protocol).to(device)
     groups = parameter_groups(network.named_parameters(), weight_decay=protocol.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+    descent = _adamw(groups, protocol, betas=(0.9, 0.95))
     masking = Masking(mask_ratio=protocol.mask_ratio, rebuilt_share=protocol.rebuilt_share)
     tokens = math.prod(-(-side // part) for side, part in zip(packed.patch, settings.network.token, strict=True))
     losses = []
     for step in range(steps):
-        set_learning_rate(optimizer, protocol.lr * warmup_cosine((step + 1) / (steps + 1), protocol.warmup))
         cases = random.choice(split.pretraining, protocol.batch_size)
         volume, inside = crops(packed, cases, random)
         for axis in (2, 3, 4):
@@ -202,32 +220,24 @@ def pretrained(
         masks = masking.rounds(masks)[0].to(device)
         with autocast(device):
             loss = reconstruction_loss(network(volume, masks), norm_pix=protocol.norm_pix)
-        _descend(loss, network, optimizer, protocol.gradient_clip)
+        descent.step(network, loss, (step + 1) / (steps + 1))
         losses.append(loss.detach())
     return float(torch.stack(losses[-max(1, steps // 20) :]).mean()), network.encoder.state_dict()
 
 
 def finetune(
-    packed: Packed, network: nn.Module, settings: Settings, split: Split, seed: int, steps: int, *, pretrained: bool
+    packed: Packed, network: nn.Module, descent: Descent, batch_size: int, split: Split, seed: int, steps: int
 ) -> None:
-    """Train on the labelled cases as the settings say, but for the number of steps.
+    """Train on the labelled cases.
 
     On a CPU channels come last in memory, which makes convolutions with few channels a quarter faster.
     """
-    protocol, random, device = settings.finetuning, np.random.default_rng(seed), packed.device
+    random, device = np.random.default_rng(seed), packed.device
     layout = torch.channels_last_3d if device.type == "cpu" else torch.contiguous_format
     network.to(memory_format=layout).train()
     labels = packed.labels.cpu().numpy()
-    groups = parameter_groups(
-        network.named_parameters(),
-        weight_decay=protocol.weight_decay,
-        layer_decay=protocol.layer_decay if pretrained else 1.0,
-        depth=SIZES[settings.network.size].depth,
-    )
-    optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
     for step in range(steps):
-        set_learning_rate(optimizer, protocol.lr * warmup_cosine((step + 1) / (steps + 1), protocol.warmup))
-        cases = random.choice(split.labelled, protocol.batch_size)
+        cases = random.choice(split.labelled, batch_size)
         starts = np.array([place_with_foreground(packed, labels[case], case, random) for case in cases])
         volume, target = cut(packed.volumes, packed, cases, starts)[0], cut(packed.labels, packed, cases, starts)[0]
         factor, shift = (
@@ -236,15 +246,29 @@ def finetune(
         )
         noise = torch.randn(volume.shape, device=device) * (INTENSITY / 2 * random.random())
         logits = _logits(network, volume.float() * factor + shift + noise)
-        _descend(segmentation_loss(logits, target[:, 0].long()), network, optimizer, protocol.gradient_clip)
+        descent.step(network, segmentation_loss(logits, target[:, 0].long()), (step + 1) / (steps + 1))
     network.eval()
 
 
-def _descend(loss: Tensor, network: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(network.parameters(), clip)
-    optimizer.step()
+def descent_of(network: nn.Module, block: Mapping[str, Any], settings: Settings, *, pretrained: bool) -> Descent:
+    """Return how an arm learns: by nnU-Net's SGD if it says so, else by AdamW at the rates of its protocol."""
+    if block.get("optimizer") == "SGD":
+        group = {"params": list(network.parameters()), "lr_scale": 1.0}
+        sgd = torch.optim.SGD([group], lr=0.0, momentum=0.99, nesterov=True, weight_decay=3e-5)
+        return Descent(sgd, lambda done: 1e-2 * (1 - done) ** 0.9, clip=12.0)
+    protocol = settings.finetuning
+    groups = parameter_groups(
+        network.named_parameters(),
+        weight_decay=protocol.weight_decay,
+        layer_decay=protocol.layer_decay if pretrained else 1.0,
+        depth=SIZES[settings.network.size].depth,
+    )
+    return _adamw(groups, protocol, betas=(0.9, 0.999))
+
+
+def _adamw(groups: list[dict], protocol: Finetuning | Pretraining, betas: tuple[float, float]) -> Descent:
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+    return Descent(optimizer, lambda done: protocol.lr * warmup_cosine(done, protocol.warmup), protocol.gradient_clip)
 
 
 def _logits(network: nn.Module, volume: Tensor) -> Tensor | list[Tensor]:

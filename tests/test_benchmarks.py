@@ -13,6 +13,7 @@ import blosc2
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.tokenizer import patchify
@@ -157,7 +158,11 @@ def test_the_ablation_runs_on_a_packed_dataset(tmp_path, monkeypatch, capsys):
         name="Dataset900_Noise",
     )
     network = {"size": "XS", "token": [4, 4, 4], "decoder": "mae"}
-    arms = {"unet": {}, "ViT": {"network": network, "pretraining": {"batch_size": 2}, "finetuning": {"batch_size": 2}}}
+    arms = {
+        "unet": {},
+        "SGD": {"optimizer": "SGD"},
+        "ViT": {"network": network, "pretraining": {"batch_size": 2}, "finetuning": {"batch_size": 2}},
+    }
     (tmp_path / "arms.json").write_text(json.dumps(arms))
     flags = "--seeds 1 --labelled 2 --tested 2 --steps 1 --pretraining_steps 2 3 --device cpu --unet_width 4"
     command = f"ablation.py packed.npz --arms arms.json -o results.jsonl {flags}"
@@ -166,14 +171,27 @@ def test_the_ablation_runs_on_a_packed_dataset(tmp_path, monkeypatch, capsys):
     for _ in range(2):  # the second time nothing is left to do
         benchmark.main()
     entries = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [(entry["arm"], entry["steps"]) for entry in entries] == [("unet", 0), ("ViT", 0), ("ViT", 2), ("ViT", 3)]
+    assert [(entry["arm"], entry["steps"]) for entry in entries] == [
+        ("unet", 0), ("SGD", 0), ("ViT", 0), ("ViT", 2), ("ViT", 3),
+    ]  # fmt: skip
     assert all(0 <= entry["dice"] <= 1 for entry in entries)
-    assert all(entry["loss"] > 0 and entry["probe"] < 1 for entry in entries[2:])
+    assert all(entry["loss"] > 0 and entry["probe"] < 1 for entry in entries[3:])
     capsys.readouterr()
     monkeypatch.setattr("sys.argv", "ablation.py --table results.jsonl".split())
     benchmark.main()
     rows = [row.split(" | ")[1:3] for row in capsys.readouterr().out.splitlines()[2:]]
-    assert rows == [["ViT", "0"], ["ViT", "2"], ["ViT", "3"], ["unet", "0"]]
+    assert rows == [["SGD", "0"], ["ViT", "0"], ["ViT", "2"], ["ViT", "3"], ["unet", "0"]]
+
+
+@pytest.mark.parametrize(("block", "kind", "peak"), [({"optimizer": "SGD"}, "SGD", 1e-2), ({}, "AdamW", 3e-4)])
+def test_an_arm_learns_by_the_optimizer_that_it_names(block, kind, peak):
+    network = nn.Linear(2, 3)
+    descent = import_module("ablation").descent_of(network, block, Settings(), pretrained=False)
+    assert type(descent.optimizer).__name__ == kind
+    assert max(map(descent.rate, np.linspace(0, 1, 101))) == pytest.approx(peak)
+    assert descent.rate(1.0) == pytest.approx(0)
+    descent.step(network, network(torch.ones(1, 2)).square().sum(), 0.0 if kind == "SGD" else 0.05)
+    assert descent.optimizer.param_groups[0]["lr"] == pytest.approx(peak)
 
 
 def test_the_probe_finds_what_tokens_tell():
