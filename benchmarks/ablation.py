@@ -46,6 +46,7 @@ from nnunet_vit_mae.presets import SIZES
 from nnunet_vit_mae.settings import Finetuning, Pretraining, Settings
 
 IGNORED = ("contrast_dropout", "loss", "augmentation", "freeze_epochs")  # settings of fine-tuning
+ANY_DECODER = {"decoder": "mae", "decoder_width": 0, "taps": (), "upsampling": "nearest", "upscale_convolutions": 1}
 INTENSITY = 0.2  # standard deviation of the random factor and shift of a training crop
 WIDEST = 10  # features of the U-Net's deepest stages, relative to the first: 320 and 32 in nnU-Net
 SHRINKAGE = 0.01  # of the probe's weights, relative to the variance of what they weigh
@@ -98,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--labelled", type=int, default=10, help="cases of fine-tuning")
     parser.add_argument("--tested", type=int, default=20, help="labelled cases that nothing sees")
     parser.add_argument("--steps", type=int, default=400, help="of fine-tuning")
-    parser.add_argument("--pretraining_steps", type=int, nargs="+", default=[6000], help="one or more lengths")
+    parser.add_argument("--pretraining_steps", type=int, nargs="+", default=[6000], help="one or more lengths; 0: none")
     parser.add_argument("--unet_width", type=int, default=32, help="features of the U-Net at full resolution")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--table", type=Path, nargs="+", help="print the table of these results")
@@ -129,7 +130,7 @@ def results(
     pool = range(len(packed.labels), len(packed.volumes))
     split = Split(rest[: arguments.labelled], order[: arguments.tested], [*sorted(rest), *pool])
     encoders: dict[str, tuple[float, dict[str, Tensor]]] = {}
-    for steps in (0, *arguments.pretraining_steps):
+    for steps in dict.fromkeys((0, *arguments.pretraining_steps)):
         for arm, block in arms.items():
             if (arm, seed, steps) in done or (steps and "network" not in block):
                 continue
@@ -137,8 +138,7 @@ def results(
             refuse_ignored(arm, settings.finetuning)
             started, loss, encoder = time.monotonic(), math.nan, None
             if steps:
-                decoder_apart = dataclasses.replace(settings.network, decoder="mae", decoder_width=0, taps=())
-                key = f"{decoder_apart} {settings.pretraining} {steps}"
+                key = f"{dataclasses.replace(settings.network, **ANY_DECODER)} {settings.pretraining} {steps}"
                 if key not in encoders:
                     encoders[key] = pretrained(packed, settings, steps, seed, split)
                 loss, encoder = encoders[key]

@@ -27,7 +27,7 @@ def default_settings(
     With `contrasts` they are those of an adaptive network (AMAE) for so many.
 
     The contrasts of an adaptive network share the budget of tokens, and are pre-trained as in section 2.4 of its paper.
-    The batch is at least nnU-Net's own: a ViT needs less memory for a patch than the U-Net that was planned for it.
+    Fine-tuning has nnU-Net's own batch, so that it sees as many samples as the U-Net.
     Raises `UserError` when the configuration is not 3D.
     """
     if len(patch_size) != 3:
@@ -38,9 +38,9 @@ def default_settings(
     adaptive = contrasts is not None
     token = default_token(patch_size, spacing, TOKEN_BUDGET // (contrasts or 1))
     return Settings(
-        network=Network(token=token, decoder=default_decoder(token, adaptive=adaptive), adaptive=adaptive),
+        network=Network(token=token, decoder=default_decoder(adaptive=adaptive), adaptive=adaptive),
         pretraining=Pretraining(mask_ratio=0.7, norm_pix=False) if adaptive else Pretraining(),
-        finetuning=Finetuning(batch_size=max(unet_batch_size, Finetuning().batch_size)),
+        finetuning=Finetuning(batch_size=unet_batch_size),
     )
 
 
@@ -99,11 +99,12 @@ def _side_along(side: int, thickness: float) -> int:
     return max(THIN_TOKEN, side >> math.floor(math.log2(thickness)))
 
 
-def default_decoder(token: Sequence[int], *, adaptive: bool = False) -> str:
-    """Return the decoder: `mae` up to token 4, where it wins in ViTiac's figure 5, else `upscale`; AMAE has UNETR."""
-    if adaptive:
-        return "unetr"
-    return "mae" if max(token) <= 4 else "upscale"
+def default_decoder(*, adaptive: bool) -> str:
+    """Return the decoder: nnU-Net's own U-Net, which no other was above with few labels (docs/evidence.md).
+
+    AMAE has UNETR.
+    """
+    return "unetr" if adaptive else "unet"
 
 
 @dataclass(frozen=True)
@@ -145,21 +146,13 @@ def fit_to_memory(
             return candidate
         if not larger:
             break
-        candidate = _with_token(settings, larger.pop(0), fixed)
+        candidate = settings.updated({"network": {"token": larger.pop(0), "taps": ()}})
     raise UserError(
         f"With token {list(candidate.network.token)} a training step needs about {in_gb(needed.finetuning)} GB "
         f"(fine-tuning, batch {candidate.finetuning.batch_size}) and {in_gb(needed.pretraining)} GB (pre-training, "
         f"batch {candidate.pretraining.batch_size}), more than the {in_gb(target)} GB that -gpu_memory_target leaves: "
-        "choose a smaller --size, a larger --token, or more memory."
+        "choose a smaller --size, a larger --token, another --decoder, or more memory."
     )
-
-
-def _with_token(settings: Settings, token: tuple[int, int, int], fixed: Collection[tuple[str, str]]) -> Settings:
-    """Return settings with another token, and with it another decoder and other taps unless they are fixed."""
-    decoder = settings.network.decoder
-    if ("network", "decoder") not in fixed:
-        decoder = default_decoder(token, adaptive=settings.network.adaptive)
-    return settings.updated({"network": {"taps": ()}}).updated({"network": {"token": token, "decoder": decoder}})
 
 
 def _with_largest_batch(

@@ -39,7 +39,7 @@ DECODERS = {
     "sfpn": "U-Net decoder over a simple feature pyramid of the encoder's last map (ViTDet)",
     "upscale": "repeated upsampling of the encoder's last map; learns in few steps",
     "mae": "the pre-training decoder with new weights; best with small tokens (ViTiac, figure 5)",
-    "unet": "nnU-Net's own U-Net, which the encoder's last map joins; starts as nnU-Net (hybrid)",
+    "unet": "nnU-Net's own U-Net, which the encoder's last map joins (hybrid); starts as nnU-Net",
 }
 
 POSITIONS = {

@@ -42,15 +42,12 @@ def test_plans_keep_the_baselines_files_and_leave_the_source_alone(in_workspace,
     assert after.settings.finetuning.lr == 0.001
 
 
-def test_the_decoder_follows_the_token_unless_it_is_given(in_workspace):
-    plan_command.main("-d 901 -o Large --token 8".split())
-    plan_command.main("-d 901 -o Small --token 4".split())
-    plan_command.main("-d 901 -o Mixed --token 8 --decoder mae".split())
-    assert [tiny_plan(name).settings.network.decoder for name in ("Large", "Small", "Mixed")] == [
-        "upscale",
-        "mae",
-        "mae",
-    ]
+def test_the_decoder_is_nnunets_own_unet_unless_another_is_given(in_workspace):
+    plan_command.main("-d 901 -o Default --token 8".split())
+    plan_command.main("-d 901 -o Given --token 8 --decoder mae".split())
+    plan_command.main("-d 901 -o Adaptive --adaptive".split())
+    decoders = [tiny_plan(name).settings.network.decoder for name in ("Default", "Given", "Adaptive")]
+    assert decoders == ["unet", "mae", "unetr"]
 
 
 def test_flags_win_over_the_recipe(in_workspace):
@@ -233,7 +230,7 @@ def test_mistakes_in_pretraining_get_one_sentence(in_workspace, refused, monkeyp
     assert not in_workspace.results.exists()
 
 
-def test_a_partial_block_keeps_the_defaults_of_its_patch_and_brings_the_decoder_of_its_token(in_workspace):
+def test_a_partial_block_keeps_the_defaults_of_its_patch(in_workspace):
     file = in_workspace.preprocessed / "nnUNetPlans.json"
     plans = json.loads(file.read_text())
     defaults = tiny_plan().settings
@@ -241,9 +238,9 @@ def test_a_partial_block_keeps_the_defaults_of_its_patch_and_brings_the_decoder_
     file.write_text(json.dumps(plans))
     assert tiny_plan().settings.network == defaults.network
     assert tiny_plan().settings.finetuning.batch_size == defaults.finetuning.batch_size
-    plans["configurations"]["3d_fullres"]["vit_mae"] = {"network": {"token": [8, 8, 8]}}
+    plans["configurations"]["3d_fullres"]["vit_mae"] = {"network": {"adaptive": True}}
     file.write_text(json.dumps(plans))
-    assert tiny_plan().settings.network.decoder == "upscale"
+    assert tiny_plan().settings.network.decoder == "unetr"
 
 
 def test_the_baseline_takes_a_2d_configuration_too(in_workspace):

@@ -13,8 +13,8 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.planning import (
     GB,
     SLACK,
+    TOKEN_BUDGET,
     Memory,
-    default_decoder,
     default_settings,
     default_token,
     fit_to_memory,
@@ -122,23 +122,12 @@ def test_the_grid_covers_the_patch_without_a_token_to_spare(patch, token):
 # ---------- settings
 
 
-@given(patch=patches, spacing=spacings, batch=st.integers(1, 64))
-def test_default_settings_hold_the_default_token_and_its_decoder(patch, spacing, batch):
-    network = default_settings(patch, spacing, batch).network
-    assert network.token == default_token(patch, spacing)
-    assert network.decoder == default_decoder(network.token)
-
-
-@pytest.mark.parametrize(("unet", "vit"), [(2, 4), (4, 4), (11, 11)])
-def test_the_batch_is_at_least_nnunets_own_and_at_least_the_default(unet, vit):
-    assert default_settings([32, 64, 80], [1, 1, 1], unet).finetuning.batch_size == vit
-
-
-@pytest.mark.parametrize(
-    ("token", "decoder"), [((4, 4, 4), "mae"), ((2, 4, 4), "mae"), ((2, 4, 8), "upscale"), ((8, 8, 8), "upscale")]
-)
-def test_small_tokens_go_with_the_mae_decoder(token, decoder):
-    assert default_decoder(token) == decoder
+@given(patch=patches, spacing=spacings, batch=st.integers(1, 64), contrasts=st.none() | st.integers(1, 6))
+def test_default_settings_hold_the_default_token_decoder_and_nnunets_batch(patch, spacing, batch, contrasts):
+    settings = default_settings(patch, spacing, batch, contrasts=contrasts)
+    assert settings.network.token == default_token(patch, spacing, TOKEN_BUDGET // (contrasts or 1))
+    assert settings.network.decoder == ("unet" if contrasts is None else "unetr")
+    assert settings.finetuning.batch_size == batch
 
 
 def test_a_2d_patch_is_refused_and_a_3d_configuration_suggested():
@@ -208,7 +197,6 @@ SHARES = st.sampled_from([10 ** (tenths / 10) for tenths in range(-25, 3)])  # o
 POWERS = st.sampled_from([2, 4, 8, 16, 32])
 CAN_BE_FIXED = [
     ("network", "token"),
-    ("network", "decoder"),
     ("finetuning", "batch_size"),
     ("pretraining", "batch_size"),
 ]
@@ -252,10 +240,10 @@ def test_what_a_person_has_chosen_stays(situation):
 
 
 @given(situation=situations(batches=st.integers(1, 40)))
-def test_only_token_decoder_taps_and_batches_change(situation):
+def test_only_token_taps_and_batches_change(situation):
     chosen = situation.fitted()
     if chosen is not None:
-        network = {name: getattr(chosen.network, name) for name in ("token", "decoder", "taps")}
+        network = {name: getattr(chosen.network, name) for name in ("token", "taps")}
         batches = {name: {"batch_size": getattr(chosen, name).batch_size} for name in ("finetuning", "pretraining")}
         assert situation.settings.updated({"network": network, **batches}) == chosen
 
@@ -328,17 +316,6 @@ def test_nothing_is_refused_that_could_be_made_to_fit(situation):
     assert (situation.fitted() is not None) == possible
 
 
-@given(situation=situations())
-def test_the_decoder_follows_a_new_token_unless_it_is_fixed(situation):
-    chosen = situation.fitted()
-    if chosen is not None:
-        follows = chosen.network.token != situation.settings.network.token and (
-            ("network", "decoder") not in situation.fixed
-        )
-        expected = default_decoder(chosen.network.token) if follows else situation.settings.network.decoder
-        assert chosen.network.decoder == expected
-
-
 @pytest.mark.parametrize(
     ("target", "token", "batches"),
     [
@@ -353,7 +330,8 @@ def test_the_decoder_follows_a_new_token_unless_it_is_fixed(situation):
     ],
 )
 def test_known_choices_for_thick_slices_with_a_byte_for_each_token(target, token, batches):
-    chosen = fit_to_memory(planned(), PATCH, SPACING, fixed=(), target=target, estimate=linear(PATCH, (1, 1), 0))
+    settings = planned({"finetuning": {"batch_size": 4}})
+    chosen = fit_to_memory(settings, PATCH, SPACING, fixed=(), target=target, estimate=linear(PATCH, (1, 1), 0))
     assert (chosen.network.token, batches_of(chosen)) == (token, batches)
 
 
@@ -372,25 +350,14 @@ def test_taps_are_kept_with_the_token_and_reset_with_another(gigabytes, token, t
     assert (chosen.token, chosen.decoder, chosen.taps) == (token, "unetr", taps)
 
 
-def test_a_smaller_decoder_is_no_way_out_as_long_as_the_token_stays():
-    def estimate(settings: Settings) -> Memory:
-        return Memory(
-            *[0 if settings.network.decoder == "mae" else math.prod(token_grid(PATCH, settings.network.token))] * 2
-        )
-
-    settings = planned({"network": {"decoder": "sfpn"}})
-    chosen = fit_to_memory(settings, PATCH, SPACING, fixed=(), target=504, estimate=estimate).network
-    assert (chosen.token, chosen.decoder) == ((4, 8, 8), "upscale")
-
-
 def test_when_nothing_fits_the_refusal_names_sizes_of_the_last_attempt_and_what_to_do():
     estimate = linear(PATCH, (GB // 80, 2 * GB // 80), GB)
     with pytest.raises(UserError) as caught:
         fit_to_memory(planned(), PATCH, SPACING, fixed=(), target=GB // 2, estimate=estimate)
     assert str(caught.value) == (
         "With token [8, 16, 16] a training step needs about 3.0 GB (fine-tuning, batch 2) and 5.0 GB (pre-training, "
-        "batch 2), more than the 0.5 GB that -gpu_memory_target leaves: choose a smaller --size, a larger --token, or "
-        "more memory."
+        "batch 2), more than the 0.5 GB that -gpu_memory_target leaves: choose a smaller --size, a larger --token, "
+        "another --decoder, or more memory."
     )
 
 
@@ -398,13 +365,14 @@ def test_when_nothing_fits_the_refusal_names_sizes_of_the_last_attempt_and_what_
     ("fixed", "tried"),
     [
         ({("network", "token")}, r"token \[2, 4, 4\].*batch 2.*batch 2"),
-        ({("finetuning", "batch_size")}, r"token \[8, 16, 16\].*batch 4.*batch 2"),
+        ({("finetuning", "batch_size")}, r"token \[8, 16, 16\].*batch 6.*batch 2"),
         ({("network", "token"), ("pretraining", "batch_size")}, r"token \[2, 4, 4\].*batch 2.*batch 16"),
     ],
 )
 def test_a_refusal_names_what_was_fixed_as_it_was_fixed(fixed, tried):
+    settings = planned({"finetuning": {"batch_size": 6}})
     with pytest.raises(UserError, match=tried):
-        fit_to_memory(planned(), PATCH, SPACING, fixed=fixed, target=0, estimate=linear(PATCH, (1, 1), 0))
+        fit_to_memory(settings, PATCH, SPACING, fixed=fixed, target=0, estimate=linear(PATCH, (1, 1), 0))
 
 
 def test_bytes_are_written_in_gigabytes():

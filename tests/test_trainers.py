@@ -19,10 +19,12 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation
+from nnunet_vit_mae.nnunet.plans import settings_for
 from nnunet_vit_mae.nnunet.scheduled import ScheduledTrainer
-from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerBaseline, nnUNetTrainerViTScratch
+from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerAMAEScratch, nnUNetTrainerBaseline, nnUNetTrainerViTScratch
 from nnunet_vit_mae.optimisation import warmup_cosine
 from nnunet_vit_mae.presets import SIZES
+from nnunet_vit_mae.settings import Settings
 from nnunet_vit_mae.storage.csv_tables import read_rows
 from nnunet_vit_mae.tracking import METRICS
 from nnunet_vit_mae.weights import read_encoder
@@ -118,6 +120,19 @@ def test_at_the_first_step_the_hybrid_is_nnunets_own_u_net(planned, deep_supervi
     assert len(pairs) > deep_supervision
     for own, reference in pairs:
         assert torch.equal(own, reference)
+
+
+@pytest.mark.parametrize("trainer", [nnUNetTrainerViTScratch, nnUNetTrainerAMAEScratch])
+def test_a_model_keeps_its_settings_whatever_a_later_default_is(planned, monkeypatch, trainer):
+    for name, value in {"raw": planned.raw, "preprocessed": planned.root / "preprocessed"}.items():
+        monkeypatch.setenv(f"nnUNet_{name}", str(value))
+    content = json.loads((planned.preprocessed / "nnUNetPlans.json").read_text())
+    description = json.loads((planned.preprocessed / "dataset.json").read_text())
+    model = trainer(content | {"continue_training": False}, "3d_fullres", 0, description, torch.device("cpu"))
+    monkeypatch.setattr("nnunet_vit_mae.nnunet.plans.default_settings", lambda *_, **__: Settings())
+    plans = PlansManager(json.loads(json.dumps(model.plans_manager.plans)))
+    assert settings_for(plans.get_configuration("3d_fullres"), 2, adaptive=trainer.adaptive) == model.settings
+    assert model.settings != Settings()
 
 
 def test_the_hybrid_learns_to_use_the_vit_and_the_vit_learns(hybrid):

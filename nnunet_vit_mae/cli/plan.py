@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", dest="output", required=True, metavar="NAME", help="name of the plans to write")
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a recipe of ours, or a JSON file with a partial block")
     parser.add_argument("--size", choices=SIZES, help="size of the ViT")
-    parser.add_argument("--decoder", choices=DECODERS, help="segmentation decoder (default: follows the token)")
+    parser.add_argument("--decoder", choices=DECODERS, help="segmentation decoder (default: unet; adaptive: unetr)")
     parser.add_argument(
         "--token", nargs="+", type=positive_int, metavar="N", help="voxels: one number, or three (z y x)"
     )

@@ -175,15 +175,15 @@ def schedule_of(configuration: ConfigurationManager) -> Finetuning:
 def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     """Settings with changes (a partial block).
 
-    A new token brings its default decoder, a new network its default taps, unless they are given too.
+    A new network brings its default taps, and an adaptive one its default decoder, unless they are given too.
     """
     before, network = settings.network, changes.get("network", {})
     if isinstance(network, Mapping) and network:
         settings = settings.updated({"network": {"taps": ()}})
     settings = settings.updated(changes)
-    now = settings.network
-    if "decoder" not in network and (now.token, now.adaptive) != (before.token, before.adaptive):
-        settings = settings.updated({"network": {"decoder": default_decoder(now.token, adaptive=now.adaptive)}})
+    adaptive = settings.network.adaptive
+    if "decoder" not in network and adaptive != before.adaptive:
+        settings = settings.updated({"network": {"decoder": default_decoder(adaptive=adaptive)}})
     return settings
 
 

@@ -28,6 +28,7 @@ from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.nnunet.absence import keeping_absence
 from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation
+from nnunet_vit_mae.nnunet.checked_plans import BLOCK
 from nnunet_vit_mae.nnunet.checkpoints import refuse_other_network
 from nnunet_vit_mae.nnunet.folders import dataset_id, encoder_file
 from nnunet_vit_mae.nnunet.plans import channel_names, destination, refuse_cascade, settings_for
@@ -71,6 +72,8 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
         refuse_cascade(self.configuration_manager)
         channels = len(channel_names(self.dataset_json))
         self.settings: Settings = settings_for(self.configuration_manager, channels, adaptive=self.adaptive)
+        # nnU-Net writes these plans beside the weights, which then load whatever a later default is
+        self.plans_manager.plans["configurations"][configuration][BLOCK] = self.settings.to_dict()
         self.enable_deep_supervision = self.settings.network.decoder == "unet"  # the others have one output
         self.initial_lr = self.settings.finetuning.lr
         self.weight_decay = self.settings.finetuning.weight_decay

@@ -41,12 +41,13 @@ class Arm:
         return self.trainer in SCHEDULED
 
 
+WITHOUT_UNET = {"network": {"decoder": "upscale"}}
 ARMS = {
     "unet": Arm(trainer="nnUNetTrainerBaseline"),
-    "vit": Arm(trainer="nnUNetTrainerViTMAE", encoder=True),
-    "scratch": Arm(trainer="nnUNetTrainerViTScratch"),
-    "hybrid": Arm(trainer="nnUNetTrainerViTMAE", recipe={"network": {"decoder": "unet"}}, encoder=True),
-    "hybrid_scratch": Arm(trainer="nnUNetTrainerViTScratch", recipe={"network": {"decoder": "unet"}}),
+    "vit": Arm(trainer="nnUNetTrainerViTMAE", recipe=WITHOUT_UNET, encoder=True),
+    "scratch": Arm(trainer="nnUNetTrainerViTScratch", recipe=WITHOUT_UNET),
+    "hybrid": Arm(trainer="nnUNetTrainerViTMAE", encoder=True),
+    "hybrid_scratch": Arm(trainer="nnUNetTrainerViTScratch"),
     "resenc": Arm(trainer="nnUNetTrainerBaseline", plans="nnUNetResEncUNetMPlans", planner="nnUNetPlannerResEncM"),
     "primus": Arm(trainer=PRIMUS),
     "ensemble": Arm(members=("unet", "vit")),
