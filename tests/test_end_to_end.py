@@ -240,7 +240,7 @@ def test_a_frozen_encoder_stays_as_it_was_while_the_decoder_learns(copied, tmp_p
     recipe = tmp_path / "frozen.json"
     recipe.write_text(json.dumps({"finetuning": {"freeze_epochs": 1, "epochs": 1, "iterations": 2, "batch_size": 2}}))
     encoder = pretraining_folder(copied) / "fold_all" / "encoder.safetensors"
-    copied.call(*f"mae3d_plan -d 901 -o Frozen --recipe {recipe} --encoder {encoder}".split())
+    copied.call(*f"mae3d_plan -d 901 -o Frozen --recipe {recipe} --decoder upscale --encoder {encoder}".split())
     copied.call(*"nnUNetv2_train 901 3d_fullres 0 -p Frozen -device cpu -tr nnUNetTrainerViTMAE".split())
     checkpoint = checkpoint_of(training_folder(copied, "nnUNetTrainerViTMAE", "Frozen"))
     tensors, _ = read_encoder(encoder)

@@ -171,11 +171,11 @@ def test_an_ensemble_takes_probabilities_and_is_calibrated(tmp_path):
 
 def test_recipes_hold_the_seed_and_the_same_schedule_for_all_arms(tmp_path):
     recipe = {"network": {"size": "XS"}, "finetuning": {"epochs": 5}}
-    recipes = study_of(tmp_path, "unet", "hybrid", recipe=recipe).recipes()
+    recipes = study_of(tmp_path, "unet", "vit", recipe=recipe).recipes()
     by_file = {file.name: content for file, content in recipes.items()}
     assert by_file["unet_s1.json"]["finetuning"] == {"epochs": 5, "seed": 1}
-    assert by_file["hybrid_s0.json"]["network"] == {"size": "XS", "decoder": "unet"}
-    assert by_file["encoder_hybrid.json"] == {"network": {"size": "XS"}, "pretraining": {}}
+    assert by_file["vit_s0.json"]["network"] == {"size": "XS", "decoder": "upscale"}
+    assert by_file["encoder_vit.json"] == {"network": {"size": "XS"}, "pretraining": {}}
 
 
 def test_a_study_is_continued_with_the_same_choices_only(tmp_path):
