@@ -32,12 +32,11 @@ class Group(NamedTuple):
 
     def joined(self, images: Shaped[Tensor, "s n *rest"]) -> Shaped[Tensor, "r t *rest"]:
         """Put the tokens of contrast images one behind the other."""
-        return images.unflatten(0, (1 if self.packed else len(self.counts), -1)).flatten(1, 2)
+        return rearrange(images, "(r c) n ... -> r (c n) ...", r=1 if self.packed else len(self.counts))
 
     def parted(self, tokens: Float[Tensor, "*l r t d"]) -> Float[Tensor, "*l s n d"]:
         """Undo `joined`."""
-        images = tokens.unflatten(-2, (len(self.images) // tokens.shape[-3], -1))
-        return rearrange(images, "... r c n d -> ... (r c) n d")
+        return rearrange(tokens, "... r (c n) d -> ... (r c) n d", c=len(self.images) // tokens.shape[-3])
 
     def packing(self, queries: int, keys: int) -> Packing | None:
         """Return where attention finds its sequences, given the tokens of each contrast image."""

@@ -15,9 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-# `torch.nn.attention.varlen` as it is used here: older ones have no scale, or no backward pass for all GPUs
+# the kernel in the form in which it is called here, on GPUs for which torch has its flash attention
 HAS_KERNEL = torch.__version__ >= "2.14" and torch.version.cuda is not None
-WIDEST_HEAD, HEAD_MULTIPLE = 256, 8  # that flash attention takes
+WIDEST_HEAD, HEAD_MULTIPLE = 128, 8  # that cuDNN takes too, which torch may choose without a look at the width
 
 
 class Lengths(NamedTuple):
@@ -57,13 +57,14 @@ def packed_attention(
 ) -> Float[Tensor, "1 h t w"]:
     """Let the queries of each sequence attend to its own keys alone."""
     queries, keys = packing
-    if not _kernel_takes(query.device, query.dtype, query.shape[-1]):
+    longest = max(queries.tokens), max(keys.tokens)
+    # where nothing is hidden there are no queries, on which kernels need not be defined
+    if not longest[0] or not _kernel_takes(query.device, query.dtype, query.shape[-1]):
         own = zip(query.split(queries.tokens, 2), key.split(keys.tokens, 2), value.split(keys.tokens, 2), strict=True)
         return torch.cat([functional.scaled_dot_product_attention(*parts, scale=scale) for parts in own], dim=2)
     from torch.nn.attention.varlen import varlen_attn  # which takes a while to import
 
     packed = (rearrange(part, "1 h t w -> t h w").contiguous() for part in (query, key, value))
-    longest = max(queries.tokens), max(keys.tokens)
     return rearrange(varlen_attn(*packed, queries.starts, keys.starts, *longest, scale=scale), "t h w -> 1 h t w")
 
 
