@@ -188,7 +188,7 @@ def test_a_packed_autoencoder_is_that_of_groups(packed, monkeypatch, positions, 
     torch.manual_seed(0)
     settings = Network(size="XS", token=TOKEN, adaptive=True, positions=positions)
     network = perturbed(build_autoencoder(settings, C, Pretraining(decoder=decoder, decoder_heads=4)))
-    assert network.decoder.transformer.head_width % packing.HEAD_MULTIPLE  # so that heads are padded
+    assert network.decoder.transformer.head_width % packing.KERNEL_WIDTH  # so that heads are padded
     volume, masks = batch()
     compared(network, lambda own: own(volume, masks, MIXED).patches, monkeypatch)
     assert set(packed) <= {len(MIXED)}

@@ -17,7 +17,8 @@ from torch.nn import functional
 
 # the kernel in the form in which it is called here, on GPUs for which torch has its flash attention
 HAS_KERNEL = torch.__version__ >= "2.14" and torch.version.cuda is not None
-WIDEST_HEAD, HEAD_MULTIPLE = 128, 8  # that cuDNN takes too, which torch may choose without a look at the width
+KERNEL_WIDTH = 8  # flash attention works on multiples of it; the papers' heads are 10, 20, 40 and 80 wide
+WIDEST_HEAD = 128  # of cuDNN, which torch may choose without a look at the width
 
 
 class Lengths(NamedTuple):
@@ -44,7 +45,7 @@ def packs(device: torch.device) -> bool:
     """Return whether the kernel takes what networks compute on a device right now."""
     if device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
         return False
-    return _kernel_takes(device, torch.get_autocast_dtype("cuda"), HEAD_MULTIPLE)
+    return _kernel_takes(device, torch.get_autocast_dtype("cuda"), KERNEL_WIDTH)
 
 
 def packed_attention(
@@ -69,6 +70,6 @@ def packed_attention(
 
 
 def _kernel_takes(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
-    """Return whether the kernel takes heads; bf16 alone, as our networks never compute in fp16."""
-    fits = head_width <= WIDEST_HEAD and head_width % HEAD_MULTIPLE == 0
+    """Return whether the kernel takes heads: in bf16 alone, as our networks never compute in fp16."""
+    fits = head_width <= WIDEST_HEAD and head_width % KERNEL_WIDTH == 0
     return HAS_KERNEL and device.type == "cuda" and dtype == torch.bfloat16 and fits

@@ -16,11 +16,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnunet_vit_mae.networks.packing import Packing, packed_attention
+from nnunet_vit_mae.networks.packing import KERNEL_WIDTH, Packing, packed_attention
 from nnunet_vit_mae.networks.positions import rotated
 
 MLP_RATIO = 4
-KERNEL_WIDTH = 8  # flash attention works on multiples of it; the papers' heads are 10, 20, 40 and 80 wide
 BRANCH_SCALE = 0.1  # at which LayerScale starts
 
 
