@@ -1,7 +1,7 @@
 """All that docs/speed.md leaves open until there is a GPU, in less than nine minutes of one.
 
 First the ceilings: how fast the GPU copies, and multiplies matrices. Then steps of pre-training at the largest batch
-that fits, eager and compiled, with each option of the decoder, with studies of different contrasts in groups and packed,
+that fits, eager and compiled, each option of the decoder, studies of different contrasts in groups and packed,
 and peers beside them; fine-tuning with nnU-Net's augmentation and ours; prediction; the reader. Each part is a line of
 the file after `-o` once it is done. What is there is not measured again, so that the same command goes on after an
 interruption; it prints all tables at its end.

@@ -65,8 +65,9 @@ def packed_attention(
         return torch.cat([functional.scaled_dot_product_attention(*parts, scale=scale) for parts in own], dim=2)
     from torch.nn.attention.varlen import varlen_attn  # which takes a while to import
 
-    packed = (rearrange(part, "1 h t w -> t h w").contiguous() for part in (query, key, value))
-    return rearrange(varlen_attn(*packed, queries.starts, keys.starts, *longest, scale=scale), "t h w -> 1 h t w")
+    q, k, v = (rearrange(part, "1 h t w -> t h w").contiguous() for part in (query, key, value))
+    mixed = varlen_attn(q, k, v, queries.starts, keys.starts, *longest, scale=scale)
+    return rearrange(mixed, "t h w -> 1 h t w")
 
 
 def _kernel_takes(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
