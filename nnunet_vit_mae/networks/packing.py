@@ -7,7 +7,7 @@ results: that is for tests, and for heads that the kernel does not take.
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -67,7 +67,7 @@ def packed_attention(
 
     q, k, v = (rearrange(part, "1 h t w -> t h w").contiguous() for part in (query, key, value))
     mixed = varlen_attn(q, k, v, queries.starts, keys.starts, *longest, scale=scale)
-    return rearrange(mixed, "t h w -> 1 h t w")
+    return rearrange(cast(Tensor, mixed), "t h w -> 1 h t w")
 
 
 def _kernel_takes(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
