@@ -11,13 +11,19 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable, Sequence
+from itertools import cycle, islice
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from measuring import training_step
 
+from nnunet_vit_mae.networks import grouping
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.masking import Masking
+from nnunet_vit_mae.pretraining.loss import PretrainingLoss
 from nnunet_vit_mae.settings import Network, Pretraining
 
 # contrasts per study: eight sessions of multiple sclerosis (dataset 506), and AMAE's seven, each one present by chance
@@ -70,6 +76,26 @@ def compare(mixture: list[int], arguments: argparse.Namespace) -> tuple[float, f
     seconds(batches[0])  # the first step warms up
     pairs = [(seconds(counts), seconds(np.full_like(counts, counts.max()))) for counts in batches[: arguments.rounds]]
     return padding, statistics.fmean(ours for ours, _ in pairs) / statistics.fmean(padded for _, padded in pairs)
+
+
+def step_of(
+    run: str, mixture: Sequence[int], size: str, side: int, token: int, batch: int, device: torch.device
+) -> Callable[[], None]:
+    """Return a step on studies that take turns in their numbers of contrasts, `packed` or in `groups`."""
+    contrasts, counts = max(mixture), list(islice(cycle(mixture), batch))
+    network, protocol = Network(size=size, token=(token,) * 3, decoder="unetr", adaptive=True), Pretraining()
+    with device:
+        model = build_autoencoder(network, contrasts, protocol)
+        volume = torch.randn(batch, contrasts, side, side, side)
+    masks = Masking(mask_ratio=0.7).draw(torch.rand(sum(counts), (side // token) ** 3)).to(device)
+    present, module = [list(range(count)) for count in counts], PretrainingLoss(model)
+    step = training_step(model, lambda: module(volume, masks, present, norm_pix=False)[0])
+
+    def decided() -> None:
+        with patch.object(grouping, "packs", lambda _: run == "packed"):
+            step()
+
+    return decided
 
 
 if __name__ == "__main__":

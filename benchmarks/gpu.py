@@ -1,9 +1,10 @@
 """All that docs/speed.md leaves open until there is a GPU, in less than nine minutes of one.
 
 First the ceilings: how fast the GPU copies, and multiplies matrices. Then steps of pre-training at the largest batch
-that fits, eager and compiled, with each option of the decoder, and peers beside them; fine-tuning with nnU-Net's
-augmentation and ours; prediction; the reader. Each part is a line of the file after `-o` once it is done. What is there
-is not measured again, so that the same command goes on after an interruption; it prints all tables at its end.
+that fits, eager and compiled, each option of the decoder, studies of different contrasts in groups and packed,
+and peers beside them; fine-tuning with nnU-Net's augmentation and ours; prediction; the reader. Each part is a line of
+the file after `-o` once it is done. What is there is not measured again, so that the same command goes on after an
+interruption; it prints all tables at its end.
 
     python benchmarks/gpu.py -o gpu.jsonl                        # makes volumes for the parts that need a dataset
     python benchmarks/gpu.py -o gpu.jsonl -d 505 -p Short        # takes those of a dataset

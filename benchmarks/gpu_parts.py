@@ -14,12 +14,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import contrasts
 import pretraining_decoder
 import torch
 from loader import SHAPE, SYNTHETIC, make_dataset, our_batches, trainer_of
 from measuring import GIBIBYTE, finish, flops, kernels, seconds_each
 
 from nnunet_vit_mae.networks.memory import pretraining_memory
+from nnunet_vit_mae.networks.packing import HAS_KERNEL
 from nnunet_vit_mae.presets import DECODERS
 from nnunet_vit_mae.pretraining.loss import COMPILER
 from nnunet_vit_mae.settings import Network, Pretraining
@@ -201,6 +203,16 @@ def decoder_option(bench: Bench, name: str) -> Cells:
     return {"decoder": name, "batch": batch, **of_step(bench, step, batch)}
 
 
+def different_contrasts(bench: Bench, run: str) -> Cells:
+    """Measure a step of studies with different contrasts, packed or in groups; without a kernel, packed is slow."""
+    size, side, token = bench.scaled("S", 96, 16)
+    batch, mixture = bench.batch(USUAL), "1 to 7, alike"
+    step = contrasts.step_of(run, contrasts.MIXTURES[mixture], size, side, token, batch, bench.device)
+    kernel = HAS_KERNEL and bench.device.type == "cuda"
+    measured = of_step(bench, step, batch)
+    return {"contrasts per study": mixture, "studies": run, "kernel": kernel, "batch": batch, **measured}
+
+
 def peer(bench: Bench, name: str, scene: tuple[str, int, int]) -> Cells:
     """Measure a step of pre-training as another package takes it, or ours on the same data."""
     from pretraining_step import Case, step_of
@@ -314,6 +326,9 @@ def parts(*, smoke: bool) -> Iterator[Part]:
     yield from (part for part in pretrained if "eager" in part.name)
     for name in pretraining_decoder.OPTIONS:
         yield Part(f"decoder {name}", "Options of the pre-training decoder", 10, partial(decoder_option, name=name))
+    for run in ("groups", "packed"):
+        part = partial(different_contrasts, run=run)
+        yield Part(f"contrasts {run}", "Studies with different contrasts", 15, part)
     for scene in scenes[:2]:
         for name, package in {"ours": None, "MONAI": "monai", "nnssl": "nnssl"}.items():
             part = partial(peer, name=name, scene=scene)

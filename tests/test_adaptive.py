@@ -17,13 +17,12 @@ from nnunet_vit_mae.networks import adaptive
 from nnunet_vit_mae.networks.adaptive import (
     AdaptiveStem,
     DynamicTokenizer,
-    Group,
     ModalityVectors,
-    groups,
     present_contrasts,
     split_contrasts,
 )
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
+from nnunet_vit_mae.networks.grouping import Group, groups
 from nnunet_vit_mae.networks.memory import finetuning_memory
 from nnunet_vit_mae.networks.positions import forget_positions, rotary_positions, sine_cosine_positions
 from nnunet_vit_mae.networks.segmenter import Segmenter
@@ -175,11 +174,14 @@ def test_all_studies_of_a_batch_are_in_one_group_with_all_their_contrasts(presen
             numbers[study, contrast] = len(numbers)
     found, counts = [], []
     for group in groups(present, CPU):
-        counts.append(group.contrasts.shape[1])
-        for study, contrasts, images in zip(*(field.tolist() for field in group), strict=True):
+        assert not group.packed
+        assert len(set(group.counts)) == 1
+        counts += group.counts[:1]
+        own = iter(group.images.tolist())
+        for study, count in zip(group.studies.tolist(), group.counts, strict=True):
             found.append(study)
-            assert contrasts == present[study]
-            assert images == [numbers[study, contrast] for contrast in contrasts]
+            assert [next(own) for _ in range(count)] == [numbers[study, contrast] for contrast in present[study]]
+        assert next(own, None) is None
     assert sorted(found) == list(range(len(present)))
     assert sorted(counts) == sorted({len(contrasts) for contrasts in present})
 

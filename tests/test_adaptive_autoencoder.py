@@ -13,10 +13,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_vit_mae.networks import adaptive_autoencoder
-from nnunet_vit_mae.networks.adaptive import AdaptiveEncoder, DynamicTokenizer, Group, ModalityVectors, groups
+from nnunet_vit_mae.networks.adaptive import AdaptiveEncoder, DynamicTokenizer, ModalityVectors
 from nnunet_vit_mae.networks.adaptive_autoencoder import AdaptiveMaskedAutoencoder
 from nnunet_vit_mae.networks.autoencoder import Reconstruction, reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder
+from nnunet_vit_mae.networks.grouping import Group, groups
 from nnunet_vit_mae.networks.masking import Masking, Masks, count_visible
 from nnunet_vit_mae.networks.memory import pretraining_memory
 from nnunet_vit_mae.networks.positions import forget_positions, sine_cosine_positions

@@ -54,6 +54,12 @@ def test_contrasts_are_compared():
     assert ratio > 0
 
 
+@pytest.mark.parametrize("run", ["groups", "packed"])
+def test_a_step_of_studies_with_different_contrasts_runs_in_groups_and_packed(run):
+    benchmark = import_module("contrasts")
+    benchmark.step_of(run, [2, 1], "XS", 16, 8, 3, torch.device("cpu"))()
+
+
 def test_growth_takes_a_step_for_tokens_and_one_for_contrasts():
     benchmark = import_module("growth")
     benchmark.step_of_tokens("XS", 0)()

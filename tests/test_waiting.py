@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,15 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from nnunet_vit_mae.networks import packing
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.positions import forget_positions
+from nnunet_vit_mae.presets import SIZES
+from nnunet_vit_mae.pretraining import loss
 from nnunet_vit_mae.pretraining.crops import RandomCrops
 from nnunet_vit_mae.pretraining.job import PretrainingRun
 from nnunet_vit_mae.pretraining.loss import PretrainingLoss
@@ -43,6 +49,7 @@ class GPUWithoutValues(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
+        self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -51,6 +58,7 @@ class GPUWithoutValues(TorchDispatchMode):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         result = func(*args, **kwargs)
+        self.calls[str(func)] += 1
         devices = {part.device.type for part in (*inputs, *tree_iter(result)) if isinstance(part, Tensor) and part.ndim}
         if devices == {"cpu", "cuda"} and not _asynchronous(func, args, kwargs):
             self.waits.append(str(func))
@@ -104,6 +112,32 @@ def files(tmp_path: Path) -> list[Path]:
 def test_a_step_from_the_crops_to_the_optimizer_never_waits(gpu, files, network, protocol, monkeypatch):
     assert steps(gpu, files, network, protocol, None, monkeypatch) == {"cuda"}
     assert gpu.waits == []
+
+
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="no kernel for packed sequences")
+def test_a_step_of_packed_studies_never_waits(gpu, files, monkeypatch):
+    """Every block calls torch's own kernel, which is told all lengths by the host."""
+    monkeypatch.setattr(packing, "HAS_KERNEL", True)  # as where torch is made for a GPU
+    monkeypatch.setattr(loss, "autocast", bf16_without_a_gpu)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # cuDNN would be looked for on the GPU
+        found = steps(gpu, files, {"adaptive": True}, {"decoder": "cross"}, None, monkeypatch)
+    assert found == {"cuda"}
+    assert gpu.waits == []
+    blocks = SIZES["XS"].depth + SIZES["XS"].decoder_depth
+    assert gpu.calls["torch_attn._varlen_attn.default"] == 2 * blocks  # of two steps
+
+
+@contextlib.contextmanager
+def bf16_without_a_gpu(device: torch.device) -> Iterator[None]:
+    """Do what `precision.autocast` does on a GPU; torch's own context looks for the GPU."""
+    before = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+    torch.set_autocast_enabled(device.type, True)
+    torch.set_autocast_dtype(device.type, torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device.type, before[0])
+        torch.set_autocast_dtype(device.type, before[1])
 
 
 @pytest.mark.parametrize("protocol", [{"crops_per_volume": 2}, {"rotation": 180.0, "scaling": (0.7, 1.4)}])

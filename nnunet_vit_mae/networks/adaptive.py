@@ -8,9 +8,7 @@ study after the other.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from einops import rearrange
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nnunet_vit_mae.networks.encoder import Encoded
+from nnunet_vit_mae.networks.grouping import groups, on_device
 from nnunet_vit_mae.networks.positions import Places, Positions
 from nnunet_vit_mae.networks.tokenizer import Triple, grid_of, padded, patchify
 from nnunet_vit_mae.networks.transformer import Transformer
@@ -32,38 +31,18 @@ def present_contrasts(volume: Float[Tensor, "b c z y x"]) -> list[list[int]]:
     return [[channel for channel, here in enumerate(study) if here] or [0] for study in found]
 
 
-class Group(NamedTuple):
-    """Studies of a batch that have the same number of contrasts."""
-
-    studies: Int[Tensor, " g"]
-    contrasts: Int[Tensor, "g n"]
-    images: Int[Tensor, "g n"]  # positions of their contrast images among all of the batch
-
-
-def groups(present: list[list[int]], device: torch.device) -> Iterator[Group]:
-    """Group the studies of a batch by their number of contrasts, so that nothing is ever padded."""
-    starts = [0, *accumulate(map(len, present))]
-    for count in sorted({len(contrasts) for contrasts in present}):
-        members = [study for study, contrasts in enumerate(present) if len(contrasts) == count]
-        yield Group(
-            _on_device(members, device),
-            _on_device([present[study] for study in members], device),
-            _on_device([[starts[study] + i for i in range(count)] for study in members], device),
-        )
+def contrast_images(present: list[list[int]], device: torch.device) -> tuple[Int[Tensor, " s"], Int[Tensor, " s"]]:
+    """Return the study of each contrast image of a batch, and which contrast it is."""
+    studies = [study for study, contrasts in enumerate(present) for _ in contrasts]
+    return on_device(studies, device), on_device([contrast for own in present for contrast in own], device)
 
 
 def split_contrasts(
     volume: Shaped[Tensor, "b c *rest"], present: list[list[int]]
 ) -> tuple[Shaped[Tensor, "s 1 *rest"], Int[Tensor, " s"]]:
     """Return the contrast images of a batch, and which contrast each of them is."""
-    studies = [study for study, contrasts in enumerate(present) for _ in contrasts]
-    contrasts = _on_device([contrast for own in present for contrast in own], volume.device)
-    return volume[_on_device(studies, volume.device), contrasts][:, None], contrasts
-
-
-def _on_device(numbers: list, device: torch.device) -> Int[Tensor, "*_"]:
-    """Return a tensor on a device without waiting for its work, as `torch.tensor` would there."""
-    return torch.tensor(numbers).to(device, non_blocking=True)
+    studies, contrasts = contrast_images(present, volume.device)
+    return volume[studies, contrasts][:, None], contrasts
 
 
 class ModalityVectors(nn.Module):
@@ -120,18 +99,15 @@ class AdaptiveEncoder(nn.Module):
         self.tokenizer, self.transformer = tokenizer, transformer
         self.token, self.positions = token, positions or Positions()
 
-    def sequence(
-        self, patches: Float[Tensor, "g n k v"], contrast: Int[Tensor, "g n"], places: Places
-    ) -> tuple[Float[Tensor, "g nk d"], Float[Tensor, "g nk 2 r"] | None]:
-        """Return the sequence of each study, one contrast after the other, and how far attention turns its tokens.
+    def images(
+        self, patches: Float[Tensor, "s k v"], contrast: Int[Tensor, " s"], places: Places
+    ) -> tuple[Float[Tensor, "s k d"], Float[Tensor, "s k 2 r"] | None]:
+        """Return the tokens of contrast images, and how far attention turns them.
 
-        `places` are those of the tokens of a contrast image (k), or of each contrast image (g n k).
+        `places` are those of the tokens of every contrast image (k), or of each of them (s k).
         """
-        tokens = rearrange(self.tokenizer(patches, contrast) + places.embedding, "g n k d -> g (n k) d")
-        if places.rotation is None:
-            return tokens, None
-        rotation = places.rotation.expand(*contrast.shape, -1, -1, -1)
-        return tokens, rearrange(rotation, "g n k two r -> g (n k) two r")
+        tokens = self.tokenizer(patches, contrast) + places.embedding
+        return tokens, None if places.rotation is None else places.rotation.expand(*tokens.shape[:2], -1, -1)
 
     def places(self, grid: Triple, device: torch.device) -> Places:
         """Return the places of all tokens of a grid."""
@@ -151,12 +127,16 @@ class AdaptiveEncoder(nn.Module):
         patches = rearrange(patchify(volume, self.token), "b n c v -> b c n v")
         states: list[Tensor] = []
         order: list[Tensor] = []
-        for studies, contrasts, _ in groups(present, volume.device):
-            sequence, rotation = self.sequence(patches[studies[:, None], contrasts], contrasts, places)
-            tokens, hidden = self.transformer.with_hidden(sequence, rotation, taps)
-            levels = torch.stack([tokens, *hidden])
-            states.append(rearrange(levels, "l g (n k) d -> l g n k d", n=contrasts.shape[1]).amax(dim=2))
-            order.append(studies)
+        owners, contrasts = contrast_images(present, volume.device)
+        for group in groups(present, volume.device):
+            own = contrasts[group.images]
+            images, rotation = self.images(patches[owners[group.images], own], own, places)
+            turned = None if rotation is None else group.joined(rotation)
+            packing = group.packing(images.shape[1], images.shape[1])
+            tokens, hidden = self.transformer.with_hidden(group.joined(images), turned, taps, packing)
+            of_studies = group.parted(torch.stack([tokens, *hidden])).split(group.counts, dim=1)
+            states.append(torch.stack([levels.amax(dim=1) for levels in of_studies], dim=1))
+            order.append(group.studies)
         tokens, *hidden = torch.cat(states, dim=1)[:, torch.cat(order).argsort()]
         return Encoded(tokens, hidden, volume, grid, present)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nnunet_vit_mae.networks.adaptive import AdaptiveEncoder, groups, present_contrasts, split_contrasts
+from nnunet_vit_mae.networks.adaptive import AdaptiveEncoder, present_contrasts, split_contrasts
 from nnunet_vit_mae.networks.autoencoder import Reconstruction, counted_voxels
+from nnunet_vit_mae.networks.grouping import Group, groups
 from nnunet_vit_mae.networks.masking import Masks, take
 from nnunet_vit_mae.networks.positions import Places
 from nnunet_vit_mae.networks.token_decoder import TokenDecoder
@@ -18,7 +18,7 @@ from nnunet_vit_mae.networks.tokenizer import Triple, grid_of, patchify
 class AdaptiveMaskedAutoencoder(nn.Module):
     """Hide a share of each contrast's tokens on its own, encode all visible ones together, and predict every contrast.
 
-    Studies with the same number of contrasts go through the transformers together, so no token of a batch is padding.
+    Studies go through the transformers in groups or packed, so no token of a batch is padding.
     """
 
     def __init__(self, encoder: AdaptiveEncoder, decoder: TokenDecoder, *, contrasts: int):
@@ -40,35 +40,27 @@ class AdaptiveMaskedAutoencoder(nn.Module):
         token = self.encoder.token
         grid = grid_of(volume, token)
         present = present or present_contrasts(volume)
-        images, _ = split_contrasts(volume, present)
+        images, contrasts = split_contrasts(volume, present)
         patches = patchify(images, token)
         seen = take(patches[:, :, 0], masks.visible)
         parts, order = [], []
         for group in groups(present, volume.device):
             own = Masks(*(part[group.images] for part in masks))
-            parts.append(self._rebuild(seen[group.images], own, group.contrasts, grid))
-            order.append(group.images.flatten())
+            parts.append(self._rebuild(seen[group.images], own, contrasts[group.images], grid, group))
+            order.append(group.images)
         predicted = torch.cat(parts)[torch.cat(order).argsort()]
         targets = take(patches, masks.hidden)
         return Reconstruction(predicted[:, :, None], targets, counted_voxels(images, token, masks))
 
     def _rebuild(
-        self, seen: Float[Tensor, "g c k v"], masks: Masks, contrasts: Int[Tensor, "g c"], grid: Triple
-    ) -> Float[Tensor, "g_c m v"]:
-        """Return the rebuilt patches of the contrast images of a group; its masks have the axes g c."""
+        self, seen: Float[Tensor, "s k v"], masks: Masks, contrasts: Int[Tensor, " s"], grid: Triple, group: Group
+    ) -> Float[Tensor, "s m v"]:
+        """Return the rebuilt patches of the contrast images of a group."""
         visible = self.encoder.places(grid, seen.device).at(masks.visible)
-        encoded = self.encoder.transformer(*self.encoder.sequence(seen, contrasts, visible))
+        encoded = group.through(self.encoder.transformer, *self.encoder.images(seen, contrasts, visible))
 
-        # where each token is and which contrast it is of, first for all visible ones, then for all hidden ones
-        everywhere = self.decoder.places(grid, seen.device)
-        what = self.contrast_embedding[contrasts][:, :, None]
-        marks, rotations = [], []
-        for index in (masks.visible, masks.hidden):
-            places = everywhere.at(index)
-            marks.append(rearrange(places.embedding + what, "g c k e -> g (c k) e"))
-            if places.rotation is not None:
-                rotations.append(rearrange(places.rotation, "g c k two r -> g (c k) two r"))
-        places = Places(torch.cat(marks, dim=1), torch.cat(rotations, dim=1) if rotations else None)
-        blanks = self.mask_token.expand(len(seen), masks.hidden[0].numel(), -1)
-        patches = self.decoder(encoded, places, blanks)
-        return rearrange(patches, "g (c m) v -> (g c) m v", c=contrasts.shape[1])
+        # where each token is and which contrast it is of, for the visible ones of an image and then for its hidden ones
+        index = torch.cat([masks.visible, masks.hidden], dim=1)
+        embedding, rotation = self.decoder.places(grid, seen.device).at(index)
+        places = Places(embedding + self.contrast_embedding[contrasts][:, None], rotation)
+        return self.decoder(encoded, places, self.mask_token.expand(*masks.hidden.shape, -1), group)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nnunet_vit_mae.networks.grouping import Group
 from nnunet_vit_mae.networks.positions import Places, Positions
 from nnunet_vit_mae.networks.tokenizer import Triple
 from nnunet_vit_mae.networks.transformer import Transformer
@@ -39,18 +42,26 @@ class TokenDecoder(nn.Module):
         return self.positions.places(grid, self.width, self.transformer.head_width, device)
 
     def forward(
-        self, encoded: Float[Tensor, "b k d"], places: Places, blanks: Float[Tensor, "b m e"] | None = None
+        self,
+        encoded: Float[Tensor, "b k d"],
+        places: Places,
+        blanks: Float[Tensor, "b m e"] | None = None,
+        group: Group | None = None,
     ) -> Float[Tensor, "b m_or_n outputs"]:
-        """Decode the tokens in the order given, blanks last; with blanks, only theirs are returned (n = k + m)."""
+        """Decode the tokens in the order given, blanks last; with blanks, only theirs are returned (n = k + m).
+
+        With a group, the samples are contrast images, and all those of a study are decoded together.
+        """
+        transformer = self.transformer if group is None else partial(group.through, self.transformer)
         tokens = self.embed(encoded)
         if blanks is None:
-            return self.head(self.transformer(tokens + places.embedding, places.rotation))
+            return self.head(transformer(tokens + places.embedding, places.rotation))
         if self.cross:
             seen, hidden = _split(places, tokens.shape[1])
             queries = blanks + hidden.embedding
-            return self.head(self.transformer(queries, hidden.rotation, tokens + seen.embedding, seen.rotation))
+            return self.head(transformer(queries, hidden.rotation, tokens + seen.embedding, seen.rotation))
         tokens = torch.cat([tokens, blanks.to(tokens.dtype)], dim=1) + places.embedding
-        return self.head(self.transformer(tokens, places.rotation)[:, encoded.shape[1] :])
+        return self.head(transformer(tokens, places.rotation)[:, encoded.shape[1] :])
 
 
 def _split(places: Places, first: int) -> tuple[Places, Places]:

@@ -16,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nnunet_vit_mae.networks.packing import KERNEL_WIDTH, Packing, packed_attention
 from nnunet_vit_mae.networks.positions import rotated
 
 MLP_RATIO = 4
-KERNEL_WIDTH = 8  # flash attention works on multiples of it; the papers' heads are 10, 20, 40 and 80 wide
 BRANCH_SCALE = 0.1  # at which LayerScale starts
 
 
@@ -61,19 +61,27 @@ class Transformer(nn.Module):
         rotation: Float[Tensor, "*b n 2 r"] | None = None,
         context: Float[Tensor, "b k d"] | None = None,
         context_rotation: Float[Tensor, "*b k 2 r"] | None = None,
+        packing: Packing | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """Let the tokens attend to one another, or only to the tokens of `context`, which stay as they are."""
+        """Let the tokens attend to one another, or only to the tokens of `context`, which stay as they are.
+
+        With `packing`, the only sample of the batch holds several sequences that do not see one another.
+        """
         for block in self.blocks:
-            tokens = block(tokens, rotation, context, context_rotation)
+            tokens = block(tokens, rotation, context, context_rotation, packing)
         return self.norm(tokens)
 
     def with_hidden(
-        self, tokens: Float[Tensor, "b n d"], rotation: Float[Tensor, "*b n 2 r"] | None, taps: Sequence[int]
+        self,
+        tokens: Float[Tensor, "b n d"],
+        rotation: Float[Tensor, "*b n 2 r"] | None,
+        taps: Sequence[int],
+        packing: Packing | None = None,
     ) -> tuple[Float[Tensor, "b n d"], list[Float[Tensor, "b n d"]]]:
         """Return the output, and what the tapped blocks (counted from 1) give on the way, before the final norm."""
         hidden = {}
         for number, block in enumerate(self.blocks, start=1):
-            tokens = block(tokens, rotation)
+            tokens = block(tokens, rotation, packing=packing)
             if number in taps:
                 hidden[number] = tokens
         return self.norm(tokens), [hidden[number] for number in taps]
@@ -99,16 +107,22 @@ class Block(nn.Module):
         rotation: Float[Tensor, "*b n 2 r"] | None = None,
         context: Float[Tensor, "b k d"] | None = None,
         context_rotation: Float[Tensor, "*b k 2 r"] | None = None,
+        packing: Packing | None = None,
     ) -> Float[Tensor, "b n d"]:
-        mixed = self.attention(self.attention_norm(tokens), rotation, context, context_rotation)
-        tokens = tokens + self._maybe_dropped(self.attention_scale(mixed))
-        return tokens + self._maybe_dropped(self.mlp_scale(self.mlp(self.mlp_norm(tokens))))
+        mixed = self.attention(self.attention_norm(tokens), rotation, context, context_rotation, packing)
+        tokens = tokens + self._maybe_dropped(self.attention_scale(mixed), packing)
+        return tokens + self._maybe_dropped(self.mlp_scale(self.mlp(self.mlp_norm(tokens))), packing)
 
-    def _maybe_dropped(self, branch: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """Leave a branch out for a random part of the batch in training (stochastic depth, Huang et al. 2016)."""
+    def _maybe_dropped(self, branch: Float[Tensor, "b n d"], packing: Packing | None) -> Float[Tensor, "b n d"]:
+        """Leave a branch out for a random part of the sequences in training (stochastic depth, Huang et al. 2016)."""
         if not self.training or self.drop_path == 0:
             return branch
-        kept = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(1 - self.drop_path)
+        sequences = len(branch) if packing is None else len(packing.queries.tokens)
+        kept = branch.new_empty(sequences, 1, 1).bernoulli_(1 - self.drop_path)
+        if packing is not None:
+            # the sum is known, so that no GPU is asked for it
+            kept = kept.repeat_interleave(packing.queries.starts.diff(), dim=0, output_size=branch.shape[1])
+            kept = rearrange(kept, "n 1 1 -> 1 n 1")
         return branch * kept / (1 - self.drop_path)
 
 
@@ -131,6 +145,7 @@ class Attention(nn.Module):
         rotation: Float[Tensor, "*b n 2 r"] | None = None,
         context: Float[Tensor, "b k d"] | None = None,
         context_rotation: Float[Tensor, "*b k 2 r"] | None = None,
+        packing: Packing | None = None,
     ) -> Float[Tensor, "b n d"]:
         if context is None:
             query, key, value = self._heads(self.qkv(tokens), rotation, turned=2)
@@ -140,7 +155,11 @@ class Attention(nn.Module):
             (query,) = self._heads(functional.linear(tokens, weights[0], biases[0]), rotation, turned=1)
             projected = functional.linear(context, weights[1], biases[1])
             key, value = self._heads(projected, context_rotation, turned=1)
-        mixed = functional.scaled_dot_product_attention(query, key, value, scale=self.head_width**-0.5)
+        scale = self.head_width**-0.5
+        if packing is None:
+            mixed = functional.scaled_dot_product_attention(query, key, value, scale=scale)
+        else:
+            mixed = packed_attention(query, key, value, packing, scale=scale)
         return self.out(self.inner_norm(rearrange(mixed[..., : self.head_width], "b h n w -> b n (h w)")))
 
     def _heads(
