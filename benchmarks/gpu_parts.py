@@ -21,7 +21,7 @@ from loader import SHAPE, SYNTHETIC, make_dataset, our_batches, trainer_of
 from measuring import GIBIBYTE, finish, flops, kernels, seconds_each
 
 from nnunet_vit_mae.networks.memory import pretraining_memory
-from nnunet_vit_mae.networks.packing import HAS_KERNEL
+from nnunet_vit_mae.networks.packing import has_kernel
 from nnunet_vit_mae.presets import DECODERS
 from nnunet_vit_mae.pretraining.loss import COMPILER
 from nnunet_vit_mae.settings import Network, Pretraining
@@ -208,7 +208,7 @@ def different_contrasts(bench: Bench, run: str) -> Cells:
     size, side, token = bench.scaled("S", 96, 16)
     batch, mixture = bench.batch(USUAL), "1 to 7, alike"
     step = contrasts.step_of(run, contrasts.MIXTURES[mixture], size, side, token, batch, bench.device)
-    kernel = HAS_KERNEL and bench.device.type == "cuda"
+    kernel = bench.device.type == "cuda" and has_kernel()
     measured = of_step(bench, step, batch)
     return {"contrasts per study": mixture, "studies": run, "kernel": kernel, "batch": batch, **measured}
 

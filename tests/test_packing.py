@@ -123,12 +123,12 @@ def test_the_kernel_is_given_what_its_documentation_asks_for(packed):
 )
 @pytest.mark.parametrize("installed", [True, False])
 def test_the_kernel_takes_padded_heads_in_bf16_on_a_gpu(monkeypatch, device, dtype, width, expected, installed):
-    monkeypatch.setattr(packing, "HAS_KERNEL", installed)
+    monkeypatch.setattr(packing, "has_kernel", lambda: installed)
     assert packing._kernel_takes(torch.device(device), dtype, width) == (expected and installed)
 
 
 def test_batches_are_packed_where_autocast_gives_the_kernel_its_kind_of_numbers(monkeypatch):
-    monkeypatch.setattr(packing, "HAS_KERNEL", True)
+    monkeypatch.setattr(packing, "has_kernel", lambda: True)
     found = {}
     for enabled in (True, False):
         for dtype in (torch.bfloat16, torch.float16):

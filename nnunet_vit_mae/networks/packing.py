@@ -6,6 +6,7 @@ results: that is for tests, and for heads that the kernel does not take.
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import accumulate
 from typing import NamedTuple, cast
 
@@ -15,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-# the kernel in the form in which it is called here, on GPUs for which torch has its flash attention
-HAS_KERNEL = torch.__version__ >= "2.14" and torch.version.cuda is not None
+OLDEST = "2.14"  # torch that has the kernel in the form in which it is called here
+AMPERE = (8, 0)  # flash attention in bf16 asks for it
 KERNEL_WIDTH = 8  # flash attention works on multiples of it; the papers' heads are 10, 20, 40 and 80 wide
 WIDEST_HEAD = 128  # of cuDNN, which torch may choose without a look at the width
 
@@ -39,6 +40,12 @@ class Packing(NamedTuple):
 
     queries: Lengths
     keys: Lengths
+
+
+@cache
+def has_kernel() -> bool:
+    """Return whether this torch has the kernel, and a GPU for it."""
+    return torch.__version__ >= OLDEST and torch.cuda.is_available() and torch.cuda.get_device_capability() >= AMPERE
 
 
 def packs(device: torch.device) -> bool:
@@ -73,4 +80,4 @@ def packed_attention(
 def _kernel_takes(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
     """Return whether the kernel takes heads: in bf16 alone, as our networks never compute in fp16."""
     fits = head_width <= WIDEST_HEAD and head_width % KERNEL_WIDTH == 0
-    return HAS_KERNEL and device.type == "cuda" and dtype == torch.bfloat16 and fits
+    return fits and device.type == "cuda" and dtype == torch.bfloat16 and has_kernel()
