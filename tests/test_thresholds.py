@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunet_vit_mae import thresholds
-from nnunet_vit_mae.thresholds import CalibrationCase, Classes, fit_thresholds, segment
+from nnunet_vit_mae import calibration_cases, open_cases, thresholds
+from nnunet_vit_mae.calibration_cases import CalibrationCase, Classes
+from nnunet_vit_mae.open_cases import segment
+from nnunet_vit_mae.thresholds import fit_thresholds
 
 SHAPE = (3, 2, 7)  # small: every threshold between two voxels is tried
 BINARY = Classes(("blob",), ((1,),))
@@ -57,8 +59,8 @@ def loss_of(cases: list[CalibrationCase], classes: Classes, shifts: list[float],
 def best_of_all(cases: list[CalibrationCase], classes: Classes, objective: str) -> float:
     """The smallest loss over all thresholds between two neighbouring probabilities of the only class, and outside."""
     values = np.unique(np.concatenate([case.read()[0][-1].ravel() for case in cases])).astype(np.float64)
-    values = values[(values > thresholds.LOWEST) & (values < 1 - thresholds.LOWEST)]
-    tried = np.concatenate([(values[1:] + values[:-1]) / 2, [thresholds.LOWEST, 1 - thresholds.LOWEST]])
+    values = values[(values > open_cases.LOWEST) & (values < 1 - open_cases.LOWEST)]
+    tried = np.concatenate([(values[1:] + values[:-1]) / 2, [open_cases.LOWEST, 1 - open_cases.LOWEST]])
     return min(loss_of(cases, classes, [-math.log(t / (1 - t))], objective) for t in tried)
 
 
@@ -104,7 +106,7 @@ def test_with_several_classes_no_single_shift_can_be_bettered(seed, objective):
     found = loss_of(cases, THREE, list(fitted.shifts), objective)
     assert found <= loss_of(cases, THREE, [0, 0, 0], objective)
     for index in range(3):
-        for other in np.linspace(-thresholds.LOG_ODDS_LIMIT, thresholds.LOG_ODDS_LIMIT, 41):
+        for other in np.linspace(-open_cases.LOG_ODDS_LIMIT, open_cases.LOG_ODDS_LIMIT, 41):
             shifts = list(fitted.shifts)
             shifts[index] = other
             assert found <= loss_of(cases, THREE, shifts, objective) + 1e-9
@@ -116,7 +118,7 @@ def test_small_blocks_give_the_same(seed):
     cases = cases_of(seed, THREE)
     whole = fit_thresholds(cases, THREE, "volume")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(thresholds, "VOXELS_PER_BLOCK", 17)
+        patch.setattr(calibration_cases, "VALUES_PER_BLOCK", 17 * THREE.outputs)
         assert fit_thresholds(cases, THREE, "volume").shifts == whole.shifts
 
 
@@ -161,7 +163,7 @@ def test_what_is_right_already_stays():
 def test_the_curve_shows_what_a_threshold_gives():
     cases = cases_of(3, BINARY)
     (curve,) = fit_thresholds(cases, BINARY, "volume").curves
-    assert curve.thresholds[0] == pytest.approx(thresholds.LOWEST)
+    assert curve.thresholds[0] == pytest.approx(open_cases.LOWEST)
     assert 0.5 in curve.thresholds
     for threshold, difference, dice in list(zip(curve.thresholds, curve.difference_mm3, curve.dice, strict=True))[::40]:
         shift = [-math.log(threshold / (1 - threshold))]

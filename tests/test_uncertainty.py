@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.special import expit, softmax
 
 from nnunet_vit_mae import temperature as tempering
+from nnunet_vit_mae.calibration_cases import CalibrationCase, Classes
 from nnunet_vit_mae.conformal import (
     Residual,
     Validated,
@@ -20,7 +21,6 @@ from nnunet_vit_mae.conformal import (
 )
 from nnunet_vit_mae.expected_dice import fit_expected_dice, soft_dice
 from nnunet_vit_mae.temperature import fit_temperature, negative_log_likelihood, reliability_of, sample_voxels, temper
-from nnunet_vit_mae.thresholds import CalibrationCase, Classes
 
 THREE = Classes(("a", "b"), ((1,), (2,)))
 REGIONS = Classes(("left", "upper"), ((1, 3), (2, 3)), regions=True)

@@ -43,7 +43,9 @@ class StoredRows:
             self._member = archive.getinfo(f"{name}.npy")
             with archive.open(self._member) as stream:
                 version = np.lib.format.read_magic(stream)
-                reads = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                reads = (
+                    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                )
                 self.shape, is_by_column, self.dtype = reads(stream)
                 self._header = stream.tell()
         self._is_by_row = not is_by_column and self._member.compress_type == zipfile.ZIP_DEFLATED
@@ -59,7 +61,7 @@ class StoredRows:
         return array
 
     def check(self) -> None:
-        """Read all of it once. Raises `ValueError` for NaN and infinite values, and what zlib raises if it is damaged."""
+        """Read all of it once. Raises what `starts` raises."""
         if self._is_by_row:
             _ = self.starts
         else:
@@ -83,7 +85,7 @@ class StoredRows:
 
     @cached_property
     def starts(self) -> list[_Start]:
-        """Where each row begins. Raises `ValueError` for NaN and infinite values, and for a damaged file."""
+        """Where each row begins. Raises `ValueError` for NaN and infinite values, zlib's errors for a damaged file."""
         columns, starts = math.prod(self.shape[1:]), []
         with self.file.open("rb") as stream:
             row = _Row(stream, self._first(stream))
