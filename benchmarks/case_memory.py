@@ -35,7 +35,7 @@ from nnunet_vit_mae.nnunet.calibration import PredictedCase, fit
 SHAPES = [(96, 128, 112), (192, 256, 224)]
 LABELS = [5, 30]
 SPACING = (0.8, 0.9, 1.5)  # mm, x y z
-REACH = 2  # voxels on each side of a surface in which probabilities are doubtful
+REACH = 1  # voxel on each side of a surface in which probabilities are doubtful
 DOUBT, REST = 0.49, 1e-7  # largest probability of the second class there, and that of all other classes
 
 
@@ -52,9 +52,8 @@ def main() -> None:
         command, folder = arguments.measure
         print(json.dumps(measured(WORK[command], Path(folder))))
         return
-    print(
-        "| voxels | labels | command | MiB before | MiB at the peak | bytes per voxel | s |\n|---|---|---|---|---|---|---|"
-    )
+    print("| voxels | labels | command | MiB before | MiB at the peak | bytes per voxel | s |")
+    print("|---|---|---|---|---|---|---|")
     for shape in [tuple(arguments.shape)] if arguments.shape else SHAPES:
         for labels in [arguments.labels] if arguments.labels else LABELS:
             for command in [arguments.only] if arguments.only else WORK:

@@ -19,7 +19,8 @@ from nnunet_vit_mae.calibration_cases import Block, CalibrationCase, Classes, bl
 LOWEST = 1e-4  # thresholds are searched from LOWEST to 1 - LOWEST: beyond, probabilities are noise
 LOG_ODDS_LIMIT = math.log((1 - LOWEST) / LOWEST)
 KEPT_BYTES = 2**31  # of the voxels of all cases that a threshold can move; those of further cases are read each time
-SURELY = LOWEST / (1 - LOWEST) * (1 - 1e-5)  # odds out of reach of a threshold, whatever is rounded
+USUAL_SHIFT = math.log(99)  # of a threshold from 0.01 to 0.99
+SAFELY = 1 - 1e-5  # for what is rounded
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,21 @@ class OpenCase:
     blocks: Callable[[], Iterable[Block]]  # the other voxels
 
 
-def open_all(cases: Sequence[CalibrationCase], classes: Classes) -> list[OpenCase]:
-    """Read each case, and keep its open voxels if there is room."""
+def open_all(cases: Sequence[CalibrationCase], classes: Classes, largest_shift: float) -> list[OpenCase]:
+    """Read each case, and keep its open voxels if there is room.
+
+    Args:
+        cases: The cases.
+        classes: The classes or regions.
+        largest_shift: Of all classes but the one whose threshold is searched.
+    """
     opened, room = [], KEPT_BYTES
     for case in cases:
         counts: list[VoxelCounts] = []
         kept: list[Block] = []
         left = room
         for block in blocks(*case.read(), classes):
-            settled = settled_voxels(block[0], classes)
+            settled = settled_voxels(block[0], classes, largest_shift)
             counts.append(_settled_counts(*chosen(block, settled), classes, case.voxel_mm3))
             if left >= 0:
                 kept.append(chosen(block, ~settled))
@@ -77,13 +84,14 @@ def open_all(cases: Sequence[CalibrationCase], classes: Classes) -> list[OpenCas
         if left >= 0:
             room, again = left, partial(iter, kept)
         else:
-            again = partial(_open_blocks, case, classes)
+            again = partial(_open_blocks, case, classes, largest_shift)
         opened.append(OpenCase(case.name, case.voxel_mm3, reduce(add, counts), partial(_joined, again, classes)))
     return opened
 
 
-def _open_blocks(case: CalibrationCase, classes: Classes) -> Iterator[Block]:
-    return (chosen(block, ~settled_voxels(block[0], classes)) for block in blocks(*case.read(), classes))
+def _open_blocks(case: CalibrationCase, classes: Classes, largest_shift: float) -> Iterator[Block]:
+    for block in blocks(*case.read(), classes):
+        yield chosen(block, ~settled_voxels(block[0], classes, largest_shift))
 
 
 def _joined(parts: Callable[[], Iterable[Block]], classes: Classes) -> Iterator[Block]:
@@ -103,23 +111,23 @@ def _join(parts: Sequence[Block]) -> Block:
     return np.concatenate(probabilities, axis=1), np.concatenate(labels)
 
 
-def settled_voxels(probabilities: np.ndarray, classes: Classes) -> np.ndarray:
-    """Return which voxels (n) keep their class for all shifts that a search may choose (channels n -> n).
+def settled_voxels(probabilities: np.ndarray, classes: Classes, largest_shift: float) -> np.ndarray:
+    """Return which voxels (n) keep their class whatever threshold a search tries (channels n -> n).
 
-    A threshold changes the odds of a class against the background by at most `LOG_ODDS_LIMIT`, and those of two classes
-    by twice as much.
+    The log odds of a class against the background move by at most `LOG_ODDS_LIMIT`, and those against another class by
+    the largest shift of that one more.
     """
     probabilities = probabilities.astype(np.promote_types(probabilities.dtype, np.float32), copy=False)
     if classes.regions:
         odds = np.minimum(probabilities, 1 - probabilities)
-        return (odds < LOWEST * (1 - 1e-5)).all(axis=0)
+        return (odds < LOWEST * SAFELY).all(axis=0)
     background, first = probabilities[0], np.zeros_like(probabilities[0])
     second = np.zeros_like(first)
     for probability in probabilities[1:]:
         second = np.maximum(second, np.minimum(first, probability))
         first = np.maximum(first, probability)
-    is_foreground = (background < SURELY * first) & (second < SURELY**2 * first)
-    return (first < SURELY * background) | is_foreground
+    odds, odds_of_two = (SAFELY * math.exp(-reach) for reach in (LOG_ODDS_LIMIT, LOG_ODDS_LIMIT + largest_shift))
+    return (first < odds * background) | (background < odds * first) & (second < odds_of_two * first)
 
 
 def _settled_counts(probabilities: np.ndarray, labels: np.ndarray, classes: Classes, voxel_mm3: float) -> VoxelCounts:

@@ -24,6 +24,7 @@ import numpy as np
 from nnunet_vit_mae.calibration_cases import CalibrationCase, Classes, split, voxels_per_block
 from nnunet_vit_mae.open_cases import (
     LOG_ODDS_LIMIT,
+    USUAL_SHIFT,
     OpenCase,
     VoxelCounts,
     counts_of,
@@ -108,7 +109,7 @@ def fit_thresholds(cases: Sequence[CalibrationCase], classes: Classes, objective
         >>> calibration.volumes[0].before_mm3, calibration.volumes[0].after_mm3
         (0.0, 4.0)
     """
-    opened = open_all(cases, classes)
+    largest_shift, opened = USUAL_SHIFT, open_all(cases, classes, USUAL_SHIFT)
     shifts = [0.0] * len(classes.names)
     curves: dict[int, ThresholdCurve] = {}
     sweeps = MAX_SWEEPS if len(shifts) > 1 and not classes.regions else 1
@@ -116,6 +117,9 @@ def fit_thresholds(cases: Sequence[CalibrationCase], classes: Classes, objective
         before = list(shifts)
         for index in range(len(shifts)):
             shifts[index], curves[index] = _fit(opened, classes, shifts, index, OBJECTIVES[objective])
+            if abs(shifts[index]) > largest_shift and sweeps > 1:
+                opened.clear()
+                largest_shift, opened = LOG_ODDS_LIMIT, open_all(cases, classes, LOG_ODDS_LIMIT)
         if shifts == before:
             break
     volumes = [row for case in opened for row in _before_and_after(case, classes, shifts)]

@@ -3,8 +3,10 @@
 import argparse
 import dataclasses
 import json
+import math
 import subprocess
 import sys
+import tracemalloc
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from nnunet_vit_mae import calibration_cases
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.tokenizer import patchify
 from nnunet_vit_mae.presets import POSITIONS
@@ -64,6 +67,20 @@ def test_growth_with_the_number_of_cases_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "CASES", [10, 20])
     benchmark.cases()
     assert "| 20 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("command", "most"), [("mae3d_evaluate", 1e9), ("mae3d_calibrate", 1e9)])
+def test_a_case_with_many_labels_takes_no_volumes_of_floats(tmp_path, monkeypatch, command, most):
+    """A softmax of ten labels is 44 bytes per voxel, a distance to each voxel 8."""
+    benchmark, shape = import_module("case_memory"), (60, 88, 72)
+    monkeypatch.setattr(calibration_cases, "VALUES_PER_BLOCK", 2**16)
+    benchmark.write_case(tmp_path, shape, 10, probabilities=True)
+    tracemalloc.start()
+    try:
+        benchmark.WORK[command](tmp_path)
+        assert tracemalloc.get_traced_memory()[1] / math.prod(shape) < most
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_loader_yields_the_samples_of_a_batch(tmp_path):

@@ -122,6 +122,57 @@ def test_small_blocks_give_the_same(seed):
         assert fit_thresholds(cases, THREE, "volume").shifts == whole.shifts
 
 
+@few_seeds
+@given(seeds, st.sampled_from([BINARY, THREE, REGIONS]), st.sampled_from([3.0, 8.0]), st.sampled_from([0, 10**9]))
+def test_the_search_is_the_same_without_the_voxels_that_nothing_moves(seed, classes, factor, room):
+    """Networks are sure of most voxels; some of these here are wrong, and all of them count."""
+    cases = [
+        CalibrationCase(c.name, c.voxel_mm3, lambda c=c: (sharpened(c.read()[0], classes, factor), c.read()[1]))
+        for c in cases_of(seed, classes)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(open_cases, "KEPT_BYTES", room)
+        found = fit_thresholds(cases, classes, "dice")
+        patch.setattr(open_cases, "settled_voxels", lambda probabilities, *_: np.zeros(probabilities.shape[1], bool))
+        all_open = fit_thresholds(cases, classes, "dice")
+    assert (found.shifts, found.volumes) == (all_open.shifts, all_open.volumes)
+    for ours, theirs in zip(found.curves, all_open.curves, strict=True):
+        assert (ours.dice == theirs.dice).all()
+        assert (ours.difference_mm3 == theirs.difference_mm3).all()
+
+
+def sharpened(probabilities: np.ndarray, classes: Classes, factor: float) -> np.ndarray:
+    odds = (probabilities.astype(float) / (1 - probabilities if classes.regions else 1)) ** factor
+    return (odds / (1 + odds if classes.regions else odds.sum(axis=0))).astype(np.float32)
+
+
+def test_a_voxel_is_settled_when_no_two_shifts_move_it():
+    limit, largest = open_cases.LOG_ODDS_LIMIT, 3.0
+    for own, rival, reach in ((0, 2, limit), (2, 0, limit), (1, 3, limit + largest)):
+        for distance, expected in ((0.999, False), (1.001, True)):
+            logits = np.full((4, 1), -60.0)
+            logits[[own, rival], 0] = 0, -distance * reach
+            probabilities = np.exp(logits) / np.exp(logits).sum()
+            assert open_cases.settled_voxels(probabilities, THREE, largest).tolist() == [expected]
+            for searched, kept in ((own, rival), (rival, own)):
+                sizes = {searched: limit, kept: largest if searched else 0.0}
+                shifts = [sizes.get(channel, 0.0) * (1 if channel == rival else -1) for channel in (1, 2, 3)]
+                moved = segment(probabilities, THREE, shifts)
+                winner = own if expected or not searched else rival
+                assert [mask[0] for mask in moved] == [channel == winner for channel in (1, 2, 3)]
+    for probability, expected in ((0.9e-4, True), (1.1e-4, False), (1 - 1.1e-4, False), (1 - 0.9e-4, True)):
+        probabilities = np.array([[probability], [0.0]], np.float32)
+        assert open_cases.settled_voxels(probabilities, REGIONS, largest).tolist() == [expected]
+
+
+def test_many_candidates_are_tried_in_parts():
+    cases = cases_of(5, THREE)
+    whole = fit_thresholds(cases, THREE, "dice")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(thresholds, "voxels_per_block", lambda _: 3)
+        assert fit_thresholds(cases, THREE, "dice").shifts == whole.shifts
+
+
 def test_a_thin_structure_gets_its_low_threshold():
     """A line that the network believes in by 2% only, and noise below it."""
     probabilities = np.full((2, 9, 10, 11), 0.01, np.float32)
