@@ -64,7 +64,7 @@ def sample_voxels(cases: Sequence[CalibrationCase], classes: Classes) -> VoxelSa
     for case in with_progress(cases, unit="case", desc="reading"):
         arrays = case.read()
         of_case = min(limit, MOST * math.ceil(arrays[1].size / SPAN))
-        most = math.ceil(of_case * min(1, voxels_per_block(classes) / arrays[1].size))
+        most = max(1, int(of_case * min(1, voxels_per_block(classes) / arrays[1].size)))
         for probabilities, labels in blocks(*arrays, classes):
             truth = members_of(labels, classes)
             sure = np.abs(probabilities - truth).max(axis=0) < SURE
