@@ -126,9 +126,7 @@ def test_small_blocks_give_the_same(seed):
 @given(seeds, st.sampled_from([BINARY, THREE, REGIONS]), st.sampled_from([3.0, 8.0]), st.booleans())
 def test_the_search_is_the_same_without_the_voxels_that_nothing_moves(seed, classes, factor, has_room):
     """Networks are sure of most voxels; some of these here are wrong, and all of them count."""
-    room, usual = (
-        (10**9, open_cases.USUAL_SHIFT) if has_room else (0, 1e-3)
-    )  # larger shifts are found, and looked after
+    room, usual = (10**9, open_cases.USUAL_SHIFT) if has_room else (0, 1e-3)  # which every shift exceeds
     cases = [
         CalibrationCase(c.name, c.voxel_mm3, lambda c=c: (sharpened(c.read()[0], classes, factor), c.read()[1]))
         for c in cases_of(seed, classes)
