@@ -40,11 +40,10 @@ class InParts(Protocol):
 
 @dataclass(frozen=True)
 class CalibrationCase:
-    """A case to calibrate on; its arrays are read anew in each pass."""
+    """A case to calibrate on; `read` returns probabilities (channels z y x) and labels (z y x), anew for each pass."""
 
     name: str
     voxel_mm3: float  # volume of a voxel
-    # returns probabilities (channels z y x) and labels (z y x)
     read: Callable[[], tuple[np.ndarray | InParts, np.ndarray]]
 
 

@@ -119,8 +119,7 @@ def settled_voxels(probabilities: np.ndarray, classes: Classes, largest_shift: f
     """
     probabilities = probabilities.astype(np.promote_types(probabilities.dtype, np.float32), copy=False)
     if classes.regions:
-        odds = np.minimum(probabilities, 1 - probabilities)
-        return (odds < LOWEST * SAFELY).all(axis=0)
+        return np.minimum(probabilities, 1 - probabilities).max(axis=0) < LOWEST * SAFELY
     background, first = probabilities[0], np.zeros_like(probabilities[0])
     second = np.zeros_like(first)
     for probability in probabilities[1:]:
@@ -141,7 +140,8 @@ def counts_of(masks: Sequence[np.ndarray], labels: np.ndarray, classes: Classes,
     """Count the voxels of each class in its mask (n) and in the labels (n)."""
     references = [np.isin(labels, values) for values in classes.values]
     hits = [mask & reference for mask, reference in zip(masks, references, strict=True)]
-    return VoxelCounts(*(np.array([[part.sum()] for part in parts]) for parts in (masks, hits, references)), voxel_mm3)
+    predicted, hit, reference = (np.array([[part.sum()] for part in parts]) for parts in (masks, hits, references))
+    return VoxelCounts(predicted, hit, reference, voxel_mm3)
 
 
 def segment(probabilities: np.ndarray, classes: Classes, shifts: Sequence[float]) -> list[np.ndarray]:

@@ -151,8 +151,8 @@ def surface_distances(
     if not (reference.any() and prediction.any()):
         return {"hd95_mm": math.nan, "surface_dice": math.nan}
     sides = tuple(float(side) for side in spacing)  # MONAI needs all of one type
-    surfaces = [mask & ~ndimage.binary_erosion(mask) for mask in (reference, prediction)]
-    hd95 = max(np.percentile(way, 95) for way in _distances(*surfaces, sides))
+    surfaces = [mask & ~np.asarray(ndimage.binary_erosion(mask)) for mask in (reference, prediction)]
+    hd95 = max(np.percentile(way, 95) for way in _distances(surfaces, sides))
     return {"hd95_mm": float(hd95), "surface_dice": surface_dice(reference, prediction, sides, tolerance)}
 
 
@@ -175,17 +175,17 @@ def surface_dice(reference: np.ndarray, prediction: np.ndarray, spacing: tuple[f
     surfaces = [(code > 0) & (code < ALL_INSIDE) for code in codes]
     areas = [table.numpy()[code[surface]] for code, surface in zip(codes, surfaces, strict=True)]
     within = total = 0.0
-    for own, distances in zip(areas, _distances(*surfaces, spacing), strict=True):
+    for own, distances in zip(areas, _distances(surfaces, spacing), strict=True):
         elements = own.astype(float)
         within += elements[distances <= tolerance].sum()
         total += elements.sum()
     return float(within / total)
 
 
-def _distances(first: np.ndarray, second: np.ndarray, spacing: tuple[float, ...]) -> list[np.ndarray]:
-    """Return the distances (mm) of the voxels of each surface to the other."""
-    pairs = (first, second), (second, first)
-    return [np.asarray(get_surface_distance(*pair, spacing=spacing)) for pair in pairs]
+def _distances(surfaces: Sequence[np.ndarray], spacing: tuple[float, ...]) -> list[np.ndarray]:
+    """Return the distances (mm) of the voxels of each of two surfaces to the other."""
+    pairs = zip(surfaces, surfaces[::-1], strict=True)
+    return [np.asarray(get_surface_distance(own, other, spacing=spacing)) for own, other in pairs]
 
 
 def _codes(mask: np.ndarray, weights: np.ndarray) -> np.ndarray:

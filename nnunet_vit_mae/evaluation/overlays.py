@@ -106,11 +106,11 @@ def read_example(example: ExampleCase, evaluation_set: EvaluationSet) -> Example
     prediction, _ = radiological_view(prediction, geometry)
     values = labels.values[example.label]
 
-    def masks(z: int) -> list[np.ndarray]:
+    def masks(z: int) -> tuple[np.ndarray, np.ndarray]:
         counted = np.True_ if labels.ignore is None else reference[z] != labels.ignore
-        return [np.isin(array[z], values) & counted for array in (reference, prediction)]
+        return np.isin(reference[z], values) & counted, np.isin(prediction[z], values) & counted
 
-    z = _fullest([int(np.logical_or(*masks(z)).sum()) for z in range(len(reference))])
+    z = _fullest([int(np.count_nonzero(np.logical_or(*masks(z)))) for z in range(len(reference))])
     shown = None if image is None else radiological_view(image, geometry)[0][z].astype(np.float32)
     return ExampleSlice(example, shown, *masks(z), (spacing[1], spacing[2]), robust_window(shown))
 

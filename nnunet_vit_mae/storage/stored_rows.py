@@ -89,14 +89,14 @@ class StoredRows:
         columns, starts = math.prod(self.shape[1:]), []
         with self.file.open("rb") as stream:
             row = _Row(stream, self._first(stream))
-            checksum = zlib.crc32(row.read(self._header, np.dtype(np.uint8)))
+            checksum = zlib.crc32(row.read(self._header, np.dtype(np.uint8)).data)
             for _ in range(self.shape[0]):
                 starts.append(row.here())
                 for start in range(0, columns, AT_ONCE):
                     part = row.read(min(AT_ONCE, columns - start), self.dtype)
                     if not np.isfinite(part).all():
                         raise ValueError("it holds NaN or infinite values")
-                    checksum = zlib.crc32(part.view(np.uint8), checksum)
+                    checksum = zlib.crc32(part.view(np.uint8).data, checksum)
         if checksum != self._member.CRC:
             raise ValueError("its checksum is wrong")
         return starts
@@ -133,7 +133,7 @@ class _Row:
     def read(self, number: int, dtype: np.dtype) -> np.ndarray:
         """Return the next numbers. Raises `EOFError` at the end of the stream."""
         values = np.empty(number, dtype)
-        missing = memoryview(values.view(np.uint8))
+        missing = values.view(np.uint8).data
         while missing:
             if not self.waiting:
                 self.stream.seek(self.offset)
