@@ -5,7 +5,7 @@ the surfaces only, so that they compress better than real ones: memory is that o
 measurement runs in a fresh process, on all that a command does with a case: nnU-Net's own prediction is not part of it.
 
     python benchmarks/case_memory.py                               # prints the table of docs/evaluation.md
-    python benchmarks/case_memory.py --shape 600 512 512 --labels 30     # its last rows; 25 GB of disk
+    python benchmarks/case_memory.py --shape 600 512 512 --labels 30     # its last rows
 """
 
 from __future__ import annotations

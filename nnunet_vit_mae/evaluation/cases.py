@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from nnunet_vit_mae.errors import UserError, abbreviated, reading
-from nnunet_vit_mae.evaluation.measures import boxes_by_value, measure, union_of
+from nnunet_vit_mae.evaluation.measures import Box, boxes_by_value, measure, union_of
 from nnunet_vit_mae.evaluation.results import EvaluationOptions
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, cases_in, channel_file_name, ending_in
 from nnunet_vit_mae.imaging.grids import distance_mm, turned_geometry, turned_like
@@ -237,7 +237,7 @@ def _measure_case(case: EvaluationCase, labels: Labels, options: EvaluationOptio
                 beside.append(model)
             boxes = [boxes_by_value(array) for array in (reference, prediction)]
             for label, values in labels.values.items():
-                box = union_of(found[value] for found in boxes for value in values if value in found)
+                box = _box_of(values, boxes)
                 counted = np.True_ if labels.ignore is None else reference[box] != labels.ignore
                 measures = measure(
                     _mask(reference[box], values) & counted,
@@ -305,6 +305,13 @@ def _refuse_other_labels(file: Path, array: np.ndarray, labels: Labels) -> None:
             f"{file} holds the unknown label {abbreviated(map(str, unknown))}; known labels are {known}. Correct the "
             f"file, or the labels in {DATASET_JSON}."
         )
+
+
+def _box_of(values: Sequence[int], boxes: Sequence[Mapping[int, Box]]) -> Box:
+    """Return the box around some labels in all of several segmentations."""
+    if min(values) <= 0:  # only positive labels have boxes
+        return (slice(None),) * 3
+    return union_of(found[value] for found in boxes for value in values if value in found)
 
 
 def _mask(array: np.ndarray, values: Sequence[int]) -> np.ndarray:

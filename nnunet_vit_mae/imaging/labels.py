@@ -92,10 +92,6 @@ def as_labels(array: np.ndarray, file: Path) -> np.ndarray:
 
     Raises:
         UserError: If it holds numbers that are not integers, or NaN.
-
-    Example:
-        >>> as_labels(np.array([[[0.0, 300.0]]]), Path("case.nii.gz")).dtype
-        dtype('uint16')
     """
     if not whole_numbers(array) or not all_finite(array, file):
         raise UserError(f"{file} holds numbers that are not integers, or NaN: use segmentations, not probabilities.")
