@@ -84,7 +84,7 @@ def values_in(array: np.ndarray) -> set[int]:
 
 
 def as_labels(array: np.ndarray, file: Path) -> np.ndarray:
-    """Return a segmentation in the smallest integer type that holds its labels.
+    """Return a segmentation in a small integer type that holds its labels.
 
     Args:
         array: What was read (z y x).
