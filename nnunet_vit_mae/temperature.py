@@ -4,13 +4,13 @@ Temperature scaling divides all logits by one number (Guo et al., 2017, https://
 by the likelihood of the labels. The logits follow from saved probabilities, up to a constant that no softmax sees.
 
 Most voxels of a scan are background of which a network is sure and right. Of those and of the others some are looked
-at and count for all, so that each case is read once and little of it is kept.
+at and count for all, so that each case is read once and little of it is kept: no more for many cases and classes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,16 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit, logsumexp
 
-from nnunet_vit_mae.thresholds import CalibrationCase, Classes, blocks, members_of
+from nnunet_vit_mae.calibration_cases import CalibrationCase, Classes, blocks, members_of, voxels_per_block
+from nnunet_vit_mae.progress import with_progress
 
 LOWEST, HIGHEST = 0.05, 20.0  # temperatures that are searched
 SMALLEST = 1e-30  # probabilities in single precision end near 1e-38
 CLOSEST = 1e-7  # to 1: the rounding of a probability in single precision
 SURE = 1e-3  # a voxel whose probabilities are all closer to the truth says little
-MOST = 2**14  # voxels that are looked at, of some millions: so many sure ones, and so many others
+MOST = 2**14  # voxels that are looked at, of every `SPAN`: so many sure ones, and so many others
+SPAN = 2**22
+MOST_VALUES = 2**25  # probabilities that are looked at in all cases together
 BINS = 20
 RELEVANT = 0.01  # voxels with a lower probability of a class are left out of its reliability
 
@@ -54,15 +57,19 @@ class Reliability:
         return float(np.average(np.abs(self.probability - self.frequency), weights=self.voxels))
 
 
-def sample_voxels(cases: Iterable[CalibrationCase], classes: Classes) -> VoxelSample:
+def sample_voxels(cases: Sequence[CalibrationCase], classes: Classes) -> VoxelSample:
     """Read all cases once and keep what tells how good their probabilities are; ignored voxels are left out."""
     kept: list[VoxelSample] = []
-    for case in cases:
-        for probabilities, labels in blocks(case, classes):
+    limit = MOST_VALUES // (2 * classes.outputs * len(cases))
+    for case in with_progress(cases, unit="case", desc="reading"):
+        arrays = case.read()
+        of_case = min(limit, MOST * math.ceil(arrays[1].size / SPAN))
+        most = max(1, int(of_case * min(1, voxels_per_block(classes) / arrays[1].size)))
+        for probabilities, labels in blocks(*arrays, classes):
             truth = members_of(labels, classes)
             sure = np.abs(probabilities - truth).max(axis=0) < SURE
             for (voxels,) in (np.nonzero(sure), np.nonzero(~sure)):
-                chosen = voxels[:: math.ceil(len(voxels) / MOST) or 1]
+                chosen = voxels[:: math.ceil(len(voxels) / most) or 1]
                 weights = np.full(len(chosen), len(voxels) / max(len(chosen), 1))
                 kept.append(VoxelSample(probabilities[:, chosen], truth[:, chosen], weights))
     return VoxelSample(

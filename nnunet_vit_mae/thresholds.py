@@ -4,10 +4,11 @@ A threshold t on the probability of a class is a shift of its logit by -log(t / 
 its log odds against the strongest other class exceed log(t / (1 - t)). With several classes, each has a shift of its
 own, and classes compete with their shifted logits. Regions (sigmoid) do not compete: each is calibrated by itself.
 
-The loss is a step function that changes only at the log odds of voxels. Probabilities are read case by case in three
-passes and never held all at once. The first pass computes the loss on a grid and a lower bound between neighbouring
-grid points, which exists because volumes only shrink as the threshold rises. The second collects the voxels in those
-gaps that may hold the minimum. The third computes the loss between each two of these voxels.
+The loss is a step function that changes only at the log odds of voxels. Most voxels are so sure that no threshold can
+move them: they are counted once. The others are kept, or read in parts again, and passed three times for each class.
+The first pass computes the loss on a grid and a lower bound between neighbouring grid points, which exists because
+volumes only shrink as the threshold rises. The second collects the voxels in those gaps that may hold the minimum. The
+third computes the loss between each two of these voxels.
 """
 
 from __future__ import annotations
@@ -20,36 +21,23 @@ from operator import add
 
 import numpy as np
 
-LOWEST = 1e-4  # thresholds are searched from LOWEST to 1 - LOWEST: beyond, probabilities are noise
-LOG_ODDS_LIMIT = math.log((1 - LOWEST) / LOWEST)
+from nnunet_vit_mae.calibration_cases import CalibrationCase, Classes, split, voxels_per_block
+from nnunet_vit_mae.open_cases import (
+    LOG_ODDS_LIMIT,
+    USUAL_SHIFT,
+    OpenCase,
+    VoxelCounts,
+    counts_of,
+    dice_of_counts,
+    log_odds,
+    open_all,
+    segment,
+    shifted_logs,
+)
+
 GRID = np.linspace(-LOG_ODDS_LIMIT, LOG_ODDS_LIMIT, 4097)  # log odds, 0 included
 MAX_SWEEPS = 10  # over several classes
 CURVE_POINTS = slice(None, None, 16)  # of the grid
-VOXELS_PER_BLOCK = 2**22  # voxels counted at a time, so that a large case needs little more memory than its file
-
-
-@dataclass(frozen=True)
-class Classes:
-    """The foreground classes or regions of a model, in the order of nnU-Net's output channels."""
-
-    names: tuple[str, ...]
-    values: tuple[tuple[int, ...], ...]  # label values of each class
-    regions: bool = False  # True: one sigmoid each; False: a softmax with the background as channel 0
-    ignore: int | None = None  # ignore label: its voxels are not counted
-
-    @property
-    def outputs(self) -> int:
-        """Return the outputs of the model for each voxel."""
-        return len(self.names) + (not self.regions)
-
-
-@dataclass(frozen=True)
-class CalibrationCase:
-    """A case to calibrate on; its arrays are read anew in each pass."""
-
-    name: str
-    voxel_mm3: float  # volume of a voxel
-    read: Callable[[], tuple[np.ndarray, np.ndarray]]  # returns probabilities (channels z y x) and labels (z y x)
 
 
 @dataclass(frozen=True)
@@ -90,7 +78,7 @@ class Calibration:
     def at_temperature(self, temperature: float) -> Calibration:
         """Return the same calibration for logits that are divided by a temperature: it segments in the same way."""
         curves = tuple(
-            replace(curve, thresholds=_probability(_log_odds(curve.thresholds) / temperature)) for curve in self.curves
+            replace(curve, thresholds=_probability(log_odds(curve.thresholds) / temperature)) for curve in self.curves
         )
         return replace(self, shifts=tuple(shift / temperature for shift in self.shifts), curves=curves)
 
@@ -121,62 +109,21 @@ def fit_thresholds(cases: Sequence[CalibrationCase], classes: Classes, objective
         >>> calibration.volumes[0].before_mm3, calibration.volumes[0].after_mm3
         (0.0, 4.0)
     """
+    largest_shift, opened = USUAL_SHIFT, open_all(cases, classes, USUAL_SHIFT)
     shifts = [0.0] * len(classes.names)
     curves: dict[int, ThresholdCurve] = {}
     sweeps = MAX_SWEEPS if len(shifts) > 1 and not classes.regions else 1
     for _ in range(sweeps):
         before = list(shifts)
         for index in range(len(shifts)):
-            shifts[index], curves[index] = _fit(cases, classes, shifts, index, OBJECTIVES[objective])
+            shifts[index], curves[index] = _fit(opened, classes, shifts, index, OBJECTIVES[objective])
+            if abs(shifts[index]) > largest_shift and sweeps > 1:
+                opened.clear()
+                largest_shift, opened = LOG_ODDS_LIMIT, open_all(cases, classes, LOG_ODDS_LIMIT)
         if shifts == before:
             break
-    volumes = [row for case in cases for row in _before_and_after(case, classes, shifts)]
+    volumes = [row for case in opened for row in _before_and_after(case, classes, shifts)]
     return Calibration(tuple(shifts), tuple(curves[index] for index in range(len(shifts))), tuple(volumes))
-
-
-def segment(probabilities: np.ndarray, classes: Classes, shifts: Sequence[float]) -> list[np.ndarray]:
-    """Segment probabilities with shifted logits.
-
-    Args:
-        probabilities: nnU-Net's probabilities (channels z y x).
-        classes: The classes or regions.
-        shifts: The shift of each class's logit.
-
-    Returns:
-        A boolean mask (z y x) of each class or region.
-
-    Example:
-        >>> probabilities = np.array([[[[0.6, 0.9]]], [[[0.4, 0.1]]]])
-        >>> segment(probabilities, Classes(("lesion",), ((1,),)), [1.0])[0].tolist()
-        [[[True, False]]]
-    """
-    if classes.regions:
-        return [_log_odds(p) > -shift for p, shift in zip(probabilities, shifts, strict=True)]
-    winner = _shifted_logs(probabilities, shifts).argmax(axis=0)
-    return [winner == channel + 1 for channel in range(len(shifts))]
-
-
-@dataclass(frozen=True)
-class VoxelCounts:
-    """Numbers of voxels of one case at T thresholds, for each of the C classes that the thresholds affect."""
-
-    predicted: np.ndarray  # C T
-    hit: np.ndarray  # C T, in prediction and reference
-    reference: np.ndarray  # C 1
-    voxel_mm3: float
-
-    def __add__(self, other: VoxelCounts) -> VoxelCounts:
-        """Add the counts of two parts of a case."""
-        predicted, hit = self.predicted + other.predicted, self.hit + other.hit
-        return VoxelCounts(predicted, hit, self.reference + other.reference, self.voxel_mm3)
-
-    def difference_mm3(self) -> np.ndarray:
-        """Return the absolute volume difference (C T)."""
-        return np.abs(self.predicted - self.reference) * self.voxel_mm3
-
-    def dice(self) -> np.ndarray:
-        """Return Dice (C T); 1 where prediction and reference are empty, because that is correct."""
-        return _dice(self.hit, self.predicted, self.reference)
 
 
 @dataclass(frozen=True)
@@ -195,7 +142,7 @@ def _volume_bound(counts: VoxelCounts) -> np.ndarray:
 
 def _dice_bound(counts: VoxelCounts) -> np.ndarray:
     fewest_predicted, most_hit = _extremes(counts.predicted)[0], _extremes(counts.hit)[1]
-    return (1 - np.minimum(_dice(most_hit, fewest_predicted, counts.reference), 1)).mean(axis=0)
+    return (1 - np.minimum(dice_of_counts(most_hit, fewest_predicted, counts.reference), 1)).mean(axis=0)
 
 
 OBJECTIVES = {
@@ -205,7 +152,7 @@ OBJECTIVES = {
 
 
 def _fit(
-    cases: Sequence[CalibrationCase], classes: Classes, shifts: Sequence[float], index: int, objective: Objective
+    cases: Sequence[OpenCase], classes: Classes, shifts: Sequence[float], index: int, objective: Objective
 ) -> tuple[float, ThresholdCurve]:
     """Fit the shift of one class while all others stay, and compute its curve."""
     own = index if not classes.regions else 0  # a region is counted alone
@@ -218,9 +165,12 @@ def _fit(
         dice += counts.dice()[own]
     promising = bounds <= losses.min() * (1 + 1e-9)  # tolerates the rounding of long sums
     candidates = _between_scores(cases, classes, shifts, index, promising)
-    exact = np.zeros(len(candidates))
-    for counts in _count_all(cases, classes, shifts, index, candidates):
-        exact += objective.loss(counts)
+    exact = np.concatenate(
+        [
+            sum(map(objective.loss, _count_all(cases, classes, shifts, index, part)), np.zeros(len(part)))
+            for part in split(candidates, voxels_per_block(classes))
+        ]
+    )
     best = np.flatnonzero(exact <= exact.min() * (1 + 1e-12))
     current = -shifts[index]
     chosen = min((float(candidates[i]) for i in best), key=lambda threshold: abs(threshold - current))
@@ -229,14 +179,14 @@ def _fit(
 
 
 def _between_scores(
-    cases: Sequence[CalibrationCase], classes: Classes, shifts: Sequence[float], index: int, promising: np.ndarray
+    cases: Sequence[OpenCase], classes: Classes, shifts: Sequence[float], index: int, promising: np.ndarray
 ) -> np.ndarray:
     """Return ascending candidates: the current threshold, the ends of promising gaps, values between voxels."""
     (gaps,) = np.nonzero(promising)
     edges = np.union1d(GRID[gaps], GRID[gaps + 1])
     scores = [edges]
     for case in cases:
-        for probabilities, labels in blocks(case, classes):
+        for probabilities, labels in case.blocks():
             block = _class_scores(probabilities, labels, classes, shifts, index).scores
             block = block[(block > -LOG_ODDS_LIMIT) & (block < LOG_ODDS_LIMIT)]
             scores.append(np.unique(block[promising[np.searchsorted(GRID, block, side="left") - 1]]))
@@ -245,28 +195,13 @@ def _between_scores(
 
 
 def _count_all(
-    cases: Sequence[CalibrationCase], classes: Classes, shifts: Sequence[float], index: int, thresholds: np.ndarray
+    cases: Sequence[OpenCase], classes: Classes, shifts: Sequence[float], index: int, thresholds: np.ndarray
 ) -> Iterator[VoxelCounts]:
-    """Read the cases one at a time and count their voxels."""
+    """Count the voxels of one case after the other."""
     for case in cases:
-        scores = (_class_scores(*block, classes, shifts, index) for block in blocks(case, classes))
-        yield reduce(add, (_count(part, thresholds, case.voxel_mm3) for part in scores))
-
-
-def blocks(case: CalibrationCase, classes: Classes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield probabilities (channels n) and labels (n) of the voxels that count, some millions at a time."""
-    probabilities, labels = case.read()
-    probabilities, labels = probabilities.reshape(len(probabilities), -1), labels.reshape(-1)
-    for start in range(0, len(labels), VOXELS_PER_BLOCK):
-        part = labels[start : start + VOXELS_PER_BLOCK]
-        counted = np.ones(part.shape, bool) if classes.ignore is None else part != classes.ignore
-        yield probabilities[:, start : start + VOXELS_PER_BLOCK][:, counted], part[counted]
-
-
-def members_of(labels: np.ndarray, classes: Classes) -> np.ndarray:
-    """Return whether each voxel belongs to the class of each of the model's outputs (channels n)."""
-    foreground = np.stack([np.isin(labels, values) for values in classes.values])
-    return foreground if classes.regions else np.concatenate([~foreground.any(axis=0, keepdims=True), foreground])
+        settled = case.settled.of(slice(index, index + 1)) if classes.regions else case.settled
+        scores = (_class_scores(*block, classes, shifts, index) for block in case.blocks())
+        yield reduce(add, (_count(part, thresholds, case.voxel_mm3) for part in scores), settled)
 
 
 @dataclass(frozen=True)
@@ -285,76 +220,62 @@ def _class_scores(
 ) -> ClassScores:
     if classes.regions:
         reference = np.where(np.isin(labels, classes.values[index]), 0, -1)
-        return ClassScores(_log_odds(probabilities[index]), np.full(labels.shape, -1), reference, own=0, classes=1)
-    logs = _shifted_logs(probabilities, shifts)
+        return ClassScores(log_odds(probabilities[index]), np.full(labels.shape, -1), reference, own=0, classes=1)
+    logs = shifted_logs(probabilities, shifts)
     own = logs[index + 1] - shifts[index]
     logs[index + 1] = -np.inf
-    rivals = logs.argmax(axis=0)
-    scores = own - logs.max(axis=0)
-    reference = np.full(labels.shape, -1)
-    for position, values in enumerate(classes.values):
-        reference[np.isin(labels, values)] = position
-    return ClassScores(scores, rivals - 1, reference, own=index, classes=len(classes.names))
+    strongest = logs.max(axis=0)
+    rivals = (logs == strongest).argmax(axis=0)  # three times as fast as that of the logs themselves
+    scores = own - strongest
+    return ClassScores(scores, rivals - 1, _class_numbers(labels, classes), own=index, classes=len(classes.names))
+
+
+def _class_numbers(labels: np.ndarray, classes: Classes) -> np.ndarray:
+    """Return the position of each label's class, -1 for the background (n -> n)."""
+    positions = {value: position for position, values in enumerate(classes.values) for value in values}
+    known = np.array(sorted(positions))
+    places = np.searchsorted(known, labels).clip(max=len(known) - 1)
+    return np.where(known[places] == labels, np.array([positions[value] for value in known])[places], -1)
 
 
 def _count(voxels: ClassScores, thresholds: np.ndarray, voxel_mm3: float) -> VoxelCounts:
     exceeded = np.searchsorted(thresholds, voxels.scores, side="left")  # number of thresholds below the score
+    bins = len(thresholds) + 1
 
-    def above(chosen: np.ndarray) -> np.ndarray:
-        """Count the chosen voxels that exceed each threshold."""
-        histogram = np.bincount(exceeded[chosen], minlength=len(thresholds) + 1)
-        return histogram[::-1].cumsum()[::-1][1:]
+    def below(seen: np.ndarray) -> np.ndarray:
+        """Count, for each class, the chosen voxels that have it while they do not exceed a threshold (C T)."""
+        places = voxels.rivals[seen] * bins + exceeded[seen]
+        histogram = np.bincount(places, minlength=voxels.classes * bins).reshape(-1, bins)
+        return histogram.cumsum(axis=1)[:, :-1]
 
-    predicted = np.zeros((voxels.classes, len(thresholds)), dtype=np.int64)
-    hit = np.zeros_like(predicted)
-    reference = np.array([[np.count_nonzero(voxels.reference == c)] for c in range(voxels.classes)])
-    for c in range(voxels.classes):
-        in_reference = voxels.reference == c
-        if c == voxels.own:
-            predicted[c] = above(np.ones_like(in_reference))
-            hit[c] = above(in_reference)
-        else:
-            rival = voxels.rivals == c
-            predicted[c] = np.count_nonzero(rival) - above(rival)
-            hit[c] = np.count_nonzero(rival & in_reference) - above(rival & in_reference)
-    return VoxelCounts(predicted, hit, reference, voxel_mm3)
+    def above(numbers: np.ndarray) -> np.ndarray:
+        """Count, of voxels that exceed so many thresholds, those that exceed each (T)."""
+        return np.bincount(numbers, minlength=bins)[::-1].cumsum()[::-1][1:]
+
+    is_class = voxels.rivals >= 0
+    predicted, hit = below(is_class), below(is_class & (voxels.rivals == voxels.reference))
+    predicted[voxels.own], hit[voxels.own] = above(exceeded), above(exceeded[voxels.reference == voxels.own])
+    reference = np.bincount(voxels.reference[voxels.reference >= 0], minlength=voxels.classes)
+    return VoxelCounts(predicted, hit, reference[:, None], voxel_mm3)
 
 
-def _before_and_after(case: CalibrationCase, classes: Classes, shifts: Sequence[float]) -> list[CaseVolumes]:
-    probabilities, labels = case.read()
-    counted = np.ones(labels.shape, bool) if classes.ignore is None else labels != classes.ignore
-    before = segment(probabilities, classes, [0.0] * len(shifts))
-    after = segment(probabilities, classes, shifts)
-    rows = []
-    for name, values, *predictions in zip(classes.names, classes.values, before, after, strict=True):
-        reference = np.isin(labels, values) & counted
-        masks = [prediction & counted for prediction in predictions]
-        volumes = [float(mask.sum() * case.voxel_mm3) for mask in (reference, *masks)]
-        dice = [float(_dice((mask & reference).sum(), mask.sum(), reference.sum())) for mask in masks]
-        rows.append(CaseVolumes(case.name, name, *volumes, *dice))
-    return rows
-
-
-def _shifted_logs(probabilities: np.ndarray, shifts: Sequence[float]) -> np.ndarray:
-    with np.errstate(divide="ignore"):
-        logs = np.log(probabilities.astype(np.float64))
-    logs[1:] += np.reshape(shifts, (-1, *[1] * (logs.ndim - 1)))
-    return logs
-
-
-def _log_odds(probabilities: np.ndarray) -> np.ndarray:
-    exact = probabilities.astype(np.float64)  # in which 1 - p of a float32 close to 1 is exact
-    with np.errstate(divide="ignore"):
-        return np.log(exact) - np.log1p(-exact)
+def _before_and_after(case: OpenCase, classes: Classes, shifts: Sequence[float]) -> list[CaseVolumes]:
+    before = after = case.settled
+    for probabilities, labels in case.blocks():
+        masks = segment(probabilities, classes, [0.0] * len(shifts)), segment(probabilities, classes, shifts)
+        counts = [counts_of(each, labels, classes, case.voxel_mm3) for each in masks]
+        before, after = before + counts[0], after + counts[1]
+    columns = (before.reference, before.predicted, after.predicted)
+    volumes = np.concatenate(columns, axis=1) * case.voxel_mm3
+    dice = np.concatenate([before.dice(), after.dice()], axis=1)
+    return [
+        CaseVolumes(case.name, name, *row)
+        for name, row in zip(classes.names, np.concatenate([volumes, dice], axis=1).tolist(), strict=True)
+    ]
 
 
 def _probability(log_odds: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-log_odds))
-
-
-def _dice(hit: np.ndarray, predicted: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    total = predicted + reference
-    return np.where(total > 0, 2 * hit / np.maximum(total, 1), 1.0)
 
 
 def _extremes(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

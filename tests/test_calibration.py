@@ -6,8 +6,6 @@ import json
 import math
 import os
 import shutil
-from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +26,17 @@ from nnunet_vit_mae.imaging.volumes import Geometry
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.nnunet import quantification
 from nnunet_vit_mae.nnunet.calibrated import calibrated_head
-from nnunet_vit_mae.nnunet.calibration import CaseMemory
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.members import MemberPredictor
 from nnunet_vit_mae.nnunet.models import find_model, model_hash
 from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.nnunet.quantification import TrainingRange, thresholds_of, warnings_of
 from nnunet_vit_mae.nnunet.shared_models import untrained_network
+from nnunet_vit_mae.open_cases import segment
 from nnunet_vit_mae.presets import DECODERS
 from nnunet_vit_mae.settings import Network
 from nnunet_vit_mae.storage.csv_tables import read_rows
 from nnunet_vit_mae.storage.files import locked
-from nnunet_vit_mae.thresholds import segment
 
 TRAINER = "nnUNetTrainerBaseline"
 VOXEL = math.prod(SPACING)
@@ -175,20 +172,6 @@ def test_the_record_says_what_thresholds_do(model, objective, capsys):
     before, after = (np.mean([record[when][name][key] for name in classes.names]) for when in ("before", "after"))
     assert after < before if objective == "volume" else after > before
     assert "calibration.json" in capsys.readouterr().out
-
-
-def test_small_cases_are_read_once_and_large_ones_each_time():
-    memory, reads = CaseMemory(100), Counter()
-
-    def read(name, size):
-        reads[name] += 1
-        return np.zeros(size // 2, np.uint8), np.zeros(size // 2, np.uint8)
-
-    for _ in range(3):
-        for name, size in (("small", 60), ("large", 80), ("tiny", 40)):
-            arrays = memory.recall(name, partial(read, name, size))
-            assert sum(array.nbytes for array in arrays) == size
-    assert reads == {"small": 1, "large": 3, "tiny": 1}
 
 
 @pytest.mark.parametrize("model", LABELS, indirect=True)

@@ -24,7 +24,7 @@ from nnunet_vit_mae.evaluation.cases import find_evaluation_set, labels_in, meas
 from nnunet_vit_mae.evaluation.results import MEASURES, EvaluationOptions
 from nnunet_vit_mae.evaluation.summary import Measurements, paired_tests, summarise, write_tables
 from nnunet_vit_mae.imaging.grids import distance_mm, turned_like
-from nnunet_vit_mae.imaging.labels import read_mask
+from nnunet_vit_mae.imaging.labels import as_labels, read_mask
 from nnunet_vit_mae.imaging.volumes import geometry_of
 from nnunet_vit_mae.processes.workers import run_each
 from nnunet_vit_mae.storage.files import locked
@@ -353,6 +353,15 @@ def test_integers_may_be_stored_as_numbers_with_a_point(data):
     before = read_mask(file)
     rewrite(file, lambda array: array.astype(np.float64))
     assert (read_mask(file) == before).all()
+
+
+def test_labels_take_few_bytes(tmp_path):
+    for value, size in ((255, 1), (256, 2), (-1, 2)):
+        labels = np.zeros((2, 3, 4), np.float32)
+        labels[1, 2, 3] = value
+        found = as_labels(labels, tmp_path / "case.mha")
+        assert (found.dtype.kind in "iu", found.dtype.itemsize) == (True, size)
+        assert (found == labels).all()
 
 
 def test_what_is_no_number_is_no_label(tmp_path):

@@ -104,6 +104,8 @@ LAYERS = {
     "imaging": 1,
     "phantoms": 1,
     "statistics": 0,
+    "calibration_cases": 0,
+    "open_cases": 1,
     "thresholds": 1,
     "temperature": 1,
     "conformal": 1,
@@ -119,7 +121,7 @@ LAYERS = {
     "cli": 4,
 }
 SAME_LAYER = {
-    ("temperature", "thresholds"),
+    ("thresholds", "open_cases"),
     ("storage", "errors"),
     ("hub", "errors"),
     ("processes", "errors"),

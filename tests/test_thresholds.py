@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunet_vit_mae import thresholds
-from nnunet_vit_mae.thresholds import CalibrationCase, Classes, fit_thresholds, segment
+from nnunet_vit_mae import calibration_cases, open_cases, thresholds
+from nnunet_vit_mae.calibration_cases import CalibrationCase, Classes
+from nnunet_vit_mae.open_cases import segment
+from nnunet_vit_mae.thresholds import fit_thresholds
 
 SHAPE = (3, 2, 7)  # small: every threshold between two voxels is tried
 BINARY = Classes(("blob",), ((1,),))
@@ -57,8 +59,8 @@ def loss_of(cases: list[CalibrationCase], classes: Classes, shifts: list[float],
 def best_of_all(cases: list[CalibrationCase], classes: Classes, objective: str) -> float:
     """The smallest loss over all thresholds between two neighbouring probabilities of the only class, and outside."""
     values = np.unique(np.concatenate([case.read()[0][-1].ravel() for case in cases])).astype(np.float64)
-    values = values[(values > thresholds.LOWEST) & (values < 1 - thresholds.LOWEST)]
-    tried = np.concatenate([(values[1:] + values[:-1]) / 2, [thresholds.LOWEST, 1 - thresholds.LOWEST]])
+    values = values[(values > open_cases.LOWEST) & (values < 1 - open_cases.LOWEST)]
+    tried = np.concatenate([(values[1:] + values[:-1]) / 2, [open_cases.LOWEST, 1 - open_cases.LOWEST]])
     return min(loss_of(cases, classes, [-math.log(t / (1 - t))], objective) for t in tried)
 
 
@@ -104,7 +106,7 @@ def test_with_several_classes_no_single_shift_can_be_bettered(seed, objective):
     found = loss_of(cases, THREE, list(fitted.shifts), objective)
     assert found <= loss_of(cases, THREE, [0, 0, 0], objective)
     for index in range(3):
-        for other in np.linspace(-thresholds.LOG_ODDS_LIMIT, thresholds.LOG_ODDS_LIMIT, 41):
+        for other in np.linspace(-open_cases.LOG_ODDS_LIMIT, open_cases.LOG_ODDS_LIMIT, 41):
             shifts = list(fitted.shifts)
             shifts[index] = other
             assert found <= loss_of(cases, THREE, shifts, objective) + 1e-9
@@ -116,8 +118,61 @@ def test_small_blocks_give_the_same(seed):
     cases = cases_of(seed, THREE)
     whole = fit_thresholds(cases, THREE, "volume")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(thresholds, "VOXELS_PER_BLOCK", 17)
+        patch.setattr(calibration_cases, "VALUES_PER_BLOCK", 17 * THREE.outputs)
         assert fit_thresholds(cases, THREE, "volume").shifts == whole.shifts
+
+
+@few_seeds
+@given(seeds, st.sampled_from([BINARY, THREE, REGIONS]), st.sampled_from([3.0, 8.0]), st.booleans())
+def test_the_search_is_the_same_without_the_voxels_that_nothing_moves(seed, classes, factor, has_room):
+    """Networks are sure of most voxels; some of these here are wrong, and all of them count."""
+    room, usual = (10**9, open_cases.USUAL_SHIFT) if has_room else (0, 1e-3)  # which every shift exceeds
+    cases = [
+        CalibrationCase(c.name, c.voxel_mm3, lambda c=c: (sharpened(c.read()[0], classes, factor), c.read()[1]))
+        for c in cases_of(seed, classes)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(open_cases, "KEPT_BYTES", room)
+        patch.setattr(thresholds, "USUAL_SHIFT", usual)
+        found = fit_thresholds(cases, classes, "dice")
+        patch.setattr(open_cases, "settled_voxels", lambda probabilities, *_: np.zeros(probabilities.shape[1], bool))
+        all_open = fit_thresholds(cases, classes, "dice")
+    assert (found.shifts, found.volumes) == (all_open.shifts, all_open.volumes)
+    for ours, theirs in zip(found.curves, all_open.curves, strict=True):
+        assert (ours.dice == theirs.dice).all()
+        assert (ours.difference_mm3 == theirs.difference_mm3).all()
+
+
+def sharpened(probabilities: np.ndarray, classes: Classes, factor: float) -> np.ndarray:
+    odds = (probabilities.astype(float) / (1 - probabilities if classes.regions else 1)) ** factor
+    return (odds / (1 + odds if classes.regions else odds.sum(axis=0))).astype(np.float32)
+
+
+def test_a_voxel_is_settled_when_no_two_shifts_move_it():
+    limit, largest = open_cases.LOG_ODDS_LIMIT, 3.0
+    for own, rival, reach in ((0, 2, limit), (2, 0, limit), (1, 3, limit + largest)):
+        for distance, expected in ((0.999, False), (1.001, True)):
+            logits = np.full((4, 1), -60.0)
+            logits[[own, rival], 0] = 0, -distance * reach
+            probabilities = np.exp(logits) / np.exp(logits).sum()
+            assert open_cases.settled_voxels(probabilities, THREE, largest).tolist() == [expected]
+            for searched, kept in ((own, rival), (rival, own)):
+                sizes = {searched: limit, kept: largest if searched else 0.0}
+                shifts = [sizes.get(channel, 0.0) * (1 if channel == rival else -1) for channel in (1, 2, 3)]
+                moved = segment(probabilities, THREE, shifts)
+                winner = own if expected or not searched else rival
+                assert [mask[0] for mask in moved] == [channel == winner for channel in (1, 2, 3)]
+    for probability, expected in ((0.9e-4, True), (1.1e-4, False), (1 - 1.1e-4, False), (1 - 0.9e-4, True)):
+        probabilities = np.array([[probability], [0.0]], np.float32)
+        assert open_cases.settled_voxels(probabilities, REGIONS, largest).tolist() == [expected]
+
+
+def test_many_candidates_are_tried_in_parts():
+    cases = cases_of(5, THREE)
+    whole = fit_thresholds(cases, THREE, "dice")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(thresholds, "voxels_per_block", lambda _: 3)
+        assert fit_thresholds(cases, THREE, "dice").shifts == whole.shifts
 
 
 def test_a_thin_structure_gets_its_low_threshold():
@@ -161,7 +216,7 @@ def test_what_is_right_already_stays():
 def test_the_curve_shows_what_a_threshold_gives():
     cases = cases_of(3, BINARY)
     (curve,) = fit_thresholds(cases, BINARY, "volume").curves
-    assert curve.thresholds[0] == pytest.approx(thresholds.LOWEST)
+    assert curve.thresholds[0] == pytest.approx(open_cases.LOWEST)
     assert 0.5 in curve.thresholds
     for threshold, difference, dice in list(zip(curve.thresholds, curve.difference_mm3, curve.dice, strict=True))[::40]:
         shift = [-math.log(threshold / (1 - threshold))]

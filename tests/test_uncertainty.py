@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit, softmax
 
+from nnunet_vit_mae import calibration_cases
 from nnunet_vit_mae import temperature as tempering
+from nnunet_vit_mae.calibration_cases import CalibrationCase, Classes
 from nnunet_vit_mae.conformal import (
     Residual,
     Validated,
@@ -20,7 +22,6 @@ from nnunet_vit_mae.conformal import (
 )
 from nnunet_vit_mae.expected_dice import fit_expected_dice, soft_dice
 from nnunet_vit_mae.temperature import fit_temperature, negative_log_likelihood, reliability_of, sample_voxels, temper
-from nnunet_vit_mae.thresholds import CalibrationCase, Classes
 
 THREE = Classes(("a", "b"), ((1,), (2,)))
 REGIONS = Classes(("left", "upper"), ((1, 3), (2, 3)), regions=True)
@@ -205,6 +206,21 @@ def test_a_part_of_the_voxels_counts_for_all(monkeypatch):
     for value in (0.5, 1.0, 3.0):
         parts = [negative_log_likelihood(part, value, regions=False) for part in (sample, whole)]
         assert parts[0] == pytest.approx(parts[1], rel=0.1)
+
+
+def test_no_more_voxels_are_looked_at_for_many_cases_or_small_blocks(monkeypatch):
+    cases = drawn(3.0, THREE)
+    monkeypatch.setattr(tempering, "MOST", 200)
+    at_once = sample_voxels(cases, THREE)
+    monkeypatch.setattr(calibration_cases, "VALUES_PER_BLOCK", 100 * THREE.outputs)  # ten blocks of each case
+    in_blocks = sample_voxels(cases, THREE)
+    assert len(in_blocks.weights) <= 6 * 2 * 200
+    assert in_blocks.weights.sum() == pytest.approx(at_once.weights.sum())
+    monkeypatch.setattr(tempering, "MOST_VALUES", 6 * 2 * 50 * THREE.outputs)
+    limited = sample_voxels(cases, THREE)
+    assert len(limited.weights) <= 6 * 2 * 50
+    parts = [negative_log_likelihood(part, 1.0, regions=False) for part in (limited, at_once)]
+    assert parts[0] == pytest.approx(parts[1], rel=0.2)
 
 
 def test_reliability_by_counting():

@@ -13,11 +13,11 @@ import pandas as pd
 import torch
 
 from nnunet_vit_mae.errors import UserError, abbreviated, reading
-from nnunet_vit_mae.evaluation.measures import measure
+from nnunet_vit_mae.evaluation.measures import Box, boxes_by_value, measure, union_of
 from nnunet_vit_mae.evaluation.results import EvaluationOptions
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, cases_in, channel_file_name, ending_in
 from nnunet_vit_mae.imaging.grids import distance_mm, turned_geometry, turned_like
-from nnunet_vit_mae.imaging.labels import Labels, read_labels, read_mask, read_segmentation, read_volume
+from nnunet_vit_mae.imaging.labels import Labels, read_labels, read_mask, read_segmentation, read_volume, values_in
 from nnunet_vit_mae.imaging.volumes import NOT_FINITE, Geometry, all_finite, without_warnings_of_itk
 from nnunet_vit_mae.processes.workers import run_each
 from nnunet_vit_mae.progress import with_progress
@@ -131,8 +131,7 @@ def labels_in(references: Sequence[Path]) -> Labels:
     """
     with without_warnings_of_itk():
         masks = map(read_mask, with_progress(references, unit="case", desc="reading labels"))
-        values = {int(value) for mask in masks for value in np.unique(mask)}
-    values -= {0}
+        values = {value for mask in masks for value in values_in(mask)} - {0}
     if not values:
         raise UserError(
             f"All reference segmentations in {references[0].parent} are empty: check -r, or put nnU-Net's "
@@ -229,7 +228,6 @@ def _measure_case(case: EvaluationCase, labels: Labels, options: EvaluationOptio
         reference, geometry = read_segmentation(case.reference)
         _refuse_other_labels(case.reference, reference, labels)
         thickness = _slice_thickness(case, geometry)
-        counted = np.True_ if labels.ignore is None else reference != labels.ignore
         rows, beside = [], []
         for model, file in case.predictions.items():
             prediction, its_geometry = read_segmentation(file)
@@ -237,10 +235,13 @@ def _measure_case(case: EvaluationCase, labels: Labels, options: EvaluationOptio
             prediction, its_geometry = on_grid(file, prediction, its_geometry, case.reference, geometry)
             if geometry.difference(its_geometry):
                 beside.append(model)
+            boxes = [boxes_by_value(array) for array in (reference, prediction)]
             for label, values in labels.values.items():
+                box = _box_of(values, boxes)
+                counted = np.True_ if labels.ignore is None else reference[box] != labels.ignore
                 measures = measure(
-                    _mask(reference, values) & counted,
-                    _mask(prediction, values) & counted,
+                    _mask(reference[box], values) & counted,
+                    _mask(prediction[box], values) & counted,
                     geometry.spacing[::-1],
                     tolerance=options.tolerance_mm,
                     min_lesion_voxels=options.min_lesion_voxels,
@@ -298,13 +299,19 @@ def refuse_other_grid(file: Path, geometry: Geometry, other_file: Path, other: G
 
 
 def _refuse_other_labels(file: Path, array: np.ndarray, labels: Labels) -> None:
-    unknown = np.unique(array[~np.isin(array, list(labels.known))])
-    if len(unknown):
+    if unknown := sorted(values_in(array) - labels.known):
         known = ", ".join(map(str, sorted(labels.known)))
         raise UserError(
             f"{file} holds the unknown label {abbreviated(map(str, unknown))}; known labels are {known}. Correct the "
             f"file, or the labels in {DATASET_JSON}."
         )
+
+
+def _box_of(values: Sequence[int], boxes: Sequence[Mapping[int, Box]]) -> Box:
+    """Return the box around some labels in all of several segmentations."""
+    if min(values) <= 0:  # only positive labels have boxes
+        return (slice(None),) * 3
+    return union_of(found[value] for found in boxes for value in values if value in found)
 
 
 def _mask(array: np.ndarray, values: Sequence[int]) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +16,14 @@ from nnunet_vit_mae.errors import reading
 from nnunet_vit_mae.evaluation.cases import EvaluationSet, on_grid, read_segmentation
 from nnunet_vit_mae.evaluation.drawing import WIDTH, styled
 from nnunet_vit_mae.evaluation.results import Evaluation
+from nnunet_vit_mae.imaging.grids import turned_like
 from nnunet_vit_mae.imaging.labels import read_volume
 from nnunet_vit_mae.imaging.volumes import Geometry, without_warnings_of_itk
 
 # colour and width of outlines: light and wide below, dark and thin on top, so that both show in greyscale and where
 # they agree
 REFERENCE, PREDICTION = ("#3ee08f", 3.0), ("#f5152f", 1.2)
+LPS = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)  # direction of x, y and z to left, posterior and superior
 SMALLEST_VIEW = 40.0  # mm: enough to see where a small lesion lies
 
 
@@ -102,12 +104,15 @@ def read_example(example: ExampleCase, evaluation_set: EvaluationSet) -> Example
     # voxels are compared one by one, so all are shown in the geometry of the reference
     reference, spacing = radiological_view(reference, geometry)
     prediction, _ = radiological_view(prediction, geometry)
-    counted = np.True_ if labels.ignore is None else reference != labels.ignore
     values = labels.values[example.label]
-    reference, prediction = np.isin(reference, values) & counted, np.isin(prediction, values) & counted
-    z = _fullest_slice(reference | prediction)
+
+    def masks(z: int) -> tuple[np.ndarray, np.ndarray]:
+        counted = np.True_ if labels.ignore is None else reference[z] != labels.ignore
+        return np.isin(reference[z], values) & counted, np.isin(prediction[z], values) & counted
+
+    z = _fullest([int(np.count_nonzero(np.logical_or(*masks(z)))) for z in range(len(reference))])
     shown = None if image is None else radiological_view(image, geometry)[0][z].astype(np.float32)
-    return ExampleSlice(example, shown, reference[z], prediction[z], (spacing[1], spacing[2]), robust_window(shown))
+    return ExampleSlice(example, shown, *masks(z), (spacing[1], spacing[2]), robust_window(shown))
 
 
 def _read_image(file: Path, reference: Path, geometry: Geometry) -> np.ndarray:
@@ -116,9 +121,8 @@ def _read_image(file: Path, reference: Path, geometry: Geometry) -> np.ndarray:
     return on_grid(file, image, its_geometry, reference, geometry)[0]
 
 
-def _fullest_slice(mask: np.ndarray) -> int:
-    counts = mask.reshape(len(mask), -1).sum(axis=1)
-    return int(counts.argmax()) if counts.any() else len(counts) // 2
+def _fullest(counts: Sequence[int]) -> int:
+    return int(np.argmax(counts)) if any(counts) else len(counts) // 2
 
 
 def robust_window(image: np.ndarray | None) -> tuple[float, float]:
@@ -136,15 +140,12 @@ def radiological_view(array: np.ndarray, geometry: Geometry) -> tuple[np.ndarray
         geometry: Its geometry.
 
     Returns:
-        The volume (z y x) and its spacing in mm (z y x).
+        A view of the volume (z y x) and its spacing in mm (z y x).
     """
-    image = sitk.GetImageFromArray(array)
-    image.SetSpacing(geometry.spacing)
-    image.SetDirection(geometry.direction)
     orientation = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(geometry.direction)
     if orientation[2] in "SI":
-        image = sitk.DICOMOrient(image, "LPS")
-    return sitk.GetArrayFromImage(image), image.GetSpacing()[::-1]
+        array, geometry = turned_like(array, geometry, replace(geometry, direction=LPS))
+    return array, geometry.spacing[::-1]
 
 
 @styled

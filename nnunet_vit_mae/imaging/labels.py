@@ -72,7 +72,31 @@ def whole_numbers(array: np.ndarray) -> bool:
         >>> whole_numbers(np.array([0.0, 2.0])), whole_numbers(np.array([0.5]))
         (True, False)
     """
-    return array.dtype.kind in "iub" or bool(np.isfinite(array).all() and np.array_equal(array, np.rint(array)))
+    # plane by plane, because a volume of comparisons takes as much memory as the volume
+    return array.dtype.kind in "iub" or all(
+        bool(np.isfinite(plane).all() and np.array_equal(plane, np.rint(plane))) for plane in array
+    )
+
+
+def values_in(array: np.ndarray) -> set[int]:
+    """Return the labels that occur in a segmentation (z y x)."""
+    return {int(value) for plane in array for value in np.unique(plane)}
+
+
+def as_labels(array: np.ndarray, file: Path) -> np.ndarray:
+    """Return a segmentation in a small integer type that holds its labels.
+
+    Args:
+        array: What was read (z y x).
+        file: The file that was read, for messages.
+
+    Raises:
+        UserError: If it holds numbers that are not integers, or NaN.
+    """
+    if not whole_numbers(array) or not all_finite(array, file):
+        raise UserError(f"{file} holds numbers that are not integers, or NaN: use segmentations, not probabilities.")
+    ends = [np.min_scalar_type(int(end)) for end in (array.min(), array.max())]
+    return array.astype(np.promote_types(*ends), copy=False)
 
 
 def read_mask(file: Path) -> np.ndarray:
@@ -94,6 +118,4 @@ def read_segmentation(file: Path) -> tuple[np.ndarray, Geometry]:
     """Read a segmentation and its geometry; see `read_mask`."""
     with reading(file):
         array, geometry = read_volume(file)
-    if not whole_numbers(array) or not all_finite(array, file):
-        raise UserError(f"{file} holds numbers that are not integers, or NaN: use segmentations, not probabilities.")
-    return array.astype(np.int32) if array.dtype.kind == "f" else array, geometry
+    return as_labels(array, file), geometry

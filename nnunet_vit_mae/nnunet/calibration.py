@@ -7,27 +7,30 @@ model is therefore an ordinary checkpoint, with which nnU-Net's own command pred
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nnunet_vit_mae.calibration_cases import CalibrationCase, Classes
 from nnunet_vit_mae.datasets.split.files import SPLITS
 from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.evaluation.calibration_figures import agreement_figure, curve_figure, reliability_figure
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
+from nnunet_vit_mae.imaging.labels import as_labels
 from nnunet_vit_mae.imaging.volumes import NOT_FINITE, all_finite, refuse_large
 from nnunet_vit_mae.nnunet.calibrated import record_folder, write_calibrated
 from nnunet_vit_mae.nnunet.folds import reference_segmentations, split_of, training_names
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
-from nnunet_vit_mae.nnunet.prediction import find_prediction_cases, find_reference, predict_cases, read_probabilities
+from nnunet_vit_mae.nnunet.prediction import find_prediction_cases, find_reference, open_probabilities, predict_cases
 from nnunet_vit_mae.plots import save_figure
-from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.csv_tables import write_rows
 from nnunet_vit_mae.storage.files import inside, write_json
+from nnunet_vit_mae.storage.stored_rows import StoredRows
 from nnunet_vit_mae.temperature import (
     Reliability,
     VoxelSample,
@@ -36,11 +39,10 @@ from nnunet_vit_mae.temperature import (
     reliability_of,
     sample_voxels,
 )
-from nnunet_vit_mae.thresholds import Calibration, CalibrationCase, CaseVolumes, Classes, ThresholdCurve, fit_thresholds
+from nnunet_vit_mae.thresholds import Calibration, CaseVolumes, ThresholdCurve, fit_thresholds
 from nnunet_vit_mae.weights import file_hash, package_versions
 
 FOLDER = "calibration"  # in the model's folder, for probabilities that nnU-Net has not saved
-KEPT_BYTES = 2**31  # of probabilities and labels, while thresholds are fitted
 RECORDED_PACKAGES = ("nnunet-vit-mae", "nnunetv2", "torch", "numpy")
 
 
@@ -109,9 +111,9 @@ def fit(model: Model, cases: Sequence[PredictedCase], objective: str, *, tempera
 
     Raises `UserError` for files that cannot be read.
     """
-    classes, memory = classes_of(model.plan), CaseMemory(KEPT_BYTES)
-    readable = [_calibration_case(model.plan, case, classes, memory) for case in cases]
-    sample = sample_voxels(with_progress(readable, unit="case", desc="reading"), classes)
+    classes = classes_of(model.plan)
+    readable = [_calibration_case(model.plan, case, classes) for case in cases]
+    sample = sample_voxels(readable, classes)
     best = fit_temperature(sample, regions=classes.regions) if temperature else 1.0
     calibration = fit_thresholds(readable, classes, objective).at_temperature(best)
     return FittedModel(calibration, best, *_reliabilities(sample, classes, best))
@@ -195,34 +197,13 @@ def _predict(model: Model, images: Path, names: Sequence[str], folder: str, devi
     return predictions
 
 
-class CaseMemory:
-    """Keeps what was read of cases as long as there is room, for several classes are fitted in many passes.
-
-    Args:
-        room: Bytes.
-    """
-
-    def __init__(self, room: int):
-        self.room = room
-        self.kept: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-
-    def recall(self, name: str, read: Callable[[], tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-        """Return what is kept of a case, or read it."""
-        if name in self.kept:
-            return self.kept[name]
-        arrays = read()
-        if (size := sum(array.nbytes for array in arrays)) <= self.room:
-            self.room -= size
-            self.kept[name] = arrays
-        return arrays
-
-
-def _calibration_case(plan: Plan, case: PredictedCase, classes: Classes, memory: CaseMemory) -> CalibrationCase:
+def _calibration_case(plan: Plan, case: PredictedCase, classes: Classes) -> CalibrationCase:
     _, spacing = _read_reference(plan, case.reference)
+    opened = cache(partial(open_probabilities, case.probabilities, classes.outputs))
 
-    def read() -> tuple[np.ndarray, np.ndarray]:
+    def read() -> tuple[StoredRows, np.ndarray]:
         labels, _ = _read_reference(plan, case.reference)
-        probabilities = read_probabilities(case.probabilities, classes.outputs)
+        probabilities = opened()
         if probabilities.shape[1:] != labels.shape:
             raise UserError(
                 f"{case.probabilities} has {probabilities.shape[1:]} voxels, but {case.reference} has {labels.shape}: "
@@ -230,7 +211,7 @@ def _calibration_case(plan: Plan, case: PredictedCase, classes: Classes, memory:
             )
         return probabilities, labels
 
-    return CalibrationCase(case.name, float(np.prod(spacing)), lambda: memory.recall(case.name, read))
+    return CalibrationCase(case.name, float(np.prod(spacing)), read)
 
 
 def _read_reference(plan: Plan, file: Path) -> tuple[np.ndarray, Sequence[float]]:
@@ -240,7 +221,7 @@ def _read_reference(plan: Plan, file: Path) -> tuple[np.ndarray, Sequence[float]
         labels, properties = plan.plans.image_reader_writer_class().read_seg(str(file))
         if not all_finite(labels, file):
             raise UserError(f"{file} {NOT_FINITE}.")
-    return labels[0], properties["spacing"]
+        return as_labels(labels[0], file), properties["spacing"]
 
 
 def _reliabilities(

@@ -20,6 +20,7 @@ from nnunetv2.inference.export_prediction import convert_predicted_logits_to_seg
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor, nn
 
+from nnunet_vit_mae.calibration_cases import Classes
 from nnunet_vit_mae.conformal import VolumeEstimate
 from nnunet_vit_mae.errors import reading
 from nnunet_vit_mae.expected_dice import soft_dice
@@ -28,7 +29,6 @@ from nnunet_vit_mae.nnunet.models import Model, refuse_damaged_weights
 from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.nnunet.shared_models import untrained_network
 from nnunet_vit_mae.storage.pickles import read_trained
-from nnunet_vit_mae.thresholds import Classes
 
 TOGETHER = "together"  # all folds, where there are several
 

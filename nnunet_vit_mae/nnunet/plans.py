@@ -17,6 +17,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
+from nnunet_vit_mae.calibration_cases import Classes
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.description import DESCRIPTION, describe, read_description
 from nnunet_vit_mae.nnunet.checked_plans import BLOCK, read_plans
@@ -24,7 +25,6 @@ from nnunet_vit_mae.nnunet.folders import Dataset, find_dataset
 from nnunet_vit_mae.planning import default_decoder, default_settings
 from nnunet_vit_mae.settings import Finetuning, Network, Settings
 from nnunet_vit_mae.storage.files import read_json, write_json
-from nnunet_vit_mae.thresholds import Classes
 from nnunet_vit_mae.transfer import Destination
 
 NOT_FOR_PLANS = ("dataset", "dataset_fingerprint", "splits_final")  # nnU-Net's other files in that folder

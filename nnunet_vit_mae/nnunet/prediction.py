@@ -8,9 +8,8 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
-import zipfile
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from nnunet_vit_mae.processes.guard import guarded
 from nnunet_vit_mae.progress import progress_bar
 from nnunet_vit_mae.storage.files import inside, link
 from nnunet_vit_mae.storage.limits import too_many_voxels
+from nnunet_vit_mae.storage.stored_rows import StoredRows
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,13 @@ def predict_folder(
 
 
 def read_probabilities(file: Path, outputs: int) -> np.ndarray:
-    """Read the probabilities of a case that nnU-Net has saved.
+    """Read the probabilities of a case that nnU-Net has saved (outputs z y x); otherwise as `open_probabilities`."""
+    with _reading_probabilities(file):
+        return _stored(file, outputs).read()
+
+
+def open_probabilities(file: Path, outputs: int) -> StoredRows:
+    """Open the probabilities of a case that nnU-Net has saved, to read them in parts.
 
     Args:
         file: The `.npz` file.
@@ -133,24 +139,25 @@ def read_probabilities(file: Path, outputs: int) -> np.ndarray:
     Raises:
         UserError: If the file is damaged, or has another number of outputs or more voxels than the limit.
     """
+    with _reading_probabilities(file):
+        stored = _stored(file, outputs)
+        stored.check()
+        return stored
+
+
+def _stored(file: Path, outputs: int) -> StoredRows:
+    stored = StoredRows(file, "probabilities")
+    if len(stored.shape) != 4 or stored.shape[0] != outputs:
+        raise ValueError(f"it has the shape {stored.shape}, but the model has {outputs} outputs")
+    if problem := too_many_voxels(stored.shape[1:]):
+        raise ValueError(f"it {problem}")
+    return stored
+
+
+@contextmanager
+def _reading_probabilities(file: Path) -> Iterator[None]:
     try:
-        if not zipfile.is_zipfile(file):  # numpy's own object for such a file complains once more when it is deleted
-            raise ValueError("it is no zip file")
-        with file.open("rb") as content, np.load(content, allow_pickle=False) as stored:
-            with stored.zip.open("probabilities.npy") as stream:  # before all of it is read
-                version = np.lib.format.read_magic(stream)
-                reads = (
-                    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                )
-                shape = reads(stream)[0]
-            if len(shape) != 4 or shape[0] != outputs:
-                raise ValueError(f"it has the shape {shape}, but the model has {outputs} outputs")
-            if problem := too_many_voxels(shape[1:]):
-                raise ValueError(f"it {problem}")
-            probabilities = stored["probabilities"]
-            if probabilities.dtype.kind != "f" or not np.isfinite(probabilities).all():
-                raise ValueError("it holds NaN or infinite values, or no probabilities")
-            return probabilities
+        yield
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 (damaged files raise many kinds)

@@ -14,6 +14,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field, FiniteFloat
 
+from nnunet_vit_mae.calibration_cases import Classes
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.labels import read_mask
 from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
@@ -23,7 +24,6 @@ from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.entries import read_entries
 from nnunet_vit_mae.storage.files import write_json
-from nnunet_vit_mae.thresholds import Classes
 
 logger = logging.getLogger(__name__)
 
