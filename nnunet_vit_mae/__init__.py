@@ -7,8 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nnunet_vit_mae.calibration_cases import CalibrationCase as CalibrationCase
-    from nnunet_vit_mae.calibration_cases import Classes as Classes
+    from nnunet_vit_mae.calibration.cases import CalibrationCase as CalibrationCase
+    from nnunet_vit_mae.calibration.cases import Classes as Classes
+    from nnunet_vit_mae.calibration.thresholds import fit_thresholds as fit_thresholds
     from nnunet_vit_mae.errors import UserError as UserError
     from nnunet_vit_mae.evaluation.cases import find_evaluation_set as find_evaluation_set
     from nnunet_vit_mae.evaluation.results import EvaluationOptions as EvaluationOptions
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from nnunet_vit_mae.nnunet.quantification import find_scans_to_quantify as find_scans_to_quantify
     from nnunet_vit_mae.nnunet.quantification import quantify as quantify
     from nnunet_vit_mae.settings import Network as Network
-    from nnunet_vit_mae.thresholds import fit_thresholds as fit_thresholds
     from nnunet_vit_mae.weights import PretrainedEncoder as PretrainedEncoder
     from nnunet_vit_mae.weights import load_encoder as load_encoder
 
@@ -35,9 +35,9 @@ API = {  # of each name, in the order of the work
     "PretrainedEncoder": "weights",
     "build_segmenter": "networks.build",
     "Network": "settings",
-    "fit_thresholds": "thresholds",
-    "CalibrationCase": "calibration_cases",
-    "Classes": "calibration_cases",
+    "fit_thresholds": "calibration.thresholds",
+    "CalibrationCase": "calibration.cases",
+    "Classes": "calibration.cases",
     "find_evaluation_set": "evaluation.cases",
     "evaluate": "evaluation.summary",
     "EvaluationOptions": "evaluation.results",

@@ -18,6 +18,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import nn
 
+from nnunet_vit_mae.calibration.open_cases import segment
 from nnunet_vit_mae.cli import calibrate as calibrate_command
 from nnunet_vit_mae.cli import quantify as quantify_command
 from nnunet_vit_mae.errors import UserError
@@ -32,7 +33,6 @@ from nnunet_vit_mae.nnunet.models import find_model, model_hash
 from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.nnunet.quantification import TrainingRange, thresholds_of, warnings_of
 from nnunet_vit_mae.nnunet.shared_models import untrained_network
-from nnunet_vit_mae.open_cases import segment
 from nnunet_vit_mae.presets import DECODERS
 from nnunet_vit_mae.settings import Network
 from nnunet_vit_mae.storage.csv_tables import read_rows

@@ -104,12 +104,7 @@ LAYERS = {
     "imaging": 1,
     "phantoms": 1,
     "statistics": 0,
-    "calibration_cases": 0,
-    "open_cases": 1,
-    "thresholds": 1,
-    "temperature": 1,
-    "conformal": 1,
-    "expected_dice": 1,
+    "calibration": 1,
     "datasets": 2,
     "foreign": 2,
     "pretraining": 2,
@@ -121,7 +116,6 @@ LAYERS = {
     "cli": 4,
 }
 SAME_LAYER = {
-    ("thresholds", "open_cases"),
     ("storage", "errors"),
     ("hub", "errors"),
     ("processes", "errors"),

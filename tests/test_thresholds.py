@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_vit_mae import calibration_cases, open_cases, thresholds
-from nnunet_vit_mae.calibration_cases import CalibrationCase, Classes
-from nnunet_vit_mae.open_cases import segment
-from nnunet_vit_mae.thresholds import fit_thresholds
+from nnunet_vit_mae.calibration.cases import CalibrationCase, Classes
+from nnunet_vit_mae.calibration.open_cases import segment
+from nnunet_vit_mae.calibration.thresholds import fit_thresholds
 
 SHAPE = (3, 2, 7)  # small: every threshold between two voxels is tried
 BINARY = Classes(("blob",), ((1,),))

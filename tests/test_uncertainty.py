@@ -11,8 +11,8 @@ from scipy.special import expit, softmax
 
 from nnunet_vit_mae import calibration_cases
 from nnunet_vit_mae import temperature as tempering
-from nnunet_vit_mae.calibration_cases import CalibrationCase, Classes
-from nnunet_vit_mae.conformal import (
+from nnunet_vit_mae.calibration.cases import CalibrationCase, Classes
+from nnunet_vit_mae.calibration.conformal import (
     Residual,
     Validated,
     VolumeEstimate,
@@ -20,8 +20,14 @@ from nnunet_vit_mae.conformal import (
     fewest_cases,
     volume_interval,
 )
-from nnunet_vit_mae.expected_dice import fit_expected_dice, soft_dice
-from nnunet_vit_mae.temperature import fit_temperature, negative_log_likelihood, reliability_of, sample_voxels, temper
+from nnunet_vit_mae.calibration.expected_dice import fit_expected_dice, soft_dice
+from nnunet_vit_mae.calibration.temperature import (
+    fit_temperature,
+    negative_log_likelihood,
+    reliability_of,
+    sample_voxels,
+    temper,
+)
 
 THREE = Classes(("a", "b"), ((1,), (2,)))
 REGIONS = Classes(("left", "upper"), ((1, 3), (2, 3)), regions=True)

@@ -10,11 +10,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from nnunet_vit_mae.calibration.open_cases import LOG_ODDS_LIMIT
+from nnunet_vit_mae.calibration.temperature import Reliability
+from nnunet_vit_mae.calibration.thresholds import CaseVolumes, ThresholdCurve
 from nnunet_vit_mae.evaluation.bland_altman import bland_altman_figure
 from nnunet_vit_mae.evaluation.drawing import COLOURS, styled
-from nnunet_vit_mae.open_cases import LOG_ODDS_LIMIT
-from nnunet_vit_mae.temperature import Reliability
-from nnunet_vit_mae.thresholds import CaseVolumes, ThresholdCurve
 
 TICKS = np.array([0.001, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98, 0.999])
 

@@ -15,7 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_vit_mae.calibration_cases import CalibrationCase, Classes
+from nnunet_vit_mae.calibration.cases import CalibrationCase, Classes
+from nnunet_vit_mae.calibration.temperature import (
+    Reliability,
+    VoxelSample,
+    fit_temperature,
+    negative_log_likelihood,
+    reliability_of,
+    sample_voxels,
+)
+from nnunet_vit_mae.calibration.thresholds import Calibration, CaseVolumes, ThresholdCurve, fit_thresholds
 from nnunet_vit_mae.datasets.split.files import SPLITS
 from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.evaluation.calibration_figures import agreement_figure, curve_figure, reliability_figure
@@ -31,15 +40,6 @@ from nnunet_vit_mae.plots import save_figure
 from nnunet_vit_mae.storage.csv_tables import write_rows
 from nnunet_vit_mae.storage.files import inside, write_json
 from nnunet_vit_mae.storage.stored_rows import StoredRows
-from nnunet_vit_mae.temperature import (
-    Reliability,
-    VoxelSample,
-    fit_temperature,
-    negative_log_likelihood,
-    reliability_of,
-    sample_voxels,
-)
-from nnunet_vit_mae.thresholds import Calibration, CaseVolumes, ThresholdCurve, fit_thresholds
 from nnunet_vit_mae.weights import file_hash, package_versions
 
 FOLDER = "calibration"  # in the model's folder, for probabilities that nnU-Net has not saved

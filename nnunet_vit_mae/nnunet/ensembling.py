@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunet_vit_mae.calibration_cases import CalibrationCase, Classes
+from nnunet_vit_mae.calibration.cases import CalibrationCase, Classes
+from nnunet_vit_mae.calibration.thresholds import Calibration, fit_thresholds
 from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
 from nnunet_vit_mae.imaging.volumes import refuse_large
@@ -21,7 +22,6 @@ from nnunet_vit_mae.nnunet.plans import Plan, classes_of
 from nnunet_vit_mae.nnunet.prediction import read_probabilities
 from nnunet_vit_mae.storage.files import replacing, write_json
 from nnunet_vit_mae.storage.pickles import read_properties
-from nnunet_vit_mae.thresholds import Calibration, fit_thresholds
 
 
 def calibrate_ensemble(plan: Plan, development: Sequence[Path], predictions: Path, output: Path) -> Path:

@@ -20,10 +20,10 @@ from nnunetv2.inference.export_prediction import convert_predicted_logits_to_seg
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor, nn
 
-from nnunet_vit_mae.calibration_cases import Classes
-from nnunet_vit_mae.conformal import VolumeEstimate
+from nnunet_vit_mae.calibration.cases import Classes
+from nnunet_vit_mae.calibration.conformal import VolumeEstimate
+from nnunet_vit_mae.calibration.expected_dice import soft_dice
 from nnunet_vit_mae.errors import reading
-from nnunet_vit_mae.expected_dice import soft_dice
 from nnunet_vit_mae.nnunet.ensembling import shift_probabilities
 from nnunet_vit_mae.nnunet.models import Model, refuse_damaged_weights
 from nnunet_vit_mae.nnunet.plans import classes_of

@@ -17,7 +17,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
-from nnunet_vit_mae.calibration_cases import Classes
+from nnunet_vit_mae.calibration.cases import Classes
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.description import DESCRIPTION, describe, read_description
 from nnunet_vit_mae.nnunet.checked_plans import BLOCK, read_plans

@@ -14,7 +14,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field, FiniteFloat
 
-from nnunet_vit_mae.calibration_cases import Classes
+from nnunet_vit_mae.calibration.cases import Classes
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.labels import read_mask
 from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk

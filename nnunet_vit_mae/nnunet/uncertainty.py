@@ -17,11 +17,18 @@ import numpy as np
 import torch
 from pydantic import FiniteFloat
 
-from nnunet_vit_mae.conformal import Residual, Validated, VolumeEstimate, coverage, fewest_cases, volume_interval
+from nnunet_vit_mae.calibration.conformal import (
+    Residual,
+    Validated,
+    VolumeEstimate,
+    coverage,
+    fewest_cases,
+    volume_interval,
+)
+from nnunet_vit_mae.calibration.expected_dice import ExpectedDice, fit_expected_dice
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, UNCERTAINTY
 from nnunet_vit_mae.evaluation.measures import overlap
-from nnunet_vit_mae.expected_dice import ExpectedDice, fit_expected_dice
 from nnunet_vit_mae.imaging.labels import read_mask
 from nnunet_vit_mae.imaging.volumes import without_warnings_of_itk
 from nnunet_vit_mae.imaging.writing import write_segmentation

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit, logsumexp
 
-from nnunet_vit_mae.calibration_cases import CalibrationCase, Classes, blocks, members_of, voxels_per_block
+from nnunet_vit_mae.calibration.cases import CalibrationCase, Classes, blocks, members_of, voxels_per_block
 from nnunet_vit_mae.progress import with_progress
 
 LOWEST, HIGHEST = 0.05, 20.0  # temperatures that are searched

@@ -21,8 +21,8 @@ from operator import add
 
 import numpy as np
 
-from nnunet_vit_mae.calibration_cases import CalibrationCase, Classes, split, voxels_per_block
-from nnunet_vit_mae.open_cases import (
+from nnunet_vit_mae.calibration.cases import CalibrationCase, Classes, split, voxels_per_block
+from nnunet_vit_mae.calibration.open_cases import (
     LOG_ODDS_LIMIT,
     USUAL_SHIFT,
     OpenCase,

@@ -14,7 +14,7 @@ from operator import add
 
 import numpy as np
 
-from nnunet_vit_mae.calibration_cases import Block, CalibrationCase, Classes, blocks, chosen, voxels_per_block
+from nnunet_vit_mae.calibration.cases import Block, CalibrationCase, Classes, blocks, chosen, voxels_per_block
 
 LOWEST = 1e-4  # thresholds are searched from LOWEST to 1 - LOWEST: beyond, probabilities are noise
 LOG_ODDS_LIMIT = math.log((1 - LOWEST) / LOWEST)
