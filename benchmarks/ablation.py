@@ -32,11 +32,12 @@ import numpy as np
 import torch
 from packed import Packed, covered, crops, cut, pack, place_with_foreground, unpack
 from torch import Tensor, nn
+from torch.nn import functional
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
-from nnunet_vit_mae.networks.masking import Masking
+from nnunet_vit_mae.networks.masking import Masking, background_tokens
 from nnunet_vit_mae.networks.memory import segmentation_loss
 from nnunet_vit_mae.networks.precision import autocast
 from nnunet_vit_mae.networks.segmenter import Segmenter
@@ -54,11 +55,12 @@ SHRINKAGE = 0.01  # of the probe's weights, relative to the variance of what the
 
 @dataclasses.dataclass(frozen=True)
 class Descent:
-    """An optimizer, its rate at a share (0 to 1) of the steps, and the largest norm of its gradients."""
+    """An optimizer, its rate at a share (0 to 1) of the steps, the largest norm of its gradients, and the loss."""
 
     optimizer: torch.optim.Optimizer
     rate: Callable[[float], float]
     clip: float
+    loss: Callable[[Any, Tensor], Tensor] = segmentation_loss
 
     def step(self, network: nn.Module, loss: Tensor, done: float) -> None:
         """Take a step when the share `done` of all steps is done."""
@@ -216,7 +218,10 @@ def pretrained(
             if random.random() < 0.5:
                 volume, inside = volume.flip(axis), inside.flip(axis)
         noise = torch.from_numpy(random.random((len(cases), tokens), dtype=np.float32))
-        masks = masking.draw(noise, covered(inside, settings.network.token).cpu())  # on the host, as in the product
+        taking_part = covered(inside, settings.network.token)
+        if protocol.skip_background:
+            taking_part &= ~background_tokens(volume, settings.network.token)
+        masks = masking.draw(noise, taking_part.cpu())  # on the host, as in the product
         masks = masking.rounds(masks)[0].to(device)
         with autocast(device):
             loss = reconstruction_loss(network(volume, masks), norm_pix=protocol.norm_pix)
@@ -246,7 +251,7 @@ def finetune(
         )
         noise = torch.randn(volume.shape, device=device) * (INTENSITY / 2 * random.random())
         logits = _logits(network, volume.float() * factor + shift + noise)
-        descent.step(network, segmentation_loss(logits, target[:, 0].long()), (step + 1) / (steps + 1))
+        descent.step(network, descent.loss(logits, target[:, 0].long()), (step + 1) / (steps + 1))
     network.eval()
 
 
@@ -255,7 +260,7 @@ def descent_of(network: nn.Module, block: Mapping[str, Any], settings: Settings,
     if block.get("optimizer") == "SGD":
         group = {"params": list(network.parameters()), "lr_scale": 1.0}
         sgd = torch.optim.SGD([group], lr=0.0, momentum=0.99, nesterov=True, weight_decay=3e-5)
-        return Descent(sgd, lambda done: 1e-2 * (1 - done) ** 0.9, clip=12.0)
+        return Descent(sgd, lambda done: 1e-2 * (1 - done) ** 0.9, clip=12.0, loss=nnunet_loss)
     protocol = settings.finetuning
     groups = parameter_groups(
         network.named_parameters(),
@@ -264,6 +269,14 @@ def descent_of(network: nn.Module, block: Mapping[str, Any], settings: Settings,
         depth=SIZES[settings.network.size].depth,
     )
     return _adamw(groups, protocol, betas=(0.9, 0.999))
+
+
+def nnunet_loss(logits: Sequence[Tensor], target: Tensor) -> Tensor:
+    """Return the loss with nnU-Net's weights, on which the steps of SGD depend: halved with each resolution, last 0."""
+    weights = [0.5**level for level in range(max(1, len(logits) - 1))]
+    targets = [functional.interpolate(target[:, None].float(), part.shape[2:])[:, 0].long() for part in logits]
+    parts = map(segmentation_loss, logits, targets)
+    return torch.stack([weight * part for weight, part in zip(weights, parts, strict=False)]).sum() / sum(weights)
 
 
 def _adamw(groups: list[dict], protocol: Finetuning | Pretraining, betas: tuple[float, float]) -> Descent:

@@ -17,8 +17,10 @@ import pytest
 import torch
 from torch import nn
 
-from nnunet_vit_mae import calibration_cases, temperature
+from nnunet_vit_mae.calibration import cases as calibration_cases
+from nnunet_vit_mae.calibration import temperature
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.networks.memory import segmentation_loss
 from nnunet_vit_mae.networks.tokenizer import patchify
 from nnunet_vit_mae.presets import POSITIONS
 from nnunet_vit_mae.settings import Finetuning, Network, Pretraining, Settings
@@ -216,6 +218,14 @@ def test_an_arm_learns_by_the_optimizer_that_it_names(block, kind, peak):
     assert descent.rate(1.0) == pytest.approx(0)
     descent.step(network, network(torch.ones(1, 2)).square().sum(), 0.0 if kind == "SGD" else 0.05)
     assert descent.optimizer.param_groups[0]["lr"] == pytest.approx(peak)
+
+
+def test_sgd_has_nnunets_weights_of_resolutions():
+    loss, target = import_module("ablation").nnunet_loss, torch.zeros(2, 4, 8, 6, dtype=torch.long)
+    logits = [torch.randn(2, 3, 4 >> level, 8 >> level, 6 >> level) for level in range(3)]
+    parts = [segmentation_loss(part, torch.zeros(2, *part.shape[2:], dtype=torch.long)) for part in logits]
+    torch.testing.assert_close(loss(logits, target), (parts[0] * 2 + parts[1]) / 3)
+    torch.testing.assert_close(loss(logits[:1], target), parts[0])
 
 
 def test_the_probe_finds_what_tokens_tell():

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunet_vit_mae import calibration_cases, open_cases, thresholds
+from nnunet_vit_mae.calibration import cases as calibration_cases
+from nnunet_vit_mae.calibration import open_cases, thresholds
 from nnunet_vit_mae.calibration.cases import CalibrationCase, Classes
 from nnunet_vit_mae.calibration.open_cases import segment
 from nnunet_vit_mae.calibration.thresholds import fit_thresholds

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit, softmax
 
-from nnunet_vit_mae import calibration_cases
-from nnunet_vit_mae import temperature as tempering
+from nnunet_vit_mae.calibration import cases as calibration_cases
+from nnunet_vit_mae.calibration import temperature as tempering
 from nnunet_vit_mae.calibration.cases import CalibrationCase, Classes
 from nnunet_vit_mae.calibration.conformal import (
     Residual,
