@@ -30,7 +30,7 @@ def used(planned: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Worksp
         write_case(workspace.raw / "imagesTs", f"test_{number}", *blob(20 + number))
     for command in (
         "mae3d_preprocess -d 901 -np 1",
-        "mae3d_plan -d 901 -o Tiny --size XS --token 8 --epochs 1 --iterations 1 --batch_size 2",
+        "mae3d_plan -d 901 -o Tiny --size XS --token 8 --decoder upscale --epochs 1 --iterations 1 --batch_size 2",
         "mae3d_pretrain -d 901 -p Tiny -f 0 --epochs 2 --batch_size 3 -device cpu",
         "nnUNetv2_train 901 3d_fullres 0 -p Tiny -tr nnUNetTrainerViTMAE -device cpu --npz",
         f"mae3d_export -d 901 -p Tiny -o {root / 'model.zip'}",

@@ -151,7 +151,7 @@ def test_only_what_is_rebuilt_enters_the_decoder(adaptive, decoder, ratio, share
     seen = count_visible(TOKENS, ratio)
     made = count_rebuilt(TOKENS - seen, share)
     assert rebuilt.patches.shape[:2] == rebuilt.targets.shape[:2] == (samples_of(adaptive), made)
-    ((tokens, rotation, context, context_rotation),) = inputs
+    ((tokens, rotation, context, context_rotation, _),) = inputs
     assert rotation.shape[-3] == tokens.shape[1]
     per_sample = C if adaptive else 1
     if decoder == "cross":
@@ -169,7 +169,7 @@ def test_blanks_and_their_context_know_where_they_are():
     encoded, positions, blanks = (torch.randn(B, *shape) for shape in ((5, 96), (12, 48), (7, 48)))
     turns = decoder.places((3, 2, 2), torch.device("cpu")).rotation
     decoder(encoded, Places(positions, turns), blanks)
-    ((tokens, rotation, context, context_rotation),) = inputs
+    ((tokens, rotation, context, context_rotation, _),) = inputs
     assert torch.equal(tokens, blanks + positions[:, 5:])
     assert torch.equal(context, decoder.embed(encoded) + positions[:, :5])
     assert torch.equal(rotation, turns[5:])

@@ -124,8 +124,8 @@ def test_at_the_first_step_the_hybrid_is_nnunets_own_u_net(planned, deep_supervi
 
 @pytest.mark.parametrize("trainer", [nnUNetTrainerViTScratch, nnUNetTrainerAMAEScratch])
 def test_a_model_keeps_its_settings_whatever_a_later_default_is(planned, monkeypatch, trainer):
-    for name, value in {"raw": planned.raw, "preprocessed": planned.root / "preprocessed"}.items():
-        monkeypatch.setenv(f"nnUNet_{name}", str(value))
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(planned.root / name))
     content = json.loads((planned.preprocessed / "nnUNetPlans.json").read_text())
     description = json.loads((planned.preprocessed / "dataset.json").read_text())
     model = trainer(content | {"continue_training": False}, "3d_fullres", 0, description, torch.device("cpu"))

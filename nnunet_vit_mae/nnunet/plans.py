@@ -177,14 +177,13 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
 
     A new network brings its default taps, and an adaptive one its default decoder, unless they are given too.
     """
-    before, network = settings.network, changes.get("network", {})
+    network = changes.get("network", {})
     if isinstance(network, Mapping) and network:
-        settings = settings.updated({"network": {"taps": ()}})
-    settings = settings.updated(changes)
-    adaptive = settings.network.adaptive
-    if "decoder" not in network and adaptive != before.adaptive:
-        settings = settings.updated({"network": {"decoder": default_decoder(adaptive=adaptive)}})
-    return settings
+        adaptive = network.get("adaptive", settings.network.adaptive)
+        if adaptive != settings.network.adaptive:
+            network = {"decoder": default_decoder(adaptive=adaptive)} | network
+        settings, changes = settings.updated({"network": {"taps": ()}}), {**changes, "network": network}
+    return settings.updated(changes)
 
 
 def classes_of(plan: Plan) -> Classes:

@@ -20,6 +20,7 @@ FROM_SCRATCH = {  # the same network with random weights, by trainer
     "nnUNetTrainerAMAE": "nnUNetTrainerAMAEScratch",
 }
 SCHEDULED = ("nnUNetTrainerBaseline", *FROM_SCRATCH, *FROM_SCRATCH.values())  # take the schedule from the plans
+WITHOUT_UNET = {"network": {"decoder": "upscale"}}  # where neither arm nor --recipe names a decoder
 NOT_OF_THE_ENCODER = ("decoder", "upsampling", "decoder_width", "taps")  # settings that one encoder serves all of
 
 
@@ -41,13 +42,12 @@ class Arm:
         return self.trainer in SCHEDULED
 
 
-WITHOUT_UNET = {"network": {"decoder": "upscale"}}
 ARMS = {
     "unet": Arm(trainer="nnUNetTrainerBaseline"),
-    "vit": Arm(trainer="nnUNetTrainerViTMAE", recipe=WITHOUT_UNET, encoder=True),
-    "scratch": Arm(trainer="nnUNetTrainerViTScratch", recipe=WITHOUT_UNET),
-    "hybrid": Arm(trainer="nnUNetTrainerViTMAE", encoder=True),
-    "hybrid_scratch": Arm(trainer="nnUNetTrainerViTScratch"),
+    "vit": Arm(trainer="nnUNetTrainerViTMAE", encoder=True),
+    "scratch": Arm(trainer="nnUNetTrainerViTScratch"),
+    "hybrid": Arm(trainer="nnUNetTrainerViTMAE", recipe={"network": {"decoder": "unet"}}, encoder=True),
+    "hybrid_scratch": Arm(trainer="nnUNetTrainerViTScratch", recipe={"network": {"decoder": "unet"}}),
     "resenc": Arm(trainer="nnUNetTrainerBaseline", plans="nnUNetResEncUNetMPlans", planner="nnUNetPlannerResEncM"),
     "primus": Arm(trainer=PRIMUS),
     "ensemble": Arm(members=("unet", "vit")),

@@ -10,7 +10,7 @@ from typing import Any
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.storage.files import read_json
-from nnunet_vit_mae.study.arms import Arm, arms_from, arms_to_json, encoder_recipe, merged
+from nnunet_vit_mae.study.arms import WITHOUT_UNET, Arm, arms_from, arms_to_json, encoder_recipe, merged
 
 STUDY_FILE = "study.json"
 CHECKPOINTS = {False: "checkpoint_final.pth", True: "checkpoint_calibrated.pth"}  # by whether it is calibrated
@@ -66,7 +66,8 @@ class StudyDesign:
 
     def recipe_of(self, arm: str) -> dict[str, Any]:
         """Return the settings of an arm, without the seed."""
-        return merged(self.recipe, self.arms[arm].recipe)
+        recipe = merged(self.recipe, self.arms[arm].recipe)
+        return recipe if recipe.get("network", {}).get("adaptive") else merged(WITHOUT_UNET, recipe)
 
     def encoder_of(self, arm: str) -> str:
         """Return the first arm with the same encoder, after which the encoder is named."""
