@@ -4,9 +4,9 @@ For each seed some labelled cases are set apart for testing. Of the others a few
 unlabelled pool are what an encoder is pre-trained on; arms with equal encoders share one. Each arm is fine-tuned on the
 same few cases with the same crops, for the same number of steps and samples, and tested on cases that nothing has seen.
 An arm without a network is nnU-Net's own U-Net, which learns by AdamW as the others do, or, with `"optimizer": "SGD"`,
-by what nnU-Net trains it with. Dice is the mean over cases of the mean over classes. The probe asks the frozen encoder:
-how well a linear map of a token's vector, learned on the labelled cases, finds each class's share of the token in the
-test cases (R2).
+as nnU-Net trains it: with its initial weights, rates and weights of resolutions. Dice is the mean over cases of the
+mean over classes. The probe asks the frozen encoder: how well a linear map of a token's vector, learned on the labelled
+cases, finds each class's share of the token in the test cases (R2).
 
 Volumes stay in the memory of the device. Every result is a line of the output file, and what is there already is not
 run again, so that days of one CPU core, or minutes of a GPU, can be given in pieces:
@@ -173,7 +173,8 @@ def build(
 ) -> nn.Module:
     """Build an arm's network on the device."""
     if "network" not in block:
-        return unet(packed, unet_width).to(packed.device)
+        network = unet(packed, unet_width)
+        return (network.apply(network.initialize) if block.get("optimizer") == "SGD" else network).to(packed.device)
     network = build_segmenter(
         settings.network,
         1,

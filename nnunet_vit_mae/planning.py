@@ -37,10 +37,11 @@ def default_settings(
         )
     adaptive = contrasts is not None
     token = default_token(patch_size, spacing, TOKEN_BUDGET // (contrasts or 1))
+    decoder = default_decoder(adaptive=adaptive)
     return Settings(
-        network=Network(token=token, decoder=default_decoder(adaptive=adaptive), adaptive=adaptive),
+        network=Network(token=token, decoder=decoder, adaptive=adaptive),
         pretraining=Pretraining(mask_ratio=0.7, norm_pix=False) if adaptive else Pretraining(),
-        finetuning=Finetuning(batch_size=unet_batch_size),
+        finetuning=Finetuning(batch_size=unet_batch_size, lr=default_rate(decoder)),
     )
 
 
@@ -105,6 +106,11 @@ def default_decoder(*, adaptive: bool) -> str:
     AMAE has UNETR.
     """
     return "unetr" if adaptive else "unet"
+
+
+def default_rate(decoder: str) -> float:
+    """Return the peak rate of fine-tuning: a U-Net learns by AdamW at a higher one than a ViT (docs/evidence.md)."""
+    return 1e-3 if decoder == "unet" else Finetuning().lr
 
 
 @dataclass(frozen=True)

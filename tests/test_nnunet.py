@@ -48,6 +48,10 @@ def test_the_decoder_is_nnunets_own_unet_unless_another_is_given(in_workspace):
     plan_command.main("-d 901 -o Adaptive --adaptive".split())
     decoders = [tiny_plan(name).settings.network.decoder for name in ("Default", "Given", "Adaptive")]
     assert decoders == ["unet", "mae", "unetr"]
+    plan_command.main("-d 901 -o Slow --lr 5e-4".split())
+    plan_command.main("-d 901 -o Kept -p Slow --decoder sfpn".split())
+    names = ("Default", "Given", "Adaptive", "Slow", "Kept")
+    assert [tiny_plan(name).settings.finetuning.lr for name in names] == [1e-3, 3e-4, 3e-4, 5e-4, 5e-4]
 
 
 def test_flags_win_over_the_recipe(in_workspace):

@@ -22,7 +22,7 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.description import DESCRIPTION, describe, read_description
 from nnunet_vit_mae.nnunet.checked_plans import BLOCK, read_plans
 from nnunet_vit_mae.nnunet.folders import Dataset, find_dataset
-from nnunet_vit_mae.planning import default_decoder, default_settings
+from nnunet_vit_mae.planning import default_decoder, default_rate, default_settings
 from nnunet_vit_mae.settings import Finetuning, Network, Settings
 from nnunet_vit_mae.storage.files import read_json, write_json
 from nnunet_vit_mae.transfer import Destination
@@ -175,7 +175,8 @@ def schedule_of(configuration: ConfigurationManager) -> Finetuning:
 def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     """Settings with changes (a partial block).
 
-    A new network brings its default taps, and an adaptive one its default decoder, unless they are given too.
+    A new network brings its default taps, an adaptive one its default decoder, and another decoder its default rate,
+    unless they are given too, or were before.
     """
     network = changes.get("network", {})
     if isinstance(network, Mapping) and network:
@@ -183,7 +184,11 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
         if adaptive != settings.network.adaptive:
             network = {"decoder": default_decoder(adaptive=adaptive)} | network
         settings, changes = settings.updated({"network": {"taps": ()}}), {**changes, "network": network}
-    return settings.updated(changes)
+    now = settings.updated(changes)
+    had_default = settings.finetuning.lr == default_rate(settings.network.decoder)
+    if had_default and "lr" not in changes.get("finetuning", {}):
+        now = now.updated({"finetuning": {"lr": default_rate(now.network.decoder)}})
+    return now
 
 
 def classes_of(plan: Plan) -> Classes:
