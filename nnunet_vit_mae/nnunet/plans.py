@@ -182,7 +182,7 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     if isinstance(network, Mapping) and network:
         adaptive = network.get("adaptive", settings.network.adaptive)
         if adaptive != settings.network.adaptive:
-            network = {"decoder": default_decoder(adaptive=adaptive)} | network
+            network = {"decoder": default_decoder(adaptive=adaptive), **network}
         settings, changes = settings.updated({"network": {"taps": ()}}), {**changes, "network": network}
     now = settings.updated(changes)
     had_default = settings.finetuning.lr == default_rate(settings.network.decoder)
