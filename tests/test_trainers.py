@@ -123,9 +123,9 @@ def test_at_the_first_step_the_hybrid_is_nnunets_own_u_net(planned, deep_supervi
 
 
 @pytest.mark.parametrize("trainer", [nnUNetTrainerViTScratch, nnUNetTrainerAMAEScratch])
-def test_a_model_keeps_its_settings_whatever_a_later_default_is(planned, monkeypatch, trainer):
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(planned.root / name))
+def test_a_model_keeps_its_settings_whatever_a_later_default_is(planned, tmp_path, monkeypatch, trainer):
+    for name, root in {"raw": planned.root, "preprocessed": planned.root, "results": tmp_path}.items():
+        monkeypatch.setenv(f"nnUNet_{name}", str(root / name))  # a trainer makes its folder at once
     content = json.loads((planned.preprocessed / "nnUNetPlans.json").read_text())
     description = json.loads((planned.preprocessed / "dataset.json").read_text())
     model = trainer(content | {"continue_training": False}, "3d_fullres", 0, description, torch.device("cpu"))
