@@ -46,6 +46,7 @@ from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, war
 from nnunet_vit_mae.presets import SIZES
 from nnunet_vit_mae.settings import Finetuning, Pretraining, Settings
 
+OPTIMIZERS = ("AdamW", "SGD")  # SGD is the U-Net's
 IGNORED = ("contrast_dropout", "loss", "augmentation", "freeze_epochs")  # settings of fine-tuning
 ANY_DECODER = {"decoder": "mae", "decoder_width": 0, "taps": (), "upsampling": "nearest", "upscale_convolutions": 1}
 INTENSITY = 0.2  # standard deviation of the random factor and shift of a training crop
@@ -138,6 +139,7 @@ def results(
                 continue
             settings = Settings.from_dict({name: part for name, part in block.items() if name != "optimizer"})
             refuse_ignored(arm, settings.finetuning)
+            refuse_optimizer(arm, block)
             started, loss, encoder = time.monotonic(), math.nan, None
             if steps:
                 key = f"{dataclasses.replace(settings.network, **ANY_DECODER)} {settings.pretraining} {steps}"
@@ -166,6 +168,15 @@ def refuse_ignored(arm: str, protocol: Finetuning) -> None:
     for name in IGNORED:
         if getattr(protocol, name) != getattr(Finetuning(), name):
             raise UserError(f"The arm {arm} sets finetuning.{name}, which this benchmark does not read: leave it out.")
+
+
+def refuse_optimizer(arm: str, block: Mapping[str, Any]) -> None:
+    """Raise `UserError` for an optimizer that the arm would not be trained with."""
+    chosen = block.get("optimizer", "AdamW")
+    if chosen not in OPTIMIZERS or (chosen == "SGD" and "network" in block):
+        raise UserError(
+            f"The arm {arm} has the optimizer {chosen}: choose AdamW, or SGD for a U-Net without a network."
+        )
 
 
 def build(

@@ -209,6 +209,15 @@ def test_the_ablation_runs_on_a_packed_dataset(tmp_path, monkeypatch, capsys):
     assert rows == [["SGD", "0"], ["ViT", "0"], ["ViT", "2"], ["ViT", "3"], ["unet", "0"]]
 
 
+@pytest.mark.parametrize("block", [{"optimizer": "sgd"}, {"optimizer": "SGD", "network": {"size": "XS"}}])
+def test_an_arm_with_an_optimizer_that_it_would_not_get_is_refused(block):
+    benchmark = import_module("ablation")
+    for taken in ({}, {"optimizer": "SGD"}, {"optimizer": "AdamW", "network": {}}):
+        benchmark.refuse_optimizer("taken", taken)
+    with pytest.raises(UserError, match="The arm refused has the optimizer"):
+        benchmark.refuse_optimizer("refused", block)
+
+
 @pytest.mark.parametrize(("block", "kind", "peak"), [({"optimizer": "SGD"}, "SGD", 1e-2), ({}, "AdamW", 3e-4)])
 def test_an_arm_learns_by_the_optimizer_that_it_names(block, kind, peak):
     network = nn.Linear(2, 3)
