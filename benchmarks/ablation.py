@@ -40,10 +40,10 @@ from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
 from nnunet_vit_mae.networks.masking import Masking, background_tokens
 from nnunet_vit_mae.networks.memory import segmentation_loss
 from nnunet_vit_mae.networks.precision import autocast
-from nnunet_vit_mae.networks.segmenter import Segmenter
+from nnunet_vit_mae.networks.segmenter import Segmenter, prior_logits, start_from
 from nnunet_vit_mae.networks.tokenizer import padded, patchify
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
-from nnunet_vit_mae.presets import SIZES
+from nnunet_vit_mae.presets import AXES, SIZES
 from nnunet_vit_mae.settings import Finetuning, Pretraining, Settings
 
 OPTIMIZERS = ("AdamW", "SGD")  # SGD is the U-Net's
@@ -151,7 +151,7 @@ def results(
             if isinstance(network, Segmenter):
                 probe = probe_of(packed, network.encoder, settings, split)
             descent = descent_of(network, block, settings, pretrained=encoder is not None)
-            finetune(packed, network, descent, settings.finetuning.batch_size, split, seed, arguments.steps)
+            finetune(packed, network, descent, settings.finetuning, split, seed, arguments.steps)
             dice = [dice_of(packed, network, number) for number in split.tested]
             yield {
                 "arm": arm,
@@ -183,9 +183,15 @@ def build(
     packed: Packed, settings: Settings, block: Mapping[str, Any], encoder: dict[str, Tensor] | None, unet_width: int
 ) -> nn.Module:
     """Build an arm's network on the device."""
+    prior = settings.finetuning.foreground_prior
+    logits = prior_logits(packed.classes, prior, regions=False) if prior else None
     if "network" not in block:
         network = unet(packed, unet_width)
-        return (network.apply(network.initialize) if block.get("optimizer") == "SGD" else network).to(packed.device)
+        if block.get("optimizer") == "SGD":
+            network.apply(network.initialize)
+        elif logits:
+            start_from(network.decoder.seg_layers, logits)
+        return network.to(packed.device)
     network = build_segmenter(
         settings.network,
         1,
@@ -195,6 +201,8 @@ def build(
     )
     if encoder is not None:
         network.encoder.load_state_dict(encoder)
+    if logits:
+        start_from(network.decoder.heads, logits)
     return network.to(packed.device)
 
 
@@ -222,11 +230,12 @@ def pretrained(
     descent = _adamw(groups, protocol, betas=(0.9, 0.95))
     masking = Masking(mask_ratio=protocol.mask_ratio, rebuilt_share=protocol.rebuilt_share)
     tokens = math.prod(-(-side // part) for side, part in zip(packed.patch, settings.network.token, strict=True))
+    mirrored = axes_of(packed.mirroring if protocol.mirroring == "auto" else protocol.mirroring)
     losses = []
     for step in range(steps):
         cases = random.choice(split.pretraining, protocol.batch_size)
         volume, inside = crops(packed, cases, random)
-        for axis in (2, 3, 4):
+        for axis in mirrored:
             if random.random() < 0.5:
                 volume, inside = volume.flip(axis), inside.flip(axis)
         noise = torch.from_numpy(random.random((len(cases), tokens), dtype=np.float32))
@@ -243,9 +252,9 @@ def pretrained(
 
 
 def finetune(
-    packed: Packed, network: nn.Module, descent: Descent, batch_size: int, split: Split, seed: int, steps: int
+    packed: Packed, network: nn.Module, descent: Descent, protocol: Finetuning, split: Split, seed: int, steps: int
 ) -> None:
-    """Train on the labelled cases.
+    """Train on the labelled cases. Their crops are mirrored only where the arm names the axes.
 
     On a CPU channels come last in memory, which makes convolutions with few channels a quarter faster.
     """
@@ -253,10 +262,14 @@ def finetune(
     layout = torch.channels_last_3d if device.type == "cpu" else torch.contiguous_format
     network.to(memory_format=layout).train()
     labels = packed.labels.cpu().numpy()
+    mirrored = () if protocol.mirroring == "auto" else axes_of(protocol.mirroring)
     for step in range(steps):
-        cases = random.choice(split.labelled, batch_size)
+        cases = random.choice(split.labelled, protocol.batch_size)
         starts = np.array([place_with_foreground(packed, labels[case], case, random) for case in cases])
         volume, target = cut(packed.volumes, packed, cases, starts)[0], cut(packed.labels, packed, cases, starts)[0]
+        for axis in mirrored:
+            if random.random() < 0.5:
+                volume, target = volume.flip(axis), target.flip(axis)
         factor, shift = (
             torch.from_numpy(random.normal(mean, INTENSITY, (len(cases), 1, 1, 1, 1))).float().to(device)
             for mean in (1, 0)
@@ -265,6 +278,11 @@ def finetune(
         logits = _logits(network, volume.float() * factor + shift + noise)
         descent.step(network, descent.loss(logits, target[:, 0].long()), (step + 1) / (steps + 1))
     network.eval()
+
+
+def axes_of(mirroring: str) -> list[int]:
+    """Return the axes of a batch of crops (b c z y x) that may be mirrored."""
+    return [2 + axis for axis, name in enumerate(AXES) if name in mirroring and mirroring != "none"]
 
 
 def descent_of(network: nn.Module, block: Mapping[str, Any], settings: Settings, *, pretrained: bool) -> Descent:

@@ -100,6 +100,7 @@ CONTRASTS = {
 LOSSES = ("dice_ce", "dice")
 AUGMENTATIONS = ("loader", "device")
 COMPILING = ("auto", "on", "off")
+AXES = "zyx"  # of preprocessed arrays
 
 
 def canonical_contrast(name: str) -> str:

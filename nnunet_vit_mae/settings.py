@@ -14,6 +14,7 @@ from typing import Any
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.presets import (
     AUGMENTATIONS,
+    AXES,
     BLOCKS,
     COMPILING,
     DECODERS,
@@ -157,6 +158,7 @@ class Pretraining:
     norm_pix: bool = True
     plain_share: float = 0.0  # of the epochs: the first ones, whose loss is plain, before norm-pix takes over
     gradient_clip: float = 1.0
+    mirroring: str = "auto"  # axes such as "zy", or none; auto: all, but not from left to right where labels name sides
     rotation: float = 0.0  # degrees: the largest angle about each axis, of a fifth of the crops
     scaling: tuple[float, float] = (1.0, 1.0)  # smallest and largest factor of sizes, of a fifth of the crops
     compile: str = "auto"  # forward pass and loss; auto: long runs on a GPU, if torch can
@@ -178,6 +180,7 @@ class Pretraining:
         _require(0 <= share < 1, "pretraining.plain_share", share, "a share from 0 up to, but not, 1")
         _require(self.norm_pix or not share, "pretraining.plain_share", share, "0, as norm_pix is not set")
         _require(self.weight_decay >= 0, "pretraining.weight_decay", self.weight_decay, "0 or more")
+        _check_mirroring(self.mirroring, "pretraining")
         _require(0 <= self.rotation <= 180, "pretraining.rotation", self.rotation, "from 0 to 180 degrees")
         factors = list(self.scaling)
         fit = len(factors) == 2 and 0.1 <= factors[0] <= factors[1] <= 10
@@ -216,7 +219,7 @@ class Pretraining:
 
 @dataclass(frozen=True, kw_only=True)
 class Finetuning:
-    """How the segmenter learns. `epochs`, `iterations` and `seed` hold for `nnUNetTrainerBaseline` too."""
+    """How the segmenter learns. `nnUNetTrainerBaseline` has the same `epochs`, `iterations`, `mirroring` and `seed`."""
 
     epochs: int = 1000
     iterations: int = 250  # per epoch
@@ -230,6 +233,8 @@ class Finetuning:
     contrast_dropout: float = 0.0  # probability of each contrast to be taken away, never the last one of a sample
     loss: str = "dice_ce"  # nnU-Net's sum of Dice and cross-entropy, or its Dice alone
     augmentation: str = "loader"  # nnU-Net's, in the workers of its loader, or on the `device` that trains
+    mirroring: str = "auto"  # as in pre-training; in prediction too
+    foreground_prior: float = 0.02  # share of the voxels that the first step holds for foreground; 0: random biases
     gradient_clip: float = 1.0
     seed: int = -1  # of weights, sampling and augmentation; below 0: another one each time
 
@@ -240,6 +245,9 @@ class Finetuning:
         _require(self.loss in LOSSES, "finetuning.loss", self.loss, f"one of {', '.join(LOSSES)}")
         places = f"one of {', '.join(AUGMENTATIONS)}"
         _require(self.augmentation in AUGMENTATIONS, "finetuning.augmentation", self.augmentation, places)
+        _check_mirroring(self.mirroring, "finetuning")
+        prior = self.foreground_prior
+        _require(0 <= prior < 1, "finetuning.foreground_prior", prior, "a share from 0 up to, but not, 1")
         _require(
             0 <= self.contrast_dropout < 1,
             "finetuning.contrast_dropout",
@@ -341,6 +349,11 @@ def _typed(value: Any, example: Any, name: str) -> Any:
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
         raise UserError(f"{name} is {value!r}, but it must be {expected}.")
+
+
+def _check_mirroring(mirroring: str, where: str) -> None:
+    axes = bool(mirroring) and set(mirroring) <= set(AXES)
+    _require(mirroring in ("auto", "none") or axes, f"{where}.mirroring", mirroring, "auto, none, or axes such as zy")
 
 
 def _require_positive(section: Any, where: str, *names: str) -> None:

@@ -21,7 +21,7 @@ from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
 from nnunet_vit_mae.networks.decoders import upscale
 from nnunet_vit_mae.networks.decoders.unetr import shares
 from nnunet_vit_mae.networks.encoder import Encoded
-from nnunet_vit_mae.networks.segmenter import Segmenter
+from nnunet_vit_mae.networks.segmenter import Segmenter, prior_logits, start_from
 from nnunet_vit_mae.networks.tokenizer import Triple, doublings, padded
 from nnunet_vit_mae.networks.upsampling import as_map, narrowest_width, stage_widths, upsampling
 from nnunet_vit_mae.presets import DECODERS, SIZES, UPSAMPLINGS
@@ -460,3 +460,28 @@ def test_a_segmenter_can_overfit_a_batch(decoder, steps, lr):
     assert losses[-1] < 0.3 * losses[0]
     predicted = network(volume).argmax(1)
     assert (predicted == labels)[labels > 0].float().mean() > 0.8
+
+
+# ---------- where training starts
+
+
+@pytest.mark.parametrize("decoder", sorted(DECODERS))
+def test_training_starts_from_the_same_logits_in_every_voxel(decoder):
+    built, logits = segmenter(decoder), [0.5, -1.0, -2.0]
+    start_from(built.decoder.heads, logits)
+    for head in built.decoder.heads:
+        nn.init.zeros_(head.weight)
+    found = built(random_volume(2, 2, 9, 7, 11))
+    expected = torch.tensor(logits)[:, None, None, None]
+    assert built.decoder.heads
+    for part in found if isinstance(found, list) else [found]:
+        torch.testing.assert_close(part, expected.expand_as(part))
+
+
+@given(classes=st.integers(2, 200), foreground=st.floats(1e-4, 0.9))
+def test_classes_have_equal_parts_of_the_foreground(classes, foreground):
+    softmax = torch.tensor(prior_logits(classes, foreground, regions=False)).double().softmax(dim=0)
+    torch.testing.assert_close(softmax[1:].sum().item(), foreground, rtol=1e-4, atol=0)
+    torch.testing.assert_close(softmax[1:], softmax[1].expand(classes - 1))
+    regions = torch.tensor(prior_logits(classes, foreground, regions=True)).double().sigmoid()
+    torch.testing.assert_close(regions, torch.full_like(regions, foreground), rtol=1e-4, atol=0)

@@ -42,7 +42,7 @@ FLAGS = {
         "--encoder",
         "-gpu_memory_target",
     }
-    | {"-gpu_memory_target", "--epochs", "--iterations", "--batch_size", "--lr", "--seed"},
+    | {"--epochs", "--iterations", "--batch_size", "--mirroring", "--lr", "--seed"},
     "mae3d_preprocess": PLAN_FLAGS | {"-np"},
     "mae3d_pretrain": PLAN_FLAGS
     | {"-f", "--epochs", "--mask_ratio", "--batch_size", "--lr", "--adaptive", "--seed", "--c", "-device"}

@@ -135,6 +135,25 @@ def test_a_model_keeps_its_settings_whatever_a_later_default_is(planned, tmp_pat
     assert model.settings != Settings()
 
 
+@pytest.mark.parametrize("labels", [{"background": 0, "lesion": 1}, {"background": 0, "whole": [1, 2], "core": 2}])
+@pytest.mark.parametrize("prior", [0.02, 0.0])
+def test_training_starts_by_holding_most_voxels_for_background(planned, tmp_path, monkeypatch, labels, prior):
+    for name, root in {"raw": planned.root, "preprocessed": planned.root, "results": tmp_path}.items():
+        monkeypatch.setenv(f"nnUNet_{name}", str(root / name))
+    content = json.loads((planned.preprocessed / "nnUNetPlans.json").read_text()) | {"continue_training": False}
+    content["configurations"]["3d_fullres"]["vit_mae"] = {
+        "network": {"size": "XS", "token": [4, 4, 4]}, "finetuning": {"foreground_prior": prior},
+    }  # fmt: skip
+    description = json.loads((planned.preprocessed / "dataset.json").read_text()) | {"labels": labels}
+    regions = len(labels) > 2
+    description |= {"regions_class_order": [1, 2]} if regions else {}
+    trainer = nnUNetTrainerViTScratch(content, "3d_fullres", 0, description, torch.device("cpu"))
+    trainer.initialize()
+    bias = trainer.segmenter.decoder.heads[0].bias.detach()
+    found = bias.sigmoid()[0] if regions else bias.softmax(dim=0)[1]
+    assert (found.item() == pytest.approx(0.02)) == bool(prior)
+
+
 def test_the_hybrid_learns_to_use_the_vit_and_the_vit_learns(hybrid):
     weights = checkpoint_of(hybrid.workspace, "Hybrid", "nnUNetTrainerViTMAE")["network_weights"]
     assert weights["decoder.projection.weight"].any()  # it starts at zero

@@ -60,6 +60,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="N",
         help="batch size of fine-tuning (the baseline keeps nnU-Net's); 'plans' takes that of -p, as the U-Net does",
     )
+    parser.add_argument(
+        "--mirroring",
+        metavar="auto|none|AXES",
+        help="axes along which crops are mirrored, such as zy (default: all, but not the one from left to right where "
+        "labels name a side)",
+    )
     parser.add_argument("--lr", type=positive_float, help="peak learning rate of fine-tuning")
     parser.add_argument("--seed", type=seed, help="random seed of fine-tuning and of nnUNetTrainerBaseline")
     args = parser.parse_args(argv)
@@ -96,8 +102,9 @@ def _changes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     network = {"token": _token(args)} | {
         name: getattr(args, name) for name in ("size", "decoder", "upsampling", "adaptive")
     }
-    names = ("epochs", "iterations", "batch_size", "lr", "seed")
-    block = {"network": network, "finetuning": {name: getattr(args, name) for name in names}}
+    names = ("epochs", "iterations", "batch_size", "lr", "mirroring", "seed")
+    finetuning = {name: getattr(args, name) for name in names}
+    block = {"network": network, "pretraining": {"mirroring": args.mirroring}, "finetuning": finetuning}
     return {section: {k: v for k, v in values.items() if v is not None} for section, values in block.items()}
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -45,6 +46,36 @@ class Segmenter(nn.Module):
             _cut(part, [side // factor for side, factor in zip(shape, own, strict=True)])
             for part, own in zip(logits, factors, strict=True)
         ]
+
+
+def prior_logits(classes: int, foreground: float, *, regions: bool) -> list[float]:
+    """Return the logits of outputs that hold a share of the voxels for foreground.
+
+    Training starts from them, as focal loss does (Lin et al. 2017, section 3.3). From random biases the first hundreds
+    of steps of AdamW go into making every voxel background, and a class may not come back from there.
+
+    Args:
+        classes: Outputs of the network.
+        foreground: Between 0 and 1. Classes have equal parts of it.
+        regions: Each output has a probability of its own; otherwise the first one is the background.
+
+    >>> torch.tensor(prior_logits(3, 0.02, regions=False)).softmax(dim=0)
+    tensor([0.9800, 0.0100, 0.0100])
+    >>> torch.tensor(prior_logits(2, 0.02, regions=True)).sigmoid()
+    tensor([0.0200, 0.0200])
+    """
+    if regions:
+        return [math.log(foreground / (1 - foreground))] * classes
+    return [math.log(1 - foreground), *[math.log(foreground / (classes - 1))] * (classes - 1)]
+
+
+@torch.no_grad()
+def start_from(heads: Iterable[nn.Module], logits: Sequence[float]) -> None:
+    """Set the biases of last layers to a logit for each class, of which they have one output, or one for each voxel."""
+    for head in heads:
+        bias = head.get_parameter("bias")
+        own = torch.tensor(logits, dtype=bias.dtype, device=bias.device)
+        bias.copy_(own.repeat_interleave(len(bias) // len(own)))
 
 
 def _cut(logits: Float[Tensor, "b classes zz yy xx"], shape: Sequence[int]) -> Float[Tensor, "b classes z y x"]:

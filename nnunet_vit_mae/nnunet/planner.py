@@ -20,6 +20,7 @@ from nnunet_vit_mae.imaging.ct_clipping import clipping_warning, loses_soft_tiss
 from nnunet_vit_mae.networks.memory import finetuning_memory, pretraining_memory
 from nnunet_vit_mae.nnunet.capacity import LARGEST_DEVICE, refuse_step_beyond
 from nnunet_vit_mae.nnunet.encoders import Start, find_encoder
+from nnunet_vit_mae.nnunet.mirroring import mirroring_of
 from nnunet_vit_mae.nnunet.plans import Plan, build_unet, changed, destination, settings_of
 from nnunet_vit_mae.planning import GB, TOKEN_BUDGET, Memory, fit_to_memory, in_gb, refuse_useless_masks
 from nnunet_vit_mae.presets import DECODERS, UPSAMPLINGS
@@ -187,6 +188,7 @@ def _explain(
         Choice("upsampling", network.upsampling, upsampling),
         Choice("batch, fine-tuning", str(settings.finetuning.batch_size), batch("finetuning")),
         Choice("batch, pre-training", str(settings.pretraining.batch_size), batch("pretraining")),
+        _mirroring(source, settings),
     ]
     if network.tapped_blocks:
         choices.insert(4, Choice("taps", _by(network.tapped_blocks, ", "), "blocks whose output the decoder takes too"))
@@ -196,6 +198,16 @@ def _explain(
         Choice("memory, fine-tuning", f"{in_gb(memory.finetuning)} GB", why),
         Choice("memory, pre-training", f"{in_gb(memory.pretraining)} GB", why),
     ]
+
+
+def _mirroring(source: Plan, settings: Settings) -> Choice:
+    found = mirroring_of(
+        settings.finetuning.mirroring,
+        source.dataset_json["labels"],
+        source.preprocessed_folder,
+        source.plans.transpose_forward,
+    )
+    return Choice("mirroring", found.along, found.reason)
 
 
 def _by(numbers: tuple[int, ...], separator: str = " x ") -> str:

@@ -20,6 +20,7 @@ from nnunet_vit_mae.errors import exit_on_user_error
 from nnunet_vit_mae.imaging.description import DESCRIPTION, describe
 from nnunet_vit_mae.nnunet.augmentation import repeatable
 from nnunet_vit_mae.nnunet.checked_plans import check_plans
+from nnunet_vit_mae.nnunet.mirroring import mirroring_of
 from nnunet_vit_mae.nnunet.plans import schedule_of
 from nnunet_vit_mae.nnunet.stopping import StoppableTrainer
 from nnunet_vit_mae.nnunet.tracked import TrackedTrainer
@@ -31,7 +32,7 @@ VALIDATION_SHARE = 5  # nnU-Net's own 250 training iterations come with 50 of va
 
 
 class ScheduledTrainer(TrackedTrainer, StoppableTrainer):
-    """nnU-Net's trainer with the length of its schedule and a seed from the plans.
+    """nnU-Net's trainer with the length of its schedule, the axes to mirror and a seed from the plans.
 
     Runs with the same seed are equal to the digit on a CPU where nnU-Net augments in one process
     (`nnUNet_n_proc_DA=0`), interrupted or not. On a GPU, kernels add in an order of their own.
@@ -50,7 +51,7 @@ class ScheduledTrainer(TrackedTrainer, StoppableTrainer):
         check_wandb()
         super().__init__(plans, configuration, fold, dataset_json, device)
         schedule = schedule_of(self.configuration_manager)
-        self.seed = schedule.seed
+        self.seed, self.mirroring = schedule.seed, schedule.mirroring
         self.num_epochs = schedule.epochs
         self.num_iterations_per_epoch = schedule.iterations
         self.num_val_iterations_per_epoch = max(1, self.num_iterations_per_epoch // VALIDATION_SHARE)
@@ -100,6 +101,22 @@ class ScheduledTrainer(TrackedTrainer, StoppableTrainer):
         if self.fold != "all" and (warning := separation_warning(folder, training.identifiers, validation.identifiers)):
             self.print_to_log_file(f"WARNING: {warning}")
         return training, validation
+
+    @exit_on_user_error
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:  # noqa: N802 (nnU-Net's name)
+        """Return nnU-Net's ranges of augmentation, and the axes to mirror, in training as in prediction."""
+        *ranges, _ = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        mirroring = mirroring_of(
+            self.mirroring,
+            self.dataset_json["labels"],
+            Path(self.preprocessed_dataset_folder),
+            self.plans_manager.transpose_forward,
+        )
+        self.print_to_log_file(str(mirroring))
+        beyond = 3 - len(self.configuration_manager.patch_size)  # 2D patches lack the first axis
+        axes = tuple(axis - beyond for axis in mirroring.axes if axis >= beyond) or None
+        self.inference_allowed_mirroring_axes = axes
+        return (*ranges, axes)
 
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> ComposeTransforms:
         """Return nnU-Net's augmentation; with a seed, one that repeats."""

@@ -25,7 +25,7 @@ from nnunet_vit_mae.datasets.split.files import parent_fold
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
 from nnunet_vit_mae.hub import local_file
 from nnunet_vit_mae.networks.build import build_segmenter
-from nnunet_vit_mae.networks.segmenter import Segmenter
+from nnunet_vit_mae.networks.segmenter import Segmenter, prior_logits, start_from
 from nnunet_vit_mae.nnunet.absence import keeping_absence
 from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation
 from nnunet_vit_mae.nnunet.checked_plans import BLOCK
@@ -42,7 +42,7 @@ from nnunet_vit_mae.weights import Card, file_hash, read_encoder
 
 
 class nnUNetTrainerBaseline(ScheduledTrainer):  # noqa: N801 (the names that users type follow nnU-Net)
-    """nnU-Net's U-Net with as many steps as the ViT gets, and nothing else changed: the fair comparison."""
+    """nnU-Net's U-Net with as many steps as the ViT gets, mirrored along the same axes: the fair comparison."""
 
     norm_name = "gradient norm (clipped to 12)"
 
@@ -109,6 +109,15 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
             spacing=tuple(map(float, configuration_manager.spacing)),
             unet=unet,
         )
+
+    @exit_on_user_error
+    def initialize(self) -> None:
+        """Build the network as nnU-Net does. It starts by holding most voxels for background."""
+        super().initialize()
+        if prior := self.settings.finetuning.foreground_prior:
+            labels = self.label_manager
+            logits = prior_logits(labels.num_segmentation_heads, prior, regions=labels.has_regions)
+            start_from(self.segmenter.decoder.heads, logits)
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Switch the outputs at lower resolutions, which only the decoder `unet` has."""

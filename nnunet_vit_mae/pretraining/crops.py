@@ -169,6 +169,7 @@ class RandomCrops(Dataset):
         seed: Random seed of the order, the crops and the masks.
         crops_per_volume: Crops that are cut from what is read of a volume at once.
         affines: How crops are rotated and scaled, with random numbers of their own; None: not at all.
+        mirror_axes: Axes (0, 1, 2: z y x) along which half of the crops are flipped.
     """
 
     def __init__(
@@ -181,10 +182,12 @@ class RandomCrops(Dataset):
         *,
         crops_per_volume: int = 1,
         affines: AffineDrawing | None = None,
+        mirror_axes: Sequence[int] = (0, 1, 2),
     ):
         self.files, self.patch_size, self.drawing, self.seed = list(files), tuple(patch_size), drawing, seed
         self.cache = cache
         self.crops_per_volume, self.affines = crops_per_volume, affines
+        self.mirrored = np.isin(range(3), mirror_axes)
         self._pass, self._order = -1, np.empty(0, dtype=int)
 
     def __getitem__(self, reads: Sequence[int]) -> CropBatch:
@@ -196,7 +199,7 @@ class RandomCrops(Dataset):
                 crop, box = random_crop(volume, self.patch_size, random)
                 crops.append(crop)
                 inside.append(box)
-                flips.append(random.random(3) < 0.5)
+                flips.append((random.random(3) < 0.5) & self.mirrored)
                 size = self.drawing.noise_size(self.patch_size, volume.shape[0])
                 noise.append(random.random((self.drawing.masks_per_crop, size), dtype=np.float32))
             if self.affines is not None:

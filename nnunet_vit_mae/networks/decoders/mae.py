@@ -31,3 +31,8 @@ class MAEDecoder(nn.Module):
     def forward(self, encoded: Encoded) -> Float[Tensor, "b classes z y x"]:
         logits = self.decoder(encoded.tokens, self.decoder.places(encoded.grid, encoded.tokens.device))
         return unpatchify(rearrange(logits, "b n (c v) -> b n c v", c=self.classes), encoded.grid, self.token)
+
+    @property
+    def heads(self) -> list[nn.Linear]:
+        """Last layers."""
+        return [self.decoder.head]

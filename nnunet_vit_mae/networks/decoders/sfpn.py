@@ -83,6 +83,11 @@ class SFPNDecoder(nn.Module):
         """Steps from tokens to voxels, coarse to fine."""
         return self.expand.stages
 
+    @property
+    def heads(self) -> list[nn.Conv3d]:
+        """Last layers."""
+        return [self.expand.head]
+
 
 def norm_over_channels(width: int) -> nn.Module:
     """Build a layer norm of each place of a map, as in ViTDet."""

@@ -74,6 +74,11 @@ class UNetDecoder(nn.Module):
         """Steps from the bottleneck to voxels, coarse to fine."""
         return self.unet.decoder.stages
 
+    @property
+    def heads(self) -> list[nn.Module]:
+        """Last layers, one for each resolution."""
+        return list(self.unet.decoder.seg_layers)
+
 
 def matching_stage(unet: Any, token: Triple) -> int:
     """Return the stage of a U-Net's encoder whose features are spaced most like tokens."""

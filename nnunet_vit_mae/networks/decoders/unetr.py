@@ -83,6 +83,11 @@ class UNETRDecoder(nn.Module):
         """Steps from tokens to voxels, coarse to fine."""
         return self.expand.stages
 
+    @property
+    def heads(self) -> list[nn.Conv3d]:
+        """Last layers."""
+        return [self.expand.head]
+
 
 def shares(taps: int, skips: int) -> list[int]:
     """Return how many hidden states each skip has, coarse to fine; the coarser ones have one more where needed.

@@ -66,6 +66,11 @@ class UpscaleDecoder(nn.Module):
                 features = features + self.joins[number](encoded.stem[-1 - number])
         return self.head(features)
 
+    @property
+    def heads(self) -> list[nn.Conv3d]:
+        """Last layers."""
+        return [self.head]
+
 
 def _convolution(width: int) -> list[nn.Module]:
     return [nn.Conv3d(width, width, kernel_size=3, padding=1), *norm_and_activation(width)]
