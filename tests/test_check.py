@@ -276,6 +276,21 @@ def test_outliers_and_orientations(data, found, capsys):
     assert "Warning: intensity (2)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("name", "expected"), [("lesion", False), ("left lesion", True)])
+def test_a_mirror_image_is_an_error_where_labels_name_a_side(data, found, name, expected):
+    data.describe(labels={"background": 0, name: 1})
+    left_handed = (-1, 0, 0, 0, 1, 0, 0, 0, 1)
+    for file in ("imagesTr/a3_0000", "imagesTr/a3_0001"):
+        data.write(file, direction=left_handed)
+    data.write("labelsTr/a3", label(3), direction=left_handed)
+    findings = found()
+    assert [key for key in findings["warnings"] if key[0] == "imagesTr/a3"] == [("imagesTr/a3", "orientation")]
+    assert list(findings["errors"]) == ([("imagesTr/a3", "mirror image")] if expected else [])
+    if expected:
+        text = findings["errors"]["imagesTr/a3", "mirror image"]
+        assert "(axes RPS, such as imagesTr/a0 LPS), and the label left lesion names a side" in text
+
+
 def write_ct(data, labelled_hu: float) -> None:
     """Write CT of which 60% of the voxels are soft tissue, with a label of a given intensity."""
     data.describe(channel_names={"0": "CT"})

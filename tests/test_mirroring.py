@@ -15,8 +15,9 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunet_vit_mae.cli import plan
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.imaging.sides import label_with_side
 from nnunet_vit_mae.networks.masking import Masking
-from nnunet_vit_mae.nnunet.mirroring import label_with_side, left_right_axis, mirroring_of
+from nnunet_vit_mae.nnunet.mirroring import left_right_axis, mirroring_of
 from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerBaseline, nnUNetTrainerViTScratch
 from nnunet_vit_mae.pretraining.crops import MaskDrawing, RandomCrops
 from nnunet_vit_mae.settings import Settings

@@ -8,7 +8,6 @@ nnU-Net's advice is a trainer without that axis; here the axis is found in the h
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_vit_mae.imaging.sides import label_with_side
 from nnunet_vit_mae.presets import AXES
 from nnunet_vit_mae.storage.pickles import read_properties
 
-SIDES = (("left", "right"), ("links", "rechts"), ("gauche", "droite"))  # one of them is enough
-SHORT_SIDES = (("l", "r"), ("lt", "rt"), ("lh", "rh"))  # two labels must differ in nothing else
 MOST_CASES = 100  # whose headers are looked at
 
 
@@ -70,26 +68,6 @@ def mirroring_of(choice: str, labels: Iterable[str], folder: Path, transpose: Se
     return Mirroring(axes, f"{why}, and {across} leads from left to right")
 
 
-def label_with_side(labels: Iterable[str]) -> str | None:
-    """Return a label that names a side of the body, if there is any.
-
-    >>> label_with_side(["background", "brainstem", "right_parotid"])
-    'right_parotid'
-    >>> label_with_side(["background", "kidneyL", "kidneyR"])
-    'kidneyL'
-    >>> label_with_side(["background", "L", "lesion"])
-    """
-    words = {label: _words(label) for label in labels}
-    full = {side for pair in SIDES for side in pair}
-    short = dict(SHORT_SIDES) | {right: left for left, right in SHORT_SIDES}
-    known = set(words.values())
-    for label, own in words.items():
-        other_side = tuple(short.get(word, word) for word in own)
-        if full.intersection(own) or (other_side != own and other_side in known):
-            return label
-    return None
-
-
 def left_right_axis(properties: Mapping[str, Any], transpose: Sequence[int]) -> int | None:
     """Return the axis of a preprocessed volume that runs most nearly from left to right.
 
@@ -114,7 +92,3 @@ def left_right_axis(properties: Mapping[str, Any], transpose: Sequence[int]) -> 
 def _some_properties(folder: Path) -> list[Path]:
     files = sorted(folder.glob("[!.]*.pkl"))
     return files[:: max(1, len(files) // MOST_CASES)]
-
-
-def _words(label: str) -> tuple[str, ...]:
-    return tuple(re.findall("[a-z]+", re.sub("([a-z])([A-Z])", r"\1 \2", label).lower()))

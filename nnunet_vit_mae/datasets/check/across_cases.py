@@ -11,6 +11,7 @@ from nnunet_vit_mae.datasets.check.ct_intensities import clipping_of
 from nnunet_vit_mae.datasets.check.inspection import ERROR, WARNING, CaseSummary, Finding
 from nnunet_vit_mae.datasets.contrasts import Channels
 from nnunet_vit_mae.imaging.labels import Labels
+from nnunet_vit_mae.imaging.sides import is_right_handed, label_with_side
 
 OUTLIER = 3.5  # modified z-score (Iglewicz and Hoaglin, How to Detect and Handle Outliers, 1993)
 SMALLEST_UNIT = 0.02  # of the median range from the 1st to the 99th percentile: smaller differences do not count
@@ -28,6 +29,7 @@ def findings_across_cases(
     yield from _same_names(cases)
     yield from _shared_patients(cases, patients)
     yield from _orientations(cases)
+    yield from _mirror_images(cases, labels)
     yield from _geometry_outliers(cases)
     yield from _intensity_outliers(cases, channels)
     yield from _clipped_ct(cases, channels)
@@ -124,6 +126,22 @@ def _orientations(cases: Sequence[CaseSummary]) -> Iterator[Finding]:
         if thick != 2 and case.thickness > 2 * finer:
             text = f"has thick slices along {'xyz'[thick]}, while most scans have them along z"
             yield Finding(WARNING, "orientation", str(case), text)
+
+
+def _mirror_images(cases: Sequence[CaseSummary], labels: Labels) -> Iterator[Finding]:
+    """Yield findings about images that teach the wrong side, as nnU-Net takes voxels as they are stored."""
+    label = label_with_side(labels.values)
+    right_handed = [case for case in cases if case.geometry and is_right_handed(case.geometry)]
+    left_handed = [case for case in cases if case.geometry and not is_right_handed(case.geometry)]
+    if label is None or not right_handed or not left_handed:
+        return
+    few, many = sorted((right_handed, left_handed), key=len)
+    for case in few:
+        text = (
+            f"is stored as a mirror image of most others (axes {case.orientation}, such as {many[0]} "
+            f"{many[0].orientation}), and the label {label} names a side: give all the same axes"
+        )
+        yield Finding(ERROR, "mirror image", str(case), text)
 
 
 def _geometry_outliers(cases: Sequence[CaseSummary]) -> Iterator[Finding]:
