@@ -239,8 +239,8 @@ def limits_of_study(
     stock = [name for name, arm in arms.items() if not (arm.scheduled or arm.members)]
     if stock:
         yield (
-            f"{', '.join(stock)}: nnU-Net's own trainer has its own number of steps and no seed, so this comparison is "
-            "not at equal training."
+            f"{', '.join(stock)}: nnU-Net's own trainer has its own number of steps and no seed, and mirrors along all "
+            "axes, so this comparison is not at equal training."
         )
     planned = [name for name, arm in arms.items() if arm.planner]
     if planned:
