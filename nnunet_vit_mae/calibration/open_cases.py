@@ -15,6 +15,7 @@ from operator import add
 import numpy as np
 
 from nnunet_vit_mae.calibration.cases import Block, CalibrationCase, Classes, blocks, chosen, voxels_per_block
+from nnunet_vit_mae.progress import with_progress
 
 LOWEST = 1e-4  # thresholds are searched from LOWEST to 1 - LOWEST: beyond, probabilities are noise
 LOG_ODDS_LIMIT = math.log((1 - LOWEST) / LOWEST)
@@ -69,7 +70,7 @@ def open_all(cases: Sequence[CalibrationCase], classes: Classes, largest_shift: 
         largest_shift: Of all classes but the one whose threshold is searched.
     """
     opened, room = [], KEPT_BYTES
-    for case in cases:
+    for case in with_progress(cases, unit="case", desc="reading probabilities"):
         counts: list[VoxelCounts] = []
         kept: list[Block] = []
         left = room

@@ -34,6 +34,7 @@ from nnunet_vit_mae.calibration.open_cases import (
     segment,
     shifted_logs,
 )
+from nnunet_vit_mae.progress import with_progress
 
 GRID = np.linspace(-LOG_ODDS_LIMIT, LOG_ODDS_LIMIT, 4097)  # log odds, 0 included
 MAX_SWEEPS = 10  # over several classes
@@ -115,7 +116,7 @@ def fit_thresholds(cases: Sequence[CalibrationCase], classes: Classes, objective
     sweeps = MAX_SWEEPS if len(shifts) > 1 and not classes.regions else 1
     for _ in range(sweeps):
         before = list(shifts)
-        for index in range(len(shifts)):
+        for index in with_progress(range(len(shifts)), unit="threshold", desc="searching"):
             shifts[index], curves[index] = _fit(opened, classes, shifts, index, OBJECTIVES[objective])
             if abs(shifts[index]) > largest_shift and sweeps > 1:
                 opened.clear()
