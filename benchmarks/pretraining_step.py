@@ -1,9 +1,10 @@
 """One step of masked autoencoding against MONAI's, side by side: forward, norm-pix loss, backward, clipping, AdamW.
 
-The same sizes (ViTiac's S, mask ratio 0.9), the same data and optimiser, steps taken in turn. fp32 on one CPU thread,
-or with `--device cuda` on a GPU, where both run in bf16. Memory: the peak of a step in a process of its own, above what
-the process held before the network was built. MONAI's network differs as its class does: it embeds all tokens, then
-drops the hidden ones, has a class token, stores attention scores, and predicts visible tokens too.
+The same sizes (ViTiac's S, mask ratio 0.9), the same data and optimiser, steps taken in turn. Ours runs as
+`mae3d_pretrain` does by default, and with the papers' decoder, in which all tokens attend to one another. fp32 on one
+CPU thread, or with `--device cuda` on a GPU, where both run in bf16. Memory: the peak of a step in a process of its
+own, above what the process held before the network was built. MONAI's network differs as its class does: it embeds all
+tokens, then drops the hidden ones, has a class token, stores attention scores, and predicts visible tokens too.
 
     python benchmarks/pretraining_step.py      # prints the tables of docs/speed.md
 """
@@ -26,11 +27,13 @@ from nnunet_vit_mae.networks.autoencoder import norm_pix_targets, reconstruction
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.networks.tokenizer import patchify
+from nnunet_vit_mae.planning import default_settings
 from nnunet_vit_mae.presets import SIZES
 from nnunet_vit_mae.settings import Network, Pretraining
 
 RATIO = 0.9
-NAMES = ("ours", "MONAI")  # `step_of` knows nnssl too, where it is installed
+DEFAULT, PAPERS = "default", "ours"  # our networks: as planned, and with the decoder of both papers
+OURS = {DEFAULT: "default", PAPERS: "papers' decoder"}
 
 
 @dataclass(frozen=True)
@@ -64,20 +67,16 @@ def main() -> None:
         name, case = arguments.memory_of
         print(peak_memory(partial(step_of, name, CASES[int(case)], arguments.size, torch.device("cpu"))))
         return
-    print("| case | ours, ms | MONAI, ms | ratio | ours, MiB | MONAI, MiB | ratio |\n|---|---|---|---|---|---|---|")
+    print("| case | ours | ms | MONAI, ms | ratio | MiB | MONAI, MiB | ratio |\n|---|---|---|---|---|---|---|---|")
     for number, case in enumerate(CASES):
-        ours, monai, ratio = compare(case, arguments.size, arguments.rounds, torch.device(arguments.device))
-        flags = ("--size", arguments.size, "--memory_of")
-        peaks = [int(printed_apart(__file__, *flags, name, str(number))) / MEBIBYTE for name in NAMES]
-        memory = f"{peaks[0]:.0f} | {peaks[1]:.0f} | {peaks[0] / peaks[1]:.2f}"
-        print(f"| {case} | {1e3 * ours:.0f} | {1e3 * monai:.0f} | {ratio:.2f} | {memory} |", flush=True)
-
-
-def compare(case: Case, size: str, rounds: int, device: torch.device) -> tuple[float, float, float]:
-    """Return the median seconds of both, and the median of the ratios of steps that follow each other."""
-    ours, monai = taken_in_turn({name: step_of(name, case, size, device) for name in NAMES}, rounds).values()
-    ratio = statistics.median(a / b for a, b in zip(ours, monai, strict=True))
-    return statistics.median(ours), statistics.median(monai), ratio
+        device, flags = torch.device(arguments.device), ("--size", arguments.size, "--memory_of")
+        peaks = {name: int(printed_apart(__file__, *flags, name, str(number))) / MEBIBYTE for name in (*OURS, "MONAI")}
+        taken = taken_in_turn({name: step_of(name, case, arguments.size, device) for name in peaks}, arguments.rounds)
+        for name, words in OURS.items():
+            ratio = statistics.median(a / b for a, b in zip(taken[name], taken["MONAI"], strict=True))
+            times = f"{1e3 * statistics.median(taken[name]):.0f} | {1e3 * statistics.median(taken['MONAI']):.0f}"
+            memory = f"{peaks[name]:.0f} | {peaks['MONAI']:.0f} | {peaks[name] / peaks['MONAI']:.2f}"
+            print(f"| {case} | {words} | {times} | {ratio:.2f} | {memory} |", flush=True)
 
 
 def step_of(name: str, case: Case, size: str, device: torch.device) -> Callable[[], None]:
@@ -94,14 +93,20 @@ def step_of(name: str, case: Case, size: str, device: torch.device) -> Callable[
     return training_step(model, loss)
 
 
-def our_model(case: Case, size: str) -> nn.Module:
+def protocol_of(name: str, case: Case) -> Pretraining:
+    """Return the default protocol, or that of the papers."""
+    return default_settings((case.side,) * 3, (1.0,) * 3, 2).pretraining if name == DEFAULT else Pretraining()
+
+
+def our_model(name: str, case: Case, size: str) -> nn.Module:
     """Build the network as `mae3d_pretrain` does."""
-    return build_autoencoder(Network(size=size, token=(case.token,) * 3), 1, Pretraining())
+    return build_autoencoder(Network(size=size, token=(case.token,) * 3), 1, protocol_of(name, case))
 
 
-def our_loss(model: nn.Module, volume: Tensor, case: Case) -> Tensor:
+def our_loss(name: str, model: nn.Module, volume: Tensor, case: Case) -> Tensor:
     """Compute the loss as `mae3d_pretrain` does."""
-    masks = Masking(mask_ratio=RATIO).draw(torch.rand(case.batch, case.tokens)).to(volume.device)
+    masking = Masking(mask_ratio=RATIO, rebuilt_share=protocol_of(name, case).rebuilt_share)
+    masks = masking.rounds(masking.draw(torch.rand(case.batch, case.tokens)))[0].to(volume.device)
     return reconstruction_loss(model(volume, masks), norm_pix=True)
 
 
@@ -165,7 +170,11 @@ def nnssl_loss(model: nn.Module, volume: Tensor, case: Case) -> Tensor:
     return (error * hidden).sum() / hidden.sum()
 
 
-PEERS = {"ours": (our_model, our_loss), "MONAI": (monai_model, monai_loss), "nnssl": (nnssl_model, nnssl_loss)}
+PEERS = {
+    **{name: (partial(our_model, name), partial(our_loss, name)) for name in OURS},
+    "MONAI": (monai_model, monai_loss),
+    "nnssl": (nnssl_model, nnssl_loss),
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

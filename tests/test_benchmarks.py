@@ -46,7 +46,7 @@ def test_a_step_runs_with_each_kind_of_positions(kind):
 
 
 @pytest.mark.filterwarnings("ignore:torch.meshgrid")  # of MONAI
-@pytest.mark.parametrize("name", ["ours", "MONAI"])
+@pytest.mark.parametrize("name", ["default", "ours", "MONAI"])
 def test_a_step_of_pretraining_runs_beside_monais(name):
     benchmark = import_module("pretraining_step")
     benchmark.step_of(name, benchmark.Case(24, 8, 2), "XS", benchmark.torch.device("cpu"))()

@@ -125,6 +125,8 @@ def test_the_grid_covers_the_patch_without_a_token_to_spare(patch, token):
 @given(patch=patches, spacing=spacings, batch=st.integers(1, 64), contrasts=st.none() | st.integers(1, 6))
 def test_default_settings_hold_the_default_token_decoder_and_nnunets_batch(patch, spacing, batch, contrasts):
     settings = default_settings(patch, spacing, batch, contrasts=contrasts)
+    decoder = ("cross", 0.25) if contrasts is None else ("self", 1.0)
+    assert (settings.pretraining.decoder, settings.pretraining.rebuilt_share) == decoder
     assert settings.network.token == default_token(patch, spacing, TOKEN_BUDGET // (contrasts or 1))
     assert settings.network.decoder == ("unet" if contrasts is None else "unetr")
     assert settings.finetuning.batch_size == batch
