@@ -230,7 +230,7 @@ def pretrained(
     descent = _adamw(groups, protocol, betas=(0.9, 0.95))
     masking = Masking(mask_ratio=protocol.mask_ratio, rebuilt_share=protocol.rebuilt_share)
     tokens = math.prod(-(-side // part) for side, part in zip(packed.patch, settings.network.token, strict=True))
-    mirrored = axes_of(packed.mirroring if protocol.mirroring == "auto" else protocol.mirroring)
+    mirrored = axes_of(protocol.mirroring)
     losses = []
     for step in range(steps):
         cases = random.choice(split.pretraining, protocol.batch_size)
@@ -282,7 +282,7 @@ def finetune(
 
 def axes_of(mirroring: str) -> list[int]:
     """Return the axes of a batch of crops (b c z y x) that may be mirrored."""
-    return [2 + axis for axis, name in enumerate(AXES) if name in mirroring and mirroring != "none"]
+    return [2 + axis for axis, name in enumerate(AXES) if name in mirroring]
 
 
 def descent_of(network: nn.Module, block: Mapping[str, Any], settings: Settings, *, pretrained: bool) -> Descent:

@@ -27,7 +27,6 @@ class Packed:
     sizes: np.ndarray  # n 3
     patch: tuple[int, ...]
     strides: list[list[int]]  # of nnU-Net's U-Net
-    mirroring: str  # axes that pre-training mirrors by default
 
     @property
     def classes(self) -> int:
@@ -43,7 +42,6 @@ class Packed:
 def pack(dataset: str, output: Path) -> None:
     """Write the preprocessed volumes of a dataset of one channel, labelled ones first, and what its plans say."""
     from nnunet_vit_mae.nnunet.folders import find_dataset
-    from nnunet_vit_mae.nnunet.mirroring import mirroring_of
     from nnunet_vit_mae.nnunet.plans import load_plan
     from nnunet_vit_mae.pretraining.volumes import open_volume
 
@@ -64,9 +62,6 @@ def pack(dataset: str, output: Path) -> None:
         patch=plan.patch_size,
         strides=plan.configuration.network_arch_init_kwargs["strides"],
         name=plan.dataset.name,
-        mirroring=mirroring_of(
-            "auto", plan.dataset_json["labels"], plan.preprocessed_folder, plan.plans.transpose_forward
-        ).along,
     )
 
 
@@ -79,8 +74,7 @@ def unpack(file: Path, device: torch.device) -> Packed:
     with np.load(file, allow_pickle=False) as content:
         volumes, labels = (torch.from_numpy(content[part]).to(device) for part in ("volumes", "labels"))
         patch, strides = content["patch"].tolist(), content["strides"].tolist()
-        name, mirroring = str(content["name"]), str(content["mirroring"])
-        return Packed(name, volumes, labels, content["sizes"], tuple(patch), strides, mirroring)
+        return Packed(str(content["name"]), volumes, labels, content["sizes"], tuple(patch), strides)
 
 
 def crops(packed: Packed, cases: np.ndarray, random: np.random.Generator) -> tuple[Tensor, Tensor]:

@@ -158,7 +158,7 @@ class Pretraining:
     norm_pix: bool = True
     plain_share: float = 0.0  # of the epochs: the first ones, whose loss is plain, before norm-pix takes over
     gradient_clip: float = 1.0
-    mirroring: str = "auto"  # axes such as "zy", or none; auto: all, but not from left to right where labels name sides
+    mirroring: str = "zyx"  # axes along which half of the crops are flipped, or none
     rotation: float = 0.0  # degrees: the largest angle about each axis, of a fifth of the crops
     scaling: tuple[float, float] = (1.0, 1.0)  # smallest and largest factor of sizes, of a fifth of the crops
     compile: str = "auto"  # forward pass and loss; auto: long runs on a GPU, if torch can
@@ -180,7 +180,7 @@ class Pretraining:
         _require(0 <= share < 1, "pretraining.plain_share", share, "a share from 0 up to, but not, 1")
         _require(self.norm_pix or not share, "pretraining.plain_share", share, "0, as norm_pix is not set")
         _require(self.weight_decay >= 0, "pretraining.weight_decay", self.weight_decay, "0 or more")
-        _check_mirroring(self.mirroring, "pretraining")
+        _require(_names_axes(self.mirroring), "pretraining.mirroring", self.mirroring, "none, or axes such as zy")
         _require(0 <= self.rotation <= 180, "pretraining.rotation", self.rotation, "from 0 to 180 degrees")
         factors = list(self.scaling)
         fit = len(factors) == 2 and 0.1 <= factors[0] <= factors[1] <= 10
@@ -233,7 +233,7 @@ class Finetuning:
     contrast_dropout: float = 0.0  # probability of each contrast to be taken away, never the last one of a sample
     loss: str = "dice_ce"  # nnU-Net's sum of Dice and cross-entropy, or its Dice alone
     augmentation: str = "loader"  # nnU-Net's, in the workers of its loader, or on the `device` that trains
-    mirroring: str = "auto"  # as in pre-training; in prediction too
+    mirroring: str = "auto"  # axes, or none, in prediction too; auto: all, but none where labels name sides
     foreground_prior: float = 0.02  # share of the voxels that the first step holds for foreground; 0: random biases
     gradient_clip: float = 1.0
     seed: int = -1  # of weights, sampling and augmentation; below 0: another one each time
@@ -245,7 +245,8 @@ class Finetuning:
         _require(self.loss in LOSSES, "finetuning.loss", self.loss, f"one of {', '.join(LOSSES)}")
         places = f"one of {', '.join(AUGMENTATIONS)}"
         _require(self.augmentation in AUGMENTATIONS, "finetuning.augmentation", self.augmentation, places)
-        _check_mirroring(self.mirroring, "finetuning")
+        fits = self.mirroring == "auto" or _names_axes(self.mirroring)
+        _require(fits, "finetuning.mirroring", self.mirroring, "auto, none, or axes such as zy")
         prior = self.foreground_prior
         _require(0 <= prior < 1, "finetuning.foreground_prior", prior, "a share from 0 up to, but not, 1")
         _require(
@@ -351,9 +352,8 @@ def _require(holds: bool, name: str, value: object, expected: str) -> None:
         raise UserError(f"{name} is {value!r}, but it must be {expected}.")
 
 
-def _check_mirroring(mirroring: str, where: str) -> None:
-    axes = bool(mirroring) and set(mirroring) <= set(AXES)
-    _require(mirroring in ("auto", "none") or axes, f"{where}.mirroring", mirroring, "auto, none, or axes such as zy")
+def _names_axes(mirroring: str) -> bool:
+    return mirroring == "none" or (bool(mirroring) and set(mirroring) <= set(AXES))
 
 
 def _require_positive(section: Any, where: str, *names: str) -> None:

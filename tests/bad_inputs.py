@@ -587,7 +587,7 @@ FLAG_ROWS = [
     Row("--seed -1", f"{PRETRAIN} --seed -1", "--seed"),
     Row("--cache 0", f"{PRETRAIN} --cache 0", "--cache"),
     Row("-np -1", f"{PRETRAIN} -np -1", "-np"),
-    Row("--mirroring of other axes", f"{PLAN} --mirroring xyw", "pretraining.mirroring"),
+    Row("--mirroring of other axes", f"{PLAN} --mirroring xyw", "finetuning.mirroring"),
     Row("--token 7", f"{PLAN} --token 7", "network.token"),
     Row("--token of two numbers", f"{PLAN} --token 4 4", "--token"),
     Row("--lr -1", f"{PLAN} --lr -1", "--lr"),

@@ -182,7 +182,6 @@ def test_the_ablation_runs_on_a_packed_dataset(tmp_path, monkeypatch, capsys):
         patch=[8, 16, 12],
         strides=[[1, 1, 1], [2, 2, 2]],
         name="Dataset900_Noise",
-        mirroring="zy",
     )
     network = {"size": "XS", "token": [4, 4, 4], "decoder": "mae"}
     arms = {
@@ -250,7 +249,7 @@ def test_the_probe_finds_what_tokens_tell():
 
     labels = torch.from_numpy(np.random.default_rng(0).random((4, 8, 16, 12)) < 0.3).byte()
     sizes = np.array([labels.shape[1:]] * 4)
-    packed = import_module("packed").Packed("noise", labels.half(), labels, sizes, (8, 16, 12), [], "none")
+    packed = import_module("packed").Packed("noise", labels.half(), labels, sizes, (8, 16, 12), [])
     split = benchmark.Split([0, 1], [2, 3], [])
     settings = Settings.from_dict({"network": {"token": [4, 4, 4]}})
     assert benchmark.probe_of(packed, Told(), settings, split) > 0.99

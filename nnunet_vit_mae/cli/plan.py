@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--mirroring",
         metavar="auto|none|AXES",
-        help="axes along which crops are mirrored, such as zy (default: all, but not the one from left to right where "
-        "labels name a side)",
+        help="axes along which fine-tuning and prediction mirror, such as zy (default: all, but none where labels name "
+        "a side of the body)",
     )
     parser.add_argument("--lr", type=positive_float, help="peak learning rate of fine-tuning")
     parser.add_argument("--seed", type=seed, help="random seed of fine-tuning and of nnUNetTrainerBaseline")
@@ -103,8 +103,7 @@ def _changes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         name: getattr(args, name) for name in ("size", "decoder", "upsampling", "adaptive")
     }
     names = ("epochs", "iterations", "batch_size", "lr", "mirroring", "seed")
-    finetuning = {name: getattr(args, name) for name in names}
-    block = {"network": network, "pretraining": {"mirroring": args.mirroring}, "finetuning": finetuning}
+    block = {"network": network, "finetuning": {name: getattr(args, name) for name in names}}
     return {section: {k: v for k, v in values.items() if v is not None} for section, values in block.items()}
 
 

@@ -181,6 +181,7 @@ def _explain(
     upsampling = (
         UPSAMPLINGS[network.upsampling] if network.decoder not in ("mae", "unet") else "not used by this decoder"
     )
+    mirroring = mirroring_of(settings.finetuning.mirroring, source.dataset_json["labels"])
     choices = [
         Choice("size", network.size, origin("network", "size")),
         Choice("token", _by(network.token), f"{token_origin}: {tokens}"),
@@ -188,7 +189,7 @@ def _explain(
         Choice("upsampling", network.upsampling, upsampling),
         Choice("batch, fine-tuning", str(settings.finetuning.batch_size), batch("finetuning")),
         Choice("batch, pre-training", str(settings.pretraining.batch_size), batch("pretraining")),
-        _mirroring(source, settings),
+        Choice("mirroring", mirroring.axes or "none", mirroring.reason),
     ]
     if network.tapped_blocks:
         choices.insert(4, Choice("taps", _by(network.tapped_blocks, ", "), "blocks whose output the decoder takes too"))
@@ -198,16 +199,6 @@ def _explain(
         Choice("memory, fine-tuning", f"{in_gb(memory.finetuning)} GB", why),
         Choice("memory, pre-training", f"{in_gb(memory.pretraining)} GB", why),
     ]
-
-
-def _mirroring(source: Plan, settings: Settings) -> Choice:
-    found = mirroring_of(
-        settings.finetuning.mirroring,
-        source.dataset_json["labels"],
-        source.preprocessed_folder,
-        source.plans.transpose_forward,
-    )
-    return Choice("mirroring", found.along, found.reason)
 
 
 def _by(numbers: tuple[int, ...], separator: str = " x ") -> str:

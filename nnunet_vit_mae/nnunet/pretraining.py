@@ -20,7 +20,6 @@ from nnunet_vit_mae.networks.memory import pretraining_memory
 from nnunet_vit_mae.nnunet.capacity import free_memory_of, memory_of, refuse_step_beyond
 from nnunet_vit_mae.nnunet.folders import encoder_file
 from nnunet_vit_mae.nnunet.folds import PreprocessedCase, pretraining_cases
-from nnunet_vit_mae.nnunet.mirroring import mirroring_of
 from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade, settings_for
 from nnunet_vit_mae.nnunet.wandb_tracker import check_wandb, wandb_tracker
 from nnunet_vit_mae.planning import in_gb, refuse_useless_masks
@@ -111,15 +110,13 @@ def pretrain(
             "already: go on with nnUNetv2_train, or write plans without --encoder to pre-train one."
         )
     cases = pretraining_cases(plan, fold)
-    protocol = _protocol(settings, changes or {})
     job = PretrainingRun(
         files=[case.file for case in cases],
         channel_names=plan.channel_names,
         patch_size=plan.patch_size,
         spacing=tuple(map(float, plan.configuration.spacing)),
         network=settings.network,
-        protocol=protocol,
-        mirror_axes=_mirror_axes(plan, protocol),
+        protocol=_protocol(settings, changes or {}),
     )
     parts = machine.all_processes
     if job.protocol.reads % parts:
@@ -153,14 +150,6 @@ def _protocol(settings: Settings, changes: Mapping[str, Any]) -> Pretraining:
     others = {name: value for name, value in changes.items() if name != "lr"}
     protocol = settings.updated({"pretraining": others}).pretraining
     return protocol.with_lr(changes["lr"]) if "lr" in changes else protocol
-
-
-def _mirror_axes(plan: Plan, protocol: Pretraining) -> tuple[int, ...]:
-    """Return the axes along which crops are flipped, and say so in the log."""
-    transpose, labels = plan.plans.transpose_forward, plan.dataset_json["labels"]
-    mirroring = mirroring_of(protocol.mirroring, labels, plan.preprocessed_folder, transpose)
-    logger.info("%s", mirroring)
-    return mirroring.axes
 
 
 def _refuse_large_step(job: PretrainingRun, machine: Machine) -> None:

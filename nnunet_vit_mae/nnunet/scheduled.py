@@ -102,19 +102,12 @@ class ScheduledTrainer(TrackedTrainer, StoppableTrainer):
             self.print_to_log_file(f"WARNING: {warning}")
         return training, validation
 
-    @exit_on_user_error
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:  # noqa: N802 (nnU-Net's name)
         """Return nnU-Net's ranges of augmentation, and the axes to mirror, in training as in prediction."""
         *ranges, _ = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        mirroring = mirroring_of(
-            self.mirroring,
-            self.dataset_json["labels"],
-            Path(self.preprocessed_dataset_folder),
-            self.plans_manager.transpose_forward,
-        )
+        mirroring = mirroring_of(self.mirroring, self.dataset_json["labels"])
         self.print_to_log_file(str(mirroring))
-        beyond = 3 - len(self.configuration_manager.patch_size)  # 2D patches lack the first axis
-        axes = tuple(axis - beyond for axis in mirroring.axes if axis >= beyond) or None
+        axes = mirroring.of_patch(len(self.configuration_manager.patch_size))
         self.inference_allowed_mirroring_axes = axes
         return (*ranges, axes)
 

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset, Sampler
 from nnunet_vit_mae.networks.adaptive import present_contrasts, split_contrasts
 from nnunet_vit_mae.networks.masking import Masking, Masks, background_tokens
 from nnunet_vit_mae.networks.tokenizer import grid_of
+from nnunet_vit_mae.presets import AXES
 from nnunet_vit_mae.pretraining.affines import AffineDrawing, moved, tokens_reached
 from nnunet_vit_mae.pretraining.volumes import Cache, DeviceCache, open_volume
 from nnunet_vit_mae.settings import token_grid
@@ -169,7 +170,7 @@ class RandomCrops(Dataset):
         seed: Random seed of the order, the crops and the masks.
         crops_per_volume: Crops that are cut from what is read of a volume at once.
         affines: How crops are rotated and scaled, with random numbers of their own; None: not at all.
-        mirror_axes: Axes (0, 1, 2: z y x) along which half of the crops are flipped.
+        mirroring: Axes (some of `zyx`) along which half of the crops are flipped.
     """
 
     def __init__(
@@ -182,12 +183,12 @@ class RandomCrops(Dataset):
         *,
         crops_per_volume: int = 1,
         affines: AffineDrawing | None = None,
-        mirror_axes: Sequence[int] = (0, 1, 2),
+        mirroring: str = AXES,
     ):
         self.files, self.patch_size, self.drawing, self.seed = list(files), tuple(patch_size), drawing, seed
         self.cache = cache
         self.crops_per_volume, self.affines = crops_per_volume, affines
-        self.mirrored = np.isin(range(3), mirror_axes)
+        self.mirrored = np.array([axis in mirroring for axis in AXES])
         self._pass, self._order = -1, np.empty(0, dtype=int)
 
     def __getitem__(self, reads: Sequence[int]) -> CropBatch:

@@ -26,7 +26,6 @@ class PretrainingRun:
     spacing: tuple[float, ...]  # mm, z y x; for pictures
     network: Network
     protocol: Pretraining
-    mirror_axes: tuple[int, ...] = (0, 1, 2)  # of crops, z y x
     cache: Cache | DeviceCache | None = None
 
     @property
@@ -77,6 +76,5 @@ class PretrainingRun:
             "spacing": list(self.spacing),
             "network": to_json_types(self.network),
             "pretraining": protocol,
-            "mirror_axes": list(self.mirror_axes),
             "half_precision_crops": self.cache is not None,
         }

@@ -132,7 +132,7 @@ def _train(
         job.cache,
         crops_per_volume=job.protocol.crops_per_volume,
         affines=job.affines,
-        mirror_axes=job.mirror_axes,
+        mirroring=job.protocol.mirroring,
     )
     reads = _reads(job, first_step)
     batches = read_batches(crops, reads, readers, pin_memory=device.type == "cuda")
