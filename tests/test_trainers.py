@@ -396,5 +396,5 @@ def test_a_gradient_without_end_stops_a_training_though_its_loss_is_good(planned
 
 
 def test_a_loss_that_explodes_stops_a_training(planned, tmp_path):
-    error = refusal(copy_of(planned, tmp_path), nnUNetTrainerViTScratch, with_loss(lambda loss: loss * 1e5))
+    error = refusal(copy_of(planned, tmp_path), nnUNetTrainerViTScratch, with_loss(lambda loss: loss + 1e5))
     assert re.search(r"has grown to \S+, most of all in step 2 of epoch 1, whose batch is of train_\d", error)
