@@ -125,6 +125,7 @@ def test_the_table_has_a_row_and_a_reason_for_each_choice(plan):
         "upsampling",
         "batch, fine-tuning",
         "batch, pre-training",
+        "mirroring",
         "memory, fine-tuning",
         "memory, pre-training",
     ]
@@ -136,6 +137,7 @@ def test_the_table_has_a_row_and_a_reason_for_each_choice(plan):
     assert rows["upsampling"] == ("nearest", "not used by this decoder")
     assert rows["batch, fine-tuning"] == ("2", "default")
     assert rows["batch, pre-training"] == ("16", "default")
+    assert rows["mirroring"] == ("zyx", "no label names a side of the body")
     assert rows["memory, fine-tuning"][0] == "2.4 GB"
     assert rows["memory, pre-training"][0] == "2.4 GB"
     assert all("estimated" in rows[f"memory, {phase}"][1] for phase in ("fine-tuning", "pre-training"))
