@@ -262,7 +262,7 @@ def finetune(
     layout = torch.channels_last_3d if device.type == "cpu" else torch.contiguous_format
     network.to(memory_format=layout).train()
     labels = packed.labels.cpu().numpy()
-    mirrored = () if protocol.mirroring == "auto" else axes_of(protocol.mirroring)
+    mirrored = axes_of(protocol.mirroring)  # `auto` names none
     for step in range(steps):
         cases = random.choice(split.labelled, protocol.batch_size)
         starts = np.array([place_with_foreground(packed, labels[case], case, random) for case in cases])

@@ -17,7 +17,7 @@ SLACK = 1.25
 THIN_TOKEN = 2
 SMALLEST_BATCH = 2  # as in nnU-Net
 GB = 2**30
-CHEAP_DECODER = Pretraining(decoder="cross", rebuilt_share=0.25)  # half the time or less, at equal Dice
+CHEAP_DECODER = Pretraining(decoder="cross", rebuilt_share=0.25)  # half the time or less
 
 
 def default_settings(

@@ -9,7 +9,7 @@ import numpy as np
 
 from nnunet_vit_mae.imaging.volumes import Geometry
 
-SIDES = (("left", "right"), ("links", "rechts"), ("gauche", "droite"))  # one of them is enough
+SIDES = {"left", "right", "links", "rechts", "gauche", "droite"}  # one of them is enough
 SHORT_SIDES = (("l", "r"), ("lt", "rt"), ("lh", "rh"))  # two labels must differ in nothing else
 
 
@@ -23,12 +23,11 @@ def label_with_side(labels: Iterable[str]) -> str | None:
     >>> label_with_side(["background", "L", "lesion"])
     """
     words = {label: _words(label) for label in labels}
-    full = {side for pair in SIDES for side in pair}
     short = dict(SHORT_SIDES) | {right: left for left, right in SHORT_SIDES}
     known = set(words.values())
     for label, own in words.items():
         other_side = tuple(short.get(word, word) for word in own)
-        if full.intersection(own) or (other_side != own and other_side in known):
+        if SIDES.intersection(own) or (other_side != own and other_side in known):
             return label
     return None
 
