@@ -5,8 +5,10 @@ unlabelled pool are what an encoder is pre-trained on; arms with equal encoders 
 same few cases with the same crops, for the same number of steps and samples, and tested on cases that nothing has seen.
 An arm without a network is nnU-Net's own U-Net, which learns by AdamW as the others do, or, with `"optimizer": "SGD"`,
 as nnU-Net trains it: with its initial weights, rates and weights of resolutions. Dice is the mean over cases of the
-mean over classes. The probe asks the frozen encoder: how well a linear map of a token's vector, learned on the labelled
-cases, finds each class's share of the token in the test cases (R2).
+mean over classes; the error of volumes is the mean absolute difference as a share of a class's mean volume. Both are
+measured again with thresholds that are fitted, as `mae3d_calibrate` does, to further labelled cases; their images are
+in the pool of pre-training, their labels serve nothing else. The probe asks the frozen encoder: how well a linear map
+of a token's vector, learned on the labelled cases, finds each class's share of the token in the test cases (R2).
 
 Volumes stay in the memory of the device. Every result is a line of the output file, and what is there already is not
 run again, so that days of one CPU core, or minutes of a GPU, can be given in pieces:
@@ -31,6 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 from packed import Packed, covered, crops, cut, pack, place_with_foreground, unpack
+from quality import fitted_shifts, predict, quality_of
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -51,6 +54,7 @@ IGNORED = ("contrast_dropout", "loss", "augmentation", "freeze_epochs")  # setti
 ANY_DECODER = {"decoder": "mae", "decoder_width": 0, "taps": (), "upsampling": "nearest", "upscale_convolutions": 1}
 INTENSITY = 0.2  # standard deviation of the random factor and shift of a training crop
 WIDEST = 10  # features of the U-Net's deepest stages, relative to the first: 320 and 32 in nnU-Net
+MEASURES = ("loss", "probe", "calibrated_dice", "volume_error", "calibrated_volume_error")  # shown as means
 SHRINKAGE = 0.01  # of the probe's weights, relative to the variance of what they weigh
 
 
@@ -77,6 +81,7 @@ class Split:
     """Numbers of cases by what they are for."""
 
     labelled: list[int]
+    development: list[int]  # for the thresholds
     tested: list[int]
     pretraining: list[int]
 
@@ -100,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arms", type=Path, help="arms by name, each a partial vit_mae block")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--labelled", type=int, default=10, help="cases of fine-tuning")
+    parser.add_argument(
+        "--development", type=int, default=10, help="further labelled cases that thresholds are fitted to"
+    )
     parser.add_argument("--tested", type=int, default=20, help="labelled cases that nothing sees")
     parser.add_argument("--steps", type=int, default=400, help="of fine-tuning")
     parser.add_argument("--pretraining_steps", type=int, nargs="+", default=[6000], help="one or more lengths; 0: none")
@@ -131,7 +139,8 @@ def results(
     order = np.random.default_rng(seed).permutation(len(packed.labels)).tolist()
     rest = order[arguments.tested :]
     pool = range(len(packed.labels), len(packed.volumes))
-    split = Split(rest[: arguments.labelled], order[: arguments.tested], [*sorted(rest), *pool])
+    development = rest[arguments.labelled :][: arguments.development]
+    split = Split(rest[: arguments.labelled], development, order[: arguments.tested], [*sorted(rest), *pool])
     encoders: dict[str, tuple[float, dict[str, Tensor]]] = {}
     for steps in dict.fromkeys((0, *arguments.pretraining_steps)):
         for arm, block in arms.items():
@@ -152,15 +161,30 @@ def results(
                 probe = probe_of(packed, network.encoder, settings, split)
             descent = descent_of(network, block, settings, pretrained=encoder is not None)
             finetune(packed, network, descent, settings.finetuning, split, seed, arguments.steps)
-            dice = [dice_of(packed, network, number) for number in split.tested]
             yield {
                 "arm": arm,
                 "steps": steps,
                 "loss": loss,
                 "probe": probe,
-                "dice": float(np.mean(dice)),
+                **measured(packed, network, split),
                 "seconds": round(time.monotonic() - started, 1),
             }
+
+
+def measured(packed: Packed, network: nn.Module, split: Split) -> dict[str, float]:
+    """Return Dice and the error of volumes of the test cases, as trained and calibrated."""
+    development, tested = (
+        [predict(packed, lambda volume: _finest(_logits(network, volume)), case) for case in cases]
+        for cases in (split.development, split.tested)
+    )
+    plain = quality_of(tested, [0.0] * (packed.classes - 1))
+    calibrated = quality_of(tested, fitted_shifts(development, packed.classes))
+    return {
+        "dice": plain.dice,
+        "volume_error": plain.volume_error,
+        "calibrated_dice": calibrated.dice,
+        "calibrated_volume_error": calibrated.volume_error,
+    }
 
 
 def refuse_ignored(arm: str, protocol: Finetuning) -> None:
@@ -319,6 +343,10 @@ def _logits(network: nn.Module, volume: Tensor) -> Tensor | list[Tensor]:
         return network(volume)
 
 
+def _finest(logits: Tensor | list[Tensor]) -> Tensor:
+    return logits[0] if isinstance(logits, list) else logits
+
+
 def probe_of(packed: Packed, encoder: nn.Module, settings: Settings, split: Split) -> float:
     """Return R2 on the test cases, mean over classes, of a linear map from a token to each class's share of it."""
     encoder.eval()
@@ -345,47 +373,29 @@ def tokens_of(packed: Packed, encoder: nn.Module, settings: Settings, case: int)
     return encoder.encode(image, ()).tokens[0].double(), shares.double()
 
 
-@torch.no_grad()
-def dice_of(packed: Packed, network: nn.Module, case: int) -> float:
-    """Return the mean Dice over the classes of a case, from windows that overlap by half at least."""
-    sizes, patch = packed.sizes[case], packed.patch
-    reference = packed.labels[case][tuple(slice(int(side)) for side in sizes)]
-    shape = [max(int(voxels), side) for voxels, side in zip(sizes, patch, strict=True)]
-    total = torch.zeros(packed.classes, *shape, device=packed.device)
-    for start in np.stack(np.meshgrid(*map(steps_along, shape, patch), indexing="ij"), axis=-1).reshape(-1, 3):
-        volume, _ = cut(packed.volumes, packed, np.array([case]), start[None])
-        logits = _logits(network, volume.float())
-        logits = (logits[0] if isinstance(logits, list) else logits)[0].float()
-        total[(slice(None), *(slice(a, a + b) for a, b in zip(start, patch, strict=True)))] += logits.softmax(dim=0)
-    found = total.argmax(dim=0)[tuple(slice(int(side)) for side in sizes)]
-    present = [label for label in range(1, packed.classes) if (reference == label).any()]
-    overlaps = [(found == label, reference == label) for label in present]
-    return float(np.mean([2 * (a & b).sum().item() / (a.sum() + b.sum()).item() for a, b in overlaps]))
-
-
-def steps_along(voxels: int, side: int) -> np.ndarray:
-    """Return the first voxels of the windows along an axis."""
-    count = math.ceil((voxels - side) / (side / 2)) + 1
-    return np.linspace(0, voxels - side, count).round().astype(int)
-
-
 def print_table(entries: Sequence[Mapping[str, Any]]) -> None:
     """Print a line for each dataset, arm and length of pre-training, with the Dice of every seed."""
     found: dict[tuple[str, str, int], dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for entry in entries:
         found[entry["dataset"], entry["arm"], entry["steps"]][entry["seed"]] = entry
-    print("| dataset | arm | steps of pre-training | its loss | probe | Dice: mean (each seed) | gain over scratch |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| dataset | arm | steps of pre-training | its loss | probe | Dice: mean (each seed) | gain over scratch "
+        "| calibrated Dice | error of volumes | calibrated |"
+    )
+    print("|" + "---|" * 10)
     for dataset, arm, steps in sorted(found, key=lambda key: [*map(str, key[:2]), key[2]]):
         trained, scratch = found[dataset, arm, steps], found.get((dataset, arm, 0), {})
         paired = [trained[seed]["dice"] - scratch[seed]["dice"] for seed in scratch if steps and seed in trained]
         gain = f"{np.mean(paired):+.3f}" if paired else ""
-        cells = [dataset, arm, str(steps), _mean(trained, "loss"), _mean(trained, "probe"), _seeds(trained), gain]
+        means = {key: _mean(trained, key) for key in MEASURES}
+        cells = [dataset, arm, str(steps), means["loss"], means["probe"], _seeds(trained), gain]
+        cells += [means["calibrated_dice"], means["volume_error"], means["calibrated_volume_error"]]
         print(f"| {' | '.join(cells)} |")
 
 
 def _mean(entries: Mapping[int, Mapping[str, Any]], key: str) -> str:
-    values = [entry[key] for entry in entries.values() if math.isfinite(entry[key])]
+    """Return the mean over the seeds that have this measure; results of older runs lack some."""
+    values = [entry[key] for entry in entries.values() if math.isfinite(entry.get(key, math.nan))]
     return f"{np.mean(values):.3f}" if values else ""
 
 

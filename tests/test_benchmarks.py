@@ -190,7 +190,8 @@ def test_the_ablation_runs_on_a_packed_dataset(tmp_path, monkeypatch, capsys):
         "ViT": {"network": network, "pretraining": {"batch_size": 2}, "finetuning": {"batch_size": 2}},
     }
     (tmp_path / "arms.json").write_text(json.dumps(arms))
-    flags = "--seeds 1 --labelled 2 --tested 2 --steps 1 --pretraining_steps 2 3 --device cpu --unet_width 4"
+    cases = "--seeds 1 --labelled 1 --development 1 --tested 2"
+    flags = f"{cases} --steps 1 --pretraining_steps 2 3 --device cpu --unet_width 4"
     command = f"ablation.py packed.npz --arms arms.json -o results.jsonl {flags}"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", command.split())
@@ -200,7 +201,8 @@ def test_the_ablation_runs_on_a_packed_dataset(tmp_path, monkeypatch, capsys):
     assert [(entry["arm"], entry["steps"]) for entry in entries] == [
         ("unet", 0), ("SGD", 0), ("ViT", 0), ("ViT", 2), ("ViT", 3),
     ]  # fmt: skip
-    assert all(0 <= entry["dice"] <= 1 for entry in entries)
+    assert all(0 <= entry[key] <= 1 for entry in entries for key in ("dice", "calibrated_dice"))
+    assert all(entry[key] >= 0 for entry in entries for key in ("volume_error", "calibrated_volume_error"))
     assert all(entry["loss"] > 0 and entry["probe"] < 1 for entry in entries[3:])
     capsys.readouterr()
     monkeypatch.setattr("sys.argv", "ablation.py --table results.jsonl".split())
@@ -237,6 +239,32 @@ def test_sgd_has_nnunets_weights_of_resolutions():
     torch.testing.assert_close(loss(logits[:1], target), parts[0])
 
 
+def test_calibration_gives_the_volumes_that_a_timid_network_misses():
+    """Its probabilities are right in their order but a third of what they should be."""
+    quality = import_module("quality")
+
+    def case(seed: int):
+        labels = np.random.default_rng(seed).integers(0, 2, (9, 8, 7))
+        foreground = np.where(labels == 1, 0.3, 0.1)
+        return quality.Predicted(np.stack([1 - foreground, foreground]), labels)
+
+    shifts = quality.fitted_shifts([case(0), case(1)], classes=2)
+    assert quality.quality_of([case(2)], [0.0]) == quality.Quality(0.0, 1.0)
+    assert quality.quality_of([case(2)], shifts) == quality.Quality(1.0, 0.0)
+
+
+def test_windows_of_a_network_that_sees_voxels_give_its_probabilities():
+    quality = import_module("quality")
+    labels = torch.zeros(1, 9, 12, 7, dtype=torch.uint8)
+    labels[0, 2:5] = 1
+    volumes = torch.randn(labels.shape).half()
+    packed = import_module("packed").Packed("noise", volumes, labels, np.array([[9, 11, 7]]), (4, 6, 8), [])
+    predicted = quality.predict(packed, lambda volume: torch.cat([torch.zeros_like(volume), volume], dim=1), 0)
+    expected = volumes[0, :, :11].float().sigmoid().numpy()
+    np.testing.assert_allclose(predicted.probabilities, np.stack([1 - expected, expected]), rtol=1e-5)
+    assert np.array_equal(predicted.labels, labels[0, :, :11])
+
+
 def test_the_probe_finds_what_tokens_tell():
     benchmark = import_module("ablation")
 
@@ -250,7 +278,7 @@ def test_the_probe_finds_what_tokens_tell():
     labels = torch.from_numpy(np.random.default_rng(0).random((4, 8, 16, 12)) < 0.3).byte()
     sizes = np.array([labels.shape[1:]] * 4)
     packed = import_module("packed").Packed("noise", labels.half(), labels, sizes, (8, 16, 12), [])
-    split = benchmark.Split([0, 1], [2, 3], [])
+    split = benchmark.Split([0, 1], [], [2, 3], [])
     settings = Settings.from_dict({"network": {"token": [4, 4, 4]}})
     assert benchmark.probe_of(packed, Told(), settings, split) > 0.99
     shuffled = dataclasses.replace(packed, volumes=torch.rand(labels.shape).half())
