@@ -52,13 +52,22 @@ def test_a_package_that_does_not_load_is_an_error(monkeypatch):
 
 
 @pytest.mark.parametrize(("value", "level"), [("1", None), ("many", ERROR), ("-1", ERROR), ("500", WARNING)])
-def test_more_workers_than_cores_are_advised_against(monkeypatch, value, level):
+@pytest.mark.parametrize("variable", ["nnUNet_n_proc_DA", "nnUNet_def_n_proc"])
+def test_more_workers_than_cores_are_advised_against(monkeypatch, variable, value, level):
     monkeypatch.setattr(machine.joblib, "cpu_count", lambda: 2)
     monkeypatch.setattr(machine.os, "cpu_count", lambda: 64)
-    known, *found = machine.diagnose_workers({"nnUNet_n_proc_DA": value})
+    few = dict.fromkeys(machine.DEFAULT_WORKERS, "1")
+    known, *found = machine.diagnose_workers(few | {variable: value})
     assert known.level == OK
     assert [diagnosis.level for diagnosis in found] == ([level] if level else [])
-    assert all(diagnosis.advice.startswith("export nnUNet_n_proc_DA=") for diagnosis in found)
+    assert all(diagnosis.advice.startswith(f"export {variable}=") for diagnosis in found)
+
+
+def test_nnunet_starts_more_workers_than_a_small_machine_has_cores_unless_told(monkeypatch):
+    monkeypatch.setattr(machine.joblib, "cpu_count", lambda: 2)
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 2)
+    _, validation = machine.diagnose_workers({})
+    assert validation.text == "nnU-Net's preprocessing and validation would start 8 processes."
 
 
 def test_little_room_is_advised_against(monkeypatch, tmp_path):

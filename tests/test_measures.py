@@ -15,7 +15,9 @@ from nnunetv2.evaluation.evaluate_predictions import compute_metrics
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from scipy.ndimage import binary_erosion, label
 
-from nnunet_vit_mae.evaluation.measures import crop_to_union, lesions, measure, surface_dice, surface_distances
+from nnunet_vit_mae.evaluation.measures import crop_to_union, measure
+from nnunet_vit_mae.evaluation.surfaces import surface_dice, surface_distances
+from nnunet_vit_mae.evaluation.voxels import lesions
 
 several = settings(max_examples=60, deadline=None)
 few = settings(max_examples=20, deadline=None)

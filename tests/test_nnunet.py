@@ -42,6 +42,34 @@ def test_plans_keep_the_baselines_files_and_leave_the_source_alone(in_workspace,
     assert after.settings.finetuning.lr == 0.001
 
 
+@pytest.mark.parametrize("thickness", [1.0, 5.0])  # of anisotropic voxels slices are repeated, not blended
+def test_plans_resample_logits_as_nnunet_does(in_workspace, thickness):
+    plan_command.main("-d 901 -o Fast --token 8".split())
+    logits = np.random.default_rng(0).normal(size=(3, 5, 9, 7)).astype(np.float32)
+    spacings = (thickness, 1.0, 1.0), (thickness * 5 / 7, 9 / 12, 7 / 11)
+    found = [
+        np.asarray(tiny_plan(name).configuration.resampling_fn_probabilities(logits, (7, 12, 11), *spacings))
+        for name in ("nnUNetPlans", "Fast")
+    ]
+    assert found[0].shape == (3, 7, 12, 11)
+    np.testing.assert_allclose(found[1], found[0], atol=1e-5)
+
+
+def test_only_nnunets_default_resampling_of_logits_is_replaced(in_workspace):
+    plan_command.main("-d 901 -o Fast --token 8".split())
+    before, after = (tiny_plan(name).configuration.configuration for name in ("nnUNetPlans", "Fast"))
+    changed = {key for key in after if after[key] != before.get(key)}
+    assert changed == {"vit_mae", "resampling_fn_probabilities", "resampling_fn_probabilities_kwargs"}
+    assert after["resampling_fn_probabilities"] == "resample_torch_fornnunet"
+
+    file = in_workspace.preprocessed / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["3d_fullres"]["resampling_fn_probabilities_kwargs"]["order"] = 3
+    file.write_text(json.dumps(plans))
+    plan_command.main("-d 901 -o Cubic --token 8".split())
+    assert tiny_plan("Cubic").configuration.configuration["resampling_fn_probabilities_kwargs"]["order"] == 3
+
+
 def test_the_decoder_is_nnunets_own_unet_unless_another_is_given(in_workspace):
     plan_command.main("-d 901 -o Default --token 8".split())
     plan_command.main("-d 901 -o Given --token 8 --decoder mae".split())

@@ -297,6 +297,16 @@ def test_the_command_compares_what_can_be_compared(trained, tmp_path, capsys):
         assert place in log
 
 
+def test_one_case_is_predicted_without_worker_processes(trained, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number, processes in enumerate((2, 0)):  # flags in the log: of one case, and of two
+        for file in (trained.raw / "imagesTs").glob(f"test_{number}_*"):
+            shutil.copy(file, images)
+        omit_command.main(arguments(trained, tmp_path / str(number), i=images))
+        assert (tmp_path / str(number) / "log.txt").read_text().count("-npp 0 -nps 0") == processes
+
+
 def test_regions_and_the_ignore_label_are_treated_as_nnunet_does(trained, tmp_path):
     channels, mask = blob(20)
     reference = mask.copy()

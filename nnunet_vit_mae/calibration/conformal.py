@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+TOGETHER = "together"  # the predictor that is all folds of a model, where there are several
 LEAST_SCALE = 0.05  # of the volume: members that agree can all be wrong
 ROUNDING = 1e-9  # of level x cases
 
@@ -43,9 +44,9 @@ class VolumeEstimate:
 
 @dataclass(frozen=True)
 class Residual:
-    """The error of one case of the calibration, and who predicted it: a fold, or all folds together."""
+    """The error of one case of the calibration, and who predicted it."""
 
-    predictor: str
+    predictor: str  # a fold, or `TOGETHER`
     value: float
 
 

@@ -15,7 +15,8 @@ SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED_MEMORY = 1e9  # for the batches that readers have ready
 LEAST_DISK = 20e9  # preprocessed images are several times as large as compressed ones
 WORKER_MEMORY = 2e9  # of one process of nnU-Net's augmentation or preprocessing, roughly
-DEFAULT_WORKERS = 12  # of nnU-Net's augmentation
+DEFAULT_WORKERS = {"nnUNet_n_proc_DA": 12, "nnUNet_def_n_proc": 8}  # of nnU-Net
+PURPOSES = {"nnUNet_n_proc_DA": "augmentation", "nnUNet_def_n_proc": "preprocessing and validation"}
 
 
 def diagnose_gpu() -> Iterator[Diagnosis]:
@@ -47,11 +48,14 @@ def diagnose_workers(environment: Mapping[str, str]) -> Iterator[Diagnosis]:
     fits = max(1, min(cores, int(memory / WORKER_MEMORY)))
     text = f"{cores} cores and {size_text(memory)} of memory: enough for about {fits} worker processes."
     yield Diagnosis("workers", OK, text)
-    value, advice = environment.get("nnUNet_n_proc_DA", str(DEFAULT_WORKERS)), f"export nnUNet_n_proc_DA={fits}"
-    if not value.isdecimal():
-        yield Diagnosis("workers", ERROR, f"nnUNet_n_proc_DA is {value!r}, not a number.", advice)
-    elif (started := min(int(value), os.cpu_count() or 1)) > fits:
-        yield Diagnosis("workers", WARNING, f"nnU-Net's augmentation would start {started} processes.", advice)
+    most = {"nnUNet_n_proc_DA": os.cpu_count() or 1}  # nnU-Net limits one of them itself
+    for variable, default in DEFAULT_WORKERS.items():
+        value, advice = environment.get(variable, str(default)), f"export {variable}={fits}"
+        if not value.isdecimal():
+            yield Diagnosis("workers", ERROR, f"{variable} is {value!r}, not a number.", advice)
+        elif (started := min(int(value), most.get(variable, int(value)))) > fits:
+            text = f"nnU-Net's {PURPOSES[variable]} would start {started} processes."
+            yield Diagnosis("workers", WARNING, text, advice)
 
 
 def memory_size() -> int:

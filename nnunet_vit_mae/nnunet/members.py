@@ -21,7 +21,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor, nn
 
 from nnunet_vit_mae.calibration.cases import Classes
-from nnunet_vit_mae.calibration.conformal import VolumeEstimate
+from nnunet_vit_mae.calibration.conformal import TOGETHER, VolumeEstimate
 from nnunet_vit_mae.calibration.expected_dice import soft_dice
 from nnunet_vit_mae.errors import reading
 from nnunet_vit_mae.nnunet.ensembling import shift_probabilities
@@ -29,8 +29,6 @@ from nnunet_vit_mae.nnunet.models import Model, refuse_damaged_weights
 from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.nnunet.shared_models import untrained_network
 from nnunet_vit_mae.storage.pickles import read_trained
-
-TOGETHER = "together"  # all folds, where there are several
 
 
 @dataclass(frozen=True)

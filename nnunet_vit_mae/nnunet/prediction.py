@@ -27,6 +27,8 @@ from nnunet_vit_mae.storage.files import inside, link
 from nnunet_vit_mae.storage.limits import too_many_voxels
 from nnunet_vit_mae.storage.stored_rows import StoredRows
 
+NO_WORKERS = ("-npp", "0", "-nps", "0")  # nnU-Net then does everything in one process
+
 logger = logging.getLogger(__name__)
 
 
@@ -112,12 +114,16 @@ def predict_folder(
 ) -> None:
     """Predict the cases in a folder of images with `nnUNetv2_predict`, and show its progress.
 
+    One case gets no worker processes: there is nothing beside it to work on, and each takes seconds to start.
+
     The output of the command is appended to `log`. Raises `UserError` if it fails, or if a checkpoint is damaged or
     holds NaN, or code, which nnU-Net would run.
     """
     refuse_damaged_weights(model)
     ending = model.plan.dataset_json["file_ending"]
-    _run([*model.command(images, output, device), *flags], [output / f"{case}{ending}" for case in cases], log)
+    expected = [output / f"{case}{ending}" for case in cases]
+    workers = NO_WORKERS if len(expected) == 1 else ()
+    _run([*model.command(images, output, device), *flags, *workers], expected, log)
 
 
 def read_probabilities(file: Path, outputs: int) -> np.ndarray:

@@ -11,13 +11,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from pydantic import FiniteFloat
 
 from nnunet_vit_mae.calibration.conformal import (
+    TOGETHER,
     Residual,
     Validated,
     VolumeEstimate,
@@ -28,19 +29,21 @@ from nnunet_vit_mae.calibration.conformal import (
 from nnunet_vit_mae.calibration.expected_dice import ExpectedDice, fit_expected_dice
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, UNCERTAINTY
-from nnunet_vit_mae.evaluation.measures import overlap
+from nnunet_vit_mae.evaluation.voxels import overlap
 from nnunet_vit_mae.imaging.labels import read_mask
 from nnunet_vit_mae.imaging.volumes import without_warnings_of_itk
 from nnunet_vit_mae.imaging.writing import write_segmentation
 from nnunet_vit_mae.nnunet.calibrated import read_calibration_of
 from nnunet_vit_mae.nnunet.calibration import FOLDER, PredictedCase
-from nnunet_vit_mae.nnunet.members import TOGETHER, MemberPrediction, MemberPredictor
 from nnunet_vit_mae.nnunet.models import CALIBRATED, Model, model_hash
 from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases
 from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.entries import checked_entries, read_entries
 from nnunet_vit_mae.storage.files import write_json
+
+if TYPE_CHECKING:
+    from nnunet_vit_mae.nnunet.members import MemberPrediction, MemberPredictor
 
 logger = logging.getLogger(__name__)
 
@@ -219,6 +222,8 @@ def predict_members(
     Raises:
         UserError: If an image cannot be read, or a checkpoint is damaged.
     """
+    from nnunet_vit_mae.nnunet.members import MemberPredictor  # nnU-Net's predictor takes seconds to import
+
     identity, ending = model_hash(model), model.plan.dataset_json["file_ending"]
     writer = model.plan.plans.image_reader_writer_class()
     predictor: MemberPredictor | None = None

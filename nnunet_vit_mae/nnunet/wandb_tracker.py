@@ -1,4 +1,7 @@
-"""Weights & Biases through nnU-Net's own logger and its switches, for pre-training too."""
+"""Weights & Biases through nnU-Net's own logger and its switches, for pre-training too.
+
+The logger is imported once it is switched on, for it imports seaborn and what that needs.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.training.logging import nnunet_logger
 from torch import distributed as dist
 
 from nnunet_vit_mae.errors import UserError
@@ -21,9 +23,12 @@ class WandbTracker:
     """nnU-Net's logger for Weights & Biases as a tracker. It sends what it gets, unless `nnUNet_wandb_mode=offline`."""
 
     def __init__(self, folder: Path, *, resume: bool, config: Mapping[str, Any]):
+        from nnunetv2.training.logging import nnunet_logger
+
+        self._wandb = nnunet_logger.wandb
         try:
             self._logger = nnunet_logger.WandbLogger(str(folder), resume)
-        except nnunet_logger.wandb.Error as error:
+        except self._wandb.Error as error:
             raise UserError(
                 f"Weights & Biases refuses a run ({error}): log in with wandb login, set nnUNet_wandb_mode to offline, "
                 f"or unset {SWITCH}."
@@ -37,7 +42,7 @@ class WandbTracker:
 
     def show(self, epoch: int, name: str, picture: Path) -> None:
         """Send a picture of an epoch."""
-        self._logger.log(name, nnunet_logger.wandb.Image(str(picture)), epoch)
+        self._logger.log(name, self._wandb.Image(str(picture)), epoch)
 
     def close(self) -> None:
         """Send what is left."""
@@ -60,6 +65,8 @@ def check_wandb() -> bool:
     """
     if not read_switch(SWITCH):
         return False
+    from nnunetv2.training.logging import nnunet_logger
+
     if nnunet_logger.wandb is None:
         raise UserError(f"{SWITCH} is on, but wandb is missing: pip install wandb, or unset the variable.")
     if dist.is_available() and dist.is_initialized() and dist.get_rank():
