@@ -40,6 +40,7 @@ KINDS = {  # by functions on the stack; the first kind that is found counts
 }
 SIDES, SPACING = (80, 512, 512), (0.8, 0.8, 2.0)  # of training cases: voxels z y x, mm x y z
 LARGE, FINE = (300, 512, 512), (0.7, 0.7, 1.25)  # of the scan to predict
+NETWORK = "--size XS --token 16 --decoder upscale --batch_size 2 --mirroring none"  # one that predicts in a minute
 MODEL = "600 3d_fullres 0 -p Small -tr nnUNetTrainerViTScratch -device cpu"
 
 
@@ -113,7 +114,7 @@ def make(folder: Path) -> None:
     (raw / "dataset.json").write_text(json.dumps(description | {"numTraining": 5, "file_ending": ".nii.gz"}))
     for command in (
         "nnUNetv2_plan_and_preprocess -d 600 -c 3d_fullres -np 1",
-        "mae3d_plan -d 600 -o Small --size XS --token 16 --decoder upscale --epochs 1 --iterations 2 --batch_size 2 --mirroring none",
+        f"mae3d_plan -d 600 -o Small {NETWORK} --epochs 1 --iterations 2",
         f"nnUNetv2_train {MODEL}",
     ):
         subprocess.run(command.split(), check=True, env=os.environ | variables(folder))
