@@ -239,6 +239,24 @@ def test_sgd_has_nnunets_weights_of_resolutions():
     torch.testing.assert_close(loss(logits[:1], target), parts[0])
 
 
+def test_the_time_of_a_command_is_divided_by_what_it_was_spent_on():
+    imports = "_find_and_load (<frozen importlib._bootstrap>:1360)"
+    samples = [
+        f"process 1;<module> (mae3d_quantify:8);{imports} 30",
+        "process 1;run (a.py:1);Module._call_impl (torch/nn/modules/module.py:9);linear (torch/nn/functional.py:1) 10",
+        "process 2;run_case_npy (default_preprocessor.py:1);resample_data_or_seg_to_shape (resampling.py:2) 4",
+        "process 2;export_prediction_from_logits (e.py:3);resample_data_or_seg_to_shape (resampling.py:2) 6",
+        "process 1;main (quantify.py:1);sorted (quantify.py:4) 2",
+    ]
+    assert import_module("shares").seconds_by_kind(samples) == {
+        "imports": 1.5,
+        "network": 0.5,
+        "preprocessing of images": 0.2,
+        "resampling and writing of predictions": 0.3,
+        "all else": 0.1,
+    }
+
+
 def test_calibration_gives_the_volumes_that_a_timid_network_misses():
     """Its probabilities are right in their order but a third of what they should be."""
     quality = import_module("quality")
