@@ -115,6 +115,15 @@ def test_measured_tables_stand_beside_their_command(page):
             assert re.search(r"python benchmarks/|mae3d_\w+ -", section), section.splitlines()[0]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_stand_between_empty_lines(page):
+    """A table that a replacement has put into a sentence is none."""
+    for paragraph in prose_of(page).split("\n\n"):
+        lines = paragraph.strip("\n").splitlines()
+        rows = [line for line in lines if line.lstrip().startswith("| ")]
+        assert not rows or (lines[0] == rows[0] and lines[1].startswith("|-") and len(rows) == len(lines) - 1), lines
+
+
 def test_every_page_is_in_the_index():
     index = (REPOSITORY / "docs" / "index.md").read_text()
     contents = index.split("```{toctree}")[1].split("```")[0].split()
