@@ -30,7 +30,7 @@ from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.evaluation.calibration_figures import agreement_figure, curve_figure, reliability_figure
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
 from nnunet_vit_mae.imaging.labels import as_labels
-from nnunet_vit_mae.imaging.volumes import NOT_FINITE, all_finite, refuse_large
+from nnunet_vit_mae.imaging.volumes import refuse_large
 from nnunet_vit_mae.nnunet.calibrated import record_folder, write_calibrated
 from nnunet_vit_mae.nnunet.folds import reference_segmentations, split_of, training_names
 from nnunet_vit_mae.nnunet.models import Model
@@ -219,8 +219,6 @@ def _read_reference(plan: Plan, file: Path) -> tuple[np.ndarray, Sequence[float]
     refuse_large([file])
     with reading(file):
         labels, properties = plan.plans.image_reader_writer_class().read_seg(str(file))
-        if not all_finite(labels, file):
-            raise UserError(f"{file} {NOT_FINITE}.")
         return as_labels(labels[0], file), properties["spacing"]
 
 
