@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +28,14 @@ from nnunet_vit_mae.imaging.volumes import Geometry
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.nnunet import quantification
 from nnunet_vit_mae.nnunet.calibrated import calibrated_head
+from nnunet_vit_mae.nnunet.calibration import development_cases, training_cases
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.members import MemberPredictor
 from nnunet_vit_mae.nnunet.models import find_model, model_hash
 from nnunet_vit_mae.nnunet.plans import classes_of
-from nnunet_vit_mae.nnunet.quantification import TrainingRange, thresholds_of, warnings_of
+from nnunet_vit_mae.nnunet.quantification import TrainingRange, refuse_other_content, thresholds_of, warnings_of
 from nnunet_vit_mae.nnunet.shared_models import untrained_network
+from nnunet_vit_mae.nnunet.training_range import read_training_volumes
 from nnunet_vit_mae.presets import DECODERS
 from nnunet_vit_mae.settings import Network
 from nnunet_vit_mae.storage.csv_tables import read_rows
@@ -266,6 +269,89 @@ def test_probabilities_of_an_older_checkpoint_are_not_taken(model, monkeypatch):
     assert not (model / "calibration_fold_1" / "images").exists()
 
 
+FINAL = "checkpoint_final.pth"
+
+
+def train_again(file):
+    checkpoint = torch.load(file, weights_only=False)
+    checkpoint["network_weights"]["decoder.seg_layers.0.bias"] += 1
+    torch.save(checkpoint, file)
+
+
+@pytest.fixture
+def predicted(monkeypatch):
+    """The commands that nnU-Net was asked for; each expected segmentation is there at once, empty."""
+    commands = []
+
+    def note(command, expected, _):
+        commands.append(command)
+        for file in expected:
+            if file.is_file():  # nnU-Net is told to go on
+                continue
+            file.parent.mkdir(parents=True, exist_ok=True)
+            sitk.WriteImage(sitk.Image(4, 4, 4, sitk.sitkUInt8), str(file))
+            file.with_name(file.name.replace(".nii.gz", ".npz")).touch()
+
+    monkeypatch.setattr("nnunet_vit_mae.nnunet.prediction._run", note)
+    return commands
+
+
+def test_predictions_of_another_model_or_folder_are_not_taken(model, in_workspace, predicted, tmp_path):
+    images, labels = in_workspace.raw / "imagesTs", in_workspace.raw / "labelsTs"
+    shutil.copytree(images, tmp_path / "images")
+
+    def predict(fold, images):
+        before = len(predicted)
+        chosen = model_of(fold, checkpoint=FINAL)
+        development_cases(chosen, images, labels, "cpu", allow_training_cases=False)
+        return len(predicted) - before
+
+    train_again(model / "fold_1" / FINAL)  # both are the same at first
+    assert [predict("0", images), predict("0", images)] == [1, 0]
+    assert [predict("1", images), predict("1", images)] == [1, 0]
+    assert [predict("1", tmp_path / "images"), predict("0", tmp_path / "images")] == [1, 1]
+
+
+def test_scans_that_were_replaced_are_predicted_again(model, in_workspace, predicted):
+    images, labels = in_workspace.raw / "imagesTs", in_workspace.raw / "labelsTs"
+    chosen = model_of("0", checkpoint=FINAL)
+    development_cases(chosen, images, labels, "cpu", allow_training_cases=False)
+    segmentations = model / "calibration" / "predictions"
+    later = 2 * (segmentations / "test_0.nii.gz").stat().st_mtime
+    os.utime(images / "test_0_0001.nii.gz", (later, later))
+    development_cases(chosen, images, labels, "cpu", allow_training_cases=False)
+    assert len(predicted) == 2
+
+
+def test_volumes_of_scans_that_were_replaced_are_not_reported(model, scans, tmp_path, predicted):
+    table = tmp_path / "volumes.csv"
+    pretend_to_predict(table, scans)
+    quantify(scans, table)
+    assert not predicted
+    image = next(scans.iterdir())
+    os.utime(image, (2 * time.time(), 2 * time.time()))
+    quantify(scans, table)
+    assert len(predicted) == 1
+    with table.open() as stream:
+        volumes = {row["case"]: float(row["volume_mm3"]) for row in csv.DictReader(stream)}
+    assert [case for case, volume in volumes.items() if volume == 0] == [image.name[: -len("_0000.nii.gz")]]
+
+
+def test_held_out_cases_are_never_calibrated_on(model, in_workspace, predicted):
+    hold_out(in_workspace, "train_1")
+    cases = training_cases(model_of("0", checkpoint=FINAL), "cpu")
+    assert [case.name for case in cases] == [f"train_{number}" for number in (0, 2, 3, 4, 5)]
+
+
+def test_a_threshold_of_a_checkpoint_that_was_trained_again_is_refused(model):
+    calibrate()
+    assert thresholds_of(model_of("0", "1"))
+    train_again(model / "fold_1" / FINAL)
+    with pytest.raises(UserError, match=r"fold_1.checkpoint_final.pth is not the checkpoint that .* was made from"):
+        thresholds_of(model_of("0", "1"))
+    assert thresholds_of(model_of("0"))  # which has not changed
+
+
 def test_mistakes_in_calibrating_get_a_sentence(model, in_workspace, refused, tmp_path):
     def refuse(*flags, folds=("0",)):
         return refused(calibrate_command.main, *f"-d 901 -tr {TRAINER} -device cpu -f".split(), *folds, *flags)
@@ -381,10 +467,13 @@ def test_from_validation_cases_to_the_intervals_of_new_ones(with_networks, in_wo
     quantify_command.main(new)  # at the level 0.9, for which two cases are too few
     assert {file: file.stat().st_mtime_ns for file in maps.iterdir()} == written  # nothing is predicted twice
     assert {row["volume_high_mm3"] for row in read_rows(table)} == {""}
-    file.write_text(json.dumps({key: value for key, value in record.items() if key != "uncertainty"}))
-    with pytest.raises(SystemExit):
-        quantify_command.main(new)
-    assert "knows nothing of uncertainty: run mae3d_calibrate with -f 0 --uncertainty" in capsys.readouterr().err
+    for key, reason in {"shifts": "has no shift of blob", "uncertainty": "knows nothing of uncertainty"}.items():
+        file.write_text(json.dumps({name: value for name, value in record.items() if name != key}))
+        with pytest.raises(SystemExit):
+            quantify_command.main(new)
+        message = capsys.readouterr().err
+        assert reason in message
+        assert "run mae3d_calibrate with -f 0 --uncertainty" in message
 
 
 # ---------- quantification
@@ -460,9 +549,56 @@ def test_volumes_are_those_of_the_segmentations(model, in_workspace, scans, tmp_
         assert row["risk_group"] == ("no", "low", "moderate", "high")[quartile]
         outside = not training[0] <= volume <= training[-1]
         assert ("volume outside" in row["warnings"]) == outside
-    assert json.loads((model / "training_volumes.json").read_text())["blob"] == pytest.approx(
+    assert json.loads((model / "training_volumes.json").read_text())["volumes"]["blob"] == pytest.approx(
         [VOXEL * blob(number)[1].sum() for number in range(6)]
     )
+
+
+def training_volumes():
+    return read_training_volumes(model_of("0", checkpoint="checkpoint_final.pth"))
+
+
+def expected_volumes(*numbers):
+    return {"blob": pytest.approx([VOXEL * blob(number)[1].sum() for number in numbers])}
+
+
+def hold_out(workspace, *names):
+    record = {"test": list(names), "left_out": []}
+    (workspace.preprocessed / "split.json").write_text(json.dumps(record))
+
+
+def test_cases_held_out_for_testing_say_nothing_about_training(model, in_workspace):
+    hold_out(in_workspace, "train_1", "train_4")
+    assert training_volumes() == expected_volumes(0, 2, 3, 5)
+    hold_out(in_workspace, "train_0", "train_5")  # as many, but others
+    assert training_volumes() == expected_volumes(1, 2, 3, 4)
+    hold_out(in_workspace, *(f"train_{number}" for number in range(6)))
+    assert training_volumes() == expected_volumes(1, 2, 3, 4)  # no labels, so what is known stays
+    (model / "training_volumes.json").unlink()
+    assert training_volumes() == {}
+
+
+def test_training_volumes_are_read_again_when_cases_are_added(model, in_workspace):
+    assert training_volumes() == expected_volumes(*range(6))
+    file = model / "training_volumes.json"
+    written = file.stat().st_mtime_ns
+    training_volumes()
+    assert file.stat().st_mtime_ns == written
+    references = in_workspace.preprocessed / "gt_segmentations"
+    shutil.copy(references / "train_2.nii.gz", references / "train_6.nii.gz")
+    assert training_volumes() == expected_volumes(*range(6), 2)
+
+
+def test_training_volumes_of_earlier_versions_are_read(model):
+    """They do not say of which cases they are: if there are as many, they stay."""
+    file = model / "training_volumes.json"
+    for known in ([1.0] * 6, [1.0] * 5):
+        file.write_text(json.dumps({"blob": known}))
+        found = training_volumes()
+        assert found == ({"blob": known} if len(known) == 6 else expected_volumes(*range(6)))
+    file.write_text(json.dumps({"blob": [1.0, 2.0]}))
+    (model / "card.json").write_text("{}")  # as mae3d_import leaves it: the labels here are not those of the model
+    assert training_volumes() == {"blob": [1.0, 2.0]}
 
 
 def test_parts_together_are_the_whole(model, in_workspace, scans, tmp_path):
@@ -477,6 +613,29 @@ def test_parts_together_are_the_whole(model, in_workspace, scans, tmp_path):
     assert table.read_text() == whole
 
 
+def test_parts_of_two_models_are_not_joined(model, in_workspace, scans, tmp_path, caplog):
+    table, part = tmp_path / "volumes.csv", ("-num_parts", "2", "-part_id")
+    pretend_to_predict(table, scans)
+    for number in "01":
+        quantify(scans, table, *part, number)
+    table.unlink()
+    shutil.rmtree(tmp_path / "volumes_segmentations")
+    file = model / "fold_0" / "checkpoint_final.pth"
+    torch.save(torch.load(file) | {"trained": "anew"}, file)
+    pretend_to_predict(table, scans)
+    quantify(scans, table, *part, "0")
+    assert not table.exists()
+    assert "volumes_part1of2.csv: made with another model than this part" in caplog.text
+    quantify(scans, table, *part, "1")
+    assert {row["model"] for row in read_rows(table)} == {model_hash(model_of("0", checkpoint="checkpoint_final.pth"))}
+
+
+def test_a_part_that_is_writing_its_note_does_not_stop_another(tmp_path):
+    refuse_other_content(tmp_path / "none", {"model": "a"}, "others")
+    (tmp_path / ".123.model.json").touch()
+    refuse_other_content(tmp_path, {"model": "a"}, "others")
+
+
 def test_mistakes_in_quantifying_get_a_sentence(model, in_workspace, scans, refused, tmp_path):
     def refuse(*flags, output="volumes.csv", images=scans):
         call = f"-d 901 -tr {TRAINER} -device cpu -i {images} -o {tmp_path / output}"
@@ -485,6 +644,7 @@ def test_mistakes_in_quantifying_get_a_sentence(model, in_workspace, scans, refu
     assert "is not a file name that ends in .csv" in refuse(output="volumes.xlsx")
     assert "-part_id 2 is not one of the parts 0 to 1" in refuse("-num_parts", "2", "-part_id", "2")
     assert "There are no images" in refuse(images=tmp_path / "nowhere")
+    assert "--coverage is for intervals of volumes: add --uncertainty" in refuse("--coverage", "0.9")
     work = tmp_path / "volumes_segmentations"
     assert not work.exists()
     work.mkdir()

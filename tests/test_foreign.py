@@ -295,20 +295,18 @@ def monai_features(network: nn.Module, volume: Tensor) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:torch.meshgrid")
-@pytest.mark.parametrize("grid", [(3, 3, 3), (2, 3, 4)])  # z y x
 @pytest.mark.parametrize("projection", ["conv", "perceptron"])
 @pytest.mark.parametrize("kind", [ViT, MaskedAutoEncoderViT])
 @pytest.mark.parametrize("options", [{}, {"qkv_bias": True, "pos_embed_type": "learnable"}], ids=["default", "biases"])
-def test_features_are_those_of_monai(grid, projection, kind, options):
-    z, y, x = (SIDE * tokens for tokens in grid)
+def test_features_are_those_of_monai(projection, kind, options):
     sizes = {"hidden_size": WIDTH, "mlp_dim": 4 * WIDTH - 50, "num_layers": DEPTH, "num_heads": HEADS}
     if kind is MaskedAutoEncoderViT:
         sizes |= {"decoder_hidden_size": WIDTH, "decoder_num_layers": 1, "decoder_num_heads": HEADS}
         if "pos_embed_type" not in options:
             options = options | {"pos_embed_type": "sincos"}
-    network = scrambled(kind(2, (x, y, z), SIDE, proj_type=projection, **sizes, **options))
-    conversion = monai_vit.convert_monai_vit(network.state_dict(), grid=grid[::-1])
-    volume = volume_of(grid, channels=2)
+    network = scrambled(kind(2, (3 * SIDE,) * 3, SIDE, proj_type=projection, **sizes, **options))
+    conversion = monai_vit.convert_monai_vit(network.state_dict())
+    volume = volume_of((3, 3, 3), channels=2)
     assert_equal_features(encoder_from(conversion).encode(volume, ()).tokens, monai_features(network, volume))
 
 
@@ -317,6 +315,13 @@ def test_positions_of_monai_that_fill_no_cube_are_left_out_and_said():
     conversion = monai_vit.convert_monai_vit(network.state_dict())
     assert conversion.network["learned_positions"] == []
     assert any("24 fill no cube" in note for note in conversion.notes)
+
+
+def test_positions_of_monai_that_are_taken_for_a_cubes_are_said():
+    network = ViT(1, (2 * SIDE, 4 * SIDE, 8 * SIDE), SIDE, WIDTH, 4 * WIDTH, DEPTH, HEADS)
+    conversion = monai_vit.convert_monai_vit(network.state_dict())
+    assert conversion.network["learned_positions"] == [4, 4, 4]
+    assert any("64 positions are taken for a cube of 4 x 4 x 4 tokens" in note for note in conversion.notes)
 
 
 # ---------- parts

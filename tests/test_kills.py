@@ -204,6 +204,12 @@ def test_conversion_goes_on(tmp_path, killer):
     kill_until_done(killer("convert", 8), output, arguments)
 
 
+def test_preprocessing_goes_on(workspace: Workspace, killer):
+    """A killed job keeps nobody out."""
+    output = workspace.preprocessed / "nnUNetPlans_3d_fullres_unlabelled"
+    kill_until_done(killer("preprocess", 4, workspace.environment), output, ["-d", "901"])
+
+
 def test_cropping_goes_on(tmp_path, killer):
     images, output = tmp_path / "scans", tmp_path / "Dataset903_Region"
     images.mkdir()

@@ -15,16 +15,26 @@ from nnunet_vit_mae.cli import preprocess as preprocess_command
 from nnunet_vit_mae.cli import pretrain as pretrain_command
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.nnunet.folders import find_dataset
-from nnunet_vit_mae.nnunet.folds import pretraining_cases, split_of
+from nnunet_vit_mae.nnunet.folds import labelled_cases, pretraining_cases, reference_segmentations, split_of
 from nnunet_vit_mae.nnunet.plans import load_plan, read_recipe, schedule_of, settings_of
-from nnunet_vit_mae.nnunet.preprocessing import _preprocess_case
+from nnunet_vit_mae.nnunet.preprocessing import _preprocess_case, resampled_problem
 from nnunet_vit_mae.settings import Settings
+from nnunet_vit_mae.storage.files import locked
 
 pytestmark = pytest.mark.slow
 
 
-def tiny_plan(name="nnUNetPlans"):
-    return load_plan(find_dataset("901"), name, "3d_fullres")
+def tiny_plan(name="nnUNetPlans", configuration="3d_fullres"):
+    return load_plan(find_dataset("901"), name, configuration)
+
+
+def add_2d(workspace, **changes):
+    """Add a 2D configuration to the plans: slices along the first axis of the plans, at another spacing."""
+    file = workspace.preprocessed / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    flat = {"patch_size": [18, 22], "spacing": [0.8, 1.1], "data_identifier": "nnUNetPlans_2d"}
+    configurations = {"2d": plans["configurations"]["3d_fullres"] | flat}
+    file.write_text(json.dumps(plans | {"configurations": plans["configurations"] | configurations} | changes))
 
 
 def test_plans_keep_the_baselines_files_and_leave_the_source_alone(in_workspace, capsys):
@@ -113,10 +123,7 @@ def test_recipes_are_valid(name):
 )
 def test_mistakes_in_planning_get_one_sentence(in_workspace, refused, arguments, reason):
     if "2d" in arguments:
-        file = in_workspace.preprocessed / "nnUNetPlans.json"
-        plans = json.loads(file.read_text())
-        flat = plans["configurations"]["3d_fullres"] | {"patch_size": [18, 22], "spacing": [1.0, 1.0]}
-        file.write_text(json.dumps(plans | {"configurations": plans["configurations"] | {"2d": flat}}))
+        add_2d(in_workspace)
     before = sorted(file.name for file in in_workspace.preprocessed.iterdir())
     assert reason in refused(plan_command.main, *arguments.split())
     assert sorted(file.name for file in in_workspace.preprocessed.iterdir()) == before
@@ -147,6 +154,27 @@ def test_unlabelled_images_get_the_labelled_ones_preprocessing(in_workspace, cap
     labelled = blosc2.open(str(plan.preprocessed_folder / "train_0.b2nd"))[:]
     assert twin.dtype == labelled.dtype
     assert np.array_equal(twin, labelled)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
+def test_a_2d_configuration_preprocesses_the_pool_as_nnunet_does(in_workspace, capsys, order):
+    """Slices keep their own spacing, which is that along the first axis of the plans."""
+    add_2d(in_workspace, transpose_forward=order, transpose_backward=np.argsort(order).tolist())
+    preprocess_command.main("-d 901 -c 2d -np 1".split())
+    assert "3 of 3 unlabelled cases" in capsys.readouterr().out
+    plan = tiny_plan(configuration="2d")
+    files = [str(file) for file in sorted((in_workspace.raw / "imagesUn").glob("pool_0_*"))]
+    expected, _, _ = plan.configuration.preprocessor_class(verbose=False).run_case(
+        files, None, plan.plans, plan.configuration, plan.dataset_json
+    )
+    assert np.array_equal(blosc2.open(str(plan.unlabelled_folder / "pool_0.b2nd"))[:], expected)
+
+
+def test_slices_of_a_2d_configuration_that_grow_too_large_are_found(in_workspace):
+    add_2d(in_workspace)
+    plan = tiny_plan(configuration="2d")
+    assert resampled_problem(plan, (9, 512, 512), (1e-3, 0.8, 1.1)) is None
+    assert "at the spacing of the plans it" in (resampled_problem(plan, (9, 512, 512), (1.0, 800.0, 1100.0)) or "")
 
 
 def test_bad_images_are_named_and_the_others_done_then_the_rest_on_a_second_call(in_workspace, capsys):
@@ -203,6 +231,33 @@ def test_a_case_whose_process_is_killed_is_named_and_the_others_are_done(in_work
     assert [file.name for file in tiny_plan().unlabelled_folder.glob("*.b2nd")] == ["pool_1.b2nd"]
 
 
+def test_a_second_job_is_refused_and_leaves_the_files_of_the_first(in_workspace, refused):
+    folder = tiny_plan().unlabelled_folder
+    folder.mkdir()
+    unfinished = folder / ".123.pool_0.b2nd"
+    unfinished.write_bytes(b"half")
+    with locked(folder):
+        message = refused(preprocess_command.main, *"-d 901 -np 1".split())
+        assert f"Another process is writing to {folder}: wait until it has finished" in message
+        assert unfinished.exists()
+    preprocess_command.main("-d 901 -np 1".split())
+    assert not unfinished.exists()
+
+
+def test_a_job_keeps_others_out_until_its_last_case(in_workspace, monkeypatch):
+    seen = []
+
+    def preprocess(*arguments):
+        with pytest.raises(UserError, match="Another process is writing to"), locked(tiny_plan().unlabelled_folder):
+            pytest.fail("two at a time")
+        seen.append(arguments[-1][0])
+        return _preprocess_case(*arguments)
+
+    monkeypatch.setattr("nnunet_vit_mae.nnunet.preprocessing._preprocess_case", preprocess)
+    preprocess_command.main("-d 901 -np 1".split())
+    assert sorted(seen) == ["pool_0", "pool_1", "pool_2"]
+
+
 def test_a_change_of_plans_makes_the_pool_anew(in_workspace, capsys):
     preprocess_command.main("-d 901 -np 1".split())
     file = in_workspace.preprocessed / "nnUNetPlans.json"
@@ -243,7 +298,17 @@ def test_a_file_of_splits_that_is_none_is_refused(in_workspace, content):
 def test_an_unlabelled_pool_that_was_forgotten_is_mentioned(in_workspace, caplog):
     assert len(pretraining_cases(tiny_plan(), "all")) == 6
     assert "3 unlabelled images" in caplog.text
-    assert "mae3d_preprocess -d 901" in caplog.text
+    assert "run mae3d_preprocess -d 901 -c 3d_fullres -p nnUNetPlans first" in caplog.text
+
+
+def test_advice_to_preprocess_names_configuration_and_plans(in_workspace):
+    add_2d(in_workspace)
+    shutil.copy(in_workspace.preprocessed / "nnUNetPlans.json", in_workspace.preprocessed / "Mine.json")
+    plan = tiny_plan("Mine", "2d")
+    shutil.rmtree(in_workspace.preprocessed / "gt_segmentations")
+    for read in (labelled_cases, reference_segmentations):
+        with pytest.raises(UserError, match="run nnUNetv2_preprocess -d 901 -c 2d -plans_name "):
+            read(plan)
 
 
 @pytest.mark.parametrize(

@@ -266,6 +266,33 @@ def test_taps_of_other_plans_survive_what_does_not_touch_the_network(plan, tmp_p
     assert plan("-p First --epochs 3 -gpu_memory_target 1000")[2].network.taps == (1, 2)
 
 
+@pytest.mark.parametrize("flags", ["--epochs 3", "--upsampling transposed", "--token 16 --size XS --decoder unetr"])
+def test_taps_of_plans_with_an_encoder_survive_what_leaves_the_blocks(plan, tmp_path, encoder_of, flags):
+    file = recipe(tmp_path, {"decoder": "unetr", "taps": [1, 2, 4]})
+    plan(f"--recipe {file} --encoder {encoder_of(token=[16, 16, 16])}", "First")
+    rows, _, settings = plan(f"-p First {flags}")
+    assert settings.encoder.file
+    assert settings.network.taps == (1, 2, 4)
+    assert rows["taps"][0] == "1, 2, 4"
+
+
+def test_taps_of_other_plans_survive_another_way_of_upsampling(plan, tmp_path):
+    file = recipe(tmp_path, {"size": "XS", "token": [8, 8, 8], "decoder": "unetr", "taps": [1, 2]})
+    plan(f"--recipe {file}", "First")
+    network = plan("-p First --upsampling transposed")[2].network
+    assert (network.taps, network.upsampling) == ((1, 2), "transposed")
+
+
+@pytest.mark.parametrize(
+    ("flags", "tapped"), [("--size S", (4, 7, 10)), ("--decoder sfpn", ()), ("--adaptive", (2, 3, 4))]
+)
+def test_taps_of_other_plans_are_reset_by_another_network(plan, tmp_path, flags, tapped):
+    file = recipe(tmp_path, {"size": "XS", "token": [8, 8, 8], "decoder": "unetr", "taps": [1, 2]})
+    plan(f"--recipe {file}", "First")
+    network = plan(f"-p First {flags}")[2].network
+    assert (network.taps, network.tapped_blocks) == ((), tapped)
+
+
 def test_taps_of_other_plans_are_reset_by_another_token(plan, tmp_path):
     file = recipe(tmp_path, {"size": "XS", "token": [8, 8, 8], "decoder": "unetr", "taps": [1, 2]})
     plan(f"--recipe {file}", "First")

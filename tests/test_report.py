@@ -398,6 +398,7 @@ def test_images_that_do_not_fit_are_refused(example, tmp_path):
         ("[]", "must be an object"),
         ('{"thresholds": {"a": "high"}}', "thresholds.a is 'high'"),
         ('{"thresholds": {"a": 0.5}, "before": {"a": 3}}', "before.a is 3"),
+        ('{"thresholds": {"a": 0.5}, "shifts": {"a": "far"}}', "shifts.a is 'far'"),
     ],
 )
 def test_calibrations_that_are_none(text, reason, tmp_path):

@@ -18,7 +18,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from safetensors.torch import load, save
 
 from nnunet_vit_mae.cli import export_model, import_model
-from nnunet_vit_mae.nnunet import importing
+from nnunet_vit_mae.nnunet import importing, training_range
 from nnunet_vit_mae.nnunet.shared_models import OUR_TRAINERS, read_weights, weights_content
 from nnunet_vit_mae.storage.archives import FORMAT
 
@@ -139,6 +139,7 @@ def test_nnunet_predicts_the_same_elsewhere(trainer, site, archives, elsewhere):
         assert torch.equal(one, other)
     assert not torch.equal(*after[0])
     assert not [file for file in folder.parent.iterdir() if file.name.startswith(".") and file.is_dir()]
+    assert (folder / training_range.IMPORTED).is_file()
     assert "already exists: add --overwrite" in elsewhere.call("mae3d_import", str(archive), code=2).stderr
     (folder / "note.txt").write_text("mine")
     elsewhere.call("mae3d_import", str(archive), "--overwrite")
@@ -186,6 +187,7 @@ def test_calibration_moves_without_names_of_cases(site, results, tmp_path, capsy
     shutil.copy(folder / "fold_0" / "checkpoint_final.pth", folder / "fold_0" / "checkpoint_calibrated.pth")
     name = "fold_0/checkpoint_calibrated.pth"
     record = {"thresholds": {"blob": 0.25}, "before": {}, "after": {}, "cases": [{"case": "Mueller", "fold": "0"}]}
+    record["shifts"] = {"blob": 1.5}
     record["uncertainty"] = {"cases": [{"case": "Mueller", "label": "blob"}]}
     record["checkpoints"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()}
     (folder / "calibration.json").write_text(json.dumps(record))
@@ -195,6 +197,11 @@ def test_calibration_moves_without_names_of_cases(site, results, tmp_path, capsy
         export_model.main([*flags, "-o", str(file), *more])
         assert (b"Mueller" in file.read_bytes()) == bool(more)
     assert "already exists: give a new file" in capture(export_model.main, capsys, *flags, "-o", str(file))
+    for shifts, reason in (({}, "has no shift of blob"), ({"blob": "far"}, "shifts.blob is 'far'")):
+        members = members_of(tmp_path / "0.zip")
+        edited("calibration.json", lambda content, shifts=shifts: content | {"shifts": shifts})(members)
+        write(tmp_path / "bad.zip", members)
+        assert reason in capture(import_model.main, capsys, str(tmp_path / "bad.zip"), "-o", str(results))
     import_model.main([str(tmp_path / "0.zip"), "-o", str(results)])
     installed = json.loads((model_folder(results, TRAINERS[0]) / "calibration.json").read_text())
     assert installed["thresholds"] == {"blob": 0.25}

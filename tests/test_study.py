@@ -21,7 +21,7 @@ from nnunet_vit_mae.settings import Settings
 from nnunet_vit_mae.study import comparisons, costs, workflow
 from nnunet_vit_mae.study.arms import ARMS, arms_from, arms_to_json, choose_arms, encoder_recipe, scratch_pairs
 from nnunet_vit_mae.study.comparisons import Question, Variant
-from nnunet_vit_mae.study.design import StudyDesign, StudyModel, check_unchanged
+from nnunet_vit_mae.study.design import StudyDesign, StudyModel, check_unchanged, refuse_plans_of_others
 from nnunet_vit_mae.study.figures import training_figure
 from nnunet_vit_mae.study.report import write_study_report
 from nnunet_vit_mae.study.results import measure_study
@@ -187,6 +187,38 @@ def test_a_study_is_continued_with_the_same_choices_only(tmp_path):
         check_unchanged(replace(study, few=(10,)))
     with pytest.raises(UserError, match="another arm vit"):
         check_unchanged(replace(study, arms={"vit": replace(ARMS["vit"], recipe={"network": {"size": "M"}})}))
+
+
+def test_a_study_does_not_take_the_plans_of_another_folder_with_the_same_name(tmp_path):
+    """Its recipes say which plans are its own, also when arms and seeds are added."""
+    study = study_of(tmp_path / "a", "unet", "vit", preprocessed_folder=str(tmp_path))
+    twin = replace(study, output=str(tmp_path / "b" / "my study"))
+    refuse_plans_of_others(study)
+    (tmp_path / "my_study_b_unet_s0.json").touch()  # of a folder "my study b"
+    refuse_plans_of_others(study)
+    assert sorted(study.recipe_files.values()) == sorted(study.recipes())
+    for name, recipe in study.recipe_files.items():
+        recipe.parent.mkdir(parents=True, exist_ok=True)
+        recipe.touch()
+        (tmp_path / f"{name}.json").touch()
+    refuse_plans_of_others(study)
+    refuse_plans_of_others(replace(study, seeds=5, arms=choose_arms(["unet", "vit", "scratch"])))
+    for arms in (["unet"], ["vit"]):
+        with pytest.raises(UserError, match="another name of the folder with -o"):
+            refuse_plans_of_others(replace(twin, arms=choose_arms(arms)))
+    for seed in range(2):
+        (tmp_path / f"my_study_vit_s{seed}.json").unlink()
+    with pytest.raises(UserError, match=r"my_study_encoder_vit\.json was not made by the study in"):
+        refuse_plans_of_others(replace(twin, arms=choose_arms(["vit"])))
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("study", "study"), ("2026_study", "study_2026_study"), ("7 T", "study_7_T"), ("_a", "_a")]
+)
+def test_plans_of_a_study_have_names_that_mae3d_plan_takes(tmp_path, folder, name):
+    study = study_of(tmp_path, output=str(tmp_path / folder))
+    assert study.name == name
+    assert all(plans.isidentifier() for plans in study.recipe_files)
 
 
 # ---------- progress
@@ -386,9 +418,16 @@ def test_an_ensemble_is_calibrated_on_the_mean_of_its_members(planned, tmp_path,
     np.testing.assert_array_equal(
         sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "test_0.nii.gz"))), labels
     )
-    put(tmp_path / "vit", "train_1", np.where(labels == 1, 0.1, 0.1))
+    members = [tmp_path / "unet", tmp_path / "vit"]
+    put(members[1], "train_0", np.full_like(labels[1:], 0.1, dtype=np.float32))
+    with pytest.raises(UserError, match=r"unet.train_0.npz and .*vit.train_0.npz differ in their voxels"):
+        calibrate_ensemble(plan, members, tmp_path / "test", tmp_path / "out")
+    put(members[0], "train_0", np.full_like(labels[1:], 0.1, dtype=np.float32))
+    with pytest.raises(UserError, match=r"unet.train_0.npz has .* voxels, but .*train_0.nii.gz has"):
+        calibrate_ensemble(plan, members, tmp_path / "test", tmp_path / "out")
+    put(members[1], "train_1", np.where(labels == 1, 0.1, 0.1))
     with pytest.raises(UserError, match="different cases"):
-        calibrate_ensemble(plan, [tmp_path / "unet", tmp_path / "vit"], tmp_path / "test", tmp_path / "out")
+        calibrate_ensemble(plan, members, tmp_path / "test", tmp_path / "out")
 
 
 # ---------- the command
@@ -406,6 +445,9 @@ def test_bad_input_gets_one_sentence(in_workspace, tmp_path, refused, monkeypatc
     assert "no configuration 4d" in refused(command.main, *known, "-c", "4d")
     assert "study.json is missing" in refused(command.main, *common, "--step", "report")
     assert "pip install snakemake-executor-plugin-nowhere" in refused(command.main, *known, "--executor", "nowhere")
+    plans = in_workspace.preprocessed / "study_unet_s0.json"
+    plans.touch()
+    assert f"{plans} was not made by the study in {tmp_path / 'study'}" in refused(command.main, *known)
     monkeypatch.setattr(workflow, "find_spec", lambda name: None)
     assert 'pip install "nnunet-vit-mae[study]"' in refused(command.main, *known)
     assert not (tmp_path / "study").exists()
@@ -421,7 +463,13 @@ def test_choices_can_stand_in_a_file(in_workspace, tmp_path, refused):
     assert (list(study.arms), study.few, study.seeds, study.development) == (["unet", "mine"], (2,), 1, 0.34)
     assert study.recipe["network"]["size"] == "XS"
     assert (study.unlabelled, study.preprocessed, study.test) == (True, True, 0)
-    for wrong, message in (({"sise": 3}, "unknown choice sise"), ({"few": 3}, "wrong type"), ([], "object of choices")):
+    for wrong, message in (
+        ({"sise": 3}, "unknown choice sise"),
+        ({"few": 3}, "wrong type"),
+        ([], "object of choices"),
+        ({"device": "gpu"}, f"{file} has device = 'gpu': choose from cuda, cpu."),
+        ({"device": 0}, "has device = 0: choose from cuda, cpu"),
+    ):
         file.write_text(json.dumps(wrong))
         assert message in refused(command.main, "-o", str(tmp_path / "study"), "--config", str(file))
 

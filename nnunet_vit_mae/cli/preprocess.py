@@ -21,14 +21,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nnunet_vit_mae.nnunet.folders import find_dataset
     from nnunet_vit_mae.nnunet.plans import load_plan
     from nnunet_vit_mae.nnunet.preprocessing import preprocess_unlabelled, raw_unlabelled_cases
+    from nnunet_vit_mae.storage.files import locked
 
     plan = load_plan(find_dataset(args.dataset), args.plans, args.configuration)
-    to_do, outcomes = preprocess_unlabelled(plan, args.processes)
-    failed = [
-        outcome
-        for outcome in with_progress(outcomes, total=to_do, unit="case", desc="preprocessing")
-        if outcome.problem
-    ]
+    with locked(plan.unlabelled_folder):
+        to_do, outcomes = preprocess_unlabelled(plan, args.processes)
+        shown = with_progress(outcomes, total=to_do, unit="case", desc="preprocessing")
+        failed = [outcome for outcome in shown if outcome.problem]
 
     total = len(raw_unlabelled_cases(plan))
     print(f"{total - len(failed)} of {total} unlabelled cases are in {plan.unlabelled_folder} ({to_do} were to do).")

@@ -53,16 +53,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="cutoffs between risk groups (default: quartiles)",
     )
     add("--uncertainty", action="store_true", help="add intervals of volumes, expected Dice, and maps of disagreement")
-    add("--coverage", type=share, default=0.9, metavar="SHARE", help="share of the intervals to hold the true volume")
+    help_ = "share of the intervals to hold the true volume (default: 0.9)"
+    add("--coverage", type=share, metavar="SHARE", help=help_)
     add("-num_parts", type=positive_int, default=1, metavar="N", help="number of parts to divide the cases into")
     add("-part_id", type=whole_number, default=0, metavar="K", help="part to process here, from 0")
     add_device_argument(parser, "cuda")
     _add_dicom_arguments(parser)
     args = parser.parse_args(argv)
+    if args.coverage is not None and not args.uncertainty:
+        raise UserError("--coverage is for intervals of volumes: add --uncertainty, or leave it out.")
     _refuse_unusable_dicom(args)
 
     from nnunet_vit_mae.nnunet.models import find_model
     from nnunet_vit_mae.nnunet.quantification import Part, find_scans_to_quantify, quantify
+    from nnunet_vit_mae.nnunet.uncertainty import LEVEL
 
     device = usable_device(args.device).type
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -72,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = find_model(args.dataset, args.plans, args.configuration, **chosen)
     images, table = args.images.resolve(), args.table.resolve()
     options = {"cutoffs": sorted(args.cutoffs) if args.cutoffs else None, "device": device}
-    options["level"] = args.coverage if args.uncertainty else None
+    options["level"] = (args.coverage or LEVEL) if args.uncertainty else None
     if args.dicom:
         tables, unfinished = _quantify_dicom(model, images, table, part, args, options)
     else:

@@ -20,7 +20,7 @@ from nnunet_vit_mae.processes.signals import command
 from nnunet_vit_mae.storage.entries import read_entries
 from nnunet_vit_mae.storage.files import make_folder, read_json
 from nnunet_vit_mae.study.arms import ARMS, choose_arms, merged
-from nnunet_vit_mae.study.design import StudyDesign, check_unchanged, read_study
+from nnunet_vit_mae.study.design import StudyDesign, check_unchanged, read_study, refuse_plans_of_others
 
 if TYPE_CHECKING:
     from nnunet_vit_mae.nnunet.folders import Dataset
@@ -32,6 +32,7 @@ STEPS = {
 }
 DEFAULT_ARMS = ["unet", "vit", "scratch"]
 DEFAULT_TEST = 0.2
+DEVICES = ("cuda", "cpu")  # in a file of choices: argparse checks them of flags only
 
 
 @command("Steps that are done are kept, and the same command goes on with the others.")
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     refuse_missing_snakemake(args.executor)
     study = _study(args, output)
     check_unchanged(study)
+    refuse_plans_of_others(study)
     if args.dry_run:
         show_workflow(study)
         return
@@ -90,7 +92,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _read_choices(file: Path, known: dict[str, Any]) -> dict[str, Any]:
-    """Read the choices in a JSON file, which are checked as flags are."""
+    """Read the choices in a JSON file, which are checked as flags are. Raises `UserError` for a wrong one."""
     choices = read_json(file)
     allowed = sorted(set(known) - {"config", "step", "dry_run", "output"})
     if not isinstance(choices, dict):
@@ -106,6 +108,8 @@ def _read_choices(file: Path, known: dict[str, Any]) -> dict[str, Any]:
     lists = {name: value for name, value in choices.items() if isinstance(value, list)}
     if not all(type(number) is int and number > 0 for number in lists.get("few", [])):
         raise UserError(f"{file} has few = {lists['few']!r}: give numbers of patients above 0.")
+    if texts.get("device", DEVICES[0]) not in DEVICES:
+        raise UserError(f"{file} has device = {choices['device']!r}: choose from {', '.join(DEVICES)}.")
     for name in ("arms", "recipe"):
         if name in lists:
             lists[name] = [_beside(file, str(entry)) for entry in lists[name]]

@@ -1,8 +1,8 @@
-"""The record that `mae3d_calibrate` writes beside a model, as the report reads it."""
+"""The record that `mae3d_calibrate` writes beside a model: the one place where its content is checked."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,11 +18,15 @@ UNCERTAINTY = "uncertainty"  # its section on intervals of volumes and expected 
 
 
 @dataclass(frozen=True)
-class _Entries:
+class CalibrationEntries:
+    """What is checked of every record."""
+
     thresholds: dict[str, Annotated[FiniteFloat, Field(ge=0, le=1)]]
+    shifts: dict[str, FiniteFloat] = field(default_factory=dict)  # of logits; only uncertainty needs them
     before: dict[str, dict[str, Any]] = field(default_factory=dict)
     after: dict[str, dict[str, Any]] = field(default_factory=dict)
     checkpoints: dict[str, str] = field(default_factory=dict)  # hashes of the calibrated ones, by path in the model
+    made_from: dict[str, str] = field(default_factory=dict)  # hashes of those that were calibrated
 
 
 @dataclass(frozen=True)
@@ -51,5 +55,23 @@ def read_calibration(path: Path) -> CalibrationRecord:
         advice = f"give that of a fold ({of_folds})" if of_folds else "run mae3d_calibrate, or check --calibration"
         raise UserError(f"{file} is missing: {advice}.")
     content = read_json(file)
-    checked_entries(_Entries, content, str(file), f"give the {CALIBRATION_RECORD} that mae3d_calibrate wrote")
+    checked_entries(CalibrationEntries, content, str(file), f"give the {CALIBRATION_RECORD} that mae3d_calibrate wrote")
     return CalibrationRecord(content, file.parent)
+
+
+def shifts_of(content: Mapping[str, Any], labels: Iterable[str], source: str, advice: str) -> list[float]:
+    """Return the shift of the logit of each label.
+
+    Args:
+        content: The content of a record.
+        labels: The labels of the model.
+        source: What the error calls the record.
+        advice: The end of its sentence.
+
+    Raises:
+        UserError: If the content is not that of a record, or if a label has no shift.
+    """
+    shifts = checked_entries(CalibrationEntries, content, source, advice).shifts
+    if missing := [label for label in labels if label not in shifts]:
+        raise UserError(f"{source} has no shift of {missing[0]}, which its {UNCERTAINTY} needs: {advice}.")
+    return [shifts[label] for label in labels]

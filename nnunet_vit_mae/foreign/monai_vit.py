@@ -5,7 +5,7 @@ MONAI reads volumes as x y z, nnU-Net as z y x: kernels and positions are transp
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,12 +21,11 @@ POSITIONS = "patch_embedding.position_embeddings"
 CONVOLUTION, LINEAR = "patch_embedding.patch_embeddings", "patch_embedding.patch_embeddings.1"
 
 
-def convert_monai_vit(checkpoint: Mapping[str, Any], *, grid: Sequence[int] | None = None) -> ConvertedEncoder:
+def convert_monai_vit(checkpoint: Mapping[str, Any]) -> ConvertedEncoder:
     """Convert a ViT or the encoder of a masked autoencoder of MONAI.
 
     Args:
         checkpoint: A state dict, or a dictionary with one.
-        grid: Tokens along x y z of the learned positions; None: as many along each.
 
     Raises:
         UserError: The network is none that ours can express.
@@ -52,13 +51,15 @@ def convert_monai_vit(checkpoint: Mapping[str, Any], *, grid: Sequence[int] | No
 
     learned: list[int] = []
     side = cube_root(len(table))
-    grid = grid or ((side, side, side) if side else None)
-    if grid is None:
-        notes.append(f"Learned positions: {len(table)} fill no cube, sine-cosine ones take their place.")
+    if side:
+        tensors["position_table.values"] = rearrange(table, "(x y z) d -> z y x d", x=side, y=side, z=side).contiguous()
+        learned = [side] * 3
+        notes.append(
+            f"The grid of learned positions is not in a checkpoint: {len(table)} positions are taken for a cube of "
+            f"{side} x {side} x {side} tokens."
+        )
     else:
-        x, y, z = grid
-        tensors["position_table.values"] = rearrange(table, "(x y z) d -> z y x d", x=x, y=y, z=z).contiguous()
-        learned = [z, y, x]
+        notes.append(f"Learned positions: {len(table)} fill no cube, sine-cosine ones take their place.")
     registers = weights.take_if_there("cls_token")
     if registers is not None:
         tensors["register_tokens"] = registers.reshape(-1, width)

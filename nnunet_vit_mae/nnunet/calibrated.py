@@ -17,7 +17,7 @@ from torch import Tensor
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, CalibrationRecord, read_calibration
 from nnunet_vit_mae.nnunet.models import CALIBRATED, Model
-from nnunet_vit_mae.storage.files import replacing
+from nnunet_vit_mae.storage.files import inside, replacing
 from nnunet_vit_mae.storage.pickles import read_trained
 from nnunet_vit_mae.weights import file_hash
 
@@ -91,15 +91,28 @@ def read_calibration_of(model: Model) -> CalibrationRecord:
     record in the model's folder.
 
     Raises:
-        UserError: If there is no such record, or if the folds were calibrated one by one and share none.
+        UserError: If there is no such record, if the folds were calibrated one by one and share none, or if they were
+            trained again since.
     """
     hashes = {file.relative_to(model.folder).as_posix(): file_hash(file) for file in model.files}
     for folder in dict.fromkeys((record_folder(model), model.folder)):
         if (folder / CALIBRATION_RECORD).is_file():
             record = read_calibration(folder)
             if hashes.items() <= record.content.get("checkpoints", {}).items():
+                _refuse_outdated(model, record)
                 return record
     raise UserError(
         f"There is no {CALIBRATION_RECORD} in {record_folder(model)} that belongs to {' and '.join(hashes)}: run "
         f"mae3d_calibrate with -f {' '.join(model.folds)}, or name another checkpoint with -chk."
     )
+
+
+def _refuse_outdated(model: Model, record: CalibrationRecord) -> None:
+    """Raise `UserError` if a checkpoint that was calibrated has changed; records of earlier versions do not tell."""
+    for place, known in record.content.get("made_from", {}).items():
+        file = inside(model.folder, *place.split("/"), source=record.folder / CALIBRATION_RECORD)
+        if file.parent.name in {f"fold_{fold}" for fold in model.folds} and file.is_file() and file_hash(file) != known:
+            raise UserError(
+                f"{file} is not the checkpoint that {CALIBRATED} was made from: run mae3d_calibrate with "
+                f"-f {' '.join(model.folds)} again, or name a checkpoint with -chk."
+            )

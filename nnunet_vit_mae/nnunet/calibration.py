@@ -7,7 +7,8 @@ model is therefore an ordinary checkpoint, with which nnU-Net's own command pred
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from nnunet_vit_mae.calibration.temperature import (
     sample_voxels,
 )
 from nnunet_vit_mae.calibration.thresholds import Calibration, CaseVolumes, ThresholdCurve, fit_thresholds
-from nnunet_vit_mae.datasets.split.files import SPLITS
+from nnunet_vit_mae.datasets.split.files import SPLITS, read_split_record
 from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.evaluation.calibration_figures import agreement_figure, curve_figure, reliability_figure
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
@@ -33,15 +34,23 @@ from nnunet_vit_mae.imaging.labels import as_labels
 from nnunet_vit_mae.imaging.volumes import refuse_large
 from nnunet_vit_mae.nnunet.calibrated import record_folder, write_calibrated
 from nnunet_vit_mae.nnunet.folds import reference_segmentations, split_of, training_names
-from nnunet_vit_mae.nnunet.models import Model
+from nnunet_vit_mae.nnunet.models import Model, model_hash
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
-from nnunet_vit_mae.nnunet.prediction import find_prediction_cases, find_reference, open_probabilities, predict_cases
+from nnunet_vit_mae.nnunet.prediction import (
+    find_prediction_cases,
+    find_reference,
+    open_probabilities,
+    predict_cases,
+    remove_outdated,
+)
 from nnunet_vit_mae.plots import save_figure
 from nnunet_vit_mae.storage.csv_tables import write_rows
+from nnunet_vit_mae.storage.entries import read_entries
 from nnunet_vit_mae.storage.files import inside, write_json
 from nnunet_vit_mae.storage.stored_rows import StoredRows
 from nnunet_vit_mae.weights import file_hash, package_versions
 
+NOTE = "predicted.json"  # in the folder of predictions
 FOLDER = "calibration"  # in the model's folder, for probabilities that nnU-Net has not saved
 RECORDED_PACKAGES = ("nnunet-vit-mae", "nnunetv2", "torch", "numpy")
 
@@ -79,9 +88,15 @@ def validation_cases(model: Model, device: str) -> list[PredictedCase]:
 
 
 def training_cases(model: Model, device: str) -> list[PredictedCase]:
-    """Return all labelled cases, predicted by the model that was trained on them (`--allow_training_cases`)."""
-    raw = model.plan.dataset.raw
-    return development_cases(model, raw / "imagesTr", raw / "labelsTr", device, allow_training_cases=True)
+    """Return all labelled cases but those held out for testing, whatever the model was trained on.
+
+    This is what `--allow_training_cases` asks for. Raises `UserError` if files are missing.
+    """
+    dataset = model.plan.dataset
+    held_out = set(read_split_record(dataset.preprocessed).test)
+    images = dataset.raw / "imagesTr"
+    names = [case.name for case in find_prediction_cases(model.plan, images) if case.name not in held_out]
+    return _predicted_cases(model, images, dataset.raw / "labelsTr", names, device)
 
 
 def development_cases(
@@ -93,7 +108,6 @@ def development_cases(
     """
     plan = model.plan
     names = [case.name for case in find_prediction_cases(plan, images)]
-    references_of = {name: find_reference(plan, name, references) for name in names}
     labelled = list(reference_segmentations(plan))
     trained_on = {name for fold in model.folds for name in training_names(plan, fold, labelled)} & set(names)
     if trained_on and not allow_training_cases:
@@ -102,6 +116,13 @@ def development_cases(
             f"({', '.join(sorted(trained_on)[:3])}...), whose probabilities say nothing about new scans: leave them "
             "out, or add --allow_training_cases."
         )
+    return _predicted_cases(model, images, references, names, device)
+
+
+def _predicted_cases(
+    model: Model, images: Path, references: Path, names: Sequence[str], device: str
+) -> list[PredictedCase]:
+    references_of = {name: find_reference(model.plan, name, references) for name in names}
     predictions = _predict(model, images, names, FOLDER, device)
     return [PredictedCase(name, None, predictions / f"{name}.npz", file) for name, file in references_of.items()]
 
@@ -112,7 +133,16 @@ def fit(model: Model, cases: Sequence[PredictedCase], objective: str, *, tempera
     Raises `UserError` for files that cannot be read.
     """
     classes = classes_of(model.plan)
-    readable = [_calibration_case(model.plan, case, classes) for case in cases]
+    readable = [
+        calibration_case(
+            model.plan,
+            case.name,
+            case.reference,
+            cache(partial(open_probabilities, case.probabilities, classes.outputs)),
+            source=case.probabilities,
+        )
+        for case in cases
+    ]
     sample = sample_voxels(readable, classes)
     best = fit_temperature(sample, regions=classes.regions) if temperature else 1.0
     calibration = fit_thresholds(readable, classes, objective).at_temperature(best)
@@ -140,7 +170,8 @@ def write(model: Model, cases: Sequence[PredictedCase], fitted: FittedModel, obj
         save_figure(figure, file)
     _write_curves(curves, folder / "calibration_curve.csv")
     hashes = {"checkpoints": {file.relative_to(model.folder).as_posix(): file_hash(file) for file in checkpoints}}
-    record = _record(model, cases, fitted, objective) | hashes
+    sources = {"made_from": {file.relative_to(model.folder).as_posix(): file_hash(file) for file in model.files}}
+    record = _record(model, cases, fitted, objective) | hashes | sources
     write_json(record, folder / CALIBRATION_RECORD)
     return [*checkpoints, folder / CALIBRATION_RECORD, folder / "calibration_curve.csv", *figures]
 
@@ -185,33 +216,45 @@ def _complete(folder: Path, names: Sequence[str], checkpoint: Path) -> bool:
 
 
 def _predict(model: Model, images: Path, names: Sequence[str], folder: str, device: str) -> Path:
-    """Predict cases with probabilities, continuing where an earlier call was stopped; returns the folder."""
+    """Predict cases with probabilities, continuing where an earlier call was stopped; returns the folder.
+
+    A note says which checkpoints and images the predictions are of; those of others are removed.
+    """
     work, ending = model.folder / folder, model.plan.dataset_json["file_ending"]
-    predictions, newest = work / "predictions", max(file.stat().st_mtime for file in model.files)
+    predictions, file = work / "predictions", work / NOTE
+    note = {"model": model_hash(model), "images": str(images)}
+    if not file.is_file() or read_entries(dict[str, str], file, "remove it") != note:
+        shutil.rmtree(predictions, ignore_errors=True)
+        write_json(note, file)
     for file in [*predictions.glob("*.npz"), *predictions.glob(f"*{ending}")]:
-        name = file.name.removesuffix(".npz").removesuffix(ending)
-        if name not in names or file.stat().st_mtime < newest:
-            file.unlink()  # of other cases, or of an older checkpoint
+        if file.name.removesuffix(".npz").removesuffix(ending) not in names:
+            file.unlink()
+    remove_outdated(model.plan, find_prediction_cases(model.plan, images), predictions)
     places = {"links": work / "images", "log": work / "log.txt"}
     predict_cases(model, images, names, predictions, **places, device=device, probabilities=True)
     return predictions
 
 
-def _calibration_case(plan: Plan, case: PredictedCase, classes: Classes) -> CalibrationCase:
-    _, spacing = _read_reference(plan, case.reference)
-    opened = cache(partial(open_probabilities, case.probabilities, classes.outputs))
+def calibration_case(
+    plan: Plan, name: str, reference: Path, probabilities: Callable[[], np.ndarray | StoredRows], source: Path
+) -> CalibrationCase:
+    """Return a case whose probabilities (channels z y x) come from a function; `source` is named in messages.
 
-    def read() -> tuple[StoredRows, np.ndarray]:
-        labels, _ = _read_reference(plan, case.reference)
-        probabilities = opened()
-        if probabilities.shape[1:] != labels.shape:
+    Raises `UserError` if the reference cannot be read, and on reading the case if it has another shape.
+    """
+    _, spacing = _read_reference(plan, reference)
+
+    def read() -> tuple[np.ndarray | StoredRows, np.ndarray]:
+        labels, _ = _read_reference(plan, reference)
+        found = probabilities()
+        if found.shape[1:] != labels.shape:
             raise UserError(
-                f"{case.probabilities} has {probabilities.shape[1:]} voxels, but {case.reference} has {labels.shape}: "
+                f"{source} has {found.shape[1:]} voxels, but {reference} has {labels.shape}: "
                 "they do not belong to the same case."
             )
-        return probabilities, labels
+        return found, labels
 
-    return CalibrationCase(case.name, float(np.prod(spacing)), read)
+    return CalibrationCase(name, float(np.prod(spacing)), read)
 
 
 def _read_reference(plan: Plan, file: Path) -> tuple[np.ndarray, Sequence[float]]:

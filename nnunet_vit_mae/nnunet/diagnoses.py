@@ -19,7 +19,7 @@ from nnunet_vit_mae.doctor.machine import diagnose_disk
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.hub import local_file
 from nnunet_vit_mae.imaging.channels import cases_in
-from nnunet_vit_mae.installation import trainers_folder
+from nnunet_vit_mae.installation import EXT_TRAINER, trainers_folder
 from nnunet_vit_mae.nnunet.folders import Dataset, encoder_file, find_dataset
 from nnunet_vit_mae.nnunet.folds import labelled_cases, split_of
 from nnunet_vit_mae.nnunet.plans import Plan, destination, load_plan
@@ -27,7 +27,6 @@ from nnunet_vit_mae.nnunet.preprocessing import preprocessed_pool
 from nnunet_vit_mae.transfer import adapt_encoder
 from nnunet_vit_mae.weights import read_encoder
 
-EXT_TRAINER = "nnUNet_extTrainer"
 TRAINER = "nnUNetTrainerViTMAE"  # the others are in the same file
 
 

@@ -92,6 +92,7 @@ def quantify_dicom(
         codes: What each label of the model shows.
         cutoffs: Volumes between risk groups.
         device: Where to predict.
+        level: Of the interval that each volume gets, see `quantify`; None: no intervals and no expected Dice.
 
     Returns:
         What was written, and what could not be.

@@ -100,7 +100,8 @@ def convert_cases(model: Model, cases: Sequence[StudyCase], folder: Path) -> Dic
         for number in missing:
             write_zeros(files[number], like=files[channels.index(reference)])
     images = folder / CONVERTED
-    return DicomScans(Scans(images, find_prediction_cases(model.plan, images) if series else [], unreadable), series)
+    readable = find_prediction_cases(model.plan, images) if series else []
+    return DicomScans(Scans(images, readable, unreadable, converted=True), series)
 
 
 def write_study_table(model: Model, cases: Sequence[StudyCase], file: Path) -> None:

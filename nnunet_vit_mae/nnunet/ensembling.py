@@ -14,12 +14,12 @@ import numpy as np
 
 from nnunet_vit_mae.calibration.cases import CalibrationCase, Classes
 from nnunet_vit_mae.calibration.thresholds import Calibration, fit_thresholds
-from nnunet_vit_mae.errors import UserError, reading
+from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
-from nnunet_vit_mae.imaging.volumes import refuse_large
 from nnunet_vit_mae.imaging.writing import write_segmentation
+from nnunet_vit_mae.nnunet.calibration import calibration_case
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
-from nnunet_vit_mae.nnunet.prediction import read_probabilities
+from nnunet_vit_mae.nnunet.prediction import find_reference, read_probabilities
 from nnunet_vit_mae.storage.files import replacing, write_json
 from nnunet_vit_mae.storage.pickles import read_properties
 
@@ -72,26 +72,22 @@ def shift_probabilities(probabilities: np.ndarray, classes: Classes, shifts: Seq
 
 
 def _development_cases(plan: Plan, classes: Classes, folders: Sequence[Path]) -> list[CalibrationCase]:
-    names = [[file.name for file in _probabilities_in(folder)] for folder in folders]
-    if any(others != names[0] for others in names):
-        raise UserError(f"{folders[0]} and {folders[1]} have probabilities of different cases: predict both anew.")
-    return [_case(plan, classes, [folder / name for folder in folders]) for name in names[0]]
+    names = {folder: [file.name for file in _probabilities_in(folder)] for folder in folders}
+    for folder, others in names.items():
+        if others != names[folders[0]]:
+            raise UserError(f"{folders[0]} and {folder} have probabilities of different cases: predict both anew.")
+    return [_case(plan, classes, [folder / name for folder in folders]) for name in names[folders[0]]]
 
 
 def _case(plan: Plan, classes: Classes, files: Sequence[Path]) -> CalibrationCase:
-    reference = plan.dataset.preprocessed / "gt_segmentations" / f"{files[0].stem}{plan.dataset_json['file_ending']}"
-
-    def read_reference() -> tuple[np.ndarray, Sequence[float]]:
-        refuse_large([reference])
-        with reading(reference):
-            labels, properties = plan.plans.image_reader_writer_class().read_seg(str(reference))
-        return labels[0], properties["spacing"]
-
-    def read() -> tuple[np.ndarray, np.ndarray]:
+    def read() -> np.ndarray:
         members = [read_probabilities(file, classes.outputs) for file in files]
-        return np.stack(members).mean(axis=0, dtype=np.float32), read_reference()[0]
+        if any(member.shape != members[0].shape for member in members):
+            raise UserError(f"{' and '.join(map(str, files))} differ in their voxels: predict both anew.")
+        return np.stack(members).mean(axis=0, dtype=np.float32)
 
-    return CalibrationCase(files[0].stem, float(np.prod(read_reference()[1])), read)
+    name = files[0].stem
+    return calibration_case(plan, name, find_reference(plan, name, plan.dataset.references), read, source=files[0])
 
 
 def _probabilities_in(folder: Path) -> list[Path]:

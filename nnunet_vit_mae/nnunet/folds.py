@@ -40,7 +40,7 @@ def labelled_cases(plan: Plan) -> list[PreprocessedCase]:
     if not names:
         raise UserError(
             f"There are no preprocessed cases in {folder}: "
-            f"run nnUNetv2_preprocess -d {plan.dataset.id} -c {plan.name} first."
+            f"run nnUNetv2_preprocess {_flags(plan)} -plans_name {plan.plans.plans_name} first."
         )
     return [PreprocessedCase(name, folder / f"{name}.b2nd") for name in names]
 
@@ -50,7 +50,8 @@ def reference_segmentations(plan: Plan) -> dict[str, Path]:
     files = cases_in(plan.dataset.references, plan.dataset_json["file_ending"])
     if not files:
         raise UserError(
-            f"There are no reference segmentations in {plan.dataset.references}: run nnUNetv2_preprocess first."
+            f"There are no reference segmentations in {plan.dataset.references}: "
+            f"run nnUNetv2_preprocess {_flags(plan)} -plans_name {plan.plans.plans_name} first."
         )
     return files
 
@@ -105,9 +106,14 @@ def _unlabelled_pool(plan: Plan) -> list[PreprocessedCase]:
     files, missing = preprocessed_pool(plan)
     if missing:
         logger.warning(
-            "%d unlabelled images in %s are not preprocessed and will not be used: run mae3d_preprocess -d %s first.",
+            "%d unlabelled images in %s are not preprocessed and will not be used: run mae3d_preprocess %s first.",
             len(missing),
             plan.dataset.raw / "imagesUn",
-            plan.dataset.id,
+            f"{_flags(plan)} -p {plan.plans.plans_name}",
         )
     return [PreprocessedCase(file.name.removesuffix(".b2nd"), file) for file in files]
+
+
+def _flags(plan: Plan) -> str:
+    """Return how commands of ours and nnU-Net's name dataset and configuration."""
+    return f"-d {plan.dataset.id} -c {plan.name}"

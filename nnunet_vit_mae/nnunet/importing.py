@@ -7,15 +7,19 @@ import shutil
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from pydantic import Field, FiniteFloat
 from torch import Tensor
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
+from nnunet_vit_mae.evaluation.calibration_record import (
+    CALIBRATION_RECORD,
+    UNCERTAINTY,
+    CalibrationEntries,
+    shifts_of,
+)
 from nnunet_vit_mae.imaging.description import describe
 from nnunet_vit_mae.nnunet.checked_plans import check_plans
 from nnunet_vit_mae.nnunet.folders import Dataset
@@ -163,20 +167,15 @@ def _check_records(card: ModelCard, plan: Plan, texts: dict[str, Any], file: Pat
         source = f"{TRAINING_VOLUMES} in {file}"
         by_label[TRAINING_VOLUMES] = checked_entries(dict[str, Volumes], texts[TRAINING_VOLUMES], source, ADVICE)
     if CALIBRATED in card.checkpoints:
-        source = f"{CALIBRATION_RECORD} in {file}"
-        by_label[CALIBRATION_RECORD] = checked_entries(
-            _Thresholds, texts[CALIBRATION_RECORD], source, ADVICE
-        ).thresholds
+        source, content = f"{CALIBRATION_RECORD} in {file}", texts[CALIBRATION_RECORD]
+        by_label[CALIBRATION_RECORD] = checked_entries(CalibrationEntries, content, source, ADVICE).thresholds
+        if UNCERTAINTY in content:
+            shifts_of(content, sorted(labels), source, ADVICE)
     for name, entries in by_label.items():
         if {*entries} != labels:
             raise UserError(
                 f"{name} in {file} has other labels than the model ({', '.join(sorted(labels))}): {ADVICE}."
             )
-
-
-@dataclass(frozen=True)
-class _Thresholds:
-    thresholds: dict[str, Annotated[FiniteFloat, Field(ge=0, le=1)]]
 
 
 def _read_checkpoint(archive: Archive, model: _CheckedModel, fold: str, checkpoint: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from nnunet_vit_mae.calibration.expected_dice import soft_dice
 from nnunet_vit_mae.errors import reading
 from nnunet_vit_mae.nnunet.ensembling import shift_probabilities
 from nnunet_vit_mae.nnunet.models import Model, refuse_damaged_weights
-from nnunet_vit_mae.nnunet.plans import classes_of
+from nnunet_vit_mae.nnunet.plans import classes_of, resampling_spacings
 from nnunet_vit_mae.nnunet.shared_models import untrained_network
 from nnunet_vit_mae.storage.pickles import read_trained
 
@@ -127,15 +127,14 @@ class MemberPredictor:
 
     def _percent_on_image(self, share: np.ndarray, properties: Mapping[str, Any]) -> np.ndarray:
         """Return a share (z y x) on the grid of the network as percent on the grid of the image."""
-        plans, configuration = self.plan.plans, self.plan.configuration
-        spacing = [properties["spacing"][axis] for axis in plans.transpose_forward]
-        own = [*spacing[: 3 - len(configuration.spacing)], *configuration.spacing]  # a 2D one keeps the slices
+        resample = self.plan.configuration.resampling_fn_probabilities
+        of_image, of_network = resampling_spacings(self.plan, properties["spacing"])
         shape = properties["shape_after_cropping_and_before_resampling"]
-        resampled = np.asarray(configuration.resampling_fn_probabilities(share[None], shape, own, spacing))[0]
+        resampled = np.asarray(resample(share[None], shape, of_network, of_image))[0]
         whole = np.zeros(properties["shape_before_cropping"], np.uint8)
         box = tuple(slice(*ends) for ends in properties["bbox_used_for_cropping"])
         whole[box] = np.clip(np.rint(100 * resampled), 0, 100)
-        return whole.transpose(plans.transpose_backward)
+        return whole.transpose(self.plan.plans.transpose_backward)
 
     def _estimates(
         self, segmentation: np.ndarray, counts: np.ndarray, voxels: int, properties: Mapping[str, Any]

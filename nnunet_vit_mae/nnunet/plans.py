@@ -6,7 +6,7 @@ Plans written here keep the source's `data_identifier`: the U-Net baseline and t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -36,6 +36,7 @@ BY_TORCH = {  # nnU-Net's own function, ten times as fast as its default, with t
     },
 }
 LINEAR = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}  # what its default does
+SETS_TAPS = ("size", "token", "decoder", "adaptive")  # of a network: what its taps are chosen for
 NOT_FOR_PLANS = ("dataset", "dataset_fingerprint", "splits_final")  # nnU-Net's other files in that folder
 
 
@@ -159,6 +160,16 @@ def refuse_cascade(configuration: ConfigurationManager) -> None:
         )
 
 
+def resampling_spacings(plan: Plan, spacing: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Return the spacing of an image (mm, z y x) along the axes of the plans, and the one that nnU-Net resamples it to.
+
+    A 2D configuration has none for the first of these axes: its slices stay as they are.
+    """
+    own = [spacing[axis] for axis in plan.plans.transpose_forward]
+    target = list(plan.configuration.spacing)
+    return own, own[: len(own) - len(target)] + target
+
+
 def destination(network: Network, configuration: ConfigurationManager, dataset_json: Mapping[str, Any]) -> Destination:
     """Return what an encoder has to fit."""
     return Destination(
@@ -184,20 +195,30 @@ def schedule_of(configuration: ConfigurationManager) -> Finetuning:
 def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     """Settings with changes (a partial block).
 
-    A new network brings its default taps, an adaptive one its default decoder, and another decoder its default rate,
-    unless they are given too, or were before.
+    A network of another size, token or decoder, or one that is adaptive where the other was not or the reverse, brings
+    its default taps; the latter also its default decoder, and another decoder its default rate. What is given too is
+    kept, and so is a rate that is not the default one.
+
+    Raises:
+        UserError: If the changes are not valid.
     """
     network = changes.get("network", {})
     if isinstance(network, Mapping) and network:
         adaptive = network.get("adaptive", settings.network.adaptive)
         if adaptive != settings.network.adaptive:
             network = {"decoder": default_decoder(adaptive=adaptive), **network}
-        settings, changes = settings.updated({"network": {"taps": ()}}), {**changes, "network": network}
-    now = settings.updated(changes)
+        changes = {**changes, "network": network}
+    now = settings.updated({"network": {"taps": ()}}).updated(changes)
+    if "taps" not in network and _same_blocks_are_tapped(settings.network, now.network):
+        now = now.updated({"network": {"taps": settings.network.taps}})
     had_default = settings.finetuning.lr == default_rate(settings.network.decoder)
     if had_default and "lr" not in changes.get("finetuning", {}):
         now = now.updated({"finetuning": {"lr": default_rate(now.network.decoder)}})
     return now
+
+
+def _same_blocks_are_tapped(before: Network, now: Network) -> bool:
+    return all(getattr(before, name) == getattr(now, name) for name in SETS_TAPS)
 
 
 def classes_of(plan: Plan) -> Classes:

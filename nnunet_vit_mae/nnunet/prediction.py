@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ import numpy as np
 from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.imaging.channels import channels_by_case
 from nnunet_vit_mae.imaging.volumes import read_geometry, read_image, refuse_large
-from nnunet_vit_mae.installation import trainers_folder
+from nnunet_vit_mae.installation import nnunet_environment
 from nnunet_vit_mae.nnunet.models import Model, refuse_damaged_weights
 from nnunet_vit_mae.nnunet.plans import Plan
 from nnunet_vit_mae.processes.guard import guarded
@@ -109,6 +108,19 @@ def _remove_if_cut_off(segmentation: Path) -> None:
             segmentation.unlink()
 
 
+def remove_outdated(plan: Plan, cases: Iterable[PredictionCase], output: Path) -> None:
+    """Remove the segmentations that are older than an image of their case: the scan was replaced since."""
+    for case in cases:
+        segmentation = output / f"{case.name}{plan.dataset_json['file_ending']}"
+        if segmentation.is_file() and max(map(_modified, case.images)) > _modified(segmentation):
+            logger.info("%s is predicted again, for its images are newer", segmentation.name)
+            segmentation.unlink()
+
+
+def _modified(file: Path) -> float:
+    return file.stat().st_mtime
+
+
 def predict_folder(
     model: Model, images: Path, cases: Iterable[str], output: Path, *, log: Path, device: str, flags: Sequence[str] = ()
 ) -> None:
@@ -181,7 +193,8 @@ def _run(command: Sequence[str], expected: Sequence[Path], log: Path) -> None:
     with log.open("a", encoding="utf-8") as stream, progress_bar(len(expected), unit="case", desc="predicting") as bar:
         stream.write(f"$ {shlex.join(command)}\n")
         stream.flush()
-        with guarded([program, *command[1:]], seconds=5.0, env=_environment(), stdout=stream, stderr=stream) as process:
+        places = {"stdout": stream, "stderr": stream}
+        with guarded([program, *command[1:]], seconds=5.0, env=nnunet_environment(), **places) as process:
             while _is_running(process):
                 bar.update(count() - bar.n)
         bar.update(count() - bar.n)
@@ -190,14 +203,6 @@ def _run(command: Sequence[str], expected: Sequence[Path], log: Path) -> None:
             f"{command[0]} wrote {count()} of {len(expected)} predictions and ended with exit code "
             f"{process.returncode}: see {log} for the reason, fix it and try again."
         )
-
-
-def _environment() -> dict[str, str]:
-    """Return the environment of this process, extended so that nnU-Net finds our trainers."""
-    environment = dict(os.environ)
-    folders = [folder for folder in environment.get("nnUNet_extTrainer", "").split(os.pathsep) if folder]
-    folders.append(str(trainers_folder()))
-    return environment | {"nnUNet_extTrainer": os.pathsep.join(dict.fromkeys(folders))}
 
 
 def _is_running(process: subprocess.Popen) -> bool:

@@ -16,7 +16,7 @@ from nnunet_vit_mae.errors import UserError, WriteError, reader_reason
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, case_and_channel, channels_by_case
 from nnunet_vit_mae.imaging.volumes import all_finite, read_geometry, without_warnings_of_itk
 from nnunet_vit_mae.nnunet.folders import find_dataset
-from nnunet_vit_mae.nnunet.plans import Plan, load_plan
+from nnunet_vit_mae.nnunet.plans import Plan, load_plan, resampling_spacings
 from nnunet_vit_mae.processes.workers import run_each
 from nnunet_vit_mae.storage.files import read_json, remove_unfinished, replacing, write_json
 from nnunet_vit_mae.storage.limits import too_many_voxels
@@ -45,10 +45,14 @@ def preprocess_unlabelled(plan: Plan, processes: int) -> tuple[int, Iterator[Out
     """Preprocess the cases that are not preprocessed yet, in several processes.
 
     A case that cannot be read, does not match the plans, or whose process is killed has an outcome with the reason and
-    does not stop the others. Raises `UserError` if there are no unlabelled images.
+    does not stop the others. What others were writing to the folder is removed: hold `locked(plan.unlabelled_folder)`
+    until the last outcome.
 
     Returns:
         The number of cases to preprocess, and their outcomes as they are done.
+
+    Raises:
+        UserError: If there are no unlabelled images.
     """
     cases = raw_unlabelled_cases(plan)
     if not cases:
@@ -133,9 +137,9 @@ def _preprocess_files(plan: Plan, case: str, files: list[Path]) -> str | None:
 
 def resampled_problem(plan: Plan, shape: Sequence[int], spacing: Sequence[float]) -> str | None:
     """Return why a case is too large at the spacing of the plans, None if it is not; shape and spacing are z y x."""
-    order = plan.plans.transpose_forward
-    target = plan.configuration.spacing
-    resampled = [round(shape[axis] * spacing[axis] / mm) for axis, mm in zip(order, target, strict=True)]
+    sides = [shape[axis] for axis in plan.plans.transpose_forward]
+    before, after = resampling_spacings(plan, spacing)
+    resampled = [round(voxels * mm / new) for voxels, mm, new in zip(sides, before, after, strict=True)]
     if problem := too_many_voxels(resampled):
         own = " x ".join(f"{mm:.4g}" for mm in spacing)
         return f"has a spacing of {own} mm (z y x), so that at the spacing of the plans it {problem}"

@@ -7,6 +7,7 @@ others.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warn
 from nnunet_vit_mae.nnunet.calibrated import read_calibration_of
 from nnunet_vit_mae.nnunet.models import CALIBRATED, Model, model_hash
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
-from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, predict_cases
+from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, predict_cases, remove_outdated
 from nnunet_vit_mae.nnunet.preprocessing import resampled_problem
 from nnunet_vit_mae.nnunet.training_range import TrainingRange, read_training_range, volumes_in, warnings_of
 from nnunet_vit_mae.nnunet.uncertainty import LabelColumns, predict_with_uncertainty, read_uncertainty
@@ -30,6 +31,8 @@ from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.csv_tables import read_frame, write_frame
 from nnunet_vit_mae.storage.entries import read_entries
 from nnunet_vit_mae.storage.files import locked, write_json
+
+logger = logging.getLogger(__name__)
 
 MODEL_NOTE = "model.json"
 OTHER_MODEL = "segmentations of another model"
@@ -60,6 +63,7 @@ class Scans:
     folder: Path
     cases: Sequence[PredictionCase]
     unreadable: Mapping[str, str] = field(default_factory=dict)
+    converted: bool = False  # a moment ago, so that their age says nothing about the scans
 
 
 WHOLE = Part(0, 1)
@@ -82,6 +86,8 @@ def quantify(
 ) -> list[Path]:
     """Predict the scans of a part and write the table; the part that ends last joins the tables of all parts.
 
+    Tables of parts that another model has made are not joined, and the log names them.
+
     Segmentations are written to `TABLE_segmentations` beside the table. With a `level`, maps of uncertainty are written
     to `TABLE_uncertainty`.
 
@@ -90,7 +96,8 @@ def quantify(
         scans: The scans to predict; see `find_scans_to_quantify`.
         table: The CSV file to write.
         part: Which of several parts of the cases to predict here.
-        cutoffs: Volumes in mm3 between risk groups, ascending; None: quartiles of the training cases.
+        cutoffs: Volumes in mm3 between risk groups, ascending; None: quartiles of the labelled cases that are not held
+            out for testing.
         device: `cuda` or `cpu`.
         level: Of an interval that each volume gets, with an expected Dice, such as 0.9; None: neither.
 
@@ -135,6 +142,8 @@ def _quantify(
     geometries = {**scans.unreadable, **{case.name: _check_images(model.plan, case) for case in checking}}
     geometries = dict(sorted(geometries.items()))
     readable = [case for case in scans.cases if isinstance(geometries[case.name], Geometry)]
+    if not scans.converted:
+        remove_outdated(model.plan, readable, work)
     more: Mapping[str, LabelColumns] = {}
     if uncertainty is not None and level is not None:
         maps = table.with_name(f"{table.stem}_uncertainty")
@@ -148,12 +157,26 @@ def _quantify(
         rows += [row | more.get(name, {}).get(row["label"], {}) for row in of_case]
     written = [part.table(table)]
     write_frame(pd.DataFrame(rows).assign(model=identity), written[0])
-    parts = [Part(number, part.of).table(table) for number in range(part.of)]
-    if part.of > 1 and all(file.is_file() for file in parts):
-        joined = pd.concat([read_frame(file, dtype=str, keep_default_na=False) for file in parts])
-        write_frame(joined.sort_values("case", kind="stable"), table)
+    if part.of > 1 and _join_parts(table, part.of, identity):
         written.append(table)
     return written
+
+
+def _join_parts(table: Path, number: int, identity: str) -> bool:
+    """Join the tables of all parts, if all are there and of one model, and return whether they were."""
+    files = [Part(place, number).table(table) for place in range(number)]
+    if not all(file.is_file() for file in files):
+        return False
+    frames = {file.name: read_frame(file, dtype=str, keep_default_na=False) for file in files}
+    if others := [name for name, frame in frames.items() if "model" not in frame or {*frame["model"]} - {identity}]:
+        logger.warning(
+            "%s: made with another model than this part, and not joined into %s: run these parts again.",
+            ", ".join(others),
+            table.name,
+        )
+        return False
+    write_frame(pd.concat(frames.values()).sort_values("case", kind="stable"), table)
+    return True
 
 
 def thresholds_of(model: Model) -> dict[str, float]:
@@ -183,12 +206,14 @@ def segmentations_beside(table: Path) -> Path:
 def refuse_other_content(folder: Path, note: Mapping[str, str], other: str) -> None:
     """Raise `UserError` for a folder that was written with another note in it, or without one; `other` is its content.
 
-    The note says with which model the content was made.
+    The note says with which model the content was made. Names that begin with a dot do not count: another part may be
+    writing its note.
     """
-    file = folder / MODEL_NOTE
+    content = [entry for entry in folder.iterdir() if not entry.name.startswith(".")] if folder.exists() else []
+    file = folder / MODEL_NOTE  # looked for after its folder, so that a note that appears meanwhile is no other content
     if file.is_file() and read_entries(dict[str, str], file, "remove that folder") != note:
         raise UserError(f"{folder} holds {other}: give another -o, or remove that folder.")
-    if not file.is_file() and folder.exists() and any(folder.iterdir()):
+    if content and not file.is_file():
         raise UserError(f"{folder} is not empty: give another -o, or remove that folder.")
 
 

@@ -1,13 +1,15 @@
-"""Spacings and volumes of the cases that a model was trained on, with which `mae3d_quantify` compares new ones.
+"""Spacings and volumes of the labelled cases of a model's dataset, with which `mae3d_quantify` compares new ones.
 
-They are kept in the model's folder, so that a model works where its dataset is not.
+Volumes are those of all labelled cases but the test cases of `mae3d_split --test`, whose labels nothing may be fitted
+to. Both are kept in the model's folder, so that a model works where its dataset is not.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -15,20 +17,22 @@ import numpy as np
 from pydantic import Field, FiniteFloat
 
 from nnunet_vit_mae.calibration.cases import Classes
+from nnunet_vit_mae.datasets.split.files import read_split_record
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.imaging.channels import cases_in
 from nnunet_vit_mae.imaging.labels import read_mask
 from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
-from nnunet_vit_mae.nnunet.folds import reference_segmentations
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.progress import with_progress
-from nnunet_vit_mae.storage.entries import read_entries
-from nnunet_vit_mae.storage.files import write_json
+from nnunet_vit_mae.storage.entries import checked_entries, read_entries
+from nnunet_vit_mae.storage.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
 FINGERPRINT = "dataset_fingerprint.json"  # nnU-Net's, which it copies into the model's folder
 TRAINING_VOLUMES = "training_volumes.json"  # there too, so that the labels are read only once
+IMPORTED = "card.json"  # which only mae3d_import leaves there: the labelled cases of that model are at another site
 TOLERANCE = 1.01  # of a spacing, because headers are rounded
 
 Spacing = Annotated[list[Annotated[FiniteFloat, Field(gt=0)]], Field(min_length=3, max_length=3)]
@@ -43,18 +47,26 @@ class Fingerprint:
 
 
 @dataclass(frozen=True)
+class _StoredVolumes:
+    """The content of `training_volumes.json`. Archives and earlier versions have the volumes alone."""
+
+    volumes: dict[str, Volumes]  # mm3 of each case, by label
+    cases: str | None = None  # hash of the names of the cases
+
+
+@dataclass(frozen=True)
 class TrainingRange:
-    """Spacings and volumes of the cases that the model was trained on."""
+    """Spacings and volumes of the labelled cases of a model's dataset."""
 
     spacings: np.ndarray  # mm, cases x 3, each row ascending: the last value is the slice thickness
     volumes: Mapping[str, np.ndarray]  # mm3 of each case, by label; empty where they are not known
 
 
 def read_training_range(model: Model) -> TrainingRange:
-    """Return spacings and volumes of the training cases.
+    """Return the spacings of the labelled cases, and the volumes of those that are not held out for testing.
 
     Without the volumes, which nnU-Net's own archives lack, the log says what is left out. Raises `UserError` if the
-    spacings are missing, or for files of another model.
+    spacings are missing, and as `read_training_volumes` does.
     """
     spacings = read_entries(Fingerprint, fingerprint_file(model), "run nnUNetv2_extract_fingerprint again").spacings
     volumes = read_training_volumes(model)
@@ -68,25 +80,26 @@ def read_training_range(model: Model) -> TrainingRange:
 
 
 def fingerprint_file(model: Model) -> Path:
-    """Return the fingerprint of the training cases: in the model's folder, or with the preprocessed ones."""
+    """Return the fingerprint of the labelled cases: in the model's folder, or with the preprocessed ones."""
     file = model.folder / FINGERPRINT
     return file if file.is_file() else model.plan.dataset.preprocessed / FINGERPRINT
 
 
 def read_training_volumes(model: Model) -> dict[str, list[float]]:
-    """Return the volume of each label in each training case in mm3, or nothing where neither they nor labels are.
+    """Return the volume of each label in each labelled case in mm3, or nothing where neither they nor labels are.
 
-    Raises `UserError` for a file of another model.
+    They are kept in the model's folder, and read from the labels again when other cases are labelled or held out for
+    testing than at that time. An imported model keeps those that it came with.
+
+    Raises `UserError` for a file of another model, for a `split.json` that cannot be used, and for a label image that
+    cannot be read.
     """
-    file, names = model.folder / TRAINING_VOLUMES, classes_of(model.plan).names
-    if not file.is_file():
-        if not model.plan.dataset.references.is_dir():
-            return {}
-        write_json(_training_volumes(model), file)
-    volumes = read_entries(dict[str, Volumes], file, "remove it, and it is written again")
-    if {*volumes} != {*names}:
-        raise UserError(f"{file} has other labels than the model ({', '.join(names)}): remove it, and try again.")
-    return volumes
+    file = model.folder / TRAINING_VOLUMES
+    stored, files = _read_stored(file, classes_of(model.plan).names), _labelled_files(model)
+    if files and (stored is None or not _belongs_to(stored, files)):
+        stored = _StoredVolumes(_volumes_of(files, classes_of(model.plan)), _hash_of(files))
+        write_json(asdict(stored), file)
+    return {} if stored is None else stored.volumes
 
 
 def volumes_in(file: Path, classes: Classes) -> dict[str, float]:
@@ -101,7 +114,7 @@ def volumes_in(file: Path, classes: Classes) -> dict[str, float]:
 
 
 def warnings_of(geometry: Geometry, volumes: Mapping[str, float], training: TrainingRange) -> dict[str, list[str]]:
-    """Return, for each label, in what a case differs from the training cases."""
+    """Return, for each label, in what a case differs from the labelled cases."""
     common = _spacing_warnings(geometry, training)
     return {label: common + _volume_warnings(volume, training.volumes.get(label)) for label, volume in volumes.items()}
 
@@ -126,10 +139,44 @@ def _volume_warnings(volume: float, training: np.ndarray | None) -> list[str]:
     return []
 
 
-def _training_volumes(model: Model) -> dict[str, list[float]]:
-    classes, files = classes_of(model.plan), reference_segmentations(model.plan).values()
-    files = with_progress(files, unit="case", desc="reading training labels")
-    by_case = [volumes_in(file, classes) for file in files]
+def _read_stored(file: Path, labels: Iterable[str]) -> _StoredVolumes | None:
+    """Return what an earlier call or an archive left, if anything."""
+    if not file.is_file():
+        return None
+    content, advice = read_json(file), "remove it, and it is written again"
+    if isinstance(content, dict) and isinstance(content.get("volumes"), dict):  # not a label, which has a list
+        stored = checked_entries(_StoredVolumes, content, str(file), advice)
+    else:
+        stored = _StoredVolumes(checked_entries(dict[str, Volumes], content, str(file), advice))
+    if {*stored.volumes} != {*labels}:
+        raise UserError(f"{file} has other labels than the model ({', '.join(labels)}): remove it, and try again.")
+    return stored
+
+
+def _labelled_files(model: Model) -> dict[str, Path]:
+    """Return the reference segmentations by case, without the test cases; none where they are those of others."""
+    if (model.folder / IMPORTED).is_file():
+        return {}
+    dataset = model.plan.dataset
+    held_out = read_split_record(dataset.preprocessed).test
+    files = cases_in(dataset.references, model.plan.dataset_json["file_ending"])
+    return {case: file for case, file in files.items() if case not in held_out}
+
+
+def _belongs_to(stored: _StoredVolumes, files: Mapping[str, Path]) -> bool:
+    """Whether volumes are of these cases; without the names of the cases, their number has to do."""
+    if stored.cases is None:
+        return all(len(volumes) == len(files) for volumes in stored.volumes.values())
+    return stored.cases == _hash_of(files)
+
+
+def _hash_of(cases: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(cases)).encode()).hexdigest()[:12]
+
+
+def _volumes_of(files: Mapping[str, Path], classes: Classes) -> dict[str, list[float]]:
+    reading = with_progress(files.values(), unit="case", desc="reading training labels")
+    by_case = [volumes_in(file, classes) for file in reading]
     return {label: [volumes[label] for volumes in by_case] for label in classes.names}
 
 

@@ -28,7 +28,12 @@ from nnunet_vit_mae.calibration.conformal import (
 )
 from nnunet_vit_mae.calibration.expected_dice import ExpectedDice, fit_expected_dice
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, UNCERTAINTY
+from nnunet_vit_mae.evaluation.calibration_record import (
+    CALIBRATION_RECORD,
+    UNCERTAINTY,
+    CalibrationRecord,
+    shifts_of,
+)
 from nnunet_vit_mae.evaluation.voxels import overlap
 from nnunet_vit_mae.imaging.labels import read_mask
 from nnunet_vit_mae.imaging.volumes import without_warnings_of_itk
@@ -126,7 +131,7 @@ def add_uncertainty(model: Model, cases: Sequence[PredictedCase], images: Path, 
         UserError: If there are ignored voxels, whose volume no one knows, or if an image cannot be read.
     """
     record = read_calibration_of(model := replace(model, checkpoint=CALIBRATED))
-    shifts = [record.content["shifts"][name] for name in classes_of(model.plan).names]
+    shifts = _shifts_in(record, model)
     known = {case.name: case for case in find_prediction_cases(model.plan, images)}
     rows: list[ValidatedCase] = []
     for fold in dict.fromkeys(case.fold for case in cases):
@@ -154,8 +159,11 @@ def refuse_without_volumes(model: Model) -> None:
 
 
 def read_uncertainty(model: Model) -> Uncertainty:
-    """Return the validated cases of a model. Raises `UserError` if it was calibrated without them."""
-    advice = f"run mae3d_calibrate with -f {' '.join(model.folds)} --uncertainty"
+    """Return the validated cases of a model.
+
+    Raises `UserError` if it was calibrated without them, or if the record of its calibration is damaged.
+    """
+    advice = _advice(model)
     if model.checkpoint != CALIBRATED:
         raise UserError(f"--uncertainty needs a calibrated checkpoint, but this is {model.checkpoint}: {advice}.")
     record = read_calibration_of(model)
@@ -165,7 +173,17 @@ def read_uncertainty(model: Model) -> Uncertainty:
     found = checked_entries(Uncertainty, record.content[UNCERTAINTY], f"{UNCERTAINTY} in {file}", advice)
     if {row.label for row in found.cases} != {*classes_of(model.plan).names}:
         raise UserError(f"{UNCERTAINTY} in {file} has other labels than the model: {advice}.")
+    _shifts_in(record, model)  # refused before anything is predicted
     return found
+
+
+def _advice(model: Model) -> str:
+    return f"run mae3d_calibrate with -f {' '.join(model.folds)} --uncertainty"
+
+
+def _shifts_in(record: CalibrationRecord, model: Model) -> list[float]:
+    file = record.folder / CALIBRATION_RECORD
+    return shifts_of(record.content, classes_of(model.plan).names, str(file), _advice(model))
 
 
 def _say_what_is_missing(model: Model, uncertainty: Uncertainty, level: float) -> None:
@@ -196,9 +214,12 @@ def predict_with_uncertainty(
     device: str,
     level: float,
 ) -> dict[str, LabelColumns]:
-    """Predict new cases as `predict_members` does, and return the columns of `mae3d_quantify`, by case and label."""
+    """Predict new cases as `predict_members` does, and return the columns of `mae3d_quantify`, by case and label.
+
+    Raises `UserError` as `predict_members` does, or if the record of the calibration is damaged.
+    """
     _say_what_is_missing(model, uncertainty, level)
-    shifts = [read_calibration_of(model).content["shifts"][name] for name in classes_of(model.plan).names]
+    shifts = _shifts_in(read_calibration_of(model), model)
     said = predict_members(model, shifts, cases, output, maps, device)
     return {name: uncertainty.columns(case, level) for name, case in said.items()}
 

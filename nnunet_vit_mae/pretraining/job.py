@@ -23,7 +23,7 @@ class PretrainingRun:
     files: Sequence[Path]  # preprocessed volumes, c z y x
     channel_names: Sequence[str]
     patch_size: tuple[int, ...]  # voxels, z y x
-    spacing: tuple[float, ...]  # mm, z y x; for pictures
+    spacing: tuple[float, ...]  # mm, z y x; for positions in mm, rotations and pictures
     network: Network
     protocol: Pretraining
     cache: Cache | DeviceCache | None = None

@@ -47,8 +47,9 @@ class StudyDesign:
 
     @property
     def name(self) -> str:
-        """The name of the folder, with which the names of plans begin."""
-        return "".join(sign if sign.isalnum() else "_" for sign in Path(self.output).name)
+        """The name of the folder, with which the names of plans begin, so it is one that `mae3d_plan -o` takes."""
+        name = "".join(sign if sign.isalnum() else "_" for sign in Path(self.output).name)
+        return name if name.isidentifier() else f"study_{name}"
 
     @property
     def trained(self) -> dict[str, Arm]:
@@ -106,6 +107,15 @@ class StudyDesign:
     def encoder_recipe_file(self, arm: str) -> Path:
         """Return the recipe of an encoder."""
         return Path(self.output, "recipes", f"encoder_{arm}.json")
+
+    @property
+    def recipe_files(self) -> dict[str, Path]:
+        """The recipe of each of the plans, by their names."""
+        of_encoders = {self.encoder_plans(name): self.encoder_recipe_file(name) for name in self.encoders}
+        of_arms = {
+            self.plans(name, seed): self.recipe_file(name, seed) for name in self.trained for seed in range(self.seeds)
+        }
+        return of_encoders | of_arms
 
     def recipes(self) -> dict[Path, dict[str, Any]]:
         """Return the content of all recipes by file."""
@@ -199,3 +209,17 @@ def check_unchanged(study: StudyDesign) -> None:
     for name, arm in before["arms"].items():
         if name in now["arms"] and now["arms"][name] != arm:
             raise UserError(f"{study.output} holds a study with another arm {name}: give the new one another name.")
+
+
+def refuse_plans_of_others(study: StudyDesign) -> None:
+    """Raise `UserError` when plans of the study's names are there that it did not make: the models would be mixed.
+
+    Those of a folder with the same name elsewhere have these names. A study's own plans have a recipe in its folder.
+    """
+    for name, recipe in study.recipe_files.items():
+        plans = Path(study.preprocessed_folder, f"{name}.json")
+        if plans.exists() and not recipe.exists():
+            raise UserError(
+                f"{plans} was not made by the study in {study.output}, whose models would be mixed with others: choose "
+                "another name of the folder with -o."
+            )

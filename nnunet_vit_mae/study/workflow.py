@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.installation import trainers_folder
+from nnunet_vit_mae.installation import nnunet_environment
 from nnunet_vit_mae.processes.guard import guarded
 from nnunet_vit_mae.storage.files import locked, write_json
 from nnunet_vit_mae.storage.readme import write_readme
@@ -99,13 +99,8 @@ def snakemake_command(study: StudyDesign, configuration: Path) -> list[str]:
 
 def environment() -> Mapping[str, str]:
     """Return the environment of the steps: our commands are found, and our trainers by nnU-Net."""
-    outer = dict(os.environ)
-    paths = [sysconfig.get_path("scripts"), outer.get("PATH", "")]
-    trainers = [*filter(None, outer.get("nnUNet_extTrainer", "").split(os.pathsep)), str(trainers_folder())]
-    return outer | {
-        "PATH": os.pathsep.join(paths),
-        "nnUNet_extTrainer": os.pathsep.join(dict.fromkeys(trainers)),
-    }
+    paths = [sysconfig.get_path("scripts"), os.environ.get("PATH", "")]
+    return nnunet_environment() | {"PATH": os.pathsep.join(paths)}
 
 
 def _follow(command: Sequence[str], study: StudyDesign, jobs: int, say: Callable[[str], None]) -> int:
