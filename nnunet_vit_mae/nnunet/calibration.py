@@ -34,7 +34,7 @@ from nnunet_vit_mae.imaging.labels import as_labels
 from nnunet_vit_mae.imaging.volumes import refuse_large
 from nnunet_vit_mae.nnunet.calibrated import record_folder, write_calibrated
 from nnunet_vit_mae.nnunet.folds import reference_segmentations, split_of, training_names
-from nnunet_vit_mae.nnunet.models import Model, model_hash
+from nnunet_vit_mae.nnunet.models import Model, model_hash, refuse_damaged_weights
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
 from nnunet_vit_mae.nnunet.prediction import (
     find_prediction_cases,
@@ -220,6 +220,8 @@ def _predict(model: Model, images: Path, names: Sequence[str], folder: str, devi
 
     A note says which checkpoints and images the predictions are of; those of others are removed.
     """
+    cases = find_prediction_cases(model.plan, images)
+    refuse_damaged_weights(model)  # before anything is written
     work, ending = model.folder / folder, model.plan.dataset_json["file_ending"]
     predictions, file = work / "predictions", work / NOTE
     note = {"model": model_hash(model), "images": str(images)}
@@ -229,7 +231,7 @@ def _predict(model: Model, images: Path, names: Sequence[str], folder: str, devi
     for file in [*predictions.glob("*.npz"), *predictions.glob(f"*{ending}")]:
         if file.name.removesuffix(".npz").removesuffix(ending) not in names:
             file.unlink()
-    remove_outdated(model.plan, find_prediction_cases(model.plan, images), predictions)
+    remove_outdated(model.plan, cases, predictions)
     places = {"links": work / "images", "log": work / "log.txt"}
     predict_cases(model, images, names, predictions, **places, device=device, probabilities=True)
     return predictions
