@@ -5,6 +5,7 @@ import os
 import shutil
 
 import pytest
+import torch
 from conftest import blob, write_case
 from test_weights import make_card
 
@@ -13,9 +14,11 @@ from nnunet_vit_mae.doctor import installation, machine
 from nnunet_vit_mae.doctor.diagnosis import ERROR, OK, WARNING
 from nnunet_vit_mae.installation import trainers_folder
 from nnunet_vit_mae.networks.build import build_segmenter
+from nnunet_vit_mae.nnunet.capacity import memory_of
 from nnunet_vit_mae.nnunet.diagnoses import diagnose_dataset, diagnose_trainers, diagnose_variables
 from nnunet_vit_mae.nnunet.folders import encoder_file, find_dataset
 from nnunet_vit_mae.nnunet.plans import load_plan
+from nnunet_vit_mae.processes import memory
 from nnunet_vit_mae.settings import Network
 from nnunet_vit_mae.weights import save_encoder
 
@@ -61,6 +64,14 @@ def test_more_workers_than_cores_are_advised_against(monkeypatch, variable, valu
     assert known.level == OK
     assert [diagnosis.level for diagnosis in found] == ([level] if level else [])
     assert all(diagnosis.advice.startswith(f"export {variable}=") for diagnosis in found)
+
+
+@pytest.mark.parametrize(("text", "bytes_"), [("4096\n", 4096), ("max\n", None)])
+def test_the_limit_of_a_container_counts(monkeypatch, tmp_path, text, bytes_):
+    (tmp_path / "memory.max").write_text(text)
+    monkeypatch.setattr(memory, "LIMITS", (tmp_path / "memory.max", tmp_path / "missing"))
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert memory.memory_size() == memory_of(torch.device("cpu")) == (bytes_ or whole)
 
 
 def test_nnunet_starts_more_workers_than_a_small_machine_has_cores_unless_told(monkeypatch):

@@ -10,8 +10,8 @@ from pathlib import Path
 import joblib
 
 from nnunet_vit_mae.doctor.diagnosis import ERROR, OK, WARNING, Diagnosis, size_text
+from nnunet_vit_mae.processes.memory import SHARED_MEMORY, memory_size
 
-SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED_MEMORY = 1e9  # for the batches that readers have ready
 LEAST_DISK = 20e9  # preprocessed images are several times as large as compressed ones
 WORKER_MEMORY = 2e9  # of one process of nnU-Net's augmentation or preprocessing, roughly
@@ -56,15 +56,6 @@ def diagnose_workers(environment: Mapping[str, str]) -> Iterator[Diagnosis]:
         elif (started := min(int(value), most.get(variable, int(value)))) > fits:
             text = f"nnU-Net's {PURPOSES[variable]} would start {started} processes."
             yield Diagnosis("workers", WARNING, text, advice)
-
-
-def memory_size() -> int:
-    """Return the bytes of memory that this process may use: those of the machine, or the limit of its container."""
-    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(os, "sysconf") else []
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        if Path(file).is_file() and (text := Path(file).read_text(encoding="ascii").strip()).isdigit():
-            sizes.append(int(text))
-    return min(sizes, default=0)
 
 
 def diagnose_shared_memory(folder: Path = SHARED_MEMORY) -> Iterator[Diagnosis]:

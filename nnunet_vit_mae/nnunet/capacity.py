@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 
 import torch
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.planning import GB, in_gb
+from nnunet_vit_mae.processes.memory import memory_size
 
 LARGEST_DEVICE = 1024 * GB  # several times what the largest GPU has
 STEP_PER_CROP = 1000  # a step takes far less than so many times its crops, so that small ones need no rehearsal
@@ -17,12 +17,10 @@ VOXEL_BYTES = 4
 
 
 def memory_of(device: torch.device) -> int:
-    """Return the bytes of memory that a device has: those of a GPU, or of this machine."""
+    """Return the bytes of memory that a device has: those of a GPU, or of this machine or container."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    if hasattr(os, "sysconf"):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return LARGEST_DEVICE  # Windows tells in another way; its own error comes later
+    return memory_size() or LARGEST_DEVICE  # Windows tells in another way; its own error comes later
 
 
 def free_memory_of(gpu: torch.device) -> int:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.pretraining.crops import CropBatch, RandomCrops
-from nnunet_vit_mae.pretraining.volumes import SHARED_MEMORY
+from nnunet_vit_mae.processes.memory import SHARED_MEMORY
 from nnunet_vit_mae.processes.signals import end_children, follow_parent, held
 
 READY_BATCHES = 2  # that each reader prepares, as torch has it

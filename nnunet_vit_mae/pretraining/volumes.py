@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from nnunet_vit_mae.errors import UserError, reader_reason
+from nnunet_vit_mae.processes.memory import SHARED_MEMORY
 from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.limits import too_many_voxels
 
-SHARED_MEMORY = Path("/dev/shm")  # where Linux keeps it; other systems have no limit of their own
 CHECKED_AT_ONCE = 8
 ITEM = np.dtype(np.float16).itemsize
 
