@@ -10,7 +10,6 @@ from typing import cast
 
 import numpy as np
 import torch
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from torch import Tensor
 
 from nnunet_vit_mae.errors import UserError
@@ -19,21 +18,14 @@ from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.nnunet.folds import labelled_cases, split_of
 from nnunet_vit_mae.nnunet.models import Model, refuse_damaged_weights
 from nnunet_vit_mae.nnunet.plans import Plan
-from nnunet_vit_mae.nnunet.trainers import (
-    nnUNetTrainerAMAE,
-    nnUNetTrainerAMAEScratch,
-    nnUNetTrainerViTMAE,
-    nnUNetTrainerViTScratch,
-)
+from nnunet_vit_mae.nnunet.shared_models import OUR_TRAINERS, untrained_network
+from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerViTScratch
 from nnunet_vit_mae.plots import Features, plot_features
 from nnunet_vit_mae.pretraining.volumes import open_volume, volume_problem
 from nnunet_vit_mae.storage.csv_tables import write_rows
 from nnunet_vit_mae.storage.pickles import read_properties, read_trained
 
-TRAINERS = {
-    trainer.__name__: trainer
-    for trainer in (nnUNetTrainerViTMAE, nnUNetTrainerViTScratch, nnUNetTrainerAMAE, nnUNetTrainerAMAEScratch)
-}
+TRAINERS = [name for name, trainer in OUR_TRAINERS.items() if issubclass(trainer, nnUNetTrainerViTScratch)]
 
 
 @dataclass(frozen=True)
@@ -99,10 +91,7 @@ def draw_features(models: Sequence[Model], case: str | None, file: Path, device:
 
 def load_segmenter(model: Model) -> Segmenter:
     """Return the trained network in `eval` mode on the CPU. Raises `UserError` if the checkpoint does not fit it."""
-    plan = model.plan
-    channels = determine_num_input_channels(plan.plans, plan.configuration, plan.dataset_json)
-    classes = plan.plans.get_label_manager(plan.dataset_json).num_segmentation_heads
-    network = TRAINERS[model.trainer].build_network_architecture(plan.plans, plan.configuration, channels, classes)
+    network = untrained_network(model.plan, model.trainer, str(model.folder))
     refuse_damaged_weights(model)
     weights = read_trained(model.files[0])["network_weights"]
     try:
