@@ -106,6 +106,11 @@ def reader_reason(error: Exception) -> str:
     return (lines or ["its files differ in size or spacing"])[-1].removeprefix("sitk::ERROR: ").rstrip(".")
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an error of torch or pickle, whose others are advice, without a full stop."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 @contextmanager
 def reading(what: object) -> Iterator[None]:
     """Turn whatever an image reader raises in the block into a `UserError` that names `what` and the reason."""

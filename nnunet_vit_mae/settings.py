@@ -29,6 +29,8 @@ from nnunet_vit_mae.presets import (
     UPSAMPLINGS,
 )
 
+BLOCK = "vit_mae"  # of a configuration in the plans
+
 LARGEST = 2**32 - 1  # of every number: the largest seed, and far more than any other setting can use
 
 
@@ -301,7 +303,7 @@ class Settings:
         if not isinstance(block, Mapping):
             raise UserError(f"vit_mae in the plans must be an object of settings, but it is {block!r}.")
         sections = {section.name: getattr(self, section.name) for section in dataclasses.fields(self)}
-        _refuse_unknown(block, sections, "vit_mae")
+        _refuse_unknown(block, sections, BLOCK)
         changed = {name: _updated_section(sections[name], values, name) for name, values in block.items()}
         return dataclasses.replace(self, **changed)
 

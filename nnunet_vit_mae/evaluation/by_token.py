@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.drawing import label_axis, make_panels, model_styles, range_with_margin, styled
 from nnunet_vit_mae.presets import SIZES
-from nnunet_vit_mae.settings import Network, Settings
+from nnunet_vit_mae.settings import BLOCK, Network, Settings
 from nnunet_vit_mae.storage.files import read_json
 
 VIT_TRAINERS = ("ViT", "AMAE")  # parts of the names of our trainers that train a ViT
@@ -53,9 +53,9 @@ def read_trained_vit(folder: Path) -> TrainedVit:
     if not trains_vit(trainer):
         raise UserError(f"{folder}: the trainer {trainer} trains no ViT, so there is no token: leave the model out.")
     configuration = read_json(file)["configurations"].get(others[1], {})
-    if "vit_mae" not in configuration:
+    if BLOCK not in configuration:
         raise UserError(f"{file} says nothing of the ViT's token: write plans with mae3d_plan, and train with these.")
-    settings = Settings.from_dict(configuration["vit_mae"])
+    settings = Settings.from_dict(configuration[BLOCK])
     return TrainedVit(settings.network, pretrained=not trainer.endswith("Scratch"))
 
 

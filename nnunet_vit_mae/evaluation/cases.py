@@ -16,13 +16,13 @@ from nnunet_vit_mae.errors import UserError, abbreviated, reading
 from nnunet_vit_mae.evaluation.measures import Box, boxes_by_value, measure, union_of
 from nnunet_vit_mae.evaluation.results import EvaluationOptions
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, cases_in, channel_file_name, ending_in
+from nnunet_vit_mae.imaging.description import DESCRIPTION
 from nnunet_vit_mae.imaging.grids import distance_mm, turned_geometry, turned_like
 from nnunet_vit_mae.imaging.labels import Labels, read_labels, read_mask, read_segmentation, read_volume, values_in
 from nnunet_vit_mae.imaging.volumes import NOT_FINITE, Geometry, all_finite, without_warnings_of_itk
 from nnunet_vit_mae.processes.workers import run_each
 from nnunet_vit_mae.progress import with_progress
 
-DATASET_JSON = "dataset.json"
 THICKNESS_DIGITS = 4  # decimals of mm: headers in single precision turn 5 mm into 5.0000002 mm
 
 
@@ -102,7 +102,7 @@ def described_labels(references: Path, predictions: Sequence[Path]) -> Labels | 
     Raises:
         UserError: If models have different labels, or a `dataset.json` has none.
     """
-    files = [folder / DATASET_JSON for folder in predictions if (folder / DATASET_JSON).is_file()]
+    files = [folder / DESCRIPTION for folder in predictions if (folder / DESCRIPTION).is_file()]
     by_file = {file: _foreground_labels(file) for file in files}
     for file, labels in by_file.items():
         if labels != by_file[files[0]]:
@@ -112,8 +112,8 @@ def described_labels(references: Path, predictions: Sequence[Path]) -> Labels | 
     if files:
         return by_file[files[0]]
     for folder in (references, references.resolve().parent):
-        if (folder / DATASET_JSON).is_file():
-            return _foreground_labels(folder / DATASET_JSON)
+        if (folder / DESCRIPTION).is_file():
+            return _foreground_labels(folder / DESCRIPTION)
     return None
 
 
@@ -135,7 +135,7 @@ def labels_in(references: Sequence[Path]) -> Labels:
     if not values:
         raise UserError(
             f"All reference segmentations in {references[0].parent} are empty: check -r, or put nnU-Net's "
-            f"{DATASET_JSON} there."
+            f"{DESCRIPTION} there."
         )
     return Labels({str(value): (value,) for value in sorted(values)})
 
@@ -303,7 +303,7 @@ def _refuse_other_labels(file: Path, array: np.ndarray, labels: Labels) -> None:
         known = ", ".join(map(str, sorted(labels.known)))
         raise UserError(
             f"{file} holds the unknown label {abbreviated(map(str, unknown))}; known labels are {known}. Correct the "
-            f"file, or the labels in {DATASET_JSON}."
+            f"file, or the labels in {DESCRIPTION}."
         )
 
 

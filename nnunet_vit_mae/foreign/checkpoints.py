@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nnunet_vit_mae.errors import UserError, abbreviated
+from nnunet_vit_mae.errors import UserError, abbreviated, first_line
 from nnunet_vit_mae.weights import CARD_KEY
 
 SAFETENSORS = ".safetensors"
@@ -50,14 +50,10 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
             "unpickled: save its weights alone (a state dict) and take that file."
         ) from None
     except Exception as error:  # noqa: BLE001 (torch raises many kinds for damaged files)
-        raise UserError(f"The checkpoint {file} cannot be read ({_first_line(error)}).") from None
+        raise UserError(f"The checkpoint {file} cannot be read ({first_line(error)}).") from None
     if not isinstance(checkpoint, Mapping):
         raise UserError(f"The checkpoint {file} holds a {type(checkpoint).__name__}, not a dictionary with weights.")
     return dict(checkpoint)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def weights_in(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

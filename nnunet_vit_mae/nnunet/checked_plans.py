@@ -21,7 +21,6 @@ from nnunet_vit_mae.nnunet.plan_code import refuse_other_code
 from nnunet_vit_mae.storage.entries import Length, Value, Whole, checked_entries
 from nnunet_vit_mae.storage.files import read_json
 
-BLOCK = "vit_mae"
 ADVICE = "correct it, or write the plans again with nnUNetv2_plan_experiment and mae3d_plan"
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.pretraining.saved_state import weights_difference
-from nnunet_vit_mae.settings import Settings, to_json_types
+from nnunet_vit_mae.settings import BLOCK, Settings, to_json_types
 
 
 def refuse_other_network(
@@ -51,7 +51,7 @@ def _what_differs(checkpoint: Mapping[str, Any], settings: Settings, difference:
     """Return the settings that the plans had and have not now, or how the weights differ if the settings are equal."""
     arguments = checkpoint.get("init_args") or {}
     plans, name = arguments.get("plans") or {}, arguments.get("configuration")
-    block = ((plans.get("configurations") or {}).get(name) or {}).get("vit_mae") or {}
+    block = ((plans.get("configurations") or {}).get(name) or {}).get(BLOCK) or {}
     then = {**to_json_types(Settings().network), **(block.get("network") or {})}
     now = to_json_types(settings.network)
     changed = [f"{key} ({then[key]} then, {now[key]} now)" for key in now if block and then[key] != now[key]]

@@ -16,6 +16,7 @@ from nnunet_vit_mae.calibration.cases import CalibrationCase, Classes
 from nnunet_vit_mae.calibration.thresholds import Calibration, fit_thresholds
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
+from nnunet_vit_mae.imaging.description import DESCRIPTION
 from nnunet_vit_mae.imaging.writing import write_segmentation
 from nnunet_vit_mae.nnunet.calibration import calibration_case
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
@@ -52,8 +53,8 @@ def calibrate_ensemble(plan: Plan, development: Sequence[Path], predictions: Pat
         segmentation = np.asarray(manager.convert_probabilities_to_segmentation(shifted))
         properties = read_properties(file.with_suffix(".pkl"))  # written by nnU-Net beside the probabilities
         write_segmentation(segmentation, output / f"{file.stem}{ending}", writer, properties)
-    with replacing(output / "dataset.json") as temporary:
-        shutil.copyfile(predictions / "dataset.json", temporary)
+    with replacing(output / DESCRIPTION) as temporary:
+        shutil.copyfile(predictions / DESCRIPTION, temporary)
     write_json(_record(found, classes, cases), output / CALIBRATION_RECORD)
     return output / CALIBRATION_RECORD
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, UNCERTAINTY
+from nnunet_vit_mae.imaging.description import DESCRIPTION
 from nnunet_vit_mae.nnunet.calibrated import read_calibration_of
 from nnunet_vit_mae.nnunet.models import CALIBRATED, Model
 from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.nnunet.shared_models import (
     CARD,
     DESCRIBING,
-    DESCRIPTION,
     PLANS,
     CheckpointEntries,
     ModelCard,

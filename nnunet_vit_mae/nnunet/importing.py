@@ -20,14 +20,13 @@ from nnunet_vit_mae.evaluation.calibration_record import (
     CalibrationEntries,
     shifts_of,
 )
-from nnunet_vit_mae.imaging.description import describe
+from nnunet_vit_mae.imaging.description import DESCRIPTION, describe
 from nnunet_vit_mae.nnunet.checked_plans import check_plans
 from nnunet_vit_mae.nnunet.folders import Dataset
 from nnunet_vit_mae.nnunet.models import CALIBRATED
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of, refuse_cascade
 from nnunet_vit_mae.nnunet.shared_models import (
     CARD,
-    DESCRIPTION,
     MEMBERS,
     PLANS,
     CheckpointEntries,

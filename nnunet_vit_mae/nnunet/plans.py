@@ -20,10 +20,10 @@ from torch import nn
 from nnunet_vit_mae.calibration.cases import Classes
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.description import DESCRIPTION, describe, read_description
-from nnunet_vit_mae.nnunet.checked_plans import BLOCK, read_plans
+from nnunet_vit_mae.nnunet.checked_plans import read_plans
 from nnunet_vit_mae.nnunet.folders import Dataset, find_dataset
 from nnunet_vit_mae.planning import default_decoder, default_rate, default_settings
-from nnunet_vit_mae.settings import Finetuning, Network, Settings
+from nnunet_vit_mae.settings import BLOCK, Finetuning, Network, Settings
 from nnunet_vit_mae.storage.files import read_json, write_json
 from nnunet_vit_mae.transfer import Destination
 

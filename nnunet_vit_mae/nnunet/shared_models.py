@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
+from nnunet_vit_mae.imaging.description import DESCRIPTION
 from nnunet_vit_mae.nnunet.plans import Plan
 from nnunet_vit_mae.nnunet.trainers import (
     nnUNetTrainerAMAE,
@@ -39,7 +40,7 @@ OUR_TRAINERS = {
         nnUNetTrainerBaseline,
     )
 }
-CARD, PLANS, DESCRIPTION = "card.json", "plans.json", "dataset.json"
+CARD, PLANS = "card.json", "plans.json"
 TEXTS = (CARD, PLANS, DESCRIPTION, FINGERPRINT, TRAINING_VOLUMES, CALIBRATION_RECORD)
 WEIGHTS = r"fold_(all|[0-9]{1,3})/checkpoint_[A-Za-z0-9_]{1,40}\.(safetensors|json)"
 MEMBERS = re.compile("|".join([*map(re.escape, TEXTS), WEIGHTS]))

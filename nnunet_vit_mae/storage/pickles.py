@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, first_line
 
 
 def _allowed() -> dict[str, Any]:
@@ -53,7 +53,7 @@ def read_trained(file: Path, *, mmap: bool = False) -> dict[str, Any]:
         raise
     except Exception as error:  # noqa: BLE001 (torch raises many kinds for damaged files)
         raise UserError(
-            f"{file} cannot be read ({_first_line(error)}), for only weights and plain values are unpickled: train "
+            f"{file} cannot be read ({first_line(error)}), for only weights and plain values are unpickled: train "
             "again, or name another checkpoint."
         ) from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("network_weights"), dict):
@@ -76,7 +76,7 @@ def read_properties(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is missing: make it again with nnU-Net.") from None
     except Exception as error:  # noqa: BLE001 (damaged pickles raise many kinds, also MemoryError for a damaged length)
         raise UserError(
-            f"{file} cannot be read ({_first_line(error)}), for only plain values and arrays are unpickled: make it "
+            f"{file} cannot be read ({first_line(error)}), for only plain values and arrays are unpickled: make it "
             "again with nnU-Net."
         ) from None
     return properties
@@ -88,7 +88,3 @@ class _PlainUnpickler(pickle.Unpickler):
         if name not in ALLOWED:
             raise pickle.UnpicklingError(f"it names {name}")
         return ALLOWED[name]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_vit_mae.evaluation.by_token import trains_vit
+from nnunet_vit_mae.settings import BLOCK
 from nnunet_vit_mae.storage.files import read_json
 from nnunet_vit_mae.storage.pickles import read_trained
 from nnunet_vit_mae.study.design import CHECKPOINTS, StudyDesign
@@ -97,7 +98,7 @@ def _samples_text(study: StudyDesign, arm: str) -> str:
 
 def samples_text(configuration: dict[str, Any], trainer: str) -> str:
     """Return the number of training samples: epochs x iterations x batch."""
-    finetuning = configuration["vit_mae"]["finetuning"]
+    finetuning = configuration[BLOCK]["finetuning"]
     batch = finetuning["batch_size"] if trains_vit(trainer) else configuration["batch_size"]
     epochs, iterations = finetuning["epochs"], finetuning["iterations"]
     return f"{epochs * iterations * batch:,} ({epochs} x {iterations} x {batch})"
