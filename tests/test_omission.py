@@ -25,6 +25,7 @@ from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.models import find_model
 from nnunet_vit_mae.nnunet.omission import OmissionCase, find_channels, write_images
 from nnunet_vit_mae.nnunet.omission_table import OmissionRow, omission_table
+from nnunet_vit_mae.nnunet.plans import read_recipe
 from nnunet_vit_mae.nnunet.prediction import PredictionCase
 from nnunet_vit_mae.statistics import compare
 from nnunet_vit_mae.storage.files import link
@@ -446,7 +447,10 @@ def test_zeros_are_zeros_after_nnunets_preprocessing(trained, tmp_path, masked):
 
 @pytest.mark.slow
 def test_a_trained_network_is_compared_by_nnunets_own_prediction(workspace, tmp_path):
-    flags = "--recipe quick --token 4 --epochs 1 --iterations 1 --batch_size 2"
+    recipe = read_recipe("quick")
+    recipe["finetuning"] |= {"foreground_prior": 0.0, "seed": 0}  # else it segments nothing yet, whatever it sees
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    flags = f"--recipe {tmp_path / 'recipe.json'} --token 4 --epochs 1 --iterations 1 --batch_size 2"
     workspace.call(*f"mae3d_plan -d 901 -o Few {flags}".split())
     trainer = "nnUNetTrainerViTScratch"
     workspace.call(*f"nnUNetv2_train 901 3d_fullres 0 -p Few -device cpu -tr {trainer}".split())
