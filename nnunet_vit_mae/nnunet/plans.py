@@ -27,7 +27,7 @@ from nnunet_vit_mae.settings import BLOCK, Finetuning, Network, Settings
 from nnunet_vit_mae.storage.files import read_json, write_json
 from nnunet_vit_mae.transfer import Destination
 
-BY_TORCH = {  # nnU-Net's own function, ten times as fast as its default, with the same result but for rounding
+BY_TORCH = {  # nnU-Net's own function, several times as fast as its default, with the same result but for rounding
     "resampling_fn_probabilities": "resample_torch_fornnunet",
     "resampling_fn_probabilities_kwargs": {
         "is_seg": False,
