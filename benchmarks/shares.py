@@ -1,8 +1,8 @@
 """Where the time of a whole command goes, in all of its processes: the network, and everything around it.
 
-Needs py-spy (`pip install py-spy`), which looks at every process twenty times a second. Threads that wait are not
-counted, so the sum is about the time of a processor, and more than that of a clock where processes work beside one
-another.
+Needs py-spy (`pip install py-spy`), which looks at every process twenty times a second. It leaves out threads that
+sleep, as far as it can tell, so the sum is that of all processes, and more than the clock shows where they work beside
+one another.
 
     python benchmarks/shares.py -- mae3d_quantify -i scans -o volumes.csv -d 501
     python benchmarks/shares.py --make ct      # writes a dataset of large CT scans, and trains a network in two steps
@@ -31,7 +31,7 @@ from case_memory import balls
 RATE = 20  # samples per second of each process
 KINDS = {  # by functions on the stack; the first kind that is found counts
     "imports": ("_find_and_load ", "_fixup_main_from_path "),
-    "network": ("Module._call_impl ", "_engine_run_backward ", "Optimizer.profile_hook_step "),
+    "network": ("Module._call_impl ", "_engine_run_backward ", "Optimizer.profile_hook_step."),
     "resampling and writing of predictions": ("export_prediction_from_logits ", "resample_and_save "),
     "preprocessing of images": ("run_case_npy ",),
     "reading of images": ("read_images ", "read_geometry ", "read_mask "),

@@ -223,11 +223,11 @@ def _predict(model: Model, images: Path, names: Sequence[str], folder: str, devi
     cases = find_prediction_cases(model.plan, images)
     refuse_damaged_weights(model)  # before anything is written
     work, ending = model.folder / folder, model.plan.dataset_json["file_ending"]
-    predictions, file = work / "predictions", work / NOTE
-    note = {"model": model_hash(model), "images": str(images)}
-    if not file.is_file() or read_entries(dict[str, str], file, "remove it") != note:
+    predictions, note = work / "predictions", work / NOTE
+    made_of = {"model": model_hash(model), "images": str(images)}
+    if not note.is_file() or read_entries(dict[str, str], note, "remove it") != made_of:
         shutil.rmtree(predictions, ignore_errors=True)
-        write_json(note, file)
+        write_json(made_of, note)
     for file in [*predictions.glob("*.npz"), *predictions.glob(f"*{ending}")]:
         if file.name.removesuffix(".npz").removesuffix(ending) not in names:
             file.unlink()
