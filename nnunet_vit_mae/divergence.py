@@ -15,7 +15,7 @@ EXPLOSION = 100.0  # an epoch's loss, in units of the first one's, or of 1, whic
 
 
 class BadStep(NamedTuple):
-    """A step, counted from 0, whose loss or gradient norm is no finite number."""
+    """A step, counted from 0, whose loss or gradient norm is not finite."""
 
     step: int
     by_gradient_alone: bool  # as on processes whose own batch was good

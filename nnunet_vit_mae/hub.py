@@ -44,7 +44,7 @@ def download(address: str) -> tuple[Path, str]:
     """
     match = ADDRESS.fullmatch(address)
     if match is None:
-        raise UserError(f"{address} is no address on the hub: write hf:owner/name, or hf:owner/name@revision.")
+        raise UserError(f"{address} is not an address on the hub: write hf:owner/name, or hf:owner/name@revision.")
     repository, revision = match.groups()
     from huggingface_hub import hf_hub_download
 
@@ -64,7 +64,7 @@ def push(folder: Path, files: Sequence[str], repository: str, *, public: bool) -
     from huggingface_hub import HfApi
 
     what = f"{folder} is written, but cannot be pushed to {repository}"
-    with _answers_in_words(what, "give the same command where there is one"):
+    with _answers_in_words(what, "run the same command on a machine that has one"):
         hub = HfApi()
         hub.create_repo(repository, private=not public, exist_ok=True)
         message = "Share an encoder of nnunet-vit-mae"

@@ -25,7 +25,7 @@ def default_settings(
 ) -> Settings:
     """Return the settings for a patch (z y x, voxels) at a spacing (z y x, mm).
 
-    With `contrasts` they are those of an adaptive network (AMAE) for so many.
+    With `contrasts` they are those of an adaptive network (AMAE) for this many.
 
     The contrasts of an adaptive network share the budget of tokens, and are pre-trained as in section 2.4 of its paper.
     Fine-tuning has nnU-Net's own batch, so that it sees as many samples as the U-Net.

@@ -51,13 +51,13 @@ POSITION_UNITS = ("token", "mm")
 
 BLOCKS = {
     "vit": "the blocks of both papers",
-    "modern": "gated MLP, a norm inside of attention, and branches that start small (Primus)",
-    "gated": "the same without the norm inside of attention (the first Primus)",
+    "modern": "gated MLP, a norm inside attention, and branches that start small (Primus)",
+    "gated": "the same without the norm inside attention (the first Primus)",
 }
 
 TOKENIZERS = {
     "linear": "one linear layer (both papers)",
-    "convolutional": "a residual convolutional stem inside of each token",
+    "convolutional": "a residual convolutional stem inside each token",
 }
 
 ENCODER_SETTINGS = (

@@ -50,7 +50,7 @@ def token_grid(patch_size: Sequence[int], token: Sequence[int]) -> tuple[int, ..
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """The networks. A pre-trained encoder fits another network of the same size, token, positions and blocks."""
+    """The network. An encoder also fits other networks of the same size, token, positions and blocks."""
 
     size: str = "S"
     token: tuple[int, int, int] = (8, 8, 8)

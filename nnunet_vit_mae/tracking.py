@@ -61,7 +61,7 @@ class MetricsTable:
     """A CSV file with a row for each epoch, which is whole at any time."""
 
     def __init__(self, folder: Path):
-        """Read what an earlier run has left; raises `UserError` if that is no such table."""
+        """Read what an earlier run has left; raises `UserError` if that is not such a table."""
         self.file = folder / TABLE
         self._rows: list[dict[str, Any]] = _read(self.file) if self.file.is_file() else []
 
@@ -81,7 +81,7 @@ class MetricsTable:
 
 
 class TensorBoard:
-    """TensorBoard's event files, in a folder inside of the run's; no other machine is asked or told anything."""
+    """TensorBoard's event files, in a folder inside the run's; no other machine is asked or told anything."""
 
     def __init__(self, folder: Path):
         self.folder = folder / TENSORBOARD_FOLDER

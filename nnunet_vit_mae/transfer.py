@@ -44,7 +44,7 @@ def adapt_encoder(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return tensors for the destination, and a sentence for everything that differs there.
 
-    What the destination has and the result has not keeps its own weights.
+    Parts that only the destination has keep their weights.
     Raises `UserError`, with all reasons, when the encoder cannot be used there.
     """
     refused = [

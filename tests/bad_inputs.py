@@ -614,7 +614,7 @@ FLAG_ROWS = [
     Row(
         "--uncertainty of another table",
         f"{EVALUATE} --uncertainty A=t.csv",
-        "is no table of mae3d_quantify --uncertainty",
+        "is not a table of mae3d_quantify --uncertainty",
         put("t.csv", "case,label\ntest_0,blob\n"),
     ),
     Row("--calibration of a list", f"{EVALUATE} --calibration A=c.json", "c.json", put_json("c.json", [])),
@@ -680,7 +680,7 @@ FLAG_ROWS = [
     Row("--seed 2^64", f"mae3d_demo -o demo --seed {2**64}", "--seed"),
     Row("an unknown flag", "mae3d_trainers --nothing", "--nothing"),
     Row("an unknown flag", "mae3d_doctor --nothing", "--nothing"),
-    Row("an address that is none", f"{PLAN} --encoder hf:vessel", "hf:vessel is no address on the hub"),
+    Row("an address that is none", f"{PLAN} --encoder hf:vessel", "hf:vessel is not an address on the hub"),
     Row("a fold without an encoder", SHARE.replace("-f 0", "-f 3"), "There is no encoder"),
     Row("an encoder cut off", SHARE, "encoder.safetensors is damaged", cut(f"{RUN}/encoder.safetensors")),
     Row("a public repository without a name", f"{SHARE} --public", "--repo"),

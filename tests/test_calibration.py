@@ -753,6 +753,6 @@ def test_plans_that_name_a_command_are_refused(model, scans, refused, tmp_path):
     plans["configurations"]["3d_fullres"]["architecture"]["network_class_name"] = "os.system"
     (model / "plans.json").write_text(json.dumps(plans))
     flags = f"-d 901 -tr {TRAINER} -device cpu -i {scans} -o {tmp_path}/volumes.csv".split()
-    assert "names 'os.system' as network_class_name, which is no part of a network" in refused(
+    assert "names 'os.system' as network_class_name, which is not a part of any network" in refused(
         quantify_command.main, *flags
     )

@@ -377,7 +377,7 @@ def test_every_folder_of_bids_is_read_and_what_is_not_used_is_named(folders, cap
     assert len(list((output / "labelsTr").iterdir())) == 2
     assert [(row["image"], row["reason"]) for row in table(output / "unused.csv") if row["case"] == "P0002_1"] == [
         ("anat/run-2_FLAIR", "FLAIR is another image of the session"),
-        ("dwi/sbref", "sbref is no contrast"),
+        ("dwi/sbref", "sbref is not a contrast"),
         ("fmap/phasediff", "is a field map"),
         ("func/task-rest_bold", "holds 2 volumes"),
     ]

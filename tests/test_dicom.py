@@ -239,7 +239,7 @@ def test_a_damaged_length_takes_no_memory(tmp_path):
     assert kilobytes < 2**18
 
 
-# ---------- what is no image is never taken for one
+# ---------- what is not an image is never taken for one
 
 
 def test_objects_without_an_image_are_passed_over_by_their_class(tmp_path):
@@ -255,14 +255,14 @@ def test_objects_without_an_image_are_passed_over_by_their_class(tmp_path):
     assert lost == 0
     passed_over = {one.files[0].class_name: one.passed_over for one in series if one.passed_over}
     names = ("Segmentation", "RT Structure Set", "Basic Text SR", "Grayscale Softcopy Presentation State", "Raw Data")
-    assert all(passed_over[name] == "is no image" for name in names)
+    assert all(passed_over[name] == "is not an image" for name in names)
     assert passed_over["CT Image"] == "is a localizer"
     assert len(passed_over) == 10
     assert_right(read_scan(tmp_path))
     found = dicom_studies(tmp_path, HEAD, None)
     (study,) = found.studies
     assert_right(read_series(study.images["CT"].origin))
-    assert ("Segmentation", "is no image") in study.unused
+    assert ("Segmentation", "is not an image") in study.unused
     assert ("CT Image of 8 slices", "is a localizer") in study.unused
     with pytest.raises(UserError, match="the label is a Segmentation, not a series of images"):
         dicom_studies(tmp_path, HEAD, "*thin*")

@@ -188,7 +188,7 @@ def test_a_folder_that_is_of_no_vit_is_refused(data, refused):
     unet = model_folder(data / "a", "nnUNetTrainerBaseline", size="S")
     for value, sentence in {
         f"ViT={unet}": "trains no ViT",
-        f"ViT={data}": "is no folder of a model",
+        f"ViT={data}": "is not the folder of a model",
         f"other={unet}": "there is no model other",
         "ViT": "write NAME=PATH",
     }.items():

@@ -438,10 +438,10 @@ def with_nan() -> dict:
     ("content", "reason"),
     [
         (lambda: [1, 2], "holds a list"),
-        (lambda: {"a": torch.ones(2)}, "none of what can be converted"),
-        (lambda: {}, "none of what can be converted"),
+        (lambda: {"a": torch.ones(2)}, "it cannot be converted"),
+        (lambda: {}, "it cannot be converted"),
         (lambda: checkpoint_of(make_primus((4, 4, 4))) | {"args": argparse.Namespace(lr=1)}, "never unpickled"),
-        (lambda: checkpoint_of(nn.Conv3d(1, 2, 3)), r"\(PrimusM\) is no Primus"),
+        (lambda: checkpoint_of(nn.Conv3d(1, 2, 3)), r"\(PrimusM\) is not a Primus"),
         (lambda: plan_without("key_to_encoder"), "does not name key_to_encoder"),
         (with_nan, "NaN or Inf in transformer.norm.weight"),
         (lambda: make_timm(embed_dim=36).state_dict(), "width 36 with 2 blocks is none of our sizes"),

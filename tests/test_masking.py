@@ -52,7 +52,7 @@ def volume_with(content: list[set[int]], seed: int = 0) -> torch.Tensor:
 
 
 def varying(tokens: set[int]) -> set[int]:
-    """Return the tokens with at least two voxels inside of the volume: a single voxel cannot vary."""
+    """Return the tokens with at least two voxels inside the volume: a single voxel cannot vary."""
     return {token for token in tokens if torch.zeros(SHAPE)[voxels_of(token)].numel() > 1}
 
 

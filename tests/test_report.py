@@ -454,7 +454,7 @@ def test_the_cases_to_look_at_first(example, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [
-        ([{"case": "case_1", "label": "x", "expected_dice": "high"}], "is no table of mae3d_quantify --uncertainty"),
+        ([{"case": "case_1", "label": "x", "expected_dice": "high"}], "is not a table of mae3d_quantify --uncertainty"),
         ([{"case": "elsewhere", "label": LABELS[0]}], "has none of the cases and labels"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The trainers inside of nnU-Net: the hybrid with its U-Net, the schedule per step, random seeds, new weights."""
+"""The trainers inside nnU-Net: the hybrid with its U-Net, the schedule per step, random seeds, new weights."""
 
 import json
 import random

@@ -250,7 +250,7 @@ def _count(voxels: ClassScores, thresholds: np.ndarray, voxel_mm3: float) -> Vox
         return histogram.cumsum(axis=1)[:, :-1]
 
     def above(numbers: np.ndarray) -> np.ndarray:
-        """Count, of voxels that exceed so many thresholds, those that exceed each (T)."""
+        """Count, of voxels that exceed this many thresholds, those that exceed each (T)."""
         return np.bincount(numbers, minlength=bins)[::-1].cumsum()[::-1][1:]
 
     is_class = voxels.rivals >= 0

@@ -49,7 +49,7 @@ def read_trained_vit(folder: Path) -> TrainedVit:
     trainer, *others = folder.resolve().name.split("__")
     file = folder / "plans.json"
     if len(others) != 2 or not file.is_file():
-        raise UserError(f"{folder} is no folder of a model: give nnU-Net's, TRAINER__PLANS__CONFIGURATION.")
+        raise UserError(f"{folder} is not the folder of a model: give nnU-Net's, TRAINER__PLANS__CONFIGURATION.")
     if not trains_vit(trainer):
         raise UserError(f"{folder}: the trainer {trainer} trains no ViT, so there is no token: leave the model out.")
     configuration = read_json(file)["configurations"].get(others[1], {})

@@ -31,7 +31,7 @@ def read_expected(file: Path) -> dict[tuple[str, str], dict[str, float]]:
         Expected Dice and both ends of the interval, by case and label; NaN for an empty cell.
 
     Raises:
-        UserError: If the file is missing, is no such table, or holds text in place of a number.
+        UserError: If the file is missing, is not such a table, or holds text in place of a number.
     """
     if not file.is_file():
         raise UserError(f"{file} is missing: give a table of mae3d_quantify --uncertainty.")
@@ -43,7 +43,7 @@ def read_expected(file: Path) -> dict[tuple[str, str], dict[str, float]]:
         }
     except (KeyError, ValueError) as error:
         raise UserError(
-            f"{file} is no table of mae3d_quantify --uncertainty ({error}): give one that has {EXPECTED}, {LOW} and "
+            f"{file} is not a table of mae3d_quantify --uncertainty ({error}): give one that has {EXPECTED}, {LOW} and "
             f"{HIGH}."
         ) from None
 

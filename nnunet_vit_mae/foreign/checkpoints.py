@@ -21,7 +21,7 @@ PREFIXES = ("module.", "_orig_mod.", "backbone.", "vit.", "model.")  # of wrappe
 
 
 def is_foreign(file: Path) -> bool:
-    """Return whether a file is there and is no encoder of ours, nor a broken one."""
+    """Return whether a file is there and is neither an encoder of ours nor a broken one."""
     if not file.is_file():
         return False
     if file.suffix != SAFETENSORS:

@@ -77,8 +77,8 @@ def _convert(checkpoint: dict[str, Any], target: Target) -> ConvertedEncoder:
             token_depth=target.token_depth,
         )
     raise UserError(
-        "it is none of what can be converted, which is nnssl's checkpoints (with an nnssl_adaptation_plan), "
-        "timm's ViTs, and MONAI's ViT and MaskedAutoEncoderViT"
+        "it cannot be converted: only nnssl's checkpoints (with an nnssl_adaptation_plan), timm's ViTs, and MONAI's "
+        "ViT and MaskedAutoEncoderViT can"
     )
 
 

@@ -1,4 +1,4 @@
-"""MONAI's `ViT` (also inside of its `UNETR`) and `MaskedAutoEncoderViT`.
+"""MONAI's `ViT` (also inside its `UNETR`) and `MaskedAutoEncoderViT`.
 
 MONAI reads volumes as x y z, nnU-Net as z y x: kernels and positions are transposed.
 """
@@ -105,7 +105,7 @@ def _kernel(weights: Weights) -> tuple[Tensor, Tensor]:
         if side:
             pattern = "d (x y z c) -> d c z y x"
             return rearrange(weight, pattern, x=side, y=side, z=side), weights.take(f"{LINEAR}.bias")
-    raise UserError(f"its tokens of {weight.shape[1]} voxels are no cubes, so their sides are unknown")
+    raise UserError(f"its tokens of {weight.shape[1]} voxels are not cubes, so their sides are unknown")
 
 
 def _block(weights: Weights, prefix: str) -> dict[str, Tensor]:

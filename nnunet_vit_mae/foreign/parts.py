@@ -52,7 +52,7 @@ def checked_token(sides: list[int]) -> list[int]:
 
 
 def cube_root(tokens: int) -> int:
-    """Return the side of a cube of so many tokens, or 0 if they make none."""
+    """Return the side of a cube of this many tokens, or 0 if they make none."""
     side = round(tokens ** (1 / 3))
     return side if side**3 == tokens else 0
 

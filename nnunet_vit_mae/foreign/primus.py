@@ -51,7 +51,7 @@ def convert_primus(checkpoint: Mapping[str, Any], *, order: str | None = None) -
     trunk, stem = plan["key_to_encoder"], plan["key_to_stem"]
     if f"{trunk}.norm.weight" not in weights or f"{trunk}.blocks.0.attn.q_proj.weight" not in weights:
         name = plan.get("architecture_plans", {}).get("arch_class_name", "of an unknown kind")
-        raise UserError(f"its network ({name}) is no Primus")
+        raise UserError(f"its network ({name}) is not a Primus")
     width, depth = len(weights.take(f"{trunk}.norm.weight")), weights.depth(f"{trunk}.blocks.")
     size = size_of(width, depth)
     order, said = _order(checkpoint, order)

@@ -61,7 +61,7 @@ def convert_timm_vit(
         tensors |= {f"transformer.blocks.{number}.{name}": tensor for name, tensor in block.items()}
     weights.refuse_rest("blocks.")
     if "norm_pre.weight" in weights:
-        raise UserError("it has a norm before its blocks, which ours have not")
+        raise UserError("it has a norm before its blocks, which ours do not have")
     final = "norm" if "norm.weight" in weights else "fc_norm"
     tensors |= {f"transformer.norm.{part}": weights.take(f"{final}.{part}") for part in ("weight", "bias")}
     if final == "fc_norm":

@@ -24,7 +24,7 @@ from nnunet_vit_mae.storage.limits import at_most_more, too_many_voxels
 
 GAP = 0.02  # slice distances may differ by this share, or by 0.1 mm: positions are stored with few digits
 HEADROOM = 2**29  # bytes that GDCM may take beside file and voxels; it believes every length that a file states
-NO_IMAGE = "is no image"
+NO_IMAGE = "is not an image"
 
 
 class SeriesError(ValueError):

@@ -65,7 +65,7 @@ def read_geometry(file: Path, name: str | None = None) -> Geometry:
         The geometry, in the order x y z.
 
     Raises:
-        ScanError: If the file is no volume with one grey value for each voxel, states no spacing, is truncated, or
+        ScanError: If the file is not a volume with one grey value for each voxel, states no spacing, is truncated, or
             has more voxels than the limit.
         Exception: Whatever a reader raises if the file is not an image; such a message may contain its path.
     """

@@ -62,7 +62,7 @@ def reconstruction_loss(rebuilt: Reconstruction, *, norm_pix: bool) -> Float[Ten
 
 
 def counted_voxels(volume: Float[Tensor, "s c z y x"], token: Triple, masks: Masks) -> Float[Tensor, "s m 1 v"]:
-    """Return 1 for the voxels of hidden tokens that lie inside of the volume, and 0 in tokens that do not count."""
+    """Return 1 for the voxels of hidden tokens that lie inside the volume, and 0 in tokens that do not count."""
     inside = take(voxels_inside(volume, token).expand(volume.shape[0], -1, -1, -1), masks.hidden)
     return inside * masks.counted[:, :, None, None]
 

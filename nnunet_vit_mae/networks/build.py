@@ -21,7 +21,7 @@ Autoencoder = MaskedAutoencoder | AdaptiveMaskedAutoencoder
 def build_autoencoder(
     network: Network, channels: int, protocol: Pretraining, *, spacing: tuple[float, ...] = ONE_MM
 ) -> Autoencoder:
-    """Build the network of pre-training for volumes with so many channels and a spacing (z y x, mm)."""
+    """Build the network of pre-training for volumes with this number of channels and a spacing (z y x, mm)."""
     blueprint = Blueprint(network=network, channels=channels, spacing=spacing)
     encoder = _encoder(blueprint, drop_path=0.0)
     outputs = 1 if network.adaptive else channels

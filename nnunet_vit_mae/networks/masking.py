@@ -92,7 +92,7 @@ def count_rebuilt(hidden: int, share: float) -> int:
 
 
 def background_tokens(volume: Float[Tensor, "b c z y x"], token: Triple) -> Bool[Tensor, "b n"]:
-    """Find tokens without content, such as air and zeros: no channel varies inside of the volume."""
+    """Find tokens without content, such as air and zeros: no channel varies inside the volume."""
     _, variance = moments(patchify(volume, token), voxels_inside(volume, token))
     return (variance < BACKGROUND_DEVIATION**2).all(dim=2)[:, :, 0]
 

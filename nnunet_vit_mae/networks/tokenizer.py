@@ -45,7 +45,7 @@ def unpatchify(patches: Float[Tensor, "b n c v"], grid: Triple, token: Triple) -
 
 
 def voxels_inside(volume: Float[Tensor, "b c z y x"], token: Triple) -> Float[Tensor, "1 n 1 v"]:
-    """Return 1 where a voxel of a token lies inside of the volume, and 0 in the padding."""
+    """Return 1 where a voxel of a token lies inside the volume, and 0 in the padding."""
     return patchify(torch.ones_like(volume[:1, :1]), token)
 
 
@@ -76,7 +76,7 @@ class Tokenizer(nn.Module):
 
 
 class ConvolutionalTokenizer(nn.Module):
-    """Embed tokens by a residual convolutional stem that works inside of each token's cube (after PrimusV2's).
+    """Embed tokens by a residual convolutional stem that works inside each token's cube (after PrimusV2's).
 
     Convolutions never see a neighbouring cube. So only visible tokens are computed in pre-training, nothing of a hidden
     one leaks into them, and fine-tuning meets the same features. The maps before each halving are fine skips for

@@ -2,7 +2,7 @@
 
 `vit` blocks are those of both papers (Dosovitskiy et al. 2021). `modern` ones are what made transformers competitive in
 nnU-Net's own comparison (Primus, Wald et al. 2025, https://arxiv.org/abs/2503.01835): a gated MLP (SwiGLU), a norm
-inside of attention, and residual branches that start small (LayerScale). `gated` ones lack the norm inside of
+inside attention, and residual branches that start small (LayerScale). `gated` ones lack the norm inside
 attention.
 """
 

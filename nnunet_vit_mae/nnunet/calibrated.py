@@ -21,7 +21,7 @@ from nnunet_vit_mae.storage.files import inside, replacing
 from nnunet_vit_mae.storage.pickles import read_trained
 from nnunet_vit_mae.weights import file_hash
 
-# of our decoders, of nnU-Net's U-Nets, of those inside of our decoder unet, and of nnU-Net's Primus
+# of our decoders, of nnU-Net's U-Nets, of those inside our decoder unet, and of nnU-Net's Primus
 HEAD = re.compile(
     r"(?:decoder\.(?:(?:.+\.)?head|(?:unet\.decoder\.)?seg_layers\.\d+)|up_projection\.decode\.\d+)\.(weight|bias)"
 )

@@ -12,7 +12,7 @@ from nnunet_vit_mae.planning import GB, in_gb
 from nnunet_vit_mae.processes.memory import memory_size
 
 LARGEST_DEVICE = 1024 * GB  # several times what the largest GPU has
-STEP_PER_CROP = 1000  # a step takes far less than so many times its crops, so that small ones need no rehearsal
+STEP_PER_CROP = 1000  # a step takes far less than this many times its crops, so that small ones need no rehearsal
 VOXEL_BYTES = 4
 
 

@@ -48,7 +48,7 @@ def _shape(group: Mapping[str, Any]) -> tuple[int, bool]:
 
 
 def _what_differs(checkpoint: Mapping[str, Any], settings: Settings, difference: str) -> str:
-    """Return the settings that the plans had and have not now, or how the weights differ if the settings are equal."""
+    """Return the settings that have changed in the plans, or how the weights differ if the settings are equal."""
     arguments = checkpoint.get("init_args") or {}
     plans, name = arguments.get("plans") or {}, arguments.get("configuration")
     block = ((plans.get("configurations") or {}).get(name) or {}).get(BLOCK) or {}

@@ -135,7 +135,7 @@ def _channel_patterns(model: Model, channels: Sequence[str], texts: Sequence[str
     for contrast in given:
         if contrast not in channels:
             raise UserError(
-                f"--contrast {contrast} is no channel of the model{did_you_mean(contrast, channels)}: give one of "
+                f"--contrast {contrast} is not a channel of the model{did_you_mean(contrast, channels)}: give one of "
                 f"{listed}."
             )
     lacking = [number for number, contrast in enumerate(channels) if contrast not in given]

@@ -26,7 +26,7 @@ class Mirroring:
         return f"{what}: {self.reason}."
 
     def of_patch(self, dimensions: int) -> tuple[int, ...] | None:
-        """Return the axes of a patch with so many dimensions, as nnU-Net takes them; 2D patches lack the first one."""
+        """Return the axes of a patch with 2 or 3 dimensions, as nnU-Net takes them; 2D patches lack the first one."""
         return tuple(axis for axis, name in enumerate(AXES[3 - dimensions :]) if name in self.axes) or None
 
 

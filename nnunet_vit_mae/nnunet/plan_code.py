@@ -42,8 +42,8 @@ def refuse_other_code(plans: Mapping[str, Any], source: str) -> None:
     for entry, name, pattern in _names_in(plans):
         if not isinstance(name, str) or not re.fullmatch(pattern, name):
             raise UserError(
-                f"{source} names {name!r} as {entry}, which is no part of a network: nnU-Net would run it, so do not "
-                "use these plans unless you trust their origin, and correct the entry."
+                f"{source} names {name!r} as {entry}, which is not a part of any network: nnU-Net would run it, so do "
+                "not use these plans unless you trust their origin, and correct the entry."
             )
     for architecture in _architectures_in(plans):
         _refuse_out_of_proportion(architecture.get("arch_kwargs"), source)

@@ -133,7 +133,7 @@ def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:
 def settings_of(configuration: ConfigurationManager, *, contrasts: int | None = None) -> Settings:
     """Return the settings in a configuration's `vit_mae` block; what it leaves out follows from patch and spacing.
 
-    With `contrasts`, what it leaves out is that of an adaptive network for so many.
+    With `contrasts`, what it leaves out is that of an adaptive network for this many.
     """
     patch, spacing, batch = configuration.patch_size, configuration.spacing, configuration.batch_size
     defaults = default_settings(patch, spacing, batch, contrasts=contrasts)

@@ -113,7 +113,7 @@ def remove_outdated(plan: Plan, cases: Iterable[PredictionCase], output: Path) -
     for case in cases:
         segmentation = output / f"{case.name}{plan.dataset_json['file_ending']}"
         if segmentation.is_file() and max(map(_modified, case.images)) > _modified(segmentation):
-            logger.info("%s is predicted again, for its images are newer", segmentation.name)
+            logger.info("%s is predicted again, because its images are newer", segmentation.name)
             segmentation.unlink()
 
 

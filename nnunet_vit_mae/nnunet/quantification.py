@@ -210,7 +210,9 @@ def refuse_other_content(folder: Path, note: Mapping[str, str], other: str) -> N
     writing its note.
     """
     content = [entry for entry in folder.iterdir() if not entry.name.startswith(".")] if folder.exists() else []
-    file = folder / MODEL_NOTE  # looked for after its folder, so that a note that appears meanwhile is no other content
+    file = (
+        folder / MODEL_NOTE
+    )  # looked for after its folder, so that a note that appears meanwhile is not taken for other content
     if file.is_file() and read_entries(dict[str, str], file, "remove that folder") != note:
         raise UserError(f"{folder} holds {other}: give another -o, or remove that folder.")
     if content and not file.is_file():

@@ -54,7 +54,7 @@ class WatchedTrainer(nnUNetTrainer):
             if bad:
                 raise self._divergence(bad[0], f"The gradient norm is {norms[bad[0]].item()}")
             skipped = len(self.losses) - len(norms)
-            said = f"; {skipped} steps skipped, for their gradients were too large for fp16" if skipped else ""
+            said = f"; {skipped} steps skipped, because their gradients were too large for fp16" if skipped else ""
             self.norm_metrics = {"gradient_norms": float(norms.mean()), "gradient_norms_max": float(norms.max())}
             self.print_to_log_file(f"{self.norm_name} {norms.mean():.3g}, at most {norms.max():.3g}{said}")
         losses = self.logger.get_value("train_losses", step=None)

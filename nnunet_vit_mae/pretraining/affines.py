@@ -1,6 +1,6 @@
 """Rotation and scaling of crops: drawn where crops are read, carried out for a whole batch where the network trains.
 
-Masks depend on them, for what a rotation brings in from beyond a crop is no part of the scan.
+Masks depend on them, because what a rotation brings in from beyond a crop is not part of the scan.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def what_is_kept(output: Path) -> str:
 def read_state(
     file: Path, network: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, steps_per_epoch: int
 ) -> dict[str, Any]:
-    """Read the state of a run of at most so many epochs, on the CPU.
+    """Read the state of a run of at most this many epochs, on the CPU.
 
     Raises:
         UserError: If the file is damaged, or belongs to another network or a longer run.

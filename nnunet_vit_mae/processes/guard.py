@@ -2,7 +2,7 @@
 
 `python -m nnunet_vit_mae.processes.guard SECONDS COMMAND ...`: the guard lives in a session of its own, where no signal
 for the asking process reaches it. It ends the command as soon as its standard input is closed, which the system does
-for a process that was killed, and kills what is still there after so many seconds.
+for a process that was killed, and kills what is still there after a given number of seconds.
 """
 
 from __future__ import annotations

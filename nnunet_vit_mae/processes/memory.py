@@ -10,7 +10,7 @@ LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.
 
 
 def memory_size() -> int:
-    """Return the bytes of memory of the machine, or the limit of its container; 0 where it cannot be told."""
+    """Return the bytes of memory of the machine, or the limit of its container; 0 if unknown."""
     sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(os, "sysconf") else []
     for file in LIMITS:
         if file.is_file() and (text := file.read_text(encoding="ascii").strip()).isdigit():

@@ -110,7 +110,7 @@ def stoppable(kept: str, say: Callable[[str], None] | None = None) -> Iterator[N
                 signal.signal(other, signal.SIG_IGN)
             end_children()
             _wait_for_threads()
-            with suppress(OSError):  # of a terminal that is no more
+            with suppress(OSError):  # the terminal has gone
                 (say or _to_stderr)(f"Stopped by {signal_name(number)}. {_request.kept or kept}")
             sys.exit(128 + number)
 

@@ -31,7 +31,7 @@ def run_each(
         initializer: Called once in each worker process, and not at all if `processes` is 1.
 
     Returns:
-        Pairs of a job and its result; the result is None if its process died, mostly because memory ran out.
+        Pairs of a job and its result; the result is None if its process died, usually because memory ran out.
     """
     jobs = list(jobs)
     if processes == 1:

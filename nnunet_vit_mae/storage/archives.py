@@ -89,7 +89,7 @@ def open_archive(file: Path, names: re.Pattern[str]) -> Iterator[Archive]:
             link or a folder, is compressed or encrypted, or is not in the list of checksums.
     """
     if not file.is_file():
-        raise UserError(f"{file} is missing or is no file: give an archive of mae3d_export.")
+        raise UserError(f"{file} is missing, or is not a file: give an archive of mae3d_export.")
     try:
         opened = ZipFile(file)
     except (BadZipFile, OSError, ValueError, NotImplementedError, struct.error, IndexError) as error:
@@ -142,7 +142,7 @@ def _content(file: Path, opened: ZipFile, name: str) -> bytes:
 
 def _parsed(file: Path, name: str, content: bytes) -> Any:
     def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is no number of JSON")
+        raise ValueError(f"{constant} is not a JSON number")
 
     try:
         return json.loads(content.decode(), parse_constant=refuse)

@@ -28,7 +28,7 @@ EXPECTED = {  # by pydantic's type of error, in the words of this package
     "tuple_type": "a list",
     "string_too_short": "text of {min_length} or more characters",
     "string_too_long": "text of {max_length} characters at most",
-    "unexpected_keyword_argument": "left out, for there is no entry of that name",
+    "unexpected_keyword_argument": "left out, because there is no entry of that name",
     "greater_than": "above {gt}",
     "greater_than_equal": "{ge} or more",
     "less_than_equal": "at most {le}",

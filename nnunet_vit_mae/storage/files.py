@@ -118,7 +118,9 @@ def inside(root: Path, *names: object, source: object) -> Path:
     path = root
     for name in names:
         if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0") or Path(name).name != name:
-            raise UserError(f"{source} holds {name!r}, which is no name of a file or folder in {root}: correct it.")
+            raise UserError(
+                f"{source} holds {name!r}, which is not the name of a file or folder in {root}: correct it."
+            )
         path /= name
     return path
 

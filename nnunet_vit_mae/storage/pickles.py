@@ -53,7 +53,7 @@ def read_trained(file: Path, *, mmap: bool = False) -> dict[str, Any]:
         raise
     except Exception as error:  # noqa: BLE001 (torch raises many kinds for damaged files)
         raise UserError(
-            f"{file} cannot be read ({first_line(error)}), for only weights and plain values are unpickled: train "
+            f"{file} cannot be read ({first_line(error)}), because only weights and plain values are unpickled: train "
             "again, or name another checkpoint."
         ) from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("network_weights"), dict):
@@ -71,12 +71,12 @@ def read_properties(file: Path) -> dict[str, Any]:
         with file.open("rb") as stream:
             properties = _PlainUnpickler(stream).load()
         if not isinstance(properties, dict):
-            raise pickle.UnpicklingError("it is no dictionary")
+            raise pickle.UnpicklingError("it is not a dictionary")
     except FileNotFoundError:
         raise UserError(f"{file} is missing: make it again with nnU-Net.") from None
     except Exception as error:  # noqa: BLE001 (damaged pickles raise many kinds, also MemoryError for a damaged length)
         raise UserError(
-            f"{file} cannot be read ({first_line(error)}), for only plain values and arrays are unpickled: make it "
+            f"{file} cannot be read ({first_line(error)}), because only plain values and arrays are unpickled: make it "
             "again with nnU-Net."
         ) from None
     return properties

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-PIECE = 2**16  # bytes that are read or decompressed at a time; each place keeps so many
+PIECE = 2**16  # bytes that are read or decompressed at a time; each place keeps this many
 AT_ONCE = 2**20  # numbers that are checked at a time
 LOCAL_HEADER = 30  # bytes of a zip member's header, whose last four are the lengths of a name and an extra field
 
@@ -38,7 +38,7 @@ class StoredRows:
     def __init__(self, file: Path, name: str):
         self.file, self.name = file, name
         if not zipfile.is_zipfile(file):
-            raise ValueError("it is no zip file")
+            raise ValueError("it is not a zip file")
         with zipfile.ZipFile(file) as archive:
             self._member = archive.getinfo(f"{name}.npy")
             with archive.open(self._member) as stream:

@@ -39,7 +39,7 @@ class Question:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """The difference of two arms with so many labels, paired by case; values are means over seeds first."""
+    """The difference of two arms with the same number of labels, paired by case; values are means over seeds first."""
 
     first: Variant
     second: Variant

@@ -62,7 +62,7 @@ class StudyDesign:
         return {member for arm in self.arms.values() for member in arm.members}
 
     def fold(self, few: int) -> int:
-        """Return the fold of `mae3d_split` with so many training patients; fold 0 has all of them."""
+        """Return the fold of `mae3d_split` with this many training patients; fold 0 has all of them."""
         return 1 + self.few.index(few)
 
     def recipe_of(self, arm: str) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class StudyDesign:
 
 @dataclass(frozen=True)
 class StudyModel:
-    """An arm with so many labels and a seed, calibrated or as trained."""
+    """An arm with a number of labels and a seed, calibrated or as trained."""
 
     arm: str
     few: int

@@ -123,7 +123,7 @@ def _plan(study: StudyDesign, arm: str, seed: int, ready: tuple[str, ...]) -> St
 
 
 def _training(study: StudyDesign, model: StudyModel) -> Iterator[Step]:
-    """Yield training, calibration and prediction of an arm with so many labels and a seed."""
+    """Yield training, calibration and prediction of an arm with a number of labels and a seed."""
     arm, fold = study.arms[model.arm], str(study.fold(model.few))
     chosen = ("-p", study.plans(model.arm, model.seed), "-tr", arm.trainer)
     device = ("-device", study.device)
@@ -172,7 +172,7 @@ def _ensemble(study: StudyDesign, model: StudyModel) -> Iterator[Step]:
 
 
 def _evaluation(study: StudyDesign, few: int) -> Step:
-    """Return the step that writes mae3d_evaluate's report of all arms with so many labels and the first seed."""
+    """Return the step that writes mae3d_evaluate's report of all arms with a number of labels and the first seed."""
     models = [model for model in study.models() if (model.few, model.seed) == (few, 0)]
     command = ["mae3d_evaluate", "-r", str(study.test_labels), "-i", str(study.test_images)]
     command += ["-o", str(Path(study.output, "evaluations", f"{few}_labels"))]

@@ -39,7 +39,7 @@ def findings_across_cases(
 def robust_z(values: Sequence[float], smallest: float) -> np.ndarray:
     """Return each value's distance from the median, in median absolute deviations scaled to a normal distribution.
 
-    `smallest` is the least unit, so that a good scan is no outlier among scans that agree closely.
+    `smallest` is the least unit, so that a good scan is not an outlier among scans that agree closely.
     """
     distance = np.asarray(values, float) - np.median(values)
     return distance / max(1.4826 * float(np.median(np.abs(distance))), smallest, 1e-12)

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FOLDER_COLOURS = {"imagesTr": "tab:blue", "imagesTs": "tab:orange", "imagesUn": "tab:gray"}
-NAMED = 12  # at most so many outliers are named
-MOST_TICKS = 40  # at most so many cases are named on the axis
-FEW_VALUES = 12  # at most so many spacings get a bar each
+NAMED = 12  # at most this many outliers are named
+MOST_TICKS = 40  # at most this many cases are named on the axis
+FEW_VALUES = 12  # at most this many spacings get a bar each
 WIDE = 20  # ratio of volumes from which the axis is logarithmic
 
 

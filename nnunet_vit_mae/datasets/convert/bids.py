@@ -90,11 +90,11 @@ def _why_unused(studies: Sequence[Study]) -> str:
 
 
 def _why_no_contrast(file: Path) -> str:
-    """Say why an image is no contrast unless a pattern asks for it; empty if it is one."""
+    """Say why an image is not a contrast unless a pattern asks for it; empty if it is one."""
     if file.parent.name == FIELD_MAPS:
         return "is a field map"
     if (suffix := _suffix(file)) in NOT_CONTRASTS:
-        return f"{suffix} is no contrast"
+        return f"{suffix} is not a contrast"
     try:
         image: Any = nibabel.load(file)
         shape = image.shape

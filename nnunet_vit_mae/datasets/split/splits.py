@@ -284,7 +284,7 @@ def parts_of(folds: Sequence[Split], test: Sequence[str]) -> dict[str, list[str]
     """Return the cases of each part of a split by name.
 
     These are training and development set, or the validation cases of each fold of a cross-validation, and the test
-    set. Folds for learning curves validate on the cases of another one, so they are no parts of their own.
+    set. Folds for learning curves validate on the cases of another one, so they are not parts of their own.
     """
     distinct = {tuple(fold["val"]): fold for fold in reversed(folds)}  # of equal ones, the first fold stays
     kept = [fold for fold in folds if distinct[tuple(fold["val"])] is fold]

@@ -13,7 +13,7 @@ from torch.nn import functional
 from nnunet_vit_mae.networks.tokenizer import Triple
 from nnunet_vit_mae.networks.upsampling import stem_joins, upsampling
 
-Norm = Callable[[int], nn.Module]  # of so many features
+Norm = Callable[[int], nn.Module]  # of a number of features
 INSTANCE_NORM: Norm = partial(nn.InstanceNorm3d, affine=True)
 
 
