@@ -32,14 +32,8 @@ from nnunet_vit_mae.presets import (
 BLOCK = "vit_mae"  # of a configuration in the plans
 
 LARGEST = 2**32 - 1  # of every number: the largest seed, and far more than any other setting can use
-
-
 LEAST_TAPS = 3  # as many as UNETR has
-
-
 MOST_TOKENS = 1024  # along an axis: far more than any memory holds
-
-
 TOKEN_SIDES = (1, 2, 4, 8, 16, 32)  # convolutional decoders double their grid until it reaches the voxels
 
 
@@ -67,9 +61,8 @@ class Network:
     norm_eps: float = 1e-5  # of the encoder's layer norms; timm's ViTs have 1e-6
     learned_positions: tuple[int, ...] = ()  # grid (z y x) of a table in the encoder, in place of sine-cosine positions
     register_tokens: int = 0  # learned tokens without a place that take part in the encoder's attention
-    adaptive: bool = (
-        False  # each contrast has its own sequence of tokens (AMAE), instead of being a channel of one sequence
-    )
+    # Each contrast has its own sequence of tokens (AMAE), instead of being a channel of one sequence.
+    adaptive: bool = False
     modality_vectors: str = "one_hot"  # of the adaptive tokenizer
 
     def __post_init__(self) -> None:

@@ -78,9 +78,8 @@ class Card:
     plans: str
     configuration: str
     fold: str
-    patch_size: Annotated[
-        list[Voxels], Field(max_length=3)
-    ]  # z y x; empty where it is not known, as spacing and normalization may be
+    # z y x; empty where it is not known, as spacing and normalization may be
+    patch_size: Annotated[list[Voxels], Field(max_length=3)]
     spacing: Annotated[list[Millimetres], Field(max_length=3)]  # z y x
     normalization: list[str]
     data_fingerprint: str

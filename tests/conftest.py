@@ -1,5 +1,6 @@
 """A tiny nnU-Net dataset, planned and preprocessed once per session by nnU-Net's own commands."""
 
+import gc
 import json
 import locale
 import os
@@ -7,10 +8,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ import torch
 from hypothesis import settings
 from in_process import path_of_forked_scripts, run_in_process
 from no_network import sitecustomize
-from torch import distributed
+from torch import Tensor, distributed, nn
 
 from nnunet_vit_mae.installation import trainers_folder
 
@@ -32,8 +33,12 @@ os.environ.setdefault("nnUNet_def_n_proc", "1")  # nnU-Net reads it when it is i
 DATASET = "Dataset901_Tiny"
 SHAPE = (14, 18, 22)  # z y x: three unequal sides
 SPACING = (1.5, 1.0, 1.0)
+SIDES = (7, 5, 17)  # of a small volume for networks, which tokens of 2 x 4 x 8 do not divide
+MIXED = [[0, 1, 2], [1], [0, 2], [1, 2]]  # the contrasts of four studies
 NO_NETWORK = Path(sitecustomize.__file__).parent
 PYTHON_PATH = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +81,15 @@ class Workspace:
     @property
     def results(self) -> Path:
         return self.root / "results" / self.dataset
+
+    def copied_to(self, folder: Path) -> Self:
+        """A copy below a folder, to be changed while other tests go on with this one."""
+        return replace(self, root=Path(shutil.copytree(self.root, folder / "nnunet")))
+
+    def use_here(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let this process use the folders too, for tests that call functions instead of typing commands."""
+        for name, value in self.environment.items():
+            monkeypatch.setenv(name, value)
 
     def type(self, *command: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         """Run a command as a user does, and insist on its exit code."""
@@ -123,6 +137,63 @@ def blob(seed: int) -> tuple[list[np.ndarray], np.ndarray]:
     return [100 + 200.0 * label + noise[0], 300 - 150.0 * label + noise[1]], label
 
 
+def read_voxels(file: Path) -> np.ndarray:
+    """The voxels (z y x) that a file holds, as another program than ours reads them."""
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    """Random numbers that are the same in every run, whatever was drawn before."""
+    return torch.Generator().manual_seed(seed)
+
+
+def random_volume(*shape: int, seed: int = 0) -> Tensor:
+    """Noise around zero in any shape."""
+    return torch.randn(*shape, generator=seeded(seed))
+
+
+def studies_with(
+    present: Sequence[Sequence[int]], sides: Sequence[int] = SIDES, *, channels: int = 3, seed: int = 0
+) -> Tensor:
+    """A batch of noise with zeros for the contrasts that a study lacks."""
+    volume = random_volume(len(present), channels, *sides, seed=seed)
+    for study, contrasts in enumerate(present):
+        for absent in set(range(channels)) - set(contrasts):
+            volume[study, absent] = 0
+    return volume
+
+
+def perturbed(network: AnyModule, seed: int = 0) -> AnyModule:
+    """Change the weights: at first, modality vectors do not matter yet."""
+    generator = seeded(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return network
+
+
+class Sharp(torch.autograd.Function):
+    """Nothing, with an infinite slope: a loss stays good, and its gradient is not."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * torch.inf
+
+
+class Poison:
+    """Makes a folder when it is unpickled, which shows that a file was allowed to run something."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[str]]:
+        return os.mkdir, (str(self.marker),)
+
+
 @pytest.fixture(scope="session")
 def planned(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """The dataset after `nnUNetv2_plan_and_preprocess`; shared, so tests that change it take `workspace`."""
@@ -150,15 +221,13 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 @pytest.fixture
 def workspace(planned: Workspace, tmp_path: Path) -> Workspace:
     """A copy of the planned dataset for one test."""
-    shutil.copytree(planned.root, tmp_path / "nnunet")
-    return Workspace(tmp_path / "nnunet")
+    return planned.copied_to(tmp_path)
 
 
 @pytest.fixture
 def in_workspace(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
-    """A copy whose folders this process uses too, for tests that call functions instead of typing commands."""
-    for name, value in workspace.environment.items():
-        monkeypatch.setenv(name, value)
+    """A copy whose folders this process uses too."""
+    workspace.use_here(monkeypatch)
     return workspace
 
 
@@ -181,6 +250,20 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return message
 
     return call
+
+
+@pytest.fixture
+def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw at the end of a pre-training alone: a picture takes longer than an epoch here."""
+    monkeypatch.setattr("nnunet_vit_mae.pretraining.run.PICTURES", 1)
+
+
+@pytest.fixture(scope="module")
+def no_garbage_of_imports() -> Iterator[None]:
+    """statsmodels collects garbage in every correction, which takes 0.7 s when all modules are imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -89,7 +89,6 @@ def fit_temperature(sample: VoxelSample, *, regions: bool) -> float:
     Returns:
         Above 1 for a network that is too sure, below 1 for one that is not sure enough; from 0.05 to 20.
     """
-
     logits = logits_of(sample.probabilities, regions=regions)
 
     def loss(log_temperature: float) -> float:

@@ -37,7 +37,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if (args.images is None) != (args.labels is None):
         raise UserError("-i and -l go together: give both the images and the labels of a development set, or neither.")
-
     if args.uncertainty and args.allow_training_cases:
         raise UserError(
             "--uncertainty needs cases that the model was not trained on, whose errors are those of new cases: leave "

@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.evaluation.drawing import label_axis, make_panels, model_styles, range_with_margin, styled
+from nnunet_vit_mae.evaluation.drawing import label_y_axis, make_panels, model_styles, range_with_margin, styled
 from nnunet_vit_mae.presets import SIZES
 from nnunet_vit_mae.settings import BLOCK, Network, Settings
 from nnunet_vit_mae.storage.files import read_json
@@ -93,7 +93,7 @@ def token_figure(results: Sequence[DiceOfVit]) -> Figure:
         axes.set_xlim(-0.4, len(places) - 0.6)
         axes.set_xlabel("Token (voxels)")
         axes.grid(axis="y")
-        label_axis(axes, "y", "dice", None)
+        label_y_axis(axes, "dice", None)
         axes.set_ylim(*range_with_margin(end for result in results for end in (result.low, result.high)))
     shown: Mapping[str, object] = {
         name: handle for axes in panels for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)

@@ -156,17 +156,17 @@ def _percent_tick(value: float, _position: int | None = None) -> str:
     return f"{axis_text(100 * value)}%"
 
 
-def label_axis(axes: Axes, axis: str, column: str, scale: Scale | None) -> None:
-    """Label the axis "x" or "y" with a column, and give it a scale; without one it shows shares from 0 to 1."""
+def label_y_axis(axes: Axes, column: str, scale: Scale | None) -> None:
+    """Label the y axis with a column, and give it a scale; without one it shows shares from 0 to 1."""
     note = ", ".join(filter(None, [UNITS.get(column, ""), scale.note.strip(", ") if scale else ""]))
     title = "|Volume difference| / reference volume" if column == "relative_difference" else TITLES.get(column, column)
-    getattr(axes, f"set_{axis}label")(f"{title} ({note})" if note else title)
+    axes.set_ylabel(f"{title} ({note})" if note else title)
     if scale:
-        scale.apply(axes, axis)
+        scale.apply(axes, "y")
         if column == "relative_difference":
-            getattr(axes, f"{axis}axis").set_major_formatter(FuncFormatter(_percent_tick))
+            axes.yaxis.set_major_formatter(FuncFormatter(_percent_tick))
     else:
-        getattr(axes, f"set_{axis}lim")(-0.03, 1.03)
+        axes.set_ylim(-0.03, 1.03)
 
 
 def draw_box(axes: Axes, values: np.ndarray, place: float, width: float, style: ModelStyle) -> None:

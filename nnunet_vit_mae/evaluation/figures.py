@@ -15,7 +15,7 @@ from nnunet_vit_mae.evaluation.drawing import (
     WIDTH,
     Scale,
     draw_box,
-    label_axis,
+    label_y_axis,
     make_panels,
     model_styles,
     point_offsets,
@@ -45,7 +45,7 @@ def measures_figure(evaluation: Evaluation, label: str) -> Figure:
         axes.set_xticks(range(len(names)), names, rotation=90 if crowded else 0)
         axes.set_xlim(-0.5, len(evaluation.models) - 0.5)
         axes.grid(axis="y")
-        label_axis(axes, "y", column, scale)
+        label_y_axis(axes, column, scale)
     return figure
 
 
@@ -173,7 +173,7 @@ def _draw_bins(axes: Axes, evaluation: Evaluation, bins: Sequence[Bin]) -> None:
     axes.tick_params(axis="x", length=0)
     axes.set_xlabel(f"{TITLES.get(quantity, quantity)} ({UNITS.get(quantity, '')})".replace(" ()", ""))
     axes.grid(axis="y")
-    label_axis(axes, "y", measure, scale)
+    label_y_axis(axes, measure, scale)
 
 
 def _pivot(evaluation: Evaluation, label: str, column: str) -> np.ndarray:

@@ -16,7 +16,7 @@ from nnunet_vit_mae.evaluation.drawing import (
     ModelStyle,
     Scale,
     draw_box,
-    label_axis,
+    label_y_axis,
     point_offsets,
     styled,
     wrap_name,
@@ -65,7 +65,7 @@ def _draw_numbers(axes: Axes, parts: Mapping[str, Sequence[str]], values: Mappin
         draw_box(axes, own, place - 0.14, 0.26, STYLE)
         axes.scatter(place + 0.22 + point_offsets(len(own)), own, **STYLE.points(12), zorder=3)
     axes.grid(axis="y")
-    label_axis(axes, "y", column, Scale.around(np.array([*values.values()])))
+    label_y_axis(axes, column, Scale.around(np.array([*values.values()])))
 
 
 def _draw_kernels(axes: Axes, parts: Mapping[str, Sequence[str]], kernels: Mapping[str, str]) -> None:

@@ -91,7 +91,7 @@ def _same_voxels(image: sitk.Image, other: sitk.Image) -> bool:
 
 
 def _has_its_end(file: Path) -> bool:
-    """Whether what follows the compressed voxels is there too: their checksum, which SimpleITK does not read."""
+    """Return whether the checksum after the compressed voxels is there too; SimpleITK does not read it."""
     try:
         if file.name.endswith(".gz"):
             with gzip.open(file) as stream:

@@ -93,11 +93,11 @@ class AdaptiveEncoder(nn.Module):
         transformer: Transformer,
         *,
         token: Triple,
-        positions: Positions | None = None,
+        positions: Positions,
     ):
         super().__init__()
         self.tokenizer, self.transformer = tokenizer, transformer
-        self.token, self.positions = token, positions or Positions()
+        self.token, self.positions = token, positions
 
     def images(
         self, patches: Float[Tensor, "s k v"], contrast: Int[Tensor, " s"], places: Places

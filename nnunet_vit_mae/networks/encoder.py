@@ -52,13 +52,13 @@ class Encoder(nn.Module):
         transformer: Transformer,
         *,
         token: Triple,
-        positions: Positions | None = None,
+        positions: Positions,
         position_table: PositionTable | None = None,
         register_tokens: int = 0,
     ):
         super().__init__()
         self.tokenizer, self.transformer, self.position_table = tokenizer, transformer, position_table
-        self.token, self.positions = token, positions or Positions()
+        self.token, self.positions = token, positions
         self.register_tokens = None
         if register_tokens:
             self.register_tokens = nn.Parameter(torch.randn(register_tokens, transformer.width) * 0.02)

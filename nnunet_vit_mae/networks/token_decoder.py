@@ -27,11 +27,11 @@ class TokenDecoder(nn.Module):
         transformer: Transformer,
         *,
         outputs: int,
+        positions: Positions,
         cross: bool = False,
-        positions: Positions | None = None,
     ):
         super().__init__()
-        self.cross, self.positions = cross, positions or Positions()
+        self.cross, self.positions = cross, positions
         self.width = transformer.width
         self.embed = nn.Linear(in_width, self.width)
         self.transformer = transformer

@@ -210,7 +210,7 @@ def _validation_cases_of(model: Model, fold: str, device: str) -> list[Predicted
 
 
 def _complete(folder: Path, names: Sequence[str], checkpoint: Path) -> bool:
-    """Whether there are probabilities of all cases, none of them older than the checkpoint."""
+    """Return whether there are probabilities of all cases, none of them older than the checkpoint."""
     files = [folder / f"{name}.npz" for name in names]
     return all(file.is_file() and file.stat().st_mtime >= checkpoint.stat().st_mtime for file in files)
 

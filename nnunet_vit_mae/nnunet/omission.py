@@ -169,7 +169,7 @@ def summary(plan: Plan, cases: Sequence[OmissionCase], channels: Sequence[int]) 
 
 
 def _zeros_stay_zeros(plan: Plan, channel: int) -> bool:
-    """Whether nnU-Net's normalisation leaves an image of zeros unchanged. For CT it does not: there, 0 HU is water."""
+    """Return whether nnU-Net's normalisation leaves an image of zeros unchanged: not for CT, as 0 HU is water."""
     scheme: Any = recursive_find_python_class(
         str(Path(nnunetv2.__path__[0], "preprocessing", "normalization")),
         plan.configuration.normalization_schemes[channel],

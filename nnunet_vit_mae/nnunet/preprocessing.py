@@ -161,7 +161,7 @@ def _output_file(plan: Plan, case: str) -> Path:
 
 
 def _is_done(plan: Plan, case: str, files: list[Path]) -> bool:
-    """Whether a case has a preprocessed file that is newer than its images."""
+    """Return whether a case has a preprocessed file that is newer than its images."""
     output = _output_file(plan, case)
     if not all(file.is_file() for file in files) or _find_channel_problem(plan, files):
         return False  # a link to nothing, or a channel that was removed: to be reported
@@ -177,7 +177,7 @@ def _remove_if_made_with_other_plans(plan: Plan) -> None:
 
 
 def _pool_is_current(plan: Plan) -> bool:
-    """Whether the pool was preprocessed with these plans."""
+    """Return whether the pool was preprocessed with these plans."""
     stamp = plan.unlabelled_folder / STAMP
     return stamp.is_file() and read_json(stamp) == _stamp(plan)
 

@@ -164,7 +164,7 @@ def _labelled_files(model: Model) -> dict[str, Path]:
 
 
 def _belongs_to(stored: _StoredVolumes, files: Mapping[str, Path]) -> bool:
-    """Whether volumes are of these cases; without the names of the cases, their number has to do."""
+    """Return whether volumes are of these cases; without the names of the cases, their number has to do."""
     if stored.cases is None:
         return all(len(volumes) == len(files) for volumes in stored.volumes.values())
     return stored.cases == _hash_of(files)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,7 +110,7 @@ class Uncertainty:
             }
         return columns
 
-    def residuals(self, label: str, predictors: Mapping[str, Any]) -> list[Residual]:
+    def residuals(self, label: str, predictors: Collection[str]) -> list[Residual]:
         """Return the errors of the cases of a label that these predictors predicted."""
         return [row.validated.residual for row in self.cases if row.label == label and row.predictor in predictors]
 
@@ -190,7 +190,7 @@ def _say_what_is_missing(model: Model, uncertainty: Uncertainty, level: float) -
     """Tell in the log why a column will be empty."""
     predictors = (*model.folds, TOGETHER)
     for label in classes_of(model.plan).names:
-        cases = len(uncertainty.residuals(label, dict.fromkeys(predictors)))
+        cases = len(uncertainty.residuals(label, predictors))
         if cases < fewest_cases(level):
             logger.warning(
                 "%s: an interval at level %g needs %d cases with a reference, but the calibration has %d: there is "

@@ -174,9 +174,8 @@ def _supervise(task: Task, device: torch.device, processes: int) -> None:
 
     A signal is passed on: all of them stop after the same step, and rank 0 says what is kept.
     """
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(
-        logging.ERROR
-    )  # it would report each process that it stops
+    # It would report each process that it stops.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         arguments = (task, device, processes, (Path(folder) / "store").as_uri())
         with held():

@@ -58,7 +58,6 @@ CONTENTS = {
 }
 LOOK_EVERY_STEPS = 100  # at the losses, which stay on the device until then; and before each save
 
-
 MoreTrackers = Callable[[PretrainingRun, Path, bool], Iterable[Tracker]]  # job, folder, whether it goes on
 
 

@@ -50,7 +50,7 @@ class StoredRows:
                 self._header = stream.tell()
         self._is_by_row = not is_by_column and self._member.compress_type == zipfile.ZIP_DEFLATED
         if self.dtype.kind != "f":
-            raise ValueError("it holds no probabilities")
+            raise ValueError(f"it holds no {name}")
 
     def read(self) -> np.ndarray:
         """Read the whole array. Raises `ValueError` for NaN and infinite values."""

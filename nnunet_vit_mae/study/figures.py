@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nnunet_vit_mae.evaluation.drawing import LINE, WIDTH, ModelStyle, Scale, label_axis, model_styles, styled
+from nnunet_vit_mae.evaluation.drawing import LINE, WIDTH, ModelStyle, Scale, label_y_axis, model_styles, styled
 from nnunet_vit_mae.study.comparisons import (
     COMPARED,
     PairedDifference,
@@ -54,7 +54,7 @@ def learning_curves(table: pd.DataFrame, arms: Sequence[str], label: str) -> Fig
     for axes_of_column, measure in zip(panels.T, COMPARED, strict=True):
         scale = None if measure == "dice" else Scale.around(_seed_means(table, label, measure))
         for axes in axes_of_column:
-            label_axis(axes, "y", measure, scale)
+            label_y_axis(axes, measure, scale)
     handles, names = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False)
     return figure
@@ -157,7 +157,7 @@ def training_figure(curves: Sequence[TrainingCurve]) -> Figure:
                 right.plot(np.arange(1, len(curve.dice) + 1), curve.dice, **drawn)
         left.set_title(f"{few} labels", loc="left")
         left.set_ylabel("Training loss")
-        label_axis(right, "y", "dice", None)
+        label_y_axis(right, "dice", None)
         left.grid(axis="y")
         right.grid(axis="y")
     for axes in panels[-1]:
