@@ -7,20 +7,24 @@ import shutil
 import stat
 import struct
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import Workspace
+from conftest import Poison, Workspace
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from safetensors.torch import load, save
 
 from nnunet_vit_mae.cli import export_model, import_model
 from nnunet_vit_mae.nnunet import importing, training_range
+from nnunet_vit_mae.nnunet.calibrated import write_calibrated
+from nnunet_vit_mae.nnunet.folders import Dataset
+from nnunet_vit_mae.nnunet.models import find_model
+from nnunet_vit_mae.nnunet.quantification import thresholds_of
 from nnunet_vit_mae.nnunet.shared_models import OUR_TRAINERS, read_weights, weights_content
 from nnunet_vit_mae.storage.archives import FORMAT
+from nnunet_vit_mae.weights import file_hash
 
 PLAN = "mae3d_plan -d 901 -o Tiny --recipe quick --token 4 --epochs 1 --iterations 1 --batch_size 2"
 TRAINERS = ("nnUNetTrainerViTScratch", "nnUNetTrainerBaseline")
@@ -72,9 +76,7 @@ def pretend_to_train(workspace, trainer, folds=("0", "all")):
 @pytest.fixture(scope="module")
 def site(planned, tmp_path_factory):
     """The site that trained both models."""
-    root = tmp_path_factory.mktemp("site") / "nnunet"
-    shutil.copytree(planned.root, root)
-    workspace = Workspace(root)
+    workspace = planned.copied_to(tmp_path_factory.mktemp("site"))
     workspace.call(*PLAN.split())
     for trainer in TRAINERS:
         pretend_to_train(workspace, trainer)
@@ -180,53 +182,43 @@ def test_a_second_name_of_a_tensor_takes_no_space():
     assert torch.equal(read["c"], tensor[:10])
 
 
-def test_calibration_moves_without_names_of_cases(site, results, tmp_path, capsys, monkeypatch):
-    for name, value in site.environment.items():
-        monkeypatch.setenv(name, value)
+def test_calibration_moves_without_names_of_cases(site, results, tmp_path, refused, monkeypatch):
+    site.use_here(monkeypatch)
     folder = model_folder(site.root / "results", TRAINERS[0])
-    shutil.copy(folder / "fold_0" / "checkpoint_final.pth", folder / "fold_0" / "checkpoint_calibrated.pth")
-    name = "fold_0/checkpoint_calibrated.pth"
+    name = write_calibrated(folder / "fold_0" / "checkpoint_final.pth", [0.0, 1.5]).relative_to(folder).as_posix()
     record = {"thresholds": {"blob": 0.25}, "before": {}, "after": {}, "cases": [{"case": "Mueller", "fold": "0"}]}
     record["shifts"] = {"blob": 1.5}
     record["uncertainty"] = {"cases": [{"case": "Mueller", "label": "blob"}]}
-    record["checkpoints"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()}
+    record["checkpoints"] = {name: file_hash(folder / name)}
+    made_from = ["fold_0/checkpoint_final.pth", "fold_all/checkpoint_final.pth"]  # the archive lacks the second one
+    record["made_from"] = {place: file_hash(folder / place) for place in made_from}
     (folder / "calibration.json").write_text(json.dumps(record))
     flags = f"-d 901 -p Tiny -tr {TRAINERS[0]} -f 0".split()
     for number, more in enumerate(([], ["--case_names"])):
         file = tmp_path / f"{number}.zip"
         export_model.main([*flags, "-o", str(file), *more])
         assert (b"Mueller" in file.read_bytes()) == bool(more)
-    assert "already exists: give a new file" in capture(export_model.main, capsys, *flags, "-o", str(file))
+    assert "already exists: give a new file" in refused(export_model.main, *flags, "-o", str(file))
     for shifts, reason in (({}, "has no shift of blob"), ({"blob": "far"}, "shifts.blob is 'far'")):
         members = members_of(tmp_path / "0.zip")
         edited("calibration.json", lambda content, shifts=shifts: content | {"shifts": shifts})(members)
         write(tmp_path / "bad.zip", members)
-        assert reason in capture(import_model.main, capsys, str(tmp_path / "bad.zip"), "-o", str(results))
+        assert reason in refused(import_model.main, str(tmp_path / "bad.zip"), "-o", str(results))
     import_model.main([str(tmp_path / "0.zip"), "-o", str(results)])
     installed = json.loads((model_folder(results, TRAINERS[0]) / "calibration.json").read_text())
     assert installed["thresholds"] == {"blob": 0.25}
     assert installed["cases"] == [{"case": "case_1", "fold": "0"}]
     assert installed["uncertainty"]["cases"] == [{"case": "case_1", "label": "blob"}]
-    (name,) = installed["checkpoints"]
-    assert name == "fold_0/checkpoint_calibrated.pth"
-    content = (model_folder(results, TRAINERS[0]) / name).read_bytes()
-    assert installed["checkpoints"][name] == hashlib.sha256(content).hexdigest()
+    assert list(installed["checkpoints"]) == [name]
+    assert list(installed["made_from"]) == made_from[:1]
+    moved = Dataset("Dataset901_Tiny", tmp_path, tmp_path, results / "Dataset901_Tiny")
+    assert thresholds_of(find_model(moved, "Tiny", trainer=TRAINERS[0])) == {"blob": 0.25}
     for name in ("calibration.json", "fold_0/checkpoint_calibrated.pth"):
         (folder / name).unlink()
 
 
-def capture(main, capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        main(list(arguments))
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
-    assert "Traceback" not in message
-    return message
-
-
-def test_a_model_that_does_not_fit_is_not_exported(site, tmp_path, capsys, monkeypatch):
-    for name, value in site.environment.items():
-        monkeypatch.setenv(name, value)
+def test_a_model_that_does_not_fit_is_not_exported(site, tmp_path, refused, monkeypatch):
+    site.use_here(monkeypatch)
     file = model_folder(site.root / "results", TRAINERS[0]) / "fold_0" / "checkpoint_final.pth"
     whole = file.read_bytes()
     flags = [*f"-d 901 -p Tiny -tr {TRAINERS[0]} -f 0 -o".split(), str(tmp_path / "model.zip")]
@@ -236,7 +228,7 @@ def test_a_model_that_does_not_fit_is_not_exported(site, tmp_path, capsys, monke
         change(checkpoint)
         torch.save(checkpoint, file)
         try:
-            message = capture(export_model.main, capsys, *flags)
+            message = refused(export_model.main, *flags)
         finally:
             file.write_bytes(whole)
         assert list(tmp_path.iterdir()) == []
@@ -249,20 +241,10 @@ def test_a_model_that_does_not_fit_is_not_exported(site, tmp_path, capsys, monke
     assert "inference_allowed_mirroring_axes" in reason(lambda c: c.update(inference_allowed_mirroring_axes=(7,)))
     assert "checkpoint" in reason(lambda c: c.update(code=Poison(tmp_path / "marker")))
     file.write_bytes(whole[:1000])
-    assert f"{file} cannot be read" in capture(export_model.main, capsys, *flags)
+    assert f"{file} cannot be read" in refused(export_model.main, *flags)
     file.write_bytes(whole)
-    message = capture(export_model.main, capsys, *flags, "-chk", "checkpoint_best.pth")
+    message = refused(export_model.main, *flags, "-chk", "checkpoint_best.pth")
     assert "There is no checkpoint" in message
-
-
-class Poison:
-    """Unpickling it makes a file."""
-
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return Path.touch, (Path(self.marker),)
 
 
 # ---------- archives of strangers
@@ -411,7 +393,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_archives_of_strangers_are_refused_before_anything_is_written(case, archive, results, tmp_path, capsys, site):
+def test_archives_of_strangers_are_refused_before_anything_is_written(case, archive, results, tmp_path, refused, site):
     members = members_of(archive)
     change, reason = BAD[case]
     change(members)
@@ -419,7 +401,7 @@ def test_archives_of_strangers_are_refused_before_anything_is_written(case, arch
     write(file, members, manifest={"format": "zip 7", "sha256": {}} if case == "another format" else None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("nnUNet_extTrainer", site.environment["nnUNet_extTrainer"])
-        message = capture(import_model.main, capsys, str(file))
+        message = refused(import_model.main, str(file))
     assert reason in message
     assert str(file) in message
     assert not results.exists()
@@ -469,16 +451,16 @@ def flipped(content):
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("case", CONTAINERS)
-def test_files_that_are_no_such_archive_are_refused(case, archive, results, tmp_path, capsys):
+def test_files_that_are_no_such_archive_are_refused(case, archive, results, tmp_path, refused):
     file = tmp_path / "bad.zip"
     shutil.copy(archive, file)
     change, reason = CONTAINERS[case]
     change(file, members_of(archive))
-    assert reason in capture(import_model.main, capsys, str(file))
+    assert reason in refused(import_model.main, str(file))
     assert not results.exists()
 
 
-def test_members_that_share_their_bytes_are_refused(results, tmp_path, capsys):
+def test_members_that_share_their_bytes_are_refused(results, tmp_path, refused):
     """A small file whose members together are as large as the disk: their entries point to the same bytes."""
     file = tmp_path / "bad.zip"
     write(file, {"fold_0/checkpoint_a.json": b" " * 10_000})
@@ -492,12 +474,12 @@ def test_members_that_share_their_bytes_are_refused(results, tmp_path, capsys):
         end[place : place + 2] = struct.pack("<H", struct.unpack("<H", end[place : place + 2])[0] + by)
     end[12:16] = struct.pack("<I", struct.unpack("<I", end[12:16])[0] + len(more))
     file.write_bytes(content[: content.index(b"PK\x05\x06")] + more + bytes(end))
-    message = capture(import_model.main, capsys, str(file))
+    message = refused(import_model.main, str(file))
     assert "larger than itself" in message or "damaged" in message
     assert not results.exists()
 
 
-def test_an_import_that_fails_leaves_the_earlier_model(archive, results, capsys, monkeypatch):
+def test_an_import_that_fails_leaves_the_earlier_model(archive, results, refused, monkeypatch):
     import_model.main([str(archive)])
     (folder,) = [path for path in (results / "Dataset901_Tiny").iterdir() if path.is_dir()]
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
@@ -506,12 +488,12 @@ def test_an_import_that_fails_leaves_the_earlier_model(archive, results, capsys,
         raise OSError(28, "No space left on device", "weights")
 
     monkeypatch.setattr(importing.torch, "save", full)
-    capture(import_model.main, capsys, str(archive), "--overwrite")
+    refused(import_model.main, str(archive), "--overwrite")
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
     assert [path for path in folder.parent.iterdir() if path.is_dir()] == [folder]
 
 
-def test_nnunets_variable_names_the_folder(archive, capsys, monkeypatch):
+def test_nnunets_variable_names_the_folder(archive, refused, monkeypatch):
     monkeypatch.delenv("nnUNet_results", raising=False)
-    assert "nnUNet_results is not set" in capture(import_model.main, capsys, str(archive))
+    assert "nnUNet_results is not set" in refused(import_model.main, str(archive))
     assert "nnUNet_results" not in os.environ

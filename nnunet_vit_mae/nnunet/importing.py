@@ -209,10 +209,12 @@ def _write(archive: Archive, model: _CheckedModel, folder: Path) -> None:
         file = folder / f"fold_{fold}" / checkpoint
         with replacing(file) as temporary, temporary.open("wb") as stream:
             torch.save(_read_checkpoint(archive, model, fold, checkpoint), stream)
-        if checkpoint == CALIBRATED:
-            hashes[f"fold_{fold}/{checkpoint}"] = file_hash(file)
+        hashes[f"fold_{fold}/{checkpoint}"] = file_hash(file)
     texts = dict(model.texts)
-    if CALIBRATION_RECORD in texts:
-        texts[CALIBRATION_RECORD] = {**texts[CALIBRATION_RECORD], "checkpoints": hashes}  # pickle's bytes are new ones
+    if record := texts.get(CALIBRATION_RECORD):
+        texts[CALIBRATION_RECORD] = record | {  # pickle's bytes are new ones
+            "checkpoints": {place: digest for place, digest in hashes.items() if place.endswith(f"/{CALIBRATED}")},
+            "made_from": {place: hashes[place] for place in record.get("made_from", {}) if place in hashes},
+        }
     for name, content in texts.items():
         write_json(content, folder / name)

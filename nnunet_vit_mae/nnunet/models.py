@@ -94,7 +94,7 @@ def find_model(
         checkpoint: File name; None: `best_checkpoint`, the calibrated one where there is one.
 
     Raises:
-        UserError: If a checkpoint is missing, or for the second stage of a cascade.
+        UserError: If a checkpoint is missing, a fold is named twice, or for the second stage of a cascade.
     """
     dataset = find_dataset(dataset) if isinstance(dataset, str) else dataset
     for flag, name in {"-tr": trainer, "-p": plans_name, "-c": configuration, "-chk": checkpoint}.items():
@@ -104,6 +104,8 @@ def find_model(
             raise UserError(f"{flag} {name} is not the name of one: give a name without a folder.")
     if unknown := [fold for fold in folds if fold != "all" and not (fold.isascii() and fold.isdigit())]:
         raise UserError(f"-f {unknown[0]} is neither 'all' nor the number of a fold.")
+    if twice := [fold for fold in folds if folds.count(fold) > 1]:
+        raise UserError(f"-f names the fold {twice[0]} twice: name each fold once.")
     folder = model_folder(dataset, trainer, plans_name, configuration)
     checkpoint = best_checkpoint(folder, folds) if checkpoint is None else checkpoint
     for fold in folds:
