@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import SHAPE, SPACING, blob, write_case
+from conftest import SHAPE, SPACING, Poison, blob, read_voxels, write_case
 from dynamic_network_architectures.architectures.primus import PrimusV2
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -33,6 +33,7 @@ from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.members import MemberPredictor
 from nnunet_vit_mae.nnunet.models import find_model, model_hash
 from nnunet_vit_mae.nnunet.plans import classes_of
+from nnunet_vit_mae.nnunet.prediction import find_prediction_cases, remove_outdated
 from nnunet_vit_mae.nnunet.quantification import TrainingRange, refuse_other_content, thresholds_of, warnings_of
 from nnunet_vit_mae.nnunet.shared_models import untrained_network
 from nnunet_vit_mae.nnunet.training_range import read_training_volumes
@@ -434,7 +435,7 @@ def test_members_are_those_that_nnunet_averages(with_networks, in_workspace):
     assert found.disagreement[inner].mean() < 50  # most members agree with their mean
 
 
-def test_from_validation_cases_to_the_intervals_of_new_ones(with_networks, in_workspace, tmp_path, capsys):
+def test_from_validation_cases_to_the_intervals_of_new_ones(with_networks, in_workspace, tmp_path, capsys, refused):
     model, table = with_networks, tmp_path / "volumes.csv"
     flags = f"-d 901 -tr {TRAINER} -device cpu -f 0 --uncertainty".split()
     calibrate_command.main(flags)
@@ -462,16 +463,14 @@ def test_from_validation_cases_to_the_intervals_of_new_ones(with_networks, in_wo
         scale = said["spread_mm3"] + 0.05 * said["volume_mm3"] + VOXEL
         assert float(row["volume_high_mm3"]) == pytest.approx(said["volume_mm3"] + scale * max(errors), abs=1e-3)
         assert row["expected_dice"] == ""
-        assert sitk.GetArrayFromImage(sitk.ReadImage(str(maps / f"{row['case']}.nii.gz"))).max() <= 100
+        assert read_voxels(maps / f"{row['case']}.nii.gz").max() <= 100
     written = {file: file.stat().st_mtime_ns for file in maps.iterdir()}
     quantify_command.main(new)  # at the level 0.9, for which two cases are too few
     assert {file: file.stat().st_mtime_ns for file in maps.iterdir()} == written  # nothing is predicted twice
     assert {row["volume_high_mm3"] for row in read_rows(table)} == {""}
     for key, reason in {"shifts": "has no shift of blob", "uncertainty": "knows nothing of uncertainty"}.items():
         file.write_text(json.dumps({name: value for name, value in record.items() if name != key}))
-        with pytest.raises(SystemExit):
-            quantify_command.main(new)
-        message = capsys.readouterr().err
+        message = refused(quantify_command.main, *new)
         assert reason in message
         assert "run mae3d_calibrate with -f 0 --uncertainty" in message
 
@@ -519,7 +518,9 @@ def pretend_to_predict(table, scans):
     work = table.with_name(f"{table.stem}_segmentations")
     for number in range(len(list(scans.iterdir())) // 2):
         write_case(table.parent / "images", f"scan_{number}", [], blob(30 + number)[1])
-    shutil.move(table.parent / "labels", work)
+    remove_outdated(found.plan, find_prediction_cases(found.plan, scans), work)  # which notes the images
+    for file in (table.parent / "labels").iterdir():
+        shutil.move(file, work)
     (work / "model.json").write_text(json.dumps({"model": model_hash(found)}))
 
 
@@ -625,9 +626,50 @@ def test_parts_of_two_models_are_not_joined(model, in_workspace, scans, tmp_path
     pretend_to_predict(table, scans)
     quantify(scans, table, *part, "0")
     assert not table.exists()
-    assert "volumes_part1of2.csv: made with another model than this part" in caplog.text
+    assert "volumes_part1of2.csv: made with another model" in caplog.text
     quantify(scans, table, *part, "1")
     assert {row["model"] for row in read_rows(table)} == {model_hash(model_of("0", checkpoint="checkpoint_final.pth"))}
+
+
+def test_parts_of_other_cases_or_options_are_not_joined(model, in_workspace, scans, tmp_path, caplog):
+    """A new case moves others to another part."""
+    table, part = tmp_path / "volumes.csv", ("-num_parts", "2", "-part_id")
+    pretend_to_predict(table, scans)
+    for number in "01":
+        quantify(scans, table, *part, number)
+    before = table.read_text()
+    for image in scans.glob("scan_1_*"):
+        image.unlink()
+    quantify(scans, table, *part, "0")
+    assert "volumes_part1of2.csv: made with another model, for other cases or with other options" in caplog.text
+    assert table.read_text() == before
+    quantify(scans, table, *part, "1")
+    assert [row["case"] for row in read_rows(table)] == ["scan_0", "scan_2", "scan_3"]
+    caplog.clear()
+    quantify(scans, table, *part, "1", "--cutoffs", "1", "2")
+    assert "volumes_part0of2.csv: made with another model, for other cases or with other options" in caplog.text
+
+
+@pytest.mark.parametrize("replace", ["of another folder", "older, of the same name"])
+def test_segmentations_of_other_images_are_predicted_again(model, in_workspace, scans, tmp_path, caplog, replace):
+    table = tmp_path / "volumes.csv"
+    pretend_to_predict(table, scans)
+    plan, work = model_of("0", checkpoint="checkpoint_final.pth").plan, tmp_path / "volumes_segmentations"
+    remove_outdated(plan, find_prediction_cases(plan, scans), work)
+    kept = {file.name for file in work.glob("*.nii.gz")}
+    assert len(kept) == 4
+    if replace == "of another folder":
+        scans = shutil.copytree(scans, tmp_path / "other site")  # with the times of the first
+        gone = kept
+    else:
+        write_case(scans, "scan_2", blob(40)[0])
+        for image in scans.glob("scan_2_*"):
+            os.utime(image, (1, 1))
+        gone = {"scan_2.nii.gz"}
+    caplog.set_level("INFO")
+    remove_outdated(plan, find_prediction_cases(plan, scans), work)
+    assert {file.name for file in work.glob("*.nii.gz")} == kept - gone
+    assert caplog.text.count("its images are others than before") == len(gone)
 
 
 def test_a_part_that_is_writing_its_note_does_not_stop_another(tmp_path):
@@ -645,6 +687,9 @@ def test_mistakes_in_quantifying_get_a_sentence(model, in_workspace, scans, refu
     assert "-part_id 2 is not one of the parts 0 to 1" in refuse("-num_parts", "2", "-part_id", "2")
     assert "There are no images" in refuse(images=tmp_path / "nowhere")
     assert "--coverage is for intervals of volumes: add --uncertainty" in refuse("--coverage", "0.9")
+    (tmp_path / "patients.csv").write_text("case,patient\nscan_0,A\n")
+    assert "patients.csv is there already, and is not a table of mae3d_quantify" in refuse(output="patients.csv")
+    assert (tmp_path / "patients.csv").read_text() == "case,patient\nscan_0,A\n"
     work = tmp_path / "volumes_segmentations"
     assert not work.exists()
     work.mkdir()
@@ -724,16 +769,6 @@ def test_two_calls_do_not_write_to_one_place(model, refused, scans, tmp_path):
         assert "Another process is writing to" in refused(quantify_command.main, *flags, *call)
     assert not [*model.rglob("calibration.json")]
     assert not (tmp_path / "volumes_segmentations").exists()
-
-
-class Poison:
-    """Unpickling it makes a file."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return Path.touch, (self.marker,)
 
 
 def test_a_checkpoint_with_code_is_not_given_to_nnunet(model, scans, refused, tmp_path):

@@ -34,7 +34,7 @@ from nnunet_vit_mae.nnunet.quantification import (
     OTHER_MODEL,
     Part,
     quantify,
-    refuse_no_table,
+    refuse_other_table,
     refuse_other_content,
     segmentations_beside,
     thresholds_of,
@@ -100,7 +100,7 @@ def quantify_dicom(
     Raises:
         UserError: If the studies do not fit the model, for files of another model there, and as `quantify` does.
     """
-    refuse_no_table(table)
+    refuse_other_table(table)
     identity, work = model_hash(model), segmentations_beside(table)
     output = table.with_name(f"{table.stem}_dicom")
     note = {"model": identity, "codes": hashlib.sha256(repr(sorted(codes.items())).encode()).hexdigest()[:12]}
@@ -112,7 +112,7 @@ def quantify_dicom(
     write_json(note, output / MODEL_NOTE)
     write_study_table(model, cases, output / STUDIES)
     with TemporaryDirectory(prefix=f".{table.stem}_images_", dir=table.parent) as folder:
-        converted = convert_cases(model, cases[part.number :: part.of], Path(folder))
+        converted = convert_cases(model, cases, part, Path(folder))
         tables = quantify(model, converted.scans, table, part, cutoffs=cutoffs, device=device, level=level)
     writer = _CaseWriter(model, codes, thresholds, _algorithm(model, identity))
     problems = {}

@@ -21,7 +21,7 @@ from nnunet_vit_mae.imaging.dicom import DicomSeries
 from nnunet_vit_mae.imaging.writing import write_zeros
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.prediction import find_prediction_cases
-from nnunet_vit_mae.nnunet.quantification import Scans
+from nnunet_vit_mae.nnunet.quantification import Part, Scans
 from nnunet_vit_mae.nnunet.shared_models import OUR_TRAINERS
 from nnunet_vit_mae.presets import canonical_contrast
 from nnunet_vit_mae.progress import with_progress
@@ -79,11 +79,11 @@ def find_study_cases(model: Model, source: DicomInput) -> tuple[list[StudyCase],
     return sorted(cases, key=lambda case: case.name), found.damaged
 
 
-def convert_cases(model: Model, cases: Sequence[StudyCase], folder: Path) -> DicomScans:
-    """Write the images of studies to a folder, named as nnU-Net expects; one that fails does not stop the others."""
+def convert_cases(model: Model, cases: Sequence[StudyCase], part: Part, folder: Path) -> DicomScans:
+    """Write the images of a part of the studies to a folder, named as nnU-Net expects; one that fails does not stop the others."""
     unreadable, series, channels = {}, {}, _channels(model)
     ending = model.plan.dataset_json["file_ending"]
-    for case in with_progress(cases, unit="study", desc="converting"):
+    for case in with_progress(cases[part.number :: part.of], unit="study", desc="converting"):
         converted = convert_study(ConversionTask(case.study, case.name, channels, case.reference, folder, ending))
         files = [folder / CONVERTED / channel_file_name(case.name, number, ending) for number in range(len(channels))]
         missing = [number for number, file in enumerate(files) if not file.is_file()]
@@ -101,7 +101,7 @@ def convert_cases(model: Model, cases: Sequence[StudyCase], folder: Path) -> Dic
             write_zeros(files[number], like=files[channels.index(reference)])
     images = folder / CONVERTED
     readable = find_prediction_cases(model.plan, images) if series else []
-    return DicomScans(Scans(images, readable, unreadable, converted=True), series)
+    return DicomScans(Scans(images, readable, [case.name for case in cases], unreadable, converted=True), series)
 
 
 def write_study_table(model: Model, cases: Sequence[StudyCase], file: Path) -> None:

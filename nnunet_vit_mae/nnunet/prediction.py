@@ -22,10 +22,11 @@ from nnunet_vit_mae.nnunet.models import Model, refuse_damaged_weights
 from nnunet_vit_mae.nnunet.plans import Plan
 from nnunet_vit_mae.processes.guard import guarded
 from nnunet_vit_mae.progress import progress_bar
-from nnunet_vit_mae.storage.files import inside, link
+from nnunet_vit_mae.storage.files import inside, link, read_json, write_json
 from nnunet_vit_mae.storage.limits import too_many_voxels
 from nnunet_vit_mae.storage.stored_rows import StoredRows
 
+IMAGES = ".images"  # beside segmentations: path, size and time of the images of each
 NO_WORKERS = ("-npp", "0", "-nps", "0")  # nnU-Net then does everything in one process
 
 logger = logging.getLogger(__name__)
@@ -104,21 +105,24 @@ def _remove_if_cut_off(segmentation: Path) -> None:
             if ".nii" not in segmentation.suffixes:
                 read_image(segmentation)
         except Exception as error:  # noqa: BLE001 (each reader has errors of its own)
-            logger.info("%s is predicted again, for it cannot be read (%s)", segmentation.name, reader_reason(error))
+            logger.info("%s is predicted again, because it cannot be read (%s)", segmentation.name, reader_reason(error))
             segmentation.unlink()
 
 
 def remove_outdated(plan: Plan, cases: Iterable[PredictionCase], output: Path) -> None:
-    """Remove the segmentations that are older than an image of their case: the scan was replaced since."""
+    """Remove the segmentations of other images than today's, and note which images the next ones are made from.
+
+    A scan may have been replaced, also by an older file, or have the name of a scan in another folder.
+    """
     for case in cases:
-        segmentation = output / f"{case.name}{plan.dataset_json['file_ending']}"
-        if segmentation.is_file() and max(map(_modified, case.images)) > _modified(segmentation):
-            logger.info("%s is predicted again, because its images are newer", segmentation.name)
+        segmentation, note = output / f"{case.name}{plan.dataset_json['file_ending']}", output / IMAGES / case.name
+        images = [[str(image), image.stat().st_size, image.stat().st_mtime_ns] for image in case.images]
+        if note.is_file() and read_json(note) == images:
+            continue
+        if segmentation.is_file():
+            logger.info("%s is predicted again, because its images are others than before", segmentation.name)
             segmentation.unlink()
-
-
-def _modified(file: Path) -> float:
-    return file.stat().st_mtime
+        write_json(images, note)
 
 
 def predict_folder(

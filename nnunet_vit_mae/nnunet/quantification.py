@@ -19,7 +19,7 @@ import pandas as pd
 from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
 from nnunet_vit_mae.evaluation.clinical import find_cutoffs, group_names, group_of
-from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
+from nnunet_vit_mae.imaging.volumes import Geometry, ScanError, read_geometry, without_warnings_of_itk
 from nnunet_vit_mae.nnunet.calibrated import read_calibration_of
 from nnunet_vit_mae.nnunet.models import CALIBRATED, Model, model_hash
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
@@ -28,9 +28,9 @@ from nnunet_vit_mae.nnunet.preprocessing import resampled_problem
 from nnunet_vit_mae.nnunet.training_range import TrainingRange, read_training_range, volumes_in, warnings_of
 from nnunet_vit_mae.nnunet.uncertainty import LabelColumns, predict_with_uncertainty, read_uncertainty
 from nnunet_vit_mae.progress import with_progress
-from nnunet_vit_mae.storage.csv_tables import read_frame, write_frame
+from nnunet_vit_mae.storage.csv_tables import read_cells, read_frame, write_frame
 from nnunet_vit_mae.storage.entries import read_entries
-from nnunet_vit_mae.storage.files import locked, write_json
+from nnunet_vit_mae.storage.files import locked, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +42,8 @@ OTHER_MODEL = "segmentations of another model"
 class Part:
     """One of several processes among which the cases are divided, as nnU-Net divides them."""
 
-    number: int
-    of: int
+    number: int = 0
+    of: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.number < self.of:
@@ -55,6 +55,10 @@ class Part:
         """Return the file for the rows of this part."""
         return table if self.of == 1 else table.with_name(f"{table.stem}_part{self.number}of{self.of}{table.suffix}")
 
+    def note(self, table: Path) -> Path:
+        """Return the file that says which cases and options the table of this part belongs to."""
+        return segmentations_beside(table) / f".part{self.number}of{self.of}.json"
+
 
 @dataclass(frozen=True)
 class Scans:
@@ -62,23 +66,22 @@ class Scans:
 
     folder: Path
     cases: Sequence[PredictionCase]
+    names: Sequence[str]  # of the cases of all parts
     unreadable: Mapping[str, str] = field(default_factory=dict)
     converted: bool = False  # a moment ago, so that their age says nothing about the scans
 
 
-WHOLE = Part(0, 1)
-
-
-def find_scans_to_quantify(model: Model, images: Path, part: Part = WHOLE) -> Scans:
+def find_scans_to_quantify(model: Model, images: Path, part: Part = Part()) -> Scans:  # noqa: B008 (it is frozen)
     """Find the scans of a part in a folder that is named as nnU-Net expects; raises `UserError` if it has none."""
-    return Scans(images, find_prediction_cases(model.plan, images)[part.number :: part.of])
+    cases = find_prediction_cases(model.plan, images)
+    return Scans(images, cases[part.number :: part.of], [case.name for case in cases])
 
 
 def quantify(
     model: Model,
     scans: Scans,
     table: Path,
-    part: Part = WHOLE,
+    part: Part = Part(),  # noqa: B008 (it is frozen)
     *,
     cutoffs: Sequence[float] | None = None,
     device: str = "cuda",
@@ -86,7 +89,7 @@ def quantify(
 ) -> list[Path]:
     """Predict the scans of a part and write the table; the part that ends last joins the tables of all parts.
 
-    Tables of parts that another model has made are not joined, and the log names them.
+    Tables of parts that another model has made, or of other cases or options, are not joined, and the log names them.
 
     Segmentations are written to `TABLE_segmentations` beside the table. With a `level`, maps of uncertainty are written
     to `TABLE_uncertainty`.
@@ -105,8 +108,8 @@ def quantify(
         The tables that were written.
 
     Raises:
-        UserError: For segmentations of another model there, if another process writes the table, and if the prediction
-            fails.
+        UserError: For segmentations of another model there, if another process writes the table, if its name is that of
+            another table, and if the prediction fails.
 
     Example:
         >>> from nnunet_vit_mae import find_model
@@ -116,66 +119,61 @@ def quantify(
         >>> [table.name for table in tables]
         ['volumes.csv']
     """
-    refuse_no_table(table)
-    with locked(part.table(table)):
-        return _quantify(model, scans, table, part, cutoffs=cutoffs, device=device, level=level)
-
-
-def _quantify(
-    model: Model,
-    scans: Scans,
-    table: Path,
-    part: Part,
-    *,
-    cutoffs: Sequence[float] | None,
-    device: str,
-    level: float | None,
-) -> list[Path]:
+    refuse_other_table(table)
     work, identity = segmentations_beside(table), model_hash(model)
-    note = {"model": identity}
-    refuse_other_content(work, note, OTHER_MODEL)
-    thresholds = thresholds_of(model)  # refuses a bad record before anything is predicted
-    uncertainty = None if level is None else read_uncertainty(model)
-    training = read_training_range(model)
-    write_json(note, work / MODEL_NOTE)
-    checking = with_progress(scans.cases, unit="case", desc="checking")
-    geometries = {**scans.unreadable, **{case.name: _check_images(model.plan, case) for case in checking}}
-    geometries = dict(sorted(geometries.items()))
-    readable = [case for case in scans.cases if isinstance(geometries[case.name], Geometry)]
-    if not scans.converted:
-        remove_outdated(model.plan, readable, work)
-    more: Mapping[str, LabelColumns] = {}
-    if uncertainty is not None and level is not None:
-        maps = table.with_name(f"{table.stem}_uncertainty")
-        more = predict_with_uncertainty(model, uncertainty, readable, work, maps, device=device, level=level)
-    else:
-        places = {"links": work / f"images_part{part.number}", "log": work / f"log_part{part.number}.txt"}
-        predict_cases(model, scans.folder, [case.name for case in readable], work, **places, device=device)
-    rows = []
-    for name, geometry in with_progress(geometries.items(), unit="case", desc="measuring"):
-        of_case = _case_rows(model, name, geometry, work, training, thresholds, cutoffs)
-        rows += [row | more.get(name, {}).get(row["label"], {}) for row in of_case]
-    written = [part.table(table)]
-    write_frame(pd.DataFrame(rows).assign(model=identity), written[0])
-    if part.of > 1 and _join_parts(table, part.of, identity):
-        written.append(table)
-    return written
+    with locked(part.table(table)):
+        note = {"model": identity}
+        refuse_other_content(work, note, OTHER_MODEL)
+        thresholds = thresholds_of(model)  # refuses a bad record before anything is predicted
+        uncertainty = None if level is None else read_uncertainty(model)
+        training = read_training_range(model)
+        write_json(note, work / MODEL_NOTE)
+        geometries, problems = _read_geometries(model.plan, scans)
+        readable = [case for case in scans.cases if case.name in geometries]
+        if not scans.converted:
+            remove_outdated(model.plan, readable, work)
+        more: Mapping[str, LabelColumns] = {}
+        if uncertainty is not None and level is not None:
+            maps = table.with_name(f"{table.stem}_uncertainty")
+            more = predict_with_uncertainty(model, uncertainty, readable, work, maps, device=device, level=level)
+        else:
+            places = {"links": work / f"images_part{part.number}", "log": work / f"log_part{part.number}.txt"}
+            predict_cases(model, scans.folder, [case.name for case in readable], work, **places, device=device)
+        groups = {label: _RiskGroups.of(cutoffs, training.volumes.get(label)) for label in thresholds}
+        rows: list[dict[str, Any]] = []
+        for case, geometry in with_progress(geometries.items(), unit="case", desc="measuring"):
+            of_case = _case_rows(model, case, geometry, work, training, thresholds, groups)
+            rows += [row | more.get(case, {}).get(row["label"], {}) for row in of_case]
+        for case, problem in problems.items():
+            rows += [{"case": case, "label": label, "warnings": problem} for label in thresholds]
+        frame = pd.DataFrame(rows).sort_values("case", kind="stable").assign(model=identity)
+        described = note | {"cases": list(scans.names), "cutoffs": cutoffs and list(cutoffs), "level": level}
+        write_frame(frame, part.table(table))
+        write_json(described, part.note(table))
+    if part.of > 1 and _join_parts(table, part.of, described):
+        return [part.table(table), table]
+    return [part.table(table)]
 
 
-def _join_parts(table: Path, number: int, identity: str) -> bool:
-    """Join the tables of all parts, if all are there and of one model, and return whether they were."""
-    files = [Part(place, number).table(table) for place in range(number)]
-    if not all(file.is_file() for file in files):
+def _join_parts(table: Path, of: int, described: Mapping[str, Any]) -> bool:
+    """Join the tables of all parts, if all are there and of one model, the same cases and the same options.
+
+    Returns whether they were joined.
+    """
+    parts = [Part(number, of) for number in range(of)]
+    if not all(part.table(table).is_file() for part in parts):
         return False
-    frames = {file.name: read_frame(file, dtype=str, keep_default_na=False) for file in files}
-    if others := [name for name, frame in frames.items() if "model" not in frame or {*frame["model"]} - {identity}]:
+    notes = {part: read_json(part.note(table)) if part.note(table).is_file() else None for part in parts}
+    if others := [part.table(table).name for part, note in notes.items() if note != described]:
         logger.warning(
-            "%s: made with another model than this part, and not joined into %s: run these parts again.",
+            "%s: made with another model, for other cases or with other options than this part, and not joined into "
+            "%s: run these parts again.",
             ", ".join(others),
             table.name,
         )
         return False
-    write_frame(pd.concat(frames.values()).sort_values("case", kind="stable"), table)
+    frames = [read_frame(part.table(table), dtype=str, keep_default_na=False) for part in parts]
+    write_frame(pd.concat(frames).sort_values("case", kind="stable"), table)
     return True
 
 
@@ -192,10 +190,12 @@ def thresholds_of(model: Model) -> dict[str, float]:
     return dict.fromkeys(classes_of(model.plan).names, 0.5)
 
 
-def refuse_no_table(table: Path) -> None:
-    """Raise `UserError` if a table cannot be written by that name."""
+def refuse_other_table(table: Path) -> None:
+    """Raise `UserError` if a table cannot be written by that name, or if there is one that is not of this command."""
     if table.is_dir() or table.suffix != ".csv":
         raise UserError(f"-o {table} is not a file name that ends in .csv: name the table to write.")
+    if table.is_file() and not {"case", "label", "warnings", "model"} <= {*(read_cells(table) or [[]])[0]}:
+        raise UserError(f"{table} is there already, and is not a table of mae3d_quantify: give another -o.")
 
 
 def segmentations_beside(table: Path) -> Path:
@@ -210,61 +210,80 @@ def refuse_other_content(folder: Path, note: Mapping[str, str], other: str) -> N
     writing its note.
     """
     content = [entry for entry in folder.iterdir() if not entry.name.startswith(".")] if folder.exists() else []
-    file = (
-        folder / MODEL_NOTE
-    )  # looked for after its folder, so that a note that appears meanwhile is not taken for other content
+    # The note is looked for after its folder, so that one that appears meanwhile is not taken for other content.
+    file = folder / MODEL_NOTE
     if file.is_file() and read_entries(dict[str, str], file, "remove that folder") != note:
         raise UserError(f"{folder} holds {other}: give another -o, or remove that folder.")
     if content and not file.is_file():
         raise UserError(f"{folder} is not empty: give another -o, or remove that folder.")
 
 
-def _check_images(plan: Plan, case: PredictionCase) -> Geometry | str:
-    """Return the geometry of a case, or why it cannot be predicted."""
+def _read_geometries(plan: Plan, scans: Scans) -> tuple[dict[str, Geometry], dict[str, str]]:
+    """Return the geometry of each case that can be predicted, and why others cannot, by name."""
+    geometries, problems = {}, dict(scans.unreadable)
+    for case in with_progress(scans.cases, unit="case", desc="checking"):
+        try:
+            geometries[case.name] = _read_geometry(plan, case)
+        except ScanError as error:
+            problems[case.name] = str(error)
+    return geometries, problems
+
+
+def _read_geometry(plan: Plan, case: PredictionCase) -> Geometry:
+    """Return the geometry of a case; raises `ScanError` if it cannot be predicted."""
     geometries = []
     for image in case.images:
         try:
             with without_warnings_of_itk():
                 geometries.append(read_geometry(image))
         except Exception as error:  # noqa: BLE001 (each reader has errors of its own; the reason goes into the table)
-            return f"{image.name} cannot be read ({reader_reason(error)})"
+            raise ScanError(f"{image.name} cannot be read ({reader_reason(error)})") from None
         if difference := geometries[0].difference(geometries[-1]):
-            return f"{image.name} and {case.images[0].name} differ in {difference}"
-    shape, spacing = geometries[0].size[::-1], geometries[0].spacing[::-1]
-    return resampled_problem(plan, shape, spacing) or geometries[0]
+            raise ScanError(f"{image.name} and {case.images[0].name} differ in {difference}")
+    if problem := resampled_problem(plan, geometries[0].size[::-1], geometries[0].spacing[::-1]):
+        raise ScanError(problem)
+    return geometries[0]
+
+
+@dataclass(frozen=True)
+class _RiskGroups:
+    """The risk groups of a label, if any."""
+
+    cutoffs: Sequence[float]  # mm3, ascending
+    names: Sequence[str]
+
+    @classmethod
+    def of(cls, given: Sequence[float] | None, training: np.ndarray | None) -> _RiskGroups:
+        """Return those between given cutoffs, or else between the quartiles of the training volumes."""
+        cutoffs = given or ([] if training is None else find_cutoffs(training, None)[0])
+        return cls(cutoffs, group_names(cutoffs, bool(given)) if cutoffs else [""])
+
+    def name(self, volume: float) -> str:
+        """Return the group of a volume in mm3; empty if there are no groups."""
+        return self.names[int(group_of(np.array(volume), self.cutoffs))]
 
 
 def _case_rows(
     model: Model,
     case: str,
-    geometry: Geometry | str,
+    geometry: Geometry,
     work: Path,
     training: TrainingRange,
     thresholds: Mapping[str, float],
-    cutoffs: Sequence[float] | None,
+    groups: Mapping[str, _RiskGroups],
 ) -> list[dict[str, Any]]:
-    """Return a row for each label of a case; the geometry is the reason if the case could not be predicted."""
-    classes = classes_of(model.plan)
-    if isinstance(geometry, str):
-        return [{"case": case, "label": label, "warnings": geometry} for label in classes.names]
-    volumes = volumes_in(work / f"{case}{model.plan.dataset_json['file_ending']}", classes)
+    """Return a row for each label of a case."""
+    volumes = volumes_in(work / f"{case}{model.plan.dataset_json['file_ending']}", classes_of(model.plan))
     warnings = warnings_of(geometry, volumes, training)
     return [
         {
             "case": case,
             "label": label,
             "volume_mm3": round(volume, 3),
-            "risk_group": _risk_group(volume, training.volumes.get(label), cutoffs),
+            "risk_group": groups[label].name(volume),
             "threshold": round(thresholds[label], 6),
             "slice_thickness_mm": round(max(geometry.spacing), 4),
             "warnings": "; ".join(warnings[label]),
         }
         for label, volume in volumes.items()
     ]
-
-
-def _risk_group(volume: float, training: np.ndarray | None, given: Sequence[float] | None) -> str:
-    cutoffs = tuple(given) if given else () if training is None else find_cutoffs(training, None)[0]
-    if not cutoffs:
-        return ""
-    return group_names(cutoffs, bool(given))[int(group_of(np.array(volume), cutoffs))]
