@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_vit_mae.errors import WHAT_TO_DO, UserError, WriteError, exit_on_user_error
-from nnunet_vit_mae.storage.files import inside, read_json, replacing, write_json
+from nnunet_vit_mae.storage.files import inside, locked, read_json, remove_unfinished, replacing, write_json
+from nnunet_vit_mae.storage.unfinished import new_folder
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -77,6 +78,24 @@ def test_the_temporary_file_lies_beside_the_file_with_its_suffix(tmp_path):
         temporary.touch()
 
 
+def test_processes_of_one_number_on_two_machines_write_apart(tmp_path):
+    file = tmp_path / "plans.json"
+    with replacing(file) as one, replacing(file) as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert file.read_text() == "one"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_a_killed_process_leaves_is_removed(tmp_path):
+    with replacing(tmp_path / "plans.json") as temporary:
+        temporary.write_text("half of the n")
+        (tmp_path / "kept.json").touch()
+        remove_unfinished(tmp_path)
+        assert [file.name for file in tmp_path.iterdir()] == ["kept.json"]
+        temporary.touch()
+
+
 def test_folders_on_the_way_are_made(tmp_path):
     with replacing(tmp_path / "a" / "b" / "plans.json") as temporary:
         temporary.write_text("new")
@@ -119,6 +138,21 @@ def test_a_missing_source_is_not_called_a_refused_write(tmp_path):
     assert caught.value.filename == str(tmp_path / "source.json")
 
 
+# ---------- output folders
+
+
+def test_the_current_folder_can_be_written_to(tmp_path, monkeypatch):
+    (tmp_path / "report").mkdir()
+    monkeypatch.chdir(tmp_path / "report")
+    with new_folder(Path(), {}):
+        Path("index.html").touch()
+        with pytest.raises(UserError, match="Another process is writing to"), locked(tmp_path / "report"):
+            pytest.fail("two at a time")
+    with pytest.raises(UserError, match="already exists: give a new folder"), new_folder(Path(), {}):
+        pytest.fail("a finished folder is written again")
+    assert [file.name for file in (tmp_path / "report").iterdir()] == ["index.html"]
+
+
 # ---------- names from files
 
 
@@ -129,7 +163,7 @@ def test_a_name_becomes_a_path_below_its_root(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["..", ".", "", "../other", "/etc", "a/b", "a/../../b", "..\\b", "a\0b", None, 3])
 def test_a_name_that_leads_elsewhere_is_refused(tmp_path, name):
-    with pytest.raises(UserError, match=r"qc\.csv holds .* no name of a file"):
+    with pytest.raises(UserError, match=r"qc\.csv holds .* which is not the name of a file"):
         inside(tmp_path, "imagesTr", name, source="qc.csv")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -27,7 +28,8 @@ def replacing(file: Path) -> Iterator[Path]:
     Raises:
         WriteError: If the system refuses to write; `file` is then as it was before.
     """
-    temporary = file.with_name(f".{os.getpid()}.{file.name}")  # some writers choose the format by the suffix
+    # some writers choose the format by the suffix; a number of a process is unique on its machine only
+    temporary = file.with_name(f".{os.getpid()}_{secrets.token_hex(4)}.{file.name}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         mode = _mode_of_new_file(temporary)
@@ -140,8 +142,9 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         UserError: If another process holds the lock.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    place = folder.resolve()  # "." has no name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(place.with_name(f".{place.name}.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
