@@ -6,17 +6,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_vit_mae.calibration import cases as calibration_cases
 from nnunet_vit_mae.calibration import open_cases, thresholds
 from nnunet_vit_mae.calibration.cases import CalibrationCase, Classes
 from nnunet_vit_mae.calibration.open_cases import segment
 from nnunet_vit_mae.calibration.thresholds import fit_thresholds
+from nnunet_vit_mae.nnunet.ensembling import shift_probabilities
 
 SHAPE = (3, 2, 7)  # small: every threshold between two voxels is tried
 BINARY = Classes(("blob",), ((1,),))
 THREE = Classes(("a", "b", "c"), ((1,), (2,), (3,)))
-REGIONS = Classes(("whole", "core"), ((1, 2), (2,)), regions=True)
+REGIONS = Classes(("whole", "core"), ((1, 2), (2,)), painted=(1, 2))
 
 few_seeds = settings(max_examples=20, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -86,17 +88,38 @@ def biased(probabilities: np.ndarray, bias: float) -> np.ndarray:
 
 @few_seeds
 @given(seeds, st.sampled_from(["volume", "dice"]))
-def test_each_region_gets_the_best_threshold_of_its_own(seed, objective):
+def test_each_region_gets_the_best_threshold_below_what_is_painted_over_it(seed, objective):
     cases = cases_of(seed, REGIONS)
     fitted = fit_thresholds(cases, REGIONS, objective)
-    for index, name in enumerate(REGIONS.names):
-        alone = Classes((name,), (REGIONS.values[index],), regions=True)
-        own = [
-            CalibrationCase(c.name, c.voxel_mm3, lambda c=c, i=index: (c.read()[0][i : i + 1], c.read()[1]))
-            for c in cases
-        ]
-        found = loss_of(own, alone, [fitted.shifts[index]], objective)
-        assert found == pytest.approx(best_of_all(own, alone, objective))
+    inner = Classes(("core",), ((2,),), painted=(2,))
+    alone = [CalibrationCase(c.name, c.voxel_mm3, lambda c=c: (c.read()[0][1:], c.read()[1])) for c in cases]
+    assert loss_of(alone, inner, [fitted.shifts[1]], objective) == pytest.approx(best_of_all(alone, inner, objective))
+    found = loss_of(cases, REGIONS, list(fitted.shifts), objective)
+    for other in np.linspace(-open_cases.LOG_ODDS_LIMIT, open_cases.LOG_ODDS_LIMIT, 201):
+        assert found <= loss_of(cases, REGIONS, [other, fitted.shifts[1]], objective) + 1e-9
+
+
+@few_seeds
+@given(seeds)
+def test_regions_are_segmented_as_nnunet_does(seed):
+    """BraTS's order: what is in an inner region is in the outer ones too."""
+    labels = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": 3}
+    manager = LabelManager(labels, [1, 2, 3])
+    classes = Classes(("whole", "core", "enhancing"), ((1, 2, 3), (2, 3), (3,)), painted=(1, 2, 3))
+    cases = cases_of(seed, classes)
+    for case in cases:
+        probabilities, _ = case.read()
+        segmentation = np.asarray(manager.convert_probabilities_to_segmentation(probabilities))
+        for mask, values in zip(segment(probabilities, classes, [0.0] * 3), classes.values, strict=True):
+            assert np.array_equal(mask, np.isin(segmentation, values))
+    fitted = fit_thresholds(cases, classes)
+    written = {(row.case, row.label): row.after_mm3 for row in fitted.volumes}
+    for case in cases:
+        shifted = shift_probabilities(case.read()[0], classes, fitted.shifts)
+        segmentation = np.asarray(manager.convert_probabilities_to_segmentation(shifted))
+        for name, values in zip(classes.names, classes.values, strict=True):
+            voxels = np.isin(segmentation, values).sum()
+            assert abs(written[case.name, name] / case.voxel_mm3 - voxels) < 1.5  # a shifted float32 is rounded
 
 
 @few_seeds

@@ -30,7 +30,7 @@ from nnunet_vit_mae.calibration.temperature import (
 )
 
 THREE = Classes(("a", "b"), ((1,), (2,)))
-REGIONS = Classes(("left", "upper"), ((1, 3), (2, 3)), regions=True)
+REGIONS = Classes(("left", "upper"), ((1, 3), (2, 3)), painted=(1, 2))
 
 levels = st.sampled_from([0.5, 0.7, 0.8, 0.9, 0.95])
 seeds = st.integers(0, 2**32 - 1)

@@ -19,8 +19,15 @@ class Classes:
 
     names: tuple[str, ...]
     values: tuple[tuple[int, ...], ...]  # label values of each class
-    regions: bool = False  # True: one sigmoid each; False: a softmax with the background as channel 0
+    # Of regions, which have a sigmoid each: the label that nnU-Net paints where each is found, one after another, so
+    # that later ones cover earlier ones (`regions_class_order`). Empty: a softmax with the background as channel 0.
+    painted: tuple[int, ...] = ()
     ignore: int | None = None  # ignore label: its voxels are not counted
+
+    @property
+    def regions(self) -> bool:
+        """Return whether these are regions."""
+        return bool(self.painted)
 
     @property
     def outputs(self) -> int:

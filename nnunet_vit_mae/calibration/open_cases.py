@@ -146,7 +146,7 @@ def counts_of(masks: Sequence[np.ndarray], labels: np.ndarray, classes: Classes,
 
 
 def segment(probabilities: np.ndarray, classes: Classes, shifts: Sequence[float]) -> list[np.ndarray]:
-    """Segment probabilities with shifted logits.
+    """Segment probabilities with shifted logits, as nnU-Net does.
 
     Args:
         probabilities: nnU-Net's probabilities (channels z y x).
@@ -154,7 +154,7 @@ def segment(probabilities: np.ndarray, classes: Classes, shifts: Sequence[float]
         shifts: The shift of each class's logit.
 
     Returns:
-        A boolean mask (z y x) of each class or region.
+        A boolean mask (z y x) of each class or region. A region holds whatever label of it was painted last.
 
     Example:
         >>> probabilities = np.array([[[[0.6, 0.9]]], [[[0.4, 0.1]]]])
@@ -162,9 +162,19 @@ def segment(probabilities: np.ndarray, classes: Classes, shifts: Sequence[float]
         [[[True, False]]]
     """
     if classes.regions:
-        return [log_odds(p) > -shift for p, shift in zip(probabilities, shifts, strict=True)]
+        found = [log_odds(p) > -shift for p, shift in zip(probabilities, shifts, strict=True)]
+        labels = painted_labels(found, classes)
+        return [np.isin(labels, values) for values in classes.values]
     winner = shifted_logs(probabilities, shifts).argmax(axis=0)
     return [winner == channel + 1 for channel in range(len(shifts))]
+
+
+def painted_labels(found: Sequence[np.ndarray], classes: Classes) -> np.ndarray:
+    """Return the label of each voxel, given where each region is found; later regions cover earlier ones."""
+    labels = np.zeros(found[0].shape, np.int64)
+    for mask, label in zip(found, classes.painted, strict=True):
+        labels[mask] = label
+    return labels
 
 
 def shifted_logs(probabilities: np.ndarray, shifts: Sequence[float]) -> np.ndarray:

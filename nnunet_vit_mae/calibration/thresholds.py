@@ -2,7 +2,9 @@
 
 A threshold t on the probability of a class is a shift of its logit by -log(t / (1 - t)): the class is then chosen where
 its log odds against the strongest other class exceed log(t / (1 - t)). With several classes, each has a shift of its
-own, and classes compete with their shifted logits. Regions (sigmoid) do not compete: each is calibrated by itself.
+own, and classes compete with their shifted logits. Regions (sigmoid) do not compete, but nnU-Net paints one over
+another: a voxel of an inner region belongs to the outer one too, whatever its probability there. So they are fitted
+from the one that is painted last to the first.
 
 The loss is a step function that changes only at the log odds of voxels. Most voxels are so sure that no threshold can
 move them: they are counted once. The others are kept, or read in parts again, and passed three times for each class.
@@ -31,6 +33,7 @@ from nnunet_vit_mae.calibration.open_cases import (
     dice_of_counts,
     log_odds,
     open_all,
+    painted_labels,
     segment,
     shifted_logs,
 )
@@ -87,8 +90,8 @@ class Calibration:
 def fit_thresholds(cases: Sequence[CalibrationCase], classes: Classes, objective: str = "volume") -> Calibration:
     """Fit the threshold of each class to labelled cases.
 
-    Several classes of a softmax are fitted in turn until none improves; each step is exact. Fit on cases that the model
-    was not trained on: thresholds that suit the training cases overfit.
+    Several classes of a softmax are fitted in turn until none improves, regions once; each step is exact. Fit on cases
+    that the model was not trained on: thresholds that suit the training cases overfit.
 
     Args:
         cases: Cases with probabilities and reference labels.
@@ -113,10 +116,11 @@ def fit_thresholds(cases: Sequence[CalibrationCase], classes: Classes, objective
     largest_shift, opened = USUAL_SHIFT, open_all(cases, classes, USUAL_SHIFT)
     shifts = [0.0] * len(classes.names)
     curves: dict[int, ThresholdCurve] = {}
+    order = range(len(shifts))[:: -1 if classes.regions else 1]
     sweeps = MAX_SWEEPS if len(shifts) > 1 and not classes.regions else 1
     for _ in range(sweeps):
         before = list(shifts)
-        for index in with_progress(range(len(shifts)), unit="threshold", desc="searching"):
+        for index in with_progress(order, unit="threshold", desc="searching"):
             shifts[index], curves[index] = _fit(opened, classes, shifts, index, OBJECTIVES[objective])
             if abs(shifts[index]) > largest_shift and sweeps > 1:
                 opened.clear()
@@ -221,7 +225,8 @@ def _class_scores(
 ) -> ClassScores:
     if classes.regions:
         reference = np.where(np.isin(labels, classes.values[index]), 0, -1)
-        return ClassScores(log_odds(probabilities[index]), np.full(labels.shape, -1), reference, own=0, classes=1)
+        scores = _region_scores(probabilities, classes, shifts, index)
+        return ClassScores(scores, np.full(labels.shape, -1), reference, own=0, classes=1)
     logs = shifted_logs(probabilities, shifts)
     own = logs[index + 1] - shifts[index]
     logs[index + 1] = -np.inf
@@ -229,6 +234,18 @@ def _class_scores(
     rivals = (logs == strongest).argmax(axis=0)  # three times as fast as that of the logs themselves
     scores = own - strongest
     return ClassScores(scores, rivals - 1, _class_numbers(labels, classes), own=index, classes=len(classes.names))
+
+
+def _region_scores(probabilities: np.ndarray, classes: Classes, shifts: Sequence[float], index: int) -> np.ndarray:
+    """Return the log odds of a region (n), infinite where the regions painted with it decide."""
+    odds = log_odds(probabilities)
+    found = [region > -shift for region, shift in zip(odds, shifts, strict=True)]
+
+    def inside(found_here: bool) -> np.ndarray:
+        found[index] = np.full(found[index].shape, found_here)
+        return np.isin(painted_labels(found, classes), classes.values[index])
+
+    return np.where(inside(False), np.inf, np.where(inside(True), odds[index], -np.inf))
 
 
 def _class_numbers(labels: np.ndarray, classes: Classes) -> np.ndarray:
