@@ -2,12 +2,12 @@
 
 import csv
 import doctest
+import errno
 import json
 import math
 import os
 import shutil
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,11 +22,11 @@ from torch import nn
 from nnunet_vit_mae.calibration.open_cases import segment
 from nnunet_vit_mae.cli import calibrate as calibrate_command
 from nnunet_vit_mae.cli import quantify as quantify_command
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, WriteError
 from nnunet_vit_mae.evaluation.calibration_record import read_calibration
 from nnunet_vit_mae.imaging.volumes import Geometry
 from nnunet_vit_mae.networks.build import build_segmenter
-from nnunet_vit_mae.nnunet import quantification
+from nnunet_vit_mae.nnunet import quantification, training_range
 from nnunet_vit_mae.nnunet.calibrated import calibrated_head
 from nnunet_vit_mae.nnunet.calibration import development_cases, training_cases
 from nnunet_vit_mae.nnunet.folders import find_dataset
@@ -344,6 +344,53 @@ def test_held_out_cases_are_never_calibrated_on(model, in_workspace, predicted):
     assert [case.name for case in cases] == [f"train_{number}" for number in (0, 2, 3, 4, 5)]
 
 
+def test_a_development_set_has_no_patient_of_training_or_testing(model, in_workspace, predicted):
+    """By `patients.json`, as a second scan of a patient has another name."""
+    images, labels = in_workspace.raw / "imagesTs", in_workspace.raw / "labelsTs"
+    chosen = model_of("0", checkpoint=FINAL)
+    (in_workspace.preprocessed / "patients.json").write_text(
+        json.dumps({"train_1": "A", "train_2": "B", "test_0": "A"})
+    )
+    assert development_cases(chosen, images, labels, "cpu", allow_training_cases=False)  # fold 0 validates on train_1
+    (in_workspace.preprocessed / "patients.json").write_text(json.dumps({"train_2": "A", "test_0": "A"}))
+    with pytest.raises(
+        UserError, match=r"trained on 1 of the \d cases, or on other scans of their patients \(test_0\)"
+    ):
+        development_cases(chosen, images, labels, "cpu", allow_training_cases=False)
+    assert development_cases(chosen, images, labels, "cpu", allow_training_cases=True)
+    hold_out(in_workspace, "train_2")
+    with pytest.raises(UserError, match=r"1 of the \d cases \(test_0\) are of patients that .*split.json holds out"):
+        development_cases(chosen, images, labels, "cpu", allow_training_cases=True)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_splits_that_changed_since_the_training_are_refused(model, in_workspace, refused, finished):
+    """Fold 0 was validated on train_0 and train_1, which nnU-Net has left in its folder."""
+    validation = model / "fold_0" / "validation"
+    for name in ("train_0", "train_1"):
+        shutil.copy(in_workspace.preprocessed / "gt_segmentations" / f"{name}.nii.gz", validation)
+    if finished:
+        (validation / "summary.json").touch()
+    calibrate()
+    file = in_workspace.preprocessed / "splits_final.json"
+    splits = json.loads(file.read_text())
+    for val in (["train_0", "train_2"], ["train_0"], ["train_0", "train_1", "train_2"]):
+        file.write_text(json.dumps([{"train": ["train_3", "train_4"], "val": val}, splits[1]]))
+        if finished or "train_1" not in val:
+            assert "splits_final.json is not the split that" in refused(lambda flags: calibrate(*flags))
+    file.write_text(json.dumps(splits))
+    calibrate()
+
+
+def test_a_reference_along_other_axes_than_its_image_is_refused(model, in_workspace, predicted):
+    images, labels = in_workspace.raw / "imagesTs", in_workspace.raw / "labelsTs"
+    file = labels / "test_0.nii.gz"
+    sitk.WriteImage(sitk.Flip(sitk.ReadImage(str(file)), [False, True, False]), str(file))
+    with pytest.raises(UserError, match=r"test_0_0000.nii.gz and .*test_0.nii.gz differ in origin"):
+        development_cases(model_of("0", checkpoint=FINAL), images, labels, "cpu", allow_training_cases=False)
+    assert not predicted
+
+
 def test_a_threshold_of_a_checkpoint_that_was_trained_again_is_refused(model):
     calibrate()
     assert thresholds_of(model_of("0", "1"))
@@ -365,7 +412,7 @@ def test_mistakes_in_calibrating_get_a_sentence(model, in_workspace, refused, tm
     assert "-f all was trained on every labelled case" in refuse(folds=["all"])
     raw = in_workspace.raw
     message = refuse("-i", str(raw / "imagesTr"), "-l", str(raw / "labelsTr"))
-    assert "trained on 4 of the 6 cases (train_2, train_3, train_4...)" in message
+    assert "on 4 of the 6 cases, or on other scans of their patients (train_2, train_3, train_4 and 1 more)" in message
     message = refuse("-i", str(raw / "imagesTs"), "-l", str(tmp_path))
     assert "The case test_0 has no reference segmentation" in message
     file = model / "fold_0" / "validation" / "train_0.npz"
@@ -588,6 +635,18 @@ def test_training_volumes_are_read_again_when_cases_are_added(model, in_workspac
     references = in_workspace.preprocessed / "gt_segmentations"
     shutil.copy(references / "train_2.nii.gz", references / "train_6.nii.gz")
     assert training_volumes() == expected_volumes(*range(6), 2)
+    shutil.copy(references / "train_3.nii.gz", references / "train_6.nii.gz")  # a label that was corrected
+    assert training_volumes() == expected_volumes(*range(6), 3)
+
+
+def test_training_volumes_are_read_each_time_where_nothing_can_be_written(model, monkeypatch, caplog):
+    def refuse(*_):
+        raise WriteError(errno.EROFS, "Read-only file system", "training_volumes.json")
+
+    monkeypatch.setattr(training_range, "write_json", refuse)
+    caplog.set_level("INFO")
+    assert training_volumes() == expected_volumes(*range(6))
+    assert "will be read from the labels again: " in caplog.text
 
 
 def test_training_volumes_of_earlier_versions_are_read(model):

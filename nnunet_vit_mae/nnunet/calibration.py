@@ -8,7 +8,7 @@ model is therefore an ordinary checkpoint, with which nnU-Net's own command pred
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -26,12 +26,14 @@ from nnunet_vit_mae.calibration.temperature import (
     sample_voxels,
 )
 from nnunet_vit_mae.calibration.thresholds import Calibration, CaseVolumes, ThresholdCurve, fit_thresholds
-from nnunet_vit_mae.datasets.split.files import SPLITS, read_split_record
-from nnunet_vit_mae.errors import UserError, reading
+from nnunet_vit_mae.datasets.split.files import SPLIT_RECORD, SPLITS, read_split_record
+from nnunet_vit_mae.datasets.split.patients import patient_of, recorded_patients
+from nnunet_vit_mae.errors import UserError, abbreviated, reading
 from nnunet_vit_mae.evaluation.calibration_figures import agreement_figure, curve_figure, reliability_figure
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
+from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS
 from nnunet_vit_mae.imaging.labels import as_labels
-from nnunet_vit_mae.imaging.volumes import refuse_large
+from nnunet_vit_mae.imaging.volumes import read_geometry, refuse_large, without_warnings_of_itk
 from nnunet_vit_mae.nnunet.calibrated import record_folder, write_calibrated
 from nnunet_vit_mae.nnunet.folds import reference_segmentations, split_of, training_names
 from nnunet_vit_mae.nnunet.models import Model, model_hash, refuse_damaged_weights
@@ -104,17 +106,32 @@ def development_cases(
 ) -> list[PredictedCase]:
     """Return the cases of a development set, predicted by all folds together.
 
-    Raises `UserError` for cases that the model was trained on, and if files are missing.
+    Raises `UserError` for cases of patients that the model was trained on or that are held out for testing, and if
+    files are missing.
     """
-    plan = model.plan
-    names = [case.name for case in find_prediction_cases(plan, images)]
+    plan, preprocessed = model.plan, model.plan.dataset.preprocessed
+    names, patients = [case.name for case in find_prediction_cases(plan, images)], recorded_patients(preprocessed)
+
+    def among(cases: Iterable[str]) -> list[str]:
+        of_patients = {patient_of(case, patients) for case in cases}
+        return sorted(name for name in names if patient_of(name, patients) in of_patients)
+
+    if held_out := among(read_split_record(preprocessed).test):
+        raise UserError(
+            f"{len(held_out)} of the {len(names)} cases ({abbreviated(held_out)}) are of patients that "
+            f"{preprocessed / SPLIT_RECORD} holds out for testing, and a test needs cases that no threshold was fitted "
+            "to: leave them out."
+        )
     labelled = list(reference_segmentations(plan))
-    trained_on = {name for fold in model.folds for name in training_names(plan, fold, labelled)} & set(names)
+    for fold in model.folds:
+        if fold != "all":
+            _refuse_other_split(model, fold, split_of(plan, fold, labelled)["val"])
+    trained_on = among(name for fold in model.folds for name in training_names(plan, fold, labelled))
     if trained_on and not allow_training_cases:
         raise UserError(
-            f"The model was trained on {len(trained_on)} of the {len(names)} cases "
-            f"({', '.join(sorted(trained_on)[:3])}...), whose probabilities say nothing about new scans: leave them "
-            "out, or add --allow_training_cases."
+            f"The model was trained on {len(trained_on)} of the {len(names)} cases, or on other scans of their "
+            f"patients ({abbreviated(trained_on)}), whose probabilities say nothing about new scans: leave them out, "
+            "or add --allow_training_cases."
         )
     return _predicted_cases(model, images, references, names, device)
 
@@ -123,8 +140,21 @@ def _predicted_cases(
     model: Model, images: Path, references: Path, names: Sequence[str], device: str
 ) -> list[PredictedCase]:
     references_of = {name: find_reference(model.plan, name, references) for name in names}
+    if model.plan.dataset_json["file_ending"] in IMAGE_ENDINGS:
+        _refuse_other_grids(model.plan, images, references_of)
     predictions = _predict(model, images, names, FOLDER, device)
     return [PredictedCase(name, None, predictions / f"{name}.npz", file) for name, file in references_of.items()]
+
+
+def _refuse_other_grids(plan: Plan, images: Path, references: Mapping[str, Path]) -> None:
+    """Raise `UserError` if a reference has other voxels than its images, for example the same along another axis."""
+    for case in find_prediction_cases(plan, images):
+        if case.name in references:
+            image, reference = case.images[0], references[case.name]
+            with reading(f"The case {case.name}"), without_warnings_of_itk():
+                difference = read_geometry(image).difference(read_geometry(reference))
+            if difference:
+                raise UserError(f"{image} and {reference} differ in {difference}: resample the reference to the image.")
 
 
 def fit(model: Model, cases: Sequence[PredictedCase], objective: str, *, temperature: bool = False) -> FittedModel:
@@ -197,6 +227,7 @@ def threshold_table(fitted: FittedModel) -> str:
 def _validation_cases_of(model: Model, fold: str, device: str) -> list[PredictedCase]:
     plan, fold_folder = model.plan, model.folder / f"fold_{fold}"
     names = split_of(plan, fold, list(reference_segmentations(plan)))["val"]
+    _refuse_other_split(model, fold, names)
     references_of = {name: find_reference(plan, name, plan.dataset.references) for name in names}
     probabilities = fold_folder / "validation"  # where nnUNetv2_train --npz saves them
     are_saved = model.checkpoint == "checkpoint_final.pth"
@@ -207,6 +238,22 @@ def _validation_cases_of(model: Model, fold: str, device: str) -> list[Predicted
         PredictedCase(name, fold, inside(probabilities, f"{name}.npz", source=SPLITS), references_of[name])
         for name in names
     ]
+
+
+def _refuse_other_split(model: Model, fold: str, validation: Collection[str]) -> None:
+    """Raise `UserError` if nnU-Net validated the fold on other cases than today's splits say.
+
+    A fold whose validation was stopped has only some of them, and one that came from elsewhere none.
+    """
+    folder, ending = model.folder / f"fold_{fold}" / "validation", model.plan.dataset_json["file_ending"]
+    found, expected = {file.name.removesuffix(ending) for file in folder.glob(f"*{ending}")}, {*validation}
+    finished = (folder / "summary.json").is_file()
+    if others := found ^ expected if finished else found - expected:
+        raise UserError(
+            f"{model.plan.dataset.preprocessed / SPLITS} is not the split that {model.folder / f'fold_{fold}'} was "
+            f"trained with: their validation cases differ ({abbreviated(sorted(others))}). Put that split back, or "
+            "train again."
+        )
 
 
 def _complete(folder: Path, names: Sequence[str], checkpoint: Path) -> bool:

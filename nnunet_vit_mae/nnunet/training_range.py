@@ -18,7 +18,7 @@ from pydantic import Field, FiniteFloat
 
 from nnunet_vit_mae.calibration.cases import Classes
 from nnunet_vit_mae.datasets.split.files import read_split_record
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, WriteError
 from nnunet_vit_mae.imaging.channels import cases_in
 from nnunet_vit_mae.imaging.labels import read_mask
 from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
@@ -51,7 +51,7 @@ class _StoredVolumes:
     """The content of `training_volumes.json`. Archives and earlier versions have the volumes alone."""
 
     volumes: dict[str, Volumes]  # mm3 of each case, by label
-    cases: str | None = None  # hash of the names of the cases
+    cases: str | None = None  # hash of the label files
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,9 @@ def fingerprint_file(model: Model) -> Path:
 def read_training_volumes(model: Model) -> dict[str, list[float]]:
     """Return the volume of each label in each labelled case in mm3, or nothing where neither they nor labels are.
 
-    They are kept in the model's folder, and read from the labels again when other cases are labelled or held out for
-    testing than at that time. An imported model keeps those that it came with.
+    They are kept in the model's folder, and read from the labels again when these have changed, or when other cases are
+    labelled or held out for testing; each time, if that folder cannot be written to, as a colleague's may be. An
+    imported model keeps those that it came with.
 
     Raises `UserError` for a file of another model, for a `split.json` that cannot be used, and for a label image that
     cannot be read.
@@ -98,7 +99,10 @@ def read_training_volumes(model: Model) -> dict[str, list[float]]:
     stored, files = _read_stored(file, classes_of(model.plan).names), _labelled_files(model)
     if files and (stored is None or not _belongs_to(stored, files)):
         stored = _StoredVolumes(_volumes_of(files, classes_of(model.plan)), _hash_of(files))
-        write_json(asdict(stored), file)
+        try:
+            write_json(asdict(stored), file)
+        except WriteError as error:
+            logger.info("The volumes of the training cases will be read from the labels again: %s", error)
     return {} if stored is None else stored.volumes
 
 
@@ -170,8 +174,9 @@ def _belongs_to(stored: _StoredVolumes, files: Mapping[str, Path]) -> bool:
     return stored.cases == _hash_of(files)
 
 
-def _hash_of(cases: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(sorted(cases)).encode()).hexdigest()[:12]
+def _hash_of(files: Mapping[str, Path]) -> str:
+    lines = sorted(f"{case} {file.stat().st_size} {file.stat().st_mtime_ns}" for case, file in files.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
 def _volumes_of(files: Mapping[str, Path], classes: Classes) -> dict[str, list[float]]:
