@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHAPE, write_case
+from conftest import SHAPE, Workspace, write_case
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -56,7 +56,7 @@ def test_cross_validation_by_patient(cohort, folds, seed, one, order):
         assert fold["val"]
         assert not on_both_sides(patients, fold["train"], fold["val"])
         assert {*fold["train"], *fold["val"]} == chosen
-    assert not find_problems(splits.folds, patients, list(patients), splits.left_out)
+    assert not find_problems(splits.folds, patients, list(patients), left_out=splits.left_out)
     if one:
         assert len(chosen) == len(cohort)
     shuffled = list(cases)
@@ -185,8 +185,7 @@ def test_mistakes_in_a_table(data, tmp_path, refused, content, sentence):
 @pytest.fixture
 def data(tmp_path, monkeypatch) -> Path:
     """Nine labelled cases of five patients, P4 with one; gives the folder that nnU-Net reads splits from."""
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    Workspace(tmp_path).use_here(monkeypatch)
     raw = tmp_path / "raw" / "Dataset905_Cohort"
     rows = ["case,patient,vendor"]
     for number in range(9):
@@ -214,6 +213,17 @@ def test_the_command_writes_what_nnunet_reads(data, capsys):
     assert json.loads((data / "split.json").read_text())["folds"][8] == "2 training patients of fold 2"
     main(["-d", "905", "--verify"])
     assert "9 folds of 9 cases of 5 patients, none on two sides" in capsys.readouterr().out
+
+
+def test_a_patient_of_a_test_case_is_in_no_fold(data, refused):
+    """Splits that were made without the table take two scans of a patient for two patients."""
+    main(["-d", "905", "--folds", "2", "--test", "0.3"])
+    record = json.loads((data / "split.json").read_text()) | {"test": ["c1", "c5"]}
+    folds = [{"train": ["c0", "c2", "c3"], "val": ["c4", "c6", "c7", "c8"]}]
+    for name, content in {"splits_final.json": folds, "split.json": record}.items():
+        (data / name).write_text(json.dumps(content))
+    message = refused(lambda _: typed("--verify"))
+    assert "fold 0 has cases of P0, P2, of whom other cases are for testing" in message
 
 
 def test_the_parts_of_a_split_are_drawn(data, tmp_path, monkeypatch, capsys):

@@ -104,7 +104,8 @@ def split_cohort(
     strata = assign_strata(_strata_columns(cohort, strata_options), cases)
     splits = make_splits([LabelledCase(case, cohort.patients[case], strata[case]) for case in cases], options)
     splits = replace(splits, left_out=sorted({*splits.left_out, *left_out}))
-    problems = find_problems(splits.folds, cohort.patients, cohort.cases, {*splits.test, *splits.left_out})
+    outside = {"test": splits.test, "left_out": splits.left_out}
+    problems = find_problems(splits.folds, cohort.patients, cohort.cases, **outside)
     assert not problems, problems
     moved = write_splits(splits, options, cohort.patients, folder, overwrite=overwrite)
     return WrittenSplits(splits, options, strata, folder / SPLITS, moved)
@@ -128,7 +129,7 @@ def verify_folder(cohort: Cohort, folder: Path) -> tuple[str, list[str]]:
     file = folder / SPLITS
     folds = read_splits(file)
     record = read_split_record(folder)
-    if problems := find_problems(folds, cohort.patients, cohort.cases, {*record.test, *record.left_out}):
+    if problems := find_problems(folds, cohort.patients, cohort.cases, test=record.test, left_out=record.left_out):
         return "", problems
     cases = {case for fold in folds for side in ("train", "val") for case in fold[side]}
     patients = {cohort.patients[case] for case in cases}

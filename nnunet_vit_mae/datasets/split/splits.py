@@ -117,9 +117,16 @@ def find_problems(
     folds: Sequence[Split],
     patients: Mapping[str, str],
     cases: Collection[str],
-    outside: Collection[str] = (),
+    *,
+    test: Collection[str] = (),
+    left_out: Collection[str] = (),
 ) -> list[str]:
-    """Return what is wrong with splits, one clause each; `outside` are cases that are in no fold on purpose."""
+    """Return what is wrong with splits, one clause each.
+
+    Cases of `test` and `left_out` are in no fold on purpose. Patients of a test case may not be in a fold either;
+    those of a case that was left out may, as other scans of training patients are left out.
+    """
+    outside = {*test, *left_out}
     problems = []
     for number, fold in enumerate(folds):
         training, validation = fold["train"], fold["val"]
@@ -127,10 +134,12 @@ def find_problems(
         problems += fold_problems(number, fold, cases)
         if not {*training} & {*validation} and (both := on_both_sides(patients, training, validation)):
             problems.append(f"fold {number} has patient {abbreviated(both)} in train and in val")
-        if held := sorted(used & {*outside}):
+        if held := sorted(used & outside):
             problems.append(f"fold {number} has {abbreviated(held)}, a test case or one that was left out")
+        elif both := on_both_sides(patients, used, test):
+            problems.append(f"fold {number} has cases of {abbreviated(both)}, of whom other cases are for testing")
     listed = {case for fold in folds for case in (*fold["train"], *fold["val"])}
-    if missing := sorted({*cases} - listed - {*outside}):
+    if missing := sorted({*cases} - listed - outside):
         problems.append(f"{abbreviated(missing)} {'is' if len(missing) == 1 else 'are'} in no fold")
     return problems
 
