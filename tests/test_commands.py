@@ -29,13 +29,11 @@ def test_without_a_command_all_are_listed(argv, capsys):
     assert capsys.readouterr().out == overview() + "\n"
 
 
-def test_a_command_is_called_with_its_flags(capsys):
+def test_a_command_is_called_with_its_flags(capsys, refused):
     commands.main(["trainers"])
     assert capsys.readouterr().out.strip().endswith("trainers")
-    with pytest.raises(SystemExit) as stop:
-        commands.main(["pretrain", "--epoch_s", "3", "-d", "1"])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.endswith("unrecognized arguments: --epoch_s 3 (did you mean --epochs?)\n")
+    message = refused(commands.main, "pretrain", "--epoch_s", "3", "-d", "1")
+    assert message.endswith("unrecognized arguments: --epoch_s 3 (did you mean --epochs?)\n")
 
 
 def test_an_unknown_command_is_refused(refused):
@@ -58,6 +56,14 @@ def test_help_has_examples_with_flags_that_exist(name, capsys):
         assert all(re.search(rf"[ ,]{flag}\b", options) for flag in flags), line
 
 
+def test_help_shows_defaults_and_what_is_required_as_they_are_typed(capsys):
+    with pytest.raises(SystemExit):
+        commands.main(["study", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "mae3d_study [-h] -d ID -o FOLDER [-c NAME] [--arms ARM [ARM ...]] --few N [N ...] [--seeds N]" in text
+    assert "(default: unet vit scratch)" in text
+
+
 def test_the_nearest_dataset_and_model_are_named(in_workspace):
     with pytest.raises(UserError, match=r"\(did you mean Dataset901_Tiny\?\)"):
         find_dataset("Dataset901_Tinny")
@@ -67,6 +73,8 @@ def test_the_nearest_dataset_and_model_are_named(in_workspace):
         find_model(
             dataset, "Own", "3d_fullres", trainer="nnUNetTrainerViTMEA", folds=["0"], checkpoint="checkpoint_final.pth"
         )
+    with pytest.raises(UserError, match="-f names the fold 1 twice"):
+        find_model(dataset, "Own", folds=["1", "0", "1"])
 
 
 def test_shells_complete_flags(tmp_path):

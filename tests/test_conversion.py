@@ -9,6 +9,7 @@ from shutil import copytree
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from conftest import read_voxels
 from synthetic_head import grid, moved, scan
 
 from nnunet_vit_mae.cli.convert import main
@@ -277,7 +278,7 @@ def test_bids_with_a_missing_contrast_and_other_grids(folders, refused):
     record = json.loads((output / "contrasts.json").read_text())
     assert record["imagesTr"]["P0001_1"] == {"present": ["FLAIR", "T1"], "filled": [], "blank": []}
     assert record["imagesUn"]["P0002_1"] == {"present": ["FLAIR"], "filled": ["T1"], "blank": []}
-    assert not sitk.GetArrayFromImage(sitk.ReadImage(str(output / "imagesUn" / "P0002_1_0001.nii.gz"))).any()
+    assert not read_voxels(output / "imagesUn" / "P0002_1_0001.nii.gz").any()
     images = [sitk.ReadImage(str(output / "imagesTr" / f"P0001_1_000{n}.nii.gz")) for n in (0, 1)]
     assert images[0].GetSize() == images[1].GetSize() == flair.GetSize()
     middle = tuple(slice(5, -5) for _ in range(3))
@@ -355,7 +356,7 @@ def test_bids_names_that_are_less_common(folders, refused):
     assert means == pytest.approx([array_of(image).mean() + more for more in (0, 1, 0)])
 
 
-def test_every_folder_of_bids_is_read_and_what_is_not_used_is_named(folders, capsys):
+def test_every_folder_of_bids_is_read_and_what_is_not_used_is_named(folders, capsys, monkeypatch):
     source, output = folders
     flair, label = scan(moved(), **COARSE)
     for subject in ("sub-01", "sub-02"):
@@ -371,6 +372,7 @@ def test_every_folder_of_bids_is_read_and_what_is_not_used_is_named(folders, cap
         for hidden in ("dwi/._", ".git/"):
             (source / subject / "ses-0001" / f"{hidden}{subject}_ses-0001_dwi.nii.gz").parent.mkdir(exist_ok=True)
             Path(f"{start}/{hidden}{subject}_ses-0001_dwi.nii.gz").write_bytes(b"macOS")
+    monkeypatch.setenv("nnUNet_raw", str(source.parent / "raw"))
     main(["-i", str(source), "-o", str(output), "-np", "1"])
     names = json.loads((output / "dataset.json").read_text())["channel_names"]
     assert sorted(names.values()) == ["ADC", "FLAIR", "TRACE"]
@@ -381,7 +383,12 @@ def test_every_folder_of_bids_is_read_and_what_is_not_used_is_named(folders, cap
         ("fmap/phasediff", "is a field map"),
         ("func/task-rest_bold", "holds 2 volumes"),
     ]
-    assert "Not used: 2 x func/task-rest_bold: holds 2 volumes." in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Not used: 2 x func/task-rest_bold: holds 2 volumes." in printed
+    assert f"Name the labels in {output / 'dataset.json'} before you plan" in printed
+    assert "Nothing records which case belongs to which patient, because --key was not given." in printed
+    place = source.parent / "raw" / output.name
+    assert printed.endswith(f"nnU-Net will not find {output}, which is not in nnUNet_raw: move it to {place}.\n")
     assert is_pseudonymous(output)
 
 

@@ -30,6 +30,7 @@ from nnunet_vit_mae.datasets.crop.region import continuous_index, find_box, read
 from nnunet_vit_mae.imaging.registration import RegistrationError, map_points, register, rotation_degrees
 from nnunet_vit_mae.imaging.scans import find_scans
 from nnunet_vit_mae.processes.workers import run_each
+from nnunet_vit_mae.storage.files import locked
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "data" / "Dataset506_MSLesions"
 THICK = {"size": (60, 64, 20), "spacing": (1.5, 1.6, 5.0)}
@@ -226,6 +227,8 @@ def test_rejected_cases_are_moved_and_stay_so(command, tmp_path, refused):
     assert not list(command.output.glob("imagesTr/b*"))
     decisions.write_text("c")
     assert "unknown cases (c)" in refused(main, "-o", str(command.output), "--reject", str(decisions))
+    with locked(command.output):  # another call crops
+        assert "Another process is writing to" in refused(main, "-o", str(command.output), "--reject", str(decisions))
 
 
 def test_lists_of_windows_are_read_and_a_wrong_folder_stays_as_it_is(command, tmp_path, refused):

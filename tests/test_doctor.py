@@ -105,6 +105,7 @@ def test_variables_and_trainers(in_workspace, monkeypatch, tmp_path):
 def test_a_dataset(in_workspace):
     dataset = find_dataset("901")
     before = {diagnosis.topic: diagnosis for diagnosis in diagnose_dataset("901", "nnUNetPlans", "3d_fullres")}
+    assert before["dataset"].text == "Dataset901_Tiny: T1, FLAIR; 1 label."
     assert before["encoder"].level == WARNING
     assert before["encoder"].advice == "mae3d_pretrain -d 901 -c 3d_fullres -p nnUNetPlans"
 

@@ -3,9 +3,11 @@
 import importlib.util
 import itertools
 import json
+import os
 import pickle
 import shlex
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +16,12 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 import torch
+from conftest import read_voxels
 
 from nnunet_vit_mae.cli import study as command
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.settings import Settings
+from nnunet_vit_mae.storage.files import write_json
 from nnunet_vit_mae.study import comparisons, costs, workflow
 from nnunet_vit_mae.study.arms import ARMS, arms_from, arms_to_json, choose_arms, encoder_recipe, scratch_pairs
 from nnunet_vit_mae.study.comparisons import Question, Variant
@@ -25,7 +29,7 @@ from nnunet_vit_mae.study.design import StudyDesign, StudyModel, check_unchanged
 from nnunet_vit_mae.study.figures import training_figure
 from nnunet_vit_mae.study.report import write_study_report
 from nnunet_vit_mae.study.results import measure_study
-from nnunet_vit_mae.study.steps import EVALUATE, steps_of
+from nnunet_vit_mae.study.steps import EVALUATE, guarded_shell, steps_of
 from nnunet_vit_mae.study.training import pretraining_curves, training_curves
 
 
@@ -380,9 +384,17 @@ def test_models_that_are_done_are_measured_once(tmp_path):
         ["unet", 10, 0, False, "007", 1]
     ]
     assert missing == [StudyModel("unet", 10, 0, True)]
-    shutil.rmtree(study.predictions(model))
+    elsewhere = study.predictions(model).rename(tmp_path / "elsewhere")
     again, _ = measure_study(study)
     pd.testing.assert_frame_equal(table, again)
+    elsewhere.rename(study.predictions(model))
+    mask[2, 1:3, 2:4] = 1
+    reference = study.test_labels / "007.nii.gz"
+    sitk.WriteImage(sitk.GetImageFromArray(mask), str(reference))  # corrected
+    later = time.time() + 5
+    os.utime(reference, (later, later))
+    corrected, _ = measure_study(study)
+    assert corrected["dice"].tolist() == pytest.approx([2 / 3])
 
 
 # ---------- the ensemble
@@ -415,9 +427,7 @@ def test_an_ensemble_is_calibrated_on_the_mean_of_its_members(planned, tmp_path,
     (tmp_path / "test" / "dataset.json").write_text("{}")
     record = calibrate_ensemble(plan, [tmp_path / "unet", tmp_path / "vit"], tmp_path / "test", tmp_path / "out")
     assert 0.1 < json.loads(record.read_text())["thresholds"]["blob"] < 0.3
-    np.testing.assert_array_equal(
-        sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "test_0.nii.gz"))), labels
-    )
+    np.testing.assert_array_equal(read_voxels(tmp_path / "out" / "test_0.nii.gz"), labels)
     members = [tmp_path / "unet", tmp_path / "vit"]
     put(members[1], "train_0", np.full_like(labels[1:], 0.1, dtype=np.float32))
     with pytest.raises(UserError, match=r"unet.train_0.npz and .*vit.train_0.npz differ in their voxels"):
@@ -441,6 +451,7 @@ def test_bad_input_gets_one_sentence(in_workspace, tmp_path, refused, monkeypatc
     assert "choose from unet" in refused(command.main, *known, "--arms", "resnet")
     assert "leave --test out" in refused(command.main, *known, "--test", "0.2")
     assert "There is no table" in refused(command.main, *known, "--csv", "nowhere.csv")
+    assert "--few 6 is too many: fold 0 has only 5 training patients" in refused(command.main, *known, "--few", "6")
     assert "There is no recipe" in refused(command.main, *known, "--recipe", "nowhere")
     assert "no configuration 4d" in refused(command.main, *known, "-c", "4d")
     assert "study.json is missing" in refused(command.main, *common, "--step", "report")
@@ -451,6 +462,48 @@ def test_bad_input_gets_one_sentence(in_workspace, tmp_path, refused, monkeypatc
     monkeypatch.setattr(workflow, "find_spec", lambda name: None)
     assert 'pip install "nnunet-vit-mae[study]"' in refused(command.main, *known)
     assert not (tmp_path / "study").exists()
+
+
+def test_a_test_set_has_images_and_labels_of_the_same_cases(in_workspace, tmp_path, refused):
+    labels = in_workspace.raw / "labelsTs"
+    known = ["-o", str(tmp_path / "study"), "-device", "cpu", "--dry-run", "-d", "901", "--few", "2"]
+    (labels / "test_1.nii.gz").rename(tmp_path / "test_1.nii.gz")
+    message = f"imagesTs and labelsTs of {in_workspace.raw} hold different cases (only one of them has test_1)"
+    assert message in refused(command.main, *known)
+    (labels / "test_0.nii.gz").unlink()
+    (labels / ".DS_Store").touch()
+    assert command._study(command._parse(known), tmp_path / "study").test == command.DEFAULT_TEST
+
+
+def test_a_study_goes_on_with_its_own_splits_only(in_workspace, tmp_path, refused):
+    """Otherwise its remaining models train on cases that others are tested on."""
+    known = ["-o", str(tmp_path / "study"), "-d", "901", "--few", "2", "--development", "0.34", "-device", "cpu"]
+    study = command._study(command._parse(known), tmp_path / "study")
+    write_json(study.to_json(), tmp_path / "study" / "study.json")
+    split = by_name(study)["split", "patients"]
+    in_workspace.call(*split)
+    in_workspace.call("mae3d_study", "-o", study.output, "--step", "splits")
+    in_workspace.call(*split)  # the same again
+    in_workspace.call("mae3d_study", "-o", study.output, "--step", "splits")
+    in_workspace.call("mae3d_split", "-d", "901", "--folds", "3", "--overwrite")
+    for arguments in ([*known, "--dry-run"], ["-o", study.output, "--step", "splits"]):
+        message = refused(command.main, *arguments)
+        assert f"does not hold the splits that the study in {study.output} began with: copy" in message
+    with pytest.raises(UserError, match="does not hold the splits"):
+        command._do_step(study, "test")
+    for name in ("splits_final.json", "split.json"):
+        shutil.copy(tmp_path / "study" / name, in_workspace.preprocessed)
+    command.main(["-o", study.output, "--step", "splits"])
+    record = in_workspace.preprocessed / "split.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"test": ["train_0"]}))
+    assert "does not hold the splits" in refused(command.main, *known, "--dry-run")
+    (in_workspace.preprocessed / "splits_final.json").unlink()
+    assert "does not hold the splits" in refused(command.main, *known, "--dry-run")
+    steps = {step.kind: guarded_shell(study, step) for step in steps_of(study)}
+    guard = f"mae3d_study -o {study.output} --step splits"
+    assert steps["split"] == f"{shlex.join(split)} && {guard}"
+    assert all(steps[kind].startswith(f"{guard} && ") for kind in ("pretrain", "train", "calibrate"))
+    assert guard not in steps["predict"]
 
 
 def test_choices_can_stand_in_a_file(in_workspace, tmp_path, refused):
@@ -486,7 +539,7 @@ def test_test_cases_of_the_split_are_linked(tmp_path):
         command._do_step(study, "test")
     assert [file.name for file in study.test_images.iterdir()] == ["b_0000.nii.gz"]
     assert [file.name for file in study.test_labels.iterdir()] == ["b.nii.gz"]
-    with pytest.raises(UserError, match="give test, report, or calibrate"):
+    with pytest.raises(UserError, match="give splits, test, report, or calibrate"):
         command._do_step(study, "calibrate")
     with pytest.raises(UserError, match="no such ensemble"):
         command._do_step(study, "calibrate", "unet_10_s0")
@@ -504,10 +557,23 @@ def test_a_dry_run_prints_the_commands(in_workspace, tmp_path, capfd):
     few = "--arms unet vit ensemble --few 2 --seeds 1 --development 0.34 -device cpu --dry-run".split()
     command.main(["-d", "901", "-o", str(tmp_path / "study"), *few])
     printed = capfd.readouterr().out
+    first, *lines = printed.splitlines()
+    assert first == "Left: 2 trainings of 250,000 iterations (1000 epochs of 250), 1 pre-training of 800 epochs."
     for part in ("mae3d_preprocess -d 901", "nnUNetv2_train 901 3d_fullres 1 -p study_vit_s0", "nnUNetv2_ensemble -i"):
-        assert f"Shell command: {part}" in printed
+        assert [line for line in lines if line.startswith(part)]
+    assert all(line.startswith(("mae3d_", "nnUNetv2_")) for line in lines)
     assert "nnUNetv2_plan_and_preprocess" not in printed
     assert not list(tmp_path.rglob("*.json")) or not (tmp_path / "study" / "study.json").exists()
+
+
+def test_how_much_is_left_to_train_is_counted(tmp_path):
+    recipe = {"finetuning": {"epochs": 20, "iterations": 50}}
+    study = study_of(tmp_path, "unet", "vit", "primus", recipe=recipe, few=(10,), pretrain_epochs=7)
+    assert workflow.work_text(study, steps_of(study)) == (
+        "Left: 4 trainings of 1,000 iterations (20 epochs of 50), 2 trainings with the schedule of "
+        "nnUNet_PrimusV2M_Trainer, 1 pre-training of 7 epochs."
+    )
+    assert workflow.work_text(study, []) == "Left: nothing to train."
 
 
 @needs_snakemake
@@ -524,6 +590,8 @@ def test_a_failed_step_is_named_and_the_others_go_on(tmp_path, monkeypatch, caps
         file.chmod(0o755)
     monkeypatch.setattr(workflow.sysconfig, "get_path", lambda name: str(bin_folder))
     study = study_of(tmp_path, few=(10,), seeds=1, preprocessed=True)
+    study.test_labels.mkdir(parents=True)
+    (study.test_labels / "case.nii.gz").touch()
     lines: list[str] = []
     assert not workflow.run_workflow(study, 2, None, lines.append)
     progress = workflow.progress_of(study)
@@ -537,6 +605,9 @@ def test_a_failed_step_is_named_and_the_others_go_on(tmp_path, monkeypatch, caps
     (bin_folder / "mae3d_evaluate").write_text(f"#!/bin/sh\nmkdir -p '{study.output}/evaluations/10_labels'\n")
     (bin_folder / "nnUNetv2_train").write_text("#!/bin/sh\nexit 1\n")  # is done, so it is not typed again
     assert workflow.run_workflow(study, 1, None, lines.append)
+    study.references[0].write_text("corrected")
+    left = workflow.commands_left(study).splitlines()[1:]
+    assert [line.split()[0] for line in left] == ["mae3d_evaluate", "mae3d_study"]
 
 
 @pytest.mark.slow
@@ -563,7 +634,7 @@ def test_a_study_from_beginning_to_end(in_workspace, tmp_path, capfd, forked_com
     assert "Loaded the encoder" in log.read_text()
     capfd.readouterr()
     command.main(call)  # everything is done
-    assert "Shell command: nnUNetv2_train" not in capfd.readouterr().out
+    assert "Shell command: " not in capfd.readouterr().out
 
 
 def test_the_arms_of_the_documentation_are_those_of_the_code():

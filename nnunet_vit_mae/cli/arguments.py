@@ -20,11 +20,17 @@ if TYPE_CHECKING:
     from nnunet_vit_mae.datasets.tables import PatientColumns
 
 
+RAW = "nnUNet_raw"  # nnU-Net's variable
+
+
 class _WithDefaults(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         # a default of None, False or [] tells the reader nothing
-        has_default = action.default not in (None, []) and action.default is not False
-        return super()._get_help_string(action) if has_default else action.help
+        if action.default in (None, []) or action.default is False:
+            return action.help
+        if isinstance(action.default, list):  # as one types it
+            return f"{action.help} (default: {' '.join(action.default)})"
+        return super()._get_help_string(action)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         # examples keep their lines
@@ -65,11 +71,11 @@ def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", dest="dataset", required=True, metavar="ID", help="dataset number or name, e.g. 501")
 
 
-def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `-d`, `-c` and `-p`: dataset, configuration and plans."""
+def add_plan_arguments(parser: argparse.ArgumentParser, plans: str = "name of the plans") -> None:
+    """Add `-d`, `-c` and `-p`: dataset, configuration and plans, and what these are."""
     add_dataset_argument(parser)
     parser.add_argument("-c", dest="configuration", default="3d_fullres", metavar="NAME", help="nnU-Net configuration")
-    parser.add_argument("-p", dest="plans", default="nnUNetPlans", metavar="NAME", help="name of the plans")
+    parser.add_argument("-p", dest="plans", default="nnUNetPlans", metavar="NAME", help=plans)
 
 
 def add_device_argument(parser: argparse.ArgumentParser, default: str) -> None:
@@ -99,6 +105,14 @@ def raw_dataset_folder(output: Path) -> Path:
     if not re.fullmatch(r"Dataset[0-9]{3}_.+", output.name):
         raise UserError(f"{output} is not named as nnU-Net expects: give a folder such as Dataset501_Skull with -o.")
     return output
+
+
+def place_for_nnunet(output: Path) -> str:
+    """Return a sentence for a raw dataset that nnU-Net will not find; empty if it will."""
+    raw = os.environ.get(RAW)
+    if not raw or output.resolve().parent == Path(raw).resolve():
+        return ""
+    return f"nnU-Net will not find {output}, which is not in {RAW}: move it to {Path(raw, output.name)}."
 
 
 def refuse_patient_without_table(args: argparse.Namespace) -> None:

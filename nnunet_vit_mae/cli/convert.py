@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from nnunet_vit_mae.cli.arguments import parser_for, positive_int, raw_dataset_folder
+from nnunet_vit_mae.cli.arguments import parser_for, place_for_nnunet, positive_int, raw_dataset_folder
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.processes.signals import command
 from nnunet_vit_mae.storage.unfinished import new_folder
@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("-i", dest="source", type=Path, required=True, metavar="FOLDER", help="DICOM files in any order, or BIDS")
     add("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="new raw dataset, e.g. Dataset501_Head")
-    help_ = "contrast and its series descriptions (DICOM) or file names (BIDS); repeat it in the order of channels"
+    help_ = "contrast and its series descriptions (DICOM) or file names (BIDS); repeat it in the order of channels, or "
+    help_ += "leave it out to list the descriptions (DICOM)"
     add("--contrast", dest="contrasts", action="append", default=[], metavar="NAME=PATTERN", help=help_)
     help_ = "contrast that the others are registered to (otherwise the one of the label, or the first)"
     add("--reference", metavar="NAME", help=help_)
@@ -55,7 +56,9 @@ def _convert(args: argparse.Namespace, output: Path) -> str:
     reference = parse_reference(args.reference, contrasts)
     conversion = convert(found, contrasts, reference, output, args.key, args.processes)
     write_readme(output, CONTENTS, private=(args.source, args.key))
-    print(conversion_report(conversion, contrasts, output))
+    print(conversion_report(conversion, contrasts, output, args.key))
     for warning in found.warnings:
         print(f"Warning: {warning}")
+    if place := place_for_nnunet(output):
+        print(place)
     return conversion.unfinished(output)

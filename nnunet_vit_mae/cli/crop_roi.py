@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from nnunet_vit_mae.cli.arguments import parser_for, positive_int, raw_dataset_folder
+from nnunet_vit_mae.cli.arguments import parser_for, place_for_nnunet, positive_int, raw_dataset_folder
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.processes.signals import command
 
@@ -37,14 +37,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             cropping = reject_cases(output, args.reject, args.contrasts, cropping.cropped)
     write_readme(output, CONTENTS, private=(args.images, args.labels))
     print(cropping_report(cropping, output))
+    if place := place_for_nnunet(output):
+        print(place)
     if cropping.failed:
         raise UserError(cropping.failure())
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_for(
-        "mae3d_crop_roi", __doc__, "-i Dataset501_Heads -o Dataset502_Region -t template.nii.gz -r region.nii.gz"
-    )
+    scans = "-i Dataset501_Heads/imagesTr -l Dataset501_Heads/labelsTr"
+    example = f"{scans} -o Dataset502_Region -t template.nii.gz -r region.nii.gz"
+    parser = parser_for("mae3d_crop_roi", __doc__, example)
     add = parser.add_argument
     add("-i", dest="images", type=Path, metavar="FOLDER", help="scans: NIfTI, NRRD, MHA, or one DICOM folder each")
     add("-l", dest="labels", type=Path, metavar="FOLDER", help="labels, named like their scans")

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "-d 501 -o ViT_fits -gpu_memory_target 8",
         "-d 501 -o Paper --recipe vitiac",
     )
-    add_plan_arguments(parser)
+    add_plan_arguments(parser, "plans to start from")
     parser.add_argument("-o", dest="output", required=True, metavar="NAME", help="name of the plans to write")
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a recipe of ours, or a JSON file with a partial block")
     parser.add_argument("--size", choices=SIZES, help="size of the ViT")

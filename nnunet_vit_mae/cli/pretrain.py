@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_pretrain`."""
     parser = parser_for("mae3d_pretrain", __doc__, "-d 501", "-d 501 -f 0 --c", "-d 501 -p ViT_M_p4 -num_gpus 4")
     add_plan_arguments(parser)
-    parser.add_argument("-f", dest="fold", default="all", help="training cases of one fold (0 to 4), or all of them")
+    parser.add_argument("-f", dest="fold", default="all", help="number of a fold, to use its training cases, or all")
     parser.add_argument(
         "--epochs", type=positive_int, help="epochs, each with one sample per case (default: the plans')"
     )

@@ -52,7 +52,7 @@ def _refine(args: argparse.Namespace) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_for("mae3d_refine_labels", __doc__, "-d 501 -o Dataset502_Refined --threshold 130")
+    parser = parser_for("mae3d_refine_labels", __doc__, "-d 501 -o refined --threshold 130")
     add = parser.add_argument
     add("-d", dest="dataset", metavar="ID", help="dataset number or name, whose imagesTr and labelsTr are used")
     add("-i", dest="images", type=Path, metavar="FOLDER", help="images, instead of -d")

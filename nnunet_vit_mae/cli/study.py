@@ -15,7 +15,7 @@ from nnunet_vit_mae.cli.arguments import (
     refuse_patient_without_table,
     share,
 )
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, abbreviated
 from nnunet_vit_mae.processes.signals import command
 from nnunet_vit_mae.storage.entries import read_entries
 from nnunet_vit_mae.storage.files import make_folder, read_json
@@ -25,11 +25,7 @@ from nnunet_vit_mae.study.design import StudyDesign, check_unchanged, read_study
 if TYPE_CHECKING:
     from nnunet_vit_mae.nnunet.folders import Dataset
 
-STEPS = {
-    "test": "collect the test cases of the split",
-    "calibrate": "calibrate an ensemble, named by its run",
-    "report": "measure and report what is done",
-}
+STEPS = ("splits", "test", "calibrate", "report")
 DEFAULT_ARMS = ["unet", "vit", "scratch"]
 DEFAULT_TEST = 0.2
 DEVICES = ("cuda", "cpu")  # in a file of choices: argparse checks them of flags only
@@ -44,14 +40,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         _do_step(read_study(output), *args.step)
         return
 
-    from nnunet_vit_mae.study.workflow import refuse_missing_snakemake, run_workflow, show_workflow
+    from nnunet_vit_mae.study.splits import refuse_impossible_split, refuse_other_splits
+    from nnunet_vit_mae.study.workflow import commands_left, refuse_missing_snakemake, run_workflow
 
     refuse_missing_snakemake(args.executor)
     study = _study(args, output)
     check_unchanged(study)
     refuse_plans_of_others(study)
+    refuse_other_splits(study)
+    refuse_impossible_split(study)
     if args.dry_run:
-        show_workflow(study)
+        print(commands_left(study))
         return
     make_folder(output)
     complete = run_workflow(study, args.jobs, args.executor, lambda line: print(line, flush=True))
@@ -61,13 +60,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = parser_for("mae3d_study", __doc__, "-d 501 -o study --arms unet vit scratch --few 10 25 --seeds 3")
+    example = "-d 501 -o study --arms unet hybrid hybrid_scratch --few 10 24 --seeds 3"
+    parser = parser_for("mae3d_study", __doc__, example)
     add = parser.add_argument
-    add("-d", dest="dataset", metavar="ID", help="dataset number or name, e.g. 501")
+    needed = [add("-d", dest="dataset", metavar="ID", help="dataset number or name, e.g. 501 (required)")]
     add("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="folder of the study; again to continue")
     add("-c", dest="configuration", default="3d_fullres", metavar="NAME", help="configuration")
     add("--arms", nargs="+", default=DEFAULT_ARMS, metavar="ARM", help=f"{', '.join(ARMS)}, or JSON files of arms")
-    add("--few", type=positive_int, nargs="+", metavar="N", help="numbers of labelled training patients")
+    help_ = "numbers of labelled training patients (required); nothing else is trained"
+    needed += [add("--few", type=positive_int, nargs="+", metavar="N", help=help_)]
     add("--seeds", type=positive_int, default=3, metavar="N", help="training runs of each arm and number of labels")
     add("--development", type=share, default=0.2, metavar="SHARE", help="share of patients to calibrate on")
     add("--test", type=share, metavar="SHARE", help=f"share of patients to test on ({DEFAULT_TEST} without labelsTs)")
@@ -77,18 +78,27 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--epochs", type=positive_int, metavar="N", help="of training, for all arms")
     add("--iterations", type=positive_int, metavar="N", help="per epoch of training")
     add("--pretrain_epochs", type=positive_int, metavar="N", help="of pre-training (default: as the plans say)")
-    add("--config", type=Path, metavar="FILE", help="JSON file with these choices by name; flags go before it")
+    add("--config", type=Path, metavar="FILE", help="JSON file with these choices by name; flags win over it")
     add("-j", dest="jobs", type=positive_int, default=1, metavar="N", help="steps that run at once")
     add("--executor", metavar="NAME", help="Snakemake's plugin for a cluster, e.g. slurm")
     add("--dry-run", dest="dry_run", action="store_true", help="only print the commands that are left to run")
-    steps = "; ".join(f"{name}: {text}" for name, text in STEPS.items())
-    add("--step", nargs="+", metavar="NAME", help=f"only do a step that the workflow types ({steps})")
+    add("--step", nargs="+", metavar="NAME", help="run one internal step; not needed by hand")
     add_device_argument(parser, "cuda")
+    _show_as_required(parser, needed)
     args = parser.parse_args(argv)
     if args.config:
         parser.set_defaults(**_read_choices(args.config, vars(args)))
         args = parser.parse_args(argv)
     return args
+
+
+def _show_as_required(parser: argparse.ArgumentParser, flags: Sequence[argparse.Action]) -> None:
+    """Show flags in the usage as required ones, for which a file of choices may stand in."""
+    for flag in flags:
+        flag.required = True
+    parser.usage = parser.format_usage().removeprefix("usage: ")
+    for flag in flags:
+        flag.required = False
 
 
 def _read_choices(file: Path, known: dict[str, Any]) -> dict[str, Any]:
@@ -175,10 +185,20 @@ def _table(file: Path | None) -> str:
 
 def _test_share(args: argparse.Namespace, dataset: Dataset) -> float:
     """Return the share of patients to test on; 0 where the dataset has a test set of its own."""
-    has_test_set = (dataset.raw / "labelsTs").is_dir() and any((dataset.raw / "labelsTs").iterdir())
-    if has_test_set and args.test:
+    from nnunet_vit_mae.imaging.channels import NIFTI, cases_in, channels_by_case
+    from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
+
+    ending = read_description(dataset.raw / DESCRIPTION).file_ending or NIFTI[0]
+    references = cases_in(dataset.raw / "labelsTs", ending)
+    images, _ = channels_by_case(dataset.raw / "imagesTs", ending)
+    if references and args.test:
         raise UserError(f"{dataset.raw} has a test set in labelsTs: leave --test out, or move labelsTs aside.")
-    test = 0.0 if has_test_set else args.test or DEFAULT_TEST
+    if references and (odd := sorted({*images} ^ {*references})):
+        raise UserError(
+            f"imagesTs and labelsTs of {dataset.raw} hold different cases (only one of them has {abbreviated(odd)}): "
+            "complete them, or move labelsTs aside."
+        )
+    test = 0.0 if references else args.test or DEFAULT_TEST
     if args.development + test >= 1:
         raise UserError(f"--development {args.development:g} and --test {test:g} leave nothing to train on.")
     return test
@@ -206,9 +226,15 @@ def _is_preprocessed(dataset: Dataset, configuration: str) -> bool:
 def _do_step(study: StudyDesign, name: str, *runs: str) -> None:
     if name not in STEPS or bool(runs) != (name == "calibrate"):
         raise UserError(
-            f"--step {' '.join((name, *runs))}: give test, report, or calibrate with the run of an ensemble."
+            f"--step {' '.join((name, *runs))}: give splits, test, report, or calibrate with the run of an ensemble."
         )
-    {"test": _collect_test_cases, "report": _report, "calibrate": _calibrate}[name](study, *runs)
+
+    from nnunet_vit_mae.study.splits import keep_splits, refuse_other_splits
+
+    if name in ("test", "calibrate"):  # a report is of what is done
+        refuse_other_splits(study)
+    done = {"splits": keep_splits, "test": _collect_test_cases, "report": _report, "calibrate": _calibrate}
+    done[name](study, *runs)
 
 
 def _collect_test_cases(study: StudyDesign) -> None:

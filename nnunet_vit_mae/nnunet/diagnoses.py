@@ -22,7 +22,7 @@ from nnunet_vit_mae.imaging.channels import cases_in
 from nnunet_vit_mae.installation import EXT_TRAINER, trainers_folder
 from nnunet_vit_mae.nnunet.folders import Dataset, encoder_file, find_dataset
 from nnunet_vit_mae.nnunet.folds import labelled_cases, split_of
-from nnunet_vit_mae.nnunet.plans import Plan, destination, load_plan
+from nnunet_vit_mae.nnunet.plans import Plan, classes_of, destination, load_plan
 from nnunet_vit_mae.nnunet.preprocessing import preprocessed_pool
 from nnunet_vit_mae.transfer import adapt_encoder
 from nnunet_vit_mae.weights import read_encoder
@@ -75,7 +75,9 @@ def diagnose_dataset(name: str, plans_name: str, configuration: str) -> Iterator
     except UserError as error:
         yield Diagnosis("dataset", ERROR, str(error))
         return
-    yield Diagnosis("dataset", OK, f"{dataset.name}: {', '.join(plan.channel_names)}; {plan.classes} outputs.")
+    labels = len(classes_of(plan).names)
+    counted = f"{labels} label{'s' * (labels > 1)}"
+    yield Diagnosis("dataset", OK, f"{dataset.name}: {', '.join(plan.channel_names)}; {counted}.")
     for check in (_plans, _images, _folds, _encoders):
         try:
             yield from check(plan)

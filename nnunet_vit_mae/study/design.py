@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.imaging.channels import visible_files
 from nnunet_vit_mae.storage.files import read_json
 from nnunet_vit_mae.study.arms import WITHOUT_UNET, Arm, arms_from, arms_to_json, encoder_recipe, merged
 
@@ -139,6 +140,12 @@ class StudyDesign:
     def test_labels(self) -> Path:
         """Reference segmentations to test with."""
         return Path(self.output, "test", "labelsTs") if self.test else Path(self.raw, "labelsTs")
+
+    @property
+    def references(self) -> list[Path]:
+        """The files in `test_labels`; there are none before the test cases of a split have been collected."""
+        files = visible_files(self.test_labels) if self.test_labels.is_dir() else []
+        return [file for file in files if file.exists()]  # links may lead nowhere
 
     def models(self) -> list[StudyModel]:
         """Return all models that are tested."""

@@ -16,6 +16,7 @@ from nnunet_vit_mae.study.design import CHECKPOINTS, StudyDesign, StudyModel
 EVALUATE = "evaluate"
 GPU_KINDS = ("pretrain", "train", "calibrate", "predict", "predict_probabilities")
 SHORT_KINDS = ("plan_architecture", "split", "test", "report")  # run where mae3d_study runs, on a cluster too
+TRAINING_KINDS = ("pretrain", "train", "calibrate")  # read the splits
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,17 @@ def steps_of(study: StudyDesign) -> list[Step]:
     tested = tuple(prediction_marker(study, model) for model in study.models())
     report = Step("report", "study", (*_own(study), "report"), tested)
     return [*prepared, *encoders, *planned, *trained, *ensembles, *evaluated, report]
+
+
+def guarded_shell(study: StudyDesign, step: Step) -> str:
+    """Return the line of a step for the shell, with `--step splits` after the split and before what depends on it.
+
+    The splits may be replaced at any time.
+    """
+    guard = shlex.join((*_own(study), "splits"))
+    if step.kind == "split":
+        return f"{step.shell} && {guard}"
+    return f"{guard} && {step.shell}" if step.kind in TRAINING_KINDS else step.shell
 
 
 def _runs(study: StudyDesign) -> list[StudyModel]:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from pathlib import Path
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.installation import nnunet_environment
 from nnunet_vit_mae.processes.guard import guarded
+from nnunet_vit_mae.settings import Settings
 from nnunet_vit_mae.storage.files import locked, write_json
 from nnunet_vit_mae.storage.readme import write_readme
 from nnunet_vit_mae.study.design import STUDY_FILE, StudyDesign
@@ -32,6 +33,8 @@ CONTENTS = {
     "comparisons.csv": "all paired comparisons, with their sentences",
     "evaluations/": "the report of mae3d_evaluate for the first seed of each number of labels",
     "study.json": "the choices; the same command with the same choices goes on",
+    "splits_final.json": "the splits that the models are trained with",
+    "split.json": "how they were made, and the cases to test on",
     "recipes/": "settings of each arm and seed",
     "predictions/": "segmentations of the test cases, by model",
     "measures/": "measures of each model",
@@ -53,12 +56,43 @@ def refuse_missing_snakemake(executor: str | None) -> None:
         )
 
 
-def show_workflow(study: StudyDesign) -> None:
-    """Print the commands that are left to run, as Snakemake's dry run; only Snakemake's own folder is written."""
+def commands_left(study: StudyDesign) -> str:
+    """Return how much is left to train, and the commands that are left to run; only Snakemake's own folder is written.
+
+    Raises `UserError` if Snakemake fails, which says why.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, STUDY_FILE)
         file.write_text(json.dumps(study.to_json()), encoding="utf-8")
-        subprocess.run([*snakemake_command(study, file), "--cores", "1", "--dry-run"], env=environment(), check=False)
+        command = [*snakemake_command(study, file), "--summary"]
+        told = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, text=True, check=False)
+    if told.returncode:
+        raise UserError("Snakemake does not tell what is left to do: see its message above.")
+    pending = {line.split("\t")[0] for line in told.stdout.splitlines() if line.endswith("\tupdate pending")}
+    left = [step for step in steps_of(study) if step.marker in pending]
+    return "\n".join([work_text(study, left), *(step.shell for step in left)])
+
+
+def work_text(study: StudyDesign, steps: Sequence[Step]) -> str:
+    """Return how many trainings and pre-trainings are among some steps, and how long each is."""
+    arms = {model.run: model.arm for model in study.models()}
+    trainings = Counter(_length_of_training(study, arms[step.name]) for step in steps if step.kind == "train")
+    pretrainings = Counter(_epochs_of_pretraining(study, step.name) for step in steps if step.kind == "pretrain")
+    parts = [f"{count} training{'s' * (count > 1)} {length}" for length, count in trainings.items()]
+    parts += [f"{count} pre-training{'s' * (count > 1)} of {epochs} epochs" for epochs, count in pretrainings.items()]
+    return f"Left: {', '.join(parts) or 'nothing to train'}."
+
+
+def _length_of_training(study: StudyDesign, arm: str) -> str:
+    if not study.arms[arm].scheduled:
+        return f"with the schedule of {study.arms[arm].trainer}"
+    finetuning = Settings.from_dict(study.recipe_of(arm)).finetuning
+    epochs, iterations = finetuning.epochs, finetuning.iterations
+    return f"of {epochs * iterations:,} iterations ({epochs} epochs of {iterations})"
+
+
+def _epochs_of_pretraining(study: StudyDesign, encoder: str) -> int:
+    return study.pretrain_epochs or Settings.from_dict(study.recipe_of(encoder)).pretraining.epochs
 
 
 def run_workflow(study: StudyDesign, jobs: int, executor: str | None, say: Callable[[str], None]) -> bool:

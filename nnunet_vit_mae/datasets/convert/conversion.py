@@ -22,6 +22,7 @@ from nnunet_vit_mae.datasets.convert.key import pseudonyms_of, write_key
 from nnunet_vit_mae.datasets.convert.studies import FoundStudies, Study, read_image_source
 from nnunet_vit_mae.errors import UserError, WriteError
 from nnunet_vit_mae.imaging.channels import channel_file_name
+from nnunet_vit_mae.imaging.description import DESCRIPTION
 from nnunet_vit_mae.imaging.registration import RegistrationError, register, single_itk_thread
 from nnunet_vit_mae.imaging.scans import ENDING, ScanError
 from nnunet_vit_mae.imaging.volumes import geometry_of
@@ -152,7 +153,7 @@ def convert(
         "numTraining": sum(study.folder == "imagesTr" for study in converted),
         "file_ending": ENDING,
     }
-    write_json(content, output / "dataset.json")
+    write_json(content, output / DESCRIPTION)
     shutil.rmtree(output / CONVERTED)
     try:
         fill_contrasts(output)
@@ -193,8 +194,8 @@ def _of_no_case(studies: list[ConvertedStudy], contrasts: Sequence[str], damaged
     ]
 
 
-def conversion_report(conversion: Conversion, contrasts: Sequence[str], output: Path) -> str:
-    """Return what the command prints about the new dataset."""
+def conversion_report(conversion: Conversion, contrasts: Sequence[str], output: Path, key: Path | None) -> str:
+    """Return what the command prints about the new dataset and what its user has to know."""
     folders = [study.folder for study in conversion.studies]
     lines = [
         f"{output} has {folders.count('imagesTr')} cases with labels and {folders.count('imagesUn')} without, with "
@@ -204,6 +205,13 @@ def conversion_report(conversion: Conversion, contrasts: Sequence[str], output: 
     lines += [f"Not used: {count} x {image}: {reason}." for (image, reason), count in by_count[:UNUSED_SHOWN]]
     if by_count:
         lines.append(f"{output / UNUSED} lists all {sum(conversion.unused.values())} that were not used, by case.")
+    if any(value for study in conversion.studies for value in study.label_values):
+        lines.append(
+            f"Name the labels in {output / DESCRIPTION} before you plan (they are called label_1 and so on): names "
+            "with left or right turn mirroring off."
+        )
+    if key is None:
+        lines.append("Nothing records which case belongs to which patient, because --key was not given.")
     return "\n".join(lines)
 
 

@@ -26,7 +26,7 @@ from nnunet_vit_mae.datasets.tables import read_names
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.imaging.scans import ENDING
-from nnunet_vit_mae.storage.files import inside, write_json
+from nnunet_vit_mae.storage.files import inside, locked, write_json
 
 KEPT = ("channel_names", "labels", "regions_class_order")  # taken from the dataset.json beside the scans
 CONTENTS = {
@@ -134,20 +134,21 @@ def reject_cases(
         cropped: Cases that were cropped by the same call.
 
     Raises:
-        UserError: If the folder has no cropped cases, or not these.
+        UserError: If the folder has no cropped cases, or not these, or if another process is writing to it.
     """
     if not (output / QC_TABLE).exists():
         raise UserError(f"{output} has no {QC_TABLE}: check -o.")
-    rows = {row.case: row for row in read_qc_table(output)}
-    for name in read_names(decisions, rows, "--reject"):
-        for file in files_of(rows[name], output):
-            if file.exists():
-                target = output / REJECTED / file.relative_to(output)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                file.replace(target)
-        rows[name] = replace(rows[name], status=REJECTED)
-    cropping = Cropping(worst_first(rows.values()), list(cropped))
-    return finish(cropping, output, describe_like(output / "imagesTr", names))
+    with locked(output):
+        rows = {row.case: row for row in read_qc_table(output)}
+        for name in read_names(decisions, rows, "--reject"):
+            for file in files_of(rows[name], output):
+                if file.exists():
+                    target = output / REJECTED / file.relative_to(output)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    file.replace(target)
+            rows[name] = replace(rows[name], status=REJECTED)
+        cropping = Cropping(worst_first(rows.values()), list(cropped))
+        return finish(cropping, output, describe_like(output / "imagesTr", names))
 
 
 def describe_like(images: Path, names: Sequence[str] | None) -> dict[str, Any]:
