@@ -47,12 +47,14 @@ def parameter_groups(
         depth: Blocks of the encoder.
         pretrained: Names that have pre-trained weights; None: all of the encoder. What is new learns at the full rate.
     """
-    groups: dict[tuple[bool, int, bool], dict] = {}
+    groups: dict[tuple[bool, int, str, bool], dict] = {}
     for name, parameter in named_parameters:
         in_encoder, layer = name.startswith("encoder."), _layer(name, depth)
         is_vector = parameter.ndim <= 1 or name in WITHOUT_DECAY
+        # an encoder brings each of these as a whole or not at all
+        part = "" if layer else ".".join(name.split(".")[:2])
         group = groups.setdefault(
-            (not in_encoder, layer, is_vector),
+            (not in_encoder, layer, part, is_vector),
             {
                 "params": [],
                 "pretrained": False,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -32,6 +33,7 @@ from nnunet_vit_mae.settings import Network, Settings
 from nnunet_vit_mae.storage.files import replacing
 
 CARD_KEY = "mae3d_card"
+HASH = r"[0-9a-f]{16}"  # of a case's name
 OPTIONAL = {"network", "source", "notes"}  # entries that cards of earlier versions lack
 PACKAGES = ("nnunet-vit-mae", "nnunetv2", "torch")
 
@@ -83,7 +85,7 @@ class Card:
     spacing: Annotated[list[Millimetres], Field(max_length=3)]  # z y x
     normalization: list[str]
     data_fingerprint: str
-    cases_seen: list[str]  # hashes of the names: enough to tell whether a case was seen
+    cases_seen: list[str]  # hashes of the names tell whether a case was seen; shared cards have numbers
     epochs: Count
     steps: Count
     loss: FiniteFloat
@@ -137,9 +139,11 @@ class Card:
         """Return the card as it stands in the header."""
         return json.dumps(dataclasses.asdict(self))
 
-    def seen(self, case_names: Iterable[str]) -> list[str]:
-        """Return those of the cases that pre-training has seen."""
+    def seen(self, case_names: Iterable[str]) -> list[str] | None:
+        """Return those of the cases that pre-training has seen; None if the card does not tell."""
         known = set(self.cases_seen)
+        if not known or not all(re.fullmatch(HASH, case) for case in known):
+            return None
         return [name for name in case_names if hashed_name(name) in known]
 
 

@@ -16,6 +16,7 @@ from scipy import ndimage, stats
 from nnunet_vit_mae import batch_transforms as augmentation
 from nnunet_vit_mae.cli import plan as plan_command
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.nnunet import stopping
 from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation
 from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerViTScratch
 
@@ -186,9 +187,11 @@ def test_the_trainer_augments_where_the_plans_say(in_workspace, monkeypatch):
     description = json.loads((in_workspace.preprocessed / "dataset.json").read_text())
     trainer = nnUNetTrainerViTScratch(plans, "3d_fullres", 0, description, torch.device("cpu"))
     trainer.initialize()
-    patch = tuple(trainer.configuration_manager.patch_size)
+    patch, counted = tuple(trainer.configuration_manager.patch_size), []
+    monkeypatch.setattr(stopping, "refuse_without_shared_memory", lambda *arguments, **_: counted.append(arguments))
     training, validation = trainer.get_dataloaders()
     batch = next(training)
+    assert counted == [(0, batch["data"].nbytes + batch["target"].nbytes)]  # of shared memory, which holds such batches
     assert all(large >= small for large, small in zip(batch["data"].shape[2:], patch, strict=True))
     assert batch["data"].shape[2:] != patch
     assert next(validation)["data"].shape[2:] == patch

@@ -288,6 +288,25 @@ def test_new_weights_learn_at_the_full_rate_and_are_not_frozen():
     assert group_of(optimizer.param_groups, block)["lr"] == pytest.approx(0.5 * DECAY**DEPTH)
 
 
+def test_a_new_tokenizer_beside_positions_and_registers_that_an_encoder_brings_is_new_as_a_whole():
+    chosen = Network(size="XS", token=(2, 4, 8), learned_positions=(2, 2, 2), register_tokens=2, decoder="mae")
+    network = build_segmenter(chosen, 1, 2)
+    names = {name for name, _ in network.named_parameters() if name.startswith("encoder.")}
+    brought = {name for name in names if not name.startswith("encoder.tokenizer.")}
+    groups, groups_of_a_run_that_goes_on = (
+        parameter_groups(
+            network.named_parameters(), weight_decay=0.05, layer_decay=DECAY, depth=DEPTH, pretrained=pretrained
+        )
+        for pretrained in (brought, ())
+    )
+    for name, parameter in network.named_parameters():
+        assert group_of(groups, parameter)["pretrained"] == (name in brought)
+    assert group_of(groups, network.encoder.tokenizer.projection.bias)["lr_scale"] == 1
+    assert group_of(groups, network.encoder.register_tokens)["lr_scale"] == pytest.approx(DECAY ** (DEPTH + 1))
+    sizes = [[len(group["params"]) for group in own] for own in (groups, groups_of_a_run_that_goes_on)]
+    assert sizes[0] == sizes[1]  # it learns from the checkpoint what was brought
+
+
 @given(epochs=st.lists(st.integers(0, 9), min_size=1, max_size=5), freeze_epochs=st.integers(0, 10))
 def test_an_epochs_rates_do_not_depend_on_those_before(epochs, freeze_epochs):
     def schedule() -> WarmupCosine:

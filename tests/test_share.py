@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
@@ -14,7 +15,8 @@ from nnunet_vit_mae import UserError, load_encoder
 from nnunet_vit_mae.cli import plan, share
 from nnunet_vit_mae.hub import WEIGHTS, download, local_file
 from nnunet_vit_mae.networks.build import build_encoder
-from nnunet_vit_mae.nnunet.trainers import _unchanged
+from nnunet_vit_mae.nnunet.scheduled import ScheduledTrainer
+from nnunet_vit_mae.nnunet.trainers import _unchanged, nnUNetTrainerViTMAE
 from nnunet_vit_mae.settings import EncoderFile
 from nnunet_vit_mae.sharing.model_folder import write_model_folder
 from nnunet_vit_mae.weights import encoder_content, file_hash, hashed_name, read_encoder, save_encoder
@@ -107,6 +109,27 @@ def test_no_case_and_no_path_leaves_the_site(tmp_path):
 def test_hashes_of_cases_stay_if_they_are_asked_for(encoder, tmp_path):
     write_model_folder(encoder, tmp_path / "shared", licence="other", case_hashes=True)
     assert read_encoder(tmp_path / "shared" / WEIGHTS)[1].seen(CASES) == CASES
+
+
+@pytest.mark.parametrize(
+    ("case_hashes", "said"),
+    [
+        (True, "The encoder has seen the images (not the labels) of 2 of the 3 validation cases."),
+        (False, "The card of the encoder does not tell which cases it has seen (pre-trained on 2 cases of A, fold 0)."),
+    ],
+)
+def test_a_trainer_says_what_a_shared_card_tells_of_the_validation_cases(tmp_path, monkeypatch, case_hashes, said):
+    shared, logged = tmp_path / "shared", []
+    encoder = write_encoder(tmp_path / "run" / "encoder.safetensors", dataset="A")
+    write_model_folder(encoder, shared, licence="other", case_hashes=case_hashes)
+    trainer = object.__new__(nnUNetTrainerViTMAE)
+    _, trainer.encoder_card = read_encoder(shared / WEIGHTS)
+    trainer.plans_manager, trainer.fold = SimpleNamespace(dataset_name="A"), 0
+    trainer.print_to_log_file = logged.append
+    validation = SimpleNamespace(identifiers=[*CASES, "another"])
+    monkeypatch.setattr(ScheduledTrainer, "get_tr_and_val_datasets", lambda _: (None, validation))
+    trainer.get_tr_and_val_datasets()
+    assert logged == [said]
 
 
 def test_a_table_of_the_card_holds_whatever_a_dataset_is_called(tmp_path):

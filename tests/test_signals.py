@@ -339,4 +339,5 @@ def test_a_training_promises_only_what_it_has_saved(tmp_path):
     (tmp_path / FINAL).touch()
     assert "--val" in what_training_keeps(tmp_path, 0.0)
     os.utime(tmp_path / FINAL, (1, 1))  # nnU-Net would go on from this one
+    assert f"saved in {tmp_path / LATEST}, and" in what_training_keeps(tmp_path, 0.0)  # of a training that goes on
     assert f"after {tmp_path / FINAL} of an earlier training has been moved away" in what_training_keeps(tmp_path, 2.0)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, abbreviated
 from nnunet_vit_mae.pretraining.saved_state import weights_difference
-from nnunet_vit_mae.settings import BLOCK, Settings, to_json_types
+from nnunet_vit_mae.settings import BLOCK, Network, Settings, to_json_types
+from nnunet_vit_mae.storage.files import read_json
 
 
 def refuse_other_network(
@@ -26,9 +27,13 @@ def refuse_other_network(
         optimizer: Its optimiser.
         settings: Of the plans.
     """
-    if difference := weights_difference(checkpoint["network_weights"], network):
+    arguments = checkpoint.get("init_args") or {}
+    differs = _changed_settings(arguments.get("plans") or {}, arguments.get("configuration"), settings.network)
+    if not differs and (difference := weights_difference(checkpoint["network_weights"], network)):
+        differs = f"weights ({difference})"
+    if differs:
         raise UserError(
-            f"The training in {file.parent} was started with other {_what_differs(checkpoint, settings, difference)}: "
+            f"The training in {file.parent} was started with other {differs}: "
             "write the plans as they were to continue it, or plan with another name (mae3d_plan -o) for a new one."
         )
     saved = checkpoint.get("optimizer_state")
@@ -43,16 +48,43 @@ def refuse_other_network(
         )
 
 
+def refuse_network_of_other_folds(folder: Path, configuration: str, network: Network) -> None:
+    """Raise `UserError` when folds beside this one are of another network, which their plans would no longer build.
+
+    A training writes its plans into the folder of the model, where prediction reads them for all folds.
+
+    Args:
+        folder: The fold that is to be trained.
+        configuration: nnU-Net's configuration.
+        network: Of the plans.
+    """
+    model = folder.parent
+    trained = {file.parent.name for file in model.glob("fold_*/checkpoint_*.pth")} - {folder.name}
+    if not trained or not (model / "plans.json").is_file():
+        return
+    if differs := _changed_settings(read_json(model / "plans.json"), configuration, network):
+        raise UserError(
+            f"The training of {abbreviated(sorted(trained))} in {model} had other {differs}: write the plans as they "
+            f"were to train {folder.name} too, or plan with another name (mae3d_plan -o) for a new model."
+        )
+
+
 def _shape(group: Mapping[str, Any]) -> tuple[int, bool]:
     return len(group.get("params", ())), {"pretrained", "lr_scale"} <= group.keys()
 
 
-def _what_differs(checkpoint: Mapping[str, Any], settings: Settings, difference: str) -> str:
-    """Return the settings that have changed in the plans, or how the weights differ if the settings are equal."""
-    arguments = checkpoint.get("init_args") or {}
-    plans, name = arguments.get("plans") or {}, arguments.get("configuration")
-    block = ((plans.get("configurations") or {}).get(name) or {}).get(BLOCK) or {}
-    then = {**to_json_types(Settings().network), **(block.get("network") or {})}
-    now = to_json_types(settings.network)
-    changed = [f"{key} ({then[key]} then, {now[key]} now)" for key in now if block and then[key] != now[key]]
-    return f"settings of the network: {', '.join(changed)}" if changed else f"weights ({difference})"
+def _changed_settings(plans: Mapping[str, Any], configuration: str | None, network: Network) -> str:
+    """Return in words which settings of the network are others now; nothing if none is, or if the plans have no block.
+
+    Args:
+        plans: Those of the training.
+        configuration: nnU-Net's configuration.
+        network: As it is now.
+    """
+    block = ((plans.get("configurations") or {}).get(configuration) or {}).get(BLOCK)
+    if not block:
+        return ""
+    then = {**to_json_types(Network()), **(block.get("network") or {})}
+    now = to_json_types(network)
+    changed = [f"{key} ({then[key]} then, {now[key]} now)" for key in now if then[key] != now[key]]
+    return f"settings of the network: {', '.join(changed)}" if changed else ""

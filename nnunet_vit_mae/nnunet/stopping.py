@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -45,19 +47,37 @@ class StoppableTrainer(nnUNetTrainer):
         loaders = get_allowed_n_proc_DA()
         batches = loaders + max(6, loaders // 2) if loaders else 0  # at work on one, and in nnU-Net's queue
         processes = dist.get_world_size() if self.is_ddp else 1
-        voxels = math.prod(self.configuration_manager.patch_size)
+        voxels = math.prod(self.loaded_patch_size())
         batch = self.batch_size * voxels * (4 * int(self.num_input_channels or 0) + 2)  # float32, labels int16
         refuse_without_shared_memory(processes * batches, batch, without="nnUNet_n_proc_DA=0")
         return super().get_dataloaders()
 
+    def loaded_patch_size(self) -> Sequence[int]:
+        """Return the voxels along each axis of what the loaders hand over: they augment, and cut the planned patch."""
+        return self.configuration_manager.patch_size
+
     def save_checkpoint(self, filename: str) -> None:
-        """Save a checkpoint in place of an earlier one of that name."""
+        """Save a checkpoint in place of an earlier one of that name.
+
+        The first one of a training moves `checkpoint_final.pth` of an earlier training aside, which `--c` would load
+        before all others.
+        """
         if self.local_rank or self.disable_checkpointing:
             return super().save_checkpoint(filename)
-        with replacing(Path(filename)) as temporary:
+        file = Path(filename)
+        with replacing(file) as temporary:
             super().save_checkpoint(str(temporary))
-        tell(what_training_keeps(Path(filename).parent, self.saved_since))
+        if file.name != FINAL and file.with_name(FINAL).is_file():
+            self._move_aside(file.with_name(FINAL))
+        tell(what_training_keeps(file.parent, self.saved_since))
         return None
+
+    def _move_aside(self, final: Path) -> None:
+        moved = final.rename(final.with_stem(f"{final.stem}_until_{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"))
+        self.print_to_log_file(
+            f"{final} of an earlier training is now {moved.name}, so that --c goes on with this training. Until it is "
+            f"complete, nnUNetv2_predict finds the earlier model with -chk {moved.name} alone."
+        )
 
     def _stoppable(self) -> AbstractContextManager[None]:
         # the first process speaks for all
@@ -71,7 +91,8 @@ def what_training_keeps(folder: Path, since: float) -> str:
     saved = [file for file in (final, latest, best) if file.is_file() and file.stat().st_mtime >= since]
     if not saved:
         return "No epoch was finished, so that nothing is saved, and the same command starts again."
-    if saved[0] == final:
+    if max(saved, key=lambda file: file.stat().st_mtime_ns) == final:
         return f"The training is complete and saved in {final}, and the same command with --val validates it."
     before = f", after {final} of an earlier training has been moved away" if final.is_file() else ""
-    return f"The last whole epoch is saved in {saved[0]}, and the same command with --c goes on from there{before}."
+    last = latest if latest in saved else best
+    return f"The last whole epoch is saved in {last}, and the same command with --c goes on from there{before}."

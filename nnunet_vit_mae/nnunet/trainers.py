@@ -7,6 +7,7 @@ prediction from the plans and the trainer's name, so `build_network_architecture
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +29,7 @@ from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.segmenter import Segmenter, prior_logits, start_from
 from nnunet_vit_mae.nnunet.absence import keeping_absence
 from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation
-from nnunet_vit_mae.nnunet.checkpoints import refuse_other_network
+from nnunet_vit_mae.nnunet.checkpoints import refuse_network_of_other_folds, refuse_other_network
 from nnunet_vit_mae.nnunet.folders import dataset_id, encoder_file
 from nnunet_vit_mae.nnunet.plans import channel_names, destination, refuse_cascade, settings_for
 from nnunet_vit_mae.nnunet.scheduled import CUDA, ScheduledTrainer
@@ -125,14 +126,8 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmupCosine]:
         """Return AdamW with layer-wise rates, and a schedule of warm-up and cosine per step."""
-        groups = parameter_groups(
-            self.segmenter.named_parameters(),
-            weight_decay=self.weight_decay,
-            layer_decay=self.layer_decay,
-            depth=SIZES[self.settings.network.size].depth,
-            pretrained=self.pretrained,
-        )
-        optimizer = torch.optim.AdamW(groups, lr=self.initial_lr, fused=self.device.type in ("cuda", "cpu"))
+        fused = self.device.type in ("cuda", "cpu")
+        optimizer = torch.optim.AdamW(self._parameter_groups(), lr=self.initial_lr, fused=fused)
         schedule = WarmupCosine(
             optimizer,
             self.initial_lr,
@@ -142,6 +137,27 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
             freeze_epochs=self.freeze_epochs,
         )
         return optimizer, schedule
+
+    def _parameter_groups(self) -> list[dict]:
+        return parameter_groups(
+            self.segmenter.named_parameters(),
+            weight_decay=self.weight_decay,
+            layer_decay=self.layer_decay,
+            depth=SIZES[self.settings.network.size].depth,
+            pretrained=self.pretrained,
+        )
+
+    def on_train_start(self) -> None:
+        """Begin as nnU-Net does, unless its plans would change the network of other folds of this model."""
+        refuse_network_of_other_folds(Path(self.output_folder), self.configuration_name, self.settings.network)
+        super().on_train_start()
+
+    def loaded_patch_size(self) -> Sequence[int]:
+        """Return the voxels along each axis of what the loaders hand over: enlarged patches, if the step augments."""
+        if self.settings.finetuning.augmentation == "loader":
+            return super().loaded_patch_size()
+        *_, enlarged, _ = nnUNetTrainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size(self)
+        return [int(side) for side in enlarged]
 
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
         """Return nnU-Net's augmentation, or nothing where `train_step` does it; absent contrasts stay zero."""
@@ -166,13 +182,21 @@ class nnUNetTrainerViTScratch(ScheduledTrainer):  # noqa: N801
 
     @exit_on_user_error
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """Load a checkpoint (`--c`, `--val`); say what differs if it is of another network."""
+        """Load a checkpoint (`--c`, `--val`); say what differs if it is of another network.
+
+        Which weights are pre-trained is in the checkpoint; layer-wise rates and weight decay are those of the plans.
+        """
         if not self.was_initialized:
             self.initialize()
         if isinstance(filename_or_checkpoint, str):
             file = Path(filename_or_checkpoint)
             refuse_other_network(read_trained(file), file, self.segmenter, self.optimizer, self.settings)
         super().load_checkpoint(filename_or_checkpoint)
+        names = {id(parameter): name for name, parameter in self.segmenter.named_parameters()}
+        groups = self.optimizer.param_groups
+        self.pretrained = {names[id(p)] for group in groups if group["pretrained"] for p in group["params"]}
+        for group, planned in zip(groups, self._parameter_groups(), strict=True):
+            group.update({name: planned[name] for name in ("lr_scale", "weight_decay")})
 
     def on_train_epoch_start(self) -> None:
         """Begin an epoch as nnU-Net does, at its first step."""
@@ -253,9 +277,13 @@ class nnUNetTrainerViTMAE(nnUNetTrainerViTScratch):  # noqa: N801
             self.print_to_log_file(f"The encoder is from {card.dataset}: if that shares patients, they may be in it.")
         elif card is not None:
             seen, total = card.seen(validation.identifiers), len(validation.identifiers)
-            self.print_to_log_file(
-                f"The encoder has seen the images (not the labels) of {len(seen)} of the {total} validation cases."
-            )
+            if seen is None:
+                origin = f"{card.origin}, fold {card.fold}" if card.fold else card.origin
+                self.print_to_log_file(f"The card of the encoder does not tell which cases it has seen ({origin}).")
+            else:
+                self.print_to_log_file(
+                    f"The encoder has seen the images (not the labels) of {len(seen)} of the {total} validation cases."
+                )
             if seen and self.fold != "all" and card.fold != str(self.fold):
                 self.print_to_log_file(f"For a validation on unseen images, run mae3d_pretrain with -f {self.fold}.")
         return training, validation

@@ -1,0 +1,125 @@
+"""Checkpoints of trainings: which one `--c` goes on from, and which are of another network than the plans."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import nn
+
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.nnunet.checkpoints import refuse_network_of_other_folds, refuse_other_network
+from nnunet_vit_mae.nnunet.stopping import BEST, FINAL, LATEST, StoppableTrainer
+from nnunet_vit_mae.settings import Network, Settings
+
+CONFIGURATION = "3d_fullres"
+NETWORK = {"size": "XS", "token": [2, 4, 8], "decoder": "unetr"}
+SAME_SHAPES = {
+    "positions": "sine_cosine",
+    "position_unit": "mm",
+    "rotary_base": 50.0,
+    "norm_eps": 1e-6,
+    "taps": [1, 2, 4],
+    "upsampling": "transposed",
+}
+
+
+# ---------- an earlier training in the same folder
+
+
+@pytest.fixture
+def saving(tmp_path, monkeypatch):
+    """Save a checkpoint of a name in a folder, whose content says when it was; gives what is logged."""
+    logged: list[str] = []
+    trainer = object.__new__(StoppableTrainer)
+    trainer.local_rank, trainer.disable_checkpointing, trainer.saved_since = 0, False, 0.0
+    trainer.print_to_log_file = logged.append
+
+    def save(name: str, content: str) -> list[str]:
+        monkeypatch.setattr(nnUNetTrainer, "save_checkpoint", lambda _, file: Path(file).write_text(content))
+        trainer.save_checkpoint(str(tmp_path / name))
+        return logged
+
+    return save
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {re.sub(r"until_[\d_-]+", "until", file.name): file.read_text() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("first", [LATEST, BEST])
+def test_what_is_saved_first_moves_the_end_of_an_earlier_training_aside(saving, tmp_path, first):
+    """nnU-Net goes on from the final checkpoint wherever there is one."""
+    saving(FINAL, "earlier")
+    (tmp_path / "checkpoint_calibrated.pth").write_text("of the earlier one")
+    logged = saving(first, "now")
+    assert logged[0].startswith(f"{tmp_path / FINAL} of an earlier training is now checkpoint_final_until_")
+    moved, calibrated = {"checkpoint_final_until.pth": "earlier"}, {"checkpoint_calibrated.pth": "of the earlier one"}
+    assert contents(tmp_path) == {first: "now"} | moved | calibrated
+    saving(FINAL, "the end")
+    assert len(logged) == 1
+    assert contents(tmp_path) == {first: "now", FINAL: "the end"} | moved | calibrated
+
+
+# ---------- another network than the plans'
+
+
+def plans_of(network: dict) -> dict:
+    return {"configurations": {CONFIGURATION: {"vit_mae": Settings.from_dict({"network": network}).to_dict()}}}
+
+
+def refuse(trained: dict, now: dict) -> None:
+    """Go on from a checkpoint of a network with the same weights."""
+    network = nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW([{"params": network.parameters(), "pretrained": False, "lr_scale": 1.0}])
+    checkpoint = {
+        "network_weights": network.state_dict(),
+        "optimizer_state": optimizer.state_dict(),
+        "init_args": {"plans": plans_of(trained), "configuration": CONFIGURATION},
+    }
+    settings = Settings.from_dict({"network": now})
+    refuse_other_network(checkpoint, Path("fold_0", FINAL), network, optimizer, settings)
+
+
+@pytest.mark.parametrize("setting", SAME_SHAPES)
+def test_a_training_is_not_gone_on_with_a_network_of_other_settings_and_equal_weights(setting):
+    refuse(NETWORK, NETWORK)
+    with pytest.raises(UserError, match=rf"was started with other settings of the network: {setting} \(.* now\)"):
+        refuse(NETWORK, NETWORK | {setting: SAME_SHAPES[setting]})
+
+
+def test_what_changes_no_network_may_change():
+    network = Settings.from_dict({"network": NETWORK})
+    other = network.updated({"finetuning": {"epochs": 60, "lr": 0.1}})
+    assert plans_of(NETWORK)["configurations"][CONFIGURATION]["vit_mae"] != other.to_dict()
+    refuse(NETWORK, other.to_dict()["network"])
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A model whose fold 1 is trained; fold 0 has its folder and no checkpoint."""
+    (tmp_path / "plans.json").write_text(json.dumps(plans_of(NETWORK)))
+    for fold in range(2):
+        (tmp_path / f"fold_{fold}").mkdir()
+    (tmp_path / "fold_1" / LATEST).touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize("setting", SAME_SHAPES)
+def test_the_plans_of_a_fold_leave_the_network_of_the_others_as_it_is(model, setting):
+    same, other = (
+        Settings.from_dict({"network": NETWORK | change}).network for change in ({}, {setting: SAME_SHAPES[setting]})
+    )
+    for fold in ("fold_0", "fold_1"):
+        refuse_network_of_other_folds(model / fold, CONFIGURATION, same)
+    refuse_network_of_other_folds(model / "fold_1", CONFIGURATION, other)  # it is trained anew, and alone
+    with pytest.raises(UserError, match=rf"training of fold_1 in .* had other settings of the network: {setting} "):
+        refuse_network_of_other_folds(model / "fold_0", CONFIGURATION, other)
+
+
+def test_a_first_fold_and_plans_without_a_block_are_fine(tmp_path, model):
+    refuse_network_of_other_folds(tmp_path / "new" / "fold_0", CONFIGURATION, Network())
+    (model / "plans.json").write_text(json.dumps({"configurations": {CONFIGURATION: {}}}))
+    refuse_network_of_other_folds(model / "fold_0", CONFIGURATION, Network())
