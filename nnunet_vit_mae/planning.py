@@ -41,7 +41,7 @@ def default_settings(
     decoder = default_decoder(adaptive=adaptive)
     return Settings(
         network=Network(token=token, decoder=decoder, adaptive=adaptive),
-        pretraining=Pretraining(mask_ratio=0.7, norm_pix=False) if adaptive else CHEAP_DECODER,
+        pretraining=default_protocol(adaptive=adaptive),
         finetuning=Finetuning(batch_size=unet_batch_size, lr=default_rate(decoder)),
     )
 
@@ -107,6 +107,11 @@ def default_decoder(*, adaptive: bool) -> str:
     AMAE has UNETR.
     """
     return "unetr" if adaptive else "unet"
+
+
+def default_protocol(*, adaptive: bool) -> Pretraining:
+    """Return the protocol of pre-training; AMAE has its own (section 2.4)."""
+    return Pretraining(mask_ratio=0.7, norm_pix=False) if adaptive else CHEAP_DECODER
 
 
 def default_rate(decoder: str) -> float:

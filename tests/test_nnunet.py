@@ -16,7 +16,7 @@ from nnunet_vit_mae.cli import pretrain as pretrain_command
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.folds import labelled_cases, pretraining_cases, reference_segmentations, split_of
-from nnunet_vit_mae.nnunet.plans import load_plan, read_recipe, schedule_of, settings_of
+from nnunet_vit_mae.nnunet.plans import load_plan, read_recipe, schedule_of, settings_for, settings_of
 from nnunet_vit_mae.nnunet.preprocessing import _preprocess_case, resampled_problem
 from nnunet_vit_mae.settings import Settings
 from nnunet_vit_mae.storage.files import locked
@@ -90,6 +90,56 @@ def test_the_decoder_is_nnunets_own_unet_unless_another_is_given(in_workspace):
     plan_command.main("-d 901 -o Kept -p Slow --decoder sfpn".split())
     names = ("Default", "Given", "Adaptive", "Slow", "Kept")
     assert [tiny_plan(name).settings.finetuning.lr for name in names] == [1e-3, 3e-4, 3e-4, 5e-4, 5e-4]
+
+
+def block_of(workspace, name, configuration):
+    return json.loads((workspace.preprocessed / f"{name}.json").read_text())["configurations"][configuration]
+
+
+def test_plans_of_one_configuration_leave_those_of_another_in_the_file(in_workspace, refused):
+    file = in_workspace.preprocessed / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    low = plans["configurations"]["3d_fullres"] | {"spacing": [3.0, 2.0, 2.0]}
+    plans["configurations"]["3d_lowres"] = low
+    file.write_text(json.dumps(plans))
+    plan_command.main("-d 901 -c 3d_lowres -o Both --size XS --token 8".split())
+    lowres = block_of(in_workspace, "Both", "3d_lowres")
+    plan_command.main("-d 901 -o Both --size S --token 8".split())
+    plan_command.main("-d 901 -o Both --size XS --token 4".split())
+    assert block_of(in_workspace, "Both", "3d_lowres") == lowres
+    assert lowres["resampling_fn_probabilities"] == "resample_torch_fornnunet"
+    assert block_of(in_workspace, "Both", "3d_fullres")["vit_mae"]["network"]["token"] == [4, 4, 4]
+
+    before = (in_workspace.preprocessed / "Both.json").read_bytes()
+    low["spacing"][0] = 2.5
+    file.write_text(json.dumps(plans))
+    message = refused(plan_command.main, *"-d 901 -o Both --token 8".split())
+    assert "Both.json also has settings for 3d_lowres, which is another configuration in nnUNetPlans" in message
+    assert (in_workspace.preprocessed / "Both.json").read_bytes() == before
+    plan_command.main("-d 901 -c 3d_lowres -o Both --size XS --token 8".split())
+    plan_command.main("-d 901 -o Both --token 8".split())
+
+
+PROTOCOL = ("mask_ratio", "norm_pix", "decoder", "rebuilt_share")
+
+
+def test_an_adaptive_network_has_its_own_rate_and_protocol_on_plans_of_another(in_workspace):
+    def adaptive(name):
+        settings = settings_for(tiny_plan(name).configuration, 2, adaptive=True)
+        return settings.finetuning.lr, *(getattr(settings.pretraining, entry) for entry in PROTOCOL)
+
+    recipe = in_workspace.root / "recipe.json"
+    recipe.write_text(json.dumps({"pretraining": {"mask_ratio": 0.6, "plain_share": 0.5}}))
+    for flags in ("Plain", "Chosen --lr 5e-4", f"Recipe --recipe {recipe}", "Adaptive --adaptive"):
+        plan_command.main(f"-d 901 -o {flags}".split())
+    plan_command.main("-d 901 -p Plain -o Made --adaptive".split())
+    stock = adaptive("nnUNetPlans")
+    assert stock == (3e-4, 0.7, False, "self", 1.0)  # AMAE, section 2.4
+    assert [adaptive(name) for name in ("Plain", "Adaptive", "Made")] == [stock] * 3
+    assert adaptive("Chosen") == (5e-4, *stock[1:])
+    assert adaptive("Recipe") == (3e-4, 0.6, True, "self", 1.0)
+    stacked = settings_for(tiny_plan("Plain").configuration, 2, adaptive=False)
+    assert stacked == tiny_plan("Plain").settings
 
 
 def test_flags_win_over_the_recipe(in_workspace):

@@ -6,7 +6,7 @@ Plans written here keep the source's `data_identifier`: the U-Net baseline and t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -22,7 +22,7 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.description import DESCRIPTION, describe, read_description
 from nnunet_vit_mae.nnunet.checked_plans import read_plans
 from nnunet_vit_mae.nnunet.folders import Dataset, find_dataset
-from nnunet_vit_mae.planning import default_decoder, default_rate, default_settings
+from nnunet_vit_mae.planning import default_decoder, default_protocol, default_rate, default_settings
 from nnunet_vit_mae.settings import BLOCK, Finetuning, Network, Settings
 from nnunet_vit_mae.storage.files import read_json, write_json
 from nnunet_vit_mae.transfer import Destination
@@ -35,6 +35,7 @@ BY_TORCH = {  # nnU-Net's own function, several times as fast as its default, wi
         "memefficient_seg_resampling": False,
     },
 }
+OURS = (BLOCK, *BY_TORCH)  # entries of a configuration that plans written here may have of their own
 LINEAR = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}  # what its default does
 SETS_TAPS = ("size", "token", "decoder", "adaptive")  # of a network: what its taps are chosen for
 NOT_FOR_PLANS = ("dataset", "dataset_fingerprint", "splits_final")  # nnU-Net's other files in that folder
@@ -143,12 +144,13 @@ def settings_of(configuration: ConfigurationManager, *, contrasts: int | None = 
 def settings_for(configuration: ConfigurationManager, contrasts: int, *, adaptive: bool) -> Settings:
     """Return the settings of an adaptive network, or of one that stacks its channels, whatever the plans say.
 
-    So both ways of AMAE (section 2.3) run on the same plans; an adaptive network's decoder is `unetr`.
+    So both ways of AMAE (section 2.3) run on the same plans; an adaptive network's decoder is `unetr`, and on plans of
+    the other kind it has its own rate and protocol of pre-training where theirs are the defaults.
     """
-    if adaptive:
-        settings = settings_of(configuration, contrasts=contrasts)
-        return settings.updated({"network": {"adaptive": True, "decoder": "unetr", "tokenizer": "linear"}})
-    return settings_of(configuration).updated({"network": {"adaptive": False}})
+    if not adaptive:
+        return settings_of(configuration).updated({"network": {"adaptive": False}})
+    settings = settings_of(configuration, contrasts=contrasts)
+    return changed(settings, {"network": {"adaptive": True, "decoder": "unetr", "tokenizer": "linear"}})
 
 
 def refuse_cascade(configuration: ConfigurationManager) -> None:
@@ -196,8 +198,8 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     """Settings with changes (a partial block).
 
     A network of another size, token or decoder, or one that is adaptive where the other was not or the reverse, brings
-    its default taps; the latter also its default decoder, and another decoder its default rate. What is given too is
-    kept, and so is a rate that is not the default one.
+    its default taps; the latter also its default decoder and protocol of pre-training, and another decoder its default
+    rate. What is given too is kept, and so is what is not the default in rate and protocol.
 
     Raises:
         UserError: If the changes are not valid.
@@ -214,7 +216,20 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     had_default = settings.finetuning.lr == default_rate(settings.network.decoder)
     if had_default and "lr" not in changes.get("finetuning", {}):
         now = now.updated({"finetuning": {"lr": default_rate(now.network.decoder)}})
-    return now
+    return _with_protocol_of_its_kind(now, settings, given=changes.get("pretraining", {}))
+
+
+def _with_protocol_of_its_kind(now: Settings, before: Settings, *, given: Collection[str]) -> Settings:
+    """Return settings with the default protocol of an adaptive network, or the other one, where `before` has not."""
+    there, here = (vars(default_protocol(adaptive=settings.network.adaptive)) for settings in (before, now))
+    own = {
+        name: value
+        for name, value in here.items()
+        if name not in given and value != there[name] == getattr(before.pretraining, name)
+    }
+    if now.pretraining.plain_share:
+        own.pop("norm_pix", None)  # a plain loss in the first epochs is only for a norm-pix one in the others
+    return now.updated({"pretraining": own})
 
 
 def _same_blocks_are_tapped(before: Network, now: Network) -> bool:
@@ -227,7 +242,8 @@ def classes_of(plan: Plan) -> Classes:
     labels = manager.foreground_regions if manager.has_regions else manager.foreground_labels
     values = tuple(tuple(int(value) for value in np.atleast_1d(label)) for label in labels)
     names = {tuple(int(v) for v in np.atleast_1d(label)): name for name, label in plan.dataset_json["labels"].items()}
-    return Classes(tuple(names[label] for label in values), values, manager.has_regions, manager.ignore_label)
+    painted = tuple(map(int, plan.dataset_json["regions_class_order"])) if manager.has_regions else ()
+    return Classes(tuple(names[label] for label in values), values, painted, manager.ignore_label)
 
 
 def build_unet(plan: Plan) -> nn.Module:
@@ -246,15 +262,20 @@ def build_unet(plan: Plan) -> nn.Module:
 def write_plans(source: Plan, name: str, settings: Settings) -> Path:
     """Write plans `name`: the source's, with these settings in the source's configuration.
 
-    Logits are resampled by torch there. Images are not, so that all plans share their preprocessed files.
+    Logits are resampled by torch there. Images are not, so that all plans share their preprocessed files. Other
+    configurations of plans of that name keep their settings.
 
-    Raises `UserError` when the name belongs to plans that are not ours to replace.
+    Raises `UserError` as `refuse_name` does.
     """
     refuse_name(source, name)
     file = source.dataset.plans_file(name)
     plans = json.loads(json.dumps(source.plans.plans))
     plans["plans_name"] = name
-    plans["configurations"][source.name] |= {BLOCK: settings.to_dict(), **_resampling(source.configuration)}
+    ours = _ours_in_others(source, name) | {
+        source.name: {BLOCK: settings.to_dict(), **_resampling(source.configuration)}
+    }
+    for configuration, entries in ours.items():
+        plans["configurations"][configuration] |= entries
     write_json(plans, file)
     return file
 
@@ -267,12 +288,38 @@ def _resampling(configuration: ConfigurationManager) -> dict[str, Any]:
 
 
 def refuse_name(source: Plan, name: str) -> None:
-    """Raise `UserError` when the name of plans to write is none, or belongs to plans that are not ours to replace."""
+    """Raise `UserError` when the name of plans to write is none, or belongs to plans that are not ours to replace.
+
+    Those are plans of nnU-Net, and plans of ours with settings for another configuration as it was before nnU-Net
+    planned it anew.
+    """
     file = source.dataset.plans_file(name)
     if not name.isidentifier() or name in NOT_FOR_PLANS:
         raise UserError(f"-o {name} is not a name for plans: use letters, digits and underscores, such as ViT_small.")
     if file.exists() and not _is_ours(read_json(file)):
         raise UserError(f"{file} was not written by mae3d_plan and is left as it is: choose another name with -o.")
+    _ours_in_others(source, name)
+
+
+def _ours_in_others(source: Plan, name: str) -> dict[str, dict[str, Any]]:
+    """Return our entries in the other configurations of plans that are to be written again, by configuration."""
+    file = source.dataset.plans_file(name)
+    found = {}
+    for other, entries in read_json(file)["configurations"].items() if file.exists() else ():
+        if other == source.name or BLOCK not in entries:
+            continue
+        now = source.plans.plans["configurations"].get(other, {})
+        if _without_ours(entries) != _without_ours(now):
+            raise UserError(
+                f"{file} also has settings for {other}, which is another configuration in "
+                f"{source.plans.plans_name}: choose another name with -o, or remove the file."
+            )
+        found[other] = {key: value for key, value in entries.items() if key in OURS}
+    return found
+
+
+def _without_ours(entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entries.items() if key not in OURS}
 
 
 def _is_ours(plans: Any) -> bool:
