@@ -86,6 +86,16 @@ def test_a_tokenizer_without_halvings_embeds_single_voxels():
     assert embed(torch.randn(2, 5, 1, 1)).shape == (2, 5, 12)
 
 
+@pytest.mark.parametrize("decoder", ["unetr", "sfpn", "upscale", "mae"])
+def test_tokens_of_single_voxels_have_their_map_too(decoder):
+    chosen = Network(size="XS", token=(1, 1, 1), tokenizer="convolutional", decoder=decoder)
+    network = build_segmenter(chosen, 2, 3, drop_path=0.0)
+    logits = network(torch.randn(2, 2, 2, 3, 4))
+    assert logits.shape == (2, 3, 2, 3, 4)
+    logits.square().mean().backward()
+    assert all(p.grad.any() for p in network.parameters())
+
+
 def test_pretraining_and_fine_tuning_share_the_encoder():
     encoder = build_autoencoder(NETWORK, 2, Pretraining()).encoder.state_dict()
     build_segmenter(NETWORK, 2, 3, drop_path=0.1).encoder.load_state_dict(encoder)

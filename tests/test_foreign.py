@@ -324,6 +324,21 @@ def test_positions_of_monai_that_are_taken_for_a_cubes_are_said():
     assert any("64 positions are taken for a cube of 4 x 4 x 4 tokens" in note for note in conversion.notes)
 
 
+@torch.no_grad()
+def test_where_the_weights_of_monai_fit_two_numbers_of_channels_both_are_said_and_the_token_chooses():
+    network = scrambled(ViT(8, (12,) * 3, SIDE, WIDTH, 4 * WIDTH, DEPTH, HEADS, proj_type="perceptron"))
+    conversion = monai_vit.convert_monai_vit(network.state_dict())
+    assert (conversion.token, len(conversion.channel_names)) == ([2 * SIDE] * 3, 1)
+    said = f"1 with tokens of {2 * SIDE} voxels a side are assumed, though 8 with tokens of {SIDE} fit too"
+    assert any(said in note and f"--token {SIDE} chooses" in note for note in conversion.notes)
+    chosen = monai_vit.convert_monai_vit(network.state_dict(), token_depth=SIDE)
+    assert (chosen.token, len(chosen.channel_names)) == ([SIDE] * 3, 8)
+    volume = volume_of((3, 3, 3), channels=8)
+    assert_equal_features(encoder_from(chosen).encode(volume, ()).tokens, monai_features(network, volume))
+    alone = ViT(2, (12,) * 3, SIDE, WIDTH, 4 * WIDTH, DEPTH, HEADS, proj_type="perceptron")
+    assert not any("Channels" in note for note in monai_vit.convert_monai_vit(alone.state_dict()).notes)
+
+
 # ---------- parts
 
 

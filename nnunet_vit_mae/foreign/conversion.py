@@ -23,7 +23,8 @@ class Target:
     Args:
         patch_size: Voxels along z y x.
         spacing: mm along z y x.
-        token_depth: Voxels along z of a token of a two-dimensional ViT; None: about a cube in mm.
+        token_depth: Voxels along z of a token of a two-dimensional ViT; None: about a cube in mm. It also tells which
+            number of channels a checkpoint of MONAI has, where its weights do not.
         token_order: In which a checkpoint of nnssl flattens its tokens, `yzx` or `zyx`; None: that of its trainer.
     """
 
@@ -68,7 +69,7 @@ def _convert(checkpoint: dict[str, Any], target: Target) -> ConvertedEncoder:
         raise UserError("an order of tokens is only asked for with checkpoints of nnssl")
     weights = weights_in(checkpoint)
     if monai_vit.POSITIONS in weights:
-        return monai_vit.convert_monai_vit(checkpoint)
+        return monai_vit.convert_monai_vit(checkpoint, token_depth=target.token_depth)
     if timm_vit.KERNEL in weights:
         return timm_vit.convert_timm_vit(
             checkpoint,

@@ -21,11 +21,13 @@ POSITIONS = "patch_embedding.position_embeddings"
 CONVOLUTION, LINEAR = "patch_embedding.patch_embeddings", "patch_embedding.patch_embeddings.1"
 
 
-def convert_monai_vit(checkpoint: Mapping[str, Any]) -> ConvertedEncoder:
+def convert_monai_vit(checkpoint: Mapping[str, Any], *, token_depth: int | None = None) -> ConvertedEncoder:
     """Convert a ViT or the encoder of a masked autoencoder of MONAI.
 
     Args:
         checkpoint: A state dict, or a dictionary with one.
+        token_depth: Voxels along z of a token, where the weights fit more than one number of channels; None: the fewest
+            channels.
 
     Raises:
         UserError: The network is none that ours can express.
@@ -34,12 +36,13 @@ def convert_monai_vit(checkpoint: Mapping[str, Any]) -> ConvertedEncoder:
     table = weights.take(POSITIONS)[0]
     width, depth = table.shape[1], _depth(weights)
     size = size_of(width, depth)
-    kernel, bias = _kernel(weights)
+    kernel, bias, ambiguity = _kernel(weights, token_depth)
     token = checked_token(list(kernel.shape[2:]))
     notes = [
         "Axes are x y z there, z y x here: kernels and positions are transposed.",
         f"Heads are not in a checkpoint: {SIZES[size].heads} as in size {size}.",
         "How intensities were normalised is not in a checkpoint: to about mean 0 and deviation 1 is assumed.",
+        *ambiguity,
     ]
     tensors = {"tokenizer.projection.weight": kernel.flatten(1).contiguous(), "tokenizer.projection.bias": bias}
     for number in range(depth):
@@ -92,20 +95,31 @@ def _depth(weights: Weights) -> int:
     return depth
 
 
-def _kernel(weights: Weights) -> tuple[Tensor, Tensor]:
-    """Return the kernel (width, channels, z y x) and bias of the tokenizer, a convolution or a linear layer there."""
+def _kernel(weights: Weights, token_depth: int | None) -> tuple[Tensor, Tensor, list[str]]:
+    """Return the kernel (width, channels, z y x) and bias of the tokenizer, and notes on what was chosen for it.
+
+    It is a convolution or a linear layer there.
+    """
     if f"{CONVOLUTION}.weight" in weights:
         kernel = weights.take(f"{CONVOLUTION}.weight")
         if kernel.ndim != 5:
             raise UserError(f"its kernels have {kernel.ndim - 2} axes, not 3")
-        return rearrange(kernel, "d c x y z -> d c z y x"), weights.take(f"{CONVOLUTION}.bias")
+        return rearrange(kernel, "d c x y z -> d c z y x"), weights.take(f"{CONVOLUTION}.bias"), []
     weight = weights.take(f"{LINEAR}.weight")
-    for channels in range(1, 9):  # a cube of voxels, with each voxel's channels side by side
-        side = cube_root(weight.shape[1] // channels) if weight.shape[1] % channels == 0 else 0
-        if side:
-            pattern = "d (x y z c) -> d c z y x"
-            return rearrange(weight, pattern, x=side, y=side, z=side), weights.take(f"{LINEAR}.bias")
-    raise UserError(f"its tokens of {weight.shape[1]} voxels are not cubes, so their sides are unknown")
+    inputs = weight.shape[1]
+    sides = {c: cube_root(inputs // c) for c in range(1, 9) if inputs % c == 0}
+    fitting = {channels: side for channels, side in sides.items() if side}
+    if not fitting:
+        raise UserError(f"its tokens of {inputs} voxels are not cubes, so their sides are unknown")
+    channels = next((channels for channels, side in fitting.items() if side == token_depth), min(fitting))
+    side = fitting.pop(channels)
+    notes = [
+        f"Channels are not in a checkpoint: {channels} with tokens of {side} voxels a side are assumed, though {other} "
+        f"with tokens of {other_side} fit too, which --token {other_side} chooses."
+        for other, other_side in fitting.items()
+    ]
+    pattern = "d (x y z c) -> d c z y x"  # a cube of voxels, with each voxel's channels side by side
+    return rearrange(weight, pattern, x=side, y=side, z=side), weights.take(f"{LINEAR}.bias"), notes
 
 
 def _block(weights: Weights, prefix: str) -> dict[str, Tensor]:

@@ -15,11 +15,11 @@ from nnunet_vit_mae.networks.upsampling import as_map, norm_and_activation, stag
 
 def build(blueprint: Blueprint) -> UpscaleDecoder:
     """Build the decoder."""
-    widths = stage_widths(blueprint.narrowest, len(doublings(blueprint.token)))
+    factors = doublings(blueprint.token) or [(1, 1, 1)] * len(blueprint.stem_widths)
     return UpscaleDecoder(
         blueprint.size.width,
-        widths,
-        token=blueprint.token,
+        stage_widths(blueprint.narrowest, len(factors)),
+        factors=factors,
         classes=blueprint.classes,
         kind=blueprint.network.upsampling,
         convolutions=blueprint.network.upscale_convolutions,
@@ -31,7 +31,8 @@ class UpscaleDecoder(nn.Module):
     """As many doublings as the longest side of a token needs, and a linear layer to the classes.
 
     The paper's stages have one convolution, which is the upsampling's own; further `convolutions` of 3x3x3 follow it.
-    The maps of a convolutional tokenizer are added to the stages of their resolution.
+    The maps of a convolutional tokenizer are added to the stages of their resolution: where nothing is to be doubled,
+    it has one map, and there is one stage for it.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class UpscaleDecoder(nn.Module):
         in_width: int,
         widths: Sequence[int],
         *,
-        token: Triple,
+        factors: Sequence[Triple],
         classes: int,
         kind: str,
         convolutions: int = 1,
@@ -53,7 +54,7 @@ class UpscaleDecoder(nn.Module):
                 *norm_and_activation(width),
                 *(layer for _ in range(convolutions - 1) for layer in _convolution(width)),
             )
-            for i, (width, factor) in enumerate(zip(widths, doublings(token), strict=True))
+            for i, (width, factor) in enumerate(zip(widths, factors, strict=True))
         )
         self.joins = stem_joins(stem_widths, widths)
         self.head = nn.Conv3d(inputs[-1], classes, kernel_size=1)
