@@ -8,6 +8,7 @@ from pkgutil import iter_modules
 
 import pytest
 import torch
+from conftest import SIDES, random_volume
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,7 +28,7 @@ from nnunet_vit_mae.networks.upsampling import as_map, narrowest_width, stage_wi
 from nnunet_vit_mae.presets import DECODERS, SIZES, UPSAMPLINGS
 from nnunet_vit_mae.settings import TOKEN_SIDES, Network, Pretraining
 
-TOKEN, SIDES = (2, 4, 8), (7, 5, 17)
+TOKEN = (2, 4, 8)
 VOLUMES = {  # for each token three unequal sides that it does not divide; unequal numbers of tokens but for the largest
     (4, 4, 4): (3, 5, 9),
     (8, 8, 8): (5, 9, 19),
@@ -45,10 +46,6 @@ tokens = st.tuples(*[st.sampled_from((1, 2, 4, 8))] * 3)
 factors = st.tuples(*[st.sampled_from((1, 2))] * 3)
 unequal_sides = st.lists(st.integers(1, 13), min_size=3, max_size=3, unique=True)
 few = settings(max_examples=25, deadline=None)
-
-
-def random_volume(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def unet(channels: int, classes: int) -> PlainConvUNet:
@@ -316,7 +313,7 @@ def test_a_chosen_width_is_that_of_the_last_stage_and_doubles_towards_the_tokens
 
 
 def test_without_doublings_the_logits_of_upscale_come_from_the_voxels_own_token():
-    decoder = upscale.UpscaleDecoder(6, [], token=(1, 1, 1), classes=3, kind="nearest").double()
+    decoder = upscale.UpscaleDecoder(6, [], factors=[], classes=3, kind="nearest").double()
     given, logits = encoded((1, 1, 1), (2, 3, 4), width=6), torch.empty(2, 3, 2, 3, 4, dtype=torch.float64)
     weight, bias = decoder.head.weight.detach().flatten(1), decoder.head.bias.detach()
     for b, z, y, x in itertools.product(range(2), range(2), range(3), range(4)):

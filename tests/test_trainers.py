@@ -1,20 +1,19 @@
 """The trainers inside nnU-Net: the hybrid with its U-Net, the schedule per step, random seeds, new weights."""
 
 import json
+import math
 import random
 import re
-import shutil
 import sys
 from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
 import torch
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
-from conftest import SHAPE, Workspace
+from conftest import SHAPE, Sharp, read_voxels
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -32,14 +31,9 @@ from nnunet_vit_mae.weights import read_encoder
 pytestmark = pytest.mark.slow
 
 DEPTH = SIZES["XS"].depth
-LAYER_DECAY = 0.5
+LAYER_DECAY, LATER_DECAY = 0.5, 0.8
 EPOCHS, ITERATIONS, WARMUP, LR = 2, 6, 0.5, 1e-3
 INTERRUPTED = 75  # an exit code
-
-
-def copy_of(workspace, folder):
-    shutil.copytree(workspace.root, folder / "nnunet")
-    return Workspace(folder / "nnunet")
 
 
 def plan(workspace, name, flags="", **finetuning):
@@ -87,7 +81,7 @@ def hybrid(planned, tmp_path_factory):
 
     In fold 0 it augments on the device that trains.
     """
-    workspace = copy_of(planned, tmp_path_factory.mktemp("hybrid"))
+    workspace = planned.copied_to(tmp_path_factory.mktemp("hybrid"))
     schedule = {"epochs": EPOCHS, "iterations": ITERATIONS, "warmup": WARMUP, "lr": LR}
     plan(workspace, "Hybrid", "--decoder unet", augmentation="device", **schedule)
     workspace.call(*"mae3d_preprocess -d 901 -np 1".split())
@@ -178,7 +172,7 @@ def test_nnunet_predicts_with_the_hybrid(hybrid, tmp_path):
     model = "-d 901 -c 3d_fullres -f 1 -p Hybrid -device cpu -tr nnUNetTrainerViTMAE"
     hybrid.workspace.call(*f"nnUNetv2_predict -i {images} -o {tmp_path} {model}".split())
     for case in ("test_0", "test_1"):
-        assert sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / f"{case}.nii.gz"))).shape == SHAPE
+        assert read_voxels(tmp_path / f"{case}.nii.gz").shape == SHAPE
 
 
 # ---------- the schedule
@@ -204,8 +198,8 @@ def test_a_continued_run_has_the_rates_of_one_at_once(hybrid):
 
 @pytest.fixture(scope="module")
 def moved(planned, tmp_path_factory):
-    """An adaptive encoder in a network that stacks its channels, interrupted and continued."""
-    workspace = copy_of(planned, tmp_path_factory.mktemp("moved"))
+    """An adaptive encoder in a network that stacks its channels, interrupted and continued with another decay."""
+    workspace = planned.copied_to(tmp_path_factory.mktemp("moved"))
     finetuning = {"epochs": 2, "iterations": 1, "layer_decay": LAYER_DECAY, "freeze_epochs": 1}
     plan(workspace, "Moved", "--decoder mae", **finetuning)
     workspace.call(*"mae3d_preprocess -d 901 -np 1".split())
@@ -215,6 +209,7 @@ def moved(planned, tmp_path_factory):
     arguments = (workspace, "Moved", "nnUNetTrainerViTMAE")
     (frozen,) = train(*arguments, interrupted=True)
     weights = checkpoint_of(*arguments, name="checkpoint_best.pth")["network_weights"]
+    plan(workspace, "Moved", "--decoder mae", **finetuning | {"layer_decay": LATER_DECAY})
     (free,) = train(*arguments, "--c")
     return SimpleNamespace(brought=brought, frozen=frozen, weights=weights, free=free)
 
@@ -232,13 +227,44 @@ def test_freezing_holds_what_the_encoder_brought_and_nothing_else(moved):
     assert all(torch.equal(moved.weights[name], tensor) for name, tensor in moved.brought.items())
 
 
-def test_a_continued_run_keeps_the_scales_and_ends_the_freezing(moved):
-    assert {name: scale for name, (_, scale) in moved.free.items()} == {
-        name: scale for name, (_, scale) in moved.frozen.items()
-    }
+def test_a_continued_run_scales_what_the_encoder_brought_by_the_plans_and_ends_the_freezing(moved):
+    for name, (_, scale) in moved.free.items():
+        assert math.log(scale, LATER_DECAY) == pytest.approx(math.log(moved.frozen[name][1], LAYER_DECAY))
     peak = moved.free["encoder.tokenizer.projection.weight"][0]
     assert peak > 0
     assert all(rate == pytest.approx(peak * scale) for rate, scale in moved.free.values())
+
+
+# ---------- a training in the place of an earlier one
+
+
+def test_a_killed_training_goes_on_though_an_earlier_one_ended_in_its_folder(planned, tmp_path):
+    workspace, arguments = planned.copied_to(tmp_path), ("Again", "nnUNetTrainerViTScratch")
+    plan(workspace, "Again", "--decoder mae", epochs=2, iterations=1, seed=1)
+    train(workspace, *arguments)
+    earlier = checkpoint_of(workspace, *arguments)
+    plan(workspace, "Again", "--decoder mae", epochs=2, iterations=1, seed=2)
+    train(workspace, *arguments, interrupted=True)
+    assert len(train(workspace, *arguments, "--c")) == 1
+    folder = workspace.results / "nnUNetTrainerViTScratch__Again__3d_fullres" / "fold_0"
+    (moved,) = folder.glob("checkpoint_final_until_*.pth")
+    assert str(torch.load(moved, weights_only=False)["logging"]) == str(earlier["logging"])
+    losses = checkpoint_of(workspace, *arguments)["logging"]["train_losses"]
+    assert len(losses) == 2
+    assert set(losses).isdisjoint(earlier["logging"]["train_losses"])
+
+
+def test_a_training_that_ended_is_made_longer_in_several_runs(planned, tmp_path):
+    workspace, arguments = planned.copied_to(tmp_path), ("Longer", "nnUNetTrainerViTScratch")
+    settings = {"iterations": 1, "seed": 1, "weight_decay": 0.05}
+    plan(workspace, "Longer", "--decoder mae", epochs=1, **settings)
+    train(workspace, *arguments)
+    plan(workspace, "Longer", "--decoder mae", epochs=3, **settings | {"weight_decay": 0.2})
+    for interrupted in (True, False):
+        assert len(train(workspace, *arguments, "--c", interrupted=interrupted)) == 1
+    checkpoint = checkpoint_of(workspace, *arguments)
+    assert len(checkpoint["logging"]["train_losses"]) == 3
+    assert {group["weight_decay"] for group in checkpoint["optimizer_state"]["param_groups"]} == {0.0, 0.2}
 
 
 # ---------- random seeds, and training that diverges
@@ -304,13 +330,13 @@ def logs_of(workspace, trainer):
 @pytest.fixture(scope="module", params=TRAINERS, ids=lambda trainer: trainer.__name__)
 def seeded(request, planned, tmp_path_factory):
     """A run with seed 1, at once."""
-    workspace = copy_of(planned, tmp_path_factory.mktemp("seeded"))
+    workspace = planned.copied_to(tmp_path_factory.mktemp("seeded"))
     losses = losses_of(workspace, request.param)
     return SimpleNamespace(workspace=workspace, trainer=request.param, losses=losses)
 
 
 def test_the_same_seed_gives_the_same_losses_to_the_digit_though_interrupted(seeded, planned, tmp_path):
-    workspace = copy_of(planned, tmp_path)
+    workspace = planned.copied_to(tmp_path)
     interrupt(workspace, seeded.trainer)
     table = logs_of(workspace, seeded.trainer)[0].with_name("metrics.csv")
     table.write_text(table.read_text() + table.read_text().splitlines()[1].replace("0,", "1,", 1) + "\n")  # cut off
@@ -334,7 +360,7 @@ def test_the_table_has_what_nnunet_logs_and_how_the_steps_went(seeded):
 
 
 def test_another_seed_gives_other_losses(seeded, planned, tmp_path):
-    workspace = copy_of(planned, tmp_path)
+    workspace = planned.copied_to(tmp_path)
     assert set(losses_of(workspace, seeded.trainer, seed=2)).isdisjoint(seeded.losses)
 
 
@@ -355,7 +381,7 @@ def test_the_gradient_norm_is_in_the_log_of_each_epoch(seeded):
 
 
 def test_a_loss_that_is_nan_stops_a_training_and_the_last_good_state_is_gone_on_from(seeded, planned, tmp_path):
-    workspace, names = copy_of(planned, tmp_path), []
+    workspace, names = planned.copied_to(tmp_path), []
 
     def spoil(self, batch):
         batch["data"][0, 0, 3, 4, 5] = torch.nan
@@ -365,18 +391,6 @@ def test_a_loss_that_is_nan_stops_a_training_and_the_last_good_state_is_gone_on_
     assert f"The loss is nan in step 2 of epoch 1, whose batch is of {', '.join(dict.fromkeys(names))}; " in error
     assert f"voxels of {names[0]} are NaN or infinite" in error
     assert losses_of(workspace, seeded.trainer, "--c") == seeded.losses
-
-
-class Sharp(torch.autograd.Function):
-    """Nothing, with an infinite slope."""
-
-    @staticmethod
-    def forward(context, value):
-        return value.clone()
-
-    @staticmethod
-    def backward(context, gradient):
-        return gradient * torch.inf
 
 
 def with_loss(change):
@@ -391,10 +405,10 @@ def with_loss(change):
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_gradient_without_end_stops_a_training_though_its_loss_is_good(planned, tmp_path, trainer):
-    error = refusal(copy_of(planned, tmp_path), trainer, with_loss(Sharp.apply))
+    error = refusal(planned.copied_to(tmp_path), trainer, with_loss(Sharp.apply))
     assert re.search(r"The gradient norm is (nan|inf) in step 2 of epoch 1, whose batch is of train_\d", error)
 
 
 def test_a_loss_that_explodes_stops_a_training(planned, tmp_path):
-    error = refusal(copy_of(planned, tmp_path), nnUNetTrainerViTScratch, with_loss(lambda loss: loss + 1e5))
+    error = refusal(planned.copied_to(tmp_path), nnUNetTrainerViTScratch, with_loss(lambda loss: loss + 1e5))
     assert re.search(r"has grown to \S+, most of all in step 2 of epoch 1, whose batch is of train_\d", error)

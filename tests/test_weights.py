@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Poison
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -164,6 +165,12 @@ def test_names_that_share_a_beginning_have_different_hashes():
 
 def test_a_card_knows_which_cases_it_has_seen():
     assert make_card().seen(["carotid_left_0018", *reversed(CASES), "carotid"]) == list(reversed(CASES))
+    assert make_card().seen(["carotid_left_0018"]) == []
+
+
+@pytest.mark.parametrize("entries", [["case_1", "case_2"], []])  # shared without hashes, converted
+def test_a_card_without_hashes_does_not_tell_which_cases_it_has_seen(entries):
+    assert make_card(cases_seen=entries).seen(CASES) is None
 
 
 # ---------- files that are no encoders
@@ -200,25 +207,15 @@ def test_any_other_bytes_are_refused(content):
         refused(file)
 
 
-class Trap:
-    """Unpickling it writes a file."""
-
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return Path.touch, (self.marker,)
-
-
-@pytest.mark.parametrize("write", [lambda trap, file: file.write_bytes(pickle.dumps(trap)), torch.save])
+@pytest.mark.parametrize("write", [lambda poison, file: file.write_bytes(pickle.dumps(poison)), torch.save])
 def test_a_pickle_under_our_name_is_refused_and_never_unpickled(tmp_path, write):
     file, marker = tmp_path / "encoder.safetensors", tmp_path / "marker"
-    write(Trap(marker), file)
+    write(Poison(marker), file)
     assert "damaged or not a safetensors file" in refused(file)
     assert not marker.exists()
     content = io.BytesIO(file.read_bytes())
     torch.load(content, weights_only=False) if write is torch.save else pickle.load(content)
-    assert marker.exists()  # the trap does work
+    assert marker.exists()  # the poison does work
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
