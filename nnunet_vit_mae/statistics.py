@@ -51,7 +51,12 @@ def smallest_p(pairs: int) -> float:
 
 
 def mean_interval(
-    values: Sequence[float], *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
+    values: Sequence[float],
+    *,
+    groups: Sequence[str] | None = None,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """Compute a bootstrap confidence interval of the mean, by percentiles.
 
@@ -61,12 +66,13 @@ def mean_interval(
 
     Args:
         values: One value per case.
+        groups: The patient of each case: patients are drawn, each with all cases; None: cases are drawn.
         resamples: Number of bootstrap resamples.
         confidence: Confidence level, between 0 and 1.
         seed: Random seed.
 
     Returns:
-        Lower and upper end of the interval; NaN for fewer than two values.
+        Lower and upper end of the interval; NaN for fewer than two values or patients.
 
     Raises:
         ValueError: If a value is NaN or infinite.
@@ -79,17 +85,22 @@ def mean_interval(
     sample = np.asarray(values, dtype=float)
     if not np.isfinite(sample).all():
         raise ValueError(f"Values must be finite, but one of them is {sample[~np.isfinite(sample)][0]}.")
-    if len(sample) < 2:
+    data = (sample, np.ones(len(sample)))
+    if groups is not None:
+        _, numbers = np.unique(groups, return_inverse=True)
+        data = (np.bincount(numbers, sample), np.bincount(numbers))
+    if len(data[0]) < 2:
         return math.nan, math.nan
     if np.ptp(sample) == 0:
         return float(sample[0]), float(sample[0])  # exactly: the mean of resamples would be rounded
     result: Any = bootstrap(
-        (sample,),
-        np.mean,
+        data,
+        lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis),
+        paired=True,
         n_resamples=resamples,
         confidence_level=confidence,
         method="percentile",
-        batch=max(1, 10**7 // len(sample)),  # limits memory to 10 million numbers
+        batch=max(1, 10**7 // len(data[0])),  # limits memory to 10 million numbers
         rng=np.random.default_rng(seed),
     )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
@@ -118,7 +129,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return [None if p is None else float(next(corrected)) for p in p_values]
 
 
-def compare(first: Sequence[float], second: Sequence[float]) -> Comparison:
+def compare(first: Sequence[float], second: Sequence[float], groups: Sequence[str] | None = None) -> Comparison:
     """Compare two values of each case by the two-sided Wilcoxon signed-rank test.
 
     Pairs that do not differ are dropped, as Wilcoxon proposed. The test is exact for up to 50 pairs without ties and up
@@ -127,9 +138,11 @@ def compare(first: Sequence[float], second: Sequence[float]) -> Comparison:
     Args:
         first: One value per case.
         second: The other value of the same cases, in the same order.
+        groups: The patient of each case: the means of each patient's cases are compared, as scans of one patient are
+            not independent; None: each case counts.
 
     Returns:
-        Means, their difference and p.
+        Means, their difference and p, all over the pairs that are compared.
 
     Raises:
         ValueError: If a value is NaN or infinite, or the lengths differ.
@@ -143,6 +156,10 @@ def compare(first: Sequence[float], second: Sequence[float]) -> Comparison:
         raise ValueError(f"Pairs must be finite, but one of them is {pairs[~np.isfinite(pairs)][0]}.")
     if not len(pairs):
         return Comparison(0, math.nan, math.nan, math.nan, 0, None)
+    if groups is not None:
+        _, numbers = np.unique(groups, return_inverse=True)
+        sums = [np.bincount(numbers, values) for values in pairs.T]
+        pairs = np.stack(sums, axis=1) / np.bincount(numbers)[:, None]
     differences = (pairs[:, 1] - pairs[:, 0]).round(DIGITS)
     changed = differences[differences != 0]  # dropped here, because scipy leaves the exact test when it meets a zero
     return Comparison(

@@ -1,7 +1,6 @@
 """`mae3d_evaluate`: the whole command on small volumes, what it says, and every mistake that it refuses."""
 
 import csv
-import gc
 import json
 import math
 import re
@@ -29,6 +28,8 @@ from nnunet_vit_mae.imaging.volumes import geometry_of
 from nnunet_vit_mae.processes.workers import run_each
 from nnunet_vit_mae.storage.files import locked
 
+pytestmark = pytest.mark.usefixtures("no_garbage_of_imports")
+
 SHAPE = (6, 11, 13)  # z y x
 LABELS = {"background": 0, "core": 1, "rim": 2}
 THICK = (1.5, 1.5, 3.0, 3.0, 5.0, 5.0)  # mm, of each case
@@ -48,14 +49,6 @@ def volume(size, shift=0):
     array[2:4, 3 + shift : 7 + shift, 2 : 2 + size] = 1
     array[2:4, 3 + shift : 7 + shift, 2 + size : 3 + 2 * size][:, :, : 2 * bool(size)] = 2
     return array
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_garbage_of_imports():
-    """statsmodels collects garbage in every correction, which takes 0.7 s when all modules are imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture
@@ -174,6 +167,24 @@ def test_the_slice_thickness_is_the_one_that_scans_csv_records(data, no_report, 
     ]
     assert thickness == ["1.0", "2.0", "3.0", "4.0", "5.0", "6.0"] * 2
     assert "has no slice thickness" not in capsys.readouterr().out
+
+
+def test_scans_of_one_patient_count_once_in_tests_and_intervals(data, no_report, refused, capsys):
+    (data / "scans.csv").write_text("case,patient\n" + "".join(f"case_{n},P{n // 2}\n" for n in range(6)))
+    command.main(arguments(data))
+    said = capsys.readouterr().out
+    assert "The 6 cases are of 3 patients." in said
+    assert "With so few patients (3), p cannot be below 0.25." in said
+    assert "slice thickness of" not in said
+    summary = json.loads((data / "report" / "summary.json").read_text())
+    assert {test["n"] for test in summary["tests"] if test["measure"] == "difference_mm3"} == {3}
+    assert {mean["n"] + mean["left_out"] for mean in summary["means"]} == {6}
+    assert {row["patient"] for row in rows_in(data / "report").values()} == {"P0", "P1", "P2"}
+    (data / "scans.csv").rename(data / "own.csv")
+    chosen = arguments(data, "--patient", "person", out="second")
+    assert "--patient person names a column of a table" in refused(command.main, *chosen)
+    message = refused(command.main, *chosen, "--csv", str(data / "own.csv"))
+    assert "own.csv has no column person, only case, patient: check --patient" in message
 
 
 @pytest.mark.parametrize("text", ["1.25 mm", "0", "-1", "inf"])

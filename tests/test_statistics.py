@@ -1,6 +1,5 @@
 """Intervals and Holm's correction, against scipy, a literal reference and by hand; `compare` is in test_omission."""
 
-import gc
 import math
 
 import numpy as np
@@ -9,18 +8,12 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunet_vit_mae.statistics import holm, mean_interval
+from nnunet_vit_mae.statistics import compare, holm, mean_interval
+
+pytestmark = pytest.mark.usefixtures("no_garbage_of_imports")
 
 few = settings(max_examples=40, deadline=None)
 finite = st.floats(-1e6, 1e6, width=32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_garbage_of_imports():
-    """statsmodels collects garbage in every correction, which takes 0.7 s when all modules are imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @few
@@ -33,6 +26,29 @@ def test_the_interval_is_that_of_literal_resamples(values, seed):
     found = mean_interval(values, resamples=200, seed=seed)
     assert found == pytest.approx(tuple(expected), rel=1e-9, abs=1e-6)
     assert min(values) - 1e-6 <= found[0] <= found[1] <= max(values) + 1e-6
+
+
+@few
+@given(values=st.lists(finite, min_size=4, max_size=30), seed=st.integers(0, 99), patients=st.integers(2, 4))
+def test_the_interval_over_patients_draws_each_with_all_cases(values, seed, patients):
+    groups = [f"P{number % patients}" for number in range(len(values))]
+    random = np.random.default_rng(seed)
+    drawn = random.integers(0, patients, (200, patients))
+    means = [np.concatenate([values[number::patients] for number in row]).mean() for row in drawn]
+    found = mean_interval(values, groups=groups, resamples=200, seed=seed)
+    assert found == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), rel=1e-9, abs=1e-6)
+    assert mean_interval(values, groups=[*map(str, range(10, 10 + len(values)))]) == mean_interval(values)
+
+
+def test_scans_of_one_patient_are_not_independent():
+    """Of four patients with three scans each, all of which improve: p cannot be below 1/8."""
+    before, better = np.arange(12) / 100, np.arange(12) / 90 + 0.1
+    patients = [f"P{number // 3}" for number in range(12)]
+    assert compare(before, better).p < 0.001
+    compared = compare(before, better, groups=patients)
+    assert (compared.n, compared.changed, compared.p) == (4, 4, 0.125)
+    assert compared.difference == pytest.approx((better - before).mean())
+    assert all(math.isnan(end) for end in mean_interval([1.0, 2.0], groups=["P", "P"]))
 
 
 def test_the_interval_covers_a_known_mean_as_often_as_it_says():

@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="folder of a model's predictions; repeat for each model; without NAME the model gets the folder's name",
     )
     add("-i", dest="images", type=Path, metavar="FOLDER", help="folder of images, for slice thickness and figures")
-    add("--csv", type=Path, metavar="FILE", help="table with slice_thickness_mm (otherwise scans.csv of the dataset)")
+    help_ = "table with slice_thickness_mm and patients (otherwise scans.csv of the dataset)"
+    add("--csv", type=Path, metavar="FILE", help=help_)
+    add("--patient", metavar="COLUMN", help="column of the table with patients (default: patient, if there is one)")
     add("-o", dest="output", required=True, type=Path, metavar="FOLDER", help="new folder for the report")
     group = {"type": positive_float, "nargs": "+"}
     add("--cutoffs", **group, metavar="MM3", help="cut-offs between risk groups (default: quartiles)")
@@ -110,7 +112,14 @@ def _evaluate(
     tables: dict[str, Path],
     models: dict[str, Path],
 ) -> None:
-    from nnunet_vit_mae.datasets.acquisition import find_scans_table, read_scans_table, slice_thickness
+    from nnunet_vit_mae.datasets.acquisition import (
+        SLICE_THICKNESS,
+        find_scans_table,
+        patients,
+        read_scans_table,
+        slice_thickness,
+    )
+    from nnunet_vit_mae.datasets.split.patients import patient_of
     from nnunet_vit_mae.evaluation.by_token import read_trained_vit
     from nnunet_vit_mae.evaluation.cases import find_evaluation_set
     from nnunet_vit_mae.evaluation.expected import read_expected, with_expected
@@ -131,8 +140,14 @@ def _evaluate(
     evaluation_set = find_evaluation_set(args.references, predictions, args.images)
     folders = [folder.resolve().parent for folder in (args.images, args.references) if folder]
     if table := args.csv or find_scans_table([args.references, *folders]):
-        known = slice_thickness(read_scans_table(table, [case.name for case in evaluation_set.cases]))
-        evaluation_set = evaluation_set.with_slice_thickness(known, table)
+        names = [case.name for case in evaluation_set.cases]
+        scans = read_scans_table(table, names)
+        known = scans.patients(args.patient) if args.patient else patients(scans)
+        if SLICE_THICKNESS in scans.columns:
+            evaluation_set = evaluation_set.with_slice_thickness(slice_thickness(scans), table)
+        evaluation_set = evaluation_set.with_patients({name: patient_of(name, known) for name in names})
+    elif args.patient:
+        raise UserError(f"--patient {args.patient} names a column of a table: give it with --csv.")
     evaluation = evaluate(evaluation_set, options, args.processes)
     evaluation = replace(evaluation, cases=with_expected(evaluation.cases, expected))
     write_tables(evaluation, args.output)

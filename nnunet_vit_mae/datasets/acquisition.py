@@ -10,7 +10,7 @@ from nnunet_vit_mae.datasets.tables import CaseTable, read_case_table
 from nnunet_vit_mae.errors import UserError
 
 SCANS_TABLE = "scans.csv"
-CASE, KERNEL, SLICE_THICKNESS = "case", "kernel", "slice_thickness_mm"
+CASE, PATIENT, KERNEL, SLICE_THICKNESS = "case", "patient", "kernel", "slice_thickness_mm"
 
 
 def find_scans_table(folders: Iterable[Path]) -> Path | None:
@@ -38,6 +38,11 @@ def slice_thickness(table: CaseTable) -> dict[str, float]:
 def kernels(table: CaseTable) -> dict[str, str]:
     """Return the reconstruction kernel by case, of the cases for which the table has one."""
     return {case: text for case, text in table.columns.get(KERNEL, {}).items() if text}
+
+
+def patients(table: CaseTable) -> dict[str, str]:
+    """Return the patient by case, of the cases for which the table has one."""
+    return {case: text for case, text in table.columns.get(PATIENT, {}).items() if text}
 
 
 def _millimetres(text: str, case: str, file: Path) -> float:

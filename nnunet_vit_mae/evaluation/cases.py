@@ -35,6 +35,7 @@ class EvaluationCase:
     predictions: Mapping[str, Path]  # by model
     image: Path | None = None  # first channel
     slice_thickness_mm: float | None = None  # as recorded; without it, the largest spacing stands in
+    patient: str | None = None  # of whom there are other cases too
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,18 @@ class EvaluationSet:
         missing = [case.name for case in cases if case.slice_thickness_mm is None]
         note = f"{source.name} has no slice thickness of {abbreviated(missing)}: the largest spacing stands in."
         return replace(self, cases=cases, notes=(*self.notes, *([note] if missing else [])))
+
+    def with_patients(self, patients: Mapping[str, str]) -> EvaluationSet:
+        """Return the set with the patient of each case, and a note, if several cases are of one patient."""
+        cases = tuple(replace(case, patient=patients[case.name]) for case in self.cases)
+        of_cases = {case.patient for case in cases}
+        if len(of_cases) == len(cases):
+            return self
+        note = (
+            f"The {len(cases)} cases are of {len(of_cases)} patients. Intervals draw patients, and tests compare the "
+            "means of each patient's cases."
+        )
+        return replace(self, cases=cases, notes=(*self.notes, note))
 
     def case(self, name: str) -> EvaluationCase:
         """Return the case of that name."""
@@ -247,7 +260,8 @@ def _measure_case(case: EvaluationCase, labels: Labels, options: EvaluationOptio
                     min_lesion_voxels=options.min_lesion_voxels,
                 )
                 key = {"model": model, "case": case.name, "label": label}
-                rows.append({**key, **measures, "slice_thickness_mm": thickness})
+                of_patient = {} if case.patient is None else {"patient": case.patient}
+                rows.append({**key, **measures, "slice_thickness_mm": thickness, **of_patient})
     return _MeasuredCase(rows, beside)
 
 

@@ -154,7 +154,7 @@ class Measurements:
 
 
 def paired_tests(measurements: Measurements, measure: str) -> list[PairedTest]:
-    """Compare each two models on the cases in which both have a value.
+    """Compare each two models on the cases in which both have a value, by patient if several cases are of one.
 
     Args:
         measurements: The measures of all cases.
@@ -166,8 +166,10 @@ def paired_tests(measurements: Measurements, measure: str) -> list[PairedTest]:
     tests = []
     for label in measurements.labels:
         for first, second in combinations(measurements.models, 2):
-            pairs = np.stack([measurements.columns(model, label)[measure] for model in (first, second)])
-            compared = compare(*pairs[:, np.isfinite(pairs).all(axis=0)].tolist())
+            columns = measurements.columns(first, label)
+            pairs = np.stack([columns[measure], measurements.columns(second, label)[measure]])
+            both = np.isfinite(pairs).all(axis=0)
+            compared = compare(*pairs[:, both].tolist(), groups=_patients(columns, both))
             tests.append(
                 PairedTest(
                     first=first,
@@ -217,12 +219,17 @@ def write_tables(evaluation: Evaluation, folder: Path) -> list[Path]:
 
 def _mean(model: str, label: str, measure: str, columns: Columns, options: EvaluationOptions) -> Mean:
     values = columns[measure]
-    known = values[np.isfinite(values)].astype(float)
-    low, high = mean_interval(
-        known.tolist(), resamples=options.resamples, confidence=options.confidence, seed=options.seed
-    )
+    finite = np.isfinite(values)
+    known, groups = values[finite].astype(float), _patients(columns, finite)
+    chosen = {"resamples": options.resamples, "confidence": options.confidence, "seed": options.seed}
+    low, high = mean_interval(known.tolist(), groups=groups, **chosen)
     mean = float(known.mean()) if len(known) else math.nan
     return Mean(model, label, measure, mean, low, high, n=len(known), left_out=len(values) - len(known))
+
+
+def _patients(columns: Columns, chosen: Any) -> list[str] | None:
+    """Return the patients of the chosen cases (a mask); None if each case counts as a patient of its own."""
+    return columns["patient"][chosen].tolist() if "patient" in columns else None
 
 
 def _agreement(model: str, label: str, columns: Columns) -> Agreement:
@@ -293,11 +300,13 @@ def _notes_on_empty_masks(measurements: Measurements) -> Iterator[str]:
 
 
 def _notes_on_few_cases(measurements: Measurements) -> Iterator[str]:
-    cases = len(measurements.reference(measurements.labels[0])["case"])
+    columns = measurements.reference(measurements.labels[0])
+    cases, pairs = len(columns["case"]), len({*columns.get("patient", columns["case"])})
     if cases == 1:
         yield "There is only one case, so there are no confidence intervals and no limits of agreement."
-    if len(measurements.models) > 1 and cases <= FEW_PAIRS:
-        yield f"With so few cases ({cases}), p cannot be below {smallest_p(cases):g}."
+    if len(measurements.models) > 1 and pairs <= FEW_PAIRS:
+        what = "patients" if "patient" in columns else "cases"
+        yield f"With so few {what} ({pairs}), p cannot be below {smallest_p(pairs):g}."
 
 
 def _of_cases(chosen: np.ndarray) -> str:

@@ -80,7 +80,7 @@ def find_study_cases(model: Model, source: DicomInput) -> tuple[list[StudyCase],
 
 
 def convert_cases(model: Model, cases: Sequence[StudyCase], part: Part, folder: Path) -> DicomScans:
-    """Write the images of a part of the studies to a folder, named as nnU-Net expects; one that fails does not stop the others."""
+    """Write the images of a part of the studies, named as nnU-Net expects; one that fails does not stop the others."""
     unreadable, series, channels = {}, {}, _channels(model)
     ending = model.plan.dataset_json["file_ending"]
     for case in with_progress(cases[part.number :: part.of], unit="study", desc="converting"):

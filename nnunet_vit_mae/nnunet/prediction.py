@@ -105,7 +105,8 @@ def _remove_if_cut_off(segmentation: Path) -> None:
             if ".nii" not in segmentation.suffixes:
                 read_image(segmentation)
         except Exception as error:  # noqa: BLE001 (each reader has errors of its own)
-            logger.info("%s is predicted again, because it cannot be read (%s)", segmentation.name, reader_reason(error))
+            reason = reader_reason(error)
+            logger.info("%s is predicted again, because it cannot be read (%s)", segmentation.name, reason)
             segmentation.unlink()
 
 

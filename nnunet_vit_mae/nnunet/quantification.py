@@ -71,7 +71,7 @@ class Scans:
     converted: bool = False  # a moment ago, so that their age says nothing about the scans
 
 
-def find_scans_to_quantify(model: Model, images: Path, part: Part = Part()) -> Scans:  # noqa: B008 (it is frozen)
+def find_scans_to_quantify(model: Model, images: Path, part: Part = Part()) -> Scans:
     """Find the scans of a part in a folder that is named as nnU-Net expects; raises `UserError` if it has none."""
     cases = find_prediction_cases(model.plan, images)
     return Scans(images, cases[part.number :: part.of], [case.name for case in cases])
@@ -81,7 +81,7 @@ def quantify(
     model: Model,
     scans: Scans,
     table: Path,
-    part: Part = Part(),  # noqa: B008 (it is frozen)
+    part: Part = Part(),
     *,
     cutoffs: Sequence[float] | None = None,
     device: str = "cuda",

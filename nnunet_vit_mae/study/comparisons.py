@@ -51,7 +51,7 @@ class PairedDifference:
     first_mean: float
     second_mean: float
     difference: float
-    low: float  # of the bootstrap interval over cases
+    low: float  # of the bootstrap interval over cases, or over patients if several cases are of one
     high: float
     seed_differences: tuple[float, ...]  # the mean difference of each seed
     p: float | None
@@ -135,11 +135,12 @@ def compare_pair(
     if not seeds or means.empty:
         return None
     pairs = means.to_numpy(dtype=float)
-    compared = compare(pairs[:, 0].tolist(), pairs[:, 1].tolist())
-    low, high = _interval(pairs[:, 1] - pairs[:, 0])
+    groups = _patients(table, means.index)
+    compared = compare(pairs[:, 0].tolist(), pairs[:, 1].tolist(), groups)
+    low, high = _interval(pairs[:, 1] - pairs[:, 0], groups)
     by_seed = tuple((values[1][seeds] - values[0][seeds]).mean().tolist())
     return PairedDifference(
-        first, second, few, label, measure, compared.n, len(seeds), compared.first, compared.second,
+        first, second, few, label, measure, len(means), len(seeds), compared.first, compared.second,
         compared.difference, low, high, by_seed, compared.p,
     )  # fmt: skip
 
@@ -159,14 +160,23 @@ def case_by_seed(table: pd.DataFrame, variant: Variant, few: int, label: str, me
 def point_of(table: pd.DataFrame, variant: Variant, few: int, label: str, measure: str) -> SeriesPoint | None:
     """Return a point of a learning curve; None if there are no results."""
     values = case_by_seed(table, variant, few, label, measure)
-    means = values.mean(axis=1).dropna().to_numpy(dtype=float)
-    if not len(means):
+    means = values.mean(axis=1).dropna()
+    if means.empty:
         return None
-    return SeriesPoint(float(means.mean()), *_interval(means), tuple(values.mean().tolist()))
+    interval = _interval(means.to_numpy(dtype=float), _patients(table, means.index))
+    return SeriesPoint(float(means.mean()), *interval, tuple(values.mean().tolist()))
 
 
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    return mean_interval(values.tolist(), resamples=OPTIONS.resamples, confidence=OPTIONS.confidence, seed=OPTIONS.seed)
+def _patients(table: pd.DataFrame, cases: pd.Index) -> list[str] | None:
+    """Return the patients of cases; None if each case is of another patient."""
+    if "patient" not in table:
+        return None
+    return table.drop_duplicates("case").set_index("case")["patient"][cases].tolist()
+
+
+def _interval(values: np.ndarray, groups: Sequence[str] | None) -> tuple[float, float]:
+    options = {"resamples": OPTIONS.resamples, "confidence": OPTIONS.confidence, "seed": OPTIONS.seed}
+    return mean_interval(values.tolist(), groups=groups, **options)
 
 
 # ---------- words
@@ -231,8 +241,8 @@ def limits_of_study(
     if unsteady:
         yield f"{len(unsteady)} of the significant differences have another sign with at least one seed."
     yield (
-        "The intervals and tests are over test cases, with the mean over seeds. They do not cover other choices of "
-        "training cases, other datasets or other scanners."
+        "The intervals and tests are over test cases, or over patients of whom there are several, with the mean over "
+        "seeds. They do not cover other choices of training cases, other datasets or other scanners."
     )
     if not by_patient:
         yield "Without --csv every case counted as a patient of its own: scans of one patient may be on two sides."

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from nnunet_vit_mae.datasets.acquisition import find_scans_table, read_scans_table, slice_thickness
+from nnunet_vit_mae.datasets.split.patients import patient_of, recorded_patients
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.cases import find_evaluation_set, measure_cases
 from nnunet_vit_mae.evaluation.results import EvaluationOptions
@@ -39,17 +40,19 @@ def measure_study(study: StudyDesign) -> tuple[pd.DataFrame, list[StudyModel]]:
 
 
 def _measured(study: StudyDesign, model: StudyModel) -> pd.DataFrame:
-    """Measure a model, or read what was measured since it predicted."""
+    """Measure a model, or read what was measured since it predicted and since a reference was last corrected."""
     file = Path(study.output) / "measures" / f"{model.name}.csv"
-    predicted = (Path(study.output) / prediction_marker(study, model)).stat().st_mtime
-    if not file.is_file() or file.stat().st_mtime < predicted:
+    sources = [Path(study.output) / prediction_marker(study, model), *study.references]
+    if not file.is_file() or file.stat().st_mtime < max(source.stat().st_mtime for source in sources):
         evaluation_set = find_evaluation_set(study.test_labels, {model.name: study.predictions(model)})
+        names, known = [case.name for case in evaluation_set.cases], recorded_patients(Path(study.preprocessed_folder))
+        evaluation_set = evaluation_set.with_patients({name: patient_of(name, known) for name in names})
         if table := find_scans_table([Path(study.raw)]):
-            known = slice_thickness(read_scans_table(table, [case.name for case in evaluation_set.cases]))
-            evaluation_set = evaluation_set.with_slice_thickness(known, table)
+            thickness = slice_thickness(read_scans_table(table, names))
+            evaluation_set = evaluation_set.with_slice_thickness(thickness, table)
         measures, _ = measure_cases(evaluation_set, EvaluationOptions())
         write_frame(measures.drop(columns="model"), file)
-    measures = read_frame(file, dtype={"case": str, "label": str})
+    measures = read_frame(file, dtype={"case": str, "label": str, "patient": str})
     key = {"arm": model.arm, "few": model.few, "seed": model.seed, "calibrated": model.calibrated}
     others = [column for column in measures if column not in KEY]
     return measures.assign(**key).reindex(columns=[*KEY, *others])
