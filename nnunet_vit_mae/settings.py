@@ -61,8 +61,7 @@ class Network:
     norm_eps: float = 1e-5  # of the encoder's layer norms; timm's ViTs have 1e-6
     learned_positions: tuple[int, ...] = ()  # grid (z y x) of a table in the encoder, in place of sine-cosine positions
     register_tokens: int = 0  # learned tokens without a place that take part in the encoder's attention
-    # Each contrast has its own sequence of tokens (AMAE), instead of being a channel of one sequence.
-    adaptive: bool = False
+    adaptive: bool = False  # each contrast has a sequence of tokens of its own (AMAE), and is not a channel of one
     modality_vectors: str = "one_hot"  # of the adaptive tokenizer
 
     def __post_init__(self) -> None:

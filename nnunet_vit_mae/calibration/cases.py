@@ -15,13 +15,15 @@ Block = tuple[np.ndarray, np.ndarray]  # probabilities (channels n) and labels (
 
 @dataclass(frozen=True)
 class Classes:
-    """The foreground classes or regions of a model, in the order of nnU-Net's output channels."""
+    """The foreground classes or regions of a model, in the order of nnU-Net's output channels.
+
+    Classes have a softmax, with the background as channel 0. Regions have a sigmoid each, and nnU-Net paints a label
+    where it finds one, so that later regions cover earlier ones.
+    """
 
     names: tuple[str, ...]
     values: tuple[tuple[int, ...], ...]  # label values of each class
-    # Of regions, which have a sigmoid each: the label that nnU-Net paints where each is found, one after another, so
-    # that later ones cover earlier ones (`regions_class_order`). Empty: a softmax with the background as channel 0.
-    painted: tuple[int, ...] = ()
+    painted: tuple[int, ...] = ()  # label of each region (nnU-Net's regions_class_order); empty: these are classes
     ignore: int | None = None  # ignore label: its voxels are not counted
 
     @property
