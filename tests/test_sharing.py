@@ -417,7 +417,7 @@ CONTAINERS = {
     "empty": (lambda file, members: file.write_bytes(b""), "not a zip file"),
     "no zip": (lambda file, members: file.write_bytes(b"\x80\x04" * 99), "not a zip file"),
     "cut off": (lambda file, members: file.write_bytes(file.read_bytes()[:-200]), "not a zip file"),
-    "folder": (lambda file, members: (file.unlink(), file.mkdir()), "is no file"),
+    "folder": (lambda file, members: (file.unlink(), file.mkdir()), "is not a file"),
     "missing": (lambda file, members: file.unlink(), "is missing"),
     "no manifest": (lambda file, members: zipfile.ZipFile(file, "w").close(), "has no manifest.json"),
     "manifest is a list": (lambda file, members: write(file, members, manifest=b"[]"), "is not in the format"),
