@@ -1,4 +1,7 @@
-"""A tiny nnU-Net dataset, planned and preprocessed once per session by nnU-Net's own commands."""
+"""A tiny nnU-Net dataset, planned and preprocessed once per session by nnU-Net's own commands.
+
+Beside it stands what more than one file of tests calls.
+"""
 
 import gc
 import json
@@ -180,8 +183,8 @@ class Sharp(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * torch.inf
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        return grad_outputs[0] * torch.inf
 
 
 class Poison:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from conftest import MIXED, SIDES, perturbed, seeded, studies_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -31,9 +32,8 @@ from nnunet_vit_mae.presets import DECODERS, MODALITY_VECTORS, POSITIONS
 from nnunet_vit_mae.settings import Network, Pretraining
 
 CPU = torch.device("cpu")
-TOKEN, SIDES, GRID = (2, 4, 8), (7, 5, 17), (4, 2, 3)
+TOKEN, GRID = (2, 4, 8), (4, 2, 3)  # GRID holds the tokens of SIDES
 TOKENS = math.prod(GRID)
-MIXED = [[0, 1, 2], [1], [0, 2], [1, 2]]  # the contrasts of four studies
 
 few = settings(max_examples=15, deadline=None)
 kinds = st.sampled_from(MODALITY_VECTORS)
@@ -43,28 +43,6 @@ tokens = st.tuples(*[st.sampled_from((1, 2, 4, 8))] * 3)
 unequal_sides = st.lists(st.integers(1, 11), min_size=3, max_size=3, unique=True)
 some_contrasts = st.sets(st.integers(0, 3), min_size=1).map(sorted)
 batches = st.lists(some_contrasts, min_size=2, max_size=6)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def studies_with(present: Sequence[Sequence[int]], sides: Sequence[int] = SIDES, *, channels=3, seed=0) -> torch.Tensor:
-    """Return a batch of noise with zeros for the contrasts that a study lacks."""
-    volume = torch.randn(len(present), channels, *sides, generator=seeded(seed))
-    for study, contrasts in enumerate(present):
-        for absent in set(range(channels)) - set(contrasts):
-            volume[study, absent] = 0
-    return volume
-
-
-def perturbed(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Change the weights: at first, modality vectors do not matter yet."""
-    generator = seeded(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return network
 
 
 def segmenter(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 import torch
+from conftest import MIXED, SIDES, perturbed, seeded, studies_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -30,10 +31,9 @@ from nnunet_vit_mae.pretraining.pictures import rebuild
 from nnunet_vit_mae.settings import Network, Pretraining
 
 CPU = torch.device("cpu")
-C, TOKEN, SIDES, GRID = 3, (2, 4, 8), (7, 5, 17), (4, 2, 3)  # the last tokens hold 1 layer of the volume each
+C, TOKEN, GRID = 3, (2, 4, 8), (4, 2, 3)  # the last tokens hold 1 layer of the volume each
 TOKENS, SEEN = 24, 10
 MASKING = Masking(mask_ratio=0.6)
-MIXED = [[0, 1, 2], [1], [0, 2], [1, 2]]  # the contrasts of four studies
 IMAGES = [(study, contrast) for study, contrasts in enumerate(MIXED) for contrast in contrasts]
 
 few = settings(max_examples=12, deadline=None)
@@ -43,19 +43,6 @@ image_numbers = st.integers(0, len(IMAGES) - 1)
 voxels = st.tuples(*(st.integers(0, side - 1) for side in SIDES))
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def studies_with(present: Sequence[Sequence[int]], sides: Sequence[int] = SIDES, seed: int = 0) -> torch.Tensor:
-    """Return a batch of noise with zeros for the contrasts that a study lacks."""
-    volume = torch.randn(len(present), C, *sides, generator=seeded(seed))
-    for study, contrasts in enumerate(present):
-        for absent in set(range(C)) - set(contrasts):
-            volume[study, absent] = 0
-    return volume
-
-
 def noise_for(studies: int, tokens: int = TOKENS, seed: int = 0) -> torch.Tensor:
     return torch.rand(studies, C * tokens, generator=seeded(seed + 1000))
 
@@ -63,14 +50,9 @@ def noise_for(studies: int, tokens: int = TOKENS, seed: int = 0) -> torch.Tensor
 def autoencoder(
     kind: str = "one_hot", channels: int = C, *, seed: int = 0, **changed: str
 ) -> AdaptiveMaskedAutoencoder:
-    """Build a network with other weights than at first, when modality vectors do not matter yet."""
     torch.manual_seed(seed)
     network = Network(size="XS", token=TOKEN, adaptive=True, modality_vectors=kind, **changed)
-    built = build_autoencoder(network, channels, Pretraining())
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return built
+    return perturbed(build_autoencoder(network, channels, Pretraining()), seed)
 
 
 def token_of(z: int, y: int, x: int) -> int:

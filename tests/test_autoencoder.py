@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -35,10 +36,6 @@ VOXELS = math.prod(TOKEN)
 few = settings(max_examples=20, deadline=None)
 seeds = st.integers(0, 999)
 places = st.tuples(*(st.integers(0, sides - 1) for sides in (B, C, *SHAPE)))
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def random_volume(seed: int = 0) -> torch.Tensor:

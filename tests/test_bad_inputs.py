@@ -23,9 +23,7 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "bad_inputs.md"
 @pytest.fixture(scope="module")
 def used(planned: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A workspace in which all was done once: unlabelled images, pre-training and a trained model."""
-    root = tmp_path_factory.mktemp("bad") / "nnunet"
-    shutil.copytree(planned.root, root)
-    workspace = Workspace(root)
+    workspace = planned.copied_to(tmp_path_factory.mktemp("bad"))
     for number in range(2):
         write_case(workspace.raw / "imagesTs", f"test_{number}", *blob(20 + number))
     for command in (
@@ -33,7 +31,7 @@ def used(planned: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Worksp
         "mae3d_plan -d 901 -o Tiny --size XS --token 8 --decoder upscale --epochs 1 --iterations 1 --batch_size 2",
         "mae3d_pretrain -d 901 -p Tiny -f 0 --epochs 2 --batch_size 3 -device cpu",
         "nnUNetv2_train 901 3d_fullres 0 -p Tiny -tr nnUNetTrainerViTMAE -device cpu --npz",
-        f"mae3d_export -d 901 -p Tiny -o {root / 'model.zip'}",
+        f"mae3d_export -d 901 -p Tiny -o {workspace.root / 'model.zip'}",
     ):
         workspace.call(*command.split())
     return workspace
@@ -53,7 +51,7 @@ def states(root: Path) -> dict[str, tuple[int, int]]:
 @pytest.fixture(scope="module")
 def pristine(used: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the workspace, from which each row's edits are undone."""
-    return shutil.copytree(used.root, tmp_path_factory.mktemp("pristine") / "nnunet")
+    return used.copied_to(tmp_path_factory.mktemp("pristine")).root
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from conftest import Workspace, read_voxels
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,7 +62,7 @@ class RawData:
         (self.raw / "dataset.json").write_text(json.dumps(content | changes))
 
     def array(self, name: str) -> np.ndarray:
-        return sitk.GetArrayFromImage(sitk.ReadImage(str(self.file(name))))
+        return read_voxels(self.file(name))
 
 
 def label(seed: int = 0) -> np.ndarray:
@@ -72,8 +73,7 @@ def label(seed: int = 0) -> np.ndarray:
 
 @pytest.fixture
 def data(tmp_path, monkeypatch) -> RawData:
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    Workspace(tmp_path).use_here(monkeypatch)
     monkeypatch.chdir(tmp_path)
     data = RawData(tmp_path / "raw" / "Dataset906_Checked")
     data.fill()

@@ -13,7 +13,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import Workspace, blob, write_case
+from conftest import Workspace, blob, read_voxels, write_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -81,10 +81,6 @@ def entry(present: list[str], filled: list[str] = (), blank: list[str] = ()) -> 
     return {"present": list(present), "filled": list(filled), "blank": list(blank)}
 
 
-def voxels(file: Path) -> np.ndarray:
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
-
-
 @pytest.fixture
 def data(tmp_path) -> RawData:
     data = RawData(tmp_path / "raw" / "Dataset902_Contrasts")
@@ -95,8 +91,7 @@ def data(tmp_path) -> RawData:
 @pytest.fixture
 def typed(data, monkeypatch):
     """Call the command on the dataset in this process."""
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(data.raw.parent.parent / name))
+    Workspace(data.raw.parent.parent).use_here(monkeypatch)
     return lambda: command.main(["-d", "902"])
 
 
@@ -129,7 +124,7 @@ def test_every_channel_is_there_and_what_was_given_is_untouched(tmp_path_factory
     for file in filling.written:
         folder, case = file.parent.name, file.name[: -len("_0000" + ending)]
         given_image = data.file(case, min(pattern[folder, case]), folder)
-        assert not voxels(file).any()
+        assert not read_voxels(file).any()
         assert sitk.ReadImage(str(file)).GetPixelID() == sitk.sitkUInt8
         check_same_geometry(file, given_image, exactly=ending != ".nrrd")  # it stores products, off by 1e-15
     for (folder, case), channels in pattern.items():
@@ -163,7 +158,7 @@ def test_a_header_of_another_program_is_copied_to_the_bit(data):
     for channel in (1, 2):
         filled = nibabel.load(data.file("a", channel))
         assert not np.asarray(filled.dataobj).any()
-        assert not voxels(data.file("a", channel)).any()
+        assert not read_voxels(data.file("a", channel)).any()
         assert filled.dataobj.slope == 1
         assert filled.header["sform_code"] == 0
         assert not filled.header.extensions

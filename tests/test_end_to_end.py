@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import SHAPE, Workspace
+from conftest import SHAPE, Workspace, read_voxels
 from forked_commands import forked_scripts
 from markdown_blocks import SHELL, blocks_of
 
@@ -36,15 +36,10 @@ MODEL = "-d 901 -c 3d_fullres -f 0 -p Tiny -device cpu -tr"
 TO_COMPARE = ("nnUNetTrainerViTScratch", "nnUNetTrainerBaseline")
 
 
-def copy_of(workspace, folder):
-    shutil.copytree(workspace.root, folder / "nnunet")
-    return Workspace(folder / "nnunet")
-
-
 @pytest.fixture(scope="module")
 def pretrained(planned, tmp_path_factory):
     """Plans, and encoders of fold 0 and of all cases."""
-    workspace = copy_of(planned, tmp_path_factory.mktemp("pretrained"))
+    workspace = planned.copied_to(tmp_path_factory.mktemp("pretrained"))
     workspace.call(*"mae3d_preprocess -d 901 -np 1".split())
     workspace.call(*PLAN.split())
     workspace.call(*PRETRAIN.split())
@@ -55,12 +50,12 @@ def pretrained(planned, tmp_path_factory):
 @pytest.fixture
 def copied(pretrained, tmp_path):
     """A copy for one test."""
-    return copy_of(pretrained, tmp_path)
+    return pretrained.copied_to(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def finetuned(pretrained, tmp_path_factory):
-    workspace = copy_of(pretrained, tmp_path_factory.mktemp("finetuned"))
+    workspace = pretrained.copied_to(tmp_path_factory.mktemp("finetuned"))
     workspace.call(*TRAIN.split(), "nnUNetTrainerViTMAE")
     return workspace
 
@@ -68,7 +63,7 @@ def finetuned(pretrained, tmp_path_factory):
 @pytest.fixture(scope="module")
 def compared(pretrained, tmp_path_factory):
     """A ViT and nnU-Net's U-Net from random weights, validated with probabilities."""
-    workspace = copy_of(pretrained, tmp_path_factory.mktemp("compared"))
+    workspace = pretrained.copied_to(tmp_path_factory.mktemp("compared"))
     for trainer in TO_COMPARE:
         workspace.call(*TRAIN.split(), trainer, "--npz")
     return workspace
@@ -217,7 +212,7 @@ def test_fine_tuning_starts_from_the_encoder(copied):
 
 
 def test_validation_and_continuing_need_no_encoder_file(finetuned, tmp_path):
-    workspace = copy_of(finetuned, tmp_path)
+    workspace = finetuned.copied_to(tmp_path)
     shutil.rmtree(pretraining_folder(workspace))
     folder = training_folder(workspace, "nnUNetTrainerViTMAE")
     for flag in ("--val", "--c"):
@@ -254,7 +249,7 @@ def test_a_frozen_encoder_stays_as_it_was_while_the_decoder_learns(copied, tmp_p
 
 def test_a_foreign_encoder_is_adapted_to_another_patch_and_other_channels(planned, pretrained, tmp_path):
     """Its plans have another patch, its dataset other channel names; the log says what became of it."""
-    elsewhere = copy_of(planned, tmp_path)
+    elsewhere = planned.copied_to(tmp_path)
     encoder = pretraining_folder(pretrained) / "fold_all" / "encoder.safetensors"
     change_json(elsewhere.preprocessed / "dataset.json", lambda d: d["channel_names"].update({"0": "SWI"}))
     change_json(
@@ -347,7 +342,7 @@ def test_a_model_predicts_and_quantifies_at_another_site(export, install, finetu
         output = str(tmp_path / workspace.root.name)
         workspace.call(*f"nnUNetv2_predict -i {images} -o {output} {MODEL} nnUNetTrainerViTMAE".split())
     first, second = (
-        {file.name: sitk.GetArrayFromImage(sitk.ReadImage(str(file))) for file in folder.glob("*.nii.gz")}
+        {file.name: read_voxels(file) for file in folder.glob("*.nii.gz")}
         for folder in (tmp_path / finetuned.root.name, tmp_path / elsewhere.root.name)
     )
     assert sorted(first) == sorted(second) == ["test_0.nii.gz", "test_1.nii.gz"]
@@ -373,6 +368,6 @@ def test_a_u_net_and_a_vit_are_compared_and_ensembled_by_nnunets_own_commands(co
     compared.call("nnUNetv2_ensemble", "-i", *outputs, "-o", str(tmp_path / "hybrid"), "-np", "1")
     for case in ("test_0", "test_1"):
         mean = np.mean([np.load(Path(output) / f"{case}.npz")["probabilities"] for output in outputs], axis=0)
-        hybrid = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "hybrid" / f"{case}.nii.gz")))
+        hybrid = read_voxels(tmp_path / "hybrid" / f"{case}.nii.gz")
         clear = np.abs(mean[1] - mean[0]) > 1e-3  # probabilities are stored in half precision
         assert np.array_equal(hybrid[clear], mean.argmax(axis=0)[clear])

@@ -1,13 +1,11 @@
 """The commands for studies with any number of contrasts, on a tiny dataset and in this process."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
 import torch
-from conftest import SHAPE, Workspace, blob, write_case
+from conftest import SHAPE, Workspace, blob, read_voxels, write_case
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_vit_mae.nnunet.plans import settings_for, settings_of
@@ -34,11 +32,6 @@ def write_study(folder, case, seed):
     channels.append(channels[0] + 0.5 * channels[1])
     kept = channels[:2] if case in WITHOUT_T2 else channels
     write_case(folder, case, kept, None if folder.name == "imagesUn" else label)
-
-
-def copy_of(studies, folder):
-    shutil.copytree(studies.root, folder / "nnunet")
-    return Studies(folder / "nnunet")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +61,7 @@ def planned_studies(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pretrained(planned_studies, tmp_path_factory):
     """An adaptive encoder of all cases."""
-    studies = copy_of(planned_studies, tmp_path_factory.mktemp("pretrained"))
+    studies = planned_studies.copied_to(tmp_path_factory.mktemp("pretrained"))
     studies.call(*PRETRAIN.split())
     return studies
 
@@ -76,7 +69,7 @@ def pretrained(planned_studies, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(pretrained, tmp_path_factory):
     """Both routes: the adaptive network and the one that stacks its channels, from the same encoder."""
-    studies = copy_of(pretrained, tmp_path_factory.mktemp("trained"))
+    studies = pretrained.copied_to(tmp_path_factory.mktemp("trained"))
     for trainer in ("nnUNetTrainerAMAE", "nnUNetTrainerViTMAE"):
         studies.call(*TRAIN.split(), trainer)
     return studies
@@ -92,7 +85,7 @@ def log_of(studies, trainer, plans="Any"):
 
 
 def test_without_an_encoder_training_names_the_command_that_makes_an_adaptive_one(planned_studies, tmp_path):
-    studies = copy_of(planned_studies, tmp_path)
+    studies = planned_studies.copied_to(tmp_path)
     done = studies.call(*TRAIN.split(), "nnUNetTrainerAMAE", code=2)
     assert "mae3d_pretrain -d 902 -c 3d_fullres -p Any --adaptive first" in done.stderr
     assert "-tr nnUNetTrainerAMAEScratch" in done.stderr
@@ -108,7 +101,7 @@ def test_adaptive_pretraining_writes_an_encoder_that_knows_its_contrasts(pretrai
 
 
 def test_the_flag_alone_makes_pretraining_adaptive(planned_studies, tmp_path):
-    studies = copy_of(planned_studies, tmp_path)
+    studies = planned_studies.copied_to(tmp_path)
     studies.call(*"mae3d_plan -d 902 -o Plain --recipe quick --token 4".split())
     studies.call(*"mae3d_pretrain -d 902 -p Plain --adaptive --epochs 1 --batch_size 4 -device cpu".split())
     assert read_encoder(encoder_of(studies, "Plain"))[1].adaptive
@@ -125,13 +118,13 @@ def test_both_routes_start_from_the_same_encoder(trained):
 def test_both_routes_predict_a_study_that_lacks_a_contrast(trained, trainer, tmp_path):
     arguments = f"-i {trained.raw / 'imagesTs'} -o {tmp_path} -d 902 -c 3d_fullres -f 0 -p Any -device cpu"
     trained.call("nnUNetv2_predict", *arguments.split(), "-tr", trainer)
-    predictions = {file.name: sitk.GetArrayFromImage(sitk.ReadImage(str(file))) for file in tmp_path.glob("*.nii.gz")}
+    predictions = {file.name: read_voxels(file) for file in tmp_path.glob("*.nii.gz")}
     assert set(predictions) == {"test_0.nii.gz", "test_1.nii.gz"}  # the second one lacks a contrast
     assert {prediction.shape for prediction in predictions.values()} == {SHAPE}
 
 
 def test_the_adaptive_network_trains_from_random_weights_too(planned_studies, tmp_path):
-    studies = copy_of(planned_studies, tmp_path)
+    studies = planned_studies.copied_to(tmp_path)
     studies.call(*TRAIN.split(), "nnUNetTrainerAMAEScratch")
     folder = studies.results / "nnUNetTrainerAMAEScratch__Any__3d_fullres" / "fold_0"
     assert (folder / "checkpoint_final.pth").is_file()
@@ -159,7 +152,7 @@ def test_a_trained_network_does_not_mind_the_order_of_the_contrasts(trained):
 
 
 def test_a_task_with_fewer_and_other_contrasts_starts_from_the_encoder(planned_studies, pretrained, tmp_path):
-    other = copy_of(planned_studies, tmp_path)
+    other = planned_studies.copied_to(tmp_path)
     file = other.preprocessed / "dataset.json"
     description = json.loads(file.read_text())
     file.write_text(json.dumps(description | {"channel_names": {"0": "flair", "1": "T1w", "2": "SWI"}}))

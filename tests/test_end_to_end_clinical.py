@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import Workspace, blob
+from conftest import blob, read_voxels
 from dicom_files import write_slices
 from pydicom import dcmread
 
@@ -45,9 +45,7 @@ def output(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(planned, output, tmp_path_factory):
     """A workspace after the documented commands, and with a second fold of two trainers."""
-    root = tmp_path_factory.mktemp("clinical") / "nnunet"
-    shutil.copytree(planned.root, root)
-    workspace = Workspace(root)
+    workspace = planned.copied_to(tmp_path_factory.mktemp("clinical"))
     places = {"501": "901", "RAW": str(workspace.raw), "OUT": str(output), **SMALLER}
     _, *common = documented("Common to everything")  # the fixture is planned and preprocessed already
     for line in [*common, *documented("## ViTiac, table 2")]:
@@ -65,10 +63,6 @@ def trained(planned, output, tmp_path_factory):
 
 def folder_of(workspace, trainer):
     return workspace.results / f"{trainer}__S4__3d_fullres"
-
-
-def read(file):
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -115,7 +109,7 @@ def test_the_calibrated_checkpoint_thresholds_the_averaged_probabilities(trained
     differing = changed = 0
     for case, averaged in averages.items():
         expected = averaged > threshold
-        found = read(tmp_path / "calibrated" / f"{case}.nii.gz") == 1
+        found = read_voxels(tmp_path / "calibrated" / f"{case}.nii.gz") == 1
         inner = (slice(BORDER, -BORDER),) * 3
         wrong = (found != expected)[inner]
         assert np.all(np.abs(averaged - threshold)[inner][wrong] < ROUNDING)
@@ -133,7 +127,7 @@ def test_the_documented_commands_end_in_a_report(trained, output):
         (model, case) for model in models for case in ("test_0", "test_1")
     ]
     for row in rows:
-        mask = read(output / row["model"] / f"{row['case']}.nii.gz") == 1
+        mask = read_voxels(output / row["model"] / f"{row['case']}.nii.gz") == 1
         assert float(row["predicted_mm3"]) == pytest.approx(1.5 * mask.sum())
     page = (output / "report" / "index.html").read_text()
     assert all(model in page for model in models)
@@ -160,7 +154,7 @@ def test_quantification_gives_volumes_and_warnings_and_goes_on(trained, output, 
     assert list(rows) == ["broken", "test_0", "test_1"]
     assert rows["broken"]["volume_mm3"] == ""
     assert "broken_0001.nii.gz cannot be read" in rows["broken"]["warnings"]
-    mask = read(output / "calibrated" / "test_0.nii.gz") == 1
+    mask = read_voxels(output / "calibrated" / "test_0.nii.gz") == 1
     assert float(rows["test_0"]["volume_mm3"]) == pytest.approx(1.5 * mask.sum())
     assert rows["test_0"]["risk_group"] == f"group {1 + (1.5 * mask.sum() > 100)}"
     assert "slice thickness" not in rows["test_0"]["warnings"]
@@ -187,7 +181,7 @@ def test_a_dicom_study_becomes_a_dicom_segmentation_and_a_report(trained, tmp_pa
     trained.call("mae3d_quantify", *flags.split())
     with table.open() as stream:
         (row,) = csv.DictReader(stream)
-    expected = read(tmp_path / "volumes_segmentations" / f"{row['case']}.nii.gz")
+    expected = read_voxels(tmp_path / "volumes_segmentations" / f"{row['case']}.nii.gz")
     found, folder = np.zeros_like(expected), tmp_path / "volumes_dicom" / row["case"]
     if expected.any():
         dataset = dcmread(folder / "segmentation.dcm")

@@ -10,7 +10,7 @@ import blosc2
 import numpy as np
 import pytest
 import torch
-from conftest import Workspace
+from conftest import random_volume
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -31,17 +31,9 @@ periods = st.tuples(*[st.sampled_from((1, 2, 3, 4))] * 3)
 counts = st.tuples(st.integers(2, 5), st.integers(2, 5), st.integers(2, 5))
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=seeded(seed))
-
-
 def smooth(*shape: int, seed: int = 0) -> torch.Tensor:
     """A random volume (1 1 z y x) that hardly changes from one voxel to the next."""
-    coarse = noise(1, 1, *(max(2, side // 6) for side in shape), seed=seed)
+    coarse = random_volume(1, 1, *(max(2, side // 6) for side in shape), seed=seed)
     return functional.interpolate(coarse, size=shape, mode="trilinear")
 
 
@@ -57,7 +49,7 @@ def segmenter(decoder: str = "upscale", kind: str = "nearest", token=(4, 4, 4), 
 @few
 @given(period=periods.filter(lambda p: math.prod(p) > 1), count=counts)
 def test_a_repeated_cell_is_all_checkerboard(period, count):
-    assert checkerboard(noise(3, *period).tile(1, *count), period) == pytest.approx(1)
+    assert checkerboard(random_volume(3, *period).tile(1, *count), period) == pytest.approx(1)
 
 
 @few
@@ -70,7 +62,7 @@ def test_a_constant_map_has_none(period, count, value):
 @few
 @given(period=periods, count=counts)
 def test_whole_cells_of_one_value_have_none(period, count):
-    blocks = noise(3, *count)
+    blocks = random_volume(3, *count)
     for axis, side in enumerate(period, start=1):
         blocks = blocks.repeat_interleave(side, dim=axis)
     assert checkerboard(blocks, period) == pytest.approx(0, abs=1e-12)
@@ -79,7 +71,7 @@ def test_whole_cells_of_one_value_have_none(period, count):
 @few
 @given(seed=st.integers(0, 99), period=periods, count=counts, scale=st.sampled_from((-300.0, 0.02, 7.0)))
 def test_it_is_a_share_and_neither_scale_nor_offset_changes_it(seed, period, count, scale):
-    values = noise(2, *(side * cells for side, cells in zip(period, count, strict=True)), seed=seed).double()
+    values = random_volume(2, *(side * cells for side, cells in zip(period, count, strict=True)), seed=seed).double()
     share = checkerboard(values, period)
     assert 0 <= share <= 1
     assert checkerboard(scale * values - 20, period) == pytest.approx(share, abs=1e-6)
@@ -90,15 +82,15 @@ def test_smooth_maps_and_noise_have_next_to_none():
     wave = along[:24, None, None].cos() + along[None, :40, None].cos() * along.sin()
     assert checkerboard(wave[None], (2, 4, 8)) < 0.01
     assert checkerboard(smooth(24, 40, 48)[0], (2, 4, 8)) < 0.02
-    assert sum(checkerboard(noise(1, 16, 24, 32, seed=seed), (2, 4, 8)) for seed in range(10)) / 10 < 0.005
+    assert sum(checkerboard(random_volume(1, 16, 24, 32, seed=seed), (2, 4, 8)) for seed in range(10)) / 10 < 0.005
 
 
 @pytest.mark.parametrize("strength", [0.1, 1.0])
 def test_it_finds_how_strong_a_pattern_is(strength):
     """Noise of variance 1 and a pattern of variance s: a share of s / (1 + s)."""
-    pattern = noise(1, *PERIOD)
+    pattern = random_volume(1, *PERIOD)
     pattern = (pattern - pattern.mean()) / pattern.std(correction=0) * math.sqrt(strength)
-    values = noise(1, 12, 24, 48) + pattern.tile(1, 12, 12, 12)
+    values = random_volume(1, 12, 24, 48) + pattern.tile(1, 12, 12, 12)
     assert checkerboard(values, PERIOD) == pytest.approx(strength / (1 + strength), rel=0.1)
 
 
@@ -112,23 +104,23 @@ def test_a_pattern_counts_along_its_own_axis_only():
 
 def test_the_border_and_incomplete_cells_are_left_out():
     values = torch.full((2, 6, 13, 19), 1e4)  # 6, 6 and 4 whole cells, with one and three values left over
-    values[:, 1:5, 2:10, 4:12] = noise(2, *PERIOD).tile(1, 4, 4, 2)
+    values[:, 1:5, 2:10, 4:12] = random_volume(2, *PERIOD).tile(1, 4, 4, 2)
     assert inner(values, PERIOD).shape == (2, 4, 8, 8)
     assert checkerboard(values, PERIOD) == pytest.approx(1)
     assert inner(values, (2, 6, 19)).shape == (2, 6, 12, 19)  # of three, two or one cell all are kept
 
 
 def test_a_strong_channel_counts_more():
-    pattern, plain = noise(1, *PERIOD).tile(1, 6, 6, 6), noise(1, 6, 12, 24, seed=1)
+    pattern, plain = random_volume(1, *PERIOD).tile(1, 6, 6, 6), random_volume(1, 6, 12, 24, seed=1)
     weak = checkerboard(torch.cat([0.01 * pattern, plain]), PERIOD)
     assert weak < 0.05
     assert checkerboard(torch.cat([pattern, 0.01 * plain]), PERIOD) > 0.95
 
 
 def test_one_cell_has_nothing_to_repeat_and_less_is_an_error():
-    assert math.isnan(checkerboard(noise(2, 2, 4, 8), (2, 4, 8)))
+    assert math.isnan(checkerboard(random_volume(2, 2, 4, 8), (2, 4, 8)))
     with pytest.raises(ValueError, match="3 values has no whole cell of 4"):
-        checkerboard(noise(2, 2, 3, 8), (2, 4, 8))
+        checkerboard(random_volume(2, 2, 3, 8), (2, 4, 8))
 
 
 # ---------- the maps
@@ -199,14 +191,13 @@ def test_transposed_convolutions_leave_a_checkerboard_and_interpolation_does_not
 @pytest.fixture(scope="module")
 def trained(planned, tmp_path_factory):
     """A workspace with both ways of upsampling, each trained for one step."""
-    root = tmp_path_factory.mktemp("features") / "nnunet"
-    shutil.copytree(planned.root, root)
-    workspace = Workspace(root)
+    workspace = planned.copied_to(tmp_path_factory.mktemp("features"))
+    file = workspace.root / "recipe.json"
     for kind in UPSAMPLINGS:
         recipe = {"network": {"size": "XS", "token": [4, 4, 4], "decoder": "upscale", "upsampling": kind}}
-        (root / "recipe.json").write_text(json.dumps(recipe))
+        file.write_text(json.dumps(recipe))
         schedule = ("--epochs", "1", "--iterations", "1", "--batch_size", "2")
-        workspace.call("mae3d_plan", "-d", "901", "-o", kind, "--recipe", str(root / "recipe.json"), *schedule)
+        workspace.call("mae3d_plan", "-d", "901", "-o", kind, "--recipe", str(file), *schedule)
         command = f"nnUNetv2_train 901 3d_fullres 0 -p {kind} -tr nnUNetTrainerViTScratch -device cpu"
         workspace.call(*command.split())
     return workspace
@@ -214,8 +205,7 @@ def trained(planned, tmp_path_factory):
 
 @pytest.fixture
 def in_trained(trained, monkeypatch):
-    for name, value in trained.environment.items():
-        monkeypatch.setenv(name, value)
+    trained.use_here(monkeypatch)
     return trained
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import Workspace, blob
+from conftest import Workspace, blob, read_voxels
 from preloaded import SERVER
 from safetensors.torch import load_file
 from synthetic_head import COARSE_GRID, moved, scan, write_template
@@ -166,7 +166,7 @@ def contents(folder: Path) -> dict[str, object]:
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(file.relative_to(folder))
         if file.name.endswith(".nii.gz"):
-            found[name] = sitk.GetArrayFromImage(sitk.ReadImage(str(file))).tobytes()
+            found[name] = read_voxels(file).tobytes()
         elif file.suffix in (".csv", ".json"):
             found[name] = file.read_text()
         else:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import write_case
+from conftest import Workspace, read_voxels, write_case
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -17,10 +17,6 @@ from nnunet_vit_mae.datasets.label_refinement import refine
 from nnunet_vit_mae.datasets.refinement_rule import CONNECTIVITIES, RefinementRule
 
 SHAPE = (5, 7, 9)  # z y x
-
-
-def voxels(file: Path) -> np.ndarray:
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
 
 
 def kept(points: list[tuple[int, int, int]], **rule) -> set[tuple[int, int, int]]:
@@ -80,8 +76,7 @@ def test_each_label_is_refined_for_itself_and_others_are_left():
 @pytest.fixture
 def data(tmp_path, monkeypatch) -> Path:
     """A raw dataset: case a has a circle with a dense part and a single voxel, case b nothing dense."""
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    Workspace(tmp_path).use_here(monkeypatch)
     raw = tmp_path / "raw" / "Dataset904_Circled"
     image, label = np.full(SHAPE, 40.0), np.zeros(SHAPE, np.uint8)
     label[1:4, 1:6, 1:8] = 1
@@ -101,8 +96,8 @@ def test_the_command_writes_labels_a_report_and_says_what_has_changed(data, tmp_
     assert "2 of 2 labels have changed" in said
     assert "(now empty)" in said
     assert {file: file.read_bytes() for file in data.rglob("*.nii.gz")} == before
-    assert np.argwhere(voxels(tmp_path / "refined" / "a.nii.gz")).tolist() == [[2, 2, 2], [2, 2, 3], [2, 2, 4]]
-    assert not voxels(tmp_path / "refined" / "b.nii.gz").any()
+    assert np.argwhere(read_voxels(tmp_path / "refined" / "a.nii.gz")).tolist() == [[2, 2, 2], [2, 2, 3], [2, 2, 4]]
+    assert not read_voxels(tmp_path / "refined" / "b.nii.gz").any()
     ours, theirs = (sitk.ReadImage(str(folder / "a.nii.gz")) for folder in (tmp_path / "refined", data / "labelsTr"))
     assert ours.GetSpacing() == theirs.GetSpacing()
     assert ours.GetPixelID() == theirs.GetPixelID()
@@ -130,7 +125,9 @@ def test_labels_to_ignore_are_left(data, tmp_path):
     description["labels"] = {"background": 0, "calcium": 2, "ignore": 1}
     (data / "dataset.json").write_text(json.dumps(description))
     main(["-d", "904", "-o", str(tmp_path / "refined")])
-    np.testing.assert_array_equal(voxels(tmp_path / "refined" / "a.nii.gz"), voxels(data / "labelsTr" / "a.nii.gz"))
+    np.testing.assert_array_equal(
+        read_voxels(tmp_path / "refined" / "a.nii.gz"), read_voxels(data / "labelsTr" / "a.nii.gz")
+    )
 
 
 def test_a_bad_case_is_named_and_stops_no_other(data, tmp_path, refused):

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,10 +30,6 @@ seeds = st.integers(0, 999)
 ratios = st.floats(0.05, 0.95)
 shares = st.floats(0, 1, exclude_min=True)
 contents = st.lists(st.sets(st.integers(0, TOKENS - 1)), min_size=B, max_size=B)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def voxels_of(token: int) -> tuple[slice, ...]:

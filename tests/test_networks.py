@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import random_volume, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -25,14 +26,6 @@ unequal_sides = st.lists(st.integers(1, 13), min_size=3, max_size=3, unique=True
 volume_shapes = st.tuples(st.integers(2, 3), st.integers(2, 3), unequal_sides).map(lambda s: (s[0], s[1], *s[2]))
 grids = st.tuples(st.integers(1, 7), st.integers(1, 7), st.integers(1, 7))
 few = settings(max_examples=25, deadline=None)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def random_volume(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=seeded(seed))
 
 
 # ---------- volumes to tokens and back

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import blosc2
 import numpy as np
-import SimpleITK as sitk
+from conftest import read_voxels
 from test_weights import make_card
 
 from nnunet_vit_mae.networks.build import build_encoder
@@ -21,7 +21,7 @@ def write_demo(folder: Path) -> None:
     preprocessed = folder / "preprocessed" / raw.name / "nnUNetPlans_3d_fullres"
     preprocessed.mkdir(parents=True)
     for file in (raw / "imagesTr").iterdir():
-        image = sitk.GetArrayFromImage(sitk.ReadImage(str(file))).astype(np.float32)
+        image = read_voxels(file).astype(np.float32)
         volume = ((image - image.mean()) / image.std())[None]
         name = file.name.removesuffix("_0000.nii.gz")
         for ending in ("", "_seg"):

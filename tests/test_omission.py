@@ -15,7 +15,7 @@ import pytest
 import scipy.stats
 import SimpleITK as sitk
 import torch
-from conftest import SHAPE, blob, write_case
+from conftest import SHAPE, blob, read_voxels, write_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -464,7 +464,7 @@ def test_a_trained_network_is_compared_by_nnunets_own_prediction(workspace, tmp_
     assert rows["bare"]["left_out"] == "nothing to omit"
     for case in ("test_0", "test_1"):
         pair = [out / folder / "predictions" / f"{case}.nii.gz" for folder in ("with_all", "without_FLAIR")]
-        first, second = (sitk.GetArrayFromImage(sitk.ReadImage(str(file))) for file in pair)
+        first, second = (read_voxels(file) for file in pair)
         assert (first != second).any(), case
         reference = blob(20 + int(case[-1]))[1]
         for name, prediction in (("dice_with", first), ("dice_without", second)):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from conftest import MIXED, SIDES, perturbed, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -22,8 +23,7 @@ from nnunet_vit_mae.presets import BLOCKS, POSITIONS
 from nnunet_vit_mae.settings import Network, Pretraining
 
 CPU = torch.device("cpu")
-C, TOKEN, SIDES, TOKENS = 3, (2, 4, 8), (7, 5, 17), 24
-MIXED = [[0, 1, 2], [1], [0, 2], [1, 2]]  # the contrasts of four studies
+C, TOKEN, TOKENS = 3, (2, 4, 8), 24
 IMAGES = sum(map(len, MIXED))
 
 lengths = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=4)
@@ -34,7 +34,7 @@ def packing_of(queries: list[int], keys: list[int]) -> Packing:
 
 
 def random_heads(queries: list[int], keys: list[int], width: int = 8) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(sum(queries) + sum(keys))
+    generator = seeded(sum(queries) + sum(keys))
     sizes = (sum(queries), sum(keys), sum(keys))
     return [torch.randn(1, 3, n, width, generator=generator, dtype=torch.float64, requires_grad=True) for n in sizes]
 
@@ -154,17 +154,8 @@ def test_only_studies_that_differ_in_their_numbers_of_contrasts_are_packed(monke
 # ---------- networks
 
 
-def perturbed(network: nn.Module) -> nn.Module:
-    """Change the weights: at first, modality vectors do not matter yet."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return network.double()
-
-
 def batch() -> tuple[Tensor, Masks]:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     volume = torch.randn(len(MIXED), C, *SIDES, generator=generator, dtype=torch.float64)
     return volume, Masking(mask_ratio=0.6).draw(torch.rand(IMAGES, TOKENS, generator=generator))
 
@@ -187,7 +178,7 @@ def compared(network: nn.Module, run, monkeypatch) -> None:
 def test_a_packed_autoencoder_is_that_of_groups(packed, monkeypatch, positions, decoder):
     torch.manual_seed(0)
     settings = Network(size="XS", token=TOKEN, adaptive=True, positions=positions)
-    network = perturbed(build_autoencoder(settings, C, Pretraining(decoder=decoder, decoder_heads=4)))
+    network = perturbed(build_autoencoder(settings, C, Pretraining(decoder=decoder, decoder_heads=4))).double()
     assert network.decoder.transformer.head_width % packing.KERNEL_WIDTH  # so that heads are padded
     volume, masks = batch()
     compared(network, lambda own: own(volume, masks, MIXED).patches, monkeypatch)
@@ -197,7 +188,7 @@ def test_a_packed_autoencoder_is_that_of_groups(packed, monkeypatch, positions, 
 def test_a_packed_autoencoder_may_have_nothing_to_rebuild(packed):
     network = perturbed(
         build_autoencoder(Network(size="XS", token=TOKEN, adaptive=True), C, Pretraining(decoder="cross"))
-    )
+    ).double()
     volume, masks = batch()
     empty = Masks(masks.visible, masks.hidden[:, :0], masks.counted[:, :0])
     loss = reconstruction_loss(network(volume, empty, MIXED), norm_pix=True)
@@ -211,7 +202,7 @@ def test_a_packed_segmenter_is_that_of_groups(packed, monkeypatch, blocks):
     choices = {"adaptive": True, "modality_vectors": "learned", "positions": "both", "blocks": blocks}
     network = perturbed(
         build_segmenter(Network(size="XS", token=TOKEN, decoder="unetr", **choices), C, 2, drop_path=0.0)
-    )
+    ).double()
     compared(network, lambda own: own.logits(batch()[0], MIXED), monkeypatch)
 
 

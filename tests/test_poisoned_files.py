@@ -3,7 +3,6 @@
 import ast
 import gzip
 import json
-import os
 import pickle
 import shutil
 import struct
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from conftest import Poison
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 import nnunet_vit_mae
@@ -36,16 +36,6 @@ from nnunet_vit_mae.storage.limits import MAX_VOXELS, VARIABLE
 from nnunet_vit_mae.storage.pickles import read_properties, read_trained
 from nnunet_vit_mae.study.costs import count_parameters
 from nnunet_vit_mae.weights import read_encoder
-
-
-class Poison:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
 
 
 @pytest.fixture

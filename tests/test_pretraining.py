@@ -19,6 +19,7 @@ import blosc2
 import numpy as np
 import pytest
 import torch
+from conftest import Sharp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
@@ -43,6 +44,8 @@ from nnunet_vit_mae.pretraining.pictures import interpolated, rebuild
 from nnunet_vit_mae.pretraining.volumes import open_volume
 from nnunet_vit_mae.settings import Network, Pretraining
 from nnunet_vit_mae.storage.csv_tables import read_rows
+
+pytestmark = pytest.mark.usefixtures("few_pictures")
 
 CPU = torch.device("cpu")
 PATCH = (8, 12, 10)
@@ -85,12 +88,6 @@ def make_job(files):
         )
 
     return make
-
-
-@pytest.fixture(autouse=True)
-def _few_pictures(monkeypatch):
-    """Draw at the end of a run alone: a picture takes longer than an epoch here."""
-    monkeypatch.setattr(loop, "PICTURES", 1)
 
 
 @pytest.fixture
@@ -487,17 +484,6 @@ def test_bad_voxels_stop_the_run_with_their_case_and_keep_the_last_good_state(
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(make_job, tmp_path, monkeypatch):
-    class Sharp(torch.autograd.Function):
-        """Nothing, with an infinite slope."""
-
-        @staticmethod
-        def forward(context, value):
-            return value.clone()
-
-        @staticmethod
-        def backward(context, gradient):
-            return gradient * torch.inf
-
     loss = reconstruction_loss
     monkeypatch.setattr(step, "reconstruction_loss", lambda *args, **kwargs: Sharp.apply(loss(*args, **kwargs)))
     with pytest.raises(UserError, match=r"The gradient norm is (nan|inf) in step 1 of epoch 1.* lower --lr"):

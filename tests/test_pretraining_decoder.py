@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.parallel import DistributedDataParallel
@@ -30,10 +31,6 @@ seeds = st.integers(0, 999)
 both_kinds = pytest.mark.parametrize("adaptive", [False, True], ids=["stacked", "adaptive"])
 both_decoders = pytest.mark.parametrize("decoder", ["self", "cross"])
 FASTEST = {"decoder": "cross", "rebuilt_share": 0.25, "decoder_heads": 2, "skip_background": True}
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def random_volume(seed: int = 0, samples: int = B) -> torch.Tensor:

@@ -26,18 +26,14 @@ from nnunet_vit_mae.pretraining.crops import MaskDrawing, RandomCrops
 from nnunet_vit_mae.pretraining.volumes import Cache, DeviceCache
 from nnunet_vit_mae.settings import Network, Pretraining
 
+pytestmark = pytest.mark.usefixtures("few_pictures")
+
 CPU = torch.device("cpu")
 PATCH = (8, 12, 10)
 SHAPES = [(9, 15, 11), (12, 13, 10), (8, 12, 10), (10, 9, 14)]
 BYTES = [2 * 2 * int(np.prod(shape)) for shape in SHAPES]
 PLENTY = sum(BYTES)
 DRAWING = MaskDrawing(masking=Masking(mask_ratio=0.6), token=(4, 4, 4))
-
-
-@pytest.fixture(autouse=True)
-def _few_pictures(monkeypatch):
-    """Draw at the end of a run alone: a picture takes longer than an epoch here."""
-    monkeypatch.setattr(loop, "PICTURES", 1)
 
 
 @pytest.fixture
