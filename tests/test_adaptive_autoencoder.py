@@ -21,7 +21,7 @@ from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.grouping import Group, groups
 from nnunet_vit_mae.networks.masking import Masking, Masks, count_visible
 from nnunet_vit_mae.networks.memory import pretraining_memory
-from nnunet_vit_mae.networks.positions import forget_positions, sine_cosine_positions
+from nnunet_vit_mae.networks.positions import Positions, forget_positions, sine_cosine_positions
 from nnunet_vit_mae.networks.token_decoder import TokenDecoder
 from nnunet_vit_mae.networks.tokenizer import patchify
 from nnunet_vit_mae.networks.transformer import Transformer
@@ -361,8 +361,8 @@ def test_an_autoencoder_stores_nothing_but_its_parameters(kind):
 def test_a_batch_of_studies_with_different_contrasts_can_be_overfitted(kind, norm_pix):
     torch.manual_seed(0)
     tokenizer = DynamicTokenizer(ModalityVectors(C, kind), TOKEN, 30)
-    encoder = AdaptiveEncoder(tokenizer, Transformer(30, 2, 3), token=TOKEN)
-    decoder = TokenDecoder(30, Transformer(20, 1, 2), outputs=math.prod(TOKEN))
+    encoder = AdaptiveEncoder(tokenizer, Transformer(30, 2, 3), token=TOKEN, positions=Positions())
+    decoder = TokenDecoder(30, Transformer(20, 1, 2), outputs=math.prod(TOKEN), positions=Positions())
     network = AdaptiveMaskedAutoencoder(encoder, decoder, contrasts=C)
     present = [[0, 1, 2], [1], [0, 2]]
     volume, masks = studies_with(present), masks_for(noise_for(3), present)

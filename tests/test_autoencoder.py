@@ -20,7 +20,7 @@ from nnunet_vit_mae.networks.autoencoder import (
 )
 from nnunet_vit_mae.networks.encoder import Encoder
 from nnunet_vit_mae.networks.masking import Masking, Masks, take
-from nnunet_vit_mae.networks.positions import forget_positions
+from nnunet_vit_mae.networks.positions import Positions, forget_positions
 from nnunet_vit_mae.networks.token_decoder import TokenDecoder
 from nnunet_vit_mae.networks.tokenizer import Tokenizer, patchify, unpatchify, voxels_inside
 from nnunet_vit_mae.networks.transformer import Transformer
@@ -57,8 +57,8 @@ def random_masks(seed: int = 0) -> Masks:
 def autoencoder(channels: int = C) -> MaskedAutoencoder:
     """Build a network with heads 10 wide, as in the paper's size S, and a decoder width that positions do not fill."""
     torch.manual_seed(0)
-    encoder = Encoder(Tokenizer(channels, TOKEN, 30), Transformer(30, 2, 3), token=TOKEN)
-    decoder = TokenDecoder(30, Transformer(20, 1, 2), outputs=channels * VOXELS)
+    encoder = Encoder(Tokenizer(channels, TOKEN, 30), Transformer(30, 2, 3), token=TOKEN, positions=Positions())
+    decoder = TokenDecoder(30, Transformer(20, 1, 2), outputs=channels * VOXELS, positions=Positions())
     return MaskedAutoencoder(encoder, decoder)
 
 

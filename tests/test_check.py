@@ -91,7 +91,7 @@ def found(data, monkeypatch):
             main(["-d", "906", "-np", "1", *arguments])
         except SystemExit as stop:
             code = stop.code
-        content = json.loads(Path("Dataset906_Checked_check/check.json").read_text())
+        content = json.loads(Path("check_Dataset906_Checked/check.json").read_text())
         assert code == (2 if content["errors"] else 0)
         return {
             level: {(entry["case"], entry["kind"]): entry["text"] for entry in content[level]}
@@ -109,8 +109,8 @@ def test_a_good_dataset_has_nothing_to_say_and_is_not_touched(data, found, capsy
     assert "No problems were found." in said
     assert "3-3.5 mm in 8" in said
     assert {file: file.read_bytes() for file in data.raw.rglob("*") if file.is_file()} == before
-    assert "check.json " in Path("Dataset906_Checked_check/README.txt").read_text()
-    content = json.loads(Path("Dataset906_Checked_check/check.json").read_text())
+    assert "check.json " in Path("check_Dataset906_Checked/README.txt").read_text()
+    content = json.loads(Path("check_Dataset906_Checked/check.json").read_text())
     case = content["cases"]["imagesTr/a3"]
     assert case["size"] == list(SIZE)
     assert case["orientation"] == "LPS"
@@ -336,7 +336,7 @@ def test_empty_labels_are_listed_for_the_split(data, found, capsys):
     data.write("labelsTr/a4", np.full(SIZE[::-1], 9, np.uint8))  # not in dataset.json: an error, but not empty
     assert "1 of 6 labels" in found()["warnings"]["", "empty label"]
     found("--list_empty")
-    assert Path("Dataset906_Checked_check/empty_labels.txt").read_text() == "a5\n"
+    assert Path("check_Dataset906_Checked/empty_labels.txt").read_text() == "a5\n"
     assert "Their Dice is undefined if the prediction is empty too" in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""How far probabilities can be believed: reliability, expected calibration error, and one temperature that improves it.
+"""How far probabilities are calibrated: reliability, expected calibration error, and one temperature that improves it.
 
 Temperature scaling divides all logits by one number (Guo et al., 2017, https://arxiv.org/abs/1706.04599). It is fitted
 by the likelihood of the labels. The logits follow from saved probabilities, up to a constant that no softmax sees.

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("-f", dest="folds", nargs="+", default=["0"], metavar="FOLD", help="trained folds")
     add("-chk", dest="checkpoint", default="checkpoint_final.pth", metavar="FILE", help="checkpoint to calibrate")
     add("--objective", choices=("volume", "dice"), default="volume", help="what to optimise: volume difference or Dice")
-    add("--temperature", action="store_true", help="also fit a temperature, for probabilities that can be believed")
+    add("--temperature", action="store_true", help="also fit a temperature, so that probabilities are calibrated")
     add(
         "--uncertainty",
         action="store_true",

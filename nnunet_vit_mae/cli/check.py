@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_for("mae3d_check", __doc__, "-d 501", "-d 501 -o check --csv patients.csv")
     add = parser.add_argument
     add_dataset_argument(parser)
-    add("-o", dest="output", type=Path, metavar="FOLDER", help="folder for the results (otherwise ./DATASET_check)")
+    add("-o", dest="output", type=Path, metavar="FOLDER", help="folder for the results (otherwise ./check_DATASET)")
     add_patient_arguments(parser)
     add("--list_empty", action="store_true", help="list cases with empty labels, which mae3d_split can leave out")
     add("-np", dest="processes", type=positive_int, default=4, metavar="N", help="number of processes")
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nnunet_vit_mae.storage.files import make_folder
 
     dataset = find_dataset(args.dataset)
-    output = args.output or Path(f"{dataset.name}_check")
+    output = args.output or Path(f"check_{dataset.name}")
     make_folder(output)
     patients = patient_columns(args, dataset.raw)
     check = check_dataset(dataset.raw, patients, dataset.preprocessed, args.processes)

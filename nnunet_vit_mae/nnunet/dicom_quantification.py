@@ -34,8 +34,8 @@ from nnunet_vit_mae.nnunet.quantification import (
     OTHER_MODEL,
     Part,
     quantify,
-    refuse_other_table,
     refuse_other_content,
+    refuse_other_table,
     segmentations_beside,
     thresholds_of,
 )
