@@ -195,9 +195,9 @@ def test_a_file_that_is_no_encoder_of_ours_is_refused(hub: HubServer):
 @pytest.mark.parametrize(
     ("address", "words"),
     {
-        "hf:lab": "no address on the hub: write hf:owner/name",
-        "hf:lab/vessel@": "no address on the hub",
-        "hf:lab/../vessel": "no address on the hub",
+        "hf:lab": "not an address on the hub: write hf:owner/name",
+        "hf:lab/vessel@": "not an address on the hub",
+        "hf:lab/../vessel": "not an address on the hub",
         "hf:lab/none": "no such repository; if it is private, log in",
         "hf:lab/vessel@v9": "no such revision",
         "hf:lab/empty": f"has no {WEIGHTS}",
