@@ -35,7 +35,7 @@ def saving(tmp_path, monkeypatch):
     logged: list[str] = []
     trainer = object.__new__(StoppableTrainer)
     trainer.local_rank, trainer.disable_checkpointing, trainer.saved_since = 0, False, 0.0
-    trainer.print_to_log_file = logged.append
+    monkeypatch.setattr(trainer, "print_to_log_file", logged.append)
 
     def save(name: str, content: str) -> list[str]:
         monkeypatch.setattr(nnUNetTrainer, "save_checkpoint", lambda _, file: Path(file).write_text(content))

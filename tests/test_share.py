@@ -125,7 +125,7 @@ def test_a_trainer_says_what_a_shared_card_tells_of_the_validation_cases(tmp_pat
     trainer = object.__new__(nnUNetTrainerViTMAE)
     _, trainer.encoder_card = read_encoder(shared / WEIGHTS)
     trainer.plans_manager, trainer.fold = SimpleNamespace(dataset_name="A"), 0
-    trainer.print_to_log_file = logged.append
+    monkeypatch.setattr(trainer, "print_to_log_file", logged.append)
     validation = SimpleNamespace(identifiers=[*CASES, "another"])
     monkeypatch.setattr(ScheduledTrainer, "get_tr_and_val_datasets", lambda _: (None, validation))
     trainer.get_tr_and_val_datasets()
