@@ -30,7 +30,7 @@ from nnunet_vit_mae.networks.encoder import Encoder
 from nnunet_vit_mae.networks.tokenizer import Triple
 from nnunet_vit_mae.presets import ENCODER_SETTINGS
 from nnunet_vit_mae.settings import Network, Settings
-from nnunet_vit_mae.storage.files import replacing
+from nnunet_vit_mae.storage.files import replacing, short_hash
 
 CARD_KEY = "mae3d_card"
 HASH = r"[0-9a-f]{16}"  # of a case's name
@@ -149,7 +149,7 @@ class Card:
 
 def hashed_name(case_name: str) -> str:
     """Return the hash of a case's name that a card holds."""
-    return hashlib.sha256(case_name.encode()).hexdigest()[:16]
+    return short_hash(case_name, 16)
 
 
 def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:

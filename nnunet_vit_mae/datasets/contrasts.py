@@ -23,6 +23,7 @@ from nnunet_vit_mae.imaging.channels import (
     visible_files,
     without_ending,
 )
+from nnunet_vit_mae.imaging.ct_clipping import is_ct
 from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.imaging.volumes import (
     Geometry,
@@ -263,10 +264,10 @@ def _refuse_absent_ct(cases: list[SortedCase], raw: Path) -> None:
     for case in cases:
         absent = case.contrasts.filled + case.contrasts.blank if case.contrasts else []
         for name in absent:
-            if name.casefold() == "ct":  # as nnU-Net compares it
+            if is_ct(name):
                 raise UserError(
                     f"{case.images} lacks {name}, and nnU-Net's normalisation of a channel of that name does not keep "
-                    f"zeros: rename the channel in {raw / 'dataset.json'}, for instance to CT_scan, which is "
+                    f"zeros: rename the channel in {raw / DESCRIPTION}, for instance to CT_scan, which is "
                     "normalised to z-scores like other contrasts."
                 )
 

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from packaging.requirements import Requirement
 
 from nnunet_vit_mae.doctor.diagnosis import ERROR, OK, WARNING, Diagnosis
+from nnunet_vit_mae.errors import first_line
 
 PACKAGE = "nnunet-vit-mae"
 NAMED = ("torch", "torchvision", "nnunetv2", "dynamic-network-architectures")  # whose versions a report should state
@@ -35,8 +36,7 @@ def diagnose_imports() -> Iterator[Diagnosis]:
                 warnings.simplefilter("ignore")
                 import_module(name)
         except (ImportError, RuntimeError, OSError, AttributeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            yield Diagnosis("versions", ERROR, f"{name} cannot be imported ({reason}).", REINSTALL)
+            yield Diagnosis("versions", ERROR, f"{name} cannot be imported ({first_line(error)}).", REINSTALL)
             return
 
 

@@ -12,6 +12,7 @@ from itertools import pairwise
 import numpy as np
 
 from nnunet_vit_mae.evaluation.results import Bin, RiskGroups
+from nnunet_vit_mae.evaluation.words import count_cases
 
 QUARTILES = ("no", "low", "moderate", "high")  # risk, as ViTiac names it
 PARTS = 4  # quartiles
@@ -35,8 +36,7 @@ def find_cutoffs(volumes: np.ndarray, given: Sequence[float] | None) -> tuple[tu
     """
     groups = PARTS if given is None else len(given) + 1
     if len(volumes) < groups:
-        cases = f"{len(volumes)} case{'' if len(volumes) == 1 else 's'}"
-        return (), [f"no risk groups, because {cases} cannot fill {groups} groups."]
+        return (), [f"no risk groups, because {count_cases(len(volumes))} cannot fill {groups} groups."]
     if given is not None:
         return tuple(given), []
     quartiles = np.quantile(volumes, np.arange(1, PARTS) / PARTS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +40,7 @@ from nnunet_vit_mae.nnunet.quantification import (
 )
 from nnunet_vit_mae.nnunet.training_range import volumes_in
 from nnunet_vit_mae.progress import with_progress
-from nnunet_vit_mae.storage.files import write_json
+from nnunet_vit_mae.storage.files import short_hash, write_json
 
 SEGMENTATION, REPORT, STUDIES = "segmentation.dcm", "report.dcm", "studies.csv"
 
@@ -103,7 +102,7 @@ def quantify_dicom(
     refuse_other_table(table)
     identity, work = model_hash(model), segmentations_beside(table)
     output = table.with_name(f"{table.stem}_dicom")
-    note = {"model": identity, "codes": hashlib.sha256(repr(sorted(codes.items())).encode()).hexdigest()[:12]}
+    note = {"model": identity, "codes": short_hash(repr(sorted(codes.items())), 12)}
     # all of this before images are converted, which takes long
     refuse_other_content(work, {"model": identity}, OTHER_MODEL)
     refuse_other_content(output, note, "DICOM files of another model or with other codes")

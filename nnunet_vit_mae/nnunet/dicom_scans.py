@@ -6,7 +6,6 @@ case the segmentation of another.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from nnunet_vit_mae.datasets.convert.sources import parse_patterns, parse_refere
 from nnunet_vit_mae.datasets.convert.studies import ContrastPattern, Study
 from nnunet_vit_mae.errors import UserError, did_you_mean
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, channel_file_name
+from nnunet_vit_mae.imaging.ct_clipping import is_ct
 from nnunet_vit_mae.imaging.dicom import DicomSeries
 from nnunet_vit_mae.imaging.writing import write_zeros
 from nnunet_vit_mae.nnunet.models import Model
@@ -26,6 +26,7 @@ from nnunet_vit_mae.nnunet.shared_models import OUR_TRAINERS
 from nnunet_vit_mae.presets import canonical_contrast
 from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.csv_tables import write_records
+from nnunet_vit_mae.storage.files import short_hash
 
 CONVERTED = "imagesUn"  # where the conversion puts studies without labels
 
@@ -148,7 +149,7 @@ def _channel_patterns(model: Model, channels: Sequence[str], texts: Sequence[str
 def _may_be_absent(model: Model, numbers: Sequence[int]) -> bool:
     """Return whether channels may be zeros: in an adaptive network, but not CT, which nnU-Net would shift."""
     adaptive = getattr(OUR_TRAINERS.get(model.trainer), "adaptive", False)
-    return not numbers or (adaptive and all(model.plan.channel_names[n].casefold() != "ct" for n in numbers))
+    return not numbers or (adaptive and not any(is_ct(model.plan.channel_names[n]) for n in numbers))
 
 
 def _case_name(study: Study, reference: str | None) -> str:
@@ -159,4 +160,4 @@ def _case_name(study: Study, reference: str | None) -> str:
         if isinstance(source.origin, DicomSeries)
     ]
     content = repr((study.patient, study.session, images, reference))
-    return f"study_{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+    return f"study_{short_hash(content, 12)}"

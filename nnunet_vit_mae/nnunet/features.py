@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, abbreviated, first_line
 from nnunet_vit_mae.networks.checkerboard import FeatureMap, checkerboard, feature_maps, inner
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.nnunet.folds import labelled_cases, split_of
@@ -97,8 +97,7 @@ def load_segmenter(model: Model) -> Segmenter:
     try:
         network.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{model.files[0]} is damaged or does not fit its plans.json ({reason}).") from None
+        raise UserError(f"{model.files[0]} is damaged or does not fit its plans.json ({first_line(error)}).") from None
     return cast(Segmenter, network.eval())
 
 
@@ -109,9 +108,9 @@ def read_patch(plan: Plan, case: str) -> Patch:
     """
     known = [labelled.name for labelled in labelled_cases(plan)]
     if case not in known:
-        examples = ", ".join([*known[:3], "..."] if len(known) > 3 else known)
         raise UserError(
-            f"There is no preprocessed case {case} in {plan.preprocessed_folder} (it has {examples}): check --case."
+            f"There is no preprocessed case {case} in {plan.preprocessed_folder} (it has {abbreviated(known)}): check "
+            "--case."
         )
     file = plan.preprocessed_folder / f"{case}.b2nd"
     if problem := volume_problem(file, len(plan.channel_names)):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ from nnunet_vit_mae.nnunet.shared_models import (
 from nnunet_vit_mae.nnunet.training_range import FINGERPRINT, TRAINING_VOLUMES, Fingerprint, Volumes
 from nnunet_vit_mae.storage.archives import Archive, open_archive
 from nnunet_vit_mae.storage.entries import checked_entries
-from nnunet_vit_mae.storage.files import inside, locked, replacing, write_json
+from nnunet_vit_mae.storage.files import inside, locked, replacing, set_aside, write_json
 from nnunet_vit_mae.weights import file_hash
 
 ADVICE = "export the model again"
@@ -104,9 +103,7 @@ def import_model(file: Path, results: Path, *, overwrite: bool) -> InstalledMode
 
 def _put_in_place(temporary: Path, folder: Path) -> Path | None:
     """Rename the new folder; an earlier one is moved aside, and back if that fails."""
-    moved = None
-    if folder.exists():
-        moved = folder.rename(folder.with_name(f"{folder.name}_until_{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"))
+    moved = set_aside(folder) if folder.exists() else None
     try:
         temporary.rename(folder)
     except OSError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.nnunet.checked_plans import read_plans
 from nnunet_vit_mae.nnunet.folders import Dataset, find_dataset
 from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade
+from nnunet_vit_mae.storage.files import short_hash
 from nnunet_vit_mae.storage.pickles import read_trained
 from nnunet_vit_mae.weights import file_hash
 
@@ -60,7 +60,7 @@ def refuse_damaged_weights(model: Model) -> None:
 
 def model_hash(model: Model) -> str:
     """Return twelve hexadecimal digits that change with the checkpoints."""
-    return hashlib.sha256("".join(file_hash(file) for file in model.files).encode()).hexdigest()[:12]
+    return short_hash("".join(file_hash(file) for file in model.files), 12)
 
 
 def model_folder(dataset: Dataset, trainer: str, plans_name: str, configuration: str) -> Path:

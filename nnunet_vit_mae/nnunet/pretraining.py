@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from nnunet_vit_mae.nnunet.folders import encoder_file
 from nnunet_vit_mae.nnunet.folds import PreprocessedCase, pretraining_cases
 from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade, settings_for
 from nnunet_vit_mae.nnunet.wandb_tracker import check_wandb, wandb_tracker
-from nnunet_vit_mae.planning import in_gb, refuse_useless_masks
+from nnunet_vit_mae.planning import refuse_useless_masks
 from nnunet_vit_mae.pretraining import distributed
 from nnunet_vit_mae.pretraining.job import PretrainingRun
 from nnunet_vit_mae.pretraining.readers import READY_BATCHES, refuse_without_shared_memory
@@ -30,7 +29,7 @@ from nnunet_vit_mae.pretraining.run import PretrainingResult, run
 from nnunet_vit_mae.pretraining.saved_state import what_is_kept
 from nnunet_vit_mae.pretraining.volumes import ITEM, Cache, DeviceCache, bytes_in_half_precision, volume_problems
 from nnunet_vit_mae.settings import Pretraining, Settings, to_json_types
-from nnunet_vit_mae.storage.files import locked
+from nnunet_vit_mae.storage.files import locked, short_hash
 from nnunet_vit_mae.tracking import wants_tensorboard
 from nnunet_vit_mae.weights import Card, hashed_name, package_versions, save_encoder
 
@@ -178,7 +177,7 @@ def _fits_on_device(job: PretrainingRun, machine: Machine) -> bool:
         reason = "masks depend on the voxels of a crop, which readers look at"
     elif needed > min(room, machine.cache_bytes):
         limit = "the GPU has room for" if room < machine.cache_bytes else "--cache allows"
-        reason = f"they take {in_gb(needed)} GB, and {limit} {in_gb(max(0, min(room, machine.cache_bytes)))} GB"
+        reason = f"they take {needed / 1e9:.1f} GB, and {limit} {max(0, min(room, machine.cache_bytes)) / 1e9:.1f} GB"
     else:
         return True
     logger.info("The volumes are cached in the memory of this machine and not on the GPU: %s.", reason)
@@ -266,4 +265,4 @@ def _card(plan: Plan, fold: str, job: PretrainingRun, cases: list[PreprocessedCa
 def _fingerprint(cases: list[PreprocessedCase]) -> str:
     """Return a hash over names and sizes of the preprocessed files; it changes with cases and preprocessing."""
     listing = "\n".join(f"{case.name} {case.file.stat().st_size}" for case in cases)
-    return hashlib.sha256(listing.encode()).hexdigest()[:16]
+    return short_hash(listing, 16)

@@ -6,7 +6,6 @@ to. Both are kept in the model's folder, so that a model works where its dataset
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.entries import checked_entries, read_entries
-from nnunet_vit_mae.storage.files import read_json, write_json
+from nnunet_vit_mae.storage.files import read_json, short_hash, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +175,7 @@ def _belongs_to(stored: _StoredVolumes, files: Mapping[str, Path]) -> bool:
 
 def _hash_of(files: Mapping[str, Path]) -> str:
     lines = sorted(f"{case} {file.stat().st_size} {file.stat().st_mtime_ns}" for case, file in files.items())
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+    return short_hash("\n".join(lines), 12)
 
 
 def _volumes_of(files: Mapping[str, Path], classes: Classes) -> dict[str, list[float]]:

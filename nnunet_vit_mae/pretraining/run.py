@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from nnunet_vit_mae.pretraining.watching import WatchedEpoch
 from nnunet_vit_mae.processes.signals import Stopped, postponed
 from nnunet_vit_mae.progress import progress_bar
 from nnunet_vit_mae.storage.entries import read_entries
-from nnunet_vit_mae.storage.files import remove_unfinished, write_json
+from nnunet_vit_mae.storage.files import remove_unfinished, set_aside, write_json
 from nnunet_vit_mae.storage.readme import write_readme
 from nnunet_vit_mae.tracking import StepClock, Tracker, Trackers, open_trackers
 
@@ -228,8 +227,7 @@ def _prepare(
 
 def _move_aside(output: Path) -> None:
     if output.exists():
-        moved = output.with_name(f"{output.name}_until_{datetime.now():%Y-%m-%d_%H-%M-%S}")
-        output.rename(moved)
+        moved = set_aside(output)
         logger.warning("An earlier run was moved to %s (--c continues one that has a saved state).", moved)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -10,6 +11,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -169,6 +171,18 @@ def write_json(content: Any, file: Path) -> None:
     """Write JSON as nnU-Net does: indented, keys in the given order."""
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file or folder so that another can take its name; returns the new path, such as `fold_0_until_DATE`."""
+    ending = "" if path.is_dir() else path.suffix
+    name = path.name.removesuffix(ending)
+    return path.rename(path.with_name(f"{name}_until_{datetime.now():%Y-%m-%d_%H-%M-%S-%f}{ending}"))
+
+
+def short_hash(text: str, digits: int) -> str:
+    """Return the first hexadecimal digits of the SHA-256 of a text: they tell contents apart, and names stay short."""
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
 def without_paths(content: Any) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from nnunet_vit_mae.datasets.check.across_cases import findings_across_cases
 from nnunet_vit_mae.datasets.check.inspection import ERROR, WARNING, CaseSummary, Finding, find_tasks, inspect_all
 from nnunet_vit_mae.datasets.contrasts import Channels
-from nnunet_vit_mae.datasets.split.patients import PATIENTS, read_patients
+from nnunet_vit_mae.datasets.split.patients import recorded_patients
 from nnunet_vit_mae.datasets.tables import PatientColumns, read_case_table
 from nnunet_vit_mae.errors import abbreviated
 from nnunet_vit_mae.imaging.labels import Labels
@@ -56,8 +56,7 @@ def check_dataset(raw: Path, columns: PatientColumns, preprocessed: Path, proces
 def _known_patients(columns: PatientColumns, cases: Sequence[str], preprocessed: Path) -> tuple[dict[str, str], str]:
     """Return the patients by case, as far as they are known, and a note about cases that the table lacks."""
     if columns.file is None:
-        file = preprocessed / PATIENTS
-        return (read_patients(file) if file.is_file() else {}), ""
+        return recorded_patients(preprocessed), ""
     patients = read_case_table(columns.file, columns.case, cases).patients(columns.patient)
     unknown = [name for name in cases if name not in patients]
     note = f"{columns.file} has no row for {abbreviated(unknown)}: the patient is unknown." if unknown else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from glob import escape
@@ -12,6 +11,7 @@ from typing import Any
 from nnunet_vit_mae.datasets.crop.qc_table import QCRow
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.scans import Scan
+from nnunet_vit_mae.storage.files import short_hash
 
 
 def source_columns(scan: Scan) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def refuse_other_case(row: QCRow | None, scan: Scan) -> None:
 
 def short_digest(text: str) -> str:
     """Return a checksum from which a text cannot be read."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return short_hash(text, 16)
 
 
 def files_below(path: Path) -> list[tuple[Path, int, int]]:

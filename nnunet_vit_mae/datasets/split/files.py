@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +23,7 @@ from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.imaging.labels import read_labels, read_volume
 from nnunet_vit_mae.imaging.volumes import without_warnings_of_itk
 from nnunet_vit_mae.storage.entries import read_entries
-from nnunet_vit_mae.storage.files import link, read_json, write_json
+from nnunet_vit_mae.storage.files import link, read_json, set_aside, write_json
 
 SPLITS, SPLIT_RECORD = "splits_final.json", "split.json"
 RAW_LABELS, PREPROCESSED_LABELS = "labelsTr", "gt_segmentations"
@@ -188,7 +187,7 @@ def write_splits(
         for name, content in contents.items():
             file = folder / name
             if file.exists() and _differs(file, content):
-                moved.append(file.rename(file.with_stem(f"{file.stem}_until_{datetime.now():%Y-%m-%d_%H-%M-%S-%f}")))
+                moved.append(set_aside(file))
             write_json(content, file)
     except OSError as error:
         raise UserError(f"{folder} cannot be written to ({error}): choose another folder with -o.") from None
