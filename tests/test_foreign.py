@@ -564,7 +564,7 @@ def test_plans_and_trainer_take_a_checkpoint_of_nnssl(in_workspace, tmp_path, ca
         "modern",
         (4, 4, 4),
     )
-    written = in_workspace.preprocessed / "encoders" / "Foreign.safetensors"
+    written = in_workspace.preprocessed / "encoders" / "Foreign__3d_fullres.safetensors"
     assert plan.settings.encoder.file == str(written)
     tensors, card = read_encoder(written)
     assert card.network == network.encoder_settings

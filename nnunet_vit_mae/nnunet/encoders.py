@@ -65,7 +65,7 @@ def find_encoder(
         )
         tensors, card = convert_checkpoint(file, target)
         content = encoder_content(tensors, card)
-        converted = (source.dataset.preprocessed / "encoders" / f"{name}.safetensors").resolve()
+        converted = (source.dataset.preprocessed / "encoders" / f"{name}__{source.name}.safetensors").resolve()
         digest = hashlib.sha256(content).hexdigest()
         return Start(place=str(converted), tensors=tensors, card=card, sha256=digest, converted=content)
     if token_order is not None:

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import distributed as dist
 from nnunet_vit_mae.errors import exit_on_user_error
 from nnunet_vit_mae.pretraining.readers import refuse_without_shared_memory
 from nnunet_vit_mae.processes.signals import forks_follow, stoppable, tell
-from nnunet_vit_mae.storage.files import replacing
+from nnunet_vit_mae.storage.files import replacing, set_aside
 
 FINAL, LATEST, BEST = (f"checkpoint_{name}.pth" for name in ("final", "latest", "best"))
 
@@ -73,7 +72,7 @@ class StoppableTrainer(nnUNetTrainer):
         return None
 
     def _move_aside(self, final: Path) -> None:
-        moved = final.rename(final.with_stem(f"{final.stem}_until_{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"))
+        moved = set_aside(final)
         self.print_to_log_file(
             f"{final} of an earlier training is now {moved.name}, so that --c goes on with this training. Until it is "
             f"complete, nnUNetv2_predict finds the earlier model with -chk {moved.name} alone."
