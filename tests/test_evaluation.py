@@ -20,6 +20,7 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation import cases
 from nnunet_vit_mae.evaluation.by_token import differ_in_network, read_trained_vit
 from nnunet_vit_mae.evaluation.cases import find_evaluation_set, labels_in, measure_cases
+from nnunet_vit_mae.evaluation.headline import headline_text
 from nnunet_vit_mae.evaluation.results import MEASURES, EvaluationOptions
 from nnunet_vit_mae.evaluation.summary import Measurements, paired_tests, summarise, write_tables
 from nnunet_vit_mae.imaging.grids import distance_mm, turned_like
@@ -249,7 +250,7 @@ def test_processes_that_finish_in_another_order_give_the_same_table(data, monkey
 
 
 def test_chosen_groups_and_bins(data, capsys, no_report):
-    """Cut-offs between 8 and 24 voxels of the core, and one thickness."""
+    """Cutoffs between 8 and 24 voxels of the core, and one thickness."""
     voxel = 1.5 * 0.8 * 0.9
     more = [
         "--cutoffs",
@@ -530,13 +531,13 @@ def test_one_case_has_means_and_no_more(tmp_path):
     assert summary["means"][0]["low"] is None
     assert summary["agreements"][0]["lower"] is None
     assert rows_in(tmp_path)["a", "0", "blob"]["reference_group"] == ""
-    assert "0.500  " in command.headline_text(found)
+    assert "0.500  " in headline_text(found)
 
 
 def test_a_measure_that_is_nowhere_defined_is_a_dash_and_null(tmp_path):
     found = summarise(table_of({"a": [math.nan] * 5}), ["a"], ["blob"], EvaluationOptions())
     assert {(mean.n, mean.left_out) for mean in found.means} == {(0, 5)}
-    assert command.headline_text(found).splitlines()[1].split() == ["blob", "a", "5", "-", "-", "-"]
+    assert headline_text(found).splitlines()[1].split() == ["blob", "a", "5", "-", "-", "-"]
     write_tables(found, tmp_path)
     assert {mean["mean"] for mean in json.loads((tmp_path / "summary.json").read_text())["means"]} == {None}
 

@@ -28,6 +28,7 @@ from nnunet_vit_mae.evaluation.results import (
     Agreement,
     Bin,
     Evaluation,
+    EvaluationOptions,
     Mean,
     PairedTest,
     RiskGroups,
@@ -133,7 +134,7 @@ def evaluation_of(models=MODELS, labels=LABELS, number: int = 12) -> Evaluation:
         agreements=tuple(agreements),
         risks=tuple(risks),
         bins=tuple(bins),
-        settings={"resamples": 1000, "confidence": 0.95, "seed": 0, "tolerance_mm": 1.0, "cutoffs_mm3": None},
+        options=EvaluationOptions(),
         versions={"nnunet-vit-mae": "0.1.0", "numpy": np.__version__},
         notes=(f"{EVIL}: a note on what is < 1.",),
     )

@@ -8,6 +8,8 @@ import math
 import os
 import re
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from nnunet_vit_mae.datasets.tables import PatientColumns
+    from nnunet_vit_mae.nnunet.models import Model
 
 
 RAW = "nnUNet_raw"  # nnU-Net's variable
@@ -78,6 +81,30 @@ def add_plan_arguments(parser: argparse.ArgumentParser, plans: str = "name of th
     parser.add_argument("-p", dest="plans", default="nnUNetPlans", metavar="NAME", help=plans)
 
 
+def add_model_arguments(parser: argparse.ArgumentParser, trainer: str = "nnUNetTrainerViTMAE") -> None:
+    """Add `-d`, `-c`, `-p`, `-tr` and `-f`: which trained model; `trainer` is the default."""
+    add_plan_arguments(parser)
+    parser.add_argument("-tr", dest="trainer", default=trainer, metavar="NAME", help="trainer of the model")
+    parser.add_argument("-f", dest="folds", nargs="+", default=["0"], metavar="FOLD", help="trained folds")
+
+
+def chosen_model(args: argparse.Namespace) -> Model:
+    """Return the model of `add_model_arguments` and `-chk`; raises `UserError` as `find_model` does."""
+    from nnunet_vit_mae.nnunet.models import find_model
+
+    chosen = {"trainer": args.trainer, "folds": args.folds, "checkpoint": args.checkpoint}
+    return find_model(args.dataset, args.plans, args.configuration, **chosen)
+
+
+def prediction_command(model: Model, checkpoint: str) -> str:
+    """Return nnU-Net's command to predict with a checkpoint of a model."""
+    plan = model.plan
+    return (
+        f"nnUNetv2_predict -i IN -o OUT -d {plan.dataset.id} -c {plan.name} -p {plan.plans.plans_name} "
+        f"-tr {model.trainer} -f {' '.join(model.folds)} -chk {checkpoint}"
+    )
+
+
 def add_device_argument(parser: argparse.ArgumentParser, default: str) -> None:
     """Add `-device`; see `usable_device`."""
     parser.add_argument("-device", choices=("cuda", "cpu"), default=default, help="device to run on")
@@ -115,6 +142,12 @@ def place_for_nnunet(output: Path) -> str:
     return f"nnU-Net will not find {output}, which is not in {RAW}: move it to {Path(raw, output.name)}."
 
 
+def refuse_not_ascending(flag: str, values: Sequence[float] | None) -> None:
+    """Raise `UserError` for the values of a flag that are not ascending; None if it was not given."""
+    if values and any(low >= high for low, high in pairwise(values)):
+        raise UserError(f"{flag} {' '.join(f'{value:g}' for value in values)}: give ascending numbers.")
+
+
 def refuse_patient_without_table(args: argparse.Namespace) -> None:
     """Raise `UserError` for a column of patients without a table."""
     if args.patient != "patient" and not args.csv:
@@ -132,14 +165,6 @@ def patient_columns(args: argparse.Namespace, raw: Path) -> PatientColumns:
 def table_file(file: Path | None, raw: Path) -> Path | None:
     """Return the file of `--csv`; one that is not found here may be in the raw dataset."""
     return raw / file if file is not None and not file.exists() and (raw / file).exists() else file
-
-
-def seed(text: str) -> int:
-    """Argparse type of a random seed: a number that scikit-learn accepts."""
-    number = int(text)
-    if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {2**32 - 1}")
-    return number
 
 
 def positive_int(text: str) -> int:

@@ -6,7 +6,14 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from nnunet_vit_mae.cli.arguments import add_device_argument, add_plan_arguments, parser_for, usable_device
+from nnunet_vit_mae.cli.arguments import (
+    add_device_argument,
+    add_model_arguments,
+    chosen_model,
+    parser_for,
+    prediction_command,
+    usable_device,
+)
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.processes.signals import command
 from nnunet_vit_mae.storage.files import locked
@@ -17,9 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_calibrate`."""
     parser = parser_for("mae3d_calibrate", __doc__, "-d 501 -f 0", "-d 501 -f 0 1 2 3 4 -tr nnUNetTrainerBaseline")
     add = parser.add_argument
-    add_plan_arguments(parser)
-    add("-tr", dest="trainer", default="nnUNetTrainerViTMAE", metavar="NAME", help="trainer of the model")
-    add("-f", dest="folds", nargs="+", default=["0"], metavar="FOLD", help="trained folds")
+    add_model_arguments(parser)
     add("-chk", dest="checkpoint", default="checkpoint_final.pth", metavar="FILE", help="checkpoint to calibrate")
     add("--objective", choices=("volume", "dice"), default="volume", help="what to optimise: volume difference or Dice")
     add("--temperature", action="store_true", help="also fit a temperature, so that probabilities are calibrated")
@@ -45,14 +50,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from nnunet_vit_mae.nnunet import calibration, uncertainty
     from nnunet_vit_mae.nnunet.calibrated import refuse_calibrated
-    from nnunet_vit_mae.nnunet.folders import find_dataset
-    from nnunet_vit_mae.nnunet.models import CALIBRATED, find_model
+    from nnunet_vit_mae.nnunet.models import CALIBRATED
 
     device = usable_device(args.device).type
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    chosen = {"trainer": args.trainer, "folds": args.folds, "checkpoint": args.checkpoint}
     refuse_calibrated(args.checkpoint)
-    model = find_model(find_dataset(args.dataset), args.plans, args.configuration, **chosen)
+    model = chosen_model(args)
     if args.uncertainty:
         uncertainty.refuse_without_volumes(model)
     with locked(model.folder):
@@ -73,4 +76,4 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(uncertainty.summary_text(uncertainty.add_uncertainty(model, cases, images, device)))
     names = [str(file.relative_to(model.folder)) for file in written]
     print(f"Wrote to {model.folder}: {', '.join(names)}.")
-    print(f"Predict with nnUNetv2_predict ... -tr {args.trainer} -chk {CALIBRATED}.")
+    print(f"Predict with {prediction_command(model, CALIBRATED)}.")

@@ -5,24 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from nnunet_vit_mae.cli.arguments import parser_for, positive_float, positive_int, seed
+from nnunet_vit_mae.cli.arguments import parser_for, positive_float, positive_int, refuse_not_ascending, whole_number
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, CalibrationRecord, read_calibration
 from nnunet_vit_mae.processes.signals import command
 from nnunet_vit_mae.storage.unfinished import new_folder
-
-if TYPE_CHECKING:
-    from nnunet_vit_mae.evaluation.results import Evaluation, Mean
-
-HEADLINE = {  # title and decimals by measure
-    "dice": ("Dice", 3),
-    "absolute_difference_mm3": ("|volume difference| mm3", 1),
-    "hd95_mm": ("HD95 mm", 2),
-}
 
 
 @command()
@@ -47,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--patient", metavar="COLUMN", help="column of the table with patients (default: patient, if there is one)")
     add("-o", dest="output", required=True, type=Path, metavar="FOLDER", help="new folder for the report")
     group = {"type": positive_float, "nargs": "+"}
-    add("--cutoffs", **group, metavar="MM3", help="cut-offs between risk groups (default: quartiles)")
+    add("--cutoffs", **group, metavar="MM3", help="cutoffs between risk groups (default: quartiles)")
     add("--thickness_bins", **group, metavar="MM", help="slice thicknesses between bins (default: quartiles)")
     add("--tolerance", type=positive_float, default=1.0, metavar="MM", help="tolerance of the surface Dice")
     add(
@@ -58,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="smallest component that counts as a lesion",
     )
     add("--resamples", type=positive_int, default=1000, metavar="N", help="number of bootstrap resamples")
-    add("--seed", type=seed, default=0, metavar="N", help="random seed of the bootstrap")
+    add("--seed", type=whole_number, default=0, metavar="N", help="random seed of the bootstrap")
     add(
         "--calibration",
         dest="calibrations",
@@ -97,9 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     calibrations = {name: read_calibration(path) for name, path in records.items()}
     tables = _paths_by_model(args.expected, "--uncertainty", list(predictions))
     models = _paths_by_model(args.model_folders, "--model_folder", list(predictions))
-    for flag, values in {"--cutoffs": args.cutoffs, "--thickness_bins": args.thickness_bins}.items():
-        if values and any(low >= high for low, high in pairwise(values)):
-            raise UserError(f"{flag} {' '.join(f'{value:g}' for value in values)}: give ascending numbers.")
+    refuse_not_ascending("--cutoffs", args.cutoffs)
+    refuse_not_ascending("--thickness_bins", args.thickness_bins)
     with new_folder(args.output, vars(args)):
         _evaluate(args, predictions, calibrations, tables, models)
     print(f"Wrote index.html, cases.csv, summary.json and figures to {args.output}.")
@@ -123,6 +111,7 @@ def _evaluate(
     from nnunet_vit_mae.evaluation.by_token import read_trained_vit
     from nnunet_vit_mae.evaluation.cases import find_evaluation_set
     from nnunet_vit_mae.evaluation.expected import read_expected, with_expected
+    from nnunet_vit_mae.evaluation.headline import headline_text
     from nnunet_vit_mae.evaluation.report import write_report
     from nnunet_vit_mae.evaluation.results import EvaluationOptions
     from nnunet_vit_mae.evaluation.summary import evaluate, write_tables
@@ -153,57 +142,6 @@ def _evaluate(
     write_tables(evaluation, args.output)
     print(headline_text(evaluation), flush=True)
     write_report(evaluation, evaluation_set, calibrations, args.output, vits)
-
-
-def headline_text(evaluation: Evaluation) -> str:
-    """Return the most important means, the comparison of two models, and the notes, as text."""
-    confidence = f"{100 * float(str(evaluation.settings['confidence'])):g}%"
-    return "\n".join(
-        [
-            *_headline_lines(evaluation),
-            f"Means with {confidence} bootstrap intervals; n: cases with a value, where not all have one.",
-            *_comparison_lines(evaluation),
-            *evaluation.notes,
-        ]
-    )
-
-
-def _headline_lines(evaluation: Evaluation) -> list[str]:
-    rows = [["label", "model", "cases", *(title for title, _ in HEADLINE.values())]]
-    means = {(mean.label, mean.model, mean.measure): mean for mean in evaluation.means}
-    for label in evaluation.labels:
-        for model in evaluation.models:
-            chosen = [means[label, model, measure] for measure in HEADLINE]
-            cases = str(chosen[0].n + chosen[0].left_out)
-            rows.append([label, model, cases, *(_mean_text(mean, HEADLINE[mean.measure][1]) for mean in chosen)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-
-
-def _comparison_lines(evaluation: Evaluation) -> list[str]:
-    """Compare two models; more are compared in the report only."""
-    if len(evaluation.models) != 2:
-        return []
-    lines = []
-    for test in evaluation.tests:
-        if test.measure in HEADLINE and test.p is not None:
-            title, digits = HEADLINE[test.measure]
-            lines.append(
-                f"{test.label}: {title}, {test.second} minus {test.first}: {test.difference:+.{digits}f} "
-                f"(n={test.n}, p={test.p:.2g}, {test.p_holm:.2g} after Holm's correction)"
-            )
-    return lines
-
-
-def _mean_text(mean: Mean, digits: int) -> str:
-    if not mean.n:
-        return "-"
-    text = f"{mean.mean:.{digits}f}"
-    if mean.n > 1:
-        text += f" [{mean.low:.{digits}f}, {mean.high:.{digits}f}]"
-    if mean.left_out:
-        text += f" n={mean.n}"
-    return text
 
 
 def _paths_by_name(values: Sequence[str], flag: str) -> dict[str, Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nnunet_vit_mae.cli.arguments import add_plan_arguments, parser_for
+from nnunet_vit_mae.cli.arguments import add_model_arguments, parser_for
 from nnunet_vit_mae.processes.signals import command
 
 
@@ -14,9 +14,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_export`."""
     parser = parser_for("mae3d_export", __doc__, "-d 501 -o model.zip", "-d 501 -p ViT_M_p4 -f 0 1 2 3 4 -o model.zip")
     add = parser.add_argument
-    add_plan_arguments(parser)
-    add("-tr", dest="trainer", default="nnUNetTrainerViTMAE", metavar="NAME", help="trainer of the model")
-    add("-f", dest="folds", nargs="+", default=["0"], metavar="FOLD", help="trained folds")
+    add_model_arguments(parser)
     help_ = "checkpoints (default: the final one, and the calibrated one, if any)"
     add("-chk", dest="checkpoints", nargs="+", metavar="FILE", help=help_)
     add("-o", dest="output", required=True, type=Path, metavar="FILE.zip", help="archive to write")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nnunet_vit_mae.cli.arguments import add_device_argument, parser_for, usable_device
+from nnunet_vit_mae.cli.arguments import add_dataset_argument, add_device_argument, parser_for, usable_device
 from nnunet_vit_mae.processes.signals import command
 
 
@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_features`."""
     parser = parser_for("mae3d_features", __doc__, "-d 501 -p Nearest Transposed -o features.png")
     add = parser.add_argument
-    add("-d", dest="dataset", required=True, metavar="ID", help="dataset number or name, e.g. 501")
+    add_dataset_argument(parser)
     add("-c", dest="configuration", default="3d_fullres", metavar="NAME", help="nnU-Net configuration")
     add("-p", dest="plans", nargs="+", required=True, metavar="NAME", help="names of the plans, each drawn as a row")
     add("-tr", dest="trainer", default="nnUNetTrainerViTMAE", metavar="NAME", help="trainer of the models")

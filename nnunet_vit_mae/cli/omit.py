@@ -6,7 +6,13 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from nnunet_vit_mae.cli.arguments import add_device_argument, add_plan_arguments, parser_for, usable_device
+from nnunet_vit_mae.cli.arguments import (
+    add_device_argument,
+    add_model_arguments,
+    chosen_model,
+    parser_for,
+    usable_device,
+)
 from nnunet_vit_mae.processes.signals import command
 from nnunet_vit_mae.storage.unfinished import new_folder
 
@@ -16,9 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_omit`."""
     parser = parser_for("mae3d_omit", __doc__, "-d 501 -i imagesTs -r labelsTs --omit T2 -o omission")
     add = parser.add_argument
-    add_plan_arguments(parser)
-    add("-tr", dest="trainer", default="nnUNetTrainerAMAE", metavar="NAME", help="trainer of the model")
-    add("-f", dest="folds", nargs="+", default=["0"], metavar="FOLD", help="trained folds")
+    add_model_arguments(parser, "nnUNetTrainerAMAE")
     add("-chk", dest="checkpoint", default="checkpoint_final.pth", metavar="FILE", help="checkpoint to predict with")
     add("-i", dest="images", required=True, type=Path, metavar="FOLDER", help="images to predict")
     add("-r", dest="references", required=True, type=Path, metavar="FOLDER", help="reference segmentations")
@@ -28,15 +32,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     from nnunet_vit_mae.nnunet import omission
-    from nnunet_vit_mae.nnunet.folders import find_dataset
-    from nnunet_vit_mae.nnunet.models import find_model
     from nnunet_vit_mae.nnunet.omission_table import omission_table
 
     device = usable_device(args.device).type
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     images, references, output = (path.resolve() for path in (args.images, args.references, args.output))
-    chosen = {"trainer": args.trainer, "folds": args.folds, "checkpoint": args.checkpoint}
-    model = find_model(find_dataset(args.dataset), args.plans, args.configuration, **chosen)
+    model = chosen_model(args)
     channels = omission.find_channels(model.plan, args.omit)
     cases = omission.find_omission_cases(model.plan, images, references, channels)
     print(omission.summary(model.plan, cases, channels), flush=True)

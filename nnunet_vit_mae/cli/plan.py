@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from nnunet_vit_mae.cli.arguments import add_plan_arguments, parser_for, positive_float, positive_int, seed
+from nnunet_vit_mae.cli.arguments import add_plan_arguments, parser_for, positive_float, positive_int, whole_number
 from nnunet_vit_mae.presets import DECODERS, SIZES, UPSAMPLINGS
 from nnunet_vit_mae.processes.signals import command
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "a side of the body)",
     )
     parser.add_argument("--lr", type=positive_float, help="peak learning rate of fine-tuning")
-    parser.add_argument("--seed", type=seed, help="random seed of fine-tuning and of nnUNetTrainerBaseline")
+    parser.add_argument("--seed", type=whole_number, help="random seed of fine-tuning and of nnUNetTrainerBaseline")
     args = parser.parse_args(argv)
     if args.token and len(args.token) not in (1, 3):
         parser.error(f"--token takes one number or three (z y x), but {len(args.token)} were given")

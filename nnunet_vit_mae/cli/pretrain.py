@@ -10,7 +10,6 @@ from nnunet_vit_mae.cli.arguments import (
     parser_for,
     positive_float,
     positive_int,
-    seed,
     usable_device,
     whole_number,
 )
@@ -34,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--adaptive", action="store_true", help="pre-train a network for any number of contrasts per case"
     )
-    parser.add_argument("--seed", type=seed, help="random seed of weights, crops and masks (default: the plans')")
+    parser.add_argument(
+        "--seed", type=whole_number, help="random seed of weights, crops and masks (default: the plans')"
+    )
     parser.add_argument("--c", dest="resume", action="store_true", help="continue from the last saved state")
     add_device_argument(parser, "cuda")
     parser.add_argument(
@@ -82,7 +83,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if is_rank_0():
         print(f"Wrote {encoder}.")
-
-
-if __name__ == "__main__":
-    main()

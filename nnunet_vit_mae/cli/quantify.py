@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from nnunet_vit_mae.cli.arguments import (
     add_device_argument,
-    add_plan_arguments,
+    add_model_arguments,
+    chosen_model,
     parser_for,
     positive_float,
     positive_int,
+    refuse_not_ascending,
     share,
     usable_device,
     whole_number,
@@ -41,9 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "-i", dest="images", required=True, type=Path, metavar="FOLDER", help="images, named as for nnU-Net, or studies"
     )
     add("-o", dest="table", required=True, type=Path, metavar="TABLE.csv", help="table to write")
-    add_plan_arguments(parser)
-    add("-tr", dest="trainer", default="nnUNetTrainerViTMAE", metavar="NAME", help="trainer of the model")
-    add("-f", dest="folds", nargs="+", default=["0"], metavar="FOLD", help="trained folds")
+    add_model_arguments(parser)
     add("-chk", dest="checkpoint", metavar="FILE", help="checkpoint (default: the calibrated one, if any)")
     add(
         "--cutoffs",
@@ -62,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.coverage is not None and not args.uncertainty:
         raise UserError("--coverage is for intervals of volumes: add --uncertainty, or leave it out.")
+    refuse_not_ascending("--cutoffs", args.cutoffs)
     _refuse_unusable_dicom(args)
 
-    from nnunet_vit_mae.nnunet.models import find_model
     from nnunet_vit_mae.nnunet.quantification import Part, find_scans_to_quantify, quantify
     from nnunet_vit_mae.nnunet.uncertainty import LEVEL
 
@@ -72,10 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("highdicom").setLevel(logging.WARNING)  # it reports every module that it copies
     part = Part(args.part_id, args.num_parts)
-    chosen = {"trainer": args.trainer, "folds": args.folds, "checkpoint": args.checkpoint}
-    model = find_model(args.dataset, args.plans, args.configuration, **chosen)
+    model = chosen_model(args)
     images, table = args.images.resolve(), args.table.resolve()
-    options = {"cutoffs": sorted(args.cutoffs) if args.cutoffs else None, "device": device}
+    options = {"cutoffs": args.cutoffs, "device": device}
     options["level"] = (args.coverage or LEVEL) if args.uncertainty else None
     if args.dicom:
         tables, unfinished = _quantify_dicom(model, images, table, part, args, options)

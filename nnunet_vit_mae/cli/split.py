@@ -14,8 +14,8 @@ from nnunet_vit_mae.cli.arguments import (
     parser_for,
     patient_columns,
     positive_int,
-    seed,
     share,
+    whole_number,
 )
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.processes.signals import command
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--few", type=positive_int, nargs="+", default=[], metavar="N", help="add folds with N training patients")
     add("--one_per_patient", action="store_true", help="use one random case of each patient")
     add("--leave_out", type=Path, metavar="FILE", help="text file of cases to leave out, one per line")
-    add("--seed", type=seed, default=0, metavar="N", help="random seed")
+    add("--seed", type=whole_number, default=0, metavar="N", help="random seed")
     add("--overwrite", action="store_true", help="move existing splits aside")
     add("--verify", action="store_true", help="only verify existing splits")
     add("--figure", type=Path, metavar="FILE", help="draw volume, slice thickness and kernel by part (.png or .svg)")

@@ -20,14 +20,14 @@ Columns = Mapping[str, np.ndarray]
 
 
 def find_cutoffs(volumes: np.ndarray, given: Sequence[float] | None) -> tuple[tuple[float, ...], list[str]]:
-    """Find the cut-offs between risk groups.
+    """Find the cutoffs between risk groups.
 
     Args:
         volumes: Reference volumes of one label in mm3, one per case.
-        given: Ascending cut-offs in mm3; None for the quartiles of `volumes`.
+        given: Ascending cutoffs in mm3; None for the quartiles of `volumes`.
 
     Returns:
-        The cut-offs in mm3, and notes. There are no cut-offs when there are fewer cases than groups, or when the
+        The cutoffs in mm3, and notes. There are no cutoffs when there are fewer cases than groups, or when the
         volumes hardly differ.
 
     Example:
@@ -55,8 +55,8 @@ def group_names(cutoffs: Sequence[float], given: bool) -> tuple[str, ...]:
     """Name the risk groups.
 
     Args:
-        cutoffs: Cut-offs between the groups.
-        given: Whether the user gave the cut-offs, so that their meaning is unknown.
+        cutoffs: Cutoffs between the groups.
+        given: Whether the user gave the cutoffs, so that their meaning is unknown.
 
     Returns:
         ViTiac's names for four quartiles, else numbered groups.
@@ -75,10 +75,10 @@ def group_of(volumes: np.ndarray, cutoffs: Sequence[float]) -> np.ndarray:
 
     Args:
         volumes: Volumes in mm3.
-        cutoffs: Ascending cut-offs in mm3.
+        cutoffs: Ascending cutoffs in mm3.
 
     Returns:
-        For each volume, the number (from 0) of the first group whose cut-off it does not exceed.
+        For each volume, the number (from 0) of the first group whose cutoff it does not exceed.
 
     Example:
         >>> group_of(np.array([0.0, 10.0, 10.1, 99.0]), [10.0, 50.0]).tolist()
@@ -96,8 +96,8 @@ def risk_groups(
         columns: Columns of one model and label, with `reference_mm3` and `predicted_mm3`.
         model: Name of the model.
         label: Name of the label.
-        cutoffs: Ascending cut-offs in mm3.
-        names: Names of the groups, one more than cut-offs.
+        cutoffs: Ascending cutoffs in mm3.
+        names: Names of the groups, one more than cutoffs.
 
     Returns:
         Confusion matrix, number of correct cases and kappa.

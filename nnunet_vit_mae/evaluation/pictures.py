@@ -131,7 +131,7 @@ def _draw_scatter(evaluation: Evaluation, label: str, gallery: Gallery) -> Pictu
         "Predicted against reference volume. The line marks equal volumes; points below it are underestimated volumes."
     )
     if any(risk.label == label for risk in evaluation.risks):
-        caption += " Dotted lines are cut-offs of risk groups; in a grey square both volumes are in the same group."
+        caption += " Dotted lines are cutoffs of risk groups; in a grey square both volumes are in the same group."
     alt = f"Predicted against reference volumes of {label}."
     return gallery.add(figures.scatter_figure(evaluation, label), "volumes", label, caption, alt)
 

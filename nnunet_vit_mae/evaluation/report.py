@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ def write_report(
         ],
         "calibrations": [_calibration_context(name, record, gallery) for name, record in calibrations.items()],
         "cases": evaluation.cases["case"].nunique(),
-        "confidence": _confidence_text(evaluation),
-        "settings": {name: _setting_text(value) for name, value in evaluation.settings.items()},
+        "by_patient": "patient" in evaluation.cases,
+        "settings": {name: _setting_text(value) for name, value in asdict(evaluation.options).items()},
         "significant": words.SIGNIFICANT,
     }
     write_readme(output, CONTENTS)
@@ -93,7 +94,7 @@ def _label_context(
     risks = [risk for risk in evaluation.risks if risk.label == label]
     return {
         "name": label,
-        "highlights": words.highlights(evaluation, label, _confidence_text(evaluation)),
+        "highlights": words.highlights(evaluation, label),
         "headline": headline_table(evaluation, label),
         "tests": comparison_table(evaluation, label),
         "agreements": agreement_table(evaluation, label),
@@ -143,10 +144,6 @@ def _number_of_cases(cases: object) -> int:
 
 def _number_or_nan(value: object) -> float:
     return float(value) if isinstance(value, int | float) else float("nan")
-
-
-def _confidence_text(evaluation: Evaluation) -> str:
-    return f"{100 * float(str(evaluation.settings.get('confidence', 0.95))):g}%"
 
 
 def _setting_text(value: object) -> str:

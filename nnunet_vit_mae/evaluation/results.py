@@ -48,6 +48,11 @@ class EvaluationOptions:
     confidence: float = 0.95
     seed: int = 0
 
+    @property
+    def confidence_text(self) -> str:
+        """The confidence level, such as "95%"."""
+        return f"{100 * self.confidence:g}%"
+
 
 @dataclass(frozen=True)
 class Mean:
@@ -98,8 +103,8 @@ class RiskGroups:
 
     model: str
     label: str
-    cutoffs: tuple[float, ...]  # mm3, ascending: a volume belongs to the first group whose cut-off it does not exceed
-    groups: tuple[str, ...]  # names, one more than cut-offs
+    cutoffs: tuple[float, ...]  # mm3, ascending: a volume belongs to the first group whose cutoff it does not exceed
+    groups: tuple[str, ...]  # names, one more than cutoffs
     confusion: tuple[tuple[int, ...], ...]  # rows: by reference volume, columns: by predicted volume
     n: int  # cases
     correct: int  # cases in the right group
@@ -133,7 +138,7 @@ class Evaluation:
     agreements: tuple[Agreement, ...]
     risks: tuple[RiskGroups, ...]
     bins: tuple[Bin, ...]
-    settings: Mapping[str, object]  # resamples, confidence, seed, tolerance_mm, min_lesion_voxels ...
+    options: EvaluationOptions
     versions: Mapping[str, str] = field(default_factory=dict)  # of packages
     notes: tuple[str, ...] = ()  # sentences for the reader, e.g. how many cases were left out and why
 

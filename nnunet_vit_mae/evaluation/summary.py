@@ -117,7 +117,7 @@ def summarise(
         agreements=tuple(_agreement(*key, columns) for key, columns in measurements.items()),
         risks=tuple(risks),
         bins=tuple(bins),
-        settings=asdict(options),
+        options=options,
         versions=package_versions(REPORTED_PACKAGES),
         notes=(
             *notes,
@@ -205,7 +205,7 @@ def write_tables(evaluation: Evaluation, folder: Path) -> list[Path]:
         "models": evaluation.models,
         "labels": evaluation.labels,
         "cases": len(set(evaluation.cases["case"])),
-        "settings": evaluation.settings,
+        "settings": asdict(evaluation.options),
         "versions": evaluation.versions,
         "notes": evaluation.notes,
         **{
@@ -240,7 +240,7 @@ def _agreement(model: str, label: str, columns: Columns) -> Agreement:
 def _risks(
     measurements: Measurements, options: EvaluationOptions
 ) -> tuple[list[RiskGroups], dict[str, tuple[tuple[float, ...], tuple[str, ...]]], list[str]]:
-    """Return the risk groups of each model and label, cut-offs and names of the groups by label, and notes."""
+    """Return the risk groups of each model and label, cutoffs and names of the groups by label, and notes."""
     risks, groups, notes = [], {}, []
     for label in measurements.labels:
         cutoffs, reasons = clinical.find_cutoffs(measurements.reference(label)["reference_mm3"], options.cutoffs_mm3)

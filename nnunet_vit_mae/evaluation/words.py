@@ -153,10 +153,10 @@ def best_of(means: Sequence[Mean], measure: Measure) -> set[str]:
     return {entry.model for entry in known if entry.mean == best}
 
 
-def highlights(evaluation: Evaluation, label: str, confidence: str) -> list[str]:
+def highlights(evaluation: Evaluation, label: str) -> list[str]:
     """Return the main results of one label in a few sentences."""
     return [
-        *(_best_mean(evaluation, label, column, confidence) for column in HIGHLIGHTED),
+        *(_best_mean(evaluation, label, column) for column in HIGHLIGHTED),
         *_significant_differences(evaluation, label),
         *_right_groups(evaluation, label),
     ]
@@ -167,7 +167,7 @@ def _title_in_sentence(column: str) -> str:
     return title if column == "dice" else title.lower()
 
 
-def _best_mean(evaluation: Evaluation, label: str, column: str, confidence: str) -> str:
+def _best_mean(evaluation: Evaluation, label: str, column: str) -> str:
     means = [m for m in evaluation.means if (m.label, m.measure) == (label, column) and math.isfinite(m.mean)]
     title = _title_in_sentence(column)
     if not means:
@@ -176,7 +176,8 @@ def _best_mean(evaluation: Evaluation, label: str, column: str, confidence: str)
     # formatted with all models, so that the decimals are those of the table
     texts = format_values(column, *(value for m in means for value in (m.mean, m.low, m.high)))
     mean, low, high = texts[3 * means.index(best) :][:3]
-    interval = f"{confidence} confidence interval {low} to {high}, " if math.isfinite(best.low) else ""
+    level = evaluation.options.confidence_text
+    interval = f"{level} confidence interval {low} to {high}, " if math.isfinite(best.low) else ""
     result = f"{mean}{unit_of(column)} ({interval}{count_cases(best.n)})"
     if len(evaluation.models) == 1:
         return f"Mean {title}: {result}."
