@@ -60,7 +60,7 @@ def adapt_encoder(
     ]
     there, here = set(card.normalization), set(destination.normalization)
     if there != here and not there | here <= STANDARDISED:
-        refused.append(f"intensities normalised by {_list(sorted(there))} there, {_list(sorted(here))} here")
+        refused.append(f"intensities normalised by {', '.join(sorted(there))} there, {', '.join(sorted(here))} here")
     if card.adaptive and destination.adaptive and card.modality_vectors != destination.modality_vectors:
         refused.append(f"modality vectors {card.modality_vectors} there, {destination.modality_vectors} here")
     if refused:
@@ -76,7 +76,7 @@ def adapt_encoder(
         if getattr(card, key) not in ([], getattr(destination, key))
     ]
     if there != here:
-        notes.append(f"Intensities were normalised by {_list(sorted(there))}, here by {_list(sorted(here))}.")
+        notes.append(f"Intensities were normalised by {', '.join(sorted(there))}, here by {', '.join(sorted(here))}.")
     adapted = dict(tensors)
     if card.adaptive != destination.adaptive:
         adapted = {name: tensor for name, tensor in tensors.items() if not name.startswith("tokenizer.")}
@@ -87,7 +87,8 @@ def adapt_encoder(
         changed, note = match(tensors, card.channel_names, destination.channel_names)
         adapted |= changed
         notes.append(
-            f"Tokenizer: made for {_list(card.channel_names)}, used for {_list(destination.channel_names)}{note}."
+            f"Tokenizer: made for {', '.join(card.channel_names)}, "
+            f"used for {', '.join(destination.channel_names)}{note}."
         )
     return adapted, notes
 
@@ -132,9 +133,9 @@ def _by_name(entries: Tensor, there: Sequence[str], here: Sequence[str]) -> tupl
     chosen = torch.stack([mean if slot is None else entries[slot] for slot in matches])
     known = [name for name, slot in zip(here, matches, strict=True) if slot is not None]
     new = [name for name, slot in zip(here, matches, strict=True) if slot is None]
-    note = f"; {_list(known)} by name" if known else ""
+    note = f"; {', '.join(known)} by name" if known else ""
     if new:
-        note += f"; {_list(new)} from the mean over its channels"
+        note += f"; {', '.join(new)} from the mean over its channels"
     return chosen, new, note
 
 
@@ -142,7 +143,3 @@ def _keys(names: Sequence[str]) -> list[tuple[str, int]]:
     """What channels are matched by: the name, and which of those that share it."""
     called = [canonical_contrast(name) for name in names]
     return [(name, called[:number].count(name)) for number, name in enumerate(called)]
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names)

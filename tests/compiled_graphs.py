@@ -30,7 +30,7 @@ from nnunet_vit_mae.networks.precision import autocast
 from nnunet_vit_mae.presets import DECODERS, SIZES, Size
 from nnunet_vit_mae.pretraining import loss
 from nnunet_vit_mae.pretraining import run as loop
-from nnunet_vit_mae.pretraining.job import PretrainingRun
+from nnunet_vit_mae.pretraining.job import PretrainingJob
 from nnunet_vit_mae.pretraining.loss import PretrainingLoss
 from nnunet_vit_mae.pretraining.run_report import RunReport
 from nnunet_vit_mae.pretraining.saved_state import save_state
@@ -101,7 +101,7 @@ def saved_once(*state: Any) -> None:
 
 def pretrained(files: list[Path], output: Path, kind: str) -> dict[str, Any]:
     """Pre-train, or go on with it, and return what became of it."""
-    job = PretrainingRun(
+    job = PretrainingJob(
         files=files,
         channel_names=["a", "b", "c"],
         patch_size=SIDES,

@@ -15,7 +15,7 @@ from nnunet_vit_mae.networks.tokenizer import patchify
 from nnunet_vit_mae.pretraining import affines as module
 from nnunet_vit_mae.pretraining.affines import AffineDrawing, moved, tokens_reached
 from nnunet_vit_mae.pretraining.crops import MaskDrawing, RandomCrops
-from nnunet_vit_mae.pretraining.job import PretrainingRun
+from nnunet_vit_mae.pretraining.job import PretrainingJob
 from nnunet_vit_mae.settings import Network, Pretraining, Settings
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ DRAWING = MaskDrawing(masking=Masking(mask_ratio=0.6), token=TOKEN)
 
 
 def job(files=(), **protocol):
-    return PretrainingRun(
+    return PretrainingJob(
         files=list(files),
         channel_names=["T1", "FLAIR"],
         patch_size=PATCH,

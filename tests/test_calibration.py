@@ -20,10 +20,10 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import nn
 
 from nnunet_vit_mae.calibration.open_cases import segment
+from nnunet_vit_mae.calibration.record import read_calibration
 from nnunet_vit_mae.cli import calibrate as calibrate_command
 from nnunet_vit_mae.cli import quantify as quantify_command
 from nnunet_vit_mae.errors import UserError, WriteError
-from nnunet_vit_mae.evaluation.calibration_record import read_calibration
 from nnunet_vit_mae.imaging.volumes import Geometry
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.nnunet import quantification, training_range
@@ -35,8 +35,8 @@ from nnunet_vit_mae.nnunet.models import find_model, model_hash
 from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.nnunet.prediction import find_prediction_cases, remove_outdated
 from nnunet_vit_mae.nnunet.quantification import TrainingRange, refuse_other_content, thresholds_of, warnings_of
-from nnunet_vit_mae.nnunet.shared_models import untrained_network
 from nnunet_vit_mae.nnunet.training_range import read_training_volumes
+from nnunet_vit_mae.nnunet.untrained import untrained_network
 from nnunet_vit_mae.presets import DECODERS
 from nnunet_vit_mae.settings import Network
 from nnunet_vit_mae.storage.csv_tables import read_rows

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nnunet_vit_mae.pretraining import loss
-from nnunet_vit_mae.pretraining.job import PretrainingRun
+from nnunet_vit_mae.pretraining.job import PretrainingJob
 from nnunet_vit_mae.settings import Network, Pretraining
 
 
@@ -87,8 +87,8 @@ def test_networks_for_each_contrast_on_its_own_are_not_compiled():
     assert not loss._pays(job_of(Network(size="XS", adaptive=True)), 0, torch.device("cuda"))
 
 
-def job_of(network: Network, **protocol: Any) -> PretrainingRun:
-    return PretrainingRun(
+def job_of(network: Network, **protocol: Any) -> PretrainingJob:
+    return PretrainingJob(
         files=[Path("case.b2nd")],
         channel_names=["CT"],
         patch_size=(8, 8, 8),

@@ -88,8 +88,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return written
 
 
-def make_job(files: list[Path], *, adaptive: bool = False, epochs: int = 3, **options: Any) -> loop.PretrainingRun:
-    return loop.PretrainingRun(
+def make_job(files: list[Path], *, adaptive: bool = False, epochs: int = 3, **options: Any) -> loop.PretrainingJob:
+    return loop.PretrainingJob(
         files=files,
         channel_names=["T1", "FLAIR"],
         patch_size=PATCH,
@@ -102,7 +102,7 @@ def make_job(files: list[Path], *, adaptive: bool = False, epochs: int = 3, **op
 
 
 def train(
-    job: loop.PretrainingRun,
+    job: loop.PretrainingJob,
     output: Path,
     device: torch.device,
     *,

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from test_weights import make_card
 
+from nnunet_vit_mae.calibration.record import read_calibration
 from nnunet_vit_mae.datasets.check.inspection import InspectionTask, inspect_case
 from nnunet_vit_mae.datasets.contrasts import CONTRAST_RECORD, read_channels, read_contrasts
 from nnunet_vit_mae.datasets.convert.bids import bids_studies
@@ -35,7 +36,6 @@ from nnunet_vit_mae.datasets.split.files import SPLIT_RECORD, read_split_record,
 from nnunet_vit_mae.datasets.split.patients import read_patients
 from nnunet_vit_mae.datasets.tables import read_case_table, read_names
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.evaluation.calibration_record import read_calibration
 from nnunet_vit_mae.foreign.checkpoints import read_checkpoint, weights_in
 from nnunet_vit_mae.imaging.labels import read_labels
 from nnunet_vit_mae.imaging.scans import ScanError, read_scan

@@ -52,7 +52,16 @@ FLAGS = {
     "mae3d_fill_contrasts": {"-h", "--help", "-d"},
     "mae3d_omit": PLAN_FLAGS | {"-tr", "-f", "-chk", "-i", "-r", "--omit", "-o", "-device"},
     "mae3d_evaluate": {"-h", "--help", "-r", "-p", "-i", "-o", "--csv", "--patient", "--cutoffs", "--thickness_bins"}
-    | {"--tolerance", "--min_lesion_voxels", "--resamples", "--seed", "--calibration", "--uncertainty", "--model_folder", "-np"},
+    | {
+        "--tolerance",
+        "--min_lesion_voxels",
+        "--resamples",
+        "--seed",
+        "--calibration",
+        "--uncertainty",
+        "--model_folder",
+        "-np",
+    },
     "mae3d_calibrate": PLAN_FLAGS
     | {"-tr", "-f", "-chk", "--objective", "--temperature", "--uncertainty", "-i", "-l", "-device"}
     | {"--allow_training_cases"},

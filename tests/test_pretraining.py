@@ -78,7 +78,7 @@ def files(tmp_path_factory):
 def make_job(files):
     def make(**protocol):
         settings = {"seed": 3, "epochs": 4, "batch_size": 2, "mask_ratio": 0.6, "base_lr": 0.1} | protocol
-        return loop.PretrainingRun(
+        return loop.PretrainingJob(
             files=files,
             channel_names=["T1", "FLAIR"],
             patch_size=PATCH,

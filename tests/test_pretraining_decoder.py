@@ -18,7 +18,7 @@ from nnunet_vit_mae.networks.positions import Places
 from nnunet_vit_mae.networks.tokenizer import patchify
 from nnunet_vit_mae.presets import SIZES
 from nnunet_vit_mae.pretraining.crops import MaskDrawing, Samples
-from nnunet_vit_mae.pretraining.job import PretrainingRun
+from nnunet_vit_mae.pretraining.job import PretrainingJob
 from nnunet_vit_mae.pretraining.pictures import rebuild
 from nnunet_vit_mae.settings import Network, Pretraining
 
@@ -62,7 +62,7 @@ def autoencoder(adaptive: bool = False, positions: str = "both", **changes) -> A
 def drawing(adaptive: bool = False, **changes) -> MaskDrawing:
     """Return how a run with these options draws its masks."""
     network = Network(size="XS", token=TOKEN, adaptive=adaptive)
-    return PretrainingRun(
+    return PretrainingJob(
         files=[], channel_names=["T1", "FLAIR"], patch_size=SHAPE, spacing=(1, 1, 1), network=network,
         protocol=protocol(**changes),
     ).drawing  # fmt: skip

@@ -15,10 +15,10 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 
+from nnunet_vit_mae.calibration.record import CalibrationRecord, read_calibration
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation import drawing, figures, overlays, words
 from nnunet_vit_mae.evaluation.bland_altman import bland_altman_figure, spread_apart
-from nnunet_vit_mae.evaluation.calibration_record import CalibrationRecord, read_calibration
 from nnunet_vit_mae.evaluation.cases import EvaluationSet, find_evaluation_set
 from nnunet_vit_mae.evaluation.expected import read_expected, review_tables, with_expected
 from nnunet_vit_mae.evaluation.pictures import slug

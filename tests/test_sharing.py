@@ -22,7 +22,8 @@ from nnunet_vit_mae.nnunet.calibrated import write_calibrated
 from nnunet_vit_mae.nnunet.folders import Dataset
 from nnunet_vit_mae.nnunet.models import find_model
 from nnunet_vit_mae.nnunet.quantification import thresholds_of
-from nnunet_vit_mae.nnunet.shared_models import OUR_TRAINERS, read_weights, weights_content
+from nnunet_vit_mae.nnunet.shared_models import read_weights, weights_content
+from nnunet_vit_mae.nnunet.trainers import OUR_TRAINERS
 from nnunet_vit_mae.storage.archives import FORMAT
 from nnunet_vit_mae.weights import file_hash
 

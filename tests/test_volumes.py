@@ -193,7 +193,7 @@ def test_the_memory_of_a_killed_process_is_freed(files):
 
 
 def job_of(files, cache, **protocol):
-    return loop.PretrainingRun(
+    return loop.PretrainingJob(
         files=files,
         channel_names=["T1", "FLAIR"],
         patch_size=PATCH,
@@ -204,7 +204,7 @@ def job_of(files, cache, **protocol):
     )
 
 
-def train(job: loop.PretrainingRun, output: Path, device: torch.device) -> None:
+def train(job: loop.PretrainingJob, output: Path, device: torch.device) -> None:
     loop.run(job, output, device=device, resume=False)
 
 

@@ -30,7 +30,7 @@ from nnunet_vit_mae.networks.positions import forget_positions
 from nnunet_vit_mae.presets import SIZES
 from nnunet_vit_mae.pretraining import loss
 from nnunet_vit_mae.pretraining.crops import RandomCrops
-from nnunet_vit_mae.pretraining.job import PretrainingRun
+from nnunet_vit_mae.pretraining.job import PretrainingJob
 from nnunet_vit_mae.pretraining.loss import PretrainingLoss
 from nnunet_vit_mae.pretraining.run import _step
 from nnunet_vit_mae.pretraining.volumes import DeviceCache
@@ -155,7 +155,7 @@ def steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> set[str]:
     """Take two steps; returns where the results of the second one are, whose waits are noted."""
-    job = PretrainingRun(
+    job = PretrainingJob(
         files=files,
         channel_names=["T1", "T2", "FLAIR"],
         patch_size=SIDES,

@@ -169,6 +169,19 @@ def segment(probabilities: np.ndarray, classes: Classes, shifts: Sequence[float]
     return [winner == channel + 1 for channel in range(len(shifts))]
 
 
+def shift_probabilities(probabilities: np.ndarray, classes: Classes, shifts: Sequence[float]) -> np.ndarray:
+    """Return the probabilities (channels z y x) after a shift of each class's logit.
+
+    >>> both = np.array([0.75, 0.25]).reshape(2, 1, 1, 1)
+    >>> shift_probabilities(both, Classes(("lesion",), ((1,),)), [np.log(3)]).ravel().round(2).tolist()
+    [0.5, 0.5]
+    """
+    factors = np.exp([*shifts] if classes.regions else [0.0, *shifts]).reshape(-1, 1, 1, 1)
+    shifted = probabilities * factors
+    total = shifted + (1 - probabilities) if classes.regions else shifted.sum(axis=0)
+    return (shifted / total).astype(np.float32)
+
+
 def painted_labels(found: Sequence[np.ndarray], classes: Classes) -> np.ndarray:
     """Return the label of each voxel, given where each region is found; later regions cover earlier ones."""
     labels = np.zeros(found[0].shape, np.int64)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from nnunet_vit_mae.calibration.record import CALIBRATION_RECORD, CalibrationRecord, read_calibration
 from nnunet_vit_mae.cli.arguments import parser_for, positive_float, positive_int, refuse_not_ascending, whole_number
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, CalibrationRecord, read_calibration
 from nnunet_vit_mae.processes.signals import command
 from nnunet_vit_mae.storage.unfinished import new_folder
 

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from nnunet_vit_mae.nnunet.folders import results_folder
     from nnunet_vit_mae.nnunet.importing import import_model
-    from nnunet_vit_mae.nnunet.shared_models import OUR_TRAINERS
+    from nnunet_vit_mae.nnunet.trainers import OUR_TRAINERS
 
     installed = import_model(args.file, args.results or results_folder(), overwrite=args.overwrite)
     card = installed.card

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from nnunet_vit_mae.calibration.record import CalibrationRecord
 from nnunet_vit_mae.evaluation import figures, words
 from nnunet_vit_mae.evaluation.bland_altman import bland_altman_figure
 from nnunet_vit_mae.evaluation.by_token import DiceOfVit, TrainedVit, differ_in_network, token_figure
-from nnunet_vit_mae.evaluation.calibration_record import CalibrationRecord
 from nnunet_vit_mae.evaluation.drawing import WIDTH, save_both
 from nnunet_vit_mae.evaluation.overlays import ExampleSlice, overlays_figure
 from nnunet_vit_mae.evaluation.results import Evaluation

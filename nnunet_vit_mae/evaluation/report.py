@@ -9,9 +9,9 @@ from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
+from nnunet_vit_mae.calibration.record import CalibrationRecord
 from nnunet_vit_mae.evaluation import words
 from nnunet_vit_mae.evaluation.by_token import TrainedVit
-from nnunet_vit_mae.evaluation.calibration_record import CalibrationRecord
 from nnunet_vit_mae.evaluation.cases import EvaluationSet
 from nnunet_vit_mae.evaluation.expected import review_tables
 from nnunet_vit_mae.evaluation.figures import bin_pairs

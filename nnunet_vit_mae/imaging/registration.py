@@ -118,6 +118,14 @@ def similarity(reference: sitk.Image, moving: sitk.Image, transform: sitk.Transf
     return Similarity(float(np.corrcoef(a, b)[0, 1]), _mutual_information(a, b))
 
 
+def resampled(image: sitk.Image, grid: sitk.Image, transform: sitk.Transform, *, label: bool) -> sitk.Image:
+    """Resample an image to the grid of another one: nearest neighbour for labels, else linear in float32."""
+    if label:
+        return sitk.Resample(image, grid, transform, sitk.sitkNearestNeighbor, 0)
+    lowest = float(sitk.GetArrayViewFromImage(image).min())  # fills what lies outside the scan, as air does
+    return sitk.Resample(image, grid, transform, sitk.sitkLinear, lowest, sitk.sitkFloat32)
+
+
 def scale(transform: sitk.Transform) -> float:
     """Return the scale of a linear transform, averaged over the axes (geometric mean).
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nnunet_vit_mae.calibration.record import CALIBRATION_RECORD, CalibrationRecord, read_calibration
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD, CalibrationRecord, read_calibration
 from nnunet_vit_mae.nnunet.models import CALIBRATED, Model
 from nnunet_vit_mae.storage.files import inside, replacing
 from nnunet_vit_mae.storage.pickles import read_trained

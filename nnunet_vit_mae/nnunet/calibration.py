@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_vit_mae.calibration.cases import CalibrationCase, Classes
+from nnunet_vit_mae.calibration.record import CALIBRATION_RECORD
 from nnunet_vit_mae.calibration.temperature import (
     Reliability,
     VoxelSample,
@@ -30,7 +31,6 @@ from nnunet_vit_mae.datasets.split.files import SPLIT_RECORD, SPLITS, read_split
 from nnunet_vit_mae.datasets.split.patients import patient_of, recorded_patients
 from nnunet_vit_mae.errors import UserError, abbreviated, reading
 from nnunet_vit_mae.evaluation.calibration_figures import agreement_figure, curve_figure, reliability_figure
-from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS
 from nnunet_vit_mae.imaging.labels import as_labels
 from nnunet_vit_mae.imaging.volumes import read_geometry, refuse_large, without_warnings_of_itk

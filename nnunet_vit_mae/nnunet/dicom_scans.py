@@ -22,7 +22,7 @@ from nnunet_vit_mae.imaging.writing import write_zeros
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.prediction import find_prediction_cases
 from nnunet_vit_mae.nnunet.quantification import Part, Scans
-from nnunet_vit_mae.nnunet.shared_models import OUR_TRAINERS
+from nnunet_vit_mae.nnunet.trainers import OUR_TRAINERS
 from nnunet_vit_mae.presets import canonical_contrast
 from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.csv_tables import write_records

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_vit_mae.calibration.cases import CalibrationCase, Classes
+from nnunet_vit_mae.calibration.open_cases import shift_probabilities
+from nnunet_vit_mae.calibration.record import CALIBRATION_RECORD
 from nnunet_vit_mae.calibration.thresholds import Calibration, fit_thresholds
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
 from nnunet_vit_mae.imaging.description import DESCRIPTION
 from nnunet_vit_mae.imaging.writing import write_segmentation
 from nnunet_vit_mae.nnunet.calibration import calibration_case
@@ -57,19 +58,6 @@ def calibrate_ensemble(plan: Plan, development: Sequence[Path], predictions: Pat
         shutil.copyfile(predictions / DESCRIPTION, temporary)
     write_json(_record(found, classes, cases), output / CALIBRATION_RECORD)
     return output / CALIBRATION_RECORD
-
-
-def shift_probabilities(probabilities: np.ndarray, classes: Classes, shifts: Sequence[float]) -> np.ndarray:
-    """Return the probabilities (channels z y x) after a shift of each class's logit.
-
-    >>> both = np.array([0.75, 0.25]).reshape(2, 1, 1, 1)
-    >>> shift_probabilities(both, Classes(("lesion",), ((1,),)), [np.log(3)]).ravel().round(2).tolist()
-    [0.5, 0.5]
-    """
-    factors = np.exp([*shifts] if classes.regions else [0.0, *shifts]).reshape(-1, 1, 1, 1)
-    shifted = probabilities * factors
-    total = shifted + (1 - probabilities) if classes.regions else shifted.sum(axis=0)
-    return (shifted / total).astype(np.float32)
 
 
 def _development_cases(plan: Plan, classes: Classes, folders: Sequence[Path]) -> list[CalibrationCase]:

@@ -18,8 +18,8 @@ from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.nnunet.folds import labelled_cases, split_of
 from nnunet_vit_mae.nnunet.models import Model, refuse_damaged_weights
 from nnunet_vit_mae.nnunet.plans import Plan
-from nnunet_vit_mae.nnunet.shared_models import OUR_TRAINERS, untrained_network
-from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerViTScratch
+from nnunet_vit_mae.nnunet.trainers import OUR_TRAINERS, nnUNetTrainerViTScratch
+from nnunet_vit_mae.nnunet.untrained import untrained_network
 from nnunet_vit_mae.plots import Features, plot_features
 from nnunet_vit_mae.pretraining.volumes import open_volume, volume_problem
 from nnunet_vit_mae.storage.csv_tables import write_rows

@@ -12,13 +12,13 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
-from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.evaluation.calibration_record import (
+from nnunet_vit_mae.calibration.record import (
     CALIBRATION_RECORD,
     UNCERTAINTY,
     CalibrationEntries,
     shifts_of,
 )
+from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.description import DESCRIPTION, describe
 from nnunet_vit_mae.nnunet.checked_plans import check_plans
 from nnunet_vit_mae.nnunet.folders import Dataset
@@ -30,13 +30,13 @@ from nnunet_vit_mae.nnunet.shared_models import (
     PLANS,
     CheckpointEntries,
     ModelCard,
-    expected_tensors,
     read_weights,
     refuse_other_weights,
     rest_member,
     weights_member,
 )
 from nnunet_vit_mae.nnunet.training_range import FINGERPRINT, TRAINING_VOLUMES, Fingerprint, Volumes
+from nnunet_vit_mae.nnunet.untrained import expected_tensors
 from nnunet_vit_mae.storage.archives import Archive, open_archive
 from nnunet_vit_mae.storage.entries import checked_entries
 from nnunet_vit_mae.storage.files import inside, locked, replacing, set_aside, write_json

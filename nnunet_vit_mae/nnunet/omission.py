@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from nnunet_vit_mae.nnunet.omission_table import (
     OmissionRow,
     write_omission_table,
 )
-from nnunet_vit_mae.nnunet.plans import Plan
+from nnunet_vit_mae.nnunet.plans import Plan, label_values
 from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, find_reference, predict_folder
 from nnunet_vit_mae.presets import canonical_contrast
 from nnunet_vit_mae.progress import with_progress
@@ -76,15 +76,15 @@ def find_channels(plan: Plan, names: Sequence[str]) -> list[int]:
     ending = plan.dataset_json["file_ending"]
     if ending not in IMAGE_ENDINGS:
         raise UserError(
-            f"{plan.dataset.name} has {ending} files, but only {_list(IMAGE_ENDINGS)} can be replaced by zeros."
+            f"{plan.dataset.name} has {ending} files, but only {', '.join(IMAGE_ENDINGS)} can be replaced by zeros."
         )
     known = [canonical_contrast(name) for name in plan.channel_names]
     omitted = {canonical_contrast(name) for name in names}
     unknown = [name for name in names if canonical_contrast(name) not in known]
     if unknown:
-        raise UserError(f"--omit {_list(unknown)}: {plan.dataset.name} has only {_list(plan.channel_names)}.")
+        raise UserError(f"--omit {', '.join(unknown)}: {plan.dataset.name} has only {', '.join(plan.channel_names)}.")
     if omitted == set(known):
-        raise UserError(f"--omit {_list(names)} would leave none of {_list(plan.channel_names)}: omit fewer.")
+        raise UserError(f"--omit {', '.join(names)} would leave none of {', '.join(plan.channel_names)}: omit fewer.")
     channels = [channel for channel, name in enumerate(known) if name in omitted]
     for channel in channels:
         if not _zeros_stay_zeros(plan, channel):
@@ -106,7 +106,7 @@ def find_omission_cases(plan: Plan, images: Path, references: Path, channels: Se
         present = _present_channels(plan, case, reference)
         omitted = tuple(channel for channel in channels if present[channel])
         cases.append(OmissionCase(case, reference, omitted, any(np.delete(present, channels))))
-    names = _list([plan.channel_names[channel] for channel in channels])
+    names = ", ".join([plan.channel_names[channel] for channel in channels])
     if not any(case.omitted for case in cases):
         raise UserError(f"None of the {len(cases)} cases has {names}: these channels hold only zeros.")
     if not any(case.predicted_again for case in cases):
@@ -195,7 +195,7 @@ def _present_channels(plan: Plan, case: PredictionCase, file: Path) -> list[bool
 
 def _case_rows(plan: Plan, case: OmissionCase, with_all: Path, without: Path) -> list[OmissionRow]:
     """Return a row for each label or region of a case."""
-    names = {_values(label): name for name, label in plan.dataset_json["labels"].items()}
+    names = {label_values(label): name for name, label in plan.dataset_json["labels"].items()}
     metrics_with = _metrics(plan, case.reference, with_all)
     if case.predicted_again:
         metrics_without = _metrics(plan, case.reference, without)
@@ -208,11 +208,11 @@ def _case_rows(plan: Plan, case: OmissionCase, with_all: Path, without: Path) ->
         rows.append(
             OmissionRow(
                 case=case.name,
-                label=names[_values(label)],
+                label=names[label_values(label)],
                 dice_with=dice_with,
                 dice_without=dice_without,
                 difference=dice_without - dice_with,
-                omitted=_list([plan.channel_names[channel] for channel in case.omitted]),
+                omitted=", ".join([plan.channel_names[channel] for channel in case.omitted]),
                 left_out=_why_left_out(case, empty=metrics["TP"] + metrics["FN"] == 0),
             )
         )
@@ -238,12 +238,3 @@ def _why_left_out(case: OmissionCase, *, empty: bool) -> str:
     if empty:
         return EMPTY_REFERENCE
     return "" if case.omitted else NOTHING_TO_OMIT
-
-
-def _values(label: Any) -> tuple[int, ...]:
-    """Return the values of a label or of a region of several labels."""
-    return tuple(int(value) for value in np.atleast_1d(label))
-
-
-def _list(names: Sequence[str] | Mapping[str, Any]) -> str:
-    return ", ".join(names)

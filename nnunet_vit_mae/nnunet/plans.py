@@ -236,12 +236,17 @@ def _same_blocks_are_tapped(before: Network, now: Network) -> bool:
     return all(getattr(before, name) == getattr(now, name) for name in SETS_TAPS)
 
 
+def label_values(label: Any) -> tuple[int, ...]:
+    """Return the values of a label or of a region of several labels, as `dataset.json` and nnU-Net give them."""
+    return tuple(int(value) for value in np.atleast_1d(label))
+
+
 def classes_of(plan: Plan) -> Classes:
     """What the plan's network segments, in the order of its outputs."""
     manager = plan.plans.get_label_manager(plan.dataset_json)
     labels = manager.foreground_regions if manager.has_regions else manager.foreground_labels
-    values = tuple(tuple(int(value) for value in np.atleast_1d(label)) for label in labels)
-    names = {tuple(int(v) for v in np.atleast_1d(label)): name for name, label in plan.dataset_json["labels"].items()}
+    values = tuple(map(label_values, labels))
+    names = {label_values(label): name for name, label in plan.dataset_json["labels"].items()}
     painted = tuple(map(int, plan.dataset_json["regions_class_order"])) if manager.has_regions else ()
     return Classes(tuple(names[label] for label in values), values, painted, manager.ignore_label)
 

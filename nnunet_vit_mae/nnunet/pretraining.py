@@ -23,7 +23,7 @@ from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade, settings_for
 from nnunet_vit_mae.nnunet.wandb_tracker import check_wandb, wandb_tracker
 from nnunet_vit_mae.planning import refuse_useless_masks
 from nnunet_vit_mae.pretraining import distributed
-from nnunet_vit_mae.pretraining.job import PretrainingRun
+from nnunet_vit_mae.pretraining.job import PretrainingJob
 from nnunet_vit_mae.pretraining.readers import READY_BATCHES, refuse_without_shared_memory
 from nnunet_vit_mae.pretraining.run import PretrainingResult, run
 from nnunet_vit_mae.pretraining.saved_state import what_is_kept
@@ -109,7 +109,7 @@ def pretrain(
             "already: go on with nnUNetv2_train, or write plans without --encoder to pre-train one."
         )
     cases = pretraining_cases(plan, fold)
-    job = PretrainingRun(
+    job = PretrainingJob(
         files=[case.file for case in cases],
         channel_names=plan.channel_names,
         patch_size=plan.patch_size,
@@ -151,7 +151,7 @@ def _protocol(settings: Settings, changes: Mapping[str, Any]) -> Pretraining:
     return protocol.with_lr(changes["lr"]) if "lr" in changes else protocol
 
 
-def _refuse_large_step(job: PretrainingRun, machine: Machine) -> None:
+def _refuse_large_step(job: PretrainingJob, machine: Machine) -> None:
     batch, channels = job.protocol.batch_size // machine.all_processes, len(job.channel_names)
     refuse_step_beyond(
         memory_of(machine.device),
@@ -162,14 +162,14 @@ def _refuse_large_step(job: PretrainingRun, machine: Machine) -> None:
     )
 
 
-def _step_bytes(job: PretrainingRun, machine: Machine) -> int:
+def _step_bytes(job: PretrainingJob, machine: Machine) -> int:
     """Return about how much memory a step takes on each device."""
     batch, on_gpu = job.protocol.batch_size // machine.all_processes, machine.device.type == "cuda"
     channels = len(job.channel_names)
     return pretraining_memory(job.network, job.protocol, job.patch_size, channels, batch, on_gpu=on_gpu)
 
 
-def _fits_on_device(job: PretrainingRun, machine: Machine) -> bool:
+def _fits_on_device(job: PretrainingJob, machine: Machine) -> bool:
     """Return whether the volumes are to be cached on the GPU; if not, say why in the log."""
     needed = bytes_in_half_precision(job.files)
     room = (free_memory_of(machine.device) - _step_bytes(job, machine)) // 2  # libraries and fragments take some too
@@ -198,7 +198,7 @@ def _refuse_damaged(plan: Plan, cases: list[PreprocessedCase]) -> None:
         raise UserError(f"{bad}: remove what is damaged and run {' and '.join(commands)} again.")
 
 
-def _cache(job: PretrainingRun, machine: Machine) -> Cache:
+def _cache(job: PretrainingJob, machine: Machine) -> Cache:
     """Make a cache that leaves room in shared memory for the batches that readers have ready."""
     copies = distributed.local_process_count()  # torchrun's processes have no common memory
     spare = _ready_batches(machine) * _batch_bytes(job, machine, ITEM)
@@ -209,14 +209,14 @@ def _ready_batches(machine: Machine) -> int:
     return machine.local_processes * machine.readers_of_each * READY_BATCHES
 
 
-def _batch_bytes(job: PretrainingRun, machine: Machine, voxel_bytes: int) -> int:
+def _batch_bytes(job: PretrainingJob, machine: Machine, voxel_bytes: int) -> int:
     """Return the size of the crops that a process takes for a step."""
     crop = len(job.channel_names) * math.prod(job.patch_size) * voxel_bytes
     return job.protocol.reads * job.protocol.crops_per_volume // machine.all_processes * crop
 
 
 def _make_encoder(
-    job: PretrainingRun,
+    job: PretrainingJob,
     card: Callable[[PretrainingResult], Card],
     file: Path,
     device: torch.device,
@@ -235,7 +235,7 @@ def _make_encoder(
             save_encoder(result.network.encoder, card(result), file)
 
 
-def _card(plan: Plan, fold: str, job: PretrainingRun, cases: list[PreprocessedCase], result: PretrainingResult) -> Card:
+def _card(plan: Plan, fold: str, job: PretrainingJob, cases: list[PreprocessedCase], result: PretrainingResult) -> Card:
     return Card(
         size=job.network.size,
         token=list(job.network.token),

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from nnunet_vit_mae.calibration.record import CALIBRATION_RECORD
 from nnunet_vit_mae.errors import UserError, reader_reason
-from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
 from nnunet_vit_mae.evaluation.clinical import find_cutoffs, group_names, group_of
 from nnunet_vit_mae.imaging.volumes import Geometry, ScanError, read_geometry, without_warnings_of_itk
 from nnunet_vit_mae.nnunet.calibrated import read_calibration_of

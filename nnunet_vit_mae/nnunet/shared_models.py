@@ -11,35 +11,16 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from pydantic import AfterValidator, Field
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import Tensor
 
-from nnunet_vit_mae.errors import UserError, reader_reason
-from nnunet_vit_mae.evaluation.calibration_record import CALIBRATION_RECORD
+from nnunet_vit_mae.calibration.record import CALIBRATION_RECORD
+from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.description import DESCRIPTION
-from nnunet_vit_mae.nnunet.plans import Plan
-from nnunet_vit_mae.nnunet.trainers import (
-    nnUNetTrainerAMAE,
-    nnUNetTrainerAMAEScratch,
-    nnUNetTrainerBaseline,
-    nnUNetTrainerViTMAE,
-    nnUNetTrainerViTScratch,
-)
 from nnunet_vit_mae.nnunet.training_range import FINGERPRINT, TRAINING_VOLUMES
 
-OUR_TRAINERS = {
-    trainer.__name__: trainer
-    for trainer in (
-        nnUNetTrainerViTMAE,
-        nnUNetTrainerViTScratch,
-        nnUNetTrainerAMAE,
-        nnUNetTrainerAMAEScratch,
-        nnUNetTrainerBaseline,
-    )
-}
 CARD, PLANS = "card.json", "plans.json"
 TEXTS = (CARD, PLANS, DESCRIPTION, FINGERPRINT, TRAINING_VOLUMES, CALIBRATION_RECORD)
 WEIGHTS = r"fold_(all|[0-9]{1,3})/checkpoint_[A-Za-z0-9_]{1,40}\.(safetensors|json)"
@@ -105,37 +86,6 @@ def weights_member(fold: str, checkpoint: str) -> str:
 def rest_member(fold: str, checkpoint: str) -> str:
     """Return the name of the member with the rest of a checkpoint."""
     return f"fold_{fold}/{checkpoint.removesuffix('.pth')}.json"
-
-
-def expected_tensors(plan: Plan, trainer: str, source: str) -> dict[str, Tensor]:
-    """Return all tensors of the network that the plans describe, without memory for their values (device `meta`).
-
-    Raises `UserError` as `untrained_network` does.
-    """
-    with torch.device("meta"):
-        return untrained_network(plan, trainer, source).state_dict()
-
-
-def untrained_network(plan: Plan, trainer: str, source: str) -> nn.Module:
-    """Build the network that the plans describe, of any trainer.
-
-    Raises `UserError` if the trainer is not installed here, or if nnU-Net cannot build the network; `source` is what
-    the error calls the model.
-    """
-    try:
-        found = OUR_TRAINERS.get(trainer) or recursive_find_trainer_class_by_name(trainer)
-    except (RuntimeError, AssertionError, TypeError):
-        raise UserError(
-            f"{source} was trained by {trainer}, which is not installed here: install it, and name its folder in "
-            "nnUNet_extTrainer."
-        ) from None
-    channels, outputs = len(plan.channel_names), plan.classes
-    try:
-        return found.build_network_architecture(
-            plan.plans, plan.configuration, channels, outputs, enable_deep_supervision=False
-        )
-    except Exception as error:  # noqa: BLE001  whatever a stranger's plans make of a network
-        raise UserError(f"{source} has plans of no network ({reader_reason(error)}): export it again.") from None
 
 
 def weights_content(weights: Mapping[str, Tensor]) -> tuple[bytes, dict[str, str]]:

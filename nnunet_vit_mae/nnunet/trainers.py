@@ -345,6 +345,18 @@ class nnUNetTrainerAMAEScratch(nnUNetTrainerViTScratch):  # noqa: N801
     adaptive = True
 
 
+OUR_TRAINERS = {
+    trainer.__name__: trainer
+    for trainer in (
+        nnUNetTrainerViTMAE,
+        nnUNetTrainerViTScratch,
+        nnUNetTrainerAMAE,
+        nnUNetTrainerAMAEScratch,
+        nnUNetTrainerBaseline,
+    )
+}
+
+
 def _unchanged(encoder: EncoderFile) -> Path:
     """Return the encoder that the plans name; raise `UserError` when it is missing or has changed."""
     file = local_file(encoder.file)

@@ -27,13 +27,13 @@ from nnunet_vit_mae.calibration.conformal import (
     volume_interval,
 )
 from nnunet_vit_mae.calibration.expected_dice import ExpectedDice, fit_expected_dice
-from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.evaluation.calibration_record import (
+from nnunet_vit_mae.calibration.record import (
     CALIBRATION_RECORD,
     UNCERTAINTY,
     CalibrationRecord,
     shifts_of,
 )
+from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.voxels import overlap
 from nnunet_vit_mae.imaging.labels import read_mask
 from nnunet_vit_mae.imaging.volumes import without_warnings_of_itk

@@ -13,7 +13,7 @@ from typing import Any
 from torch import distributed as dist
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.pretraining.job import PretrainingRun
+from nnunet_vit_mae.pretraining.job import PretrainingJob
 from nnunet_vit_mae.tracking import Tracker, read_switch
 
 SWITCH = "nnUNet_wandb_enabled"
@@ -49,7 +49,7 @@ class WandbTracker:
         self._logger.run.finish()
 
 
-def wandb_tracker(job: PretrainingRun, folder: Path, resumed: bool) -> Iterable[Tracker]:
+def wandb_tracker(job: PretrainingJob, folder: Path, resumed: bool) -> Iterable[Tracker]:
     """Return the tracker of a pre-training, if it is switched on; names of cases stay here."""
     if not check_wandb():
         return []

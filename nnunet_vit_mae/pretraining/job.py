@@ -17,7 +17,7 @@ from nnunet_vit_mae.settings import Network, Pretraining, to_json_types
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainingRun:
+class PretrainingJob:
     """Everything that decides what a run computes."""
 
     files: Sequence[Path]  # preprocessed volumes, c z y x

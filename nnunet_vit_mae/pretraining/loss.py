@@ -21,7 +21,7 @@ from nnunet_vit_mae.networks.build import Autoencoder
 from nnunet_vit_mae.networks.masking import Masks
 from nnunet_vit_mae.networks.precision import autocast
 from nnunet_vit_mae.pretraining.crops import Samples
-from nnunet_vit_mae.pretraining.job import PretrainingRun
+from nnunet_vit_mae.pretraining.job import PretrainingJob
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class PretrainingLoss(nn.Module):
             return reconstruction_loss(rebuilt, norm_pix=norm_pix), rebuilt.counted.sum()
 
 
-def loss_of_step(job: PretrainingRun, epoch: int, module: nn.Module, samples: Samples) -> tuple[Tensor, Tensor]:
+def loss_of_step(job: PretrainingJob, epoch: int, module: nn.Module, samples: Samples) -> tuple[Tensor, Tensor]:
     """Return what the module, which may be compiled, gives for the batch of a step."""
     masks = job.drawing.masking.rounds(samples.masks)[0]
     # only networks that take each contrast on its own ask which there are; all others would be compiled for each answer
@@ -62,7 +62,7 @@ def loss_of_step(job: PretrainingRun, epoch: int, module: nn.Module, samples: Sa
 
 
 def compiled_where_it_pays(
-    module: PretrainingLoss, job: PretrainingRun, epoch: int, device: torch.device, example: Callable[[], Samples]
+    module: PretrainingLoss, job: PretrainingJob, epoch: int, device: torch.device, example: Callable[[], Samples]
 ) -> nn.Module:
     """Return the module, compiled as `pretraining.compile` says and rehearsed on an example, or as it is.
 
@@ -93,7 +93,7 @@ def compiled_where_it_pays(
     return compiled
 
 
-def _pays(job: PretrainingRun, epoch: int, device: torch.device) -> bool:
+def _pays(job: PretrainingJob, epoch: int, device: torch.device) -> bool:
     steps = job.steps - epoch * job.steps_per_epoch
     if job.protocol.compile != "auto":
         return job.protocol.compile == "on" and steps > 0

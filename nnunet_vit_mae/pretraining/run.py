@@ -25,7 +25,7 @@ from nnunet_vit_mae.networks.build import Autoencoder, build_autoencoder
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate
 from nnunet_vit_mae.pretraining import distributed
 from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, RandomCrops, Samples
-from nnunet_vit_mae.pretraining.job import PretrainingRun
+from nnunet_vit_mae.pretraining.job import PretrainingJob
 from nnunet_vit_mae.pretraining.loss import PretrainingLoss, compiled_where_it_pays, loss_of_step
 from nnunet_vit_mae.pretraining.readers import read_batches, reader_failures
 from nnunet_vit_mae.pretraining.run_log import announce, logging_to
@@ -57,7 +57,7 @@ CONTENTS = {
 }
 LOOK_EVERY_STEPS = 100  # at the losses, which stay on the device until then; and before each save
 
-MoreTrackers = Callable[[PretrainingRun, Path, bool], Iterable[Tracker]]  # job, folder, whether it goes on
+MoreTrackers = Callable[[PretrainingJob, Path, bool], Iterable[Tracker]]  # job, folder, whether it goes on
 
 
 @dataclass
@@ -68,12 +68,12 @@ class PretrainingResult:
     losses: list[float]  # mean of each epoch
 
 
-def _no_more(job: PretrainingRun, output: Path, resumed: bool) -> Iterable[Tracker]:
+def _no_more(job: PretrainingJob, output: Path, resumed: bool) -> Iterable[Tracker]:
     return ()
 
 
 def run(
-    job: PretrainingRun,
+    job: PretrainingJob,
     output: Path,
     *,
     device: torch.device,
@@ -107,7 +107,7 @@ def run(
 
 
 def _train(
-    job: PretrainingRun,
+    job: PretrainingJob,
     report: RunReport,
     network: Autoencoder,
     optimizer: torch.optim.Optimizer,
@@ -178,7 +178,7 @@ def _train(
 
 
 def _step(
-    job: PretrainingRun, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, samples: Samples
+    job: PretrainingJob, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, samples: Samples
 ) -> tuple[Tensor, Tensor]:
     """Take a step of an epoch on a batch; loss and gradient norm stay on the device, so that a GPU is not waited for.
 
@@ -194,14 +194,14 @@ def _step(
     return loss.detach().clone(), norm  # a CUDA graph writes the next loss into the same place
 
 
-def _reads(job: PretrainingRun, first_step: int) -> ConsecutiveBatches:
+def _reads(job: PretrainingJob, first_step: int) -> ConsecutiveBatches:
     """Return what this process reads for each of the steps to come."""
     place = {"rank": distributed.rank(), "processes": distributed.process_count()}
     return ConsecutiveBatches(first_step, job.steps, job.protocol.reads, **place)
 
 
 def _prepare(
-    output: Path, job: PretrainingRun, network: nn.Module, optimizer: torch.optim.Optimizer, *, resume: bool
+    output: Path, job: PretrainingJob, network: nn.Module, optimizer: torch.optim.Optimizer, *, resume: bool
 ) -> dict[str, Any] | None:
     """Make the folder, and return the state to continue from (on the CPU), None for a new run.
 

@@ -17,7 +17,7 @@ from nnunet_vit_mae.networks.masking import BACKGROUND_DEVIATION, count_rebuilt,
 from nnunet_vit_mae.presets import PRETRAINING_DECODERS
 from nnunet_vit_mae.pretraining import distributed
 from nnunet_vit_mae.pretraining.affines import SHARE
-from nnunet_vit_mae.pretraining.job import PretrainingRun
+from nnunet_vit_mae.pretraining.job import PretrainingJob
 from nnunet_vit_mae.pretraining.volumes import DeviceCache
 from nnunet_vit_mae.progress import logging_past_progress
 from nnunet_vit_mae.settings import token_grid
@@ -45,7 +45,7 @@ def logging_to(file: Path) -> Iterator[None]:
         handler.close()
 
 
-def announce(job: PretrainingRun, network: nn.Module, device: torch.device, *, done: int) -> None:
+def announce(job: PretrainingJob, network: nn.Module, device: torch.device, *, done: int) -> None:
     """Log what is run, and how many steps of it are done."""
     protocol = job.protocol
     millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6

@@ -11,7 +11,7 @@ from pathlib import Path
 from nnunet_vit_mae.networks.build import Autoencoder
 from nnunet_vit_mae.plots import plot_contrasts, plot_progress, plot_views
 from nnunet_vit_mae.pretraining.crops import Samples
-from nnunet_vit_mae.pretraining.job import PretrainingRun
+from nnunet_vit_mae.pretraining.job import PretrainingJob
 from nnunet_vit_mae.pretraining.pictures import rebuild
 from nnunet_vit_mae.tracking import StepClock, Trackers
 
@@ -24,7 +24,7 @@ PROGRESS = "progress.png"  # the figure of losses and learning rates
 class RunReport:
     """The report of a run to its folder and to trackers, of which other ranks than 0 have none."""
 
-    job: PretrainingRun
+    job: PretrainingJob
     output: Path
     trackers: Trackers
 

@@ -12,14 +12,14 @@ from nnunet_vit_mae.divergence import divergence, first_bad_step, has_exploded
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.pretraining import distributed
 from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, RandomCrops
-from nnunet_vit_mae.pretraining.job import PretrainingRun
+from nnunet_vit_mae.pretraining.job import PretrainingJob
 
 
 @dataclass
 class WatchedEpoch:
     """An epoch whose losses and gradient norms are looked at now and then, on all processes at the same steps."""
 
-    job: PretrainingRun
+    job: PretrainingJob
     crops: RandomCrops
     reads: ConsecutiveBatches
     output: Path

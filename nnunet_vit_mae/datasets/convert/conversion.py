@@ -23,7 +23,7 @@ from nnunet_vit_mae.datasets.convert.studies import FoundStudies, Study, read_im
 from nnunet_vit_mae.errors import UserError, WriteError
 from nnunet_vit_mae.imaging.channels import channel_file_name
 from nnunet_vit_mae.imaging.description import DESCRIPTION
-from nnunet_vit_mae.imaging.registration import RegistrationError, register, single_itk_thread
+from nnunet_vit_mae.imaging.registration import RegistrationError, register, resampled, single_itk_thread
 from nnunet_vit_mae.imaging.scans import ENDING, ScanError
 from nnunet_vit_mae.imaging.volumes import geometry_of
 from nnunet_vit_mae.imaging.writing import write_image
@@ -255,9 +255,9 @@ def _convert_study(job: ConversionTask, problems: dict[str, str]) -> ConvertedSt
             problems[contrast] = f"could not be registered to {reference}: {error}"
             continue
         row[f"{contrast}_mutual_information"] = f"{alignment.similarity.mutual_information:.4f}"
-        written[contrast] = _resampled(image, images[reference], alignment.transform, label=False)
+        written[contrast] = resampled(image, images[reference], alignment.transform, label=False)
         if label is not None and contrast == owner:
-            label = _resampled(label, images[reference], alignment.transform, label=True)
+            label = resampled(label, images[reference], alignment.transform, label=True)
     if label is not None and geometry_of(label).difference(geometry_of(images[reference])):
         label, problems[LABEL] = None, f"is on the grid of {owner}, which could not be registered to {reference}"
     return _write_case(job, written, label, row, problems)
@@ -318,13 +318,6 @@ def _read_label(
             return sitk.Cast(label, sitk.sitkUInt8), contrast
     problems[LABEL] = f"is on the grid of no contrast ({', '.join(images)})"
     return None, None
-
-
-def _resampled(image: sitk.Image, reference: sitk.Image, transform: sitk.Transform, *, label: bool) -> sitk.Image:
-    if label:
-        return sitk.Resample(image, reference, transform, sitk.sitkNearestNeighbor, 0)
-    lowest = float(sitk.GetArrayViewFromImage(image).min())
-    return sitk.Resample(image, reference, transform, sitk.sitkLinear, lowest, sitk.sitkFloat32)
 
 
 # ---------- tables

@@ -16,7 +16,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.imaging.registration import map_points
+from nnunet_vit_mae.imaging.registration import map_points, resampled
 from nnunet_vit_mae.imaging.scans import ScanError, read_scan
 from nnunet_vit_mae.imaging.volumes import geometry_of
 
@@ -111,10 +111,7 @@ def resample_region(
     """Resample an image to the template's grid around the region: nearest neighbour for labels, else linear."""
     identity = sitk.Transform(3, sitk.sitkIdentity)
     grid = crop(region.template, find_box(region, identity, region.template, margin))
-    if label:
-        return sitk.Resample(image, grid, transform, sitk.sitkNearestNeighbor, 0)
-    lowest = float(sitk.GetArrayViewFromImage(image).min())  # fills what lies outside the scan, as air does
-    return sitk.Resample(image, grid, transform, sitk.sitkLinear, lowest, sitk.sitkFloat32)
+    return resampled(image, grid, transform, label=label)
 
 
 def displacement(region: Region, transform: sitk.Transform) -> float:
