@@ -19,7 +19,6 @@ from nnunet_vit_mae.nnunet.shared_models import (
     PLANS,
     CheckpointEntries,
     ModelCard,
-    expected_tensors,
     refuse_other_weights,
     rest_member,
     weights_content,
@@ -32,6 +31,7 @@ from nnunet_vit_mae.nnunet.training_range import (
     fingerprint_file,
     read_training_volumes,
 )
+from nnunet_vit_mae.nnunet.untrained import expected_tensors
 from nnunet_vit_mae.storage.archives import json_content, write_archive
 from nnunet_vit_mae.storage.entries import checked_entries, read_entries
 from nnunet_vit_mae.storage.files import without_paths
