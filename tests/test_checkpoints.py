@@ -11,8 +11,9 @@ from torch import nn
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.nnunet.checkpoints import refuse_network_of_other_folds, refuse_other_network
-from nnunet_vit_mae.nnunet.stopping import BEST, FINAL, LATEST, StoppableTrainer
+from nnunet_vit_mae.nnunet.stopping import StoppableTrainer
 from nnunet_vit_mae.settings import Network, Settings
+from nnunet_vit_mae.storage.layout import BEST, FINAL, LATEST
 
 CONFIGURATION = "3d_fullres"
 NETWORK = {"size": "XS", "token": [2, 4, 8], "decoder": "unetr"}

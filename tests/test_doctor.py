@@ -16,10 +16,11 @@ from nnunet_vit_mae.installation import trainers_folder
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.nnunet.capacity import memory_of
 from nnunet_vit_mae.nnunet.diagnoses import diagnose_dataset, diagnose_trainers, diagnose_variables
-from nnunet_vit_mae.nnunet.folders import encoder_file, find_dataset
+from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.plans import load_plan
 from nnunet_vit_mae.processes import memory
 from nnunet_vit_mae.settings import Network
+from nnunet_vit_mae.storage.layout import encoder_file
 from nnunet_vit_mae.weights import save_encoder
 
 

@@ -142,7 +142,7 @@ def test_nnunet_predicts_the_same_elsewhere(trainer, site, archives, elsewhere):
         assert torch.equal(one, other)
     assert not torch.equal(*after[0])
     assert not [file for file in folder.parent.iterdir() if file.name.startswith(".") and file.is_dir()]
-    assert (folder / training_range.IMPORTED).is_file()
+    assert (folder / training_range.CARD).is_file()
     assert "already exists: add --overwrite" in elsewhere.call("mae3d_import", str(archive), code=2).stderr
     (folder / "note.txt").write_text("mine")
     elsewhere.call("mae3d_import", str(archive), "--overwrite")

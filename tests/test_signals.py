@@ -329,7 +329,8 @@ def test_a_segmentation_that_was_cut_off_is_predicted_again(tmp_path):
 
 
 def test_a_training_promises_only_what_it_has_saved(tmp_path):
-    from nnunet_vit_mae.nnunet.stopping import BEST, FINAL, LATEST, what_training_keeps
+    from nnunet_vit_mae.nnunet.stopping import what_training_keeps
+    from nnunet_vit_mae.storage.layout import BEST, FINAL, LATEST
 
     assert "nothing is saved" in what_training_keeps(tmp_path, 0.0)
     (tmp_path / BEST).touch()

@@ -17,6 +17,7 @@ from nnunet_vit_mae.cli.arguments import (
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.processes.signals import command
 from nnunet_vit_mae.storage.files import locked
+from nnunet_vit_mae.storage.layout import CALIBRATED, FINAL
 
 
 @command("Predictions that are done are kept, and the same command goes on with the others.")
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_for("mae3d_calibrate", __doc__, "-d 501 -f 0", "-d 501 -f 0 1 2 3 4 -tr nnUNetTrainerBaseline")
     add = parser.add_argument
     add_model_arguments(parser)
-    add("-chk", dest="checkpoint", default="checkpoint_final.pth", metavar="FILE", help="checkpoint to calibrate")
+    add("-chk", dest="checkpoint", default=FINAL, metavar="FILE", help="checkpoint to calibrate")
     add("--objective", choices=("volume", "dice"), default="volume", help="what to optimise: volume difference or Dice")
     add("--temperature", action="store_true", help="also fit a temperature, so that probabilities are calibrated")
     add(
@@ -50,7 +51,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from nnunet_vit_mae.nnunet import calibration, uncertainty
     from nnunet_vit_mae.nnunet.calibrated import refuse_calibrated
-    from nnunet_vit_mae.nnunet.models import CALIBRATED
 
     device = usable_device(args.device).type
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -23,12 +23,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from nnunet_vit_mae.nnunet.exporting import export_model
     from nnunet_vit_mae.nnunet.folders import find_dataset
-    from nnunet_vit_mae.nnunet.models import best_checkpoint, find_model, model_folder
+    from nnunet_vit_mae.nnunet.models import best_checkpoint, find_model
+    from nnunet_vit_mae.storage.layout import FINAL, model_folder
 
     dataset = find_dataset(args.dataset)
-    folder = model_folder(dataset, args.trainer, args.plans, args.configuration)
+    folder = model_folder(dataset.results, args.trainer, args.plans, args.configuration)
     folds = list(dict.fromkeys(args.folds))
-    checkpoints = args.checkpoints or ["checkpoint_final.pth", best_checkpoint(folder, folds)]
+    checkpoints = args.checkpoints or [FINAL, best_checkpoint(folder, folds)]
     models = [
         find_model(dataset, args.plans, args.configuration, trainer=args.trainer, folds=folds, checkpoint=checkpoint)
         for checkpoint in dict.fromkeys(checkpoints)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nnunet_vit_mae.cli.arguments import add_dataset_argument, add_device_argument, parser_for, usable_device
 from nnunet_vit_mae.processes.signals import command
+from nnunet_vit_mae.storage.layout import FINAL
 
 
 @command()
@@ -19,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("-p", dest="plans", nargs="+", required=True, metavar="NAME", help="names of the plans, each drawn as a row")
     add("-tr", dest="trainer", default="nnUNetTrainerViTMAE", metavar="NAME", help="trainer of the models")
     add("-f", dest="fold", default="0", help="trained fold: 0 to 4, or all")
-    add("-chk", dest="checkpoint", default="checkpoint_final.pth", metavar="FILE", help="checkpoint of the models")
+    add("-chk", dest="checkpoint", default=FINAL, metavar="FILE", help="checkpoint of the models")
     add("--case", metavar="NAME", help="preprocessed case (default: first validation case of the fold)")
     add("-o", dest="output", required=True, metavar="FILE", type=Path, help="figure to write, a .png")
     add_device_argument(parser, "cpu")

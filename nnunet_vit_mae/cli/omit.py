@@ -14,6 +14,7 @@ from nnunet_vit_mae.cli.arguments import (
     usable_device,
 )
 from nnunet_vit_mae.processes.signals import command
+from nnunet_vit_mae.storage.layout import FINAL
 from nnunet_vit_mae.storage.unfinished import new_folder
 
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_for("mae3d_omit", __doc__, "-d 501 -i imagesTs -r labelsTs --omit T2 -o omission")
     add = parser.add_argument
     add_model_arguments(parser, "nnUNetTrainerAMAE")
-    add("-chk", dest="checkpoint", default="checkpoint_final.pth", metavar="FILE", help="checkpoint to predict with")
+    add("-chk", dest="checkpoint", default=FINAL, metavar="FILE", help="checkpoint to predict with")
     add("-i", dest="images", required=True, type=Path, metavar="FOLDER", help="images to predict")
     add("-r", dest="references", required=True, type=Path, metavar="FOLDER", help="reference segmentations")
     add("--omit", nargs="+", required=True, metavar="NAME", help="contrasts to omit, all at once")

@@ -41,8 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.public and not args.repo:
         raise UserError("--public is for a repository on the hub: name it with --repo.")
 
-    from nnunet_vit_mae.nnunet.folders import encoder_file, find_dataset
+    from nnunet_vit_mae.nnunet.folders import find_dataset
     from nnunet_vit_mae.sharing.model_folder import write_model_folder
+    from nnunet_vit_mae.storage.layout import encoder_file
 
     dataset = find_dataset(args.dataset)
     encoder = encoder_file(dataset.results, args.plans, args.configuration, args.fold)

@@ -14,6 +14,7 @@ from nnunet_vit_mae.evaluation.drawing import label_y_axis, make_panels, model_s
 from nnunet_vit_mae.presets import SIZES
 from nnunet_vit_mae.settings import BLOCK, Network, Settings
 from nnunet_vit_mae.storage.files import read_json
+from nnunet_vit_mae.storage.layout import PLANS
 
 VIT_TRAINERS = ("ViT", "AMAE")  # parts of the names of our trainers that train a ViT
 
@@ -47,7 +48,7 @@ def read_trained_vit(folder: Path) -> TrainedVit:
     Raises `UserError` if the folder is another one, or the model has no ViT.
     """
     trainer, *others = folder.resolve().name.split("__")
-    file = folder / "plans.json"
+    file = folder / PLANS
     if len(others) != 2 or not file.is_file():
         raise UserError(f"{folder} is not the folder of a model: give nnU-Net's, TRAINER__PLANS__CONFIGURATION.")
     if not trains_vit(trainer):

@@ -49,6 +49,7 @@ from nnunet_vit_mae.plots import save_figure
 from nnunet_vit_mae.storage.csv_tables import write_rows
 from nnunet_vit_mae.storage.entries import read_entries
 from nnunet_vit_mae.storage.files import inside, write_json
+from nnunet_vit_mae.storage.layout import FINAL
 from nnunet_vit_mae.storage.stored_rows import StoredRows
 from nnunet_vit_mae.weights import file_hash, package_versions
 
@@ -230,7 +231,7 @@ def _validation_cases_of(model: Model, fold: str, device: str) -> list[Predicted
     _refuse_other_split(model, fold, names)
     references_of = {name: find_reference(plan, name, plan.dataset.references) for name in names}
     probabilities = fold_folder / "validation"  # where nnUNetv2_train --npz saves them
-    are_saved = model.checkpoint == "checkpoint_final.pth"
+    are_saved = model.checkpoint == FINAL
     if not are_saved or not _complete(probabilities, names, fold_folder / model.checkpoint):
         model = replace(model, folds=(fold,))
         probabilities = _predict(model, plan.dataset.raw / "imagesTr", names, f"{FOLDER}_fold_{fold}", device)

@@ -13,6 +13,7 @@ from nnunet_vit_mae.errors import UserError, abbreviated
 from nnunet_vit_mae.pretraining.saved_state import weights_difference
 from nnunet_vit_mae.settings import BLOCK, Network, Settings, to_json_types
 from nnunet_vit_mae.storage.files import read_json
+from nnunet_vit_mae.storage.layout import PLANS
 
 
 def refuse_other_network(
@@ -60,9 +61,9 @@ def refuse_network_of_other_folds(folder: Path, configuration: str, network: Net
     """
     model = folder.parent
     trained = {file.parent.name for file in model.glob("fold_*/checkpoint_*.pth")} - {folder.name}
-    if not trained or not (model / "plans.json").is_file():
+    if not trained or not (model / PLANS).is_file():
         return
-    if differs := _changed_settings(read_json(model / "plans.json"), configuration, network):
+    if differs := _changed_settings(read_json(model / PLANS), configuration, network):
         raise UserError(
             f"The training of {abbreviated(sorted(trained))} in {model} had other {differs}: write the plans as they "
             f"were to train {folder.name} too, or plan with another name (mae3d_plan -o) for a new model."

@@ -20,10 +20,11 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.hub import local_file
 from nnunet_vit_mae.imaging.channels import cases_in
 from nnunet_vit_mae.installation import EXT_TRAINER, trainers_folder
-from nnunet_vit_mae.nnunet.folders import Dataset, encoder_file, find_dataset
+from nnunet_vit_mae.nnunet.folders import Dataset, find_dataset
 from nnunet_vit_mae.nnunet.folds import labelled_cases, split_of
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of, destination, load_plan
 from nnunet_vit_mae.nnunet.preprocessing import preprocessed_pool
+from nnunet_vit_mae.storage.layout import encoder_file
 from nnunet_vit_mae.transfer import adapt_encoder
 from nnunet_vit_mae.weights import read_encoder
 

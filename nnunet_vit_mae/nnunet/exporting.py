@@ -11,12 +11,10 @@ from nnunet_vit_mae.calibration.record import CALIBRATION_RECORD, UNCERTAINTY
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.description import DESCRIPTION
 from nnunet_vit_mae.nnunet.calibrated import read_calibration_of
-from nnunet_vit_mae.nnunet.models import CALIBRATED, Model
+from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.nnunet.shared_models import (
-    CARD,
     DESCRIBING,
-    PLANS,
     CheckpointEntries,
     ModelCard,
     refuse_other_weights,
@@ -35,6 +33,7 @@ from nnunet_vit_mae.nnunet.untrained import expected_tensors
 from nnunet_vit_mae.storage.archives import json_content, write_archive
 from nnunet_vit_mae.storage.entries import checked_entries, read_entries
 from nnunet_vit_mae.storage.files import without_paths
+from nnunet_vit_mae.storage.layout import CALIBRATED, CARD, PLANS
 from nnunet_vit_mae.storage.pickles import read_trained
 from nnunet_vit_mae.weights import package_versions
 

@@ -12,6 +12,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_dataset
 
 from nnunet_vit_mae.datasets.split.files import PREPROCESSED_LABELS
 from nnunet_vit_mae.errors import UserError, did_you_mean
+from nnunet_vit_mae.storage.layout import dataset_id
 
 DIGITS = 9  # of the longest number that is looked for; nnU-Net's have three
 
@@ -38,16 +39,6 @@ class Dataset:
     def plans_file(self, plans_name: str) -> Path:
         """Return the file of the plans that `-p` names."""
         return self.preprocessed / f"{plans_name}.json"
-
-
-def dataset_id(name: str) -> str:
-    """Return the three digits in a name such as `Dataset501_Name`."""
-    return name[len("Dataset") :].split("_")[0]
-
-
-def encoder_file(results: Path, plans_name: str, configuration: str, fold: str) -> Path:
-    """Return where `mae3d_pretrain` writes the encoder of a fold (or of `all`) in a dataset's results folder."""
-    return results / f"mae3d_pretrain__{plans_name}__{configuration}" / f"fold_{fold}" / "encoder.safetensors"
 
 
 def find_dataset(id_or_name: str) -> Dataset:

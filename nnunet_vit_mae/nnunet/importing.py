@@ -22,12 +22,9 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.description import DESCRIPTION, describe
 from nnunet_vit_mae.nnunet.checked_plans import check_plans
 from nnunet_vit_mae.nnunet.folders import Dataset
-from nnunet_vit_mae.nnunet.models import CALIBRATED
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of, refuse_cascade
 from nnunet_vit_mae.nnunet.shared_models import (
-    CARD,
     MEMBERS,
-    PLANS,
     CheckpointEntries,
     ModelCard,
     read_weights,
@@ -40,6 +37,7 @@ from nnunet_vit_mae.nnunet.untrained import expected_tensors
 from nnunet_vit_mae.storage.archives import Archive, open_archive
 from nnunet_vit_mae.storage.entries import checked_entries
 from nnunet_vit_mae.storage.files import inside, locked, replacing, set_aside, write_json
+from nnunet_vit_mae.storage.layout import CALIBRATED, CARD, PLANS
 from nnunet_vit_mae.weights import file_hash
 
 ADVICE = "export the model again"

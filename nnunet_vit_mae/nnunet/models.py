@@ -12,10 +12,9 @@ from nnunet_vit_mae.nnunet.checked_plans import read_plans
 from nnunet_vit_mae.nnunet.folders import Dataset, find_dataset
 from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade
 from nnunet_vit_mae.storage.files import short_hash
+from nnunet_vit_mae.storage.layout import CALIBRATED, FINAL, PLANS, model_folder
 from nnunet_vit_mae.storage.pickles import read_trained
 from nnunet_vit_mae.weights import file_hash
-
-CALIBRATED = "checkpoint_calibrated.pth"
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Model:
     @property
     def folder(self) -> Path:
         """The model's folder in nnU-Net's results."""
-        return model_folder(self.plan.dataset, self.trainer, self.plan.plans.plans_name, self.plan.name)
+        return model_folder(self.plan.dataset.results, self.trainer, self.plan.plans.plans_name, self.plan.name)
 
     @property
     def files(self) -> list[Path]:
@@ -63,15 +62,10 @@ def model_hash(model: Model) -> str:
     return short_hash("".join(file_hash(file) for file in model.files), 12)
 
 
-def model_folder(dataset: Dataset, trainer: str, plans_name: str, configuration: str) -> Path:
-    """Return where nnU-Net keeps a model, whether it exists or not."""
-    return dataset.results / f"{trainer}__{plans_name}__{configuration}"
-
-
 def best_checkpoint(folder: Path, folds: Sequence[str]) -> str:
     """Return the calibrated checkpoint if all folds have one, otherwise the final one."""
     calibrated = all((folder / f"fold_{fold}" / CALIBRATED).is_file() for fold in folds)
-    return CALIBRATED if calibrated else "checkpoint_final.pth"
+    return CALIBRATED if calibrated else FINAL
 
 
 def find_model(
@@ -106,7 +100,7 @@ def find_model(
         raise UserError(f"-f {unknown[0]} is neither 'all' nor the number of a fold.")
     if twice := [fold for fold in folds if folds.count(fold) > 1]:
         raise UserError(f"-f names the fold {twice[0]} twice: name each fold once.")
-    folder = model_folder(dataset, trainer, plans_name, configuration)
+    folder = model_folder(dataset.results, trainer, plans_name, configuration)
     checkpoint = best_checkpoint(folder, folds) if checkpoint is None else checkpoint
     for fold in folds:
         file = folder / f"fold_{fold}" / checkpoint
@@ -119,7 +113,7 @@ def find_model(
             )
     description = read_description(folder / DESCRIPTION)
     description.needed("file_ending")
-    plans = read_plans(folder / "plans.json", plans_name, configuration, description)
+    plans = read_plans(folder / PLANS, plans_name, configuration, description)
     plan = Plan(dataset, plans, configuration, dict(description.content))
     refuse_cascade(plan.configuration)
     return Model(plan, trainer, tuple(folds), checkpoint)

@@ -17,7 +17,6 @@ import torch
 from nnunet_vit_mae.errors import UserError, abbreviated
 from nnunet_vit_mae.networks.memory import pretraining_memory
 from nnunet_vit_mae.nnunet.capacity import free_memory_of, memory_of, refuse_step_beyond
-from nnunet_vit_mae.nnunet.folders import encoder_file
 from nnunet_vit_mae.nnunet.folds import PreprocessedCase, pretraining_cases
 from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade, settings_for
 from nnunet_vit_mae.nnunet.wandb_tracker import check_wandb, wandb_tracker
@@ -30,6 +29,7 @@ from nnunet_vit_mae.pretraining.saved_state import what_is_kept
 from nnunet_vit_mae.pretraining.volumes import ITEM, Cache, DeviceCache, bytes_in_half_precision, volume_problems
 from nnunet_vit_mae.settings import Pretraining, Settings, to_json_types
 from nnunet_vit_mae.storage.files import locked, short_hash
+from nnunet_vit_mae.storage.layout import encoder_file
 from nnunet_vit_mae.tracking import wants_tensorboard
 from nnunet_vit_mae.weights import Card, hashed_name, package_versions, save_encoder
 

@@ -21,7 +21,7 @@ from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.evaluation.clinical import find_cutoffs, group_names, group_of
 from nnunet_vit_mae.imaging.volumes import Geometry, ScanError, read_geometry, without_warnings_of_itk
 from nnunet_vit_mae.nnunet.calibrated import read_calibration_of
-from nnunet_vit_mae.nnunet.models import CALIBRATED, Model, model_hash
+from nnunet_vit_mae.nnunet.models import Model, model_hash
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
 from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, predict_cases, remove_outdated
 from nnunet_vit_mae.nnunet.preprocessing import resampled_problem
@@ -31,6 +31,7 @@ from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.csv_tables import read_cells, read_frame, write_frame
 from nnunet_vit_mae.storage.entries import read_entries
 from nnunet_vit_mae.storage.files import locked, read_json, write_json
+from nnunet_vit_mae.storage.layout import CALIBRATED
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,7 @@ from nnunet_vit_mae.errors import exit_on_user_error
 from nnunet_vit_mae.pretraining.readers import refuse_without_shared_memory
 from nnunet_vit_mae.processes.signals import forks_follow, stoppable, tell
 from nnunet_vit_mae.storage.files import replacing, set_aside
-
-FINAL, LATEST, BEST = (f"checkpoint_{name}.pth" for name in ("final", "latest", "best"))
+from nnunet_vit_mae.storage.layout import BEST, FINAL, LATEST
 
 
 class StoppableTrainer(nnUNetTrainer):

@@ -30,12 +30,12 @@ from nnunet_vit_mae.networks.segmenter import Segmenter, prior_logits, start_fro
 from nnunet_vit_mae.nnunet.absence import keeping_absence
 from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation
 from nnunet_vit_mae.nnunet.checkpoints import refuse_network_of_other_folds, refuse_other_network
-from nnunet_vit_mae.nnunet.folders import dataset_id, encoder_file
 from nnunet_vit_mae.nnunet.plans import channel_names, destination, refuse_cascade, settings_for
 from nnunet_vit_mae.nnunet.scheduled import CUDA, ScheduledTrainer
 from nnunet_vit_mae.optimisation import WarmupCosine, parameter_groups
 from nnunet_vit_mae.presets import SIZES
 from nnunet_vit_mae.settings import BLOCK, EncoderFile, Settings
+from nnunet_vit_mae.storage.layout import dataset_id, encoder_file
 from nnunet_vit_mae.storage.pickles import read_trained
 from nnunet_vit_mae.transfer import adapt_encoder
 from nnunet_vit_mae.weights import Card, file_hash, read_encoder

@@ -26,12 +26,12 @@ from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.entries import checked_entries, read_entries
 from nnunet_vit_mae.storage.files import read_json, short_hash, write_json
+from nnunet_vit_mae.storage.layout import CARD
 
 logger = logging.getLogger(__name__)
 
 FINGERPRINT = "dataset_fingerprint.json"  # nnU-Net's, which it copies into the model's folder
 TRAINING_VOLUMES = "training_volumes.json"  # there too, so that the labels are read only once
-IMPORTED = "card.json"  # which only mae3d_import leaves there: the labelled cases of that model are at another site
 TOLERANCE = 1.01  # of a spacing, because headers are rounded
 
 Spacing = Annotated[list[Annotated[FiniteFloat, Field(gt=0)]], Field(min_length=3, max_length=3)]
@@ -158,7 +158,7 @@ def _read_stored(file: Path, labels: Iterable[str]) -> _StoredVolumes | None:
 
 def _labelled_files(model: Model) -> dict[str, Path]:
     """Return the reference segmentations by case, without the test cases; none where they are those of others."""
-    if (model.folder / IMPORTED).is_file():
+    if (model.folder / CARD).is_file():
         return {}
     dataset = model.plan.dataset
     held_out = read_split_record(dataset.preprocessed).test

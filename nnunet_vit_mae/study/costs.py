@@ -10,6 +10,7 @@ from typing import Any
 from nnunet_vit_mae.evaluation.by_token import trains_vit
 from nnunet_vit_mae.settings import BLOCK
 from nnunet_vit_mae.storage.files import read_json
+from nnunet_vit_mae.storage.layout import PLANS
 from nnunet_vit_mae.storage.pickles import read_trained
 from nnunet_vit_mae.study.design import CHECKPOINTS, StudyDesign
 from nnunet_vit_mae.study.workflow import Compute, duration_text, read_compute
@@ -88,7 +89,7 @@ def count_parameters(checkpoint: Path) -> int:
 
 
 def _samples_text(study: StudyDesign, arm: str) -> str:
-    file = study.model_folder(arm, 0) / "plans.json"
+    file = study.model_folder(arm, 0) / PLANS
     if not file.is_file():
         return ""
     if not study.arms[arm].scheduled:

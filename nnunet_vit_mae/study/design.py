@@ -11,10 +11,11 @@ from typing import Any
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.channels import visible_files
 from nnunet_vit_mae.storage.files import read_json
+from nnunet_vit_mae.storage.layout import CALIBRATED, FINAL, dataset_id, encoder_file, model_folder
 from nnunet_vit_mae.study.arms import WITHOUT_UNET, Arm, arms_from, arms_to_json, encoder_recipe, merged
 
 STUDY_FILE = "study.json"
-CHECKPOINTS = {False: "checkpoint_final.pth", True: "checkpoint_calibrated.pth"}  # by whether it is calibrated
+CHECKPOINTS = {False: FINAL, True: CALIBRATED}  # by whether it is calibrated
 MAY_CHANGE = ("arms", "seeds", "device", "preprocessed")  # of a study that was begun
 
 
@@ -44,7 +45,7 @@ class StudyDesign:
     @property
     def id(self) -> str:
         """The number of the dataset, as `-d` takes it."""
-        return self.dataset.removeprefix("Dataset").split("_")[0]
+        return dataset_id(self.dataset)
 
     @property
     def name(self) -> str:
@@ -94,12 +95,12 @@ class StudyDesign:
 
     def encoder_file(self, arm: str) -> Path:
         """Return where `mae3d_pretrain` writes an encoder."""
-        folder = f"mae3d_pretrain__{self.encoder_plans(arm)}__{self.configuration}"
-        return Path(self.results, folder, "fold_0", "encoder.safetensors")
+        return encoder_file(Path(self.results), self.encoder_plans(arm), self.configuration, "0")
 
     def model_folder(self, arm: str, seed: int) -> Path:
         """Return where nnU-Net keeps a model."""
-        return Path(self.results, f"{self.arms[arm].trainer}__{self.plans(arm, seed)}__{self.configuration}")
+        trainer, plans = self.arms[arm].trainer, self.plans(arm, seed)
+        return model_folder(Path(self.results), trainer, plans, self.configuration)
 
     def recipe_file(self, arm: str, seed: int) -> Path:
         """Return the recipe of an arm and seed, which `mae3d_plan` reads."""

@@ -17,6 +17,7 @@ from nnunet_vit_mae.evaluation.summary import REPORTED_PACKAGES
 from nnunet_vit_mae.evaluation.words import format_values, p_text
 from nnunet_vit_mae.storage.csv_tables import write_frame
 from nnunet_vit_mae.storage.files import replacing
+from nnunet_vit_mae.storage.layout import PLANS
 from nnunet_vit_mae.study.comparisons import (
     COMPARED,
     OPTIONS,
@@ -160,7 +161,7 @@ def _dice_of_vits(study: StudyDesign, table: pd.DataFrame, label: str) -> list[D
     for arm, entry in study.trained.items():
         folder = study.model_folder(arm, 0)
         point = point_of(table, Variant(arm, calibrated=False), max(study.few), label, "dice")
-        if point and trains_vit(entry.trainer) and (folder / "plans.json").is_file():
+        if point and trains_vit(entry.trainer) and (folder / PLANS).is_file():
             results.append(DiceOfVit(read_trained_vit(folder), point.mean, point.low, point.high))
     return results
 
