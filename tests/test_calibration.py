@@ -270,6 +270,18 @@ def test_probabilities_of_an_older_checkpoint_are_not_taken(model, monkeypatch):
     assert not (model / "calibration_fold_1" / "images").exists()
 
 
+def test_probabilities_of_the_best_checkpoint_are_not_taken_for_those_of_the_final_one(model, predicted):
+    """nnUNetv2_train --val_best writes them to the same place."""
+    note = model / "fold_1" / "validation" / "checkpoint.json"
+    note.write_text(json.dumps({"checkpoint": FINAL}))
+    calibrate()
+    assert not predicted
+    note.write_text(json.dumps({"checkpoint": "checkpoint_best.pth"}))
+    with pytest.raises(SystemExit):  # what was predicted is empty
+        calibrate()
+    assert len(predicted) == 1
+
+
 FINAL = "checkpoint_final.pth"
 
 

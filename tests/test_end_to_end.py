@@ -219,6 +219,9 @@ def test_validation_and_continuing_need_no_encoder_file(finetuned, tmp_path):
         shutil.rmtree(folder / "validation")
         workspace.call(*TRAIN.split(), "nnUNetTrainerViTMAE", flag)
         assert 0 <= json.loads((folder / "validation" / "summary.json").read_text())["foreground_mean"]["Dice"] <= 1
+        assert json.loads((folder / "validation" / "checkpoint.json").read_text()) == {
+            "checkpoint": "checkpoint_final.pth"
+        }
 
 
 def test_scratch_and_baseline_get_the_same_schedule(compared):

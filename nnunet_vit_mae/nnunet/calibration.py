@@ -49,7 +49,7 @@ from nnunet_vit_mae.plots import save_figure
 from nnunet_vit_mae.storage.csv_tables import write_rows
 from nnunet_vit_mae.storage.entries import read_entries
 from nnunet_vit_mae.storage.files import inside, write_json
-from nnunet_vit_mae.storage.layout import FINAL
+from nnunet_vit_mae.storage.layout import CHECKPOINT_NOTE, FINAL, VALIDATION
 from nnunet_vit_mae.storage.stored_rows import StoredRows
 from nnunet_vit_mae.weights import file_hash, package_versions
 
@@ -230,8 +230,10 @@ def _validation_cases_of(model: Model, fold: str, device: str) -> list[Predicted
     names = split_of(plan, fold, list(reference_segmentations(plan)))["val"]
     _refuse_other_split(model, fold, names)
     references_of = {name: find_reference(plan, name, plan.dataset.references) for name in names}
-    probabilities = fold_folder / "validation"  # where nnUNetv2_train --npz saves them
-    are_saved = model.checkpoint == FINAL
+    probabilities = fold_folder / VALIDATION  # where nnUNetv2_train --npz saves them
+    note = probabilities / CHECKPOINT_NOTE  # with --val_best, they are those of the best checkpoint
+    validated = read_entries(dict[str, str], note, "remove it")["checkpoint"] if note.is_file() else FINAL
+    are_saved = model.checkpoint == FINAL == validated
     if not are_saved or not _complete(probabilities, names, fold_folder / model.checkpoint):
         model = replace(model, folds=(fold,))
         probabilities = _predict(model, plan.dataset.raw / "imagesTr", names, f"{FOLDER}_fold_{fold}", device)
@@ -246,7 +248,7 @@ def _refuse_other_split(model: Model, fold: str, validation: Collection[str]) ->
 
     A fold whose validation was stopped has only some of them, and one that came from elsewhere none.
     """
-    folder, ending = model.folder / f"fold_{fold}" / "validation", model.plan.dataset_json["file_ending"]
+    folder, ending = model.folder / f"fold_{fold}" / VALIDATION, model.plan.dataset_json["file_ending"]
     found, expected = {file.name.removesuffix(ending) for file in folder.glob(f"*{ending}")}, {*validation}
     finished = (folder / "summary.json").is_file()
     if others := found ^ expected if finished else found - expected:

@@ -16,14 +16,15 @@ from torch import distributed as dist
 from nnunet_vit_mae.errors import exit_on_user_error
 from nnunet_vit_mae.pretraining.readers import refuse_without_shared_memory
 from nnunet_vit_mae.processes.signals import forks_follow, stoppable, tell
-from nnunet_vit_mae.storage.files import replacing, set_aside
-from nnunet_vit_mae.storage.layout import BEST, FINAL, LATEST
+from nnunet_vit_mae.storage.files import replacing, set_aside, write_json
+from nnunet_vit_mae.storage.layout import BEST, CHECKPOINT_NOTE, FINAL, LATEST, VALIDATION
 
 
 class StoppableTrainer(nnUNetTrainer):
     """nnU-Net's trainer with a checkpoint after each epoch, which is whole at any time."""
 
     saved_since = 0.0  # files that are older belong to an earlier training
+    checkpoint_in_use = ""  # its file name, once one was loaded or saved
 
     @exit_on_user_error
     def run_training(self) -> None:
@@ -35,9 +36,20 @@ class StoppableTrainer(nnUNetTrainer):
 
     @exit_on_user_error
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Validate as nnU-Net does. A signal ends it with a sentence."""
+        """Validate as nnU-Net does, and note with which checkpoint. A signal ends it with a sentence."""
+        note = Path(self.output_folder, VALIDATION, CHECKPOINT_NOTE)
+        if self.local_rank == 0:
+            note.unlink(missing_ok=True)
         with self._stoppable(), forks_follow():
             super().perform_actual_validation(save_probabilities)
+        if self.local_rank == 0:
+            write_json({"checkpoint": self.checkpoint_in_use}, note)
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """Load a checkpoint as nnU-Net does."""
+        super().load_checkpoint(filename_or_checkpoint)
+        if isinstance(filename_or_checkpoint, str):
+            self.checkpoint_in_use = Path(filename_or_checkpoint).name
 
     @exit_on_user_error
     def get_dataloaders(self) -> tuple:
@@ -60,6 +72,7 @@ class StoppableTrainer(nnUNetTrainer):
         The first one of a training moves `checkpoint_final.pth` of an earlier training aside, which `--c` would load
         before all others.
         """
+        self.checkpoint_in_use = Path(filename).name
         if self.local_rank or self.disable_checkpointing:
             return super().save_checkpoint(filename)
         file = Path(filename)

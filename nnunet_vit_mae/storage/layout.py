@@ -7,6 +7,8 @@ from __future__ import annotations
 from pathlib import Path
 
 FINAL, LATEST, BEST, CALIBRATED = (f"checkpoint_{name}.pth" for name in ("final", "latest", "best", "calibrated"))
+VALIDATION = "validation"  # in a fold's folder: what nnUNetv2_train predicts at its end, or with --val
+CHECKPOINT_NOTE = "checkpoint.json"  # there: with which checkpoint; stock trainers leave none
 PLANS = "plans.json"  # in a model's folder
 CARD = "card.json"  # there too, if mae3d_import has written it: the labelled cases of that model are at another site
 
