@@ -321,7 +321,13 @@ def test_the_report_has_curves_comparisons_and_limits(tmp_path, few, labels):
     study = study_of(tmp_path, "unet", "vit", "scratch", few=few)
     table = made_up(study.arms, few=few, labels=labels)
     missing = [StudyModel("scratch", 10, 1, True)]
-    page = write_study_report(study, table, missing, [costs.cost_of(study, arm) for arm in study.arms])
+    page = write_study_report(
+        study,
+        table,
+        comparisons.answers_of(study.arms, table),
+        missing,
+        [costs.cost_of(study, arm) for arm in study.arms],
+    )
     text = page.read_text()
     assert text.count("data:image/svg+xml") == len(labels) * (1 + 5)
     for part in ("Pre-trained minus from scratch", "a &amp; b", "scratch_10_s1_calibrated", "What cannot be said"):
@@ -359,7 +365,8 @@ def test_the_report_shows_how_models_learned(tmp_path):
 
     panels = training_figure(curves).axes
     assert [len(axes.lines) for axes in panels] == [1, 1, 3, 3]
-    page = write_study_report(study, made_up(study.arms, seeds=1, cases=3), [], [])
+    table = made_up(study.arms, seeds=1, cases=3)
+    page = write_study_report(study, table, comparisons.answers_of(study.arms, table), [], [])
     assert 'id="training"' in page.read_text()
     assert {"pretraining.png", "training.svg"} <= {file.name for file in (Path(study.output) / "figures").iterdir()}
 

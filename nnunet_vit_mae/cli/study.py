@@ -267,17 +267,17 @@ def _calibrate(study: StudyDesign, run: str) -> None:
 
 
 def _report(study: StudyDesign) -> None:
-    from nnunet_vit_mae.study.comparisons import answer, questions_of, sentence_of
+    from nnunet_vit_mae.study.comparisons import answers_of, sentence_of
     from nnunet_vit_mae.study.costs import cost_of
     from nnunet_vit_mae.study.report import write_study_report
     from nnunet_vit_mae.study.results import measure_study
 
     table, missing = measure_study(study)
-    page = write_study_report(study, table, missing, [cost_of(study, arm) for arm in study.arms])
-    for question in questions_of(study.arms):
-        if answers := [paired for paired in answer(question, table) if paired.measure == "dice"]:
-            print(question.title)
-            print("\n".join(f"  {sentence_of(paired)}" for paired in answers))
+    answers = answers_of(study.arms, table)
+    page = write_study_report(study, table, answers, missing, [cost_of(study, arm) for arm in study.arms])
+    for question, found in answers.items():
+        print(question.title)
+        print("\n".join(f"  {sentence_of(paired)}" for paired in found if paired.measure == "dice"))
     print(f"Wrote {page}, results.csv and comparisons.csv.")
 
 

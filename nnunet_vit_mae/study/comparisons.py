@@ -125,6 +125,12 @@ def answer(question: Question, table: pd.DataFrame) -> list[PairedDifference]:
     return answers
 
 
+def answers_of(arms: Mapping[str, Arm], table: pd.DataFrame) -> dict[Question, list[PairedDifference]]:
+    """Return the answers to the questions of which there are results."""
+    answers = {question: answer(question, table) for question in questions_of(arms)}
+    return {question: found for question, found in answers.items() if found}
+
+
 def compare_pair(
     table: pd.DataFrame, first: Variant, second: Variant, few: int, label: str, measure: str
 ) -> PairedDifference | None:

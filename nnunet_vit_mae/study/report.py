@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -24,12 +24,10 @@ from nnunet_vit_mae.study.comparisons import (
     PairedDifference,
     Question,
     Variant,
-    answer,
     distinct,
     limits_of_study,
     measure_title,
     point_of,
-    questions_of,
     sentence_of,
     verdict_of,
 )
@@ -61,13 +59,18 @@ DIFFERENCES = (
 
 
 def write_study_report(
-    study: StudyDesign, table: pd.DataFrame, missing: Sequence[StudyModel], costs: Sequence[Cost]
+    study: StudyDesign,
+    table: pd.DataFrame,
+    answers: Mapping[Question, Sequence[PairedDifference]],
+    missing: Sequence[StudyModel],
+    costs: Sequence[Cost],
 ) -> Path:
     """Write the page, its figures and the table of comparisons.
 
     Args:
         study: The study.
         table: The results, as in `results.csv`.
+        answers: What `answers_of` finds in them.
         missing: Models without results.
         costs: What each arm costs.
 
@@ -76,11 +79,9 @@ def write_study_report(
     """
     output = Path(study.output)
     labels = distinct(table, "label")
-    answers = {question: answer(question, table) for question in questions_of(study.arms)}
-    known = {question: found for question, found in answers.items() if found}
-    _write_comparisons(known, output / "comparisons.csv")
+    _write_comparisons(answers, output / "comparisons.csv")
     gallery = Gallery(labels, output / "figures")
-    all_answers = [paired for found in known.values() for paired in found]
+    all_answers = [paired for found in answers.values() for paired in found]
     limits = limits_of_study(
         all_answers,
         study.arms,
@@ -91,7 +92,7 @@ def write_study_report(
     context = {
         "study": study,
         "cases": len(distinct(table, "case")),
-        "labels": [_label_context(study, table, label, known, gallery) for label in labels],
+        "labels": [_label_context(study, table, label, answers, gallery) for label in labels],
         "training": _training_pictures(study, gallery),
         "limits": [*limits, *_missing(missing)],
         "measures": [measure_title(measure) for measure in COMPARED],
@@ -131,7 +132,7 @@ def _label_context(
     study: StudyDesign,
     table: pd.DataFrame,
     label: str,
-    answers: dict[Question, list[PairedDifference]],
+    answers: Mapping[Question, Sequence[PairedDifference]],
     gallery: Gallery,
 ) -> dict[str, Any]:
     curves = gallery.add(
@@ -205,7 +206,7 @@ def _row(paired: PairedDifference) -> dict[str, Any]:
     }
 
 
-def _write_comparisons(answers: dict[Question, list[PairedDifference]], file: Path) -> None:
+def _write_comparisons(answers: Mapping[Question, Sequence[PairedDifference]], file: Path) -> None:
     rows = [
         {
             "question": question.title,
