@@ -22,7 +22,7 @@ def test_a_folder_in_use_is_refused(tmp_path, refused):
     (tmp_path / "mine.txt").write_text("precious")
     assert "already exists" in refused(demo.main, "-o", str(tmp_path))
     assert "already exists" in refused(demo.main, "-o", str(tmp_path / "mine.txt"))
-    assert "is not between 0" in refused(demo.main, "-o", str(tmp_path / "new"), "--seed", "-1")
+    assert "is not from 0 to" in refused(demo.main, "-o", str(tmp_path / "new"), "--seed", "-1")
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 

@@ -270,7 +270,7 @@ def test_objects_without_an_image_are_passed_over_by_their_class(tmp_path):
 
 def test_only_other_objects_are_named(tmp_path):
     write_dicom(header(SEGMENTATION, "1.9.1.7.1"), tmp_path / "seg.dcm")
-    with pytest.raises(UserError, match=r"no DICOM images in .* \(Segmentation is no image\)"):
+    with pytest.raises(UserError, match=r"no DICOM images in .* \(Segmentation is not an image\)"):
         dicom_studies(tmp_path, HEAD, None)
 
 

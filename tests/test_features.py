@@ -252,7 +252,7 @@ def test_any_training_case_can_be_named(in_trained, tmp_path, capsys):
         ("-chk other.pth", "other.pth"),
         ("-tr nnUNetTrainerBaseline", "nnUNetTrainerBaseline has no ViT"),
         ("-c 2d", "run nnUNetv2_train 901 2d 0"),
-        ("--case nobody", "train_0, train_1, train_2, ...): check --case"),
+        ("--case nobody", "train_0, train_1, train_2 and 3 more): check --case"),
         ("-o features.jpg", "features.jpg must end with .png"),
         ("-o dataset.json/features.png", "choose another file with -o"),
         ("-o /dev/null/features.png", "choose another file with -o"),

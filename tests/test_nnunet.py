@@ -367,7 +367,7 @@ def test_advice_to_preprocess_names_configuration_and_plans(in_workspace):
         ("-d 901", "-device cpu"),
         ("-d 901 -device cpu -f 9", "-f 9"),
         ("-d 901 -device cpu -f 00", "-f 00"),
-        ("-d 901 -device cpu --seed -1", "is not between 0"),
+        ("-d 901 -device cpu --seed -1", "is not from 0 to"),
         ("-d 901 -device cpu --mask_ratio 1.5", "mask_ratio"),
     ],
 )

@@ -521,8 +521,8 @@ def test_other_series_of_training_patients_belong_to_pretraining(in_workspace, p
 def test_training_with_few_patients_takes_the_encoder_of_the_parent(in_workspace):
     import torch
 
-    from nnunet_vit_mae.nnunet.folders import encoder_file
     from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerViTMAE
+    from nnunet_vit_mae.storage.layout import encoder_file
 
     split_901(in_workspace, {case: case for case in LABELLED}, "--folds", "3", "--few", "1")
     plans = json.loads((in_workspace.preprocessed / "nnUNetPlans.json").read_text()) | {"continue_training": False}
