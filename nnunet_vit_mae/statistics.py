@@ -21,7 +21,7 @@ LIMIT_SDS = 1.96  # standard deviations on either side of the mean that hold 95%
 class Comparison:
     """Paired values compared; the means are NaN without any pair, and p is None when no pair differs."""
 
-    n: int  # pairs
+    n: int  # pairs that are tested: cases, or patients
     first: float  # mean
     second: float  # mean
     difference: float  # mean of second minus first
@@ -138,11 +138,11 @@ def compare(first: Sequence[float], second: Sequence[float], groups: Sequence[st
     Args:
         first: One value per case.
         second: The other value of the same cases, in the same order.
-        groups: The patient of each case: the means of each patient's cases are compared, as scans of one patient are
-            not independent; None: each case counts.
+        groups: The patient of each case: the means of each patient's cases are tested, as scans of one patient are not
+            independent; None: each case counts.
 
     Returns:
-        Means, their difference and p, all over the pairs that are compared.
+        Means over the cases and their difference; number of pairs that are tested, how many of them differ, and p.
 
     Raises:
         ValueError: If a value is NaN or infinite, or the lengths differ.
@@ -156,6 +156,8 @@ def compare(first: Sequence[float], second: Sequence[float], groups: Sequence[st
         raise ValueError(f"Pairs must be finite, but one of them is {pairs[~np.isfinite(pairs)][0]}.")
     if not len(pairs):
         return Comparison(0, math.nan, math.nan, math.nan, 0, None)
+    first_mean, second_mean = pairs.mean(axis=0).tolist()
+    mean_difference = float((pairs[:, 1] - pairs[:, 0]).round(DIGITS).mean())
     if groups is not None:
         _, numbers = np.unique(groups, return_inverse=True)
         sums = [np.bincount(numbers, values) for values in pairs.T]
@@ -164,9 +166,9 @@ def compare(first: Sequence[float], second: Sequence[float], groups: Sequence[st
     changed = differences[differences != 0]  # dropped here, because scipy leaves the exact test when it meets a zero
     return Comparison(
         n=len(pairs),
-        first=float(pairs[:, 0].mean()),
-        second=float(pairs[:, 1].mean()),
-        difference=float(differences.mean()),
+        first=first_mean,
+        second=second_mean,
+        difference=mean_difference,
         changed=len(changed),
         p=_wilcoxon(changed),
     )

@@ -370,6 +370,12 @@ def test_a_development_set_has_no_patient_of_training_or_testing(model, in_works
     ):
         development_cases(chosen, images, labels, "cpu", allow_training_cases=False)
     assert development_cases(chosen, images, labels, "cpu", allow_training_cases=True)
+    (in_workspace.preprocessed / "patients.json").unlink()
+    (model / "fold_0" / "validation" / "other.nii.gz").touch()  # of another split, which does not matter here
+    assert development_cases(chosen, images, labels, "cpu", allow_training_cases=False)
+    (in_workspace.preprocessed / "patients.json").write_text(json.dumps({"train_2": "A", "test_0": "A"}))
+    with pytest.raises(UserError, match="is not the split that"):
+        development_cases(chosen, images, labels, "cpu", allow_training_cases=False)
     hold_out(in_workspace, "train_2")
     with pytest.raises(UserError, match=r"1 of the \d cases \(test_0\) are of patients that .*split.json holds out"):
         development_cases(chosen, images, labels, "cpu", allow_training_cases=True)
@@ -398,7 +404,7 @@ def test_a_reference_along_other_axes_than_its_image_is_refused(model, in_worksp
     images, labels = in_workspace.raw / "imagesTs", in_workspace.raw / "labelsTs"
     file = labels / "test_0.nii.gz"
     sitk.WriteImage(sitk.Flip(sitk.ReadImage(str(file)), [False, True, False]), str(file))
-    with pytest.raises(UserError, match=r"test_0_0000.nii.gz and .*test_0.nii.gz differ in origin"):
+    with pytest.raises(UserError, match=r"test_0_0000.nii.gz and .*test_0.nii.gz differ in direction"):
         development_cases(model_of("0", checkpoint=FINAL), images, labels, "cpu", allow_training_cases=False)
     assert not predicted
 
@@ -717,6 +723,11 @@ def test_parts_of_other_cases_or_options_are_not_joined(model, in_workspace, sca
     quantify(scans, table, *part, "1")
     assert [row["case"] for row in read_rows(table)] == ["scan_0", "scan_2", "scan_3"]
     caplog.clear()
+    few = tmp_path / "few.csv"
+    shutil.copytree(tmp_path / "volumes_segmentations", tmp_path / "few_segmentations")
+    for number in "0123":  # one more part than cases
+        quantify(scans, few, "-num_parts", "4", "-part_id", number)
+    assert [row["case"] for row in read_rows(few)] == ["scan_0", "scan_2", "scan_3"]
     quantify(scans, table, *part, "1", "--cutoffs", "1", "2")
     assert "volumes_part0of2.csv: made with another model, for other cases or with other options" in caplog.text
 
@@ -740,7 +751,7 @@ def test_segmentations_of_other_images_are_predicted_again(model, in_workspace, 
     caplog.set_level("INFO")
     remove_outdated(plan, find_prediction_cases(plan, scans), work)
     assert {file.name for file in work.glob("*.nii.gz")} == kept - gone
-    assert caplog.text.count("its images are others than before") == len(gone)
+    assert caplog.text.count("it may be of other images than today's") == len(gone)
 
 
 def test_a_part_that_is_writing_its_note_does_not_stop_another(tmp_path):

@@ -48,6 +48,8 @@ def test_scans_of_one_patient_are_not_independent():
     compared = compare(before, better, groups=patients)
     assert (compared.n, compared.changed, compared.p) == (4, 4, 0.125)
     assert compared.difference == pytest.approx((better - before).mean())
+    uneven = compare(before, better, groups=["A"] * 9 + ["B", "C", "D"])
+    assert (uneven.n, uneven.first, uneven.difference) == (4, compared.first, compared.difference)
     assert all(math.isnan(end) for end in mean_interval([1.0, 2.0], groups=["P", "P"]))
 
 

@@ -132,7 +132,7 @@ def _evaluate(
         names = [case.name for case in evaluation_set.cases]
         scans = read_scans_table(table, names)
         known = scans.patients(args.patient) if args.patient else patients(scans)
-        if SLICE_THICKNESS in scans.columns:
+        if SLICE_THICKNESS in scans.columns or not known:
             evaluation_set = evaluation_set.with_slice_thickness(slice_thickness(scans), table)
         evaluation_set = evaluation_set.with_patients({name: patient_of(name, known) for name in names})
     elif args.patient:

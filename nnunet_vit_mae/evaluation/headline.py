@@ -40,13 +40,14 @@ def _comparison_lines(evaluation: Evaluation) -> list[str]:
     """Compare two models; more are compared in the report only."""
     if len(evaluation.models) != 2:
         return []
+    what = "patients" if "patient" in evaluation.cases else "n"
     lines = []
     for test in evaluation.tests:
         if test.measure in HEADLINE and test.p is not None:
             title, digits = HEADLINE[test.measure]
             lines.append(
                 f"{test.label}: {title}, {test.second} minus {test.first}: {test.difference:+.{digits}f} "
-                f"(n={test.n}, p={test.p:.2g}, {test.p_holm:.2g} after Holm's correction)"
+                f"({what}={test.n}, p={test.p:.2g}, {test.p_holm:.2g} after Holm's correction)"
             )
     return lines
 

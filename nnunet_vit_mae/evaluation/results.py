@@ -70,7 +70,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Comparison of two models on the cases in which both have a value; means are over what is compared."""
+    """Comparison of two models on the cases in which both have a value."""
 
     first: str
     second: str
@@ -79,7 +79,7 @@ class PairedTest:
     first_mean: float
     second_mean: float
     difference: float  # mean of second minus first
-    n: int  # cases, or patients if several cases are of one patient: their means are compared
+    n: int  # cases, or patients if several cases are of one patient: their means are tested
     changed: int  # those that differ: the test ignores the others
     p: float | None  # two-sided Wilcoxon signed-rank test; None when no case differs
     p_holm: float | None  # corrected for all pairs of models and labels of this measure

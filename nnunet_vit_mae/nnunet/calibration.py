@@ -39,6 +39,7 @@ from nnunet_vit_mae.nnunet.folds import reference_segmentations, split_of, train
 from nnunet_vit_mae.nnunet.models import Model, model_hash, refuse_damaged_weights
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
 from nnunet_vit_mae.nnunet.prediction import (
+    PredictionCase,
     find_prediction_cases,
     find_reference,
     open_probabilities,
@@ -111,7 +112,10 @@ def development_cases(
     files are missing.
     """
     plan, preprocessed = model.plan, model.plan.dataset.preprocessed
-    names, patients = [case.name for case in find_prediction_cases(plan, images)], recorded_patients(preprocessed)
+    cases, patients = find_prediction_cases(plan, images), recorded_patients(preprocessed)
+    names = [case.name for case in cases]
+    if plan.dataset_json["file_ending"] in IMAGE_ENDINGS:
+        _refuse_turned_references(plan, cases, references)
 
     def among(cases: Iterable[str]) -> list[str]:
         of_patients = {patient_of(case, patients) for case in cases}
@@ -124,11 +128,12 @@ def development_cases(
             "to: leave them out."
         )
     labelled = list(reference_segmentations(plan))
+    if allow_training_cases or not among(labelled):
+        return _predicted_cases(model, images, references, names, device)
     for fold in model.folds:
         if fold != "all":
             _refuse_other_split(model, fold, split_of(plan, fold, labelled)["val"])
-    trained_on = among(name for fold in model.folds for name in training_names(plan, fold, labelled))
-    if trained_on and not allow_training_cases:
+    if trained_on := among(name for fold in model.folds for name in training_names(plan, fold, labelled)):
         raise UserError(
             f"The model was trained on {len(trained_on)} of the {len(names)} cases, or on other scans of their "
             f"patients ({abbreviated(trained_on)}), whose probabilities say nothing about new scans: leave them out, "
@@ -141,21 +146,24 @@ def _predicted_cases(
     model: Model, images: Path, references: Path, names: Sequence[str], device: str
 ) -> list[PredictedCase]:
     references_of = {name: find_reference(model.plan, name, references) for name in names}
-    if model.plan.dataset_json["file_ending"] in IMAGE_ENDINGS:
-        _refuse_other_grids(model.plan, images, references_of)
     predictions = _predict(model, images, names, FOLDER, device)
     return [PredictedCase(name, None, predictions / f"{name}.npz", file) for name, file in references_of.items()]
 
 
-def _refuse_other_grids(plan: Plan, images: Path, references: Mapping[str, Path]) -> None:
-    """Raise `UserError` if a reference has other voxels than its images, for example the same along another axis."""
-    for case in find_prediction_cases(plan, images):
-        if case.name in references:
-            image, reference = case.images[0], references[case.name]
-            with reading(f"The case {case.name}"), without_warnings_of_itk():
-                difference = read_geometry(image).difference(read_geometry(reference))
-            if difference:
-                raise UserError(f"{image} and {reference} differ in {difference}: resample the reference to the image.")
+def _refuse_turned_references(plan: Plan, cases: Iterable[PredictionCase], references: Path) -> None:
+    """Raise `UserError` if a reference has other voxels than its image, for example the same along another axis.
+
+    The origin does not matter, as voxels are compared by their numbers; some tools do not keep it.
+    """
+    for case in cases:
+        image, reference = case.images[0], find_reference(plan, case.name, references)
+        with reading(f"The case {case.name}"), without_warnings_of_itk():
+            expected, found = read_geometry(image), read_geometry(reference)
+        if difference := expected.difference(replace(found, origin=expected.origin)):
+            raise UserError(
+                f"{image} and {reference} differ in {difference}: resample the reference to the image, or correct the "
+                "header that is wrong."
+            )
 
 
 def fit(model: Model, cases: Sequence[PredictedCase], objective: str, *, temperature: bool = False) -> FittedModel:
@@ -254,8 +262,8 @@ def _refuse_other_split(model: Model, fold: str, validation: Collection[str]) ->
     if others := found ^ expected if finished else found - expected:
         raise UserError(
             f"{model.plan.dataset.preprocessed / SPLITS} is not the split that {model.folder / f'fold_{fold}'} was "
-            f"trained with: their validation cases differ ({abbreviated(sorted(others))}). Put that split back, or "
-            "train again."
+            f"validated with: their cases differ ({abbreviated(sorted(others))}). Put that split back, or, if the "
+            f"model was trained with this one, remove {folder} and run nnUNetv2_train with --val."
         )
 
 

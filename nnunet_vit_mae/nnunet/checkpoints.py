@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,15 @@ def refuse_network_of_other_folds(folder: Path, configuration: str, network: Net
         network: Of the plans.
     """
     model = folder.parent
-    trained = {file.parent.name for file in model.glob("fold_*/checkpoint_*.pth")} - {folder.name}
+    folds = {file.parent.name for file in model.glob("fold_*/checkpoint_*.pth")} - {folder.name}
+    trained = {fold for fold in folds if re.fullmatch("fold_(all|[0-9]+)", fold)}
     if not trained or not (model / PLANS).is_file():
         return
     if differs := _changed_settings(read_json(model / PLANS), configuration, network):
         raise UserError(
             f"The training of {abbreviated(sorted(trained))} in {model} had other {differs}: write the plans as they "
-            f"were to train {folder.name} too, or plan with another name (mae3d_plan -o) for a new model."
+            f"were to train {folder.name} too, plan with another name (mae3d_plan -o) for a new model, or remove these "
+            "folds."
         )
 
 

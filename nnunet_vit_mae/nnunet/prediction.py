@@ -113,15 +113,16 @@ def _remove_if_cut_off(segmentation: Path) -> None:
 def remove_outdated(plan: Plan, cases: Iterable[PredictionCase], output: Path) -> None:
     """Remove the segmentations of other images than today's, and note which images the next ones are made from.
 
-    A scan may have been replaced, also by an older file, or have the name of a scan in another folder.
+    A scan may have been replaced, also by an older file, or have the name of a scan in another folder. Without a note,
+    of an earlier version, a segmentation that is not older than its images is kept.
     """
     for case in cases:
         segmentation, note = output / f"{case.name}{plan.dataset_json['file_ending']}", output / IMAGES / case.name
         images = [[str(image), image.stat().st_size, image.stat().st_mtime_ns] for image in case.images]
         if note.is_file() and read_json(note) == images:
             continue
-        if segmentation.is_file():
-            logger.info("%s is predicted again, because its images are others than before", segmentation.name)
+        if segmentation.is_file() and (note.is_file() or max(t for *_, t in images) > segmentation.stat().st_mtime_ns):
+            logger.info("%s is predicted again, as it may be of other images than today's", segmentation.name)
             segmentation.unlink()
         write_json(images, note)
 

@@ -147,7 +147,9 @@ def quantify(
             rows += [row | more.get(case, {}).get(row["label"], {}) for row in of_case]
         for case, problem in problems.items():
             rows += [{"case": case, "label": label, "warnings": problem} for label in thresholds]
-        frame = pd.DataFrame(rows).sort_values("case", kind="stable").assign(model=identity)
+        # with more parts than cases, a part has no rows
+        frame = pd.DataFrame(rows, columns=None if rows else ["case", "label", "warnings"])
+        frame = frame.sort_values("case", kind="stable").assign(model=identity)
         described = note | {"cases": list(scans.names), "cutoffs": cutoffs and list(cutoffs), "level": level}
         write_frame(frame, part.table(table))
         write_json(described, part.note(table))

@@ -36,10 +36,20 @@ class StoppableTrainer(nnUNetTrainer):
 
     @exit_on_user_error
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Validate as nnU-Net does, and note with which checkpoint. A signal ends it with a sentence."""
-        note = Path(self.output_folder, VALIDATION, CHECKPOINT_NOTE)
+        """Validate as nnU-Net does, and note with which checkpoint. A signal ends it with a sentence.
+
+        Predictions of other cases, which an earlier split left there, are moved aside: nnU-Net would measure them too.
+        """
+        folder = Path(self.output_folder, VALIDATION)
+        note = folder / CHECKPOINT_NOTE
         if self.local_rank == 0:
-            note.unlink(missing_ok=True)
+            ending = self.dataset_json["file_ending"]
+            found = {file.name.removesuffix(ending) for file in folder.glob(f"*{ending}")}
+            if found - {*self.do_split()[1]}:
+                self.print_to_log_file(f"Predictions of an earlier split are now in {set_aside(folder).name}.")
+            write_json({"checkpoint": ""}, note)  # until all are there
+        if self.is_ddp:
+            dist.barrier()
         with self._stoppable(), forks_follow():
             super().perform_actual_validation(save_probabilities)
         if self.local_rank == 0:

@@ -42,7 +42,7 @@ MODEL_NAMES_SHOWN = 12  # of those that are missing
 PACKAGES = (*REPORTED_PACKAGES, "nnunetv2", "torch", "snakemake")
 CURVES = (
     "Mean over the test cases by number of labelled training patients. Lines and bands: mean over seeds of each case, "
-    "and its 95% bootstrap interval over cases. Small dots: seeds."
+    "and its 95% bootstrap interval over cases, or over patients if several cases are of one. Small dots: seeds."
 )
 PRETRAINING = (
     "Loss of each pre-training by epoch. Where it starts with the plain loss, a dotted line marks where norm-pix takes "
@@ -53,8 +53,8 @@ TRAINING = (
     "Losses of different networks do not compare, for a U-Net sums them over resolutions."
 )
 DIFFERENCES = (
-    "Paired differences (diamonds) with 95% bootstrap intervals over cases (bars); small dots: seeds. Blue: "
-    "significant after Holm's correction. Right of zero is better for Dice, left of it for the volume difference."
+    "Paired differences (diamonds) with 95% bootstrap intervals over cases or patients (bars); small dots: seeds. "
+    "Blue: significant after Holm's correction. Right of zero is better for Dice, left of it for the volume difference."
 )
 
 
@@ -87,7 +87,7 @@ def write_study_report(
         study.arms,
         seeds=len(distinct(table, "seed")),
         cases=len(distinct(table, "case")),
-        by_patient=bool(study.csv),
+        by_patient=bool(study.csv) or "patient" in table,
     )
     context = {
         "study": study,

@@ -26,7 +26,8 @@ def measure_study(study: StudyDesign) -> tuple[pd.DataFrame, list[StudyModel]]:
         study: The study.
 
     Returns:
-        A row for each arm, number of labels, seed, calibration, case and label, and the models that are not done.
+        A row for each arm, number of labels, seed, calibration, case and label, with a column of patients if several
+        cases are of one; and the models that are not done.
 
     Raises:
         UserError: If no model is done, or a prediction cannot be read.
@@ -35,6 +36,10 @@ def measure_study(study: StudyDesign) -> tuple[pd.DataFrame, list[StudyModel]]:
     if not done:
         raise UserError(f"No model of {study.output} has been tested yet: run mae3d_study first.")
     table = pd.concat([_measured(study, model) for model in done], ignore_index=True)
+    known = recorded_patients(Path(study.preprocessed_folder))
+    patients = {case: patient_of(case, known) for case in set(table["case"])}
+    if len({*patients.values()}) < len(patients):
+        table["patient"] = [patients[case] for case in table["case"]]
     write_frame(table, Path(study.output) / RESULTS)
     return table, [model for model in study.models() if model not in done]
 
@@ -45,14 +50,13 @@ def _measured(study: StudyDesign, model: StudyModel) -> pd.DataFrame:
     sources = [Path(study.output) / prediction_marker(study, model), *study.references]
     if not file.is_file() or file.stat().st_mtime < max(source.stat().st_mtime for source in sources):
         evaluation_set = find_evaluation_set(study.test_labels, {model.name: study.predictions(model)})
-        names, known = [case.name for case in evaluation_set.cases], recorded_patients(Path(study.preprocessed_folder))
-        evaluation_set = evaluation_set.with_patients({name: patient_of(name, known) for name in names})
+        names = [case.name for case in evaluation_set.cases]
         if table := find_scans_table([Path(study.raw)]):
             thickness = slice_thickness(read_scans_table(table, names))
             evaluation_set = evaluation_set.with_slice_thickness(thickness, table)
         measures, _ = measure_cases(evaluation_set, EvaluationOptions())
         write_frame(measures.drop(columns="model"), file)
-    measures = read_frame(file, dtype={"case": str, "label": str, "patient": str})
+    measures = read_frame(file, dtype={"case": str, "label": str})
     key = {"arm": model.arm, "few": model.few, "seed": model.seed, "calibrated": model.calibrated}
     others = [column for column in measures if column not in KEY]
     return measures.assign(**key).reindex(columns=[*KEY, *others])
