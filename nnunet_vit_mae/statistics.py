@@ -87,8 +87,7 @@ def mean_interval(
         raise ValueError(f"Values must be finite, but one of them is {sample[~np.isfinite(sample)][0]}.")
     data = (sample, np.ones(len(sample)))
     if groups is not None:
-        _, numbers = np.unique(groups, return_inverse=True)
-        data = (np.bincount(numbers, sample), np.bincount(numbers))
+        data = _sums_and_counts(sample, groups)
     if len(data[0]) < 2:
         return math.nan, math.nan
     if np.ptp(sample) == 0:
@@ -159,9 +158,8 @@ def compare(first: Sequence[float], second: Sequence[float], groups: Sequence[st
     first_mean, second_mean = pairs.mean(axis=0).tolist()
     mean_difference = float((pairs[:, 1] - pairs[:, 0]).round(DIGITS).mean())
     if groups is not None:
-        _, numbers = np.unique(groups, return_inverse=True)
-        sums = [np.bincount(numbers, values) for values in pairs.T]
-        pairs = np.stack(sums, axis=1) / np.bincount(numbers)[:, None]
+        of_patients = [_sums_and_counts(values, groups) for values in pairs.T]
+        pairs = np.stack([sums / counts for sums, counts in of_patients], axis=1)
     differences = (pairs[:, 1] - pairs[:, 0]).round(DIGITS)
     changed = differences[differences != 0]  # dropped here, because scipy leaves the exact test when it meets a zero
     return Comparison(
@@ -204,6 +202,12 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float | None:
         return None
     result: Any = spearmanr(first, second)
     return round(float(result.statistic), DIGITS)
+
+
+def _sums_and_counts(values: np.ndarray, groups: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sum of the values and their number in each group."""
+    _, numbers = np.unique(groups, return_inverse=True)
+    return np.bincount(numbers, values), np.bincount(numbers)
 
 
 def _wilcoxon(differences: np.ndarray) -> float | None:

@@ -31,7 +31,7 @@ from nnunet_vit_mae.datasets.split.files import SPLIT_RECORD, SPLITS, read_split
 from nnunet_vit_mae.datasets.split.patients import patient_of, recorded_patients
 from nnunet_vit_mae.errors import UserError, abbreviated, reading
 from nnunet_vit_mae.evaluation.calibration_figures import agreement_figure, curve_figure, reliability_figure
-from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS
+from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, cases_in
 from nnunet_vit_mae.imaging.labels import as_labels
 from nnunet_vit_mae.imaging.volumes import read_geometry, refuse_large, without_warnings_of_itk
 from nnunet_vit_mae.nnunet.calibrated import record_folder, write_calibrated
@@ -256,8 +256,8 @@ def _refuse_other_split(model: Model, fold: str, validation: Collection[str]) ->
 
     A fold whose validation was stopped has only some of them, and one that came from elsewhere none.
     """
-    folder, ending = model.folder / f"fold_{fold}" / VALIDATION, model.plan.dataset_json["file_ending"]
-    found, expected = {file.name.removesuffix(ending) for file in folder.glob(f"*{ending}")}, {*validation}
+    folder = model.folder / f"fold_{fold}" / VALIDATION
+    found, expected = {*cases_in(folder, model.plan.dataset_json["file_ending"])}, {*validation}
     finished = (folder / "summary.json").is_file()
     if others := found ^ expected if finished else found - expected:
         raise UserError(

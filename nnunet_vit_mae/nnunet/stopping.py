@@ -14,6 +14,7 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import distributed as dist
 
 from nnunet_vit_mae.errors import exit_on_user_error
+from nnunet_vit_mae.imaging.channels import cases_in
 from nnunet_vit_mae.pretraining.readers import refuse_without_shared_memory
 from nnunet_vit_mae.processes.signals import forks_follow, stoppable, tell
 from nnunet_vit_mae.storage.files import replacing, set_aside, write_json
@@ -43,9 +44,7 @@ class StoppableTrainer(nnUNetTrainer):
         folder = Path(self.output_folder, VALIDATION)
         note = folder / CHECKPOINT_NOTE
         if self.local_rank == 0:
-            ending = self.dataset_json["file_ending"]
-            found = {file.name.removesuffix(ending) for file in folder.glob(f"*{ending}")}
-            if found - {*self.do_split()[1]}:
+            if {*cases_in(folder, self.dataset_json["file_ending"])} - {*self.do_split()[1]}:
                 self.print_to_log_file(f"Predictions of an earlier split are now in {set_aside(folder).name}.")
             write_json({"checkpoint": ""}, note)  # until all are there
         if self.is_ddp:
