@@ -10,8 +10,9 @@ measured again with thresholds that are fitted, as `mae3d_calibrate` does, to fu
 in the pool of pre-training, their labels serve nothing else. The probe asks the frozen encoder: how well a linear map
 of a token's vector, learned on the labelled cases, finds each class's share of the token in the test cases (R2).
 
-Volumes stay in the memory of the device. Every result is a line of the output file, and what is there already is not
-run again, so that days of one CPU core, or minutes of a GPU, can be given in pieces:
+Volumes stay in the memory of the device, and a GPU repeats its steps as CUDA graphs. Every result is a line of the
+output file, and what is there already is not run again, so that days of one CPU core, or minutes of a GPU, can be given
+in pieces:
 
     python benchmarks/ablation.py --pack 504 -o 504.npz
     python benchmarks/ablation.py 504.npz --arms benchmarks/ablation_arms.json --device cpu --unet_width 8 -o 504.jsonl
@@ -32,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from graphs import Repeated
 from packed import Packed, covered, crops, cut, pack, place_with_foreground, unpack
 from quality import fitted_shifts, predict, quality_of
 from torch import Tensor, nn
@@ -40,7 +42,7 @@ from torch.nn import functional
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
-from nnunet_vit_mae.networks.masking import Masking, background_tokens
+from nnunet_vit_mae.networks.masking import Masking, Masks, background_tokens
 from nnunet_vit_mae.networks.memory import segmentation_loss
 from nnunet_vit_mae.networks.precision import autocast
 from nnunet_vit_mae.networks.segmenter import Segmenter, prior_logits, start_from
@@ -55,7 +57,11 @@ ANY_DECODER = {"decoder": "mae", "decoder_width": 0, "taps": (), "upsampling": "
 INTENSITY = 0.2  # standard deviation of the random factor and shift of a training crop
 WIDEST = 10  # features of the U-Net's deepest stages, relative to the first: 320 and 32 in nnU-Net
 MEASURES = ("loss", "probe", "calibrated_dice", "volume_error", "calibrated_volume_error")  # shown as means
+FEW_SHAPES = 8  # on a GPU batches have a multiple of so many tokens: each number is a CUDA graph of its own
 SHRINKAGE = 0.01  # of the probe's weights, relative to the variance of what they weigh
+
+
+Encoders = dict[str, tuple[float, dict[str, Tensor]]]  # the loss and the weights, by what pre-training depends on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tested", type=int, default=20, help="labelled cases that nothing sees")
     parser.add_argument("--steps", type=int, default=400, help="of fine-tuning")
     parser.add_argument("--pretraining_steps", type=int, nargs="+", default=[6000], help="one or more lengths; 0: none")
+    parser.add_argument(
+        "--one_encoder", action="store_true", help="pre-train once, on the images that none of the seeds is tested on"
+    )
     parser.add_argument("--unet_width", type=int, default=32, help="features of the U-Net at full resolution")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--table", type=Path, nargs="+", help="print the table of these results")
@@ -120,28 +129,45 @@ def _parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     """Run what the output file lacks."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True  # as nnU-Net
     torch.set_num_threads(1)
     packed = unpack(arguments.packed, torch.device(arguments.device))
     arms: Mapping[str, dict] = json.loads(arguments.arms.read_text())
     lines = arguments.output.read_text().splitlines() if arguments.output.exists() else []
     done = {(entry["arm"], entry["seed"], entry["steps"]) for entry in map(json.loads, lines)}
-    for seed in arguments.seeds:
-        for entry in results(packed, arms, seed, arguments, done):
+    splits = {seed: split_of(packed, seed, arguments) for seed in arguments.seeds}
+    if arguments.one_encoder:
+        tested = {case for split in splits.values() for case in split.tested}
+        seen = [case for case in range(len(packed.volumes)) if case not in tested]
+        splits = {seed: dataclasses.replace(split, pretraining=seen) for seed, split in splits.items()}
+    encoders: Encoders = {}
+    for seed, split in splits.items():
+        encoders = encoders if arguments.one_encoder else {}
+        for entry in results(packed, arms, seed, split, encoders, arguments, done):
             with arguments.output.open("a") as stream:
                 stream.write(json.dumps({"dataset": packed.name, "seed": seed} | entry) + "\n")
             print(entry, flush=True)
 
 
-def results(
-    packed: Packed, arms: Mapping[str, dict], seed: int, arguments: argparse.Namespace, done: set
-) -> Iterator[dict[str, Any]]:
-    """Yield the results of a seed that are not there yet."""
+def split_of(packed: Packed, seed: int, arguments: argparse.Namespace) -> Split:
+    """Draw the cases of a seed."""
     order = np.random.default_rng(seed).permutation(len(packed.labels)).tolist()
     rest = order[arguments.tested :]
     pool = range(len(packed.labels), len(packed.volumes))
     development = rest[arguments.labelled :][: arguments.development]
-    split = Split(rest[: arguments.labelled], development, order[: arguments.tested], [*sorted(rest), *pool])
-    encoders: dict[str, tuple[float, dict[str, Tensor]]] = {}
+    return Split(rest[: arguments.labelled], development, order[: arguments.tested], [*sorted(rest), *pool])
+
+
+def results(
+    packed: Packed,
+    arms: Mapping[str, dict],
+    seed: int,
+    split: Split,
+    encoders: Encoders,
+    arguments: argparse.Namespace,
+    done: set,
+) -> Iterator[dict[str, Any]]:
+    """Yield the results of a seed that are not there yet; encoders that it needs and finds are not trained again."""
     for steps in dict.fromkeys((0, *arguments.pretraining_steps)):
         for arm, block in arms.items():
             if (arm, seed, steps) in done or (steps and "network" not in block):
@@ -255,24 +281,49 @@ def pretrained(
     masking = Masking(mask_ratio=protocol.mask_ratio, rebuilt_share=protocol.rebuilt_share)
     tokens = math.prod(-(-side // part) for side, part in zip(packed.patch, settings.network.token, strict=True))
     mirrored = axes_of(protocol.mirroring)
+    loss_of = Repeated(Rebuilding(network, norm_pix=protocol.norm_pix), device)
     losses = []
     for step in range(steps):
         cases = random.choice(split.pretraining, protocol.batch_size)
         volume, inside = crops(packed, cases, random)
         for axis in mirrored:
             if random.random() < 0.5:
-                volume, inside = volume.flip(axis), inside.flip(axis)
+                volume = volume.flip(axis)
+                inside[axis - 2] = inside[axis - 2][:, ::-1]
         noise = torch.from_numpy(random.random((len(cases), tokens), dtype=np.float32))
         taking_part = covered(inside, settings.network.token)
         if protocol.skip_background:
-            taking_part &= ~background_tokens(volume, settings.network.token)
-        masks = masking.draw(noise, taking_part.cpu())  # on the host, as in the product
-        masks = masking.rounds(masks)[0].to(device)
-        with autocast(device):
-            loss = reconstruction_loss(network(volume, masks), norm_pix=protocol.norm_pix)
+            taking_part &= ~background_tokens(volume, settings.network.token).cpu()
+        masks = masking.rounds(masking.draw(noise, taking_part))[0]  # on the host, as in the product
+        if device.type == "cuda":
+            masks = in_few_shapes(masks)
+        loss = loss_of(volume, *masks.to(device))
         descent.step(network, loss, (step + 1) / (steps + 1))
         losses.append(loss.detach())
     return float(torch.stack(losses[-max(1, steps // 20) :]).mean()), network.encoder.state_dict()
+
+
+class Rebuilding(nn.Module):
+    """An autoencoder with its loss; its arguments are tensors."""
+
+    def __init__(self, network: nn.Module, *, norm_pix: bool):
+        super().__init__()
+        self.network, self.norm_pix = network, norm_pix
+
+    def forward(self, volume: Tensor, visible: Tensor, hidden: Tensor, counted: Tensor) -> Tensor:
+        """Return the loss."""
+        with autocast(volume.device):
+            rebuilt = self.network(volume, Masks(visible, hidden, counted))
+            return reconstruction_loss(rebuilt, norm_pix=self.norm_pix)
+
+
+def in_few_shapes(masks: Masks) -> Masks:
+    """Leave out the last tokens of each sample, which are random ones, so that most batches have equally many."""
+    visible, hidden = (
+        max(tokens - tokens % FEW_SHAPES, min(tokens, FEW_SHAPES))
+        for tokens in (masks.visible.shape[1], masks.hidden.shape[1])
+    )
+    return Masks(masks.visible[:, :visible], masks.hidden[:, :hidden], masks.counted[:, :hidden])
 
 
 def finetune(
@@ -287,6 +338,7 @@ def finetune(
     network.to(memory_format=layout).train()
     labels = packed.labels.cpu().numpy()
     mirrored = axes_of(protocol.mirroring)  # `auto` names none
+    loss_of = Repeated(Segmenting(network, descent.loss), device)
     for step in range(steps):
         cases = random.choice(split.labelled, protocol.batch_size)
         starts = np.array([place_with_foreground(packed, labels[case], case, random) for case in cases])
@@ -299,9 +351,21 @@ def finetune(
             for mean in (1, 0)
         )
         noise = torch.randn(volume.shape, device=device) * (INTENSITY / 2 * random.random())
-        logits = _logits(network, volume.float() * factor + shift + noise)
-        descent.step(network, descent.loss(logits, target[:, 0].long()), (step + 1) / (steps + 1))
+        loss = loss_of(volume.float() * factor + shift + noise, target[:, 0].long())
+        descent.step(network, loss, (step + 1) / (steps + 1))
     network.eval()
+
+
+class Segmenting(nn.Module):
+    """A network with its loss; its arguments are tensors."""
+
+    def __init__(self, network: nn.Module, loss: Callable[[Any, Tensor], Tensor]):
+        super().__init__()
+        self.network, self.loss = network, loss
+
+    def forward(self, volume: Tensor, target: Tensor) -> Tensor:
+        """Return the loss."""
+        return self.loss(_logits(self.network, volume), target)
 
 
 def axes_of(mirroring: str) -> list[int]:

@@ -7,12 +7,12 @@ dataset into one file, where nnU-Net is; all else needs neither.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 TRIES = 10  # for a crop with foreground
 
@@ -77,8 +77,8 @@ def unpack(file: Path, device: torch.device) -> Packed:
         return Packed(str(content["name"]), volumes, labels, content["sizes"], tuple(patch), strides)
 
 
-def crops(packed: Packed, cases: np.ndarray, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Return crops (b 1 z y x) at random places of volumes, zeros around them, and which voxels lie in the volumes."""
+def crops(packed: Packed, cases: np.ndarray, random: np.random.Generator) -> tuple[Tensor, list[np.ndarray]]:
+    """Return crops (b 1 z y x) at random places of volumes, zeros around them, and which voxels are inside (`cut`)."""
     starts = np.array([place(packed.sizes[case], packed.patch, random) for case in cases])
     volume, inside = cut(packed.volumes, packed, cases, starts)
     return volume.float(), inside
@@ -101,24 +101,29 @@ def place_with_foreground(packed: Packed, labels: np.ndarray, case: int, random:
     return start
 
 
-def cut(source: Tensor, packed: Packed, cases: np.ndarray, starts: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Cut crops from the volumes or labels of cases, and say which of their voxels lie inside."""
-    device = source.device
-    index, inside = [], []
-    for axis in range(3):
-        places = torch.from_numpy(starts[:, axis, None] + np.arange(packed.patch[axis]))
-        sizes = torch.from_numpy(packed.sizes[cases][:, axis, None])
-        inside.append(((places >= 0) & (places < sizes)).to(device))
-        index.append(places.clamp(0, source.shape[axis + 1] - 1).to(device))
-    z, y, x = inside
-    valid = z[:, :, None, None] & y[:, None, :, None] & x[:, None, None, :]
-    chosen = torch.from_numpy(np.asarray(cases)).to(device)[:, None, None, None]
-    voxels = source[chosen, index[0][:, :, None, None], index[1][:, None, :, None], index[2][:, None, None, :]]
-    return (voxels * valid)[:, None], valid[:, None]
+def cut(source: Tensor, packed: Packed, cases: np.ndarray, starts: np.ndarray) -> tuple[Tensor, list[np.ndarray]]:
+    """Cut crops (b 1 z y x) from the volumes or labels of cases.
+
+    Returns:
+        The crops, and for each axis which of its places (b side) lie inside the volume: voxels do if all theirs do.
+    """
+    places = [starts[:, axis, None] + np.arange(side) for axis, side in enumerate(packed.patch)]
+    inside = [(at >= 0) & (at < packed.sizes[cases][:, axis, None]) for axis, at in enumerate(places)]
+    index = [at.clip(0, side - 1) for at, side in zip(places, source.shape[1:], strict=True)]
+    # in one copy each, for many small ones to a GPU take longer than the crops
+    z, y, x = torch.from_numpy(np.concatenate(index, axis=1)).to(source.device).split(packed.patch, dim=1)
+    in_z, in_y, in_x = torch.from_numpy(np.concatenate(inside, axis=1)).to(source.device).split(packed.patch, dim=1)
+    chosen = torch.from_numpy(np.asarray(cases)).to(source.device)[:, None, None, None]
+    voxels = source[chosen, z[:, :, None, None], y[:, None, :, None], x[:, None, None, :]]
+    valid = in_z[:, :, None, None] & in_y[:, None, :, None] & in_x[:, None, None, :]
+    return (voxels * valid)[:, None], inside
 
 
-def covered(inside: Tensor, token: tuple[int, int, int]) -> Tensor:
-    """Return which tokens (b n) hold a voxel of their volume, given which voxels do (b 1 z y x)."""
-    sides = [-side % part for side, part in zip(inside.shape[2:], token, strict=True)]
-    filled = functional.pad(inside.half(), (0, sides[2], 0, sides[1], 0, sides[0]))
-    return functional.max_pool3d(filled.float(), token).flatten(1) > 0
+def covered(inside: Sequence[np.ndarray], token: tuple[int, int, int]) -> Tensor:
+    """Return which tokens (b n) hold a voxel of their volume, given which places of each axis do; on the host."""
+    z, y, x = (
+        np.logical_or.reduceat(places, range(0, places.shape[1], part), axis=1)
+        for places, part in zip(inside, token, strict=True)
+    )
+    tokens = z[:, :, None, None] & y[:, None, :, None] & x[:, None, None, :]
+    return torch.from_numpy(tokens.reshape(len(tokens), -1))
