@@ -57,7 +57,7 @@ ANY_DECODER = {"decoder": "mae", "decoder_width": 0, "taps": (), "upsampling": "
 INTENSITY = 0.2  # standard deviation of the random factor and shift of a training crop
 WIDEST = 10  # features of the U-Net's deepest stages, relative to the first: 320 and 32 in nnU-Net
 MEASURES = ("loss", "probe", "calibrated_dice", "volume_error", "calibrated_volume_error")  # shown as means
-FEW_SHAPES = 8  # on a GPU batches have a multiple of so many tokens: each number is a CUDA graph of its own
+SHAPES = 32  # that batches on a GPU can have in each kind of tokens: each is a CUDA graph with memory of its own
 SHRINKAGE = 0.01  # of the probe's weights, relative to the variance of what they weigh
 
 
@@ -296,7 +296,7 @@ def pretrained(
             taking_part &= ~background_tokens(volume, settings.network.token).cpu()
         masks = masking.rounds(masking.draw(noise, taking_part))[0]  # on the host, as in the product
         if device.type == "cuda":
-            masks = in_few_shapes(masks)
+            masks = in_few_shapes(masks, max(1, tokens // SHAPES))
         loss = loss_of(volume, *masks.to(device))
         descent.step(network, loss, (step + 1) / (steps + 1))
         losses.append(loss.detach())
@@ -317,10 +317,10 @@ class Rebuilding(nn.Module):
             return reconstruction_loss(rebuilt, norm_pix=self.norm_pix)
 
 
-def in_few_shapes(masks: Masks) -> Masks:
-    """Leave out the last tokens of each sample, which are random ones, so that most batches have equally many."""
+def in_few_shapes(masks: Masks, multiple: int) -> Masks:
+    """Leave out the last tokens of each sample, which are random ones, so that nearly all batches have equally many."""
     visible, hidden = (
-        max(tokens - tokens % FEW_SHAPES, min(tokens, FEW_SHAPES))
+        max(tokens - tokens % multiple, min(tokens, multiple))
         for tokens in (masks.visible.shape[1], masks.hidden.shape[1])
     )
     return Masks(masks.visible[:, :visible], masks.hidden[:, :hidden], masks.counted[:, :hidden])

@@ -15,13 +15,16 @@ import blosc2
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from torch import nn
 
 from nnunet_vit_mae.calibration import cases as calibration_cases
 from nnunet_vit_mae.calibration import temperature
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.memory import segmentation_loss
-from nnunet_vit_mae.networks.tokenizer import patchify
+from nnunet_vit_mae.networks.tokenizer import padded, patchify
 from nnunet_vit_mae.presets import POSITIONS
 from nnunet_vit_mae.settings import Finetuning, Network, Pretraining, Settings
 
@@ -50,6 +53,13 @@ def test_a_step_runs_with_each_kind_of_positions(kind):
 def test_a_step_of_pretraining_runs_beside_monais(name):
     benchmark = import_module("pretraining_step")
     benchmark.step_of(name, benchmark.Case(24, 8, 2), "XS", benchmark.torch.device("cpu"))()
+
+
+@pytest.mark.filterwarnings("ignore:torch.meshgrid")  # of MONAI
+@pytest.mark.parametrize("name", ["default", "MONAI"])
+def test_a_step_beside_monais_runs_in_bf16_as_on_a_gpu(name):
+    benchmark = import_module("pretraining_step")
+    benchmark.step_of(name, benchmark.Case(24, 8, 2), "XS", benchmark.torch.device("cpu"), bf16=True)()
 
 
 def test_contrasts_are_compared():
@@ -209,6 +219,26 @@ def test_the_ablation_runs_on_a_packed_dataset(tmp_path, monkeypatch, capsys):
     benchmark.main()
     rows = [row.split(" | ")[1:3] for row in capsys.readouterr().out.splitlines()[2:]]
     assert rows == [["SGD", "0"], ["ViT", "0"], ["ViT", "2"], ["ViT", "3"], ["unet", "0"]]
+
+
+@pytest.mark.parametrize(("visible", "hidden", "expected"), [(13, 26, (8, 24)), (5, 8, (5, 8)), (16, 0, (16, 0))])
+def test_batches_on_a_gpu_have_one_of_few_numbers_of_tokens(visible, hidden, expected):
+    benchmark = import_module("ablation")
+    order = torch.arange(visible + hidden).repeat(3, 1)
+    masks = benchmark.Masks(order[:, :visible], order[:, visible:], torch.ones(3, hidden, dtype=torch.bool))
+    few = benchmark.in_few_shapes(masks, 8)
+    assert tuple(part.shape[1] for part in few[:2]) == expected
+    assert few.counted.shape == few.hidden.shape
+    assert few.hidden.tolist() == order[:, visible : visible + expected[1]].tolist()
+
+
+@given(inside=arrays(bool, (2, 7)), token=st.integers(1, 4), other=arrays(bool, (2, 5)))
+@settings(max_examples=30, deadline=None)
+def test_tokens_are_covered_that_hold_a_voxel_of_the_volume(inside, token, other):
+    found = import_module("packed").covered([inside, other, other], (token, 2, 5))
+    voxels = torch.from_numpy(inside[:, :, None, None] & other[:, None, :, None] & other[:, None, None, :])
+    expected = patchify(padded(voxels[:, None].float(), (token, 2, 5)), (token, 2, 5)).amax(dim=(2, 3)) > 0
+    assert found.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("block", [{"optimizer": "sgd"}, {"optimizer": "SGD", "network": {"size": "XS"}}])

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-OLDEST = "2.14"  # torch that has the kernel in the form in which it is called here
+OLDEST = "2.11"  # torch that has the kernel in the form in which it is called here
 AMPERE = (8, 0)  # flash attention in bf16 asks for it
 KERNEL_WIDTH = 8  # flash attention works on multiples of it; the papers' heads are 10, 20, 40 and 80 wide
 WIDEST_HEAD = 128  # of cuDNN, which torch may choose without a look at the width
