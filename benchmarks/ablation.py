@@ -116,7 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tested", type=int, default=20, help="labelled cases that nothing sees")
     parser.add_argument("--steps", type=int, default=400, help="of fine-tuning")
-    parser.add_argument("--pretraining_steps", type=int, nargs="+", default=[6000], help="one or more lengths; 0: none")
+    parser.add_argument(
+        "--pretraining_steps", type=int, nargs="+", default=[0, 6000], help="one or more lengths; 0: random weights"
+    )
     parser.add_argument(
         "--one_encoder", action="store_true", help="pre-train once, on the images that none of the seeds is tested on"
     )
@@ -168,7 +170,7 @@ def results(
     done: set,
 ) -> Iterator[dict[str, Any]]:
     """Yield the results of a seed that are not there yet; encoders that it needs and finds are not trained again."""
-    for steps in dict.fromkeys((0, *arguments.pretraining_steps)):
+    for steps in dict.fromkeys(arguments.pretraining_steps):
         for arm, block in arms.items():
             if (arm, seed, steps) in done or (steps and "network" not in block):
                 continue
@@ -299,7 +301,7 @@ def pretrained(
             masks = in_few_shapes(masks, max(1, tokens // SHAPES))
         loss = loss_of(volume, *masks.to(device))
         descent.step(network, loss, (step + 1) / (steps + 1))
-        losses.append(loss.detach())
+        losses.append(loss.detach().clone())  # the next repetition of a graph overwrites what it has returned
     return float(torch.stack(losses[-max(1, steps // 20) :]).mean()), network.encoder.state_dict()
 
 

@@ -201,7 +201,7 @@ def test_the_ablation_runs_on_a_packed_dataset(tmp_path, monkeypatch, capsys):
     }
     (tmp_path / "arms.json").write_text(json.dumps(arms))
     cases = "--seeds 1 --labelled 1 --development 1 --tested 2"
-    flags = f"{cases} --steps 1 --pretraining_steps 2 3 --device cpu --unet_width 4"
+    flags = f"{cases} --steps 1 --pretraining_steps 0 2 3 --device cpu --unet_width 4"
     command = f"ablation.py packed.npz --arms arms.json -o results.jsonl {flags}"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", command.split())
