@@ -30,7 +30,8 @@ from scipy import ndimage
 from nnunet_vit_mae.evaluation.cases import find_evaluation_set, measure_cases
 from nnunet_vit_mae.evaluation.overlays import ExampleCase, read_example
 from nnunet_vit_mae.evaluation.results import EvaluationOptions
-from nnunet_vit_mae.nnunet.calibration import PredictedCase, fit
+from nnunet_vit_mae.nnunet.calibration import fit
+from nnunet_vit_mae.nnunet.predicted_cases import PredictedCase
 
 SHAPES = [(96, 128, 112), (192, 256, 224)]
 LABELS = [5, 30]

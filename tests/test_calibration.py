@@ -28,11 +28,11 @@ from nnunet_vit_mae.imaging.volumes import Geometry
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.nnunet import quantification, training_range
 from nnunet_vit_mae.nnunet.calibrated import calibrated_head
-from nnunet_vit_mae.nnunet.calibration import development_cases, training_cases
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.members import MemberPredictor
 from nnunet_vit_mae.nnunet.models import find_model, model_hash
 from nnunet_vit_mae.nnunet.plans import classes_of
+from nnunet_vit_mae.nnunet.predicted_cases import development_cases, training_cases
 from nnunet_vit_mae.nnunet.prediction import find_prediction_cases, remove_outdated
 from nnunet_vit_mae.nnunet.quantification import TrainingRange, refuse_other_content, thresholds_of, warnings_of
 from nnunet_vit_mae.nnunet.training_range import read_training_volumes

@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from nnunet_vit_mae.nnunet import calibration, uncertainty
     from nnunet_vit_mae.nnunet.calibrated import refuse_calibrated
+    from nnunet_vit_mae.nnunet.predicted_cases import development_cases, training_cases, validation_cases
 
     device = usable_device(args.device).type
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -61,13 +62,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with locked(model.folder):
         if args.images is not None:
             images, labels = args.images.resolve(), args.labels.resolve()
-            cases = calibration.development_cases(
-                model, images, labels, device, allow_training_cases=args.allow_training_cases
-            )
+            cases = development_cases(model, images, labels, device, allow_training_cases=args.allow_training_cases)
         elif args.allow_training_cases:
-            cases = calibration.training_cases(model, device)
+            cases = training_cases(model, device)
         else:
-            cases = calibration.validation_cases(model, device)
+            cases = validation_cases(model, device)
         fitted = calibration.fit(model, cases, args.objective, temperature=args.temperature)
         written = calibration.write(model, cases, fitted, args.objective)
         print(calibration.threshold_table(fitted))

@@ -39,9 +39,9 @@ from nnunet_vit_mae.imaging.labels import read_mask
 from nnunet_vit_mae.imaging.volumes import without_warnings_of_itk
 from nnunet_vit_mae.imaging.writing import write_segmentation
 from nnunet_vit_mae.nnunet.calibrated import read_calibration_of
-from nnunet_vit_mae.nnunet.calibration import FOLDER, PredictedCase
 from nnunet_vit_mae.nnunet.models import Model, model_hash
 from nnunet_vit_mae.nnunet.plans import classes_of
+from nnunet_vit_mae.nnunet.predicted_cases import FOLDER, PredictedCase
 from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases
 from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.entries import checked_entries, read_entries
