@@ -75,7 +75,7 @@ def test_without_a_compiler_a_run_that_has_to_be_compiled_is_refused(outcome):
         ("cpu", 0, {}, False),
         ("cpu", 0, {"compile": "on"}, True),
         ("cuda", 0, {"compile": "off"}, False),
-        ("cpu", 2000, {"compile": "on"}, False),  # nothing is left to do
+        ("cpu", loss.LEAST_STEPS, {"compile": "on"}, False),  # nothing is left to do
     ],
 )
 def test_what_is_compiled_by_itself(device, epoch, changes, pays):
