@@ -4,11 +4,12 @@ For each seed some labelled cases are set apart for testing. Of the others a few
 unlabelled pool are what an encoder is pre-trained on; arms with equal encoders share one. Each arm is fine-tuned on the
 same few cases with the same crops, for the same number of steps and samples, and tested on cases that nothing has seen.
 An arm without a network is nnU-Net's own U-Net, which learns by AdamW as the others do, or, with `"optimizer": "SGD"`,
-as nnU-Net trains it: with its initial weights, rates and weights of resolutions. Dice is the mean over cases of the
-mean over classes; the error of volumes is the mean absolute difference as a share of a class's mean volume. Both are
-measured again with thresholds that are fitted, as `mae3d_calibrate` does, to further labelled cases; their images are
-in the pool of pre-training, their labels serve nothing else. The probe asks the frozen encoder: how well a linear map
-of a token's vector, learned on the labelled cases, finds each class's share of the token in the test cases (R2).
+as nnU-Net trains it: with its initial weights, rates and weights of resolutions. An arm with `members` is their
+ensemble: the mean of their probabilities. Dice is the mean over cases of the mean over classes; the error of volumes is
+the mean absolute difference as a share of a class's mean volume. Both are measured again with thresholds that are
+fitted, as `mae3d_calibrate` does, to further labelled cases; their images are in the pool of pre-training, their labels
+serve nothing else. The probe asks the frozen encoder: how well a linear map of a token's vector, learned on the
+labelled cases, finds each class's share of the token in the test cases (R2).
 
 Volumes stay in the memory of the device, and a GPU repeats its steps as CUDA graphs. Every result is a line of the
 output file, and what is there already is not run again, so that days of one CPU core, or minutes of a GPU, can be given
@@ -35,7 +36,7 @@ import numpy as np
 import torch
 from graphs import Repeated
 from packed import Packed, covered, crops, cut, pack, place_with_foreground, unpack
-from quality import fitted_shifts, predict, quality_of
+from quality import Predicted, fitted_shifts, mean_of, predict, quality_of
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -51,6 +52,7 @@ from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, war
 from nnunet_vit_mae.presets import AXES, SIZES
 from nnunet_vit_mae.settings import Finetuning, Pretraining, Settings
 
+NO_SETTINGS = ("optimizer", "seed")  # entries of an arm beside those of a vit_mae block; a seed is added to the run's
 OPTIMIZERS = ("AdamW", "SGD")  # SGD is the U-Net's
 IGNORED = ("contrast_dropout", "loss", "augmentation", "freeze_epochs")  # settings of fine-tuning
 ANY_DECODER = {"decoder": "mae", "decoder_width": 0, "taps": (), "upsampling": "nearest", "upscale_convolutions": 1}
@@ -90,6 +92,15 @@ class Split:
     development: list[int]  # for the thresholds
     tested: list[int]
     pretraining: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """The loss of pre-training, the probe, and the predicted cases of development and test."""
+
+    loss: float
+    probe: float
+    predicted: tuple[list[Predicted], list[Predicted]]
 
 
 def main() -> None:
@@ -169,44 +180,73 @@ def results(
     arguments: argparse.Namespace,
     done: set,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the results of a seed that are not there yet; encoders that it needs and finds are not trained again."""
+    """Yield the results of a seed that are not there yet; encoders that it needs and finds are not trained again.
+
+    Members of ensembles are, if an earlier run trained them, for their predictions are not kept.
+    """
+    shared = {member for block in arms.values() for member in block.get("members", ())}
+    outcomes: dict[tuple[str, int], Outcome] = {}
     for steps in dict.fromkeys(arguments.pretraining_steps):
         for arm, block in arms.items():
-            if (arm, seed, steps) in done or (steps and "network" not in block):
+            members = block.get("members", [arm])
+            if (arm, seed, steps) in done or (steps and not any("network" in arms[member] for member in members)):
                 continue
-            settings = Settings.from_dict({name: part for name, part in block.items() if name != "optimizer"})
-            refuse_ignored(arm, settings.finetuning)
-            refuse_optimizer(arm, block)
-            started, loss, encoder = time.monotonic(), math.nan, None
-            if steps:
-                key = f"{dataclasses.replace(settings.network, **ANY_DECODER)} {settings.pretraining} {steps}"
-                if key not in encoders:
-                    encoders[key] = pretrained(packed, settings, steps, seed, split)
-                loss, encoder = encoders[key]
-            torch.manual_seed(seed)
-            network, probe = build(packed, settings, block, encoder, arguments.unet_width), math.nan
-            if isinstance(network, Segmenter):
-                probe = probe_of(packed, network.encoder, settings, split)
-            descent = descent_of(network, block, settings, pretrained=encoder is not None)
-            finetune(packed, network, descent, settings.finetuning, split, seed, arguments.steps)
+            started = time.monotonic()
+            keys = [(member, steps if "network" in arms[member] else 0) for member in members]
+            for key in keys:
+                if key not in outcomes:
+                    member, own_steps = key
+                    outcomes[key] = trained(packed, member, arms[member], own_steps, seed, split, encoders, arguments)
+            parts = [outcomes[key] if arm != key[0] or arm in shared else outcomes.pop(key) for key in keys]
+            cases = zip(*[part.predicted for part in parts], strict=True)
             yield {
                 "arm": arm,
                 "steps": steps,
-                "loss": loss,
-                "probe": probe,
-                **measured(packed, network, split),
+                "loss": parts[0].loss if len(parts) == 1 else math.nan,
+                "probe": parts[0].probe if len(parts) == 1 else math.nan,
+                **measured(packed.classes, *map(mean_of, cases)),
                 "seconds": round(time.monotonic() - started, 1),
             }
 
 
-def measured(packed: Packed, network: nn.Module, split: Split) -> dict[str, float]:
-    """Return Dice and the error of volumes of the test cases, as trained and calibrated."""
+def trained(
+    packed: Packed,
+    arm: str,
+    block: Mapping[str, Any],
+    steps: int,
+    seed: int,
+    split: Split,
+    encoders: Encoders,
+    arguments: argparse.Namespace,
+) -> Outcome:
+    """Train an arm, after so many steps of pre-training, and predict the cases of development and test."""
+    settings = Settings.from_dict({name: part for name, part in block.items() if name not in NO_SETTINGS})
+    refuse_ignored(arm, settings.finetuning)
+    refuse_optimizer(arm, block)
+    loss, encoder = math.nan, None
+    if steps:
+        key = f"{dataclasses.replace(settings.network, **ANY_DECODER)} {settings.pretraining} {steps}"
+        if key not in encoders:
+            encoders[key] = pretrained(packed, settings, steps, seed, split)
+        loss, encoder = encoders[key]
+    own_seed = seed + block.get("seed", 0)
+    torch.manual_seed(own_seed)
+    network, probe = build(packed, settings, block, encoder, arguments.unet_width), math.nan
+    if isinstance(network, Segmenter):
+        probe = probe_of(packed, network.encoder, settings, split)
+    descent = descent_of(network, block, settings, pretrained=encoder is not None)
+    finetune(packed, network, descent, settings.finetuning, split, own_seed, arguments.steps)
     development, tested = (
         [predict(packed, lambda volume: _finest(_logits(network, volume)), case) for case in cases]
         for cases in (split.development, split.tested)
     )
-    plain = quality_of(tested, [0.0] * (packed.classes - 1))
-    calibrated = quality_of(tested, fitted_shifts(development, packed.classes))
+    return Outcome(loss, probe, (development, tested))
+
+
+def measured(classes: int, development: Sequence[Predicted], tested: Sequence[Predicted]) -> dict[str, float]:
+    """Return Dice and the error of volumes of the test cases, as trained and calibrated."""
+    plain = quality_of(tested, [0.0] * (classes - 1))
+    calibrated = quality_of(tested, fitted_shifts(development, classes))
     return {
         "dice": plain.dice,
         "volume_error": plain.volume_error,

@@ -49,6 +49,14 @@ def predict(packed: Packed, logits: Callable[[Tensor], Tensor], case: int) -> Pr
     return Predicted((inside / inside.sum(dim=0)).cpu().numpy(), packed.labels[case][box].cpu().numpy())
 
 
+def mean_of(members: Sequence[Sequence[Predicted]]) -> list[Predicted]:
+    """Return the cases with the mean of the probabilities that the members of an ensemble give them."""
+    return [
+        Predicted(np.mean([one.probabilities for one in of_case], axis=0), of_case[0].labels)
+        for of_case in zip(*members, strict=True)
+    ]
+
+
 def fitted_shifts(cases: Sequence[Predicted], classes: int) -> tuple[float, ...]:
     """Return the shifts of the logits with the smallest differences of volumes (`mae3d_calibrate`)."""
     readable = [

@@ -198,6 +198,9 @@ def test_the_ablation_runs_on_a_packed_dataset(tmp_path, monkeypatch, capsys):
         "unet": {},
         "SGD": {"optimizer": "SGD"},
         "ViT": {"network": network, "pretraining": {"batch_size": 2}, "finetuning": {"batch_size": 2}},
+        "ensemble": {"members": ["unet", "ViT"]},
+        "twins": {"members": ["unet", "twin"]},
+        "twin": {"seed": 0},
     }
     (tmp_path / "arms.json").write_text(json.dumps(arms))
     cases = "--seeds 1 --labelled 1 --development 1 --tested 2"
@@ -209,16 +212,21 @@ def test_the_ablation_runs_on_a_packed_dataset(tmp_path, monkeypatch, capsys):
         benchmark.main()
     entries = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [(entry["arm"], entry["steps"]) for entry in entries] == [
-        ("unet", 0), ("SGD", 0), ("ViT", 0), ("ViT", 2), ("ViT", 3),
+        ("unet", 0), ("SGD", 0), ("ViT", 0), ("ensemble", 0), ("twins", 0), ("twin", 0),
+        ("ViT", 2), ("ensemble", 2), ("ViT", 3), ("ensemble", 3),
     ]  # fmt: skip
+    assert entries[4]["dice"] == entries[5]["dice"] == entries[0]["dice"]  # nothing differs between them
     assert all(0 <= entry[key] <= 1 for entry in entries for key in ("dice", "calibrated_dice"))
     assert all(entry[key] >= 0 for entry in entries for key in ("volume_error", "calibrated_volume_error"))
-    assert all(entry["loss"] > 0 and entry["probe"] < 1 for entry in entries[3:])
+    assert all((entry["loss"] > 0) == (entry["arm"] == "ViT") for entry in entries[6:])
     capsys.readouterr()
     monkeypatch.setattr("sys.argv", "ablation.py --table results.jsonl".split())
     benchmark.main()
     rows = [row.split(" | ")[1:3] for row in capsys.readouterr().out.splitlines()[2:]]
-    assert rows == [["SGD", "0"], ["ViT", "0"], ["ViT", "2"], ["ViT", "3"], ["unet", "0"]]
+    assert rows == [
+        ["SGD", "0"], ["ViT", "0"], ["ViT", "2"], ["ViT", "3"], ["ensemble", "0"], ["ensemble", "2"], ["ensemble", "3"],
+        ["twin", "0"], ["twins", "0"], ["unet", "0"],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("visible", "hidden", "expected"), [(13, 26, (8, 24)), (5, 8, (5, 8)), (16, 0, (16, 0))])
