@@ -27,6 +27,9 @@ WHAT_TO_DO = {
     errno.EIO: "check the disk",
     errno.ENAMETOOLONG: "give a shorter name",
 }
+WITH_A_FULL_GPU = (
+    "use a smaller batch or a smaller network, leave out --cache if it was given, or end other programs on the GPU"
+)
 
 
 class UserError(ValueError):
@@ -40,8 +43,8 @@ class WriteError(OSError):
 def exit_on_user_error(function: Callable[P, R]) -> Callable[P, R]:
     """Print what the user can fix in one sentence to stderr and exit with code 2, without a traceback.
 
-    That is a `UserError`, what the system refuses (`OSError`, such as a full disk) and the lack of memory; everything
-    else passes. It wraps our commands and the trainer methods that nnU-Net's own commands call.
+    That is a `UserError`, what the system refuses (`OSError`, such as a full disk) and the lack of memory, also of a
+    GPU's; everything else passes. It wraps our commands and the trainer methods that nnU-Net's own commands call.
     """
 
     @functools.wraps(function)
@@ -55,6 +58,10 @@ def exit_on_user_error(function: Callable[P, R]) -> Callable[P, R]:
         except MemoryError as error:
             details = f" ({error})" if str(error) else ""
             sentence = f"There is not enough memory{details}: use fewer processes, a smaller batch, or more memory."
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, by name, for not all commands import torch
+                raise
+            sentence = f"The memory of the GPU is full ({_gpu_reason(error)}): {WITH_A_FULL_GPU}."
         except OSError as error:
             if error.errno == errno.EPIPE and _nobody_reads_on():
                 sys.exit(1)
@@ -65,6 +72,12 @@ def exit_on_user_error(function: Callable[P, R]) -> Callable[P, R]:
         sys.exit(2)
 
     return wrapped
+
+
+def _gpu_reason(error: RuntimeError) -> str:
+    """Return what a GPU was asked for and what it has, of torch's many sentences."""
+    said = str(error).split(". ")
+    return "; ".join(part for part in said if part.startswith(("Tried to allocate", "GPU "))) or said[0]
 
 
 def _nobody_reads_on() -> bool:

@@ -265,6 +265,25 @@ def test_too_little_memory_ends_with_code_2(capsys):
     assert "not enough memory (Unable to allocate" in capsys.readouterr().err
 
 
+def test_a_full_gpu_ends_with_code_2_and_says_what_it_has(capsys):
+    import torch
+
+    def step() -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 3.81 GiB of which 12.62 MiB "
+            "is free. Including non-PyTorch memory, this process has 3.70 GiB memory in use. Of the allocated memory "
+            "3.50 GiB is allocated by PyTorch, and 10.00 MiB is reserved by PyTorch but unallocated."
+        )
+
+    with pytest.raises(SystemExit) as caught:
+        exit_on_user_error(step)()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(
+        "Error: The memory of the GPU is full (Tried to allocate 2.00 GiB; GPU 0 has a total capacity of 3.81 GiB of "
+        "which 12.62 MiB is free): use a smaller batch"
+    )
+
+
 @pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyError, KeyboardInterrupt])
 def test_other_errors_pass(error, capsys):
     @exit_on_user_error
