@@ -171,7 +171,7 @@ class TestGPU:
 
 def test_a_step_of_size_s_starts_no_more_operations_than_it_did(monkeypatch):
     """Their number depends on the blocks alone, not on the tokens."""
-    monkeypatch.setattr("nnunet_vit_mae.networks.precision._has_bf16", lambda _: True)  # as on a GPU
+    monkeypatch.setattr("nnunet_vit_mae.networks.precision.has_bf16", lambda _: True)  # as on a GPU
     step = import_module("pretraining_decoder").step_of({}, "S", 8, 4, 2)
     step()  # which makes what later ones keep
     counts = import_module("measuring").operations(step)

@@ -107,6 +107,25 @@ def test_volumes_are_cached_on_a_gpu_that_has_room(files, monkeypatch, caplog, f
     assert re.search(reason or "", "".join(caplog.messages))
 
 
+def test_a_step_takes_more_on_a_gpu_without_bf16(files, monkeypatch):
+    machine, estimates = preparation.Machine(device=torch.device("cuda")), {}
+    for has_bf16 in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation, found=has_bf16: found)
+        estimates[has_bf16] = preparation._step_bytes(job_of(files, None, batch_size=64), machine)
+    cpu = preparation._step_bytes(job_of(files, None, batch_size=64), preparation.Machine(device=CPU))
+    assert estimates[True] < estimates[False] == cpu
+
+
+def test_under_torchrun_each_process_asks_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert distributed.own_device(torch.device("cuda")) == torch.device("cuda")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    for rank, expected in {"0": "cuda:0", "1": "cuda:1", "2": "cuda"}.items():  # too few GPUs are refused later
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert distributed.own_device(torch.device("cuda")) == torch.device(expected)
+    assert distributed.own_device(CPU) == CPU
+
+
 def test_the_limit_holds_and_changes_no_crop(files, crops_of):
     with Cache(files, 3 * sum(BYTES[:3]) - 1, copies=3) as some, Cache(files, PLENTY) as every:
         assert len(some) == 2

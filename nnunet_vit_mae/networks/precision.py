@@ -9,14 +9,15 @@ import torch
 
 def autocast(device: torch.device) -> torch.autocast:
     """Return the context in which our networks run; it overrides any autocast around it."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=_has_bf16(device))
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_bf16(device))
 
 
-def _has_bf16(device: torch.device) -> bool:
+def has_bf16(device: torch.device) -> bool:
+    """Return whether our networks run in bf16 on a device: GPUs before the Ampere generation only emulate it."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 # A GPU does not change, but torch.compile cannot look at it. `torch.compiler.assume_constant_result` would set this
 # mark, but imports the compiler for it: that takes longer than the import of torch, and most commands compile nothing.
-_marked: Any = _has_bf16
+_marked: Any = has_bf16
 _marked._dynamo_marked_constant = True

@@ -16,6 +16,7 @@ import torch
 
 from nnunet_vit_mae.errors import UserError, abbreviated
 from nnunet_vit_mae.networks.memory import pretraining_memory
+from nnunet_vit_mae.networks.precision import has_bf16
 from nnunet_vit_mae.nnunet.capacity import free_memory_of, memory_of, refuse_step_beyond
 from nnunet_vit_mae.nnunet.folds import PreprocessedCase, pretraining_cases
 from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade, settings_for
@@ -100,6 +101,7 @@ def pretrain(
     refuse_cascade(plan.configuration)
     check_wandb()
     wants_tensorboard()  # raises what is wrong with the switch before anything is written
+    machine = replace(machine, device=distributed.own_device(machine.device))
     settings = plan.settings
     if adaptive or settings.network.adaptive:
         settings = settings_for(plan.configuration, len(plan.channel_names), adaptive=True)
@@ -164,9 +166,9 @@ def _refuse_large_step(job: PretrainingJob, machine: Machine) -> None:
 
 def _step_bytes(job: PretrainingJob, machine: Machine) -> int:
     """Return about how much memory a step takes on each device."""
-    batch, on_gpu = job.protocol.batch_size // machine.all_processes, machine.device.type == "cuda"
-    channels = len(job.channel_names)
-    return pretraining_memory(job.network, job.protocol, job.patch_size, channels, batch, on_gpu=on_gpu)
+    batch, channels = job.protocol.batch_size // machine.all_processes, len(job.channel_names)
+    half = has_bf16(machine.device)
+    return pretraining_memory(job.network, job.protocol, job.patch_size, channels, batch, on_gpu=half)
 
 
 def _fits_on_device(job: PretrainingJob, machine: Machine) -> bool:

@@ -62,6 +62,17 @@ def start(task: Task, device: torch.device, processes: int) -> None:
         task(device)
 
 
+def own_device(device: torch.device) -> torch.device:
+    """Return the GPU of this process, where torchrun has started it; else the device as it is.
+
+    All processes would otherwise ask the first GPU for its memory, and each of them would take some of it to do so.
+    """
+    if device.type != "cuda" or not _under_torchrun():
+        return device
+    local_rank = int(os.environ["LOCAL_RANK"])
+    return torch.device("cuda", local_rank) if local_rank < torch.cuda.device_count() else device
+
+
 @contextmanager
 def reported_once() -> Iterator[None]:
     """Let rank 0 alone report what ends all processes, a `UserError` or a signal; the others end a moment later."""
