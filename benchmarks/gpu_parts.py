@@ -288,7 +288,9 @@ def reader(bench: Bench, place: str) -> Cells:
         elif place == "--cache":
             cache = stack.enter_context(Cache(images, limit=2**34))
         batches = stack.enter_context(
-            contextlib.closing(our_batches(bench.plan, images, bench.patch, cache, readers=readers))
+            contextlib.closing(
+                our_batches(bench.plan, images, bench.patch, cache, readers=readers, batch=bench.batch(USUAL))
+            )
         )
         for _ in range(max(1, readers)):  # which start one after another
             next(batches)

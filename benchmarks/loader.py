@@ -137,6 +137,7 @@ def our_batches(
     crops: int = 1,
     masks: int = 1,
     readers: int = 0,
+    batch: int = BATCH,
 ) -> Iterator[int]:
     """Read as `mae3d_pretrain` does, in this process or with `readers`; yields the samples of a batch."""
     network, protocol = plan.settings.network, plan.settings.pretraining
@@ -148,9 +149,10 @@ def our_batches(
         masks_per_crop=masks,
     )
     random_crops = RandomCrops(images, patch, drawing, 0, cache, crops_per_volume=crops)
-    with closing(read_batches(random_crops, ConsecutiveBatches(0, 10**9, BATCH), readers, pin_memory=False)) as batches:
-        for batch in batches:
-            yield len(batch.present)
+    steps = ConsecutiveBatches(0, 10**9, batch)
+    with closing(read_batches(random_crops, steps, readers, pin_memory=False)) as batches:
+        for one in batches:
+            yield len(one.present)
 
 
 def nnunet_batches(plan: Plan, patch: tuple[int, ...]) -> Iterator[int]:
