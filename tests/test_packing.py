@@ -11,6 +11,8 @@ from conftest import MIXED, SIDES, perturbed, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunet_vit_mae.networks import grouping, packing
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
@@ -140,6 +142,21 @@ def test_batches_are_packed_where_autocast_gives_the_kernel_its_kind_of_numbers(
 
 
 # ---------- groups
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cuda", False), ("meta", True)])  # as Apple's
+def test_only_cuda_copies_numbers_whose_memory_may_be_given_back_at_once(device, waits):
+    copies = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default:
+                copies.append(kwargs.get("non_blocking", False))
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Copies():
+        grouping.on_device([0, 2], torch.device(device))
+    assert copies == [not waits]
 
 
 def test_only_studies_that_differ_in_their_numbers_of_contrasts_are_packed(monkeypatch):

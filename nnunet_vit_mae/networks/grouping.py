@@ -72,5 +72,9 @@ def groups(present: list[list[int]], device: torch.device) -> Iterator[Group]:
 
 
 def on_device(numbers: list[int], device: torch.device) -> Int[Tensor, " _"]:
-    """Return a tensor on a device without waiting for its work, as `torch.tensor` would there."""
-    return torch.tensor(numbers).to(device, non_blocking=True)
+    """Return a tensor on a device without waiting for its work, as `torch.tensor` would there.
+
+    Apple's GPUs are waited for: they may read the numbers after their memory has been given back
+    (https://github.com/pytorch/pytorch/issues/189690).
+    """
+    return torch.tensor(numbers).to(device, non_blocking=device.type == "cuda")
