@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import tracemalloc
+import weakref
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -307,6 +308,31 @@ def test_calibration_gives_the_volumes_that_a_timid_network_misses():
     shifts = quality.fitted_shifts([case(0), case(1)], classes=2)
     assert quality.quality_of([case(2)], [0.0]) == quality.Quality(0.0, 1.0)
     assert quality.quality_of([case(2)], shifts) == quality.Quality(1.0, 0.0)
+
+
+def test_recorded_steps_share_their_memory_and_those_of_an_earlier_network_are_gone(monkeypatch):
+    pools, alive, handles = [], [], iter("ab")
+
+    def record(module, examples, *, pool, **_):
+        def repeat(*arguments):  # as of torch before 2.15: the module holds what holds the module
+            return type(module).forward(module, *arguments)
+
+        module.forward = repeat
+        pools.append(pool)
+        alive.append(sum(earlier() is not None for earlier in recorded))
+        recorded.append(weakref.ref(module))
+        return module
+
+    recorded: list = []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    for _ in range(2):
+        repeated = import_module("graphs").Repeated(nn.Linear(2, 1), torch.device("cuda"))
+        for length in (3, 4, 3):
+            assert repeated(torch.ones(length, 2)).shape == (length, 1)
+        del repeated
+    assert pools == ["a", "a", "b", "b"]
+    assert alive == [0, 1, 0, 1]
 
 
 def test_windows_of_a_network_that_sees_voxels_give_its_probabilities():
