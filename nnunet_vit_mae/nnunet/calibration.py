@@ -33,17 +33,14 @@ from nnunet_vit_mae.imaging.volumes import refuse_large
 from nnunet_vit_mae.nnunet.calibrated import record_folder, write_calibrated
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
-from nnunet_vit_mae.nnunet.prediction import (
-    open_probabilities,
-)
+from nnunet_vit_mae.nnunet.predicted_cases import PredictedCase
+from nnunet_vit_mae.nnunet.prediction import open_probabilities
 from nnunet_vit_mae.plots import save_figure
 from nnunet_vit_mae.storage.csv_tables import write_rows
 from nnunet_vit_mae.storage.files import write_json
 from nnunet_vit_mae.storage.stored_rows import StoredRows
 from nnunet_vit_mae.weights import file_hash, package_versions
 
-NOTE = "predicted.json"  # in the folder of predictions
-FOLDER = "calibration"  # in the model's folder, for probabilities that nnU-Net has not saved
 RECORDED_PACKAGES = ("nnunet-vit-mae", "nnunetv2", "torch", "numpy")
 
 

@@ -1,0 +1,189 @@
+"""The cases that a model is calibrated on: which ones it may be, and nnU-Net's probabilities of them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nnunet_vit_mae.datasets.split.files import SPLIT_RECORD, SPLITS, read_split_record
+from nnunet_vit_mae.datasets.split.patients import patient_of, recorded_patients
+from nnunet_vit_mae.errors import UserError, abbreviated, reading
+from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, cases_in
+from nnunet_vit_mae.imaging.volumes import read_geometry, without_warnings_of_itk
+from nnunet_vit_mae.nnunet.folds import reference_segmentations, split_of, training_names
+from nnunet_vit_mae.nnunet.models import Model, model_hash, refuse_damaged_weights
+from nnunet_vit_mae.nnunet.plans import Plan
+from nnunet_vit_mae.nnunet.prediction import (
+    PredictionCase,
+    find_prediction_cases,
+    find_reference,
+    predict_cases,
+    remove_outdated,
+)
+from nnunet_vit_mae.storage.entries import read_entries
+from nnunet_vit_mae.storage.files import inside, write_json
+from nnunet_vit_mae.storage.layout import CHECKPOINT_NOTE, FINAL, VALIDATION
+
+NOTE = "predicted.json"  # in the folder of predictions
+FOLDER = "calibration"  # in the model's folder, for probabilities that nnU-Net has not saved
+
+
+@dataclass(frozen=True)
+class PredictedCase:
+    """A case with nnU-Net's probabilities (`.npz`) and its reference segmentation."""
+
+    name: str
+    fold: str | None  # of which it is a validation case; None in a development set
+    probabilities: Path
+    reference: Path
+
+
+def validation_cases(model: Model, device: str) -> list[PredictedCase]:
+    """Return the validation cases of the model's folds; folds without probabilities are predicted first.
+
+    Raises `UserError` for fold `all`, which has no validation cases, and if files are missing.
+    """
+    if "all" in model.folds:
+        raise UserError(
+            "-f all was trained on every labelled case: give other cases with -i and -l, or add --allow_training_cases."
+        )
+    return [case for fold in model.folds for case in _validation_cases_of(model, fold, device)]
+
+
+def training_cases(model: Model, device: str) -> list[PredictedCase]:
+    """Return all labelled cases but those held out for testing, whatever the model was trained on.
+
+    This is what `--allow_training_cases` asks for. Raises `UserError` if files are missing.
+    """
+    dataset = model.plan.dataset
+    held_out = set(read_split_record(dataset.preprocessed).test)
+    images = dataset.raw / "imagesTr"
+    names = [case.name for case in find_prediction_cases(model.plan, images) if case.name not in held_out]
+    return _predicted_cases(model, images, dataset.raw / "labelsTr", names, device)
+
+
+def development_cases(
+    model: Model, images: Path, references: Path, device: str, *, allow_training_cases: bool
+) -> list[PredictedCase]:
+    """Return the cases of a development set, predicted by all folds together.
+
+    Raises `UserError` for cases of patients that the model was trained on or that are held out for testing, and if
+    files are missing.
+    """
+    plan, preprocessed = model.plan, model.plan.dataset.preprocessed
+    cases, patients = find_prediction_cases(plan, images), recorded_patients(preprocessed)
+    names = [case.name for case in cases]
+    if plan.dataset_json["file_ending"] in IMAGE_ENDINGS:
+        _refuse_turned_references(plan, cases, references)
+
+    def among(cases: Iterable[str]) -> list[str]:
+        of_patients = {patient_of(case, patients) for case in cases}
+        return sorted(name for name in names if patient_of(name, patients) in of_patients)
+
+    if held_out := among(read_split_record(preprocessed).test):
+        raise UserError(
+            f"{len(held_out)} of the {len(names)} cases ({abbreviated(held_out)}) are of patients that "
+            f"{preprocessed / SPLIT_RECORD} holds out for testing, and a test needs cases that no threshold was fitted "
+            "to: leave them out."
+        )
+    labelled = list(reference_segmentations(plan))
+    if allow_training_cases or not among(labelled):
+        return _predicted_cases(model, images, references, names, device)
+    for fold in model.folds:
+        if fold != "all":
+            _refuse_other_split(model, fold, split_of(plan, fold, labelled)["val"])
+    if trained_on := among(name for fold in model.folds for name in training_names(plan, fold, labelled)):
+        raise UserError(
+            f"The model was trained on {len(trained_on)} of the {len(names)} cases, or on other scans of their "
+            f"patients ({abbreviated(trained_on)}), whose probabilities say nothing about new scans: leave them out, "
+            "or add --allow_training_cases."
+        )
+    return _predicted_cases(model, images, references, names, device)
+
+
+def _predicted_cases(
+    model: Model, images: Path, references: Path, names: Sequence[str], device: str
+) -> list[PredictedCase]:
+    references_of = {name: find_reference(model.plan, name, references) for name in names}
+    predictions = _predict(model, images, names, FOLDER, device)
+    return [PredictedCase(name, None, predictions / f"{name}.npz", file) for name, file in references_of.items()]
+
+
+def _refuse_turned_references(plan: Plan, cases: Iterable[PredictionCase], references: Path) -> None:
+    """Raise `UserError` if a reference has other voxels than its image, for example the same along another axis.
+
+    The origin does not matter, as voxels are compared by their numbers; some tools do not keep it.
+    """
+    for case in cases:
+        image, reference = case.images[0], find_reference(plan, case.name, references)
+        with reading(f"The case {case.name}"), without_warnings_of_itk():
+            expected, found = read_geometry(image), read_geometry(reference)
+        if difference := expected.difference(replace(found, origin=expected.origin)):
+            raise UserError(
+                f"{image} and {reference} differ in {difference}: resample the reference to the image, or correct the "
+                "header that is wrong."
+            )
+
+
+def _validation_cases_of(model: Model, fold: str, device: str) -> list[PredictedCase]:
+    plan, fold_folder = model.plan, model.folder / f"fold_{fold}"
+    names = split_of(plan, fold, list(reference_segmentations(plan)))["val"]
+    _refuse_other_split(model, fold, names)
+    references_of = {name: find_reference(plan, name, plan.dataset.references) for name in names}
+    probabilities = fold_folder / VALIDATION  # where nnUNetv2_train --npz saves them
+    note = probabilities / CHECKPOINT_NOTE  # with --val_best, they are those of the best checkpoint
+    validated = read_entries(dict[str, str], note, "remove it")["checkpoint"] if note.is_file() else FINAL
+    are_saved = model.checkpoint == FINAL == validated
+    if not are_saved or not _complete(probabilities, names, fold_folder / model.checkpoint):
+        model = replace(model, folds=(fold,))
+        probabilities = _predict(model, plan.dataset.raw / "imagesTr", names, f"{FOLDER}_fold_{fold}", device)
+    return [
+        PredictedCase(name, fold, inside(probabilities, f"{name}.npz", source=SPLITS), references_of[name])
+        for name in names
+    ]
+
+
+def _refuse_other_split(model: Model, fold: str, validation: Collection[str]) -> None:
+    """Raise `UserError` if nnU-Net validated the fold on other cases than today's splits say.
+
+    A fold whose validation was stopped has only some of them, and one that came from elsewhere none.
+    """
+    folder = model.folder / f"fold_{fold}" / VALIDATION
+    found, expected = {*cases_in(folder, model.plan.dataset_json["file_ending"])}, {*validation}
+    finished = (folder / "summary.json").is_file()
+    if others := found ^ expected if finished else found - expected:
+        raise UserError(
+            f"{model.plan.dataset.preprocessed / SPLITS} is not the split that {model.folder / f'fold_{fold}'} was "
+            f"validated with: their cases differ ({abbreviated(sorted(others))}). Put that split back, or, if the "
+            f"model was trained with this one, remove {folder} and run nnUNetv2_train with --val."
+        )
+
+
+def _complete(folder: Path, names: Sequence[str], checkpoint: Path) -> bool:
+    """Return whether there are probabilities of all cases, none of them older than the checkpoint."""
+    files = [folder / f"{name}.npz" for name in names]
+    return all(file.is_file() and file.stat().st_mtime >= checkpoint.stat().st_mtime for file in files)
+
+
+def _predict(model: Model, images: Path, names: Sequence[str], folder: str, device: str) -> Path:
+    """Predict cases with probabilities, continuing where an earlier call was stopped; returns the folder.
+
+    A note says which checkpoints and images the predictions are of; those of others are removed.
+    """
+    cases = find_prediction_cases(model.plan, images)
+    refuse_damaged_weights(model)  # before anything is written
+    work, ending = model.folder / folder, model.plan.dataset_json["file_ending"]
+    predictions, note = work / "predictions", work / NOTE
+    made_of = {"model": model_hash(model), "images": str(images)}
+    if not note.is_file() or read_entries(dict[str, str], note, "remove it") != made_of:
+        shutil.rmtree(predictions, ignore_errors=True)
+        write_json(made_of, note)
+    for file in [*predictions.glob("*.npz"), *predictions.glob(f"*{ending}")]:
+        if file.name.removesuffix(".npz").removesuffix(ending) not in names:
+            file.unlink()
+    remove_outdated(model.plan, cases, predictions)
+    places = {"links": work / "images", "log": work / "log.txt"}
+    predict_cases(model, images, names, predictions, **places, device=device, probabilities=True)
+    return predictions
