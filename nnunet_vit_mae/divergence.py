@@ -12,6 +12,7 @@ from torch import Tensor
 from nnunet_vit_mae.errors import UserError
 
 EXPLOSION = 100.0  # an epoch's loss, in units of the first one's, or of 1, which is about that of predicting nothing
+BAD_LOSS, BAD_NORM = "The loss is {}", "The gradient norm is {}"  # clauses that begin the sentence of an error
 
 
 class BadStep(NamedTuple):
@@ -30,13 +31,18 @@ def first_bad_step(losses: Sequence[Tensor], norms: Sequence[Tensor]) -> BadStep
         return None
     loss, norm = values[:, bad[0]].tolist()
     if math.isfinite(loss):
-        return BadStep(bad[0], True, f"The gradient norm is {norm}")
-    return BadStep(bad[0], False, f"The loss is {loss}")
+        return BadStep(bad[0], True, BAD_NORM.format(norm))
+    return BadStep(bad[0], False, BAD_LOSS.format(loss))
 
 
-def has_exploded(loss: float, first: float) -> bool:
-    """Return whether the mean loss of an epoch has exploded, given that of the first epoch, or of its first step."""
-    return loss > EXPLOSION * max(1.0, first)
+def explosion(loss: float, first: float) -> str | None:
+    """Return a clause if the mean loss of an epoch has exploded, given that of the first epoch, or of its first step.
+
+    The step that follows in the sentence is that with the largest loss.
+    """
+    if loss > EXPLOSION * max(1.0, first):
+        return f"The loss of an epoch was {first:.3g} and has grown to {loss:.3g}, most of all"
+    return None
 
 
 def divergence(

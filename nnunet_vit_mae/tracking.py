@@ -18,6 +18,7 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.storage.csv_tables import read_rows, write_records
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.utils.tensorboard.writer import SummaryWriter
 
 TABLE = "metrics.csv"
@@ -39,6 +40,11 @@ METRICS = {  # in the order of the table's columns, before the Dice of each clas
     "epoch_start_timestamps": "when it started, in seconds since 1970",
     "epoch_end_timestamps": "when it ended",
 }
+
+
+def metrics_of_norms(norms: Tensor) -> dict[str, float]:
+    """Return what is reported of the gradient norms of an epoch's steps (n)."""
+    return {"gradient_norms": float(norms.mean()), "gradient_norms_max": float(norms.max())}
 
 
 class Tracker(Protocol):

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_vit_mae.divergence import divergence, has_exploded
+from nnunet_vit_mae.divergence import BAD_LOSS, BAD_NORM, divergence, explosion
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
+from nnunet_vit_mae.tracking import metrics_of_norms
 
 
 class WatchedTrainer(nnUNetTrainer):
@@ -36,7 +37,7 @@ class WatchedTrainer(nnUNetTrainer):
         self.losses.append(float(result["loss"]))
         self.cases.append([str(case) for case in batch["keys"]])
         if not math.isfinite(self.losses[-1]):
-            raise self._divergence(len(self.losses) - 1, f"The loss is {self.losses[-1]}", batch["data"])
+            raise self._divergence(len(self.losses) - 1, BAD_LOSS.format(self.losses[-1]), batch["data"])
         return result
 
     def take_step(self, batch: dict) -> dict:
@@ -52,17 +53,15 @@ class WatchedTrainer(nnUNetTrainer):
             norms = torch.stack(self.norms).cpu()
             bad = (~norms.isfinite()).nonzero().flatten().tolist()
             if bad:
-                raise self._divergence(bad[0], f"The gradient norm is {norms[bad[0]].item()}")
+                raise self._divergence(bad[0], BAD_NORM.format(norms[bad[0]].item()))
             skipped = len(self.losses) - len(norms)
             said = f"; {skipped} steps skipped, because their gradients were too large for fp16" if skipped else ""
-            self.norm_metrics = {"gradient_norms": float(norms.mean()), "gradient_norms_max": float(norms.max())}
+            self.norm_metrics = metrics_of_norms(norms)
             self.print_to_log_file(f"{self.norm_name} {norms.mean():.3g}, at most {norms.max():.3g}{said}")
         losses = self.logger.get_value("train_losses", step=None)
         first = losses[0] if len(losses) > 1 else self.losses[0]
-        if has_exploded(losses[-1], first):
-            worst = int(np.argmax(self.losses))
-            grown = f"The loss of an epoch was {first:.3g} and has grown to {losses[-1]:.3g}, most of all"
-            raise self._divergence(worst, grown)
+        if grown := explosion(losses[-1], first):
+            raise self._divergence(int(np.argmax(self.losses)), grown)
 
     def _divergence(self, step: int, what: str, volumes: torch.Tensor | None = None) -> UserError:
         error = divergence(

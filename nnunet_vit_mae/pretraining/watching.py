@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nnunet_vit_mae.divergence import divergence, first_bad_step, has_exploded
+from nnunet_vit_mae.divergence import divergence, explosion, first_bad_step
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.pretraining import distributed
 from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, RandomCrops
 from nnunet_vit_mae.pretraining.job import PretrainingJob
+from nnunet_vit_mae.tracking import metrics_of_norms
 
 
 @dataclass
@@ -38,10 +39,7 @@ class WatchedEpoch:
     @property
     def norm_metrics(self) -> dict[str, float]:
         """Return the mean and the largest gradient norm, under their names in `METRICS`."""
-        if not self.norms:
-            return {}
-        norms = torch.stack(self.norms)
-        return {"gradient_norms": float(norms.mean()), "gradient_norms_max": float(norms.max())}
+        return metrics_of_norms(torch.stack(self.norms)) if self.norms else {}
 
     def look(self) -> None:
         """Look at the steps since the last time; raise `UserError`, the same on all processes, if one is bad."""
@@ -60,9 +58,8 @@ class WatchedEpoch:
         norm_pix_in = self.job.protocol.norm_pix_in
         alike = [loss for number, loss in enumerate(before) if norm_pix_in(number) == norm_pix_in(self.epoch)]
         first = alike[0] if alike else float(distributed.averaged(self.losses[0]))
-        if has_exploded(mean, first):
-            worst = int(torch.stack(self.losses).argmax())
-            raise self._error(worst, f"The loss of an epoch was {first:.3g} and has grown to {mean:.3g}, most of all")
+        if grown := explosion(mean, first):
+            raise self._error(int(torch.stack(self.losses).argmax()), grown)
         return mean
 
     def _error(self, step: int, what: str) -> UserError:
