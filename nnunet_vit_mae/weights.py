@@ -28,6 +28,7 @@ from nnunet_vit_mae.networks.blueprint import ONE_MM
 from nnunet_vit_mae.networks.build import build_encoder
 from nnunet_vit_mae.networks.encoder import Encoder
 from nnunet_vit_mae.networks.tokenizer import Triple
+from nnunet_vit_mae.networks.weight_differences import compare_weights
 from nnunet_vit_mae.presets import ENCODER_SETTINGS
 from nnunet_vit_mae.settings import Network, Settings
 from nnunet_vit_mae.storage.files import replacing, short_hash
@@ -236,19 +237,17 @@ def check_encoder(tensors: Mapping[str, Tensor], card: Card) -> None:
     """
     with torch.device("meta"):
         encoder = build_encoder(card.settings, len(card.channel_names))
-    expected = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
+    expected = encoder.state_dict()
     if not any(name.startswith("tokenizer.") for name in tensors):
-        expected = {name: shape for name, shape in expected.items() if not name.startswith("tokenizer.")}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        expected = {name: tensor for name, tensor in expected.items() if not name.startswith("tokenizer.")}
+    found = compare_weights(tensors, expected)
     for reason, names in {
-        "it lacks": expected.keys() - found.keys(),
-        f"an encoder of size {card.size} has no": found.keys() - expected.keys(),
-        f"its card (size {card.size}, token {card.token}) calls for other shapes of": {
-            name for name, shape in expected.items() if found.get(name, shape) != shape
-        },
-        "it has no floating-point numbers in": {
+        "it lacks": found.missing,
+        f"an encoder of size {card.size} has no": found.unknown,
+        f"its card (size {card.size}, token {card.token}) calls for other shapes of": found.reshaped,
+        "it has no floating-point numbers in": [
             name for name, tensor in tensors.items() if not tensor.is_floating_point()
-        },
+        ],
     }.items():
         if names:
             raise UserError(f"{reason} {abbreviated(sorted(names))}")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nnunet_vit_mae.errors import UserError, abbreviated
-from nnunet_vit_mae.pretraining.saved_state import weights_difference
+from nnunet_vit_mae.networks.weight_differences import weights_difference
 from nnunet_vit_mae.settings import BLOCK, Network, Settings, to_json_types
 from nnunet_vit_mae.storage.files import read_json
 from nnunet_vit_mae.storage.layout import PLANS

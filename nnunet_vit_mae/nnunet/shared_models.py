@@ -19,6 +19,7 @@ from torch import Tensor
 from nnunet_vit_mae.calibration.record import CALIBRATION_RECORD
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.description import DESCRIPTION
+from nnunet_vit_mae.networks.weight_differences import compare_weights
 from nnunet_vit_mae.nnunet.training_range import FINGERPRINT, TRAINING_VOLUMES
 from nnunet_vit_mae.storage.layout import CARD, PLANS
 
@@ -122,14 +123,15 @@ def read_weights(content: bytes, shared: Mapping[str, str], source: str) -> dict
 
 def refuse_other_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
     """Raise `UserError` unless weights have the names, shapes and types of a network, and finite values."""
-    for name in [*expected, *weights]:
-        ours, theirs = expected.get(name), weights.get(name)
-        if ours is None or theirs is None or (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
-            raise UserError(
-                f"{source} does not fit its plans: {name[:80]} is {_described(theirs)}, but {_described(ours)} in the "
-                "network; train or export the model again."
-            )
-        if theirs.is_floating_point() and not torch.isfinite(theirs).all():
+    differing = [name for names in compare_weights(weights, expected) for name in names]
+    if differing:
+        name = differing[0]
+        raise UserError(
+            f"{source} does not fit its plans: {name[:80]} is {_described(weights.get(name))}, but "
+            f"{_described(expected.get(name))} in the network; train or export the model again."
+        )
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"{source} has NaN or infinite values in {name}: train the model again.")
 
 

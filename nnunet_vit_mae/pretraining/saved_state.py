@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnunet_vit_mae.errors import UserError, abbreviated, reader_reason
+from nnunet_vit_mae.errors import UserError, reader_reason
+from nnunet_vit_mae.networks.weight_differences import weights_difference
 from nnunet_vit_mae.pretraining import distributed
 from nnunet_vit_mae.processes.signals import tell
 from nnunet_vit_mae.storage.files import replacing
@@ -79,20 +80,6 @@ def read_state(
     if not isinstance(saved, dict) or _sizes(saved) != _sizes(optimizer.state_dict()):
         raise _refusal(file, "is of another optimiser")
     return state
-
-
-def weights_difference(weights: Mapping[str, Any], network: nn.Module) -> str | None:
-    """Return in words how saved weights differ from what a network needs, or None if they fit."""
-    own = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    saved = {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
-    for name, shape in own.items():
-        if saved.get(name, shape) != shape:
-            return f"{name} has the shape {saved[name]} there, {shape} here"
-    if missing := [name for name in own if name not in saved]:
-        return f"{abbreviated(missing)} {'is' if len(missing) == 1 else 'are'} missing there"
-    if unknown := [name for name in weights if name not in own]:
-        return f"{abbreviated(map(str, unknown))} {'is' if len(unknown) == 1 else 'are'} unknown here"
-    return None
 
 
 def _sizes(optimizer_state: Mapping[str, Any]) -> list[int] | None:
