@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import Field, FiniteFloat
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from nnunet_vit_mae.networks.tokenizer import Triple
 from nnunet_vit_mae.networks.weight_differences import compare_weights
 from nnunet_vit_mae.presets import ENCODER_SETTINGS
 from nnunet_vit_mae.settings import Network, Settings
+from nnunet_vit_mae.storage.entries import entries_as
 from nnunet_vit_mae.storage.files import replacing, short_hash
 
 CARD_KEY = "mae3d_card"
@@ -128,11 +129,9 @@ class Card:
             difference = ", ".join(sorted(names ^ set(entries if isinstance(entries, dict) else ())))
             raise UserError(f"its card was written by another version of this package (differs in: {difference})")
         try:
-            card = TypeAdapter(cls).validate_json(text, strict=True)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            place = ".".join(map(str, first["loc"]))
-            raise UserError(f"{place} in its card is {first['input']!r:.60}: {first['msg']}") from None
+            card = entries_as(cls, entries)
+        except ValueError as error:
+            raise UserError(f"in its card {error}") from None
         card.settings  # noqa: B018 (raises for a network that there is not)
         return card
 

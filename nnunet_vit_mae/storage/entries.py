@@ -24,6 +24,9 @@ EXPECTED = {  # by pydantic's type of error, in the words of this package
     "float_type": "a number",
     "string_type": "text",
     "bool_type": "true or false",
+    "dict_type": "an object",
+    "mapping_type": "an object",
+    "dataclass_type": "an object",
     "list_type": "a list",
     "tuple_type": "a list",
     "string_too_short": "text of {min_length} or more characters",
@@ -54,10 +57,19 @@ def read_entries(kind: type[T] | Any, file: Path, advice: str) -> T:
 def checked_entries(kind: type[T], content: Any, source: str, advice: str) -> T:
     """Return `content`, as `json` gives it, as `kind`. Raises `UserError`, which calls the content `source`."""
     try:
+        return entries_as(kind, content)
+    except ValueError as error:
+        raise UserError(f"{source} cannot be used, because {error}: {advice}.") from None
+
+
+def entries_as(kind: type[T], content: Any) -> T:
+    """Return `content`, as `json` gives it, as `kind`. Raises `ValueError` with a clause, for a sentence about it."""
+    try:
         return _adapter(kind).validate_json(json.dumps(content), strict=True)
-    except (ValidationError, RecursionError, ValueError) as error:
-        reason = _reason(error) if isinstance(error, ValidationError) else str(error)
-        raise UserError(f"{source} cannot be used, because {reason}: {advice}.") from None
+    except ValidationError as error:
+        raise ValueError(_reason(error)) from None
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
 
 
 @cache
