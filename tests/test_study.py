@@ -77,11 +77,13 @@ def test_arms_of_a_file_stand_beside_those_of_ours(tmp_path):
         ([], "object of arms"),
         ({"a b": {"trainer": "T"}}, "letters, digits and underscores"),
         ({"a": {"trainer": "T", "size": "M"}}, "unknown key size"),
-        ({"a": {"trainer": 3}}, "trainer of the arm a"),
+        ({"a": {"trainer": 3}}, "arm a in .*arms.json .*trainer is 3, but it must be text"),
+        ({"a": {"trainer": "T", "calibrate": "yes"}}, "calibrate is 'yes', but it must be true or false"),
+        ({"a": {"members": ["unet", 3]}}, r"members\[1\] is 3, but it must be text"),
         ({"a": {}}, "either a trainer, or members"),
         ({"a": {"trainer": "T", "members": ["unet", "vit"]}}, "either a trainer, or members"),
-        ({"a": {"trainer": "T", "recipe": {"network": 1}}}, "object of objects"),
-        ({"a": []}, "must be an object with"),
+        ({"a": {"trainer": "T", "recipe": {"network": 1}}}, r"recipe\.network is 1, but it must be an object"),
+        ({"a": []}, r"is \[\], but it must be an object: .* an arm has some of trainer, recipe"),
     ],
 )
 def test_a_bad_file_of_arms_is_refused(tmp_path, content, message):
@@ -525,10 +527,16 @@ def test_choices_can_stand_in_a_file(in_workspace, tmp_path, refused):
     assert (study.unlabelled, study.preprocessed, study.test) == (True, True, 0)
     for wrong, message in (
         ({"sise": 3}, "unknown choice sise"),
-        ({"few": 3}, "wrong type"),
+        ({"few": 3}, f"{file} cannot be used, because few is 3, but it must be a list: correct it."),
+        ({"few": [2, 0]}, "few[1] is 0, but it must be above 0"),
+        ({"few": [True]}, "few[0] is True, but it must be a whole number"),
+        ({"arms": "unet"}, "arms is 'unet', but it must be a list"),
+        ({"arms": [3]}, "arms[0] is 3, but it must be text"),
+        ({"seeds": [3]}, f"{file} has seeds = [3]: give text or a number."),
+        ({"seeds": True}, "has seeds = True: give text or a number"),
         ([], "object of choices"),
-        ({"device": "gpu"}, f"{file} has device = 'gpu': choose from cuda, cpu."),
-        ({"device": 0}, "has device = 0: choose from cuda, cpu"),
+        ({"device": "gpu"}, "device is 'gpu', but it must be 'cuda' or 'cpu'"),
+        ({"device": 0}, "device is 0, but it must be 'cuda' or 'cpu'"),
     ):
         file.write_text(json.dumps(wrong))
         assert message in refused(command.main, "-o", str(tmp_path / "study"), "--config", str(file))

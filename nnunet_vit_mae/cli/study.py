@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from nnunet_vit_mae.cli.arguments import (
     add_device_argument,
@@ -17,7 +18,7 @@ from nnunet_vit_mae.cli.arguments import (
 )
 from nnunet_vit_mae.errors import UserError, abbreviated
 from nnunet_vit_mae.processes.signals import command
-from nnunet_vit_mae.storage.entries import read_entries
+from nnunet_vit_mae.storage.entries import Whole, checked_entries
 from nnunet_vit_mae.storage.files import make_folder, read_json
 from nnunet_vit_mae.study.arms import ARMS, choose_arms, merged
 from nnunet_vit_mae.study.design import StudyDesign, check_unchanged, read_study, refuse_plans_of_others
@@ -28,7 +29,15 @@ if TYPE_CHECKING:
 STEPS = ("splits", "test", "calibrate", "report")
 DEFAULT_ARMS = ["unet", "vit", "scratch"]
 DEFAULT_TEST = 0.2
-DEVICES = ("cuda", "cpu")  # in a file of choices: argparse checks them of flags only
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CheckedChoices:
+    """Choices in a file that nothing else checks: argparse looks at lists and `choices` of flags only."""
+
+    arms: list[str] = field(default_factory=list)
+    few: list[Whole] = field(default_factory=list)
+    device: Literal["cuda", "cpu"] = "cuda"
 
 
 @command("Steps that are done are kept, and the same command goes on with the others.")
@@ -109,22 +118,16 @@ def _read_choices(file: Path, known: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"{file} must be an object of choices, with names from {', '.join(allowed)}.")
     if unknown := sorted(set(choices) - set(allowed)):
         raise UserError(f"{file} has the unknown choice {unknown[0]}: choose from {', '.join(allowed)}.")
+    checked_entries(_CheckedChoices, choices, str(file), "correct it")
+    lists = {name: choices.pop(name) for name in ("arms", "few") if name in choices}
     for name, value in choices.items():
-        expected = (list,) if name in ("arms", "few") else (str, int, float)
-        if isinstance(value, bool) or not isinstance(value, expected):
-            raise UserError(f"{file} has {name} = {value!r}, which has the wrong type.")
-    # what comes as text is parsed by argparse like a flag
-    texts = {name: str(value) for name, value in choices.items() if not isinstance(value, list)}
-    lists = {name: value for name, value in choices.items() if isinstance(value, list)}
-    if not all(type(number) is int and number > 0 for number in lists.get("few", [])):
-        raise UserError(f"{file} has few = {lists['few']!r}: give numbers of patients above 0.")
-    if texts.get("device", DEVICES[0]) not in DEVICES:
-        raise UserError(f"{file} has device = {choices['device']!r}: choose from {', '.join(DEVICES)}.")
-    for name in ("arms", "recipe"):
-        if name in lists:
-            lists[name] = [_beside(file, str(entry)) for entry in lists[name]]
-        elif name in texts:
-            texts[name] = _beside(file, texts[name])
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise UserError(f"{file} has {name} = {value!r}: give text or a number.")
+    texts = {name: str(value) for name, value in choices.items()}  # which argparse parses like flags
+    if "arms" in lists:
+        lists["arms"] = [_beside(file, name) for name in lists["arms"]]
+    if "recipe" in texts:
+        texts["recipe"] = _beside(file, texts["recipe"])
     return texts | lists
 
 
@@ -142,6 +145,7 @@ def _study(args: argparse.Namespace, output: Path) -> StudyDesign:
 
     from nnunet_vit_mae.cli.arguments import table_file, usable_device
     from nnunet_vit_mae.nnunet.folders import find_dataset
+    from nnunet_vit_mae.nnunet.folds import is_preprocessed
     from nnunet_vit_mae.nnunet.plans import read_recipe
     from nnunet_vit_mae.settings import Settings
 
@@ -168,7 +172,7 @@ def _study(args: argparse.Namespace, output: Path) -> StudyDesign:
         pretrain_epochs=args.pretrain_epochs or 0,
         device=args.device,
         unlabelled=(dataset.raw / "imagesUn").is_dir(),
-        preprocessed=_is_preprocessed(dataset, args.configuration),
+        preprocessed=is_preprocessed(dataset, args.configuration),
     )
     for name in study.trained:
         Settings.from_dict(study.recipe_of(name))  # refuses unknown settings before anything runs
@@ -202,25 +206,6 @@ def _test_share(args: argparse.Namespace, dataset: Dataset) -> float:
     if args.development + test >= 1:
         raise UserError(f"--development {args.development:g} and --test {test:g} leave nothing to train on.")
     return test
-
-
-def _is_preprocessed(dataset: Dataset, configuration: str) -> bool:
-    """Return whether nnU-Net has planned the dataset and preprocessed every labelled case."""
-    from nnunet_vit_mae.nnunet.checked_plans import ADVICE, PlanEntries
-
-    file = dataset.plans_file("nnUNetPlans")
-    if not file.is_file():
-        return False
-    configurations = read_entries(PlanEntries, file, ADVICE).configurations
-    if configuration not in configurations:
-        known = ", ".join(configurations)
-        raise UserError(f"The plans nnUNetPlans have no configuration {configuration} (they have {known}): check -c.")
-
-    from nnunet_vit_mae.datasets.split.files import find_label_files
-
-    folder = dataset.preprocessed / configurations[configuration].get("data_identifier", "")
-    cases = find_label_files(dataset.raw, dataset.preprocessed).files
-    return all((folder / f"{case}.pkl").is_file() for case in cases)
 
 
 def _do_step(study: StudyDesign, name: str, *runs: str) -> None:

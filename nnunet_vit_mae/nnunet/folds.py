@@ -12,11 +12,12 @@ from pathlib import Path
 
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
-from nnunet_vit_mae.datasets.split.files import SPLITS, parent_fold, read_fold, read_split_record
+from nnunet_vit_mae.datasets.split.files import SPLITS, find_label_files, parent_fold, read_fold, read_split_record
 from nnunet_vit_mae.datasets.split.patients import patient_of, recorded_patients
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.channels import cases_in
-from nnunet_vit_mae.nnunet.plans import Plan
+from nnunet_vit_mae.nnunet.folders import Dataset
+from nnunet_vit_mae.nnunet.plans import Plan, load_plan
 from nnunet_vit_mae.nnunet.preprocessing import preprocessed_pool
 from nnunet_vit_mae.storage.files import write_json
 
@@ -43,6 +44,18 @@ def labelled_cases(plan: Plan) -> list[PreprocessedCase]:
             f"run nnUNetv2_preprocess {_flags(plan)} -plans_name {plan.plans.plans_name} first."
         )
     return [PreprocessedCase(name, folder / f"{name}.b2nd") for name in names]
+
+
+def is_preprocessed(dataset: Dataset, configuration: str) -> bool:
+    """Return whether nnU-Net has planned a dataset with its default planner and preprocessed every labelled case.
+
+    Raises `UserError` for plans that cannot be used or lack the configuration, and if there are no labels.
+    """
+    if not dataset.plans_file("nnUNetPlans").is_file():
+        return False
+    folder = load_plan(dataset, "nnUNetPlans", configuration).preprocessed_folder
+    cases = find_label_files(dataset.raw, dataset.preprocessed).files
+    return all((folder / f"{case}.pkl").is_file() for case in cases)
 
 
 def reference_segmentations(plan: Plan) -> dict[str, Path]:

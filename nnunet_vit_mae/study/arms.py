@@ -11,6 +11,7 @@ from typing import Any
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.settings import Network
+from nnunet_vit_mae.storage.entries import checked_entries
 from nnunet_vit_mae.storage.files import read_json
 
 DEFAULT_PLANS = "nnUNetPlans"
@@ -29,7 +30,7 @@ class Arm:
     """A model to compare; an arm with members is the mean of their probabilities and is not trained itself."""
 
     trainer: str = ""
-    recipe: Mapping[str, Any] = field(default_factory=dict)  # a partial vit_mae block
+    recipe: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # a partial vit_mae block
     plans: str = DEFAULT_PLANS  # nnU-Net's plans that those of the arm are made from
     planner: str = ""  # of nnUNetv2_plan_experiment, which makes these plans if they are not the default
     encoder: bool = False  # starts from a pre-trained encoder
@@ -104,20 +105,15 @@ def arms_to_json(arms: Mapping[str, Arm]) -> dict[str, Any]:
 def _arm_from(entry: Any, name: str, source: str) -> Arm:
     if not name.isidentifier():
         raise UserError(f"{source} has the arm {name!r}: use letters, digits and underscores, as in my_vit.")
-    known = {item.name: getattr(Arm(), item.name) for item in dataclasses.fields(Arm)}
-    if not isinstance(entry, dict):
-        raise UserError(f"The arm {name} in {source} must be an object with {', '.join(known)}.")
+    known = [item.name for item in dataclasses.fields(Arm)]
+    arm = checked_entries(
+        Arm, entry, f"The arm {name} in {source}", f"correct it; an arm has some of {', '.join(known)}"
+    )
     if unknown := sorted(set(entry) - set(known)):
         raise UserError(f"The arm {name} in {source} has the unknown key {unknown[0]}: choose from {', '.join(known)}.")
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
-    for key, value in values.items():
-        if type(value) is not type(known[key]):
-            raise UserError(f"{key} of the arm {name} in {source} is {value!r}, which has the wrong type.")
-    if bool(values.get("trainer")) == bool(values.get("members")):
+    if bool(arm.trainer) == bool(arm.members):
         raise UserError(f"The arm {name} in {source} needs either a trainer, or members to take the mean of.")
-    if not all(isinstance(section, dict) for section in values.get("recipe", {}).values()):
-        raise UserError(f"recipe of the arm {name} in {source} must be an object of objects, as in the plans.")
-    return Arm(**values)
+    return arm
 
 
 def merged(*recipes: Mapping[str, Any]) -> dict[str, Any]:
