@@ -445,3 +445,86 @@ def test_nan_in_an_image_is_a_problem_of_its_case(ending, command):
     row = command.rows()["a"]
     assert (row["status"], "a" + ending in row["problem"]) == ("failed", True)
     assert "NaN" in row["problem"]
+
+
+# ---------- what the dataset of the scans knows
+
+
+@pytest.fixture
+def dataset(command, tmp_path) -> Command:
+    """Scans in a dataset of three contrasts: the second is empty where the region lies, the third was filled."""
+    command.images = command.images.rename(tmp_path / "imagesTr")
+    for case in ("a", "b"):
+        image = command.add(f"{case}_0000", moved(shift=(10, 0, 0)))
+        corner, filled_here = image * 0, image * 0
+        corner[0, 0, 0] = 1
+        sitk.WriteImage(corner, str(command.images / f"{case}_0001.nii.gz"))
+        sitk.WriteImage(filled_here, str(command.images / f"{case}_0002.nii.gz"))
+    names = {"0": "T1", "1": "T1_post", "2": "FLAIR"}
+    (tmp_path / "dataset.json").write_text(json.dumps({"channel_names": names}))
+    record = {"present": ["T1", "T1_post"], "filled": ["FLAIR"], "blank": []}
+    other = {"present": [], "filled": [], "blank": ["FLAIR"]}
+    content = {"imagesTr": {"a": record, "b": record, "c": record}, "imagesUn": {"a": other}}
+    (tmp_path / "contrasts.json").write_text(json.dumps(content))
+    rows = [f"{case},P0001,T1;T1_post,T1,0.75,0.5 0.5 1,0.6 0.6 3" for case in "abc"]
+    columns = "case,patient,contrasts,reference,slice_thickness_mm,T1_spacing_mm,T1_post_spacing_mm"
+    (tmp_path / "scans.csv").write_text("\n".join([columns, *rows]))
+    return command
+
+
+def scans_of(output: Path) -> dict[str, dict[str, str]]:
+    with (output / "scans.csv").open() as stream:
+        return {row["case"]: row for row in csv.DictReader(stream)}
+
+
+def test_records_of_the_scans_go_with_their_crops(dataset, capsys):
+    dataset.run("--contrasts", "T1_post", "CE", "FLAIR")  # the new name of one is the old name of another
+    assert "where the scan is not: CE of a, CE of b." in capsys.readouterr().out
+    crop = {"present": ["T1_post"], "filled": ["FLAIR"], "blank": ["CE"]}
+    assert json.loads((dataset.output / "contrasts.json").read_text()) == {"imagesTr": {"a": crop, "b": crop}}
+    rows = scans_of(dataset.output)
+    assert list(rows) == ["a", "b"]
+    assert rows["a"] == {
+        "case": "a",
+        "patient": "P0001",
+        "contrasts": "T1_post",
+        "reference": "T1_post",
+        "slice_thickness_mm": "0.75",
+        "T1_post_spacing_mm": "0.5 0.5 1",
+        "CE_spacing_mm": "0.6 0.6 3",
+    }
+
+
+def test_records_of_crops_keep_what_was_added_and_lose_what_is_rejected(dataset, tmp_path):
+    dataset.run("--resample")
+    rows = scans_of(dataset.output)
+    assert {row["reference"] for row in rows.values()} == {""}  # they are on the grid of the template
+    rows["a"]["age"], rows["new"] = "61", {"case": "new", "age": "7"}
+    with (dataset.output / "scans.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows["a"]))
+        writer.writeheader()
+        writer.writerows(rows.values())
+    (tmp_path / "reject.txt").write_text("b")
+    dataset.run("--resample", "--reject", str(tmp_path / "reject.txt"))
+    assert list(json.loads((dataset.output / "contrasts.json").read_text())["imagesTr"]) == ["a"]
+    assert [(case, row["age"]) for case, row in scans_of(dataset.output).items()] == [
+        ("a", "61"),
+        ("b", ""),
+        ("new", "7"),
+    ]
+
+
+def test_images_that_were_filled_are_rejected_too(command, tmp_path):
+    image = command.add("a", moved(shift=(10, 0, 0)))
+    command.run("--contrasts", "T1", "T2")
+    sitk.WriteImage(image * 0, str(command.output / "imagesTr" / "a_0001.nii.gz"))
+    (tmp_path / "reject.txt").write_text("a")
+    main(["-o", str(command.output), "--reject", str(tmp_path / "reject.txt")])
+    assert not list((command.output / "imagesTr").iterdir())
+    assert (command.output / "rejected" / "imagesTr" / "a_0001.nii.gz").exists()
+
+
+def test_records_that_cannot_be_read_are_refused_before_the_work(dataset, tmp_path, refused):
+    (tmp_path / "scans.csv").write_text("case,patient\na,P0001\na,P0002\n")
+    assert "two different rows for a" in refused(main, *dataset.arguments())
+    assert not (dataset.output / "qc.csv").exists()

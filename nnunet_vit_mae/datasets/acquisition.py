@@ -11,6 +11,8 @@ from nnunet_vit_mae.errors import UserError
 
 SCANS_TABLE = "scans.csv"
 CASE, PATIENT, KERNEL, SLICE_THICKNESS = "case", "patient", "kernel", "slice_thickness_mm"
+CONTRASTS, REFERENCE = "contrasts", "reference"  # names of contrasts, the first separated by semicolons
+OF_CONTRAST = ("spacing_mm", "slice_thickness_mm", "model", "kernel", "mutual_information")  # after its name and _
 
 
 def find_scans_table(folders: Iterable[Path]) -> Path | None:

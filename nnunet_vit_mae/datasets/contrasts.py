@@ -135,10 +135,7 @@ def fill_contrasts(raw: Path) -> FillResult:
     _check_access([case.images.folder for case in to_fill])
     if record != former:
         _check_access([raw])
-        content = {
-            folder: {name: asdict(contrasts) for name, contrasts in cases.items()} for folder, cases in record.items()
-        }
-        write_json(content, raw / CONTRAST_RECORD)
+        write_contrasts(record, raw)
     problems = {str(case.images): case.problem for case in sorted_cases if case.problem}
     written = []
     for case in with_progress(to_fill, unit="case", desc="filling"):
@@ -185,6 +182,14 @@ def read_contrasts(raw: Path) -> ContrastRecord:
     if not file.exists():
         return {}
     return read_entries(ContrastRecord, file, "remove it, and mae3d_fill_contrasts writes a new one")
+
+
+def write_contrasts(record: ContrastRecord, raw: Path) -> None:
+    """Write the record of a dataset."""
+    content = {
+        folder: {name: asdict(contrasts) for name, contrasts in cases.items()} for folder, cases in record.items()
+    }
+    write_json(content, raw / CONTRAST_RECORD)
 
 
 def find_case_images(raw: Path, channels: Channels) -> list[CaseImages]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_vit_mae.datasets.acquisition import KERNEL, SCANS_TABLE, SLICE_THICKNESS
+from nnunet_vit_mae.datasets.acquisition import KERNEL, OF_CONTRAST, SCANS_TABLE, SLICE_THICKNESS
 from nnunet_vit_mae.datasets.contrasts import fill_contrasts
 from nnunet_vit_mae.datasets.convert.key import pseudonyms_of, write_key
 from nnunet_vit_mae.datasets.convert.studies import FoundStudies, Study, read_image_source
@@ -347,8 +347,7 @@ def _contrast_columns(study: Study, contrast: str, image: sitk.Image) -> dict[st
 
 def _write_conversion_tables(studies: Sequence[ConvertedStudy], contrasts: Sequence[str], output: Path) -> None:
     first = ("case", "patient", "session", "contrasts", "reference", "manufacturer", "model", KERNEL)
-    of_contrast = ("spacing_mm", "slice_thickness_mm", "model", "kernel", "mutual_information")
-    columns = [*first, SLICE_THICKNESS, *(f"{name}_{column}" for name in contrasts for column in of_contrast)]
+    columns = [*first, SLICE_THICKNESS, *(f"{name}_{column}" for name in contrasts for column in OF_CONTRAST)]
     write_records([study.row for study in studies if study.folder], columns, output / SCANS_TABLE)
     problems = [
         {"case": study.case, "image": image, "problem": reason}

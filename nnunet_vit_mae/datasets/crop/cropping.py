@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from nnunet_vit_mae.datasets.crop.carried import SourceRecords, read_case_records
 from nnunet_vit_mae.datasets.crop.contact_sheet import thumbnail, write_thumbnail
 from nnunet_vit_mae.datasets.crop.dataset import Cropping, describe_like, finish
 from nnunet_vit_mae.datasets.crop.qc_table import (
@@ -130,7 +131,10 @@ def crop_folder(
     make_folder(settings.output)
     with locked(settings.output):
         description = describe_like(images, contrasts)
-        return finish(crop_scans(scans, settings, template_of, processes), settings.output, description)
+        names = [scan.name for scan in scans]
+        records = read_case_records(images.absolute().parent, names)
+        source = SourceRecords(records, images.absolute().name, names, settings.resample)
+        return finish(crop_scans(scans, settings, template_of, processes), settings.output, description, source)
 
 
 def crop_scans(

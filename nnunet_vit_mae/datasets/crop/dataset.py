@@ -9,10 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_vit_mae.datasets.acquisition import SCANS_TABLE
+from nnunet_vit_mae.datasets.contrasts import CONTRAST_RECORD
+from nnunet_vit_mae.datasets.crop.carried import SourceRecords, carry_over, read_case_records
 from nnunet_vit_mae.datasets.crop.contact_sheet import write_sheets
 from nnunet_vit_mae.datasets.crop.qc_table import (
     DONE,
     FAILED,
+    FOLDERS,
     QC_TABLE,
     REJECTED,
     QCRow,
@@ -23,7 +27,8 @@ from nnunet_vit_mae.datasets.crop.qc_table import (
     write_qc_table,
 )
 from nnunet_vit_mae.datasets.tables import read_names
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, abbreviated
+from nnunet_vit_mae.imaging.channels import channels_by_case
 from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.imaging.scans import ENDING
 from nnunet_vit_mae.storage.files import inside, locked, write_json
@@ -35,6 +40,8 @@ CONTENTS = {
     "labelsTr/": "their labels",
     "imagesUn/": "crops of the other cases, for pre-training",
     QC_TABLE: "a row for each case: its registration, the region and what failed",
+    SCANS_TABLE: "how the scans were acquired, from their dataset",
+    CONTRAST_RECORD: "which contrasts of each case are present, and which were filled with zeros",
     "contact_sheet_*.png": "all crops at a glance, worst first",
     "thumbnails/": "the pictures on these sheets",
     "transforms/": "from template to scan, for ITK",
@@ -45,11 +52,15 @@ COMPLETE = 0.999  # coverage from which a region counts as fully in view
 
 @dataclass(frozen=True)
 class Cropping:
-    """The result of a call: rows of all cases, worst first, names of the cases cropped by it, and contact sheets."""
+    """The result of a call: rows of all cases, worst first, names of the cases cropped by it, and contact sheets.
+
+    `lost` names contrasts that a scan has and its crop has not.
+    """
 
     rows: list[QCRow]
     cropped: list[str] = field(default_factory=list)
     sheets: list[Path] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
 
     @property
     def failed(self) -> dict[str, str]:
@@ -83,6 +94,11 @@ def cropping_report(cropping: Cropping, output: Path) -> str:
             f"In {len(cut)} cases the crop cuts off labelled voxels: see label_inside in {output / QC_TABLE}, and "
             "--margin."
         )
+    if cropping.lost:
+        lines.append(
+            f"Crops are all zeros, and count as absent in {output / CONTRAST_RECORD}, where the scan is not: "
+            f"{abbreviated(cropping.lost)}."
+        )
     if cropping.sheets:
         lines.append(
             f"Look through {cropping.sheets[0]} from the top, worst first, until all registrations fit; write the "
@@ -91,14 +107,25 @@ def cropping_report(cropping: Cropping, output: Path) -> str:
     return "\n".join(lines)
 
 
-def finish(cropping: Cropping, output: Path, description: Mapping[str, Any]) -> Cropping:
-    """Write the table, dataset.json and the contact sheets; `description` has known channel names and labels."""
+def finish(
+    cropping: Cropping, output: Path, description: Mapping[str, Any], source: SourceRecords | None = None
+) -> Cropping:
+    """Write the tables, dataset.json, contrasts.json and the contact sheets.
+
+    Args:
+        cropping: Rows of all cases, and what was cropped.
+        output: The dataset of crops.
+        description: Known channel names and labels.
+        source: What is known of the scans that were cropped, if any were.
+    """
     rows = cropping.rows
+    records = read_case_records(output, [row.case for row in rows])
     write_qc_table(rows, output)
     done = [row for row in rows if row.status == DONE]
     former = read_description(output / DESCRIPTION).content if (output / DESCRIPTION).exists() else {}
     counts = {"numTraining": sum(row.folder == "imagesTr" for row in done), "file_ending": ENDING}
     write_json(_with_defaults({**former, **description}, done) | counts, output / DESCRIPTION)
+    lost = carry_over(rows, output, records, source or SourceRecords())
     folder = output / "thumbnails"
     pictures = [
         (file, "TEMPLATE " + file.name.removeprefix("template.").removesuffix(".png"))
@@ -106,7 +133,7 @@ def finish(cropping: Cropping, output: Path, description: Mapping[str, Any]) -> 
     ]
     of_cases = [(inside(folder, f"{row.case}.png", source=QC_TABLE), caption(row)) for row in done]
     pictures += [(file, text) for file, text in of_cases if file.exists()]
-    return Cropping(rows, cropping.cropped, write_sheets(pictures, output))
+    return Cropping(rows, cropping.cropped, write_sheets(pictures, output), lost)
 
 
 def _with_defaults(known: dict[str, Any], done: Sequence[QCRow]) -> dict[str, Any]:
@@ -140,8 +167,10 @@ def reject_cases(
         raise UserError(f"{output} has no {QC_TABLE}: check -o.")
     with locked(output):
         rows = {row.case: row for row in read_qc_table(output)}
+        filled = {folder: channels_by_case(output / folder, ENDING)[0] for folder in FOLDERS if folder}
         for name in read_names(decisions, rows, "--reject"):
-            for file in files_of(rows[name], output):
+            others = filled.get(rows[name].folder, {}).get(name, {}).values()  # of mae3d_fill_contrasts
+            for file in {*files_of(rows[name], output), *others}:
                 if file.exists():
                     target = output / REJECTED / file.relative_to(output)
                     target.parent.mkdir(parents=True, exist_ok=True)
