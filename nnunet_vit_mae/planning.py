@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.settings import Finetuning, Network, Pretraining, Settings, token_grid
+from nnunet_vit_mae.units import size_text
 
 TOKEN_BUDGET = 4096  # 64^3 voxels at token 4, the paper's setting; a 128^3 patch at token 8
 SLACK = 1.25
 THIN_TOKEN = 2
 SMALLEST_BATCH = 2  # as in nnU-Net
-GB = 2**30
 CHEAP_DECODER = Pretraining(decoder="cross", rebuilt_share=0.25)  # half the time or less
 
 
@@ -160,9 +160,9 @@ def fit_to_memory(
             break
         candidate = settings.updated({"network": {"token": larger.pop(0), "taps": ()}})
     raise UserError(
-        f"With token {list(candidate.network.token)} a training step needs about {in_gb(needed.finetuning)} GB "
-        f"(fine-tuning, batch {candidate.finetuning.batch_size}) and {in_gb(needed.pretraining)} GB (pre-training, "
-        f"batch {candidate.pretraining.batch_size}), more than the {in_gb(target)} GB that -gpu_memory_target leaves: "
+        f"With token {list(candidate.network.token)} a training step needs about {size_text(needed.finetuning)} "
+        f"(fine-tuning, batch {candidate.finetuning.batch_size}) and {size_text(needed.pretraining)} (pre-training, "
+        f"batch {candidate.pretraining.batch_size}), more than the {size_text(target)} that -gpu_memory_target leaves: "
         "choose a smaller --size, a larger --token, another --decoder, or more memory."
     )
 
@@ -186,8 +186,3 @@ def _with_largest_batch(
         half = max(smallest, getattr(settings, section).batch_size // 2 // unit * unit)
         settings = settings.updated({section: {"batch_size": half}})
     return settings
-
-
-def in_gb(size: int) -> str:
-    """Return a number of bytes in GB, as text."""
-    return f"{size / GB:.1f}"

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +56,27 @@ def test_a_package_that_does_not_load_is_an_error(monkeypatch):
     assert diagnosis.text == "torch cannot be imported (operator torchvision::nms does not exist)."
 
 
+def test_a_gpu_that_torch_counts_but_was_not_built_for_is_an_error(monkeypatch):
+    ones, cards = torch.ones, [SimpleNamespace(name="V100", major=7, minor=0, total_memory=16e9)]
+    cards.append(SimpleNamespace(name="H100", major=9, minor=0, total_memory=80e9))
+
+    def made(size, *, device):
+        if device == "cuda:0":
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nlong advice")
+        return ones(size)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", cards.__getitem__)
+    monkeypatch.setattr(torch, "ones", made)
+    old, new = machine.diagnose_gpu()
+    assert (old.level, new.level) == (ERROR, OK)
+    reason = "CUDA error: no kernel image is available for execution on the device"
+    assert old.text.endswith(f"no bf16: training runs in fp32. This torch cannot compute on it ({reason}).")
+    assert old.advice == "End other programs on it, or install a torch for cards of generation 7.0."
+    assert new.text.endswith(", bf16.")
+
+
 @pytest.mark.parametrize(("value", "level"), [("1", None), ("many", ERROR), ("-1", ERROR), ("500", WARNING)])
 @pytest.mark.parametrize("variable", ["nnUNet_n_proc_DA", "nnUNet_def_n_proc"])
 def test_more_workers_than_cores_are_advised_against(monkeypatch, variable, value, level):
@@ -83,9 +105,9 @@ def test_nnunet_starts_more_workers_than_a_small_machine_has_cores_unless_told(m
 
 
 def test_little_room_is_advised_against(monkeypatch, tmp_path):
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(64000, 0, 64000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(2**16, 0, 2**16))
     (shared,) = machine.diagnose_shared_memory(tmp_path)
-    assert (shared.level, shared.text) == (WARNING, "64 kB of shared memory are free.")
+    assert (shared.level, shared.text) == (WARNING, "64 KiB of shared memory are free.")
     assert machine.diagnose_disk("nnUNet_raw", tmp_path).level == WARNING
 
 

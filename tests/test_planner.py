@@ -22,11 +22,11 @@ from nnunet_vit_mae.nnunet.planner import choose_settings
 from nnunet_vit_mae.nnunet.plans import load_plan
 from nnunet_vit_mae.nnunet.trainers import _unchanged
 from nnunet_vit_mae.settings import EncoderFile, Network, Pretraining, token_grid
+from nnunet_vit_mae.units import GIB
 from nnunet_vit_mae.weights import save_encoder
 
 pytestmark = pytest.mark.slow
 
-GB = 2**30
 PATCH = (14, 20, 24)  # as nnU-Net plans it: 4 x 5 x 6 tokens of 4, 2 x 3 x 3 of 8, 1 x 2 x 2 of 16
 Z_SCORES = ["ZScoreNormalization"] * 2
 HERE = {
@@ -44,8 +44,8 @@ def tiny_plan(name="nnUNetPlans"):
 
 
 def gigabytes_for(network: Network, batch: int) -> int:
-    """An estimate for tests: 10 MB for each token of a batch, so 1.2 GB for each volume at token 4."""
-    return batch * math.prod(token_grid(PATCH, network.token)) * GB // 100
+    """An estimate for tests: 1/100 GiB for each token of a batch, so 1.2 GiB for each volume at token 4."""
+    return batch * math.prod(token_grid(PATCH, network.token)) * GIB // 100
 
 
 @pytest.fixture
@@ -138,8 +138,8 @@ def test_the_table_has_a_row_and_a_reason_for_each_choice(plan):
     assert rows["batch, fine-tuning"] == ("2", "default")
     assert rows["batch, pre-training"] == ("16", "default")
     assert rows["mirroring"] == ("zyx", "no label names a side of the body")
-    assert rows["memory, fine-tuning"][0] == "2.4 GB"
-    assert rows["memory, pre-training"][0] == "2.4 GB"
+    assert rows["memory, fine-tuning"][0] == "2.4 GiB"
+    assert rows["memory, pre-training"][0] == "2.4 GiB"
     assert all("estimated" in rows[f"memory, {phase}"][1] for phase in ("fine-tuning", "pre-training"))
     assert notes == []
     assert (settings.network.size, settings.network.token) == ("XS", (4, 4, 4))
@@ -187,12 +187,11 @@ def test_real_estimates_are_printed_and_much_memory_changes_nothing(in_workspace
     plan_command.main(f"{common} -o Held -gpu_memory_target 1000".split())
     assert capsys.readouterr().out == free.replace("Free", "Held")
     assert tiny_plan("Held").settings == tiny_plan("Free").settings
-    sizes = re.findall(r"^memory, .* (\d+\.\d) GB ", free, flags=re.MULTILINE)
+    sizes = re.findall(r"^memory, .* (\d+(?:\.\d)?) MiB ", free, flags=re.MULTILINE)
     assert len(sizes) == 2
-    assert all(float(size) < 0.5 for size in sizes)
 
 
-# ---------- memory: at token 4 a batch of 4 needs 4.8 GB, at token 8 a batch of 4 needs 0.72 GB; 1 GB is for CUDA
+# ---------- memory: at token 4 a batch of 4 needs 4.8 GiB, at token 8 a batch of 4 needs 0.72 GiB; 1 GiB is for CUDA
 
 
 @pytest.mark.parametrize("target", ["5.81", "100", "1e6"])
@@ -207,7 +206,7 @@ def test_batches_are_halved_to_fit_the_memory_and_that_is_said(plan):
     assert settings.finetuning.batch_size == 2
     assert rows["batch, fine-tuning"] == ("2", "4 halved to fit the memory")
     assert rows["batch, pre-training"] == ("16", "as in First")
-    assert rows["memory, fine-tuning"][0] == "2.4 GB"
+    assert rows["memory, fine-tuning"][0] == "2.4 GiB"
 
 
 def test_the_token_grows_to_fit_the_memory(plan):
@@ -227,10 +226,10 @@ def test_what_is_given_stays_when_memory_is_short(plan):
 @pytest.mark.parametrize(
     ("arguments", "token", "size"),
     [
-        ("-gpu_memory_target 1.01", "[16, 16, 16]", "0.1 GB (fine-tuning, batch 2)"),
-        ("-gpu_memory_target 0.5", "[16, 16, 16]", "0.1 GB (fine-tuning, batch 2)"),
-        ("--token 4 -gpu_memory_target 3.39", "[4, 4, 4]", "2.4 GB (fine-tuning, batch 2)"),
-        ("--token 4 --batch_size 4 -gpu_memory_target 3.41", "[4, 4, 4]", "4.8 GB (fine-tuning, batch 4)"),
+        ("-gpu_memory_target 1.01", "[16, 16, 16]", "81.9 MiB (fine-tuning, batch 2)"),
+        ("-gpu_memory_target 0.5", "[16, 16, 16]", "81.9 MiB (fine-tuning, batch 2)"),
+        ("--token 4 -gpu_memory_target 3.39", "[4, 4, 4]", "2.4 GiB (fine-tuning, batch 2)"),
+        ("--token 4 --batch_size 4 -gpu_memory_target 3.41", "[4, 4, 4]", "4.8 GiB (fine-tuning, batch 4)"),
     ],
 )
 def test_too_little_memory_is_refused_with_sizes(not_planned, arguments, token, size):

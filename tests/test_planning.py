@@ -11,19 +11,18 @@ from hypothesis import strategies as st
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.planning import (
-    GB,
     SLACK,
     TOKEN_BUDGET,
     Memory,
     default_settings,
     default_token,
     fit_to_memory,
-    in_gb,
     token_grid,
     token_steps,
 )
 from nnunet_vit_mae.presets import DECODERS
 from nnunet_vit_mae.settings import TOKEN_SIDES, Settings
+from nnunet_vit_mae.units import GIB, size_text
 
 patches = st.tuples(*[st.integers(1, 320)] * 3)
 spacings = st.tuples(*[st.integers(10, 2000).map(lambda n: n / 100)] * 3)
@@ -347,18 +346,18 @@ def test_a_batch_of_6_becomes_2_before_the_token_grows():
 def test_taps_are_kept_with_the_token_and_reset_with_another(gigabytes, token, taps):
     settings = planned({"network": {"decoder": "unetr", "taps": [9]}})
     fixed = {("network", "decoder"), ("network", "taps")}
-    estimate, target = linear(PATCH, (GB // 4032, GB // 4032), 0), int(gigabytes * GB)
+    estimate, target = linear(PATCH, (GIB // 4032, GIB // 4032), 0), int(gigabytes * GIB)
     chosen = fit_to_memory(settings, PATCH, SPACING, fixed=fixed, target=target, estimate=estimate).network
     assert (chosen.token, chosen.decoder, chosen.taps) == (token, "unetr", taps)
 
 
 def test_when_nothing_fits_the_refusal_names_sizes_of_the_last_attempt_and_what_to_do():
-    estimate = linear(PATCH, (GB // 80, 2 * GB // 80), GB)
+    estimate = linear(PATCH, (GIB // 80, 2 * GIB // 80), GIB)
     with pytest.raises(UserError) as caught:
-        fit_to_memory(planned(), PATCH, SPACING, fixed=(), target=GB // 2, estimate=estimate)
+        fit_to_memory(planned(), PATCH, SPACING, fixed=(), target=GIB // 2, estimate=estimate)
     assert str(caught.value) == (
-        "With token [8, 16, 16] a training step needs about 3.0 GB (fine-tuning, batch 2) and 5.0 GB (pre-training, "
-        "batch 2), more than the 0.5 GB that -gpu_memory_target leaves: choose a smaller --size, a larger --token, "
+        "With token [8, 16, 16] a training step needs about 3 GiB (fine-tuning, batch 2) and 5 GiB (pre-training, "
+        "batch 2), more than the 512 MiB that -gpu_memory_target leaves: choose a smaller --size, a larger --token, "
         "another --decoder, or more memory."
     )
 
@@ -377,5 +376,17 @@ def test_a_refusal_names_what_was_fixed_as_it_was_fixed(fixed, tried):
         fit_to_memory(settings, PATCH, SPACING, fixed=fixed, target=0, estimate=linear(PATCH, (1, 1), 0))
 
 
-def test_bytes_are_written_in_gigabytes():
-    assert [in_gb(size) for size in (0, GB // 4, GB, 24 * GB)] == ["0.0", "0.2", "1.0", "24.0"]
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1 KiB"),
+        (1024 * 1023.96, "1 MiB"),  # not 1024 KiB
+        (GIB // 4, "256 MiB"),
+        (24 * GIB, "24 GiB"),
+        (2500 * 1024 * GIB, "2500 TiB"),
+    ],
+)
+def test_bytes_are_written_with_the_largest_unit_that_leaves_a_number_above_one(size, text):
+    assert size_text(size) == text

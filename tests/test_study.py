@@ -248,7 +248,7 @@ def test_progress_knows_what_failed_and_how_long_the_rest_takes(tmp_path):
     assert progress.text(jobs=1) == f"4 of {len(steps)} steps are done; at least 2 h 0 min left."
     assert progress.text(jobs=2).endswith("at least 1 h 0 min left.")
     cost = costs.cost_of(study, "unet")
-    assert (cost.training, cost.memory, cost.pretraining) == ("2 h 0 min", "3.0 GB", "")
+    assert (cost.training, cost.memory, cost.pretraining) == ("2 h 0 min", "2.9 GiB", "")
 
 
 def test_samples_and_parameters_are_those_of_the_trainer(tmp_path):

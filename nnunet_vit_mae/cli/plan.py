@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "-gpu_memory_target",
         type=positive_float,
-        metavar="GB",
+        metavar="GiB",
         help="choose token and batch sizes that fit this GPU memory",
     )
     parser.add_argument("--epochs", type=positive_int, help="epochs of fine-tuning and of nnUNetTrainerBaseline")

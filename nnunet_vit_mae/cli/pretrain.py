@@ -14,6 +14,7 @@ from nnunet_vit_mae.cli.arguments import (
     whole_number,
 )
 from nnunet_vit_mae.processes.signals import command
+from nnunet_vit_mae.units import GIB
 
 
 @command("What was saved before is kept, and the same command starts again.")
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--cache",
         type=positive_float,
-        metavar="GB",
+        metavar="GiB",
         help="keep volumes in memory, in half precision, up to this size; on the GPU if all fit there",
     )
     args = parser.parse_args(argv)
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             device=usable_device(args.device),
             processes=args.num_gpus,
             readers=args.readers,
-            cache_bytes=round((args.cache or 0) * 1e9),
+            cache_bytes=round((args.cache or 0) * GIB),
         )
         encoder = pretrain(
             load_plan(args.dataset, args.plans, args.configuration),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 OK, WARNING, ERROR = "ok", "warning", "error"
-UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 @dataclass(frozen=True)
@@ -16,15 +15,3 @@ class Diagnosis:
     level: str  # OK, WARNING or ERROR
     text: str
     advice: str = ""
-
-
-def size_text(size: float) -> str:
-    """Format a number of bytes.
-
-    >>> size_text(64000), size_text(8_500_000_000)
-    ('64 kB', '8.5 GB')
-    """
-    unit = 0
-    while size >= 1000 and unit < len(UNITS) - 1:
-        size, unit = size / 1000, unit + 1
-    return f"{size:.3g} {UNITS[unit]}"

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import joblib
 
-from nnunet_vit_mae.doctor.diagnosis import ERROR, OK, WARNING, Diagnosis, size_text
+from nnunet_vit_mae.doctor.diagnosis import ERROR, OK, WARNING, Diagnosis
+from nnunet_vit_mae.errors import first_line
 from nnunet_vit_mae.processes.memory import SHARED_MEMORY, memory_size
+from nnunet_vit_mae.units import size_text
 
 LEAST_SHARED_MEMORY = 1e9  # for the batches that readers have ready
 LEAST_DISK = 20e9  # preprocessed images are several times as large as compressed ones
@@ -28,7 +30,11 @@ def diagnose_gpu() -> Iterator[Diagnosis]:
             card = torch.cuda.get_device_properties(number)
             bf16 = "bf16" if card.major >= 8 else "no bf16: training runs in fp32"
             text = f"{card.name}, {size_text(card.total_memory)}, {bf16}."
-            yield Diagnosis("gpu", OK, text)
+            if problem := _problem_of_gpu(number):
+                advice = f"End other programs on it, or install a torch for cards of generation {card.major}.{card.minor}."
+                yield Diagnosis("gpu", ERROR, f"{text} This torch cannot compute on it ({problem}).", advice)
+            else:
+                yield Diagnosis("gpu", OK, text)
         return
     card_is_there = shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists()
     if card_is_there and torch.version.cuda is None:
@@ -40,6 +46,17 @@ def diagnose_gpu() -> Iterator[Diagnosis]:
     else:
         advice = "Add -device cpu to the commands; networks of the papers' sizes need a GPU."
         yield Diagnosis("gpu", WARNING, "torch finds no GPU.", advice)
+
+
+def _problem_of_gpu(number: int) -> str | None:
+    """Return why nothing can be computed on a GPU, or None: torch also counts GPUs that it was not built for."""
+    import torch
+
+    try:
+        torch.ones(1, device=f"cuda:{number}").add(1).item()
+    except RuntimeError as error:
+        return first_line(error)
+    return None
 
 
 def diagnose_workers(environment: Mapping[str, str]) -> Iterator[Diagnosis]:

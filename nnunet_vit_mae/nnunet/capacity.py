@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.planning import GB, in_gb
 from nnunet_vit_mae.processes.memory import memory_size
+from nnunet_vit_mae.units import GIB, size_text
 
-LARGEST_DEVICE = 1024 * GB  # several times what the largest GPU has
+LARGEST_DEVICE = 1024 * GIB  # several times what the largest GPU has
 STEP_PER_CROP = 1000  # a step takes far less than this many times its crops, so that small ones need no rehearsal
 VOXEL_BYTES = 4
 
@@ -53,6 +53,6 @@ def refuse_step_beyond(
         batch, _, *patch = shape
         sides = " x ".join(map(str, patch))
         raise UserError(
-            f"A step with a batch of {batch} and a patch of {sides} voxels needs about {in_gb(needed)} GB, but {where} "
-            f"has {in_gb(available)} GB: {advice}."
+            f"A step with a batch of {batch} and a patch of {sides} voxels needs about {size_text(needed)}, but "
+            f"{where} has {size_text(available)}: {advice}."
         )

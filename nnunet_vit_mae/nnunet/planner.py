@@ -22,14 +22,15 @@ from nnunet_vit_mae.nnunet.capacity import LARGEST_DEVICE, refuse_step_beyond
 from nnunet_vit_mae.nnunet.encoders import Start, find_encoder
 from nnunet_vit_mae.nnunet.mirroring import mirroring_of
 from nnunet_vit_mae.nnunet.plans import Plan, build_unet, changed, destination, settings_of
-from nnunet_vit_mae.planning import GB, TOKEN_BUDGET, Memory, fit_to_memory, in_gb, refuse_useless_masks
+from nnunet_vit_mae.planning import TOKEN_BUDGET, Memory, fit_to_memory, refuse_useless_masks
 from nnunet_vit_mae.presets import DECODERS, UPSAMPLINGS
 from nnunet_vit_mae.pretraining.volumes import open_volume
 from nnunet_vit_mae.settings import Network, Settings, token_grid
 from nnunet_vit_mae.transfer import adapt_encoder
+from nnunet_vit_mae.units import GIB, size_text
 
 FEW_CASES = 5
-RESERVED = 1 * GB  # of a GPU: CUDA itself, workspaces of convolutions, fragmentation
+RESERVED = 1 * GIB  # of a GPU: CUDA itself, workspaces of convolutions, fragmentation
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def choose_settings(
     encoder: Start | None = None,
     memory_target: float | None = None,
 ) -> tuple[Settings, list[Choice]]:
-    """Return the source's settings with `changes` (a partial block), for an encoder and a GPU memory (GB) if given.
+    """Return the source's settings with `changes` (a partial block), for an encoder and a GPU memory (GiB) if given.
 
     An encoder that the source names is taken as if it were given. Raises `UserError` for bad changes, for an encoder
     that does not fit, or when nothing fits the memory.
@@ -75,7 +76,7 @@ def choose_settings(
             source.patch_size,
             source.configuration.spacing,
             fixed=origins,
-            target=max(0, int(memory_target * GB) - RESERVED),
+            target=max(0, int(memory_target * GIB) - RESERVED),
             estimate=estimate,
         )
     if not fitted.encoder.file:
@@ -193,11 +194,11 @@ def _explain(
     ]
     if network.tapped_blocks:
         choices.insert(4, Choice("taps", _by(network.tapped_blocks, ", "), "blocks whose output the decoder takes too"))
-    why = "estimated peak of a step on a GPU, beside about 1 GB for CUDA itself"
+    why = "estimated peak of a step on a GPU, beside about 1 GiB for CUDA itself"
     return [
         *choices,
-        Choice("memory, fine-tuning", f"{in_gb(memory.finetuning)} GB", why),
-        Choice("memory, pre-training", f"{in_gb(memory.pretraining)} GB", why),
+        Choice("memory, fine-tuning", size_text(memory.finetuning), why),
+        Choice("memory, pre-training", size_text(memory.pretraining), why),
     ]
 
 

@@ -32,6 +32,7 @@ from nnunet_vit_mae.settings import Pretraining, Settings, to_json_types
 from nnunet_vit_mae.storage.files import locked, short_hash
 from nnunet_vit_mae.storage.layout import encoder_file
 from nnunet_vit_mae.tracking import wants_tensorboard
+from nnunet_vit_mae.units import size_text
 from nnunet_vit_mae.weights import Card, hashed_name, package_versions, save_encoder
 
 logger = logging.getLogger(__name__)
@@ -179,7 +180,7 @@ def _fits_on_device(job: PretrainingJob, machine: Machine) -> bool:
         reason = "masks depend on the voxels of a crop, which readers look at"
     elif needed > min(room, machine.cache_bytes):
         limit = "the GPU has room for" if room < machine.cache_bytes else "--cache allows"
-        reason = f"they take {needed / 1e9:.1f} GB, and {limit} {max(0, min(room, machine.cache_bytes)) / 1e9:.1f} GB"
+        reason = f"they take {size_text(needed)}, and {limit} {size_text(max(0, min(room, machine.cache_bytes)))}"
     else:
         return True
     logger.info("The volumes are cached in the memory of this machine and not on the GPU: %s.", reason)

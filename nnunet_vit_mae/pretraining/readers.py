@@ -18,6 +18,7 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.pretraining.crops import CropBatch, RandomCrops
 from nnunet_vit_mae.processes.memory import SHARED_MEMORY
 from nnunet_vit_mae.processes.signals import end_children, follow_parent, held
+from nnunet_vit_mae.units import size_text
 
 READY_BATCHES = 2  # that each reader prepares, as torch has it
 READER_SECONDS = 600.0  # within which some reader has to give a batch
@@ -87,8 +88,8 @@ def refuse_without_shared_memory(batches: int, batch_bytes: int, without: str = 
     usage = shutil.disk_usage(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else None
     if usage and needed > usage.free:
         raise UserError(
-            f"The {batches} batches that readers have ready need {needed / 1e6:.3g} MB of shared memory, but "
-            f"{SHARED_MEMORY} has {usage.free / 1e6:.3g} MB free: {NO_ROOM} ({without})."
+            f"The {batches} batches that readers have ready need {size_text(needed)} of shared memory, but "
+            f"{SHARED_MEMORY} has {size_text(usage.free)} free: {NO_ROOM} ({without})."
         )
 
 

@@ -24,6 +24,7 @@ from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.processes.memory import SHARED_MEMORY
 from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.limits import too_many_voxels
+from nnunet_vit_mae.units import size_text
 
 CHECKED_AT_ONCE = 8
 ITEM = np.dtype(np.float16).itemsize
@@ -97,8 +98,8 @@ class Cache(AbstractContextManager):
         # of what is free, another copy may have taken its part already
         if usage and (total + spare > usage.total or size + spare > usage.free):
             raise UserError(
-                f"A cache of {total / 1e9:.1f} GB, and {spare / 1e9:.1f} GB for batches, do not fit into "
-                f"{SHARED_MEMORY}, with {usage.free / 1e9:.1f} GB free: give a smaller --cache, or enlarge "
+                f"A cache of {size_text(total)}, and {size_text(spare)} for batches, do not fit into "
+                f"{SHARED_MEMORY}, with {size_text(usage.free)} free: give a smaller --cache, or enlarge "
                 f"{SHARED_MEMORY} (docker run --shm-size, for instance)."
             )
         self._memory = SharedMemory(create=True, size=max(1, size))

@@ -14,6 +14,7 @@ from nnunet_vit_mae.storage.layout import PLANS
 from nnunet_vit_mae.storage.pickles import read_trained
 from nnunet_vit_mae.study.design import CHECKPOINTS, StudyDesign
 from nnunet_vit_mae.study.workflow import Compute, duration_text, read_compute
+from nnunet_vit_mae.units import size_text
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def cost_of(study: StudyDesign, arm: str) -> Cost:
         prediction=_mean_text(prediction),
         pretraining=duration_text(pretraining.seconds) if pretraining else "",
         cpu=duration_text(_mean([taken.cpu_seconds for taken in training])) if training else "",
-        memory=f"{max(taken.memory_mb for taken in training) / 1000:.1f} GB" if training else "",
+        memory=size_text(max(taken.memory_bytes for taken in training)) if training else "",
     )
 
 

@@ -188,7 +188,7 @@ class Compute:
 
     seconds: float
     cpu_seconds: float
-    memory_mb: float  # largest at once, of all its processes, without that of a GPU
+    memory_bytes: float  # largest at once, of all its processes, without that of a GPU
 
 
 def read_compute(file: Path) -> Compute | None:
@@ -198,7 +198,8 @@ def read_compute(file: Path) -> Compute | None:
     rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines(), delimiter="\t"))
     if not rows:
         return None
-    return Compute(*(_number(rows[-1].get(column)) for column in ("s", "cpu_time", "max_rss")))
+    seconds, cpu_seconds, mebibytes = (_number(rows[-1].get(column)) for column in ("s", "cpu_time", "max_rss"))
+    return Compute(seconds, cpu_seconds, mebibytes * 2**20)
 
 
 def _number(text: str | None) -> float:
