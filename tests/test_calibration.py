@@ -500,6 +500,17 @@ def test_members_are_those_that_nnunet_averages(with_networks, in_workspace):
     assert found.disagreement[inner].mean() < 50  # most members agree with their mean
 
 
+@pytest.mark.usefixtures("with_networks")
+def test_the_network_of_members_is_on_its_device_before_nnunet_moves_it_in_inference_mode():
+    batch_norm = nn.BatchNorm3d(2)
+    with torch.inference_mode():
+        batch_norm.to(torch.double)  # as a move to a GPU
+    with pytest.raises(RuntimeError, match="inference tensor"):
+        batch_norm.load_state_dict(nn.BatchNorm3d(2).state_dict())
+    predictor = MemberPredictor(model_of("0", checkpoint="checkpoint_final.pth"), [0.0], torch.device("meta"))
+    assert {parameter.device.type for parameter in predictor.network.parameters()} == {"meta"}
+
+
 def test_from_validation_cases_to_the_intervals_of_new_ones(with_networks, in_workspace, tmp_path, capsys, refused):
     model, table = with_networks, tmp_path / "volumes.csv"
     flags = f"-d 901 -tr {TRAINER} -device cpu -f 0 --uncertainty".split()
