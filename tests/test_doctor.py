@@ -73,7 +73,7 @@ def test_a_gpu_that_torch_counts_but_was_not_built_for_is_an_error(monkeypatch):
     assert (old.level, new.level) == (ERROR, OK)
     reason = "CUDA error: no kernel image is available for execution on the device"
     assert old.text.endswith(f"no bf16: training runs in fp32. This torch cannot compute on it ({reason}).")
-    assert old.advice == "End other programs on it, or install a torch for cards of generation 7.0."
+    assert old.advice == "End other programs on it, or install a torch for generation 7.0 of cards."
     assert new.text.endswith(", bf16.")
 
 

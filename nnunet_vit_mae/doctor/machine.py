@@ -31,7 +31,9 @@ def diagnose_gpu() -> Iterator[Diagnosis]:
             bf16 = "bf16" if card.major >= 8 else "no bf16: training runs in fp32"
             text = f"{card.name}, {size_text(card.total_memory)}, {bf16}."
             if problem := _problem_of_gpu(number):
-                advice = f"End other programs on it, or install a torch for cards of generation {card.major}.{card.minor}."
+                advice = (
+                    f"End other programs on it, or install a torch for generation {card.major}.{card.minor} of cards."
+                )
                 yield Diagnosis("gpu", ERROR, f"{text} This torch cannot compute on it ({problem}).", advice)
             else:
                 yield Diagnosis("gpu", OK, text)
