@@ -213,6 +213,15 @@ def test_regions_and_voxels_to_ignore_are_known(data, found):
     assert not found()["errors"]
 
 
+def test_labels_that_nnunet_refuses_are_errors(data, found):
+    data.describe(labels={"background": 0, "whole": [1, 2], "ignore": 1, "core": 2})
+    errors = found()["errors"]
+    assert "ignore is 1 in dataset.json, but nnU-Net requires the highest label, 2" in errors["", "label values"]
+    assert "a label for each of the 2 regions" in errors["", "regions"]
+    data.describe(labels={"background": 1, "x": 0})
+    assert "must list background with the label 0" in found()["errors"]["", "label values"]
+
+
 def test_copies_are_worse_on_the_test_side(data, found):
     data.write("imagesTs/t_0000", data.array("imagesTr/a0_0000").astype(np.float64))
     data.write("imagesUn/u_0001", data.array("imagesTr/a1_0001"))
@@ -346,6 +355,8 @@ def test_mistakes_get_one_sentence(data, tmp_path, refused):
     assert "check --csv" in refused(main, "-d", "906", "--csv", "nowhere.csv")
     data.describe(labels=[1, 2])
     assert "labels is [1, 2], but it must be an object" in refused(main, "-d", "906")
+    data.describe(file_ending=".nrrd")
+    assert "imagesTr (only files in .gz): put them there, or correct file_ending" in refused(main, "-d", "906")
     data.describe()
     for folder in ("imagesTr", "imagesTs", "imagesUn"):
         (data.raw / folder).rename(tmp_path / folder)

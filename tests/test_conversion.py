@@ -5,7 +5,9 @@ import gzip
 import json
 from pathlib import Path
 from shutil import copytree
+from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -335,6 +337,22 @@ def test_mistakes_are_one_sentence(folders, refused):
     absolute = str(source / "sub-01/anat/*.nii.gz")
     empty = output.with_name("Dataset905_Empty")
     assert "matches --labels" in refused(main, "-i", str(source), "-o", str(empty), "--labels", absolute)
+
+
+def test_bids_headers_that_programs_read_differently_are_told(folders, capsys):
+    source, output = folders
+    file = source / "sub-01/anat/sub-01_T1w.nii.gz"
+    write(scan(moved(), **COARSE)[0], file)
+    image: Any = nibabel.load(file)
+    elsewhere = image.affine.copy()
+    elsewhere[:3, 3] += 50
+    image.set_qform(elsewhere, 1)
+    image.set_sform(image.affine, 1)
+    nibabel.save(image, file)
+    main(["-i", str(source), "-o", str(output), "-np", "1"])
+    printed = capsys.readouterr().out
+    assert "Warning: 1 x NIfTI that has a qform and an sform that differ" in printed
+    assert "sub-01" not in printed
 
 
 def test_bids_names_that_are_less_common(folders, refused):

@@ -6,7 +6,9 @@ import math
 import os
 from itertools import product
 from pathlib import Path
+from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -528,3 +530,18 @@ def test_records_that_cannot_be_read_are_refused_before_the_work(dataset, tmp_pa
     (tmp_path / "scans.csv").write_text("case,patient\na,P0001\na,P0002\n")
     assert "two different rows for a" in refused(main, *dataset.arguments())
     assert not (dataset.output / "qc.csv").exists()
+
+
+def test_a_header_that_programs_read_differently_is_told(command, capsys):
+    command.add("a", moved(shift=(10, 0, 0)))
+    file = command.images / "a.nii.gz"
+    image: Any = nibabel.load(file)
+    elsewhere = image.affine.copy()
+    elsewhere[:3, 3] += 50
+    image.set_qform(elsewhere, 1)
+    image.set_sform(image.affine, 1)
+    nibabel.save(image, file)
+    (command.images / "gone.nii.gz").symlink_to("nowhere")  # is a problem of its case
+    with pytest.raises(SystemExit):
+        command.run()
+    assert "Warning: 1 x NIfTI that has a qform and an sform that differ" in capsys.readouterr().out

@@ -145,15 +145,18 @@ def test_quantification_gives_volumes_and_warnings_and_goes_on(trained, output, 
         shutil.copy(images / f"test_0_000{channel}.nii.gz", images / f"broken_000{channel}.nii.gz")
     content = (images / "broken_0001.nii.gz").read_bytes()
     (images / "broken_0001.nii.gz").write_bytes(content[: len(content) // 2])
+    for channel in range(2):  # not even a header
+        (images / f"empty_000{channel}.nii.gz").touch()
 
     table = tmp_path / "out" / "volumes.csv"
     command = f"mae3d_quantify -i {images} -o {table} {MODEL} nnUNetTrainerViTMAE -f 0 --cutoffs 100".split()
     trained.call(*command)
     with table.open() as stream:
         rows = {row["case"]: row for row in csv.DictReader(stream)}
-    assert list(rows) == ["broken", "test_0", "test_1"]
+    assert list(rows) == ["broken", "empty", "test_0", "test_1"]
     assert rows["broken"]["volume_mm3"] == ""
     assert "broken_0001.nii.gz cannot be read" in rows["broken"]["warnings"]
+    assert "empty_0000.nii.gz cannot be read" in rows["empty"]["warnings"]
     mask = read_voxels(output / "calibrated" / "test_0.nii.gz") == 1
     assert float(rows["test_0"]["volume_mm3"]) == pytest.approx(1.5 * mask.sum())
     assert rows["test_0"]["risk_group"] == f"group {1 + (1.5 * mask.sum() > 100)}"

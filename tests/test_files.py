@@ -29,6 +29,14 @@ json_values = st.recursive(
 # ---------- replacing
 
 
+@pytest.mark.parametrize("name", ["y" * 248 + ".nii.gz", "ü" * 124 + ".nii.gz"])
+def test_a_name_may_be_as_long_as_the_file_system_allows(name, tmp_path):
+    with replacing(tmp_path / name) as temporary:
+        assert temporary.name.endswith(".nii.gz")
+        temporary.write_text("new")
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
 def test_a_file_is_replaced_when_the_block_ends(tmp_path):
     file = tmp_path / "plans.json"
     file.write_text("old")

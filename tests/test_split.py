@@ -1,5 +1,6 @@
 """Splits by patient: no patient on two sides, each validated once, nested few-label folds, and no file lost."""
 
+import errno
 import json
 import logging
 from pathlib import Path
@@ -11,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nnunet_vit_mae.cli.split import main
+from nnunet_vit_mae.datasets.split import files
 from nnunet_vit_mae.datasets.split.patients import on_both_sides, separation_warning
 from nnunet_vit_mae.datasets.split.splits import (
     LabelledCase,
@@ -24,6 +26,7 @@ from nnunet_vit_mae.datasets.split.splits import (
 from nnunet_vit_mae.datasets.tables import read_case_table
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation import split_figure as split_figure_module
+from nnunet_vit_mae.storage.files import write_json
 
 cohorts = st.lists(st.tuples(st.integers(1, 6), st.sampled_from("AB"), st.integers(0, 2)), min_size=1, max_size=14)
 
@@ -305,6 +308,7 @@ def test_cases_can_be_left_out(data, tmp_path, refused):
 
 def test_names_that_a_spreadsheet_has_changed_are_mentioned(data, tmp_path, capsys):
     assert alike_names({"007", "7", "7.0", "70", "Ab1", "aB1", "b"}) == [["007", "7", "7.0"], ["Ab1", "aB1"]]
+    assert alike_names({"Mu\u0308ller", "M\u00fcller"}) == [["Mu\u0308ller", "M\u00fcller"]]
     table = tmp_path / "table.csv"
     table.write_text("case,patient\n" + "".join(f"c{n},{'0' * (n % 2)}{n // 2}\n" for n in range(9)))
     main(["-d", "905", "--csv", str(table), "--folds", "2"])
@@ -400,6 +404,22 @@ def test_mistakes_before_any_table(data, tmp_path, refused):
     (tmp_path / "file").touch()
     (tmp_path / "gone").rename(tmp_path / "raw" / "Dataset905_Cohort" / "labelsTr")
     assert "cannot be written to" in refused(lambda _: typed("--folds", "2", "-o", str(tmp_path / "file")))
+
+
+def test_splits_come_last_so_that_none_are_without_patients_and_test_cases(data, tmp_path, monkeypatch, refused):
+    typed("--folds", "2")
+    written = []
+
+    def full_disk(content, file):
+        if written:
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        written.append(file.name)
+        write_json(content, file)
+
+    monkeypatch.setattr(files, "write_json", full_disk)
+    assert "No space left" in refused(lambda _: typed("--folds", "3", "--overwrite"))
+    assert not (data / "splits_final.json").exists()
+    assert len(list(data.glob("splits_final_until_*.json"))) == 1
 
 
 # ---------- warnings where splits are used

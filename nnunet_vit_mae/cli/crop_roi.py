@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from nnunet_vit_mae.cli.arguments import parser_for, place_for_nnunet, positive_int, raw_dataset_folder
@@ -34,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         column = TemplateColumn(args.csv, args.case, args.column) if args.csv else None
         cropping = crop_folder(args.images, args.labels, settings, column, args.contrasts, args.processes)
         if args.reject:
-            cropping = reject_cases(output, args.reject, args.contrasts, cropping.cropped)
+            left = reject_cases(output, args.reject, args.contrasts, cropping.cropped)
+            cropping = replace(left, lost=cropping.lost, ambiguities=cropping.ambiguities)
     write_readme(output, CONTENTS, private=(args.images, args.labels))
     print(cropping_report(cropping, output))
     if place := place_for_nnunet(output):

@@ -9,6 +9,9 @@ from __future__ import annotations
 import gzip
 import re
 import zlib
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +78,15 @@ def nifti_ambiguities(file: Path) -> list[str]:
     elif all(with_codes) and not _agree(header):
         found.append("has a qform and an sform that differ, so that programs place it differently")
     return found
+
+
+def ambiguities_among(files: Iterable[Path]) -> list[str]:
+    """Return in what programs may read some of these files differently, one clause each, without their names."""
+    counts: Counter[str] = Counter()
+    for file in files:
+        with suppress(OSError, UnreadableHeaderError):  # whoever reads its voxels says so
+            counts.update(nifti_ambiguities(file))
+    return [f"{count} x NIfTI that {clause}" for clause, count in counts.items()]
 
 
 def read_nifti_header(file: Path) -> Any:

@@ -40,10 +40,11 @@ class PredictionCase:
     images: tuple[Path, ...]
 
 
-def find_prediction_cases(plan: Plan, images: Path) -> list[PredictionCase]:
+def find_prediction_cases(plan: Plan, images: Path, *, all_usable: bool = True) -> list[PredictionCase]:
     """Return the cases in a folder that is named as nnU-Net expects, sorted by name.
 
-    Raises `UserError` if there are none, if a file has another name, or if a case lacks a channel.
+    Raises `UserError` if there are none, if a file has another name, if a case lacks a channel, or, where `all_usable`
+    are needed, if an image cannot be read or has more voxels than the limit.
     """
     ending = plan.dataset_json["file_ending"]
     channels, misnamed = channels_by_case(images, ending)
@@ -51,7 +52,10 @@ def find_prediction_cases(plan: Plan, images: Path) -> list[PredictionCase]:
         raise UserError(f"{misnamed[0]} is not named as nnU-Net expects (CASE_0000{ending}): rename or remove it.")
     if not channels:
         raise UserError(f"There are no images such as CASE_0000{ending} in {images}: check -i.")
-    return [_prediction_case(plan, name, files) for name, files in channels.items()]
+    cases = [_prediction_case(plan, name, files) for name, files in channels.items()]
+    if all_usable:
+        refuse_large(image for case in cases for image in case.images)
+    return cases
 
 
 def find_reference(plan: Plan, case: str, references: Path) -> Path:
@@ -83,9 +87,10 @@ def predict_cases(
         _remove_if_cut_off(output / f"{case}{endings[0]}")
     if all((output / f"{case}{ending}").is_file() for case in cases for ending in endings):
         return
-    images_of = {case.name: case.images for case in find_prediction_cases(model.plan, images)}
+    images_of = {case.name: case.images for case in find_prediction_cases(model.plan, images, all_usable=False)}
     if missing := [case for case in cases if case not in images_of]:
         raise UserError(f"There are no images of the case {missing[0]} in {images}: add them.")
+    refuse_large(image for case in cases for image in images_of[case])
     shutil.rmtree(links, ignore_errors=True)
     links.mkdir(parents=True)
     try:
@@ -226,7 +231,6 @@ def _prediction_case(plan: Plan, name: str, files: Mapping[int, Path]) -> Predic
             f"({', '.join(plan.channel_names)}): write zeros for contrasts that were not acquired, as "
             "mae3d_fill_contrasts does."
         )
-    refuse_large(files.values())
     return PredictionCase(name, tuple(files.values()))
 
 

@@ -74,7 +74,7 @@ class Scans:
 
 def find_scans_to_quantify(model: Model, images: Path, part: Part = Part()) -> Scans:
     """Find the scans of a part in a folder that is named as nnU-Net expects; raises `UserError` if it has none."""
-    cases = find_prediction_cases(model.plan, images)
+    cases = find_prediction_cases(model.plan, images, all_usable=False)  # the table says which ones are not
     return Scans(images, cases[part.number :: part.of], [case.name for case in cases])
 
 

@@ -19,6 +19,8 @@ from filelock import FileLock, Timeout
 
 from nnunet_vit_mae.errors import UserError, WriteError
 
+LONGEST_NAME = 255  # bytes of a file's name on nearly all file systems
+
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
@@ -31,7 +33,9 @@ def replacing(file: Path) -> Iterator[Path]:
         WriteError: If the system refuses to write; `file` is then as it was before.
     """
     # some writers choose the format by the suffix; a number of a process is unique on its machine only
-    temporary = file.with_name(f".{os.getpid()}_{secrets.token_hex(4)}.{file.name}")
+    start = f".{os.getpid()}_{secrets.token_hex(4)}."
+    end = os.fsencode(file.name)[-(LONGEST_NAME - len(start)) :].decode(errors="ignore")
+    temporary = file.with_name(start + end)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         mode = _mode_of_new_file(temporary)

@@ -20,7 +20,7 @@ import SimpleITK as sitk
 from nnunet_vit_mae.datasets.check.ct_intensities import CTIntensities
 from nnunet_vit_mae.datasets.contrasts import Channels, find_case_images, read_channels, read_contrasts
 from nnunet_vit_mae.errors import UserError, reader_reason
-from nnunet_vit_mae.imaging.channels import NIFTI, cases_in
+from nnunet_vit_mae.imaging.channels import NIFTI, cases_in, other_formats
 from nnunet_vit_mae.imaging.ct_clipping import is_ct
 from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.imaging.labels import Labels, read_labels, read_volume, whole_numbers
@@ -129,7 +129,12 @@ def find_tasks(raw: Path) -> tuple[list[InspectionTask], Channels, Labels, list[
             findings += _missing_files(task, case.files, channels)
         tasks.append(task)
     if not any(task.images for task in tasks):
-        raise UserError(f"There are no images such as CASE_0000{channels.ending} in {raw}: put them into imagesTr.")
+        folder = raw / "imagesTr"
+        others = other_formats(folder) if folder.is_dir() else ""
+        raise UserError(
+            f"There are no images such as CASE_0000{channels.ending} in {folder}{others}: put them there, or correct "
+            "file_ending in dataset.json."
+        )
     stated = read_description(raw / DESCRIPTION).content.get("numTraining")
     if stated != (count := len(label_files["imagesTr"])):
         text = f"numTraining is {stated} in dataset.json, but labelsTr has {count} labels"
@@ -142,6 +147,16 @@ def _description_findings(raw: Path, ending: str, labels: Labels) -> Iterator[Fi
     if values != list(range(len(values))):
         text = f"labels in dataset.json are {', '.join(map(str, values))}, but nnU-Net requires 0, 1, 2 and so on"
         yield Finding(ERROR, "label values", "", text)
+    description = read_description(raw / DESCRIPTION)
+    listed, order = description.needed("labels"), description.regions_class_order
+    if listed.get("background") != (0,):
+        yield Finding(ERROR, "label values", "", "dataset.json must list background with the label 0")
+    if labels.ignore is not None and labels.ignore != max(values):
+        text = f"ignore is {labels.ignore} in dataset.json, but nnU-Net requires the highest label, {max(values)}"
+        yield Finding(ERROR, "label values", "", text)
+    if any(len(region) > 1 for region in labels.values.values()) and len(order or ()) != len(labels.values):
+        text = f"regions_class_order in dataset.json must have a label for each of the {len(labels.values)} regions"
+        yield Finding(ERROR, "regions", "", text)
     for folder in (*LABELS_OF, *filter(None, LABELS_OF.values())):
         hidden = sorted(file.name for file in (raw / folder).glob(".*") if file.name.endswith(ending))
         if hidden:

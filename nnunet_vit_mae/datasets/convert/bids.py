@@ -13,6 +13,7 @@ import nibabel
 from nnunet_vit_mae.datasets.convert.studies import ContrastPattern, FoundStudies, ImageSource, Scanner, Study
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.channels import NIFTI, is_hidden, visible_below, without_ending
+from nnunet_vit_mae.imaging.stated_geometry import ambiguities_among
 from nnunet_vit_mae.presets import canonical_contrast
 from nnunet_vit_mae.storage.files import read_json
 
@@ -53,7 +54,16 @@ def bids_studies(folder: Path, patterns: Sequence[ContrastPattern], label: str |
             f"the file names{_why_unused(studies)}."
         )
     lost = [file for file in labels if not any(_belongs(file, study) for study in studies)]
-    return FoundStudies(studies, unused=tuple((_nameless(file), "is the label of no session") for file in lost))
+    sources = [source for study in studies for source in (*study.images.values(), study.label) if source is not None]
+    ambiguous = ambiguities_among(source.origin for source in sources if isinstance(source.origin, Path))
+    return FoundStudies(
+        studies,
+        unused=tuple((_nameless(file), "is the label of no session") for file in lost),
+        warnings=tuple(
+            f"{clause}. Cases are placed as SimpleITK reads it: compare the sides with another program."
+            for clause in ambiguous
+        ),
+    )
 
 
 def _bids_study(

@@ -61,6 +61,7 @@ from nnunet_vit_mae.imaging.registration import (
     single_itk_thread,
 )
 from nnunet_vit_mae.imaging.scans import ENDING, Scan, ScanError, find_scans, read_scan
+from nnunet_vit_mae.imaging.stated_geometry import ambiguities_among
 from nnunet_vit_mae.imaging.volumes import geometry_of
 from nnunet_vit_mae.imaging.writing import write_image
 from nnunet_vit_mae.processes.workers import run_each
@@ -134,7 +135,8 @@ def crop_folder(
         names = [scan.name for scan in scans]
         records = read_case_records(images.absolute().parent, names)
         source = SourceRecords(records, images.absolute().name, names, settings.resample)
-        return finish(crop_scans(scans, settings, template_of, processes), settings.output, description, source)
+        cropping = finish(crop_scans(scans, settings, template_of, processes), settings.output, description, source)
+    return replace(cropping, ambiguities=ambiguities_among(file for scan in scans for file in scan.files))
 
 
 def crop_scans(

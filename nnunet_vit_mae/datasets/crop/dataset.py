@@ -54,13 +54,14 @@ COMPLETE = 0.999  # coverage from which a region counts as fully in view
 class Cropping:
     """The result of a call: rows of all cases, worst first, names of the cases cropped by it, and contact sheets.
 
-    `lost` names contrasts that a scan has and its crop has not.
+    `lost` names contrasts that a scan has and its crop has not; `ambiguities` are clauses on headers of the scans.
     """
 
     rows: list[QCRow]
     cropped: list[str] = field(default_factory=list)
     sheets: list[Path] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
+    ambiguities: list[str] = field(default_factory=list)
 
     @property
     def failed(self) -> dict[str, str]:
@@ -99,6 +100,10 @@ def cropping_report(cropping: Cropping, output: Path) -> str:
             f"Crops are all zeros, and count as absent in {output / CONTRAST_RECORD}, where the scan is not: "
             f"{abbreviated(cropping.lost)}."
         )
+    lines += [
+        f"Warning: {clause}. The crops are placed as SimpleITK reads it: compare the sides with another program."
+        for clause in cropping.ambiguities
+    ]
     if cropping.sheets:
         lines.append(
             f"Look through {cropping.sheets[0]} from the top, worst first, until all registrations fit; write the "
@@ -133,7 +138,7 @@ def finish(
     ]
     of_cases = [(inside(folder, f"{row.case}.png", source=QC_TABLE), caption(row)) for row in done]
     pictures += [(file, text) for file, text in of_cases if file.exists()]
-    return Cropping(rows, cropping.cropped, write_sheets(pictures, output), lost)
+    return replace(cropping, sheets=write_sheets(pictures, output), lost=lost)
 
 
 def _with_defaults(known: dict[str, Any], done: Sequence[QCRow]) -> dict[str, Any]:

@@ -185,10 +185,11 @@ def write_splits(
                 "with --overwrite, or choose another folder with -o."
             )
         for name, content in contents.items():
-            file = folder / name
-            if file.exists() and _differs(file, content):
-                moved.append(set_aside(file))
-            write_json(content, file)
+            if (folder / name).exists() and _differs(folder / name, content):
+                moved.append(set_aside(folder / name))
+        # the splits last: with them, but without patients and test cases, a call that was stopped would look complete
+        for name in reversed(contents):
+            write_json(contents[name], folder / name)
     except OSError as error:
         raise UserError(f"{folder} cannot be written to ({error}): choose another folder with -o.") from None
     return moved

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -164,14 +165,17 @@ def fold_problems(number: int, fold: Split, cases: Collection[str]) -> list[str]
 
 
 def alike_names(patients: Collection[str]) -> list[list[str]]:
-    """Group names that differ only in case, leading zeros or a trailing `.0`, as spreadsheets change them.
+    """Group names that differ only in case, leading zeros, a trailing `.0` or how an umlaut is stored.
+
+    Spreadsheets change the former; macOS stores an umlaut as two characters, most other programs as one.
 
     >>> alike_names(["007", "7", "8"])
     [['007', '7']]
     """
     groups: dict[str, list[str]] = defaultdict(list)
     for name in sorted(patients):
-        groups[re.sub(r"\.0+$", "", re.sub(r"\b0+(?=.)", "", name.lower()))].append(name)
+        plain = unicodedata.normalize("NFKC", name).casefold()
+        groups[re.sub(r"\.0+$", "", re.sub(r"\b0+(?=.)", "", plain))].append(name)
     return [names for names in groups.values() if len(names) > 1]
 
 
