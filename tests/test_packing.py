@@ -151,7 +151,7 @@ def test_only_cuda_copies_numbers_whose_memory_may_be_given_back_at_once(device,
     class Copies(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func is torch.ops.aten._to_copy.default:
-                copies.append(kwargs.get("non_blocking", False))
+                copies.append((kwargs or {}).get("non_blocking", False))
             return func(*args, **(kwargs or {}))
 
     with FakeTensorMode(), Copies():
