@@ -16,14 +16,16 @@ from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import Dow
 from conftest import SHAPE, Sharp, read_voxels
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch.nn.parallel import DistributedDataParallel
 
+from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation
 from nnunet_vit_mae.nnunet.plans import settings_for
 from nnunet_vit_mae.nnunet.scheduled import ScheduledTrainer
 from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerAMAEScratch, nnUNetTrainerBaseline, nnUNetTrainerViTScratch
 from nnunet_vit_mae.optimisation import warmup_cosine
 from nnunet_vit_mae.presets import SIZES
-from nnunet_vit_mae.settings import Settings
+from nnunet_vit_mae.settings import Network, Settings
 from nnunet_vit_mae.storage.csv_tables import read_rows
 from nnunet_vit_mae.tracking import METRICS
 from nnunet_vit_mae.weights import read_encoder
@@ -265,6 +267,17 @@ def test_a_training_that_ended_is_made_longer_in_several_runs(planned, tmp_path)
     checkpoint = checkpoint_of(workspace, *arguments)
     assert len(checkpoint["logging"]["train_losses"]) == 3
     assert {group["weight_decay"] for group in checkpoint["optimizer_state"]["param_groups"]} == {0.0, 0.2}
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("distributed", [True, False])
+def test_the_network_is_found_in_what_nnunet_wraps_around_it_on_gpus(compiled, distributed):
+    network = build_segmenter(Network(size="XS", token=(4, 4, 4), decoder="mae"), 1, 2)
+    wrapped = torch.compile(network) if compiled else network
+    wrapped = DistributedDataParallel(wrapped) if distributed else wrapped
+    assert (wrapped is network) == (not compiled and not distributed)
+    assert nnUNetTrainerViTScratch.segmenter.fget(SimpleNamespace(network=wrapped)) is network
 
 
 # ---------- random seeds, and training that diverges
