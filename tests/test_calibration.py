@@ -1,6 +1,7 @@
 """Calibration and quantification of models in nnU-Net's folders, with predictions that are made here."""
 
 import csv
+import dataclasses
 import doctest
 import errno
 import json
@@ -577,6 +578,14 @@ def test_warnings(spacing, volume, expected):
     assert warnings_of(geometry, {"blob": volume}, TRAINING) == {"blob": expected}
 
 
+def test_other_axes_than_those_of_the_training_cases_are_told():
+    training = dataclasses.replace(TRAINING, axes={"LPS"})
+    for direction, expected in (((1, 0, 0, 0, 1, 0, 0, 0, 1), []), ((-1, 0, 0, 0, 1, 0, 0, 0, 1), ["axes RPS"])):
+        geometry = Geometry((9, 9, 9), (0.5, 0.5, 2.0), (0, 0, 0), direction)
+        told = warnings_of(geometry, {"blob": 150}, training)["blob"]
+        assert [text[: len("axes RPS")] for text in told] == expected
+
+
 @pytest.fixture
 def scans(tmp_path):
     """Four scans to quantify."""
@@ -629,6 +638,22 @@ def test_volumes_are_those_of_the_segmentations(model, in_workspace, scans, tmp_
     assert json.loads((model / "training_volumes.json").read_text())["volumes"]["blob"] == pytest.approx(
         [VOXEL * blob(number)[1].sum() for number in range(6)]
     )
+
+
+def test_scans_that_hold_nothing_to_measure_get_no_volume(model, in_workspace, scans, tmp_path, caplog):
+    table = tmp_path / "volumes.csv"
+    pretend_to_predict(table, scans)
+    images, _ = blob(40)
+    write_case(scans.parent / "images", "nan", [np.where(images[0] > images[0].mean(), images[0], np.nan), images[1]])
+    write_case(scans.parent / "images", "zeros", [image * 0 for image in images])
+    quantify(scans, table)
+    assert "2 of 6 cases have no volume (nan, zeros)" in caplog.text
+    with table.open() as stream:
+        rows = {row["case"]: row for row in csv.DictReader(stream)}
+    assert {row["volume_mm3"] for row in (rows["nan"], rows["zeros"])} == {""}
+    assert "nan_0000.nii.gz holds voxels that are NaN or infinite" in rows["nan"]["warnings"]
+    assert "all its images are zeros" in rows["zeros"]["warnings"]
+    assert "axes" not in rows["scan_0"]["warnings"]
 
 
 def training_volumes():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import SEEK_END
@@ -36,6 +36,11 @@ class Geometry:
     spacing: tuple[float, ...]
     origin: tuple[float, ...]
     direction: tuple[float, ...]
+
+    @property
+    def axes(self) -> str:
+        """Where the axes x y z of the voxels point to, as letters such as LPS: left, posterior, superior."""
+        return str(sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(self.direction))
 
     def difference(self, other: Geometry) -> str | None:
         """Return in words how another geometry differs, or None if it is equal up to rounding.
@@ -131,6 +136,23 @@ def refuse_large(files: Iterable[Path]) -> None:
         if file.name.endswith(IMAGE_ENDINGS):
             with reading(file), without_warnings_of_itk():
                 image_header(file)
+
+
+def refuse_empty(files: Sequence[Path], geometry: Geometry) -> None:
+    """Raise `ScanError` if the images of a case hold nothing to measure: only zeros, or NaN or infinite voxels.
+
+    Args:
+        files: The images of one case, one for each channel.
+        geometry: That of the first one.
+    """
+    if all(only_zeros(file, geometry) for file in files):
+        raise ScanError("all its images are zeros")
+    for file in files:
+        reader = image_header(file)
+        if reader.GetPixelID() in (sitk.sitkFloat32, sitk.sitkFloat64):
+            image = read_image(file)
+            if not all_finite(sitk.GetArrayViewFromImage(image), file):
+                raise ScanError(f"{file.name} {NOT_FINITE}")
 
 
 def geometry_of(image: sitk.Image) -> Geometry:

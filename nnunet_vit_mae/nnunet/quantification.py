@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 
 from nnunet_vit_mae.calibration.record import CALIBRATION_RECORD
-from nnunet_vit_mae.errors import UserError, reader_reason
+from nnunet_vit_mae.errors import UserError, abbreviated, reader_reason
 from nnunet_vit_mae.evaluation.clinical import find_cutoffs, group_names, group_of
-from nnunet_vit_mae.imaging.volumes import Geometry, ScanError, read_geometry, without_warnings_of_itk
+from nnunet_vit_mae.imaging.volumes import Geometry, ScanError, read_geometry, refuse_empty, without_warnings_of_itk
 from nnunet_vit_mae.nnunet.calibrated import read_calibration_of
 from nnunet_vit_mae.nnunet.models import Model, model_hash
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
@@ -152,6 +152,14 @@ def quantify(
         frame = frame.sort_values("case", kind="stable").assign(model=identity)
         described = note | {"cases": list(scans.names), "cutoffs": cutoffs and list(cutoffs), "level": level}
         write_frame(frame, part.table(table))
+        if problems:
+            logger.warning(
+                "%d of %d cases have no volume (%s): the column of warnings in %s says why.",
+                len(problems),
+                len(problems) + len(geometries),
+                abbreviated(sorted(problems)),
+                part.table(table).name,
+            )
         write_json(described, part.note(table))
     if part.of > 1 and _join_parts(table, part.of, described):
         return [part.table(table), table]
@@ -243,6 +251,13 @@ def _read_geometry(plan: Plan, case: PredictionCase) -> Geometry:
             raise ScanError(f"{image.name} cannot be read ({reader_reason(error)})") from None
         if difference := geometries[0].difference(geometries[-1]):
             raise ScanError(f"{image.name} and {case.images[0].name} differ in {difference}")
+    try:
+        with without_warnings_of_itk():
+            refuse_empty(case.images, geometries[0])
+    except ScanError:
+        raise
+    except Exception as error:  # noqa: BLE001 (a header alone does not tell that voxels can be read)
+        raise ScanError(f"{case.images[0].name} or another channel cannot be read ({reader_reason(error)})") from None
     if problem := resampled_problem(plan, geometries[0].size[::-1], geometries[0].spacing[::-1]):
         raise ScanError(problem)
     return geometries[0]

@@ -7,7 +7,7 @@ to. Both are kept in the model's folder, so that a model works where its dataset
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +17,7 @@ from pydantic import Field, FiniteFloat
 
 from nnunet_vit_mae.calibration.cases import Classes
 from nnunet_vit_mae.datasets.split.files import read_split_record
-from nnunet_vit_mae.errors import UserError, WriteError
+from nnunet_vit_mae.errors import UserError, WriteError, reading
 from nnunet_vit_mae.imaging.channels import cases_in
 from nnunet_vit_mae.imaging.labels import read_mask
 from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
@@ -59,6 +59,7 @@ class TrainingRange:
 
     spacings: np.ndarray  # mm, cases x 3, each row ascending: the last value is the slice thickness
     volumes: Mapping[str, np.ndarray]  # mm3 of each case, by label; empty where they are not known
+    axes: Collection[str] = ()  # such as LPS, of all cases; empty where their labels are not here
 
 
 def read_training_range(model: Model) -> TrainingRange:
@@ -75,7 +76,7 @@ def read_training_range(model: Model) -> TrainingRange:
             "no risk groups without --cutoffs. An archive of mae3d_export holds them."
         )
     arrays = {label: np.array(values, float) for label, values in volumes.items()}
-    return TrainingRange(np.sort(np.array(spacings, float), axis=1), arrays)
+    return TrainingRange(np.sort(np.array(spacings, float), axis=1), arrays, _axes_of(_labelled_files(model).values()))
 
 
 def fingerprint_file(model: Model) -> Path:
@@ -119,6 +120,9 @@ def volumes_in(file: Path, classes: Classes) -> dict[str, float]:
 def warnings_of(geometry: Geometry, volumes: Mapping[str, float], training: TrainingRange) -> dict[str, list[str]]:
     """Return, for each label, in what a case differs from the labelled cases."""
     common = _spacing_warnings(geometry, training)
+    if training.axes and geometry.axes not in training.axes:
+        trained = " and ".join(sorted(training.axes))
+        common.append(f"axes {geometry.axes}, trained on {trained}: nnU-Net does not reorient images")
     return {label: common + _volume_warnings(volume, training.volumes.get(label)) for label, volume in volumes.items()}
 
 
@@ -179,9 +183,17 @@ def _hash_of(files: Mapping[str, Path]) -> str:
 
 
 def _volumes_of(files: Mapping[str, Path], classes: Classes) -> dict[str, list[float]]:
-    reading = with_progress(files.values(), unit="case", desc="reading training labels")
-    by_case = [volumes_in(file, classes) for file in reading]
+    labels = with_progress(files.values(), unit="case", desc="reading training labels")
+    by_case = [volumes_in(file, classes) for file in labels]
     return {label: [volumes[label] for volumes in by_case] for label in classes.names}
+
+
+def _axes_of(files: Iterable[Path]) -> set[str]:
+    axes = set()
+    for file in files:
+        with reading(file), without_warnings_of_itk():
+            axes.add(read_geometry(file).axes)
+    return axes
 
 
 def _outside(value: float, training: np.ndarray) -> bool:

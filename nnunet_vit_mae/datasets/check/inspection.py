@@ -15,7 +15,6 @@ from typing import Any
 
 import nibabel
 import numpy as np
-import SimpleITK as sitk
 
 from nnunet_vit_mae.datasets.check.ct_intensities import CTIntensities
 from nnunet_vit_mae.datasets.contrasts import Channels, find_case_images, read_channels, read_contrasts
@@ -77,7 +76,7 @@ class CaseSummary:
     def orientation(self) -> str:
         """Directions of the axes x y z as three letters, such as LPS."""
         assert self.geometry is not None
-        return str(sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(self.geometry.direction))
+        return self.geometry.axes
 
 
 @dataclass(frozen=True)
