@@ -1,13 +1,15 @@
-"""Default settings from what nnU-Net planned: a pure function, so that plans without a `vit_mae` block work too.
+"""Default settings from what nnU-Net planned, and what follows from a change of some of them.
 
-nnU-Net rebuilds the network at prediction from the plans alone, so the answer depends on nothing else.
+Pure functions, so that plans without a `vit_mae` block work too: nnU-Net rebuilds the network at prediction from the
+plans alone, so the answer depends on nothing else.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.settings import Finetuning, Network, Pretraining, Settings, token_grid
@@ -17,6 +19,7 @@ TOKEN_BUDGET = 4096  # 64^3 voxels at token 4, the paper's setting; a 128^3 patc
 SLACK = 1.25
 THIN_TOKEN = 2
 SMALLEST_BATCH = 2  # as in nnU-Net
+SETS_TAPS = ("size", "token", "decoder", "adaptive")  # of a network: what its taps are chosen for
 CHEAP_DECODER = Pretraining(decoder="cross", rebuilt_share=0.25)  # half the time or less
 
 
@@ -117,6 +120,48 @@ def default_protocol(*, adaptive: bool) -> Pretraining:
 def default_rate(decoder: str) -> float:
     """Return the peak rate of fine-tuning: a U-Net learns by AdamW at a higher one than a ViT (docs/evidence.md)."""
     return 1e-3 if decoder == "unet" else Finetuning().lr
+
+
+def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """Settings with changes (a partial block).
+
+    A network of another size, token or decoder, or one that is adaptive where the other was not or the reverse, brings
+    its default taps; the latter also its default decoder and protocol of pre-training, and another decoder its default
+    rate. What is given too is kept, and so is what is not the default in rate and protocol.
+
+    Raises:
+        UserError: If the changes are not valid.
+    """
+    network = changes.get("network", {})
+    if isinstance(network, Mapping) and network:
+        adaptive = network.get("adaptive", settings.network.adaptive)
+        if adaptive != settings.network.adaptive:
+            network = {"decoder": default_decoder(adaptive=adaptive), **network}
+        changes = {**changes, "network": network}
+    now = settings.updated({"network": {"taps": ()}}).updated(changes)
+    if "taps" not in network and _same_blocks_are_tapped(settings.network, now.network):
+        now = now.updated({"network": {"taps": settings.network.taps}})
+    had_default = settings.finetuning.lr == default_rate(settings.network.decoder)
+    if had_default and "lr" not in changes.get("finetuning", {}):
+        now = now.updated({"finetuning": {"lr": default_rate(now.network.decoder)}})
+    return _with_protocol_of_its_kind(now, settings, given=changes.get("pretraining", {}))
+
+
+def _with_protocol_of_its_kind(now: Settings, before: Settings, *, given: Collection[str]) -> Settings:
+    """Return settings with the default protocol of an adaptive network, or the other one, where `before` has not."""
+    there, here = (vars(default_protocol(adaptive=settings.network.adaptive)) for settings in (before, now))
+    own = {
+        name: value
+        for name, value in here.items()
+        if name not in given and value != there[name] == getattr(before.pretraining, name)
+    }
+    if now.pretraining.plain_share:
+        own.pop("norm_pix", None)  # a plain loss in the first epochs is only for a norm-pix one in the others
+    return now.updated({"pretraining": own})
+
+
+def _same_blocks_are_tapped(before: Network, now: Network) -> bool:
+    return all(getattr(before, name) == getattr(now, name) for name in SETS_TAPS)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from nnunet_vit_mae import demonstration
 from nnunet_vit_mae.cli import demo
 from nnunet_vit_mae.demonstration import MINUTES, MODELS, Shell, Workload, demonstrate
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.nnunet.plans import read_recipe
 from nnunet_vit_mae.phantoms.dataset import IMAGE_FOLDERS
+from nnunet_vit_mae.recipes import read_recipe
 from nnunet_vit_mae.storage.csv_tables import read_rows
 
 

@@ -16,8 +16,9 @@ from nnunet_vit_mae.cli import pretrain as pretrain_command
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.folds import labelled_cases, pretraining_cases, reference_segmentations, split_of
-from nnunet_vit_mae.nnunet.plans import load_plan, read_recipe, schedule_of, settings_for, settings_of
+from nnunet_vit_mae.nnunet.plans import load_plan, schedule_of, settings_for, settings_of
 from nnunet_vit_mae.nnunet.preprocessing import _preprocess_case, resampled_problem
+from nnunet_vit_mae.recipes import read_recipe
 from nnunet_vit_mae.settings import Settings
 from nnunet_vit_mae.storage.files import locked
 

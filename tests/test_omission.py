@@ -25,8 +25,8 @@ from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.models import find_model
 from nnunet_vit_mae.nnunet.omission import OmissionCase, find_channels, write_images
 from nnunet_vit_mae.nnunet.omission_table import OmissionRow, omission_table
-from nnunet_vit_mae.nnunet.plans import read_recipe
 from nnunet_vit_mae.nnunet.prediction import PredictionCase
+from nnunet_vit_mae.recipes import read_recipe
 from nnunet_vit_mae.statistics import compare
 from nnunet_vit_mae.storage.files import link
 

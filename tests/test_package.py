@@ -106,6 +106,7 @@ LAYERS = {
     "doctor": 1,
     "networks": 1,
     "optimisation": 1,
+    "recipes": 1,
     "batch_transforms": 1,
     "weights": 1,
     "tracking": 1,

@@ -9,6 +9,7 @@ from typing import Any
 from nnunet_vit_mae.cli.arguments import add_plan_arguments, parser_for, positive_float, positive_int, whole_number
 from nnunet_vit_mae.presets import DECODERS, SIZES, UPSAMPLINGS
 from nnunet_vit_mae.processes.signals import command
+from nnunet_vit_mae.recipes import merged, read_recipe
 
 SAME_AS_PLANS = "plans"
 
@@ -75,14 +76,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nnunet_vit_mae.nnunet.encoders import find_encoder
     from nnunet_vit_mae.nnunet.folders import find_dataset
     from nnunet_vit_mae.nnunet.planner import choose_settings
-    from nnunet_vit_mae.nnunet.plans import load_plan, read_recipe, refuse_cascade, refuse_name, write_plans
+    from nnunet_vit_mae.nnunet.plans import load_plan, refuse_cascade
+    from nnunet_vit_mae.nnunet.written_plans import refuse_name, write_plans
 
     source = load_plan(find_dataset(args.dataset), args.plans, args.configuration)
     refuse_cascade(source.configuration)
     refuse_name(source, args.output)
     if args.batch_size == SAME_AS_PLANS:
         args.batch_size = source.configuration.batch_size
-    changes = _over(read_recipe(args.recipe) if args.recipe else {}, _changes(args))
+    changes = merged(read_recipe(args.recipe) if args.recipe else {}, _changes(args))
     encoder = find_encoder(source, args.encoder, name=args.output, token=_token(args), token_order=args.token_order)
     settings, choices = choose_settings(source, changes, encoder=encoder, memory_target=args.gpu_memory_target)
     if encoder is not None:
@@ -110,8 +112,3 @@ def _changes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 def _token(args: argparse.Namespace) -> list[int] | None:
     """Return the voxels of a token along z y x, if given."""
     return args.token and (args.token * 3 if len(args.token) == 1 else args.token)
-
-
-def _over(recipe: dict[str, Any], flags: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the recipe with the flags' values over its own."""
-    return recipe | {section: recipe.get(section, {}) | values for section, values in flags.items()}

@@ -18,9 +18,10 @@ from nnunet_vit_mae.cli.arguments import (
 )
 from nnunet_vit_mae.errors import UserError, abbreviated
 from nnunet_vit_mae.processes.signals import command
+from nnunet_vit_mae.recipes import merged, read_recipe
 from nnunet_vit_mae.storage.entries import Whole, checked_entries
 from nnunet_vit_mae.storage.files import make_folder, read_json
-from nnunet_vit_mae.study.arms import ARMS, choose_arms, merged
+from nnunet_vit_mae.study.arms import ARMS, choose_arms
 from nnunet_vit_mae.study.design import StudyDesign, check_unchanged, read_study, refuse_plans_of_others
 
 if TYPE_CHECKING:
@@ -146,7 +147,6 @@ def _study(args: argparse.Namespace, output: Path) -> StudyDesign:
     from nnunet_vit_mae.cli.arguments import table_file, usable_device
     from nnunet_vit_mae.nnunet.folders import find_dataset
     from nnunet_vit_mae.nnunet.folds import is_preprocessed
-    from nnunet_vit_mae.nnunet.plans import read_recipe
     from nnunet_vit_mae.settings import Settings
 
     dataset = find_dataset(args.dataset)

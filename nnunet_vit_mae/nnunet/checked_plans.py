@@ -102,8 +102,9 @@ def check_plans(
 
     Raises:
         UserError: An entry is missing, has the wrong type, or names what nnU-Net does not know; there is no such
-            configuration; or the plans belong to other channels or labels.
+            configuration; the plans belong to other channels or labels; or the dataset has no file ending or labels.
     """
+    description.needed("file_ending")
     entries = checked_entries(PlanEntries, content, source, ADVICE)
     refuse_other_code(content, source)
     if configuration not in entries.configurations:

@@ -136,7 +136,6 @@ def _checked(archive: Archive) -> _CheckedModel:
 
 def _plan(card: ModelCard, texts: dict[str, Any], file: Path) -> Plan:
     description = describe(texts[DESCRIPTION], f"{DESCRIPTION} in {file}")
-    description.needed("file_ending")
     check_plans(texts[PLANS], card.configuration, description, source=f"{PLANS} in {file}")
     if texts[PLANS]["plans_name"] != card.plans:
         raise UserError(f"{file} has plans {texts[PLANS]['plans_name']}, but a card of {card.plans}: {ADVICE}.")

@@ -112,7 +112,6 @@ def find_model(
                 f"-p {plans_name} -tr {trainer} first, or name another file of that folder with -chk."
             )
     description = read_description(folder / DESCRIPTION)
-    description.needed("file_ending")
     plans = read_plans(folder / PLANS, plans_name, configuration, description)
     plan = Plan(dataset, plans, configuration, dict(description.content))
     refuse_cascade(plan.configuration)

@@ -21,8 +21,8 @@ from nnunet_vit_mae.networks.memory import finetuning_memory, pretraining_memory
 from nnunet_vit_mae.nnunet.capacity import LARGEST_DEVICE, refuse_step_beyond
 from nnunet_vit_mae.nnunet.encoders import Start, find_encoder
 from nnunet_vit_mae.nnunet.mirroring import mirroring_of
-from nnunet_vit_mae.nnunet.plans import Plan, build_unet, changed, destination, settings_of
-from nnunet_vit_mae.planning import TOKEN_BUDGET, Memory, fit_to_memory, refuse_useless_masks
+from nnunet_vit_mae.nnunet.plans import Plan, build_unet, destination, settings_of
+from nnunet_vit_mae.planning import TOKEN_BUDGET, Memory, changed, fit_to_memory, refuse_useless_masks
 from nnunet_vit_mae.presets import DECODERS, UPSAMPLINGS
 from nnunet_vit_mae.pretraining.volumes import open_volume
 from nnunet_vit_mae.settings import Network, Settings, token_grid

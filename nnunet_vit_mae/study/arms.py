@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.recipes import merged
 from nnunet_vit_mae.settings import Network
 from nnunet_vit_mae.storage.entries import checked_entries
 from nnunet_vit_mae.storage.files import read_json
@@ -114,19 +115,6 @@ def _arm_from(entry: Any, name: str, source: str) -> Arm:
     if bool(arm.trainer) == bool(arm.members):
         raise UserError(f"The arm {name} in {source} needs either a trainer, or members to take the mean of.")
     return arm
-
-
-def merged(*recipes: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge partial blocks; later ones win.
-
-    >>> merged({"network": {"size": "XS"}}, {"network": {"decoder": "unet"}})
-    {'network': {'size': 'XS', 'decoder': 'unet'}}
-    """
-    block: dict[str, Any] = {}
-    for recipe in recipes:
-        for section, values in recipe.items():
-            block[section] = {**block.get(section, {}), **values}
-    return block
 
 
 def encoder_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:

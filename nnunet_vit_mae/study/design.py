@@ -10,9 +10,10 @@ from typing import Any
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.channels import visible_files
+from nnunet_vit_mae.recipes import merged
 from nnunet_vit_mae.storage.files import read_json
 from nnunet_vit_mae.storage.layout import CALIBRATED, FINAL, dataset_id, encoder_file, model_folder
-from nnunet_vit_mae.study.arms import WITHOUT_UNET, Arm, arms_from, arms_to_json, encoder_recipe, merged
+from nnunet_vit_mae.study.arms import WITHOUT_UNET, Arm, arms_from, arms_to_json, encoder_recipe
 
 STUDY_FILE = "study.json"
 CHECKPOINTS = {False: FINAL, True: CALIBRATED}  # by whether it is calibrated
