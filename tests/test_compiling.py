@@ -3,11 +3,13 @@
 And that pre-training uses it as the settings say: the same losses, and the same names in what is saved.
 """
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import compiled_graphs
 import pytest
@@ -65,6 +67,28 @@ def test_without_a_compiler_a_run_that_has_to_be_compiled_is_refused(outcome):
     assert outcome["runs"]["refused"]["error"] == (
         "pretraining.compile is on, but the network cannot be compiled here (Cannot find a compiler.): set it to auto."
     )
+
+
+def test_what_a_compiler_that_failed_has_made_is_given_back_at_once(monkeypatch):
+    """Of a GPU whose memory was too small for compiling, the eager steps need all."""
+    made = []
+
+    def step(*_):
+        activations = torch.ones(3)
+        made.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(loss, "_pays", lambda *_: True)
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    monkeypatch.setattr(loss, "loss_of_step", step)
+    job, module, example = job_of(Network(size="XS")), cast(Any, torch.nn.Linear(1, 1)), cast(Any, lambda: None)
+    gc.disable()
+    try:
+        found = loss.compiled_where_it_pays(module, job, 0, torch.device("cpu"), example)
+    finally:
+        gc.enable()
+    assert found is module
+    assert [activations() for activations in made] == [None]
 
 
 @pytest.mark.parametrize(
