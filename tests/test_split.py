@@ -26,7 +26,7 @@ from nnunet_vit_mae.datasets.split.splits import (
 from nnunet_vit_mae.datasets.tables import read_case_table
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation import split_figure as split_figure_module
-from nnunet_vit_mae.storage.files import write_json
+from nnunet_vit_mae.storage.files import locked, write_json
 
 cohorts = st.lists(st.tuples(st.integers(1, 6), st.sampled_from("AB"), st.integers(0, 2)), min_size=1, max_size=14)
 
@@ -420,6 +420,12 @@ def test_splits_come_last_so_that_none_are_without_patients_and_test_cases(data,
     assert "No space left" in refused(lambda _: typed("--folds", "3", "--overwrite"))
     assert not (data / "splits_final.json").exists()
     assert len(list(data.glob("splits_final_until_*.json"))) == 1
+
+
+def test_two_calls_at_once_do_not_overwrite_each_other(data, refused):
+    with locked(data):
+        assert "Another process is writing to" in refused(lambda _: typed("--folds", "2"))
+    assert not data.exists()
 
 
 # ---------- warnings where splits are used

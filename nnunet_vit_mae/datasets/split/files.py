@@ -10,7 +10,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
@@ -23,7 +23,7 @@ from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.imaging.labels import read_labels, read_volume
 from nnunet_vit_mae.imaging.volumes import without_warnings_of_itk
 from nnunet_vit_mae.storage.entries import read_entries
-from nnunet_vit_mae.storage.files import link, read_json, set_aside, write_json
+from nnunet_vit_mae.storage.files import link, locked, read_json, set_aside, write_json
 
 SPLITS, SPLIT_RECORD = "splits_final.json", "split.json"
 RAW_LABELS, PREPROCESSED_LABELS = "labelsTr", "gt_segmentations"
@@ -166,7 +166,8 @@ def write_splits(
 ) -> list[Path]:
     """Write the three files and return the earlier ones that were moved aside, with the date in their names.
 
-    Raises `UserError` if other splits exist and `overwrite` is not set, or if the folder cannot be written to.
+    Raises `UserError` if other splits exist and `overwrite` is not set, if another process is writing splits there, or
+    if the folder cannot be written to.
     """
     record = {
         "wishes": asdict(options),  # this key is part of the file format
@@ -177,21 +178,26 @@ def write_splits(
         "other_series": splits.other_series,
     }
     contents = {SPLITS: splits.folds, PATIENTS: dict(sorted(patients.items())), SPLIT_RECORD: record}
-    moved = []
     try:
-        if not overwrite and (folder / SPLITS).exists() and read_json(folder / SPLITS) != splits.folds:
-            raise UserError(
-                f"{folder / SPLITS} holds other splits, and models may have been trained with them: move it aside "
-                "with --overwrite, or choose another folder with -o."
-            )
-        for name, content in contents.items():
-            if (folder / name).exists() and _differs(folder / name, content):
-                moved.append(set_aside(folder / name))
-        # the splits last: with them, but without patients and test cases, a call that was stopped would look complete
-        for name in reversed(contents):
-            write_json(contents[name], folder / name)
+        with locked(folder):
+            return _write_three(contents, folder, overwrite=overwrite)
     except OSError as error:
         raise UserError(f"{folder} cannot be written to ({error}): choose another folder with -o.") from None
+
+
+def _write_three(contents: dict[str, Any], folder: Path, *, overwrite: bool) -> list[Path]:
+    if not overwrite and (folder / SPLITS).exists() and read_json(folder / SPLITS) != contents[SPLITS]:
+        raise UserError(
+            f"{folder / SPLITS} holds other splits, and models may have been trained with them: move it aside "
+            "with --overwrite, or choose another folder with -o."
+        )
+    moved = []
+    for name, content in contents.items():
+        if (folder / name).exists() and _differs(folder / name, content):
+            moved.append(set_aside(folder / name))
+    # the splits last: with them, but without patients and test cases, a call that was stopped would look complete
+    for name in reversed(contents):
+        write_json(contents[name], folder / name)
     return moved
 
 
