@@ -140,6 +140,10 @@ def test_a_dataset(in_workspace):
     save_encoder(network.encoder, make_card(token=[4, 8, 8]), file)
     found = list(diagnose_dataset("901", "nnUNetPlans", "3d_fullres"))
     assert levels(found) >= {("images", ERROR), ("images", WARNING), ("encoder", ERROR)}
+    assert [diagnosis.advice for diagnosis in found if diagnosis.topic == "images" and diagnosis.advice] == [
+        "nnUNetv2_preprocess -d 901 -c 3d_fullres -plans_name nnUNetPlans",  # with the plans, as others may be meant
+        "mae3d_preprocess -d 901 -c 3d_fullres -p nnUNetPlans",
+    ]
     assert "size XS there" in next(diagnosis.text for diagnosis in found if diagnosis.topic == "encoder")
     (unknown,) = diagnose_dataset("902", "nnUNetPlans", "3d_fullres")
     assert unknown.level == ERROR

@@ -98,10 +98,9 @@ def chosen_model(args: argparse.Namespace) -> Model:
 
 def prediction_command(model: Model, checkpoint: str) -> str:
     """Return nnU-Net's command to predict with a checkpoint of a model."""
-    plan = model.plan
     return (
-        f"nnUNetv2_predict -i IN -o OUT -d {plan.dataset.id} -c {plan.name} -p {plan.plans.plans_name} "
-        f"-tr {model.trainer} -f {' '.join(model.folds)} -chk {checkpoint}"
+        f"nnUNetv2_predict -i IN -o OUT {model.plan.flags_text} -tr {model.trainer} -f {' '.join(model.folds)} "
+        f"-chk {checkpoint}"
     )
 
 

@@ -99,13 +99,12 @@ def _images(plan: Plan) -> Iterator[Diagnosis]:
     expected = cases_in(plan.dataset.references, plan.dataset_json["file_ending"])
     pool, missing = preprocessed_pool(plan)
     yield Diagnosis("images", OK, f"{len(labelled)} labelled and {len(pool)} unlabelled images are preprocessed.")
-    flags = f"-d {plan.dataset.id} -c {plan.name}"
     if unprocessed := set(expected) - {case.name for case in labelled}:
         text = f"{len(unprocessed)} labelled images are not preprocessed."
-        yield Diagnosis("images", ERROR, text, f"nnUNetv2_preprocess {flags}")
+        yield Diagnosis("images", ERROR, text, plan.preprocessing_command)
     if missing:
         text = f"{len(missing)} unlabelled images are not preprocessed and will not be used."
-        yield Diagnosis("images", WARNING, text, f"mae3d_preprocess {flags}")
+        yield Diagnosis("images", WARNING, text, f"mae3d_preprocess {plan.flags_text}")
 
 
 def _folds(plan: Plan) -> Iterator[Diagnosis]:
@@ -133,7 +132,7 @@ def _encoders(plan: Plan) -> Iterator[Diagnosis]:
             continue
         yield Diagnosis("encoder", OK, f"{file} fits; {card.origin}. {' '.join(notes)}".rstrip())
     if not files:
-        advice = f"mae3d_pretrain -d {plan.dataset.id} -c {plan.name} -p {plan.plans.plans_name}"
+        advice = f"mae3d_pretrain {plan.flags_text}"
         yield Diagnosis("encoder", WARNING, f"There is no encoder for {plan.plans.plans_name} yet.", advice)
 
 

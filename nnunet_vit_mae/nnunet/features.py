@@ -114,7 +114,7 @@ def read_patch(plan: Plan, case: str) -> Patch:
         )
     file = plan.preprocessed_folder / f"{case}.b2nd"
     if problem := volume_problem(file, len(plan.channel_names)):
-        raise UserError(f"{file} {problem}: run nnUNetv2_preprocess -d {plan.dataset.id} -c {plan.name} again.")
+        raise UserError(f"{file} {problem}: run {plan.preprocessing_command} again.")
     volume = open_volume(file)
     properties = read_properties(plan.preprocessed_folder / f"{case}.pkl")
     sides = volume.shape[1:]

@@ -39,10 +39,7 @@ def labelled_cases(plan: Plan) -> list[PreprocessedCase]:
     folder = plan.preprocessed_folder
     names = sorted(nnUNetDatasetBlosc2.get_identifiers(str(folder))) if folder.is_dir() else []
     if not names:
-        raise UserError(
-            f"There are no preprocessed cases in {folder}: "
-            f"run nnUNetv2_preprocess {_flags(plan)} -plans_name {plan.plans.plans_name} first."
-        )
+        raise UserError(f"There are no preprocessed cases in {folder}: run {plan.preprocessing_command} first.")
     return [PreprocessedCase(name, folder / f"{name}.b2nd") for name in names]
 
 
@@ -64,7 +61,7 @@ def reference_segmentations(plan: Plan) -> dict[str, Path]:
     if not files:
         raise UserError(
             f"There are no reference segmentations in {plan.dataset.references}: "
-            f"run nnUNetv2_preprocess {_flags(plan)} -plans_name {plan.plans.plans_name} first."
+            f"run {plan.preprocessing_command} first."
         )
     return files
 
@@ -122,11 +119,6 @@ def _unlabelled_pool(plan: Plan) -> list[PreprocessedCase]:
             "%d unlabelled images in %s are not preprocessed and will not be used: run mae3d_preprocess %s first.",
             len(missing),
             plan.dataset.raw / "imagesUn",
-            f"{_flags(plan)} -p {plan.plans.plans_name}",
+            plan.flags_text,
         )
     return [PreprocessedCase(file.name.removesuffix(".b2nd"), file) for file in files]
-
-
-def _flags(plan: Plan) -> str:
-    """Return how commands of ours and nnU-Net's name dataset and configuration."""
-    return f"-d {plan.dataset.id} -c {plan.name}"

@@ -68,6 +68,16 @@ class Plan:
         return description.licence or description.license or "not stated in dataset.json"
 
     @property
+    def flags_text(self) -> str:
+        """Return how commands name dataset, configuration and plans."""
+        return f"-d {self.dataset.id} -c {self.name} -p {self.plans.plans_name}"
+
+    @property
+    def preprocessing_command(self) -> str:
+        """Return nnU-Net's command that preprocesses the labelled images; ours for the others takes `flags_text`."""
+        return f"nnUNetv2_preprocess -d {self.dataset.id} -c {self.name} -plans_name {self.plans.plans_name}"
+
+    @property
     def preprocessed_folder(self) -> Path:
         """Return the folder of nnU-Net's preprocessed training cases."""
         return self.dataset.preprocessed / self.configuration.data_identifier

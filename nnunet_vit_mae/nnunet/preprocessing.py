@@ -79,7 +79,7 @@ def preprocessed_pool(plan: Plan) -> tuple[list[Path], list[str]]:
     if not _pool_is_current(plan):
         raise UserError(
             f"The unlabelled images in {plan.unlabelled_folder} were preprocessed with other plans: "
-            f"run mae3d_preprocess -d {plan.dataset.id} -c {plan.name} -p {plan.plans.plans_name} again."
+            f"run mae3d_preprocess {plan.flags_text} again."
         )
     if not (plan.dataset.raw / "imagesUn").is_dir():
         return sorted(file for file in plan.unlabelled_folder.glob("*.b2nd") if not file.name.startswith(".")), []

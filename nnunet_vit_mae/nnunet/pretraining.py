@@ -192,12 +192,11 @@ def _refuse_damaged(plan: Plan, cases: list[PreprocessedCase]) -> None:
     problems = volume_problems([case.file for case in cases], len(plan.channel_names))
     if problems:
         bad = abbreviated(f"{file} {problem}" for file, problem in problems.items())
-        flags = f"-d {plan.dataset.id} -c {plan.name}"
         commands = []
         if any(file.parent != plan.unlabelled_folder for file in problems):
-            commands.append(f"nnUNetv2_preprocess {flags} -plans_name {plan.plans.plans_name}")
+            commands.append(plan.preprocessing_command)
         if any(file.parent == plan.unlabelled_folder for file in problems):
-            commands.append(f"mae3d_preprocess {flags} -p {plan.plans.plans_name}")
+            commands.append(f"mae3d_preprocess {plan.flags_text}")
         raise UserError(f"{bad}: remove what is damaged and run {' and '.join(commands)} again.")
 
 
