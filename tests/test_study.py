@@ -180,7 +180,7 @@ def test_recipes_hold_the_seed_and_the_same_schedule_for_all_arms(tmp_path):
     recipes = study_of(tmp_path, "unet", "vit", recipe=recipe).recipes()
     by_file = {file.name: content for file, content in recipes.items()}
     assert by_file["unet_s1.json"]["finetuning"] == {"epochs": 5, "seed": 1}
-    assert by_file["vit_s0.json"]["network"] == {"size": "XS", "decoder": "upscale"}
+    assert by_file["vit_s0.json"]["network"] == {"size": "XS", "decoder": "unetr"}
     assert by_file["encoder_vit.json"] == {"network": {"size": "XS"}, "pretraining": {}}
 
 

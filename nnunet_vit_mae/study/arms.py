@@ -22,7 +22,7 @@ FROM_SCRATCH = {  # the same network with random weights, by trainer
     "nnUNetTrainerAMAE": "nnUNetTrainerAMAEScratch",
 }
 SCHEDULED = ("nnUNetTrainerBaseline", *FROM_SCRATCH, *FROM_SCRATCH.values())  # take the schedule from the plans
-WITHOUT_UNET = {"network": {"decoder": "upscale"}}  # where neither arm nor --recipe names a decoder
+WITHOUT_UNET = {"network": {"decoder": "unetr"}}  # where neither arm nor --recipe names a decoder
 NOT_OF_THE_ENCODER = ("decoder", "upsampling", "decoder_width", "taps")  # settings that one encoder serves all of
 
 
