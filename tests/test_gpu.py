@@ -1,6 +1,6 @@
 """Test on a GPU what no CPU can show: torch's kernel for packed studies, CUDA graphs, crops that are cut there.
 
-All else is tested without one. They take a minute: `pytest tests/test_gpu.py`.
+All else is tested without one. `pytest -m gpu` runs them alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nnunet_vit_mae.pretraining.crops import MaskDrawing, RandomCrops
 from nnunet_vit_mae.pretraining.volumes import Cache, DeviceCache
 from nnunet_vit_mae.settings import Network, Pretraining
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 GPU = torch.device("cuda")
 TOKEN, TOKENS, CONTRASTS = (2, 4, 8), 24, 3
