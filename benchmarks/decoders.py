@@ -42,7 +42,7 @@ def main() -> None:
     shape = f"{arguments.side}^3 patch, one channel, two classes"
     print(f"Size {arguments.size}, {shape}, {torch.get_num_threads()} thread.\n")
     print(
-        "| token | decoder | upsampling | decoder's parameters (M) | forward GFLOP | GPU memory, batch 4 (GB) | time |"
+        "| token | decoder | upsampling | decoder's parameters (M) | forward GFLOP | GPU memory, batch 4 (GiB) | time |"
     )
     print("|---|---|---|---|---|---|---|")
     for side in arguments.tokens:

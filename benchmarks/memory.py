@@ -103,7 +103,7 @@ def main() -> None:
         lists = {name: tuple(value) for name, value in arguments.case.items() if isinstance(value, list)}
         print(json.dumps(dataclasses.asdict(run(Case(**(arguments.case | lists))))))
         return
-    print(f"Patch {' x '.join(map(str, PATCH))}, one channel, two classes. MB.\n")
+    print(f"Patch {' x '.join(map(str, PATCH))}, one channel, two classes. MiB.\n")
     print("| step | size | token | decoder | upsampling | batch | measured | estimated | ratio | estimated, GPU bf16 |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for case, sizes in compare(CASES):

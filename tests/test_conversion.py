@@ -5,14 +5,12 @@ import gzip
 import json
 from pathlib import Path
 from shutil import copytree
-from typing import Any
 
-import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
 from conftest import read_voxels
-from synthetic_head import grid, moved, scan
+from synthetic_head import grid, moved, scan, tell_two_places
 
 from nnunet_vit_mae.cli.convert import main
 from nnunet_vit_mae.imaging.dicom import SeriesError, find_series, read_series
@@ -343,12 +341,7 @@ def test_bids_headers_that_programs_read_differently_are_told(folders, capsys):
     source, output = folders
     file = source / "sub-01/anat/sub-01_T1w.nii.gz"
     write(scan(moved(), **COARSE)[0], file)
-    image: Any = nibabel.load(file)
-    elsewhere = image.affine.copy()
-    elsewhere[:3, 3] += 50
-    image.set_qform(elsewhere, 1)
-    image.set_sform(image.affine, 1)
-    nibabel.save(image, file)
+    tell_two_places(file)
     main(["-i", str(source), "-o", str(output), "-np", "1"])
     printed = capsys.readouterr().out
     assert "Warning: 1 x NIfTI that has a qform and an sform that differ" in printed
