@@ -59,7 +59,7 @@ ANY_DECODER = {"decoder": "mae", "decoder_width": 0, "taps": (), "upsampling": "
 INTENSITY = 0.2  # standard deviation of the random factor and shift of a training crop
 WIDEST = 10  # features of the U-Net's deepest stages, relative to the first: 320 and 32 in nnU-Net
 MEASURES = ("loss", "probe", "calibrated_dice", "volume_error", "calibrated_volume_error")  # shown as means
-SHAPES = 32  # that batches on a GPU can have in each kind of tokens: each is a CUDA graph with memory of its own
+SHAPES = 32  # that batches on a GPU can have in each kind of tokens: each is a CUDA graph of its own
 SHRINKAGE = 0.01  # of the probe's weights, relative to the variance of what they weigh
 
 
@@ -197,7 +197,9 @@ def results(
                 if key not in outcomes:
                     member, own_steps = key
                     outcomes[key] = trained(packed, member, arms[member], own_steps, seed, split, encoders, arguments)
-            parts = [outcomes[key] if arm != key[0] or arm in shared else outcomes.pop(key) for key in keys]
+            parts = [outcomes[key] for key in keys]
+            if arm not in shared:
+                outcomes.pop((arm, steps), None)
             cases = zip(*[part.predicted for part in parts], strict=True)
             yield {
                 "arm": arm,

@@ -33,7 +33,7 @@ from nnunet_vit_mae.settings import Network, Pretraining
 RATIO = 0.9
 DEFAULT, PAPERS = "default", "ours"  # our networks: as planned, and with the decoder of both papers
 OURS = {DEFAULT: "default", PAPERS: "papers' decoder"}
-WITHOUT_AUTOCAST = ("MONAI",)  # its network fails under it: on a GPU all of it is in bf16, which is a little faster
+WITHOUT_AUTOCAST = ("MONAI",)  # its network fails under it: on a GPU all of it is in bf16, its weights too
 
 
 @dataclass(frozen=True)

@@ -65,13 +65,19 @@ def apart(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
+def write_volumes(folder: Path) -> list[Path]:
+    """Write preprocessed volumes of two channels, which are at least as large as a crop."""
+    random, files = np.random.default_rng(0), []
+    for number, shape in enumerate([(9, 15, 11), (12, 13, 10), PATCH]):
+        files.append(folder / f"case_{number}.b2nd")
+        blosc2.asarray(random.normal(size=(2, *shape)).astype(np.float32), urlpath=str(files[-1]), mode="w")
+    return files
+
+
 def run(folder: Path, kind: str) -> dict[str, object]:
     """Pre-train for a few steps, compiled and with volumes on the GPU, or neither; returns losses and log."""
     folder.mkdir()
-    random, files = np.random.default_rng(0), []
-    for number, shape in enumerate([(9, 15, 11), (12, 13, 10), (8, 12, 10)]):
-        files.append(folder / f"case_{number}.b2nd")
-        blosc2.asarray(random.normal(size=(2, *shape)).astype(np.float32), urlpath=str(files[-1]), mode="w")
+    files = write_volumes(folder)
     job = loop.PretrainingJob(
         files=files,
         channel_names=["T1", "FLAIR"],

@@ -12,11 +12,10 @@ import sys
 from collections.abc import Callable
 from typing import Any, cast
 
-import blosc2
 import compiled_on_gpu
-import numpy as np
 import pytest
 import torch
+from compiled_on_gpu import GPU, PATCH, apart, write_volumes
 from conftest import MIXED, SIDES, perturbed, seeded
 from torch import Tensor, nn
 
@@ -31,14 +30,8 @@ from nnunet_vit_mae.settings import Network, Pretraining
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
-GPU = torch.device("cuda")
 TOKEN, TOKENS, CONTRASTS = (2, 4, 8), 24, 3
 BF16 = 0.03  # how far results in bf16 may be apart, relative to their norm
-
-
-def apart(found: Tensor, expected: Tensor) -> float:
-    """Return the norm of the difference relative to the norm of what is expected."""
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 def with_gradients(network: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
@@ -121,20 +114,12 @@ def test_a_network_gives_in_bf16_what_it_gives_in_fp32(decoder):
     assert apart(finest.cpu(), reference) < BF16
 
 
-@pytest.fixture
-def files(tmp_path):
-    random, written = np.random.default_rng(0), []
-    for number, shape in enumerate([(9, 15, 11), (12, 13, 10), (8, 12, 10)]):
-        written.append(tmp_path / f"case_{number}.b2nd")
-        blosc2.asarray(random.normal(size=(2, *shape)).astype(np.float32), urlpath=str(written[-1]), mode="w")
-    return written
-
-
-def test_crops_that_are_cut_on_the_gpu_are_those_of_the_readers(files):
+def test_crops_that_are_cut_on_the_gpu_are_those_of_the_readers(tmp_path):
+    files = write_volumes(tmp_path)
     drawing = MaskDrawing(masking=Masking(mask_ratio=0.6), token=(4, 4, 4))
     with Cache(files, 10**6) as cache:
-        read = RandomCrops(files, (8, 12, 10), drawing, 1, cache)[range(12)].samples(GPU)
-    cut = RandomCrops(files, (8, 12, 10), drawing, 1, DeviceCache(files, GPU))[range(12)].samples(GPU)
+        read = RandomCrops(files, PATCH, drawing, 1, cache)[range(12)].samples(GPU)
+    cut = RandomCrops(files, PATCH, drawing, 1, DeviceCache(files, GPU))[range(12)].samples(GPU)
     assert cut.volume.device.type == "cuda"
     assert torch.equal(read.volume, cut.volume)
     assert all(torch.equal(one, other) for one, other in zip(read.masks, cut.masks, strict=True))

@@ -114,7 +114,7 @@ def test_a_step_from_the_crops_to_the_optimizer_never_waits(gpu, files, network,
     assert gpu.waits == []
 
 
-@pytest.mark.skipif(torch.__version__ < "2.11", reason="no kernel for packed sequences")
+@pytest.mark.skipif(torch.__version__ < packing.OLDEST, reason="no kernel for packed sequences")
 def test_a_step_of_packed_studies_never_waits(gpu, files, monkeypatch):
     """Every block calls torch's own kernel, which is told all lengths by the host."""
     monkeypatch.setattr(packing, "has_kernel", lambda: True)  # as where torch is made for a GPU

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 # a graph for any number of tokens, which the second number that comes asks for, is made once; recording it as a CUDA
 # graph would be done for each number
 COMPILER: dict[str, Any] = {"options": {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}}
-LEAST_STEPS = 5000  # that are left to do: compiling takes more than a minute, and saves some 30 ms of a step on an H100
+LEAST_STEPS = 5000  # that are left to do: compiling takes more than a minute, and can save 30 ms of a step on an H100
 REHEARSALS = 3  # a CUDA graph is prepared, recorded and repeated
 
 
