@@ -123,7 +123,7 @@ def default_rate(decoder: str) -> float:
 
 
 def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
-    """Settings with changes (a partial block).
+    """Return settings with changes (a partial block).
 
     A network of another size, token or decoder, or one that is adaptive where the other was not or the reverse, brings
     its default taps; the latter also its default decoder and protocol of pre-training, and another decoder its default

@@ -39,7 +39,7 @@ class Geometry:
 
     @property
     def axes(self) -> str:
-        """Where the axes x y z of the voxels point to, as letters such as LPS: left, posterior, superior."""
+        """Return where the axes x y z of the voxels point to, as letters such as LPS: left, posterior, superior."""
         return str(sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(self.direction))
 
     def difference(self, other: Geometry) -> str | None:
