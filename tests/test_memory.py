@@ -28,12 +28,9 @@ def unet() -> PlainConvUNet:
 
 MEASURED = [
     benchmark.Case("finetuning", "S", (8, 8, 8), "upscale", "nearest", 2),
-    benchmark.Case("finetuning", "S", (8, 8, 8), "sfpn", "transposed", 2),
     benchmark.Case("finetuning", "S", (2, 8, 8), "unetr", "nearest", 1),
     benchmark.Case("finetuning", "S", (4, 4, 4), "mae", "nearest", 1),
-    benchmark.Case("finetuning", "M", (16, 16, 16), "unetr", "nearest", 2),
     benchmark.Case("pretraining", "S", (8, 8, 8), "mae", "nearest", 8),
-    benchmark.Case("pretraining", "M", (8, 8, 8), "mae", "nearest", 4),
 ]
 
 

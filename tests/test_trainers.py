@@ -416,6 +416,23 @@ def with_loss(change):
     return spoil
 
 
+@pytest.mark.parametrize("every_step", [False, True])
+def test_a_step_that_fp16_overflows_in_is_skipped_but_not_all_steps_of_an_epoch(planned, tmp_path, every_step):
+    workspace, take_step = planned.copied_to(tmp_path), nnUNetTrainerBaseline.take_step
+
+    def overflowing(self, batch):
+        self.grad_scaler = self.grad_scaler or torch.amp.GradScaler("cpu", init_scale=1.0)  # as on a GPU
+        loss, spoiled = self.loss, every_step or not self.losses
+        with mock.patch.object(self, "loss", lambda *arguments: loss(*arguments) * (math.nan if spoiled else 1.0)):
+            return take_step(self, batch)
+
+    plan(workspace, "Seeded", epochs=1, iterations=2)
+    with mock.patch.object(nnUNetTrainerBaseline, "take_step", overflowing):
+        error = workspace.call(*training(nnUNetTrainerBaseline), code=2 if every_step else 0).stderr
+    assert ("The loss is nan in step 1 of epoch 0" in error) == every_step
+    assert ("; 1 steps skipped" in logs_of(workspace, nnUNetTrainerBaseline)[-1].read_text()) != every_step
+
+
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_gradient_without_end_stops_a_training_though_its_loss_is_good(planned, tmp_path, trainer):
     error = refusal(planned.copied_to(tmp_path), trainer, with_loss(Sharp.apply))

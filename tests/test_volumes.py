@@ -107,6 +107,17 @@ def test_volumes_are_cached_on_a_gpu_that_has_room(files, monkeypatch, caplog, f
     assert re.search(reason or "", "".join(caplog.messages))
 
 
+def test_the_fullest_of_several_gpus_decides(files, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    free = {torch.device("cuda", 0): 10 * PLENTY, torch.device("cuda", 1): PLENTY}
+    monkeypatch.setattr(preparation, "free_memory_of", free.__getitem__)
+    monkeypatch.setattr(preparation, "_step_bytes", lambda *_: 1000)
+    for processes, fits in {1: True, 2: False, 3: False}.items():
+        machine = preparation.Machine(device=torch.device("cuda"), processes=processes, cache_bytes=PLENTY)
+        free[machine.device] = 10 * PLENTY
+        assert preparation._fits_on_device(job_of(files, None), machine) == fits
+
+
 def test_a_step_takes_more_on_a_gpu_without_bf16(files, monkeypatch):
     machine, estimates = preparation.Machine(device=torch.device("cuda")), {}
     for has_bf16 in (True, False):

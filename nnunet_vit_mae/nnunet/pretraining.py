@@ -48,6 +48,14 @@ class Machine:
     cache_bytes: int = 0  # of memory for volumes
 
     @property
+    def devices(self) -> list[torch.device]:
+        """Return the devices of the processes that this one starts, as far as there are such, or its own."""
+        if self.device.type != "cuda" or self.processes == 1:
+            return [self.device]
+        found = min(self.processes, torch.cuda.device_count())  # too few are refused where the processes start
+        return [torch.device("cuda", number) for number in range(found)] or [self.device]
+
+    @property
     def local_processes(self) -> int:
         """Return the number of processes on this machine, under torchrun too."""
         return max(self.processes, distributed.local_process_count())
@@ -157,7 +165,7 @@ def _protocol(settings: Settings, changes: Mapping[str, Any]) -> Pretraining:
 def _refuse_large_step(job: PretrainingJob, machine: Machine) -> None:
     batch, channels = job.protocol.batch_size // machine.all_processes, len(job.channel_names)
     refuse_step_beyond(
-        memory_of(machine.device),
+        min(map(memory_of, machine.devices)),
         "the GPU" if machine.device.type == "cuda" else "this machine",
         shape=(batch, channels, *job.patch_size),
         estimate=partial(_step_bytes, job, machine),
@@ -175,7 +183,8 @@ def _step_bytes(job: PretrainingJob, machine: Machine) -> int:
 def _fits_on_device(job: PretrainingJob, machine: Machine) -> bool:
     """Return whether the volumes are to be cached on the GPU; if not, say why in the log."""
     needed = bytes_in_half_precision(job.files)
-    room = (free_memory_of(machine.device) - _step_bytes(job, machine)) // 2  # libraries and fragments take some too
+    free = min(map(free_memory_of, machine.devices))
+    room = (free - _step_bytes(job, machine)) // 2  # libraries and fragments take some too
     if job.network.adaptive or job.protocol.skip_background:
         reason = "masks depend on the voxels of a crop, which readers look at"
     elif needed > min(room, machine.cache_bytes):

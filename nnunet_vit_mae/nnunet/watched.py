@@ -32,11 +32,16 @@ class WatchedTrainer(nnUNetTrainer):
 
     @exit_on_user_error
     def train_step(self, batch: dict) -> dict:
-        """Take a step; stop with the cases of the batch if its loss is NaN or infinite."""
+        """Take a step; stop with the cases of the batch if its loss is NaN or infinite.
+
+        nnU-Net's fp16 overflows now and then, skips the step and goes on, and so does this, unless the batch is to
+        blame.
+        """
         result = self.take_step(batch)
         self.losses.append(float(result["loss"]))
         self.cases.append([str(case) for case in batch["keys"]])
-        if not math.isfinite(self.losses[-1]):
+        skipped = self.grad_scaler is not None and batch["data"].isfinite().all()
+        if not math.isfinite(self.losses[-1]) and not skipped:
             raise self._divergence(len(self.losses) - 1, BAD_LOSS.format(self.losses[-1]), batch["data"])
         return result
 
@@ -49,6 +54,8 @@ class WatchedTrainer(nnUNetTrainer):
         """End an epoch as nnU-Net does, and log the gradient norm; stop if the training has diverged."""
         super().on_train_epoch_end(train_outputs)
         self.norm_metrics = {}
+        if not np.isfinite(self.losses).any():
+            raise self._divergence(0, BAD_LOSS.format(self.losses[0]))
         if self.norms:
             norms = torch.stack(self.norms).cpu()
             bad = (~norms.isfinite()).nonzero().flatten().tolist()
