@@ -26,7 +26,7 @@ from test_signals import SIGNALS, assert_all_end, processes_of
 
 pytestmark = pytest.mark.slow
 
-INSTANTS = 16  # each signal four times, twice with readers
+INSTANTS = 8  # each signal twice, once with readers
 KILLS = [*SIGNALS, signal.SIGKILL]
 
 
@@ -201,7 +201,7 @@ def test_conversion_goes_on(tmp_path, killer):
                 sitk.GetImageFromArray(array.astype(np.float32)), str(folder / f"sub-{number}_{name}.nii.gz")
             )
     arguments = ["-i", str(source), "-o", str(output), "--key", str(tmp_path / "key.csv")]
-    kill_until_done(killer("convert", 8), output, arguments)
+    kill_until_done(killer("convert", 4), output, arguments)
 
 
 def test_preprocessing_goes_on(workspace: Workspace, killer):

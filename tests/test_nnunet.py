@@ -55,7 +55,7 @@ def test_plans_keep_the_baselines_files_and_leave_the_source_alone(in_workspace,
 
 @pytest.mark.parametrize("thickness", [1.0, 5.0])  # of anisotropic voxels slices are repeated, not blended
 def test_plans_resample_logits_as_nnunet_does(in_workspace, thickness):
-    plan_command.main("-d 901 -o Fast --token 8".split())
+    plan_command.main("-d 901 -o Fast --size XS --token 8".split())
     logits = np.random.default_rng(0).normal(size=(3, 5, 9, 7)).astype(np.float32)
     spacings = (thickness, 1.0, 1.0), (thickness * 5 / 7, 9 / 12, 7 / 11)
     found = [
@@ -67,7 +67,7 @@ def test_plans_resample_logits_as_nnunet_does(in_workspace, thickness):
 
 
 def test_only_nnunets_default_resampling_of_logits_is_replaced(in_workspace):
-    plan_command.main("-d 901 -o Fast --token 8".split())
+    plan_command.main("-d 901 -o Fast --size XS --token 8".split())
     before, after = (tiny_plan(name).configuration.configuration for name in ("nnUNetPlans", "Fast"))
     changed = {key for key in after if after[key] != before.get(key)}
     assert changed == {"vit_mae", "resampling_fn_probabilities", "resampling_fn_probabilities_kwargs"}
@@ -77,17 +77,17 @@ def test_only_nnunets_default_resampling_of_logits_is_replaced(in_workspace):
     plans = json.loads(file.read_text())
     plans["configurations"]["3d_fullres"]["resampling_fn_probabilities_kwargs"]["order"] = 3
     file.write_text(json.dumps(plans))
-    plan_command.main("-d 901 -o Cubic --token 8".split())
+    plan_command.main("-d 901 -o Cubic --size XS --token 8".split())
     assert tiny_plan("Cubic").configuration.configuration["resampling_fn_probabilities_kwargs"]["order"] == 3
 
 
 def test_the_decoder_is_nnunets_own_unet_unless_another_is_given(in_workspace):
-    plan_command.main("-d 901 -o Default --token 8".split())
-    plan_command.main("-d 901 -o Given --token 8 --decoder mae".split())
-    plan_command.main("-d 901 -o Adaptive --adaptive".split())
+    plan_command.main("-d 901 -o Default --size XS --token 8".split())
+    plan_command.main("-d 901 -o Given --size XS --token 8 --decoder mae".split())
+    plan_command.main("-d 901 -o Adaptive --size XS --adaptive".split())
     decoders = [tiny_plan(name).settings.network.decoder for name in ("Default", "Given", "Adaptive")]
     assert decoders == ["unet", "mae", "unetr"]
-    plan_command.main("-d 901 -o Slow --lr 5e-4".split())
+    plan_command.main("-d 901 -o Slow --size XS --lr 5e-4".split())
     plan_command.main("-d 901 -o Kept -p Slow --decoder sfpn".split())
     names = ("Default", "Given", "Adaptive", "Slow", "Kept")
     assert [tiny_plan(name).settings.finetuning.lr for name in names] == [1e-3, 3e-4, 3e-4, 5e-4, 5e-4]
@@ -114,11 +114,11 @@ def test_plans_of_one_configuration_leave_those_of_another_in_the_file(in_worksp
     before = (in_workspace.preprocessed / "Both.json").read_bytes()
     low["spacing"][0] = 2.5
     file.write_text(json.dumps(plans))
-    message = refused(plan_command.main, *"-d 901 -o Both --token 8".split())
+    message = refused(plan_command.main, *"-d 901 -o Both --size XS --token 8".split())
     assert "Both.json also has settings for 3d_lowres, which is another configuration in nnUNetPlans" in message
     assert (in_workspace.preprocessed / "Both.json").read_bytes() == before
     plan_command.main("-d 901 -c 3d_lowres -o Both --size XS --token 8".split())
-    plan_command.main("-d 901 -o Both --token 8".split())
+    plan_command.main("-d 901 -o Both --size XS --token 8".split())
 
 
 PROTOCOL = ("mask_ratio", "norm_pix", "decoder", "rebuilt_share")
@@ -132,7 +132,7 @@ def test_an_adaptive_network_has_its_own_rate_and_protocol_on_plans_of_another(i
     recipe = in_workspace.root / "recipe.json"
     recipe.write_text(json.dumps({"pretraining": {"mask_ratio": 0.6, "plain_share": 0.5}}))
     for flags in ("Plain", "Chosen --lr 5e-4", f"Recipe --recipe {recipe}", "Adaptive --adaptive"):
-        plan_command.main(f"-d 901 -o {flags}".split())
+        plan_command.main(f"-d 901 --size XS -o {flags}".split())
     plan_command.main("-d 901 -p Plain -o Made --adaptive".split())
     stock = adaptive("nnUNetPlans")
     assert stock == (3e-4, 0.7, False, "self", 1.0)  # AMAE, section 2.4
