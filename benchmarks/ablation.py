@@ -6,10 +6,11 @@ same few cases with the same crops, for the same number of steps and samples, an
 An arm without a network is nnU-Net's own U-Net, which learns by AdamW as the others do, or, with `"optimizer": "SGD"`,
 as nnU-Net trains it: with its initial weights, rates and weights of resolutions. An arm with `members` is their
 ensemble: the mean of their probabilities. Dice is the mean over cases of the mean over classes; the error of volumes is
-the mean absolute difference as a share of a class's mean volume. Both are measured again with thresholds that are
-fitted, as `mae3d_calibrate` does, to further labelled cases; their images are in the pool of pre-training, their labels
-serve nothing else. The probe asks the frozen encoder: how well a linear map of a token's vector, learned on the
-labelled cases, finds each class's share of the token in the test cases (R2).
+the mean absolute difference as a share of a class's mean volume; the share of right risk groups is that of the test
+cases whose volume lies between the same quartiles as their reference's. All three are measured again with thresholds
+that are fitted, as `mae3d_calibrate` does, to further labelled cases; their images are in the pool of pre-training,
+their labels serve these thresholds and the quartiles alone. The probe asks the frozen encoder: how well a linear map of
+a token's vector, learned on the labelled cases, finds each class's share of the token in the test cases (R2).
 
 Volumes stay in the memory of the device, and a GPU repeats its steps as CUDA graphs. Every result is a line of the
 output file, and what is there already is not run again, so that days of one CPU core, or minutes of a GPU, can be given
@@ -36,7 +37,7 @@ import numpy as np
 import torch
 from graphs import Repeated
 from packed import Packed, covered, crops, cut, pack, place_with_foreground, unpack
-from quality import Predicted, fitted_shifts, mean_of, predict, quality_of
+from quality import Predicted, fitted_shifts, mean_of, predict, quality_of, risk_cutoffs
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -58,7 +59,15 @@ IGNORED = ("contrast_dropout", "loss", "augmentation", "freeze_epochs")  # setti
 ANY_DECODER = {"decoder": "mae", "decoder_width": 0, "taps": (), "upsampling": "nearest", "upscale_convolutions": 1}
 INTENSITY = 0.2  # standard deviation of the random factor and shift of a training crop
 WIDEST = 10  # features of the U-Net's deepest stages, relative to the first: 320 and 32 in nnU-Net
-MEASURES = ("loss", "probe", "calibrated_dice", "volume_error", "calibrated_volume_error")  # shown as means
+MEASURES = {  # that are shown as means, and their columns
+    "loss": "its loss",
+    "probe": "probe",
+    "calibrated_dice": "calibrated Dice",
+    "volume_error": "error of volumes",
+    "calibrated_volume_error": "calibrated error",
+    "risk_groups": "right risk groups",
+    "calibrated_risk_groups": "calibrated groups",
+}
 SHAPES = 32  # that batches on a GPU can have in each kind of tokens: each is a CUDA graph of its own
 SHRINKAGE = 0.01  # of the probe's weights, relative to the variance of what they weigh
 
@@ -246,15 +255,12 @@ def trained(
 
 
 def measured(classes: int, development: Sequence[Predicted], tested: Sequence[Predicted]) -> dict[str, float]:
-    """Return Dice and the error of volumes of the test cases, as trained and calibrated."""
-    plain = quality_of(tested, [0.0] * (classes - 1))
-    calibrated = quality_of(tested, fitted_shifts(development, classes))
-    return {
-        "dice": plain.dice,
-        "volume_error": plain.volume_error,
-        "calibrated_dice": calibrated.dice,
-        "calibrated_volume_error": calibrated.volume_error,
-    }
+    """Return Dice, the error of volumes and right risk groups of the test cases, as trained and calibrated."""
+    cutoffs = risk_cutoffs(development, classes)
+    plain = quality_of(tested, [0.0] * (classes - 1), cutoffs)
+    calibrated = quality_of(tested, fitted_shifts(development, classes), cutoffs)
+    shown = dataclasses.asdict(plain)
+    return shown | {f"calibrated_{name}": value for name, value in dataclasses.asdict(calibrated).items()}
 
 
 def refuse_ignored(arm: str, protocol: Finetuning) -> None:
@@ -482,23 +488,35 @@ def tokens_of(packed: Packed, encoder: nn.Module, settings: Settings, case: int)
 
 
 def print_table(entries: Sequence[Mapping[str, Any]]) -> None:
-    """Print a line for each dataset, arm and length of pre-training, with the Dice of every seed."""
+    """Print a line for each dataset, arm and length of pre-training, with the Dice of every seed.
+
+    Measures that no result has are left out: those of older runs lack some.
+    """
     found: dict[tuple[str, str, int], dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for entry in entries:
         found[entry["dataset"], entry["arm"], entry["steps"]][entry["seed"]] = entry
-    print(
-        "| dataset | arm | steps of pre-training | its loss | probe | Dice: mean (each seed) | gain over scratch "
-        "| calibrated Dice | error of volumes | calibrated |"
-    )
-    print("|" + "---|" * 10)
+    rows = []
     for dataset, arm, steps in sorted(found, key=lambda key: [*map(str, key[:2]), key[2]]):
         trained, scratch = found[dataset, arm, steps], found.get((dataset, arm, 0), {})
         paired = [trained[seed]["dice"] - scratch[seed]["dice"] for seed in scratch if steps and seed in trained]
         gain = f"{np.mean(paired):+.3f}" if paired else ""
-        means = {key: _mean(trained, key) for key in MEASURES}
-        cells = [dataset, arm, str(steps), means["loss"], means["probe"], _seeds(trained), gain]
-        cells += [means["calibrated_dice"], means["volume_error"], means["calibrated_volume_error"]]
-        print(f"| {' | '.join(cells)} |")
+        means = {column: _mean(trained, key) for key, column in MEASURES.items()}
+        rows.append(
+            {
+                "dataset": dataset,
+                "arm": arm,
+                "steps of pre-training": str(steps),
+                **{column: means.pop(column) for column in (MEASURES["loss"], MEASURES["probe"])},
+                "Dice: mean (each seed)": _seeds(trained),
+                "gain over scratch": gain,
+                **means,
+            }
+        )
+    columns = [name for name in rows[0] if name not in MEASURES.values() or any(row[name] for row in rows)]
+    print(f"| {' | '.join(columns)} |")
+    print("|" + "---|" * len(columns))
+    for row in rows:
+        print(f"| {' | '.join(row[name] for name in columns)} |")
 
 
 def _mean(entries: Mapping[int, Mapping[str, Any]], key: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from nnunet_vit_mae.calibration.cases import CalibrationCase, Classes
 from nnunet_vit_mae.calibration.open_cases import VoxelCounts, counts_of, segment
 from nnunet_vit_mae.calibration.thresholds import fit_thresholds
+from nnunet_vit_mae.evaluation.clinical import find_cutoffs, group_of
 
 VOXEL = 1.0  # its volume: errors of volumes are shares
 
@@ -32,6 +33,7 @@ class Quality:
 
     dice: float  # over the classes that a case has
     volume_error: float  # absolute volume difference, mean over cases, as a share of the class's mean volume
+    risk_groups: float  # share of the cases whose volume is in the right one; NaN if there are none
 
 
 @torch.no_grad()
@@ -66,13 +68,26 @@ def fitted_shifts(cases: Sequence[Predicted], classes: int) -> tuple[float, ...]
     return fit_thresholds(readable, foreground(classes)).shifts
 
 
-def quality_of(cases: Sequence[Predicted], shifts: Sequence[float]) -> Quality:
-    """Measure cases whose logits are shifted."""
+def risk_cutoffs(cases: Sequence[Predicted], classes: int) -> list[tuple[float, ...]]:
+    """Return the cutoffs between risk groups for each class: the quartiles of its volumes in these cases."""
+    volumes = np.array([[(case.labels == label).sum() for case in cases] for label in range(1, classes)])
+    return [find_cutoffs(of_class * VOXEL, None)[0] for of_class in volumes]
+
+
+def quality_of(cases: Sequence[Predicted], shifts: Sequence[float], cutoffs: Sequence[tuple[float, ...]]) -> Quality:
+    """Measure cases whose logits are shifted, given the cutoffs between the risk groups of each class."""
     counts = [_counts(case, shifts) for case in cases]
     dice = [one.dice()[one.reference > 0].mean() for one in counts]
     differences = np.mean([one.difference_mm3() for one in counts], axis=0)
     volumes = np.mean([one.reference for one in counts], axis=0)
-    return Quality(float(np.mean(dice)), float((differences / volumes).mean()))
+    right = [
+        np.mean([group_of(one.predicted[number], edges) == group_of(one.reference[number], edges) for one in counts])
+        for number, edges in enumerate(cutoffs)
+        if edges
+    ]
+    return Quality(
+        float(np.mean(dice)), float((differences / volumes).mean()), float(np.mean(right)) if right else math.nan
+    )
 
 
 def foreground(classes: int) -> Classes:

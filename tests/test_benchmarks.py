@@ -305,9 +305,12 @@ def test_calibration_gives_the_volumes_that_a_timid_network_misses():
         foreground = np.where(labels == 1, 0.3, 0.1)
         return quality.Predicted(np.stack([1 - foreground, foreground]), labels)
 
-    shifts = quality.fitted_shifts([case(0), case(1)], classes=2)
-    assert quality.quality_of([case(2)], [0.0]) == quality.Quality(0.0, 1.0)
-    assert quality.quality_of([case(2)], shifts) == quality.Quality(1.0, 0.0)
+    known = [case(seed) for seed in range(4)]
+    shifts, cutoffs = quality.fitted_shifts(known, classes=2), quality.risk_cutoffs(known, classes=2)
+    full = next(one for one in map(case, range(4, 99)) if one.labels.sum() > cutoffs[0][-1])
+    assert quality.quality_of([full], [0.0], cutoffs) == quality.Quality(0.0, 1.0, 0.0)
+    assert quality.quality_of([full], shifts, cutoffs) == quality.Quality(1.0, 0.0, 1.0)
+    assert math.isnan(quality.quality_of([full], shifts, quality.risk_cutoffs(known[:1], classes=2)).risk_groups)
 
 
 def test_recorded_steps_share_their_memory_and_those_of_an_earlier_network_are_gone(monkeypatch):
