@@ -40,10 +40,9 @@ class WatchedTrainer(nnUNetTrainer):
         result = self.take_step(batch)
         self.losses.append(float(result["loss"]))
         self.cases.append([str(case) for case in batch["keys"]])
-        skipped = self.grad_scaler is not None and batch["data"].isfinite().all()
-        if not math.isfinite(self.losses[-1]) and not skipped:
-            raise self._divergence(len(self.losses) - 1, BAD_LOSS.format(self.losses[-1]), batch["data"])
-        return result
+        if math.isfinite(self.losses[-1]) or (self.grad_scaler is not None and batch["data"].isfinite().all()):
+            return result
+        raise self._divergence(len(self.losses) - 1, BAD_LOSS.format(self.losses[-1]), batch["data"])
 
     def take_step(self, batch: dict) -> dict:
         """Take nnU-Net's own step."""
