@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 from nnunet_vit_mae.cli import fill_contrasts as command
 from nnunet_vit_mae.datasets import contrasts as module
 from nnunet_vit_mae.datasets.contrasts import contrast_table, fill_contrasts
+from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.volumes import only_zeros, read_geometry
+from nnunet_vit_mae.storage.files import locked
 
 NAMES = ["FLAIR", "T1", "T2"]
 SIZE = (5, 4, 3)  # x y z
@@ -249,6 +251,50 @@ def test_a_call_after_one_that_was_killed_knows_its_own_files(data, monkeypatch)
     assert data.fill().written == [data.file("a", 2)]
     assert data.record["imagesTr"]["a"] == entry(["FLAIR"], ["T1", "T2"])
     assert not list(data.raw.glob("imagesTr/.*"))
+
+
+def test_images_that_come_during_the_call_are_left_alone(data, typed, refused, monkeypatch):
+    data.write("a", 0)
+    data.write("b", 0)
+    data.fill()
+    data.write("b", 0, size=(6, 7, 8))  # so that the zeros beside it are written again
+    data.file("a", 1).unlink()
+    sort, come = module.sort_contrasts, {}
+
+    def copied_meanwhile(case, *args):
+        sorted_case = sort(case, *args)
+        if case.name == "b":
+            for file in (data.write("a", 1), data.write("b", 2, size=(6, 7, 8))):
+                come[file] = file.read_bytes()
+        return sorted_case
+
+    monkeypatch.setattr(module, "sort_contrasts", copied_meanwhile)
+    message = refused(lambda _: typed())
+    assert "imagesTr/a got a_0001.nii.gz while images were being read: run the command again" in message
+    assert "imagesTr/b got b_0002.nii.gz" in message
+    assert {file: file.read_bytes() for file in come} == come
+    monkeypatch.undo()
+    assert data.fill().written == []
+    assert data.record["imagesTr"] == {"a": entry(["FLAIR", "T1"], ["T2"]), "b": entry(["FLAIR", "T2"], ["T1"])}
+
+
+def test_of_two_calls_at_once_one_is_refused(data, typed, refused, monkeypatch):
+    data.write("a", 0)
+    with locked(data.raw):
+        assert "Another process is writing to" in refused(lambda _: typed())
+    sort = module.sort_contrasts
+
+    def other_call(*args):
+        monkeypatch.undo()
+        data.fill()
+        return sort(*args)
+
+    monkeypatch.setattr(module, "sort_contrasts", other_call)
+    with pytest.raises(UserError, match="has changed while images were being read"):
+        data.fill()
+    assert data.record["imagesTr"]["a"] == entry(["FLAIR"], ["T1", "T2"])
+    with locked(data.raw):
+        assert data.fill().written == []  # nothing is left to do
 
 
 # ---------- images of zeros that were given

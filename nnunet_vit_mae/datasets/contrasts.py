@@ -34,7 +34,7 @@ from nnunet_vit_mae.imaging.volumes import (
 from nnunet_vit_mae.imaging.writing import write_zeros
 from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.entries import read_entries
-from nnunet_vit_mae.storage.files import write_json
+from nnunet_vit_mae.storage.files import locked, write_json
 
 CONTRAST_RECORD = "contrasts.json"
 LABELS_BESIDE = {"imagesTr": "labelsTr", "imagesTs": None, "imagesUn": None}  # test labels without images are harmless
@@ -111,7 +111,8 @@ def fill_contrasts(raw: Path) -> FillResult:
 
     Given images are never changed, and a second call writes nothing. The record is written first, so that after a
     killed call the next one still knows which files were filled and writes the missing ones. Raises `UserError` if
-    nothing can be filled; a problem with one case is reported and does not stop the others.
+    nothing can be filled, or if another process writes to the dataset; a problem with one case is reported and does not
+    stop the others.
     """
     channels = read_channels(raw)
     if len(set(channels.names)) < len(channels.names):
@@ -133,14 +134,20 @@ def fill_contrasts(raw: Path) -> FillResult:
     record = _new_record(sorted_cases, former)
     to_fill = [case for case in sorted_cases if case.to_write]
     _check_access([case.images.folder for case in to_fill])
-    if record != former:
-        _check_access([raw])
-        write_contrasts(record, raw)
     problems = {str(case.images): case.problem for case in sorted_cases if case.problem}
-    written = []
-    for case in with_progress(to_fill, unit="case", desc="filling"):
-        _fill(case)
-        written += case.to_write
+    written: list[Path] = []
+    if record != former or to_fill:  # what is complete may be write-protected
+        with locked(raw):
+            if read_contrasts(raw) != former:
+                raise UserError(f"{raw / CONTRAST_RECORD} has changed while images were being read: run this again.")
+            if record != former:
+                _check_access([raw])
+                write_contrasts(record, raw)
+            for case in with_progress(to_fill, unit="case", desc="filling"):
+                files = _fill(case)
+                written += files
+                if come := [file.name for file in case.to_write if file not in files]:
+                    problems[str(case.images)] = f"got {come[0]} while images were being read: run the command again"
     return FillResult(channels, record, written, list(_replaced(former, record)), problems)
 
 
@@ -256,12 +263,23 @@ def _sort_readable(
     return SortedCase(case, contrasts, to_write, case.files[like])
 
 
-def _fill(case: SortedCase) -> None:
+def _fill(case: SortedCase) -> list[Path]:
+    """Write the images of zeros of a case, but not over an image that has come since; returns the files written."""
     assert case.like is not None
-    for file in case.to_write:
+    files = [file for file in case.to_write if _is_free(file)]
+    for file in files:
         for leftover in file.parent.glob(f".[0-9]*.{escape(file.name)}"):  # of a call that was killed while writing
             leftover.unlink()
         write_zeros(file, case.like)
+    return files
+
+
+def _is_free(file: Path) -> bool:
+    """Return whether a file is not there, or holds zeros only."""
+    try:
+        return not file.exists() or only_zeros(file, read_geometry(file))
+    except Exception:  # noqa: BLE001  readers raise many kinds: the image is being copied, perhaps
+        return False
 
 
 def _refuse_absent_ct(cases: list[SortedCase], raw: Path) -> None:
