@@ -296,6 +296,31 @@ def test_names_of_labels_outlive_another_call(command, tmp_path):
     assert content["regions_class_order"] == [1]
 
 
+def test_names_that_were_edited_outlive_another_call(command, tmp_path, capsys):
+    command.add("a", moved(shift=(10, 0, 0)))
+    command.run()
+    file, source = command.output / "dataset.json", tmp_path / "dataset.json"
+    content = json.loads(file.read_text())
+    assert (content["channel_names"], content["labels"]) == ({"0": "channel_0"}, {"background": 0, "label_1": 1})
+    of_scans = {"labels": {"background": 0, "dark": 1}, "channel_names": {"0": "CT"}}
+    source.write_text(json.dumps(of_scans))
+    command.run()  # default names give way
+    content = json.loads(file.read_text())
+    assert {key: content[key] for key in of_scans} == of_scans
+    edited = {"labels": {"background": 0, "carotid": 1}, "channel_names": {"0": "CT_zscore"}, "licence": "CC0"}
+    file.write_text(json.dumps(content | edited))
+    source.write_text(
+        json.dumps({"labels": {"background": 0, "dark": 1, "both": [1, 2]}, "channel_names": {"0": "CT"}})
+    )
+    capsys.readouterr()
+    command.run()
+    content = json.loads(file.read_text())
+    assert content == content | edited | {"labels": edited["labels"] | {"both": [1, 2]}}
+    assert "keeps its own names of what the dataset of the scans calls CT, dark: edit it" in capsys.readouterr().out
+    command.run("--contrasts", "HU")
+    assert json.loads(file.read_text())["channel_names"] == {"0": "HU"}
+
+
 def test_a_case_that_fails_leaves_nothing_behind(command, coarse_template, tmp_path, refused):
     command.add("a", moved(shift=(10, 0, 0)))
     table = tmp_path / "table.csv"

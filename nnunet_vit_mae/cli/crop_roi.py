@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         cropping = crop_folder(args.images, args.labels, settings, column, args.contrasts, args.processes)
         if args.reject:
             left = reject_cases(output, args.reject, args.contrasts, cropping.cropped)
-            cropping = replace(left, lost=cropping.lost, ambiguities=cropping.ambiguities)
+            told = {name: getattr(cropping, name) for name in ("lost", "ambiguities", "other_names")}
+            cropping = replace(left, **told)
     write_readme(output, CONTENTS, private=(args.images, args.labels))
     print(cropping_report(cropping, output))
     if place := place_for_nnunet(output):

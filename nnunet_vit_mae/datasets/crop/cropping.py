@@ -17,7 +17,7 @@ import SimpleITK as sitk
 
 from nnunet_vit_mae.datasets.crop.carried import SourceRecords, read_case_records
 from nnunet_vit_mae.datasets.crop.contact_sheet import thumbnail, write_thumbnail
-from nnunet_vit_mae.datasets.crop.dataset import Cropping, describe_like, finish
+from nnunet_vit_mae.datasets.crop.dataset import Cropping, description_beside, finish
 from nnunet_vit_mae.datasets.crop.qc_table import (
     DONE,
     FAILED,
@@ -131,11 +131,12 @@ def crop_folder(
         template_of = table.column(column.template, "--template_column")
     make_folder(settings.output)
     with locked(settings.output):
-        description = describe_like(images, contrasts)
+        description = description_beside(images)
         names = [scan.name for scan in scans]
         records = read_case_records(images.absolute().parent, names)
         source = SourceRecords(records, images.absolute().name, names, settings.resample)
-        cropping = finish(crop_scans(scans, settings, template_of, processes), settings.output, description, source)
+        cropped = crop_scans(scans, settings, template_of, processes)
+        cropping = finish(cropped, settings.output, contrasts, description, source)
     return replace(cropping, ambiguities=ambiguities_among(file for scan in scans for file in scan.files))
 
 

@@ -54,7 +54,8 @@ COMPLETE = 0.999  # coverage from which a region counts as fully in view
 class Cropping:
     """The result of a call: rows of all cases, worst first, names of the cases cropped by it, and contact sheets.
 
-    `lost` names contrasts that a scan has and its crop has not; `ambiguities` are clauses on headers of the scans.
+    `lost` names contrasts that a scan has and its crop has not; `ambiguities` are clauses on headers of the scans;
+    `other_names` are names in the scans' dataset.json for what is called otherwise in that of the crops.
     """
 
     rows: list[QCRow]
@@ -62,6 +63,7 @@ class Cropping:
     sheets: list[Path] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     ambiguities: list[str] = field(default_factory=list)
+    other_names: list[str] = field(default_factory=list)
 
     @property
     def failed(self) -> dict[str, str]:
@@ -100,6 +102,11 @@ def cropping_report(cropping: Cropping, output: Path) -> str:
             f"Crops are all zeros, and count as absent in {output / CONTRAST_RECORD}, where the scan is not: "
             f"{abbreviated(cropping.lost)}."
         )
+    if cropping.other_names:
+        lines.append(
+            f"{output / DESCRIPTION} keeps its own names of what the dataset of the scans calls "
+            f"{abbreviated(cropping.other_names)}: edit it if they are outdated."
+        )
     lines += [
         f"Warning: {clause}. The crops are placed as SimpleITK reads it: compare the sides with another program."
         for clause in cropping.ambiguities
@@ -113,23 +120,32 @@ def cropping_report(cropping: Cropping, output: Path) -> str:
 
 
 def finish(
-    cropping: Cropping, output: Path, description: Mapping[str, Any], source: SourceRecords | None = None
+    cropping: Cropping,
+    output: Path,
+    names: Sequence[str] | None = None,
+    description: Mapping[str, Any] | None = None,
+    source: SourceRecords | None = None,
 ) -> Cropping:
     """Write the tables, dataset.json, contrasts.json and the contact sheets.
 
     Args:
         cropping: Rows of all cases, and what was cropped.
         output: The dataset of crops.
-        description: Known channel names and labels.
+        names: Channel names; None keeps the known ones.
+        description: What the dataset.json beside the scans says, if scans were cropped. Names in that of the crops
+            win, because the user may have edited them.
         source: What is known of the scans that were cropped, if any were.
     """
     rows = cropping.rows
     records = read_case_records(output, [row.case for row in rows])
     write_qc_table(rows, output)
     done = [row for row in rows if row.status == DONE]
-    former = read_description(output / DESCRIPTION).content if (output / DESCRIPTION).exists() else {}
+    former = dict(read_description(output / DESCRIPTION).content) if (output / DESCRIPTION).exists() else {}
+    if names:
+        former["channel_names"] = {str(number): name for number, name in enumerate(names)}
+    known, other_names = _completed(former, description or {})
     counts = {"numTraining": sum(row.folder == "imagesTr" for row in done), "file_ending": ENDING}
-    write_json(_with_defaults({**former, **description}, done) | counts, output / DESCRIPTION)
+    write_json(_with_defaults(known, done) | counts, output / DESCRIPTION)
     lost = carry_over(rows, output, records, source or SourceRecords())
     folder = output / "thumbnails"
     pictures = [
@@ -138,7 +154,33 @@ def finish(
     ]
     of_cases = [(inside(folder, f"{row.case}.png", source=QC_TABLE), caption(row)) for row in done]
     pictures += [(file, text) for file, text in of_cases if file.exists()]
-    return replace(cropping, sheets=write_sheets(pictures, output), lost=lost)
+    return replace(cropping, sheets=write_sheets(pictures, output), lost=lost, other_names=other_names)
+
+
+def _completed(own: Mapping[str, Any], scans: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the dataset.json of crops, with names of the scans' one for all that has none or a default one.
+
+    Other names in the latter, which are not taken, are returned too.
+    """
+    channels, other_channels = _channels(own.get("channel_names", {}), scans.get("channel_names", {}))
+    labels, other_labels = _labels(own.get("labels", {}), scans.get("labels", {}))
+    names = {key: named for key, named in (("channel_names", channels), ("labels", labels)) if named}
+    return {**scans, **own, **names}, other_channels + other_labels
+
+
+def _channels(own: Mapping[str, str], scans: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    edited = {number: name for number, name in own.items() if name != f"channel_{number}"}
+    return {**own, **scans, **edited}, [name for number, name in scans.items() if edited.get(number, name) != name]
+
+
+def _labels(own: Mapping[str, Any], scans: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """As `_channels`; a label of the scans is taken if it has values without a name, and may be a region."""
+    edited = {name: value for name, value in own.items() if name != f"label_{value}"}
+    named = {int(value) for values in edited.values() for value in np.atleast_1d(values)}
+    taken = {name: value for name, value in scans.items() if not named.issuperset(np.atleast_1d(value))}
+    kept = {name: value for name, value in own.items() if name in edited or value not in taken.values()}
+    others = [name for name, value in scans.items() if value in edited.values() and edited.get(name) != value]
+    return {**kept, **{name: value for name, value in taken.items() if name not in kept}}, others
 
 
 def _with_defaults(known: dict[str, Any], done: Sequence[QCRow]) -> dict[str, Any]:
@@ -182,12 +224,11 @@ def reject_cases(
                     file.replace(target)
             rows[name] = replace(rows[name], status=REJECTED)
         cropping = Cropping(worst_first(rows.values()), list(cropped))
-        return finish(cropping, output, describe_like(output / "imagesTr", names))
+        return finish(cropping, output, names)
 
 
-def describe_like(images: Path, names: Sequence[str] | None) -> dict[str, Any]:
-    """Return channel names and labels of the dataset that `images` belongs to, if any; `names` replace its names."""
+def description_beside(images: Path) -> dict[str, Any]:
+    """Return channel names and labels of the dataset that `images` belongs to, if any."""
     source = images.absolute().parent / DESCRIPTION
     content = read_description(source).content if source.exists() else {}
-    known: dict[str, Any] = {key: content[key] for key in KEPT if key in content}
-    return known | ({"channel_names": {str(number): name for number, name in enumerate(names)}} if names else {})
+    return {key: content[key] for key in KEPT if key in content}
