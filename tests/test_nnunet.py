@@ -416,6 +416,28 @@ def test_the_pool_is_what_imagesun_holds_and_whole_files_only(in_workspace, capl
     assert not caplog.text
 
 
+def test_images_that_took_the_place_of_others_are_preprocessed_anew_whatever_their_date(in_workspace, caplog, capsys):
+    preprocess_command.main("-d 901 -np 1".split())
+    plan, images = tiny_plan(), in_workspace.raw / "imagesUn"
+    other, pool = sorted(images.glob("pool_0_*")), sorted(images.glob("pool_1_*"))
+    for image, file in zip(other, pool, strict=True):
+        shutil.copy(image, file)
+        os.utime(file, (0, 0))  # as rsync -a and backups do
+    for file in other:
+        os.utime(file, ns=(0, file.stat().st_mtime_ns + 1000))  # a copy with a date of its own, or a rounded one
+    assert "pool_1" not in {case.name for case in pretraining_cases(plan, "all")}
+    assert "1 unlabelled images" in caplog.text
+    capsys.readouterr()
+    preprocess_command.main("-d 901 -np 1".split())
+    assert "3 of 3 unlabelled cases" in (told := capsys.readouterr().out)
+    assert "(1 were to do)" in told
+    voxels = [blosc2.open(str(plan.unlabelled_folder / f"pool_{number}.b2nd"))[:] for number in (0, 1)]
+    assert np.array_equal(*voxels)
+    (plan.unlabelled_folder / ".images" / "pool_0.json").unlink()  # of an earlier version
+    preprocess_command.main("-d 901 -np 1".split())
+    assert "(0 were to do)" in capsys.readouterr().out
+
+
 def test_a_pool_of_other_plans_is_refused(in_workspace):
     preprocess_command.main("-d 901 -np 1".split())
     file = in_workspace.preprocessed / "nnUNetPlans.json"

@@ -18,13 +18,18 @@ from nnunet_vit_mae.imaging.volumes import all_finite, read_geometry, without_wa
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.plans import Plan, load_plan, resampling_spacings
 from nnunet_vit_mae.processes.workers import run_each
+from nnunet_vit_mae.storage.entries import read_entries
 from nnunet_vit_mae.storage.files import read_json, remove_unfinished, replacing, write_json
 from nnunet_vit_mae.storage.limits import too_many_voxels
 
 STAMP = "made_with.json"  # what the files in the folder depend on; if it changes, they are made again
 KILLED = "was being preprocessed when its process was killed, most likely because memory ran out: try a smaller -np"
 
+IMAGES = ".images"  # in the folder too: names, sizes and dates of the images that each file was made from
+DATE_TOLERANCE = 2 * 10**9  # nanoseconds; some file systems round dates to 2 s
+
 RawCase = tuple[str, list[Path]]  # a name, and the files in the order of their channel numbers
+FileStates = list[tuple[str, int, int]]  # name, size, date in ns
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,10 @@ def _preprocess_case(dataset: str, plans_name: str, configuration: str, raw_case
     plan = load_plan(find_dataset(dataset), plans_name, configuration)
     try:
         # readers, numpy and resampling raise errors of their own, and one bad file must not stop thousands of others
+        states = _states(files)  # before they are read
         problem = _find_channel_problem(plan, files) or _preprocess_files(plan, case, files)
+        if not problem:
+            write_json(states, _note_file(plan, case))
     except WriteError:  # a full disk is nothing about this case, and stops the others too
         raise
     except Exception as error:  # noqa: BLE001
@@ -160,12 +168,31 @@ def _output_file(plan: Plan, case: str) -> Path:
     return plan.unlabelled_folder / f"{case}.b2nd"
 
 
+def _note_file(plan: Plan, case: str) -> Path:
+    return plan.unlabelled_folder / IMAGES / f"{case}.json"
+
+
+def _states(files: list[Path]) -> FileStates:
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
 def _is_done(plan: Plan, case: str, files: list[Path]) -> bool:
-    """Return whether a case has a preprocessed file that is newer than its images."""
-    output = _output_file(plan, case)
+    """Return whether a case has a preprocessed file that was made from its images."""
+    output, note = _output_file(plan, case), _note_file(plan, case)
     if not all(file.is_file() for file in files) or _find_channel_problem(plan, files):
         return False  # a link to nothing, or a channel that was removed: to be reported
-    return output.is_file() and output.stat().st_mtime >= max(file.stat().st_mtime for file in files)
+    states = _states(files)
+    if not output.is_file() or output.stat().st_mtime_ns < max(date for *_, date in states):
+        return False
+    return not note.is_file() or not _replaced(read_entries(FileStates, note, "remove it"), states)  # earlier versions
+
+
+def _replaced(before: FileStates, now: FileStates) -> bool:
+    """Return whether images took the place of others: such a file can be older, but a mere copy is not."""
+    return len(before) != len(now) or any(
+        (name, size) != (new_name, new_size) or new_date < date - DATE_TOLERANCE
+        for (name, size, date), (new_name, new_size, new_date) in zip(before, now, strict=True)
+    )
 
 
 def _remove_if_made_with_other_plans(plan: Plan) -> None:
