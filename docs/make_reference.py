@@ -21,22 +21,22 @@ FOLDER = Path(__file__).parent
 COMMANDS = """\
 # Commands
 
-For those who look up a flag. What `--help` says of every command; made by `make_reference.py`. `mae3d` lists them, and
-`mae3d NAME` is the same as `mae3d_NAME`.
+For those who look up a flag. This is what `--help` says about every command, made by `make_reference.py`. `mae3d`
+lists the commands, and `mae3d NAME` is the same as `mae3d_NAME`.
 """
 API = """\
 # Python
 
-For those who write scripts. The functions that the commands call, and what they take; made by `make_reference.py` from
-the code. All are imported from `nnunet_vit_mae` itself:
+For those who write scripts. These are the functions that the commands call, and their arguments, made by
+`make_reference.py` from the code. All are imported from `nnunet_vit_mae` itself:
 
 ```python
 from nnunet_vit_mae import load_encoder
 ```
 
-Axes are z y x, as in nnU-Net. A mistake that the caller can fix is a `UserError` (a `ValueError`) whose message is one
-sentence. The functions of nnU-Net's part read its three variables, such as `nnUNet_raw`, as the commands do. The
-examples are tests; `901` is the dataset of the tests.
+Axes are z y x, as in nnU-Net. A mistake that the caller can fix raises a `UserError` (a `ValueError`) with a message
+of one sentence. Functions that take a dataset, plans or a model read nnU-Net's three variables, such as `nnUNet_raw`,
+as the commands do. The examples are tests; `901` is the dataset of the tests.
 """
 
 

@@ -44,7 +44,10 @@ def token_grid(patch_size: Sequence[int], token: Sequence[int]) -> tuple[int, ..
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """The network. An encoder also fits other networks of the same size, token, positions and blocks."""
+    """The network. An encoder also fits other networks of the same size, token, positions and blocks.
+
+    In plans, the default token depends on patch and spacing, and the default decoder is `unet` (adaptive: `unetr`).
+    """
 
     size: str = "S"
     token: tuple[int, int, int] = (8, 8, 8)

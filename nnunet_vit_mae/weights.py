@@ -45,7 +45,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class PretrainedEncoder(nn.Module):
-    """An encoder whose call takes volumes; `card` says how they have to be: channels, spacing, normalisation.
+    """An encoder that is called with volumes; `card` says which channels, spacing and normalisation they need.
 
     Shapes: volume (b c z y x) of any size -> tokens (b n d), and their grid (z y x), whose product is n. Tokens are in
     the order of the grid, z slowest.
@@ -205,8 +205,8 @@ def load_encoder(file: Path | str) -> PretrainedEncoder:
         file: A file of `mae3d_pretrain`, or `hf:owner/name@revision` on the Hugging Face hub.
 
     Raises:
-        UserError: As `read_encoder`, for a converted encoder without a tokenizer, which takes no volumes, and if the
-            hub cannot be reached.
+        UserError: If the file is missing, damaged or not an encoder of ours, if it is a converted encoder without a
+            tokenizer, which cannot take volumes, and if the hub cannot be reached.
 
     Example:
         >>> encoder = load_encoder("encoder.safetensors")

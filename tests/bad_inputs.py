@@ -726,12 +726,12 @@ def page() -> str:
         "",
         "For those who met an error, or who write scripts around the commands.",
         "",
-        "Every command ends at a mistake with exit code 2 and one sentence, which says what is wrong, where, and what",
-        f"to do. It changes no file. `tests/test_bad_inputs.py` tries these {len(ROWS)}; `tests/bad_inputs.py` has the",
-        "edits and the whole commands.",
+        "After a mistake, every command ends with exit code 2 and one sentence, which says what is wrong, where, and",
+        f"what to do. It changes no file. `tests/test_bad_inputs.py` tries the {len(ROWS)} mistakes in these tables;",
+        "their last column is a part of the sentence. `tests/bad_inputs.py` has the whole commands.",
     ]
     for title, rows in SECTIONS.items():
-        lines += ["", f"## {title}", "", "| Mistake | Command | The sentence has |", "|---|---|---|"]
+        lines += ["", f"## {title}", "", "| Mistake | Command | The sentence contains |", "|---|---|---|"]
         lines += [f"| {row.what} | `{row.command.split()[0]}` | {_cell(row.words)} |" for row in rows]
     return "\n".join(lines) + "\n"
 

@@ -112,7 +112,7 @@ def add_device_argument(parser: argparse.ArgumentParser, default: str) -> None:
 def add_patient_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--csv`, `--case` and `--patient`: which case belongs to which patient; see `patient_columns`."""
     add = parser.add_argument
-    add("--csv", type=Path, metavar="FILE", help="table of patients, looked up here and then in the raw dataset")
+    add("--csv", type=Path, metavar="FILE", help="table of patients, looked for here, then in the raw dataset")
     add("--case", metavar="COLUMN", help="column of the table with case names (otherwise detected)")
     add("--patient", default="patient", metavar="COLUMN", help="column of the table with patients")
 

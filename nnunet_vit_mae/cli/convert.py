@@ -28,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--contrast", dest="contrasts", action="append", default=[], metavar="NAME=PATTERN", help=help_)
     help_ = "contrast that the others are registered to (otherwise the one of the label, or the first)"
     add("--reference", metavar="NAME", help=help_)
-    help_ = "series descriptions (DICOM) or paths (BIDS, otherwise *_dseg and *_mask) of labels"
+    help_ = "series descriptions (DICOM) or paths (BIDS, otherwise *_dseg, *_mask and *_msk) of labels"
     add("--labels", metavar="PATTERN", help=help_)
-    help_ = "private CSV file outside the dataset: which case belongs to which patient"
+    help_ = "private CSV file to write outside the dataset: which case belongs to which patient"
     add("--key", type=Path, metavar="FILE", help=help_)
     add("-np", dest="processes", type=positive_int, default=4, metavar="N", help="number of processes")
     args = parser.parse_args(argv)

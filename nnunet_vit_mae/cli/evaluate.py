@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--patient", metavar="COLUMN", help="column of the table with patients (default: patient, if there is one)")
     add("-o", dest="output", required=True, type=Path, metavar="FOLDER", help="new folder for the report")
     group = {"type": positive_float, "nargs": "+"}
-    add("--cutoffs", **group, metavar="MM3", help="cutoffs between risk groups (default: quartiles)")
+    add("--cutoffs", **group, metavar="MM3", help="cutoffs between risk groups (default: quartiles of the reference)")
     add("--thickness_bins", **group, metavar="MM", help="slice thicknesses between bins (default: quartiles)")
     add("--tolerance", type=positive_float, default=1.0, metavar="MM", help="tolerance of the surface Dice")
     add(

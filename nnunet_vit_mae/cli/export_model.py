@@ -1,4 +1,4 @@
-"""Write a trained model, ours or nnU-Net's own, into one file for another site: no code, path or case name is in it."""
+"""Write a trained model, ours or nnU-Net's own, into one file for another site, without code, paths or case names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Install a model from a file of `mae3d_export`, after a check of all of it; nothing in the file is run."""
+"""Install a model from a file of `mae3d_export` after checking all of it; nothing in the file is executed."""
 
 from __future__ import annotations
 

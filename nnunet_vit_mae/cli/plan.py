@@ -24,15 +24,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         "-d 501 -o ViT_fits -gpu_memory_target 8",
         "-d 501 -o Paper --recipe vitiac",
     )
-    add_plan_arguments(parser, "plans to start from")
+    add_plan_arguments(parser, "plans to start from; if mae3d_plan wrote them, their settings are the defaults")
     parser.add_argument("-o", dest="output", required=True, metavar="NAME", help="name of the plans to write")
-    parser.add_argument("--recipe", metavar="NAME|FILE", help="a recipe of ours, or a JSON file with a partial block")
-    parser.add_argument("--size", choices=SIZES, help="size of the ViT")
+    parser.add_argument(
+        "--recipe", metavar="NAME|FILE", help="vitiac, amae or quick, or a JSON file with a part of the block"
+    )
+    parser.add_argument("--size", choices=SIZES, help="size of the ViT (default: S)")
     parser.add_argument("--decoder", choices=DECODERS, help="segmentation decoder (default: unet; adaptive: unetr)")
     parser.add_argument(
-        "--token", nargs="+", type=positive_int, metavar="N", help="voxels: one number, or three (z y x)"
+        "--token", nargs="+", type=positive_int, metavar="N", help="voxels of a token: one number, or three (z y x)"
     )
-    parser.add_argument("--upsampling", choices=UPSAMPLINGS, help="upsampling in the convolutional decoders")
+    parser.add_argument(
+        "--upsampling", choices=UPSAMPLINGS, help="upsampling in the convolutional decoders (default: nearest)"
+    )
     parser.add_argument(
         "--adaptive", action="store_true", default=None, help="a network for any number of contrasts per case (AMAE)"
     )
@@ -51,15 +55,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         "-gpu_memory_target",
         type=positive_float,
         metavar="GiB",
-        help="choose token and batch sizes that fit this GPU memory",
+        help="reduce batches and enlarge the token until both trainings fit this GPU memory",
     )
-    parser.add_argument("--epochs", type=positive_int, help="epochs of fine-tuning and of nnUNetTrainerBaseline")
-    parser.add_argument("--iterations", type=positive_int, help="iterations per epoch, for the same trainers")
+    parser.add_argument(
+        "--epochs", type=positive_int, help="epochs of fine-tuning and nnUNetTrainerBaseline (default: 1000)"
+    )
+    parser.add_argument(
+        "--iterations", type=positive_int, help="iterations per epoch, for the same trainers (default: 250)"
+    )
     parser.add_argument(
         "--batch_size",
         type=_batch,
         metavar="N",
-        help="batch size of fine-tuning (the baseline keeps nnU-Net's); 'plans' takes that of -p, as the U-Net does",
+        help="batch size of fine-tuning (default: nnU-Net's, which the baseline always has); 'plans' is nnU-Net's",
     )
     parser.add_argument(
         "--mirroring",
@@ -67,8 +75,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="axes along which fine-tuning and prediction mirror, such as zy (default: all, but none where labels name "
         "a side of the body)",
     )
-    parser.add_argument("--lr", type=positive_float, help="peak learning rate of fine-tuning")
-    parser.add_argument("--seed", type=whole_number, help="random seed of fine-tuning and of nnUNetTrainerBaseline")
+    parser.add_argument(
+        "--lr", type=positive_float, help="peak learning rate of fine-tuning (default: 1e-3 with unet, otherwise 3e-4)"
+    )
+    parser.add_argument(
+        "--seed", type=whole_number, help="random seed of fine-tuning and nnUNetTrainerBaseline (default: none)"
+    )
     args = parser.parse_args(argv)
     if args.token and len(args.token) not in (1, 3):
         parser.error(f"--token takes one number or three (z y x), but {len(args.token)} were given")

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_pretrain`."""
     parser = parser_for("mae3d_pretrain", __doc__, "-d 501", "-d 501 -f 0 --c", "-d 501 -p ViT_M_p4 -num_gpus 4")
     add_plan_arguments(parser)
-    parser.add_argument("-f", dest="fold", default="all", help="number of a fold, to use its training cases, or all")
+    parser.add_argument("-f", dest="fold", default="all", help="fold whose training cases are used, or all")
     parser.add_argument(
         "--epochs", type=positive_int, help="epochs, each with one sample per case (default: the plans')"
     )
@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--lr", type=positive_float, help="peak learning rate (default: the plans' base_lr x batch / 256)"
     )
     parser.add_argument(
-        "--adaptive", action="store_true", help="pre-train a network for any number of contrasts per case"
+        "--adaptive",
+        action="store_true",
+        help="pre-train a network for any number of contrasts per case, whatever the plans say",
     )
     parser.add_argument(
         "--seed", type=whole_number, help="random seed of weights, crops and masks (default: the plans')"

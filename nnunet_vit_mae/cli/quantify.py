@@ -40,7 +40,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add = parser.add_argument
     add(
-        "-i", dest="images", required=True, type=Path, metavar="FOLDER", help="images, named as for nnU-Net, or studies"
+        "-i",
+        dest="images",
+        required=True,
+        type=Path,
+        metavar="FOLDER",
+        help="images, named as for nnU-Net, or DICOM studies",
     )
     add("-o", dest="table", required=True, type=Path, metavar="TABLE.csv", help="table to write")
     add_model_arguments(parser)
@@ -50,10 +55,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         nargs="+",
         type=positive_float,
         metavar="MM3",
-        help="cutoffs between risk groups (default: quartiles)",
+        help="cutoffs between risk groups (default: quartiles of the training volumes)",
     )
     add("--uncertainty", action="store_true", help="add intervals of volumes, expected Dice, and maps of disagreement")
-    help_ = "share of the intervals to hold the true volume (default: 0.9)"
+    help_ = "share of cases whose interval should contain the true volume (default: 0.9)"
     add("--coverage", type=share, metavar="SHARE", help=help_)
     add("-num_parts", type=positive_int, default=1, metavar="N", help="number of parts to divide the cases into")
     add("-part_id", type=whole_number, default=0, metavar="K", help="part to process here, from 0")

@@ -1,4 +1,4 @@
-"""Write a pre-trained encoder with a model card as the Hugging Face hub has it, and push it there if asked to."""
+"""Write a pre-trained encoder with a model card in the layout of the Hugging Face hub; with --repo, push it there."""
 
 from __future__ import annotations
 

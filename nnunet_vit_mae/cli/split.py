@@ -1,4 +1,4 @@
-"""Split a dataset by patient for nnU-Net, so that no patient is on two sides, or verify existing splits."""
+"""Split a dataset by patient for nnU-Net: no patient is in two parts of a split. Or verify existing splits."""
 
 from __future__ import annotations
 
@@ -100,11 +100,24 @@ def _parser() -> argparse.ArgumentParser:
     add("-o", dest="output", type=Path, metavar="FOLDER", help="output folder (otherwise where nnU-Net looks)")
     add_patient_arguments(parser)
     add("--folds", type=positive_int, default=5, metavar="N", help="number of cross-validation folds")
-    add("--development", type=share, default=0.0, metavar="SHARE", help="one fold that validates on this share")
+    add(
+        "--development",
+        type=share,
+        default=0.0,
+        metavar="SHARE",
+        help="one fold that validates on this share of patients, instead of --folds",
+    )
     add("--test", type=share, default=0.0, metavar="SHARE", help="share of patients to hold out of every fold")
     add("--stratify", nargs="+", default=[], metavar="COLUMN", help="columns to stratify by, e.g. the scanner")
     add("--stratify_volume", action="store_true", help="stratify by tertiles of the labelled volume")
-    add("--few", type=positive_int, nargs="+", default=[], metavar="N", help="add folds with N training patients")
+    add(
+        "--few",
+        type=positive_int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="add folds with N training patients, for learning curves",
+    )
     add("--one_per_patient", action="store_true", help="use one random case of each patient")
     add("--leave_out", type=Path, metavar="FILE", help="text file of cases to leave out, one per line")
     add("--seed", type=whole_number, default=0, metavar="N", help="random seed")

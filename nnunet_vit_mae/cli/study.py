@@ -75,7 +75,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     needed = [add("-d", dest="dataset", metavar="ID", help="dataset number or name, e.g. 501 (required)")]
     add("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="folder of the study; again to continue")
-    add("-c", dest="configuration", default="3d_fullres", metavar="NAME", help="configuration")
+    add("-c", dest="configuration", default="3d_fullres", metavar="NAME", help="nnU-Net configuration")
     add("--arms", nargs="+", default=DEFAULT_ARMS, metavar="ARM", help=f"{', '.join(ARMS)}, or JSON files of arms")
     help_ = "numbers of labelled training patients (required); nothing else is trained"
     needed += [add("--few", type=positive_int, nargs="+", metavar="N", help=help_)]
@@ -83,11 +83,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--development", type=share, default=0.2, metavar="SHARE", help="share of patients to calibrate on")
     add("--test", type=share, metavar="SHARE", help=f"share of patients to test on ({DEFAULT_TEST} without labelsTs)")
     add("--csv", type=Path, metavar="FILE", help="table with patients, as in mae3d_split")
-    add("--patient", default="patient", metavar="COLUMN", help="its column of patients")
+    add("--patient", default="patient", metavar="COLUMN", help="column of the table with patients")
     add("--recipe", metavar="NAME|FILE", help="settings for all arms, as in mae3d_plan")
-    add("--epochs", type=positive_int, metavar="N", help="of training, for all arms")
-    add("--iterations", type=positive_int, metavar="N", help="per epoch of training")
-    add("--pretrain_epochs", type=positive_int, metavar="N", help="of pre-training (default: as the plans say)")
+    add("--epochs", type=positive_int, metavar="N", help="epochs of training, for all arms (default: 1000)")
+    add("--iterations", type=positive_int, metavar="N", help="iterations per epoch of training (default: 250)")
+    add("--pretrain_epochs", type=positive_int, metavar="N", help="epochs of pre-training (default: 800)")
     add("--config", type=Path, metavar="FILE", help="JSON file with these choices by name; flags win over it")
     add("-j", dest="jobs", type=positive_int, default=1, metavar="N", help="steps that run at once")
     add("--executor", metavar="NAME", help="Snakemake's plugin for a cluster, e.g. slurm")

@@ -85,7 +85,7 @@ def find_model(
         configuration: nnU-Net's configuration.
         trainer: Name of the trainer, ours or another.
         folds: Trained folds, whose predictions nnU-Net averages.
-        checkpoint: File name; None: `best_checkpoint`, the calibrated one where there is one.
+        checkpoint: File name; None: the calibrated one if all folds have one, otherwise the final one.
 
     Raises:
         UserError: If a checkpoint is missing, a fold is named twice, or for the second stage of a cascade.

@@ -103,7 +103,7 @@ def quantify(
         cutoffs: Volumes in mm3 between risk groups, ascending; None: quartiles of the labelled cases that are not held
             out for testing.
         device: `cuda` or `cpu`.
-        level: Of an interval that each volume gets, with an expected Dice, such as 0.9; None: neither.
+        level: Coverage of the intervals of volumes, such as 0.9, which come with the expected Dice; None: neither.
 
     Returns:
         The tables that were written.
