@@ -22,6 +22,7 @@ from torch import nn
 
 from nnunet_vit_mae.calibration.open_cases import segment
 from nnunet_vit_mae.calibration.record import read_calibration
+from nnunet_vit_mae.calibration.thresholds import Calibration, CaseVolumes, ThresholdCurve
 from nnunet_vit_mae.cli import calibrate as calibrate_command
 from nnunet_vit_mae.cli import quantify as quantify_command
 from nnunet_vit_mae.errors import UserError, WriteError
@@ -29,6 +30,7 @@ from nnunet_vit_mae.imaging.volumes import Geometry
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.nnunet import quantification, training_range
 from nnunet_vit_mae.nnunet.calibrated import calibrated_head
+from nnunet_vit_mae.nnunet.calibration import FittedModel, threshold_table
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.members import MemberPredictor
 from nnunet_vit_mae.nnunet.models import find_model, model_hash
@@ -174,9 +176,22 @@ def test_the_record_says_what_thresholds_do(model, objective, capsys):
             assert by_case[name, label]["after_mm3"] == pytest.approx(mask.sum() * VOXEL)
             assert by_case[name, label]["fold"] == fold
     key = {"volume": "absolute_difference_mm3", "dice": "dice"}[objective]
-    before, after = (np.mean([record[when][name][key] for name in classes.names]) for when in ("before", "after"))
+    before, after, left_out = (
+        np.mean([record[when][name][key] for name in classes.names]) for when in ("before", "after", "left_out")
+    )
+    assert after <= left_out if objective == "volume" else after >= left_out
     assert after < before if objective == "volume" else after > before
     assert "calibration.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("objective", ["volume", "dice"])
+@pytest.mark.parametrize(("after", "left_out", "told"), [(0.5, 1.0, True), (0.5, 0.9, False), (1.0, 1.0, False)])
+def test_a_threshold_that_helps_no_case_that_is_left_out_is_told(objective, after, left_out, told):
+    """Losses of one case; before calibration it is 1."""
+    volumes = (CaseVolumes("case", "blob", 0.0, 1.0, after, left_out, 0.0, 1 - after, 1 - left_out),)
+    curve = ThresholdCurve(np.array([0.5]), np.array([1.0]), np.array([0.0]))
+    fitted = FittedModel(Calibration((0.5,), (curve,), volumes), objective, 1.0, {}, {})
+    assert ("blob: the threshold does not help" in threshold_table(fitted)) == told
 
 
 @pytest.mark.parametrize("model", LABELS, indirect=True)

@@ -227,6 +227,34 @@ def test_the_search_is_finer_than_any_grid():
         assert fitted.volumes[0].after_dice == 1
 
 
+@few_seeds
+@given(seeds, st.sampled_from(["volume", "dice"]), st.sampled_from([-3.0, 0.0, 2.0]))
+def test_a_case_that_is_left_out_gets_the_threshold_of_all_others(seed, objective, bias):
+    cases = cases_of(seed, BINARY, number=4, bias=bias, digits=1)
+    for case, row in zip(cases, fit_thresholds(cases, BINARY, objective).volumes, strict=True):
+        others = fit_thresholds([other for other in cases if other is not case], BINARY, objective)
+        probabilities, labels = case.read()
+        (mask,) = segment(probabilities, BINARY, others.shifts)
+        assert row.left_out_mm3 == pytest.approx(mask.sum() * case.voxel_mm3)
+        assert row.left_out_dice == pytest.approx(1 - loss_of([case], BINARY, others.shifts, "dice"))
+        assert (row.case, row.reference_mm3) == (case.name, pytest.approx((labels == 1).sum() * case.voxel_mm3))
+
+
+def test_without_others_a_case_that_is_left_out_keeps_the_usual_threshold():
+    (row,) = fit_thresholds(cases_of(0, BINARY, number=1, bias=2.0), BINARY, "volume").volumes
+    assert row.after_mm3 < row.before_mm3 == row.left_out_mm3
+    assert row.left_out_dice == row.before_dice
+
+
+@pytest.mark.parametrize("classes", [THREE, REGIONS], ids=["three", "regions"])
+def test_several_classes_are_left_out_too(classes):
+    """Of equal cases, the others know all."""
+    case = cases_of(0, classes, number=1, digits=1)[0]
+    for row in fit_thresholds([case] * 3, classes, "volume").volumes:
+        assert row.left_out_mm3 == row.after_mm3
+        assert row.left_out_dice == pytest.approx(row.after_dice)
+
+
 def test_what_is_right_already_stays():
     labels = np.zeros(SHAPE, int)
     labels[1] = 1

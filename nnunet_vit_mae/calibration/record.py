@@ -25,6 +25,7 @@ class CalibrationEntries:
     shifts: dict[str, FiniteFloat] = field(default_factory=dict)  # of logits; only uncertainty needs them
     before: dict[str, dict[str, Any]] = field(default_factory=dict)
     after: dict[str, dict[str, Any]] = field(default_factory=dict)
+    left_out: dict[str, dict[str, Any]] = field(default_factory=dict)  # earlier versions wrote none
     checkpoints: dict[str, str] = field(default_factory=dict)  # hashes of the calibrated ones, by path in the model
     made_from: dict[str, str] = field(default_factory=dict)  # hashes of those that were calibrated
 

@@ -11,6 +11,9 @@ move them: they are counted once. The others are kept, or read in parts again, a
 The first pass computes the loss on a grid and a lower bound between neighbouring grid points, which exists because
 volumes only shrink as the threshold rises. The second collects the voxels in those gaps that may hold the minimum. The
 third computes the loss between each two of these voxels.
+
+The losses on the grid, kept for each case, also tell what the others would have chosen without it, and so what a new
+case may expect.
 """
 
 from __future__ import annotations
@@ -42,19 +45,25 @@ from nnunet_vit_mae.progress import with_progress
 GRID = np.linspace(-LOG_ODDS_LIMIT, LOG_ODDS_LIMIT, 4097)  # log odds, 0 included
 MAX_SWEEPS = 10  # over several classes
 CURVE_POINTS = slice(None, None, 16)  # of the grid
+ROUNDING = 1e-9  # of sums of losses, as a share of the largest
 
 
 @dataclass(frozen=True)
 class CaseVolumes:
-    """Volumes and Dice of one case and class, before and after calibration."""
+    """Volumes and Dice of one case and class before and after calibration, and with the threshold of all other cases.
+
+    Dice is 1 where reference and prediction are empty.
+    """
 
     case: str
     label: str
     reference_mm3: float
     before_mm3: float
     after_mm3: float
-    before_dice: float  # 1 where reference and prediction are empty
+    left_out_mm3: float
+    before_dice: float
     after_dice: float
+    left_out_dice: float
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,16 @@ class ThresholdCurve:
     thresholds: np.ndarray
     difference_mm3: np.ndarray  # absolute, mean over cases
     dice: np.ndarray  # mean over cases
+
+
+@dataclass(frozen=True)
+class FittedClass:
+    """What a search found for one class; the volumes and Dice of cases are those that the others' threshold gives."""
+
+    shift: float
+    curve: ThresholdCurve
+    left_out_mm3: np.ndarray
+    left_out_dice: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -100,8 +119,8 @@ def fit_thresholds(cases: Sequence[CalibrationCase], classes: Classes, objective
             (1 - Dice).
 
     Returns:
-        The shift and the curve of each class, and the volumes of each case before and after. Of several minima the one
-        that changes least is taken.
+        The shift and the curve of each class, and the volumes of each case before and after, and left out. Of several
+        minima the one that changes least is taken.
 
     Example:
         >>> foreground = np.array([[[0.1, 0.3, 0.4]]], dtype=np.float32)
@@ -115,20 +134,22 @@ def fit_thresholds(cases: Sequence[CalibrationCase], classes: Classes, objective
     """
     largest_shift, opened = USUAL_SHIFT, open_all(cases, classes, USUAL_SHIFT)
     shifts = [0.0] * len(classes.names)
-    curves: dict[int, ThresholdCurve] = {}
+    fitted: dict[int, FittedClass] = {}
     order = range(len(shifts))[:: -1 if classes.regions else 1]
     sweeps = MAX_SWEEPS if len(shifts) > 1 and not classes.regions else 1
     for _ in range(sweeps):
         before = list(shifts)
         for index in with_progress(order, unit="threshold", desc="searching"):
-            shifts[index], curves[index] = _fit(opened, classes, shifts, index, OBJECTIVES[objective])
+            fitted[index] = _fit(opened, classes, shifts, index, OBJECTIVES[objective])
+            shifts[index] = fitted[index].shift
             if abs(shifts[index]) > largest_shift and sweeps > 1:
                 opened.clear()
                 largest_shift, opened = LOG_ODDS_LIMIT, open_all(cases, classes, LOG_ODDS_LIMIT)
         if shifts == before:
             break
-    volumes = [row for case in opened for row in _before_and_after(case, classes, shifts)]
-    return Calibration(tuple(shifts), tuple(curves[index] for index in range(len(shifts))), tuple(volumes))
+    found = [fitted[index] for index in range(len(shifts))]
+    volumes = [row for number, case in enumerate(opened) for row in _case_volumes(case, classes, found, number)]
+    return Calibration(tuple(shifts), tuple(each.curve for each in found), tuple(volumes))
 
 
 @dataclass(frozen=True)
@@ -158,17 +179,18 @@ OBJECTIVES = {
 
 def _fit(
     cases: Sequence[OpenCase], classes: Classes, shifts: Sequence[float], index: int, objective: Objective
-) -> tuple[float, ThresholdCurve]:
+) -> FittedClass:
     """Fit the shift of one class while all others stay, and compute its curve."""
     own = index if not classes.regions else 0  # a region is counted alone
-    losses, bounds = np.zeros(len(GRID)), np.zeros(len(GRID) - 1)
-    difference, dice = np.zeros(len(GRID)), np.zeros(len(GRID))
-    for counts in _count_all(cases, classes, shifts, index, GRID):
-        losses += objective.loss(counts)
+    bounds = np.zeros(len(GRID) - 1)
+    losses, volumes, differences, dice = np.zeros((4, len(cases), len(GRID)))
+    for number, counts in enumerate(_count_all(cases, classes, shifts, index, GRID)):
         bounds += objective.bound(counts)
-        difference += counts.difference_mm3()[own]
-        dice += counts.dice()[own]
-    promising = bounds <= losses.min() * (1 + 1e-9)  # tolerates the rounding of long sums
+        losses[number] = objective.loss(counts)
+        volumes[number] = counts.predicted[own] * counts.voxel_mm3
+        differences[number] = counts.difference_mm3()[own]
+        dice[number] = counts.dice()[own]
+    promising = bounds <= losses.sum(axis=0).min() * (1 + ROUNDING)
     candidates = _between_scores(cases, classes, shifts, index, promising)
     exact = np.concatenate(
         [
@@ -179,8 +201,25 @@ def _fit(
     best = np.flatnonzero(exact <= exact.min() * (1 + 1e-12))
     current = -shifts[index]
     chosen = min((float(candidates[i]) for i in best), key=lambda threshold: abs(threshold - current))
-    thresholds = _probability(GRID[CURVE_POINTS])
-    return -chosen, ThresholdCurve(thresholds, difference[CURVE_POINTS] / len(cases), dice[CURVE_POINTS] / len(cases))
+    means = (part.mean(axis=0)[CURVE_POINTS] for part in (differences, dice))
+    without_it = _best_of_others(losses)
+    return FittedClass(
+        shift=-chosen,
+        curve=ThresholdCurve(_probability(GRID[CURVE_POINTS]), *means),
+        left_out_mm3=volumes[without_it],
+        left_out_dice=dice[without_it],
+    )
+
+
+def _best_of_others(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the place in the grid of the threshold that suits all other cases best, for each case (n thresholds).
+
+    Of several the one nearest to 0.5 is taken.
+    """
+    total = losses.sum(axis=0)
+    others = total - losses
+    best = others <= others.min(axis=1, keepdims=True) + ROUNDING * total.max()
+    return np.arange(len(losses)), np.where(best, np.abs(GRID), np.inf).argmin(axis=1)
 
 
 def _between_scores(
@@ -277,19 +316,32 @@ def _count(voxels: ClassScores, thresholds: np.ndarray, voxel_mm3: float) -> Vox
     return VoxelCounts(predicted, hit, reference[:, None], voxel_mm3)
 
 
-def _before_and_after(case: OpenCase, classes: Classes, shifts: Sequence[float]) -> list[CaseVolumes]:
+def _case_volumes(
+    case: OpenCase, classes: Classes, fitted: Sequence[FittedClass], number: int
+) -> Iterator[CaseVolumes]:
+    """Yield a row for each class of a case, which was the one of this number in the search."""
     before = after = case.settled
+    shifts = [each.shift for each in fitted]
     for probabilities, labels in case.blocks():
         masks = segment(probabilities, classes, [0.0] * len(shifts)), segment(probabilities, classes, shifts)
         counts = [counts_of(each, labels, classes, case.voxel_mm3) for each in masks]
         before, after = before + counts[0], after + counts[1]
-    columns = (before.reference, before.predicted, after.predicted)
-    volumes = np.concatenate(columns, axis=1) * case.voxel_mm3
-    dice = np.concatenate([before.dice(), after.dice()], axis=1)
-    return [
-        CaseVolumes(case.name, name, *row)
-        for name, row in zip(classes.names, np.concatenate([volumes, dice], axis=1).tolist(), strict=True)
-    ]
+    reference, volume_before, volume_after = (
+        (part[:, 0] * case.voxel_mm3).tolist() for part in (before.reference, before.predicted, after.predicted)
+    )
+    dice_before, dice_after = before.dice()[:, 0].tolist(), after.dice()[:, 0].tolist()
+    for index, (name, each) in enumerate(zip(classes.names, fitted, strict=True)):
+        yield CaseVolumes(
+            case=case.name,
+            label=name,
+            reference_mm3=reference[index],
+            before_mm3=volume_before[index],
+            after_mm3=volume_after[index],
+            left_out_mm3=float(each.left_out_mm3[number]),
+            before_dice=dice_before[index],
+            after_dice=dice_after[index],
+            left_out_dice=float(each.left_out_dice[number]),
+        )
 
 
 def _probability(log_odds: np.ndarray) -> np.ndarray:

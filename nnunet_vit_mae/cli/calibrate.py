@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             cases = validation_cases(model, device)
         fitted = calibration.fit(model, cases, args.objective, temperature=args.temperature)
-        written = calibration.write(model, cases, fitted, args.objective)
+        written = calibration.write(model, cases, fitted)
         print(calibration.threshold_table(fitted))
         if args.uncertainty:
             images = args.images.resolve() if args.images else model.plan.dataset.raw / "imagesTr"

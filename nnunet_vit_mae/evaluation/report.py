@@ -122,16 +122,16 @@ def _calibration_context(name: str, record: CalibrationRecord, gallery: Gallery)
 
 
 def _threshold_row(content: Mapping[str, Any], label: str, threshold: float) -> dict[str, Any]:
-    before, after = (content.get(when, {}).get(label, {}) for when in ("before", "after"))
+    means = [content.get(when, {}).get(label, {}) for when in ("before", "after", "left_out")]
 
-    def before_and_after(column: str) -> list[str]:
-        return words.format_values(column, *(_number_or_nan(means.get(column)) for means in (before, after)))
+    def texts(column: str) -> list[str]:
+        return words.format_values(column, *(_number_or_nan(each.get(column)) for each in means))
 
     return {
         "label": label,
         "threshold": f"{threshold:.3g}",
-        "difference": before_and_after("absolute_difference_mm3"),
-        "dice": before_and_after("dice"),
+        "difference": texts("absolute_difference_mm3"),
+        "dice": texts("dice"),
     }
 
 

@@ -41,6 +41,8 @@ from nnunet_vit_mae.storage.files import write_json
 from nnunet_vit_mae.storage.stored_rows import StoredRows
 from nnunet_vit_mae.weights import file_hash, package_versions
 
+MEANS = ("before", "after", "left_out")  # over the cases that thresholds were fitted to
+TABLE_ROW = "{:20}  {:>9}  {:>12}  {:>12}  {:>12}  {:>11}  {:>6}  {:>8}"
 RECORDED_PACKAGES = ("nnunet-vit-mae", "nnunetv2", "torch", "numpy")
 
 
@@ -49,6 +51,7 @@ class FittedModel:
     """What was fitted to the cases of a calibration, and how reliable the probabilities are before and after it."""
 
     calibration: Calibration
+    objective: str
     temperature: float  # 1 unless it was asked for
     likelihood: dict[str, float]  # mean negative log likelihood of a voxel, `before` and `after` the temperature
     reliability: dict[str, dict[str, Reliability]]  # by class; `before` and `after`
@@ -73,10 +76,10 @@ def fit(model: Model, cases: Sequence[PredictedCase], objective: str, *, tempera
     sample = sample_voxels(readable, classes)
     best = fit_temperature(sample, regions=classes.regions) if temperature else 1.0
     calibration = fit_thresholds(readable, classes, objective).at_temperature(best)
-    return FittedModel(calibration, best, *_reliabilities(sample, classes, best))
+    return FittedModel(calibration, objective, best, *_reliabilities(sample, classes, best))
 
 
-def write(model: Model, cases: Sequence[PredictedCase], fitted: FittedModel, objective: str) -> list[Path]:
+def write(model: Model, cases: Sequence[PredictedCase], fitted: FittedModel) -> list[Path]:
     """Write a calibrated checkpoint for each fold, the record, and curves and Bland-Altman plots.
 
     All but the checkpoints of several folds lies in the folder that `record_folder` names. Raises `UserError` if the
@@ -98,22 +101,30 @@ def write(model: Model, cases: Sequence[PredictedCase], fitted: FittedModel, obj
     _write_curves(curves, folder / "calibration_curve.csv")
     hashes = {"checkpoints": {file.relative_to(model.folder).as_posix(): file_hash(file) for file in checkpoints}}
     sources = {"made_from": {file.relative_to(model.folder).as_posix(): file_hash(file) for file in model.files}}
-    record = _record(model, cases, fitted, objective) | hashes | sources
+    record = _record(model, cases, fitted) | hashes | sources
     write_json(record, folder / CALIBRATION_RECORD)
     return [*checkpoints, folder / CALIBRATION_RECORD, folder / "calibration_curve.csv", *figures]
 
 
 def threshold_table(fitted: FittedModel) -> str:
-    """Return the threshold of each class, means before and after, and calibration errors, as text."""
+    """Return the threshold of each class, means before, after and left out, and calibration errors, as text."""
     calibration = fitted.calibration
-    lines = [f"{'class':20}  {'threshold':>9}  {'mm3 before':>12}  {'after':>12}  {'Dice before':>11}  {'after':>6}"]
+    columns = ["class", "threshold", "mm3 before", "after", "left out", "Dice before", "after", "left out"]
+    lines = [TABLE_ROW.format(*columns)]
     labels = list(dict.fromkeys(row.label for row in calibration.volumes))
+    notes = ["mm3: mean absolute volume difference. Left out: each case with the threshold that the other cases give."]
     for label, threshold in zip(labels, calibration.thresholds, strict=True):
-        before, after = (_means(calibration.volumes, label, when) for when in ("before", "after"))
-        volumes = [f"{means['absolute_difference_mm3']:12.1f}" for means in (before, after)]
-        dice = f"{before['dice']:11.3f}  {after['dice']:6.3f}"
-        lines.append(f"{label:20}  {threshold:9.4g}  {'  '.join(volumes)}  {dice}")
-    lines.append("mm3: mean absolute volume difference. All means are over the cases that the threshold was fitted to.")
+        means = [_means(calibration.volumes, label, when) for when in MEANS]
+        volumes, dice = ([one[key] for one in means] for key in ("absolute_difference_mm3", "dice"))
+        cells = [f"{threshold:.4g}", *(f"{value:.1f}" for value in volumes), *(f"{value:.3f}" for value in dice)]
+        lines.append(TABLE_ROW.format(label, *cells))
+        losses = volumes if fitted.objective == "volume" else [-value for value in dice]
+        if losses[2] >= losses[0] > losses[1]:
+            notes.append(
+                f"{label}: the threshold does not help cases that are left out, so it may not help new ones. "
+                "Calibrate with more cases."
+            )
+    lines += notes
     for label, errors in _calibration_errors(fitted).items():
         before, after = ("-" if error is None else f"{error:.4f}" for error in errors.values())
         tempered = f", {after} at the temperature {fitted.temperature:.3g}" if fitted.temperature != 1 else ""
@@ -164,7 +175,7 @@ def _reliabilities(
     return likelihood, by_class
 
 
-def _record(model: Model, cases: Sequence[PredictedCase], fitted: FittedModel, objective: str) -> dict[str, Any]:
+def _record(model: Model, cases: Sequence[PredictedCase], fitted: FittedModel) -> dict[str, Any]:
     names, calibration = classes_of(model.plan).names, fitted.calibration
     folds = {case.name: case.fold for case in cases}
     return {
@@ -173,15 +184,14 @@ def _record(model: Model, cases: Sequence[PredictedCase], fitted: FittedModel, o
         "temperature": fitted.temperature,
         "calibration_error": _calibration_errors(fitted),
         "negative_log_likelihood": fitted.likelihood,
-        "objective": objective,
+        "objective": fitted.objective,
         "dataset": model.plan.dataset.name,
         "configuration": model.plan.name,
         "plans": model.plan.plans.plans_name,
         "trainer": model.trainer,
         "folds": list(model.folds),
         "checkpoint": model.checkpoint,
-        "before": {name: _means(calibration.volumes, name, "before") for name in names},
-        "after": {name: _means(calibration.volumes, name, "after") for name in names},
+        **{when: {name: _means(calibration.volumes, name, when) for name in names} for when in MEANS},
         "cases": [asdict(row) | {"fold": folds[row.case]} for row in calibration.volumes],
         "versions": package_versions(RECORDED_PACKAGES),
     }
