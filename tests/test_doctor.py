@@ -107,7 +107,7 @@ def test_nnunet_starts_more_workers_than_a_small_machine_has_cores_unless_told(m
 def test_little_room_is_advised_against(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(2**16, 0, 2**16))
     (shared,) = machine.diagnose_shared_memory(tmp_path)
-    assert (shared.level, shared.text) == (WARNING, "64 KiB of shared memory are free.")
+    assert (shared.level, shared.text) == (WARNING, "64 KiB of shared memory is free.")
     assert machine.diagnose_disk("nnUNet_raw", tmp_path).level == WARNING
 
 

@@ -17,7 +17,7 @@ GROUPS = {  # in the order of the work
     ),
     "Pre-training": ("plan", "preprocess", "pretrain", "share"),
     "Trained models": ("calibrate", "quantify", "evaluate", "omit", "features", "export", "import"),
-    "Does it help on your data?": ("study",),
+    "Comparing networks on your data": ("study",),
 }  # fmt: skip
 MODULES = {"export": "export_model", "import": "import_model"}  # where the module has another name than its command
 

@@ -1,4 +1,4 @@
-"""Split a dataset by patient for nnU-Net: no patient is in two parts of a split. Or verify existing splits."""
+"""Split a dataset by patient for nnU-Net, so that no patient is in more than one part, or verify existing splits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compare arms on one's own data: split, pre-train, fine-tune with few labels, calibrate, test, and report."""
+"""Compare networks on your data: split, pre-train, fine-tune with few labels, calibrate, test, and report."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def diagnose_shared_memory(folder: Path = SHARED_MEMORY) -> Iterator[Diagnosis]:
     if not folder.is_dir():  # only Linux has it as a folder
         return
     free = shutil.disk_usage(folder).free
-    text = f"{size_text(free)} of shared memory are free."
+    text = f"{size_text(free)} of shared memory is free."
     if free >= LEAST_SHARED_MEMORY:
         yield Diagnosis("shared memory", OK, text)
     else:
@@ -93,7 +93,7 @@ def diagnose_shared_memory(folder: Path = SHARED_MEMORY) -> Iterator[Diagnosis]:
 def diagnose_disk(name: str, folder: Path) -> Diagnosis:
     """Return the free space of a folder."""
     free = shutil.disk_usage(folder).free
-    text = f"{size_text(free)} are free in {name}."
+    text = f"{size_text(free)} is free in {name}."
     if free >= LEAST_DISK:
         return Diagnosis("disk", OK, text)
     return Diagnosis("disk", WARNING, text, f"Make room on the disk of {folder}, or move {name} to a larger one.")
