@@ -182,13 +182,13 @@ def _fit(
 ) -> FittedClass:
     """Fit the shift of one class while all others stay, and compute its curve."""
     own = index if not classes.regions else 0  # a region is counted alone
-    bounds = np.zeros(len(GRID) - 1)
-    losses, volumes, differences, dice = np.zeros((4, len(cases), len(GRID)))
+    bounds, difference = np.zeros(len(GRID) - 1), np.zeros(len(GRID))
+    losses, volumes, dice = np.zeros((3, len(cases), len(GRID)))  # 100 kB for each case
     for number, counts in enumerate(_count_all(cases, classes, shifts, index, GRID)):
         bounds += objective.bound(counts)
+        difference += counts.difference_mm3()[own] / len(cases)
         losses[number] = objective.loss(counts)
         volumes[number] = counts.predicted[own] * counts.voxel_mm3
-        differences[number] = counts.difference_mm3()[own]
         dice[number] = counts.dice()[own]
     promising = bounds <= losses.sum(axis=0).min() * (1 + ROUNDING)
     candidates = _between_scores(cases, classes, shifts, index, promising)
@@ -201,11 +201,11 @@ def _fit(
     best = np.flatnonzero(exact <= exact.min() * (1 + 1e-12))
     current = -shifts[index]
     chosen = min((float(candidates[i]) for i in best), key=lambda threshold: abs(threshold - current))
-    means = (part.mean(axis=0)[CURVE_POINTS] for part in (differences, dice))
+    points = (_probability(GRID), difference, dice.mean(axis=0))
     without_it = _best_of_others(losses)
     return FittedClass(
         shift=-chosen,
-        curve=ThresholdCurve(_probability(GRID[CURVE_POINTS]), *means),
+        curve=ThresholdCurve(*(values[CURVE_POINTS] for values in points)),
         left_out_mm3=volumes[without_it],
         left_out_dice=dice[without_it],
     )
