@@ -158,7 +158,7 @@ def build(kind: str, folder: Path) -> Path:
 
 
 def find_trainers(*paths: str, ext_trainer: str) -> str:
-    """Ask nnU-Net for each trainer, in a fresh interpreter with these import paths; gives what it printed last."""
+    """Ask nnU-Net for each trainer, in a fresh interpreter with these import paths alone; gives its last lines."""
     script = f"""
 import site, sys
 for path in {paths!r}: site.addsitedir(path)
@@ -166,9 +166,8 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 print(*(find(name).__module__ + '.' + find(name).__name__ for name in {TRAINERS!r}))
 import nnunet_vit_mae; print(nnunet_vit_mae.__file__)
 """
-    isolated = ["-I", "-S"] if paths else []
     done = subprocess.run(
-        [sys.executable, *isolated, "-c", script],
+        [sys.executable, "-I", "-S", "-c", script],
         env=os.environ | {"nnUNet_extTrainer": ext_trainer},
         cwd=os.sep,
         capture_output=True,
@@ -183,13 +182,7 @@ EXPECTED = " ".join(f"nnunet_vit_mae.nnunet.trainers.{name}" for name in TRAINER
 
 
 @pytest.mark.slow
-def test_nnunet_finds_the_trainers_beside_another_folder(tmp_path):
-    (tmp_path / "somebody_elses_trainers.py").write_text("class nnUNetTrainerOther: pass\n")
-    assert EXPECTED in find_trainers(ext_trainer=f"{tmp_path}{os.pathsep}{trainers_folder()}")
-
-
-@pytest.mark.slow
-def test_nnunet_finds_the_trainers_of_an_editable_install(tmp_path):
+def test_nnunet_finds_the_trainers_of_an_editable_install_beside_another_folder(tmp_path):
     with zipfile.ZipFile(build("editable", tmp_path)) as wheel:
         wheel.extractall(tmp_path / "editable")
     dependencies = tmp_path / "dependencies"
@@ -197,8 +190,11 @@ def test_nnunet_finds_the_trainers_of_an_editable_install(tmp_path):
     for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
         if "nnunet_vit_mae" not in entry.name:
             (dependencies / entry.name).symlink_to(entry)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "somebody_elses_trainers.py").write_text("class nnUNetTrainerOther: pass\n")
     paths = (str(dependencies), str(tmp_path / "editable"))
-    found = find_trainers(*paths, ext_trainer=str(tmp_path / "sources" / "trainers"))
+    found = find_trainers(*paths, ext_trainer=f"{other}{os.pathsep}{tmp_path / 'sources' / 'trainers'}")
     assert EXPECTED in found
     assert str(tmp_path / "sources" / "nnunet_vit_mae" / "__init__.py") in found
 
