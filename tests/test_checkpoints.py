@@ -64,6 +64,15 @@ def test_what_is_saved_first_moves_the_end_of_an_earlier_training_aside(saving, 
     assert contents(tmp_path) == {first: "now", FINAL: "the end"} | moved | calibrated
 
 
+def test_a_validation_without_a_checkpoint_is_of_none(tmp_path, monkeypatch):
+    """One of that name may be of an earlier training, and is not calibrated with probabilities of this one."""
+    trainer = object.__new__(StoppableTrainer)
+    trainer.local_rank, trainer.disable_checkpointing = 0, True
+    monkeypatch.setattr(nnUNetTrainer, "save_checkpoint", lambda *_: None)
+    trainer.save_checkpoint(str(tmp_path / FINAL))
+    assert trainer.checkpoint_in_use == ""
+
+
 # ---------- another network than the plans'
 
 

@@ -218,6 +218,30 @@ def test_calibration_moves_without_names_of_cases(site, results, tmp_path, refus
         (folder / name).unlink()
 
 
+def test_a_model_that_is_trained_in_the_place_of_an_imported_one_has_its_own_cases(site, archive, results, refused):
+    import_model.main([str(archive), "-o", str(results)])
+    here = Dataset("Dataset901_Tiny", site.raw, site.preprocessed, results / "Dataset901_Tiny")
+    folder, cases = model_folder(results, TRAINERS[0]), len(list((site.raw / "labelsTr").iterdir()))
+    stored = json.dumps({"blob": [1.0] * cases})  # as many as here, but of others
+    (folder / "training_volumes.json").write_text(stored)
+
+    def volumes(checkpoint):
+        found = find_model(here, "Tiny", trainer=TRAINERS[0], folds=["0"], checkpoint=checkpoint)
+        return training_range.read_training_volumes(found)["blob"]
+
+    final = folder / "fold_0" / "checkpoint_final.pth"
+    write_calibrated(final, [0.0, 1.5])  # with cases of this site
+    assert volumes("checkpoint_final.pth") == volumes("checkpoint_calibrated.pth") == [1.0] * cases
+    baseline = object.__new__(OUR_TRAINERS["nnUNetTrainerBaseline"])
+    message = refused(lambda _: baseline.load_checkpoint(str(final)))  # --c and --val
+    assert "no state of the optimiser, as one that mae3d_import" in message
+    torch.save(torch.load(final) | {"current_epoch": 1}, final)  # trained anew
+    for checkpoint in ("checkpoint_final.pth", "checkpoint_calibrated.pth"):
+        (folder / "training_volumes.json").write_text(stored)
+        assert 1.0 not in (found := volumes(checkpoint))
+        assert len(found) == cases
+
+
 def test_a_model_that_does_not_fit_is_not_exported(site, tmp_path, refused, monkeypatch):
     site.use_here(monkeypatch)
     file = model_folder(site.root / "results", TRAINERS[0]) / "fold_0" / "checkpoint_final.pth"

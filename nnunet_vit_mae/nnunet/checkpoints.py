@@ -38,16 +38,25 @@ def refuse_other_network(
             f"The training in {file.parent} was started with other {differs}: "
             "write the plans as they were to continue it, or plan with another name (mae3d_plan -o) for a new one."
         )
-    saved = checkpoint.get("optimizer_state")
-    groups = saved.get("param_groups") if isinstance(saved, Mapping) else None
-    if groups is None:
-        raise UserError(f"{file} has no state of the optimiser, as a calibrated checkpoint: train without --c.")
+    groups = optimiser_groups(checkpoint, file)
     own = optimizer.state_dict()["param_groups"]
     if [_shape(group) for group in groups] != [_shape(group) for group in own]:
         raise UserError(
             f"{file} was written by an earlier version of this package, whose optimiser had other groups of weights: "
             "go on with that version, or start again without --c."
         )
+
+
+def optimiser_groups(checkpoint: Mapping[str, Any], file: Path) -> list[Mapping[str, Any]]:
+    """Return the groups of weights in the state of the optimiser. Raises `UserError` if a checkpoint has none."""
+    saved = checkpoint.get("optimizer_state")
+    groups = saved.get("param_groups") if isinstance(saved, Mapping) else None
+    if groups is None:
+        raise UserError(
+            f"{file} has no state of the optimiser, as one that mae3d_import or mae3d_calibrate has written: predict "
+            "with it (nnUNetv2_predict), or train without --c."
+        )
+    return groups
 
 
 def refuse_network_of_other_folds(folder: Path, configuration: str, network: Network) -> None:

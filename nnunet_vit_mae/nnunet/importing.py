@@ -204,7 +204,7 @@ def _write(archive: Archive, model: _CheckedModel, folder: Path) -> None:
         with replacing(file) as temporary, temporary.open("wb") as stream:
             torch.save(_read_checkpoint(archive, model, fold, checkpoint), stream)
         hashes[f"fold_{fold}/{checkpoint}"] = file_hash(file)
-    texts = dict(model.texts)
+    texts = {**model.texts, CARD: model.texts[CARD] | {"sha256": hashes}}  # by which a later training is noticed
     if record := texts.get(CALIBRATION_RECORD):
         texts[CALIBRATION_RECORD] = record | {  # pickle's bytes are new ones
             "checkpoints": {place: digest for place, digest in hashes.items() if place.endswith(f"/{CALIBRATED}")},

@@ -20,6 +20,7 @@ from nnunet_vit_mae.errors import exit_on_user_error
 from nnunet_vit_mae.imaging.description import DESCRIPTION, describe
 from nnunet_vit_mae.nnunet.augmentation import repeatable
 from nnunet_vit_mae.nnunet.checked_plans import check_plans
+from nnunet_vit_mae.nnunet.checkpoints import optimiser_groups
 from nnunet_vit_mae.nnunet.mirroring import mirroring_of
 from nnunet_vit_mae.nnunet.plans import schedule_of
 from nnunet_vit_mae.nnunet.stopping import StoppableTrainer
@@ -90,7 +91,8 @@ class ScheduledTrainer(TrackedTrainer, StoppableTrainer):
     @exit_on_user_error
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """Load a checkpoint as nnU-Net does, which would run code in it: one with more than weights is refused."""
-        read_trained(Path(filename_or_checkpoint))
+        file = Path(filename_or_checkpoint)
+        optimiser_groups(read_trained(file), file)  # raises an error without them
         super().load_checkpoint(filename_or_checkpoint)
 
     @exit_on_user_error

@@ -81,7 +81,8 @@ class StoppableTrainer(nnUNetTrainer):
         The first one of a training moves `checkpoint_final.pth` of an earlier training aside, which `--c` would load
         before all others.
         """
-        self.checkpoint_in_use = Path(filename).name
+        # a checkpoint of that name may be there, of an earlier training
+        self.checkpoint_in_use = "" if self.disable_checkpointing else Path(filename).name
         if self.local_rank or self.disable_checkpointing:
             return super().save_checkpoint(filename)
         file = Path(filename)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +26,8 @@ from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.entries import checked_entries, read_entries
 from nnunet_vit_mae.storage.files import read_json, short_hash, write_json
-from nnunet_vit_mae.storage.layout import CARD
+from nnunet_vit_mae.storage.layout import CALIBRATED, CARD, FINAL
+from nnunet_vit_mae.weights import file_hash
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,13 @@ class _StoredVolumes:
 
 
 @dataclass(frozen=True)
+class _InstalledCard:
+    """What is read of the card that `mae3d_import` leaves; earlier versions left no hashes."""
+
+    sha256: dict[str, str] = field(default_factory=dict)  # of the checkpoints, by their places in the model's folder
+
+
+@dataclass(frozen=True)
 class TrainingRange:
     """Spacings and volumes of the labelled cases of a model's dataset."""
 
@@ -69,14 +77,15 @@ def read_training_range(model: Model) -> TrainingRange:
     spacings are missing, and as `read_training_volumes` does.
     """
     spacings = read_entries(Fingerprint, fingerprint_file(model), "run nnUNetv2_extract_fingerprint again").spacings
-    volumes = read_training_volumes(model)
+    files = _labelled_files(model)
+    volumes = _volumes_known(model, files)
     if not volumes:
         logger.warning(
             "The volumes of the training cases are not known here: volumes are not compared with them, and there are "
             "no risk groups without --cutoffs. An archive of mae3d_export holds them."
         )
     arrays = {label: np.array(values, float) for label, values in volumes.items()}
-    return TrainingRange(np.sort(np.array(spacings, float), axis=1), arrays, _axes_of(_labelled_files(model).values()))
+    return TrainingRange(np.sort(np.array(spacings, float), axis=1), arrays, _axes_of(files.values()))
 
 
 def fingerprint_file(model: Model) -> Path:
@@ -90,14 +99,18 @@ def read_training_volumes(model: Model) -> dict[str, list[float]]:
 
     They are kept in the model's folder, and read from the labels again when these have changed, or when other cases are
     labelled or held out for testing; each time, if that folder cannot be written to, as a colleague's may be. An
-    imported model keeps those that it came with.
+    imported model keeps those that it came with, until one is trained in its place.
 
     Raises `UserError` for a file of another model, for a `split.json` that cannot be used, and for a label image that
     cannot be read.
     """
+    return _volumes_known(model, _labelled_files(model))
+
+
+def _volumes_known(model: Model, files: Mapping[str, Path]) -> dict[str, list[float]]:
     file = model.folder / TRAINING_VOLUMES
-    stored, files = _read_stored(file, classes_of(model.plan).names), _labelled_files(model)
-    if files and (stored is None or not _belongs_to(stored, files)):
+    stored = _read_stored(file, classes_of(model.plan).names)
+    if files and (stored is None or not _belongs_to(stored, files, came_with_model=(model.folder / CARD).is_file())):
         stored = _StoredVolumes(_volumes_of(files, classes_of(model.plan)), _hash_of(files))
         try:
             write_json(asdict(stored), file)
@@ -162,7 +175,7 @@ def _read_stored(file: Path, labels: Iterable[str]) -> _StoredVolumes | None:
 
 def _labelled_files(model: Model) -> dict[str, Path]:
     """Return the reference segmentations by case, without the test cases; none where they are those of others."""
-    if (model.folder / CARD).is_file():
+    if _is_imported(model):
         return {}
     dataset = model.plan.dataset
     held_out = read_split_record(dataset.preprocessed).test
@@ -170,10 +183,26 @@ def _labelled_files(model: Model) -> dict[str, Path]:
     return {case: file for case, file in files.items() if case not in held_out}
 
 
-def _belongs_to(stored: _StoredVolumes, files: Mapping[str, Path]) -> bool:
+def _is_imported(model: Model) -> bool:
+    """Return whether a model was installed by `mae3d_import`, and not trained here since."""
+    if not (model.folder / CARD).is_file():
+        return False
+    hashes = read_entries(_InstalledCard, model.folder / CARD, "import the model again").sha256
+
+    def is_as_installed(fold: str) -> bool:
+        place = f"fold_{fold}/{model.checkpoint}"
+        if model.checkpoint == CALIBRATED and f"fold_{fold}/{FINAL}" in hashes:
+            place = f"fold_{fold}/{FINAL}"  # it may have been calibrated here
+        file = model.folder / place
+        return place in hashes and file.is_file() and file_hash(file) == hashes[place]
+
+    return not hashes or any(map(is_as_installed, model.folds))
+
+
+def _belongs_to(stored: _StoredVolumes, files: Mapping[str, Path], *, came_with_model: bool) -> bool:
     """Return whether volumes are of these cases; without the names of the cases, their number has to do."""
     if stored.cases is None:
-        return all(len(volumes) == len(files) for volumes in stored.volumes.values())
+        return not came_with_model and all(len(volumes) == len(files) for volumes in stored.volumes.values())
     return stored.cases == _hash_of(files)
 
 
