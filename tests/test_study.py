@@ -25,7 +25,13 @@ from nnunet_vit_mae.storage.files import write_json
 from nnunet_vit_mae.study import comparisons, costs, workflow
 from nnunet_vit_mae.study.arms import ARMS, arms_from, arms_to_json, choose_arms, encoder_recipe, scratch_pairs
 from nnunet_vit_mae.study.comparisons import Question, Variant
-from nnunet_vit_mae.study.design import StudyDesign, StudyModel, check_unchanged, refuse_plans_of_others
+from nnunet_vit_mae.study.design import (
+    StudyDesign,
+    StudyModel,
+    check_unchanged,
+    refuse_other_encoders,
+    refuse_plans_of_others,
+)
 from nnunet_vit_mae.study.figures import training_figure
 from nnunet_vit_mae.study.report import write_study_report
 from nnunet_vit_mae.study.results import measure_study
@@ -195,6 +201,20 @@ def test_a_study_is_continued_with_the_same_choices_only(tmp_path):
         check_unchanged(replace(study, arms={"vit": replace(ARMS["vit"], recipe={"network": {"size": "M"}})}))
 
 
+def test_no_encoder_is_pre_trained_twice(tmp_path):
+    """It is named after the first of the arms that share it."""
+    study = study_of(tmp_path, "unet", "hybrid")
+    refuse_other_encoders(study)
+    for file, recipe in study.recipes().items():
+        write_json(recipe, file)
+    for arms in (["hybrid", "unet"], ["unet", "hybrid", "vit"], ["unet", "hybrid_scratch", "hybrid"]):
+        refuse_other_encoders(replace(study, arms=choose_arms(arms)))
+    with pytest.raises(
+        UserError, match="has pre-trained the encoder of hybrid already, .* as that of vit: give --arms"
+    ):
+        refuse_other_encoders(replace(study, arms=choose_arms(["unet", "vit", "hybrid"])))
+
+
 def test_a_study_does_not_take_the_plans_of_another_folder_with_the_same_name(tmp_path):
     """Its recipes say which plans are its own, also when arms and seeds are added."""
     study = study_of(tmp_path / "a", "unet", "vit", preprocessed_folder=str(tmp_path))
@@ -219,7 +239,15 @@ def test_a_study_does_not_take_the_plans_of_another_folder_with_the_same_name(tm
 
 
 @pytest.mark.parametrize(
-    ("folder", "name"), [("study", "study"), ("2026_study", "study_2026_study"), ("7 T", "study_7_T"), ("_a", "_a")]
+    ("folder", "name"),
+    [
+        ("study", "study"),
+        ("2026_study", "study_2026_study"),
+        ("7 T", "study_7_T"),
+        ("_a", "_a"),
+        ("Köln ½", "Köln__"),
+        ("T²", "T_"),
+    ],
 )
 def test_plans_of_a_study_have_names_that_mae3d_plan_takes(tmp_path, folder, name):
     study = study_of(tmp_path, output=str(tmp_path / folder))
@@ -540,6 +568,18 @@ def test_choices_can_stand_in_a_file(in_workspace, tmp_path, refused):
     ):
         file.write_text(json.dumps(wrong))
         assert message in refused(command.main, "-o", str(tmp_path / "study"), "--config", str(file))
+
+
+STUDIES = Path(__file__).parent.parent / "examples" / "studies"
+EXAMPLES = [file for file in sorted(STUDIES.glob("*.json")) if "dataset" in json.loads(file.read_text())]
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_the_examples_are_studies(in_workspace, tmp_path, file):
+    call = ["-o", str(tmp_path / "study"), "--config", str(file), "-d", "901", "-device", "cpu"]
+    study = command._study(command._parse(call), tmp_path / "study")
+    assert study.arms
+    assert study.recipe["finetuning"]["epochs"] > 0
 
 
 def test_test_cases_of_the_split_are_linked(tmp_path):
