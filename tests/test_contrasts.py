@@ -1,4 +1,4 @@
-"""Contrasts that were not acquired: zeros in their place, a record of them, and nnU-Net on the result."""
+"""Contrasts that were not acquired: zeros in their place, and a record of them. `test_end_to_end_adaptive` goes on."""
 
 import gzip
 import json
@@ -6,14 +6,12 @@ import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
-import blosc2
 import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import Workspace, blob, read_voxels, write_case
+from conftest import Workspace, read_voxels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -494,38 +492,3 @@ def test_the_table_counts_cases(data):
         ["T2", "imagesTr", "0", "2", "0"],
         ["T2", "imagesUn", "1", "0", "0"],
     ]
-
-
-class IncompleteWorkspace(Workspace):
-    dataset: ClassVar[str] = "Dataset903_Incomplete"
-
-
-@pytest.mark.slow
-def test_nnunet_takes_the_filled_dataset_and_leaves_absent_contrasts_at_zero(tmp_path):
-    workspace = IncompleteWorkspace(tmp_path)
-    acquired = [{0, 1, 2}, {0}, {1, 2}, {2}, {0, 1}]
-    for number, channels in enumerate(acquired):
-        volumes, label = blob(number)
-        volumes = [*volumes, volumes[0] + volumes[1]]
-        write_case(workspace.raw / "imagesTr", f"case_{number}", volumes, label)
-        for channel in set(range(3)) - channels:
-            (workspace.raw / "imagesTr" / f"case_{number}_{channel:04d}.nii.gz").unlink()
-    for file in workspace.raw.glob("*/case_1*"):  # one that nnU-Net has to resample
-        image = sitk.ReadImage(str(file))
-        image.SetSpacing((1.3, 0.8, 2.1))
-        sitk.WriteImage(image, str(file))
-    description = {
-        "channel_names": {"0": "FLAIR", "1": "T1", "2": "T2"},
-        "labels": {"background": 0, "blob": 1},
-        "numTraining": len(acquired),
-        "file_ending": ".nii.gz",
-    }
-    (workspace.raw / "dataset.json").write_text(json.dumps(description))
-
-    said = workspace.call("mae3d_fill_contrasts", "-d", "903").stdout
-    assert "Wrote 6 images of zeros" in said
-    plan = "nnUNetv2_plan_and_preprocess -d 903 -c 3d_fullres -np 1 -npfp 1 --verify_dataset_integrity"
-    assert "WARNING" not in workspace.call(*plan.split()).stdout
-    for number, channels in enumerate(acquired):
-        volume = blosc2.open(str(workspace.preprocessed / f"nnUNetPlans_3d_fullres/case_{number}.b2nd"))[:]
-        assert {channel for channel in range(3) if volume[channel].any()} == channels

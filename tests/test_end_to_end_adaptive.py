@@ -2,8 +2,10 @@
 
 import json
 
+import blosc2
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from conftest import SHAPE, Workspace, blob, read_voxels, write_case
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -16,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 DATASET = "Dataset902_Contrasts"
 NAMES = {"0": "T1", "1": "FLAIR", "2": "T2"}
-WITHOUT_T2 = {"train_1", "train_4", "test_1", "pool_0"}
+ABSENT = {"train_1": [2], "train_3": [0, 1], "train_4": [2], "train_5": [0], "test_1": [2], "pool_0": [2]}  # contrasts
 TRAIN = "nnUNetv2_train 902 3d_fullres 0 -p Any -device cpu -tr"
 PRETRAIN = "mae3d_pretrain -d 902 -p Any --epochs 2 --batch_size 4 -device cpu"
 
@@ -30,8 +32,9 @@ class Studies(Workspace):
 def write_study(folder, case, seed):
     channels, label = blob(seed)
     channels.append(channels[0] + 0.5 * channels[1])
-    kept = channels[:2] if case in WITHOUT_T2 else channels
-    write_case(folder, case, kept, None if folder.name == "imagesUn" else label)
+    write_case(folder, case, channels, None if folder.name == "imagesUn" else label)
+    for number in ABSENT.get(case, []):
+        (folder / f"{case}_{number:04d}.nii.gz").unlink()
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,10 @@ def planned_studies(tmp_path_factory):
     for number in range(2):
         write_study(studies.raw / "imagesUn", f"pool_{number}", 10 + number)
         write_study(studies.raw / "imagesTs", f"test_{number}", 20 + number)
+    for file in studies.raw.glob("*/train_4*"):  # one that nnU-Net has to resample
+        image = sitk.ReadImage(str(file))
+        image.SetSpacing((1.3, 0.8, 2.1))
+        sitk.WriteImage(image, str(file))
     description = {
         "channel_names": NAMES,
         "labels": {"background": 0, "blob": 1},
@@ -50,8 +57,9 @@ def planned_studies(tmp_path_factory):
         "file_ending": ".nii.gz",
     }
     (studies.raw / "dataset.json").write_text(json.dumps(description))
-    studies.call(*"mae3d_fill_contrasts -d 902".split())
-    studies.call(*"nnUNetv2_plan_and_preprocess -d 902 -c 3d_fullres -np 1 -npfp 1".split())
+    assert "Wrote 7 images of zeros" in studies.call(*"mae3d_fill_contrasts -d 902".split()).stdout
+    plan = "nnUNetv2_plan_and_preprocess -d 902 -c 3d_fullres -np 1 -npfp 1 --verify_dataset_integrity"
+    assert "WARNING" not in studies.call(*plan.split()).stdout
     studies.call(*"mae3d_preprocess -d 902 -np 1".split())
     flags = "--recipe quick --adaptive --token 4 --epochs 1 --iterations 2 --batch_size 2"
     studies.call(*f"mae3d_plan -d 902 -o Any {flags} --decoder unetr".split())
@@ -82,6 +90,13 @@ def encoder_of(studies, plans="Any"):
 def log_of(studies, trainer, plans="Any"):
     folder = studies.results / f"{trainer}__{plans}__3d_fullres" / "fold_0"
     return "\n".join(file.read_text() for file in sorted(folder.glob("training_log*.txt")))
+
+
+def test_nnunet_takes_filled_studies_and_leaves_absent_contrasts_at_zero(planned_studies):
+    for number in range(6):
+        volume = blosc2.open(str(planned_studies.preprocessed / f"nnUNetPlans_3d_fullres/train_{number}.b2nd"))[:]
+        absent = [channel for channel in range(3) if not volume[channel].any()]
+        assert absent == ABSENT.get(f"train_{number}", [])
 
 
 def test_without_an_encoder_training_names_the_command_that_makes_an_adaptive_one(planned_studies, tmp_path):
