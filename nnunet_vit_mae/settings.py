@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,24 +68,14 @@ class Network:
     modality_vectors: str = "one_hot"  # of the adaptive tokenizer
 
     def __post_init__(self) -> None:
-        _require(self.size in SIZES, "network.size", self.size, f"one of {', '.join(SIZES)}")
-        _require(self.decoder in DECODERS, "network.decoder", self.decoder, f"one of {', '.join(DECODERS)}")
+        _require_one_of(self, "network", size=SIZES, decoder=DECODERS, upsampling=UPSAMPLINGS, blocks=BLOCKS)
+        _require_one_of(self, "network", positions=POSITIONS, position_unit=POSITION_UNITS)
+        _require_one_of(self, "network", tokenizer=TOKENIZERS, modality_vectors=MODALITY_VECTORS)
         sides_fit = len(self.token) == 3 and all(side in TOKEN_SIDES for side in self.token)
         _require(sides_fit, "network.token", list(self.token), f"three of {', '.join(map(str, TOKEN_SIDES))} (z y x)")
-        for name, known in {
-            "upsampling": UPSAMPLINGS,
-            "positions": POSITIONS,
-            "position_unit": POSITION_UNITS,
-            "blocks": BLOCKS,
-            "tokenizer": TOKENIZERS,
-            "modality_vectors": MODALITY_VECTORS,
-        }.items():
-            value = getattr(self, name)
-            _require(value in known, f"network.{name}", value, f"one of {', '.join(known)}")
-        _require(self.decoder_width >= 0, "network.decoder_width", self.decoder_width, "0 or more")
-        _require(
-            self.upscale_convolutions in (1, 2), "network.upscale_convolutions", self.upscale_convolutions, "1 or 2"
-        )
+        _require_not_negative(self, "network", "decoder_width")
+        convolutions = self.upscale_convolutions
+        _require(convolutions in (1, 2), "network.upscale_convolutions", convolutions, "1 or 2")
         _require_positive(self, "network", "rotary_base", "norm_eps")
         registers, grid = self.register_tokens, self.learned_positions
         _require(0 <= registers <= MOST_TOKENS, "network.register_tokens", registers, f"from 0 to {MOST_TOKENS}")
@@ -94,7 +84,7 @@ class Network:
         _require(grid_fits, "network.learned_positions", list(grid), expected)
         if self.adaptive:
             _require(not grid, "network.learned_positions", list(grid), "empty, as adaptive is set")
-            _require(not self.register_tokens, "network.register_tokens", self.register_tokens, "0, as adaptive is set")
+            _require(not registers, "network.register_tokens", registers, "0, as adaptive is set")
             _require(self.tokenizer == "linear", "network.tokenizer", self.tokenizer, "linear, as adaptive is set")
             _require(self.decoder != "unet", "network.decoder", self.decoder, "another one, as adaptive is set")
         if self.taps:
@@ -164,26 +154,20 @@ class Pretraining:
     def __post_init__(self) -> None:
         _require_positive(self, "pretraining", "epochs", "batch_size", "base_lr", "gradient_clip")
         _require_positive(self, "pretraining", "crops_per_volume", "masks_per_crop")
+        _require_not_negative(self, "pretraining", "decoder_heads", "weight_decay", "seed")
+        _require_one_of(self, "pretraining", decoder=PRETRAINING_DECODERS, compile=COMPILING)
+        _require_share(self, "pretraining", "warmup", "plain_share")
         expected = f"a multiple of {self.samples_per_read}, crops_per_volume x masks_per_crop"
         _require(self.batch_size % self.samples_per_read == 0, "pretraining.batch_size", self.batch_size, expected)
         _require(0 < self.mask_ratio < 1, "pretraining.mask_ratio", self.mask_ratio, "between 0 and 1, both excluded")
-        expected = f"one of {', '.join(PRETRAINING_DECODERS)}"
-        _require(self.decoder in PRETRAINING_DECODERS, "pretraining.decoder", self.decoder, expected)
-        _require(self.decoder_heads >= 0, "pretraining.decoder_heads", self.decoder_heads, "0 or more")
-        share = self.rebuilt_share
+        share, plain = self.rebuilt_share, self.plain_share
         _require(0 < share <= 1, "pretraining.rebuilt_share", share, "a share above 0 and at most 1")
-        _require(0 <= self.warmup < 1, "pretraining.warmup", self.warmup, "a share from 0 up to, but not, 1")
-        share = self.plain_share
-        _require(0 <= share < 1, "pretraining.plain_share", share, "a share from 0 up to, but not, 1")
-        _require(self.norm_pix or not share, "pretraining.plain_share", share, "0, as norm_pix is not set")
-        _require(self.weight_decay >= 0, "pretraining.weight_decay", self.weight_decay, "0 or more")
+        _require(self.norm_pix or not plain, "pretraining.plain_share", plain, "0, as norm_pix is not set")
         _require(_names_axes(self.mirroring), "pretraining.mirroring", self.mirroring, "none, or axes such as zy")
         _require(0 <= self.rotation <= 180, "pretraining.rotation", self.rotation, "from 0 to 180 degrees")
         factors = list(self.scaling)
         fit = len(factors) == 2 and 0.1 <= factors[0] <= factors[1] <= 10
         _require(fit, "pretraining.scaling", factors, "two factors from 0.1 to 10, the smaller one first")
-        _require(self.compile in COMPILING, "pretraining.compile", self.compile, f"one of {', '.join(COMPILING)}")
-        _require(self.seed >= 0, "pretraining.seed", self.seed, "0 or more")
 
     @property
     def samples_per_read(self) -> int:
@@ -237,24 +221,14 @@ class Finetuning:
 
     def __post_init__(self) -> None:
         _require_positive(self, "finetuning", "epochs", "iterations", "batch_size", "lr", "gradient_clip")
-        _require(self.freeze_epochs >= 0, "finetuning.freeze_epochs", self.freeze_epochs, "0 or more")
+        _require_not_negative(self, "finetuning", "freeze_epochs", "weight_decay")
+        _require_one_of(self, "finetuning", loss=LOSSES, augmentation=AUGMENTATIONS)
+        _require_share(self, "finetuning", "foreground_prior", "drop_path", "warmup")
         _require(0 < self.layer_decay <= 1, "finetuning.layer_decay", self.layer_decay, "above 0 and at most 1")
-        _require(self.loss in LOSSES, "finetuning.loss", self.loss, f"one of {', '.join(LOSSES)}")
-        places = f"one of {', '.join(AUGMENTATIONS)}"
-        _require(self.augmentation in AUGMENTATIONS, "finetuning.augmentation", self.augmentation, places)
         fits = self.mirroring == "auto" or _names_axes(self.mirroring)
         _require(fits, "finetuning.mirroring", self.mirroring, "auto, none, or axes such as zy")
-        prior = self.foreground_prior
-        _require(0 <= prior < 1, "finetuning.foreground_prior", prior, "a share from 0 up to, but not, 1")
-        _require(
-            0 <= self.contrast_dropout < 1,
-            "finetuning.contrast_dropout",
-            self.contrast_dropout,
-            "a probability from 0 up to, but not, 1",
-        )
-        _require(0 <= self.drop_path < 1, "finetuning.drop_path", self.drop_path, "a share from 0 up to, but not, 1")
-        _require(0 <= self.warmup < 1, "finetuning.warmup", self.warmup, "a share from 0 up to, but not, 1")
-        _require(self.weight_decay >= 0, "finetuning.weight_decay", self.weight_decay, "0 or more")
+        dropout = self.contrast_dropout
+        _require(0 <= dropout < 1, "finetuning.contrast_dropout", dropout, "a probability from 0 up to, but not, 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,7 +327,25 @@ def _names_axes(mirroring: str) -> bool:
     return mirroring == "none" or (bool(mirroring) and set(mirroring) <= set(AXES))
 
 
+def _require_one_of(section: Any, where: str, **known: Collection[str]) -> None:
+    for name, choices in known.items():
+        value = getattr(section, name)
+        _require(value in choices, f"{where}.{name}", value, f"one of {', '.join(choices)}")
+
+
 def _require_positive(section: Any, where: str, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
         _require(0 < value < math.inf, f"{where}.{name}", value, "a number above 0")
+
+
+def _require_not_negative(section: Any, where: str, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _require(value >= 0, f"{where}.{name}", value, "0 or more")
+
+
+def _require_share(section: Any, where: str, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _require(0 <= value < 1, f"{where}.{name}", value, "a share from 0 up to, but not, 1")
