@@ -32,7 +32,7 @@ from nnunet_vit_mae.nnunet.omission_table import (
     OmissionRow,
     write_omission_table,
 )
-from nnunet_vit_mae.nnunet.plans import Plan, label_values
+from nnunet_vit_mae.nnunet.plans import Plan, classes_of
 from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, find_reference, predict_folder
 from nnunet_vit_mae.presets import canonical_contrast
 from nnunet_vit_mae.progress import with_progress
@@ -195,7 +195,6 @@ def _present_channels(plan: Plan, case: PredictionCase, file: Path) -> list[bool
 
 def _case_rows(plan: Plan, case: OmissionCase, with_all: Path, without: Path) -> list[OmissionRow]:
     """Return a row for each label or region of a case."""
-    names = {label_values(label): name for name, label in plan.dataset_json["labels"].items()}
     metrics_with = _metrics(plan, case.reference, with_all)
     if case.predicted_again:
         metrics_without = _metrics(plan, case.reference, without)
@@ -208,7 +207,7 @@ def _case_rows(plan: Plan, case: OmissionCase, with_all: Path, without: Path) ->
         rows.append(
             OmissionRow(
                 case=case.name,
-                label=names[label_values(label)],
+                label=label,
                 dice_with=dice_with,
                 dice_without=dice_without,
                 difference=dice_without - dice_with,
@@ -219,13 +218,12 @@ def _case_rows(plan: Plan, case: OmissionCase, with_all: Path, without: Path) ->
     return rows
 
 
-def _metrics(plan: Plan, reference: Path, predictions: Path) -> dict[Any, dict[str, float]]:
-    """Return nnU-Net's metrics of each label or region; voxels with the ignore label do not count."""
-    manager = plan.plans.get_label_manager(plan.dataset_json)
-    labels = manager.foreground_regions if manager.has_regions else manager.foreground_labels
-    reader = plan.plans.image_reader_writer_class()
-    prediction = predictions / reference.name
-    return compute_metrics(str(reference), str(prediction), reader, labels, manager.ignore_label)["metrics"]
+def _metrics(plan: Plan, reference: Path, predictions: Path) -> dict[str, dict[str, float]]:
+    """Return nnU-Net's metrics of each label or region by name; voxels with the ignore label do not count."""
+    classes, reader = classes_of(plan), plan.plans.image_reader_writer_class()
+    files = str(reference), str(predictions / reference.name)
+    found = compute_metrics(*files, reader, list(classes.values), classes.ignore)["metrics"]
+    return {name: found[values] for name, values in zip(classes.names, classes.values, strict=True)}
 
 
 def _why_left_out(case: OmissionCase, *, empty: bool) -> str:

@@ -184,7 +184,7 @@ def schedule_of(configuration: ConfigurationManager) -> Finetuning:
     return Settings.from_dict(alone).finetuning
 
 
-def label_values(label: Any) -> tuple[int, ...]:
+def _label_values(label: Any) -> tuple[int, ...]:
     """Return the values of a label or of a region of several labels, as `dataset.json` and nnU-Net give them."""
     return tuple(int(value) for value in np.atleast_1d(label))
 
@@ -193,8 +193,8 @@ def classes_of(plan: Plan) -> Classes:
     """What the plan's network segments, in the order of its outputs."""
     manager = plan.plans.get_label_manager(plan.dataset_json)
     labels = manager.foreground_regions if manager.has_regions else manager.foreground_labels
-    values = tuple(map(label_values, labels))
-    names = {label_values(label): name for name, label in plan.dataset_json["labels"].items()}
+    values = tuple(map(_label_values, labels))
+    names = {_label_values(label): name for name, label in plan.dataset_json["labels"].items()}
     painted = tuple(map(int, plan.dataset_json["regions_class_order"])) if manager.has_regions else ()
     return Classes(tuple(names[label] for label in values), values, painted, manager.ignore_label)
 
