@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from nnunet_vit_mae.evaluation.by_token import trains_vit
@@ -43,10 +43,10 @@ def cost_of(study: StudyDesign, arm: str) -> Cost:
         arm=arm,
         parameters=_parameters_text(study, arm),
         samples=_samples_text(study, arm),
-        training=_mean_text([*training], calibration),
+        training=_mean_text(training, calibration),
         prediction=_mean_text(prediction),
         pretraining=duration_text(pretraining.seconds) if pretraining else "",
-        cpu=duration_text(_mean([taken.cpu_seconds for taken in training])) if training else "",
+        cpu=duration_text(fmean(taken.cpu_seconds for taken in training)) if training else "",
         memory=size_text(max(taken.memory_bytes for taken in training)) if training else "",
     )
 
@@ -63,14 +63,9 @@ def _pretraining(study: StudyDesign, arm: str) -> Compute | None:
     return read_compute(Path(study.output) / "compute" / "pretrain" / f"{study.encoder_of(arm)}.tsv")
 
 
-def _mean(values: Iterable[float]) -> float:
-    values = [*values]
-    return sum(values) / len(values)
-
-
 def _mean_text(*kinds: list[Compute]) -> str:
     """Return the sum of the mean times of some kinds of step."""
-    known = [_mean(taken.seconds for taken in kind) for kind in kinds if kind]
+    known = [fmean(taken.seconds for taken in kind) for kind in kinds if kind]
     return duration_text(sum(known)) if known else ""
 
 

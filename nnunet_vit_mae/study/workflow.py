@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.installation import nnunet_environment
@@ -178,7 +179,7 @@ def progress_of(study: StudyDesign) -> Progress:
         elif (taken := read_compute(folder / step.compute)) is not None:
             seconds[step.kind].append(taken.seconds)
     failed = [step for step in left if (folder / step.log).exists()]
-    means = {kind: sum(values) / len(values) for kind, values in seconds.items()}
+    means = {kind: fmean(values) for kind, values in seconds.items()}
     return Progress(len(steps) - len(left), failed, [step for step in left if step not in failed], means)
 
 
