@@ -22,7 +22,13 @@ from nnunet_vit_mae.recipes import merged, read_recipe
 from nnunet_vit_mae.storage.entries import Whole, checked_entries
 from nnunet_vit_mae.storage.files import make_folder, read_json
 from nnunet_vit_mae.study.arms import ARMS, choose_arms
-from nnunet_vit_mae.study.design import StudyDesign, check_unchanged, read_study, refuse_plans_of_others
+from nnunet_vit_mae.study.design import (
+    StudyDesign,
+    check_unchanged,
+    read_study,
+    refuse_other_encoders,
+    refuse_plans_of_others,
+)
 
 if TYPE_CHECKING:
     from nnunet_vit_mae.nnunet.folders import Dataset
@@ -56,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     refuse_missing_snakemake(args.executor)
     study = _study(args, output)
     check_unchanged(study)
+    refuse_other_encoders(study)
     refuse_plans_of_others(study)
     refuse_other_splits(study)
     refuse_impossible_split(study)

@@ -51,7 +51,9 @@ class StudyDesign:
     @property
     def name(self) -> str:
         """The name of the folder, with which the names of plans begin, so it is one that `mae3d_plan -o` takes."""
-        name = "".join(sign if sign.isalnum() else "_" for sign in Path(self.output).name)
+        signs = Path(self.output).name
+        # Python counts the ² of T² among numbers, but takes no name with it
+        name = "".join(sign if sign.isalnum() and f"_{sign}".isidentifier() else "_" for sign in signs)
         return name if name.isidentifier() else f"study_{name}"
 
     @property
@@ -218,6 +220,21 @@ def check_unchanged(study: StudyDesign) -> None:
     for name, arm in before["arms"].items():
         if name in now["arms"] and now["arms"][name] != arm:
             raise UserError(f"{study.output} holds a study with another arm {name}: give the new one another name.")
+
+
+def refuse_other_encoders(study: StudyDesign) -> None:
+    """Raise `UserError` when an arm that was begun would have its encoder pre-trained anew, under another name.
+
+    An encoder is named after the first of the arms that share it, so the order of arms that were begun must stay.
+    """
+    for name, arm in study.arms.items():
+        first = study.encoder_of(name) if arm.encoder else name
+        begun = arm.encoder and study.recipe_file(name, 0).is_file()
+        if begun and not study.encoder_recipe_file(first).is_file():
+            raise UserError(
+                f"The study in {study.output} has begun with the encoder of {name}, and would pre-train it again as "
+                f"that of {first}: give --arms in the order of before, with new ones after them."
+            )
 
 
 def refuse_plans_of_others(study: StudyDesign) -> None:
