@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from nnunet_vit_mae.nnunet.folders import Dataset
 
 STEPS = ("splits", "test", "calibrate", "report")
-DEFAULT_ARMS = ["unet", "vit", "scratch"]
+DEFAULT_ARMS = ["unet", "hybrid", "hybrid_scratch"]  # the default network, with and without pre-training
 DEFAULT_TEST = 0.2
 
 
