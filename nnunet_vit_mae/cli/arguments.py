@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import math
 import os
 import re
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
     from nnunet_vit_mae.nnunet.models import Model
 
 
+logger = logging.getLogger(__name__)
+
 RAW = "nnUNet_raw"  # nnU-Net's variable
+FIRST_FOLD = ["0"]  # unless -f is given
 
 
 class _WithDefaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -85,15 +89,22 @@ def add_model_arguments(parser: argparse.ArgumentParser, trainer: str = "nnUNetT
     """Add `-d`, `-c`, `-p`, `-tr` and `-f`: which trained model; `trainer` is the default."""
     add_plan_arguments(parser)
     parser.add_argument("-tr", dest="trainer", default=trainer, metavar="NAME", help="trainer of the model")
-    parser.add_argument("-f", dest="folds", nargs="+", default=["0"], metavar="FOLD", help="trained folds")
+    parser.add_argument("-f", dest="folds", nargs="+", default=FIRST_FOLD, metavar="FOLD", help="trained folds")
 
 
 def chosen_model(args: argparse.Namespace) -> Model:
-    """Return the model of `add_model_arguments` and `-chk`; raises `UserError` as `find_model` does."""
+    """Return the model of `add_model_arguments` and `-chk`; raises `UserError` as `find_model` does.
+
+    A warning names folds that are trained too if none are chosen: nnU-Net's own command predicts with all five.
+    """
     from nnunet_vit_mae.nnunet.models import find_model
 
     chosen = {"trainer": args.trainer, "folds": args.folds, "checkpoint": args.checkpoint}
-    return find_model(args.dataset, args.plans, args.configuration, **chosen)
+    model = find_model(args.dataset, args.plans, args.configuration, **chosen)
+    trained = sorted(file.parent.name.removeprefix("fold_") for file in model.folder.glob(f"fold_*/{model.checkpoint}"))
+    if args.folds is FIRST_FOLD and trained != FIRST_FOLD:
+        logger.warning("Fold 0 alone is used, but there are the folds %s: choose with -f.", ", ".join(trained))
+    return model
 
 
 def prediction_command(model: Model, checkpoint: str) -> str:
