@@ -1,4 +1,4 @@
-"""Contrasts taken away: the numbers where they are known, the images, and the command with and without nnU-Net."""
+"""Contrasts taken away: the table, the images, and the command with and without nnU-Net."""
 
 import csv
 import json
@@ -12,12 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.stats
 import SimpleITK as sitk
 import torch
 from conftest import SHAPE, blob, read_voxels, write_case
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_vit_mae.cli import omit as omit_command
 from nnunet_vit_mae.installation import trainers_folder
@@ -26,87 +24,8 @@ from nnunet_vit_mae.nnunet.models import find_model
 from nnunet_vit_mae.nnunet.omission import OmissionCase, find_channels, write_images
 from nnunet_vit_mae.nnunet.omission_table import OmissionRow, omission_table
 from nnunet_vit_mae.nnunet.prediction import PredictionCase
-from nnunet_vit_mae.recipes import read_recipe
-from nnunet_vit_mae.statistics import compare
+from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerViTScratch
 from nnunet_vit_mae.storage.files import link
-
-few = settings(max_examples=50, deadline=None)
-dice = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=60)
-
-
-# ---------- the numbers
-
-
-@pytest.mark.parametrize("n", [2, 7, 30, 200])
-def test_p_is_what_scipy_gives_for_the_pairs(n):
-    random = np.random.default_rng(n)
-    first, second = random.uniform(size=(2, n))
-    found = compare(first.tolist(), second.tolist())
-    assert found.p == pytest.approx(scipy.stats.wilcoxon(second, first, alternative="two-sided").pvalue, rel=1e-12)
-    assert (found.n, found.changed) == (n, n)
-    assert (found.first, found.second) == pytest.approx((first.mean(), second.mean()))
-    assert found.difference == pytest.approx((second - first).mean())
-
-
-def test_p_of_six_cases_by_hand():
-    """Ranks 1 to 6, of which 2 is negative: 2 sums of 64 are at most 2 from the end (0, 1, 2: 3 of them)."""
-    found = compare([0.5] * 6, [0.6, 0.3, 0.8, 0.9, 1.0, 1.1])
-    assert found.p == pytest.approx(2 * 3 / 64)
-
-
-@pytest.mark.parametrize("n", range(1, 9))
-def test_p_of_differences_in_one_direction_is_the_smallest_there_is(n):
-    found = compare([0.5] * n, [0.5 + 0.01 * (i + 1) for i in range(n)])
-    assert found.p == pytest.approx(found.smallest_p) == 2.0 ** (1 - n)
-
-
-@few
-@given(pairs=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=12))
-def test_no_p_is_below_the_smallest_also_with_ties_and_zeros(pairs):
-    found = compare([a / 8 for a, _ in pairs], [b / 8 for _, b in pairs])
-    assert found.changed == sum(a != b for a, b in pairs)
-    assert (found.p is None) == (found.changed == 0)
-    if found.p is not None:
-        assert found.smallest_p * (1 - 1e-9) <= found.p <= 1
-
-
-@few
-@given(first=dice, seed=st.integers(0, 99))
-def test_pairs_that_do_not_differ_change_means_but_not_p(first, seed):
-    second = np.random.default_rng(seed).uniform(size=len(first)).tolist()
-    alone, more = compare(first, second), compare([*first, 0.25, 1.0], [*second, 0.25, 1.0])
-    assert more.p == alone.p
-    assert (more.n, more.changed) == (alone.n + 2, alone.changed)
-    assert more.difference == pytest.approx(alone.difference * alone.n / more.n)
-
-
-@few
-@given(first=dice, seed=st.integers(0, 99))
-def test_the_other_way_round_only_the_sign_changes(first, seed):
-    second = np.random.default_rng(seed).uniform(size=len(first)).tolist()
-    there, back = compare(first, second), compare(second, first)
-    assert back.p == pytest.approx(there.p)
-    assert back.difference == pytest.approx(-there.difference)
-
-
-def test_equal_differences_are_ties_however_floating_point_rounds_them():
-    first, second = [0.1, 0.7, 0.3, 0.2, 0.1, 0.0], [0.2, 0.6, 0.9, 0.9, 0.9, 0.9]  # 0.1, -0.1 and larger ones
-    assert second[0] - first[0] != first[1] - second[1]
-    assert scipy.stats.wilcoxon(np.subtract(second, first)).pvalue == pytest.approx(2 * 2 / 64)
-    assert compare(first, second).p == pytest.approx(2 * 3 / 64)  # rank sums 0, 1.5 and 1.5
-
-
-def test_without_pairs_or_differences_there_is_no_p():
-    empty = compare([], [])
-    assert (empty.n, empty.p) == (0, None)
-    assert math.isnan(empty.first)
-    assert compare([0.5, 0.7], [0.5, 0.7]).p is None
-    for wrong in (math.nan, math.inf):
-        with pytest.raises(ValueError, match="finite"):
-            compare([0.5, wrong], [0.5, 0.5])
-    with pytest.raises(ValueError, match="shorter"):
-        compare([0.5, 0.5], [0.5])
-
 
 # ---------- the table
 
@@ -446,17 +365,25 @@ def test_zeros_are_zeros_after_nnunets_preprocessing(trained, tmp_path, masked):
 
 
 @pytest.mark.slow
-def test_a_trained_network_is_compared_by_nnunets_own_prediction(workspace, tmp_path):
-    recipe = read_recipe("quick")
-    recipe["finetuning"] |= {"foreground_prior": 0.0, "seed": 0}  # else it segments nothing yet, whatever it sees
-    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    flags = f"--recipe {tmp_path / 'recipe.json'} --token 4 --epochs 1 --iterations 1 --batch_size 2"
-    workspace.call(*f"mae3d_plan -d 901 -o Few {flags}".split())
-    trainer = "nnUNetTrainerViTScratch"
-    workspace.call(*f"nnUNetv2_train 901 3d_fullres 0 -p Few -device cpu -tr {trainer}".split())
+def test_a_network_is_compared_by_nnunets_own_prediction(workspace, tmp_path):
+    """One with random weights, which segments something, whatever it sees."""
+    trainer = nnUNetTrainerViTScratch.__name__
+    folder = workspace.results / f"{trainer}__nnUNetPlans__3d_fullres"
+    (folder / "fold_0").mkdir(parents=True)
+    shutil.copy(workspace.preprocessed / "dataset.json", folder)
+    plans = json.loads((workspace.preprocessed / "nnUNetPlans.json").read_text())
+    network = {"size": "XS", "token": [4, 4, 4], "decoder": "upscale"}
+    plans["configurations"]["3d_fullres"]["vit_mae"] = {"network": network}
+    (folder / "plans.json").write_text(json.dumps(plans))
+    manager = PlansManager(plans)
+    torch.manual_seed(0)
+    built = nnUNetTrainerViTScratch.build_network_architecture(manager, manager.get_configuration("3d_fullres"), 2, 2)
+    content = {"network_weights": built.state_dict(), "trainer_name": trainer}
+    content |= {"init_args": {"configuration": "3d_fullres"}, "inference_allowed_mirroring_axes": None}
+    torch.save(content, folder / "fold_0" / "checkpoint_final.pth")
     out = tmp_path / "taken away"
     write_study(workspace, "bare", 30, flair=0)
-    printed = workspace.call("mae3d_omit", *arguments(workspace, out, trainer=trainer, p="Few")).stdout
+    printed = workspace.call("mae3d_omit", *arguments(workspace, out, trainer=trainer)).stdout
     assert "There is something to omit in 2 of 3 cases" in printed
     assert "blob   without FLAIR     2" in printed
     rows = {row["case"]: row for row in rows_in(out)}

@@ -1,4 +1,4 @@
-"""Intervals and Holm's correction, against scipy, a literal reference and by hand; `compare` is in test_omission."""
+"""Intervals, the test of pairs and Holm's correction, against scipy, a literal reference and by hand."""
 
 import math
 
@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("no_garbage_of_imports")
 
 few = settings(max_examples=40, deadline=None)
 finite = st.floats(-1e6, 1e6, width=32)
+dice = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=60)
 
 
 @few
@@ -79,6 +80,77 @@ def test_equal_values_have_an_interval_and_a_single_one_has_none():
     for wrong in (math.nan, math.inf):
         with pytest.raises(ValueError, match="finite"):
             mean_interval([0.5, wrong])
+
+
+@pytest.mark.parametrize("n", [2, 7, 30, 200])
+def test_p_is_what_scipy_gives_for_the_pairs(n):
+    random = np.random.default_rng(n)
+    first, second = random.uniform(size=(2, n))
+    found = compare(first.tolist(), second.tolist())
+    assert found.p == pytest.approx(scipy.stats.wilcoxon(second, first, alternative="two-sided").pvalue, rel=1e-12)
+    assert (found.n, found.changed) == (n, n)
+    assert (found.first, found.second) == pytest.approx((first.mean(), second.mean()))
+    assert found.difference == pytest.approx((second - first).mean())
+
+
+def test_p_of_six_cases_by_hand():
+    """Ranks 1 to 6, of which 2 is negative: 2 sums of 64 are at most 2 from the end (0, 1, 2: 3 of them)."""
+    found = compare([0.5] * 6, [0.6, 0.3, 0.8, 0.9, 1.0, 1.1])
+    assert found.p == pytest.approx(2 * 3 / 64)
+
+
+@pytest.mark.parametrize("n", range(1, 9))
+def test_p_of_differences_in_one_direction_is_the_smallest_there_is(n):
+    found = compare([0.5] * n, [0.5 + 0.01 * (i + 1) for i in range(n)])
+    assert found.p == pytest.approx(found.smallest_p) == 2.0 ** (1 - n)
+
+
+@few
+@given(pairs=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=12))
+def test_no_p_is_below_the_smallest_also_with_ties_and_zeros(pairs):
+    found = compare([a / 8 for a, _ in pairs], [b / 8 for _, b in pairs])
+    assert found.changed == sum(a != b for a, b in pairs)
+    assert (found.p is None) == (found.changed == 0)
+    if found.p is not None:
+        assert found.smallest_p * (1 - 1e-9) <= found.p <= 1
+
+
+@few
+@given(first=dice, seed=st.integers(0, 99))
+def test_pairs_that_do_not_differ_change_means_but_not_p(first, seed):
+    second = np.random.default_rng(seed).uniform(size=len(first)).tolist()
+    alone, more = compare(first, second), compare([*first, 0.25, 1.0], [*second, 0.25, 1.0])
+    assert more.p == alone.p
+    assert (more.n, more.changed) == (alone.n + 2, alone.changed)
+    assert more.difference == pytest.approx(alone.difference * alone.n / more.n)
+
+
+@few
+@given(first=dice, seed=st.integers(0, 99))
+def test_the_other_way_round_only_the_sign_changes(first, seed):
+    second = np.random.default_rng(seed).uniform(size=len(first)).tolist()
+    there, back = compare(first, second), compare(second, first)
+    assert back.p == pytest.approx(there.p)
+    assert back.difference == pytest.approx(-there.difference)
+
+
+def test_equal_differences_are_ties_however_floating_point_rounds_them():
+    first, second = [0.1, 0.7, 0.3, 0.2, 0.1, 0.0], [0.2, 0.6, 0.9, 0.9, 0.9, 0.9]  # 0.1, -0.1 and larger ones
+    assert second[0] - first[0] != first[1] - second[1]
+    assert scipy.stats.wilcoxon(np.subtract(second, first)).pvalue == pytest.approx(2 * 2 / 64)
+    assert compare(first, second).p == pytest.approx(2 * 3 / 64)  # rank sums 0, 1.5 and 1.5
+
+
+def test_without_pairs_or_differences_there_is_no_p():
+    empty = compare([], [])
+    assert (empty.n, empty.p) == (0, None)
+    assert math.isnan(empty.first)
+    assert compare([0.5, 0.7], [0.5, 0.7]).p is None
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="finite"):
+            compare([0.5, wrong], [0.5, 0.5])
+    with pytest.raises(ValueError, match="shorter"):
+        compare([0.5, 0.5], [0.5])
 
 
 def test_holm_by_hand():
