@@ -65,6 +65,10 @@ class PretrainingJob:
         """Return the learning rate of a step: warm-up and cosine, as in the original."""
         return self.protocol.lr * warmup_cosine((step + 1) / (self.steps + 1), self.protocol.warmup)
 
+    def last_rate(self, epoch: int) -> float:
+        """Return the learning rate of the last step of an epoch, counted from 0."""
+        return self.learning_rate((epoch + 1) * self.steps_per_epoch - 1)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, for `config.json`: what has to stay the same when a run goes on."""
         protocol = to_json_types(self.protocol)

@@ -38,7 +38,7 @@ class RunReport:
         """
         job, epoch = self.job, len(losses) - 1
         now, seconds = time.time(), time.monotonic() - clock.started
-        rate = job.learning_rate((epoch + 1) * job.steps_per_epoch - 1)
+        rate = job.last_rate(epoch)
         metrics = {"train_losses": losses[-1], "lrs": rate, **norms, **clock.metrics, "seconds_per_epoch": seconds}
         self.trackers.log(epoch, metrics | {"epoch_start_timestamps": now - seconds, "epoch_end_timestamps": now})
         speed = f"{clock.steps * job.protocol.batch_size / seconds:.1f} samples/s"
@@ -53,7 +53,7 @@ class RunReport:
     def draw(self, network: Autoencoder, losses: list[float], sample: Samples) -> None:
         """Draw the losses so far, and a sample as it is rebuilt now."""
         job, names = self.job, [self.job.channel_names[channel] for channel in sample.present[0]]
-        rates = [job.learning_rate((epoch + 1) * job.steps_per_epoch - 1) for epoch in range(len(losses))]
+        rates = list(map(job.last_rate, range(len(losses))))
         plot_progress(losses, rates, self.output / PROGRESS, plain=job.protocol.plain_epochs)
         norm_pix = job.protocol.norm_pix_in(len(losses) - 1)
         views = rebuild(network, job.drawing.masking, sample, norm_pix=norm_pix)
