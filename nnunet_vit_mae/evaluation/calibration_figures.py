@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
+from scipy.special import logit
 
 from nnunet_vit_mae.calibration.open_cases import LOG_ODDS_LIMIT
 from nnunet_vit_mae.calibration.temperature import Reliability
@@ -33,19 +34,19 @@ def curve_figure(curves: Mapping[str, ThresholdCurve], thresholds: Sequence[floa
     figure = Figure(figsize=(7, 2.9 * len(curves)), layout="constrained")
     rows = figure.subplots(len(curves), squeeze=False)[:, 0]
     for axes, (label, curve), threshold in zip(rows, curves.items(), thresholds, strict=True):
-        axes.plot(_log_odds(curve.thresholds), curve.difference_mm3, color=COLOURS[0])
+        axes.plot(logit(curve.thresholds), curve.difference_mm3, color=COLOURS[0])
         axes.set_ylabel("Mean absolute volume\ndifference (mm³)", color=COLOURS[0])
         # cuts off the part where most of the image is foreground, which would hide the minimum
         shown = np.interp([0.5, threshold, 1.0], curve.thresholds, curve.difference_mm3)
         axes.set_ylim(0, 2 * max(shown.max(), 1e-6))
         right = axes.twinx()
-        right.plot(_log_odds(curve.thresholds), curve.dice, color=COLOURS[1], linestyle="--")
+        right.plot(logit(curve.thresholds), curve.dice, color=COLOURS[1], linestyle="--")
         right.set_ylabel("Mean Dice (dashed)", color=COLOURS[1])
         right.set_ylim(0, 1)
         for place, name, style in ((0.5, "nnU-Net: 0.5", ":"), (threshold, f"calibrated: {threshold:.3g}", "-")):
-            axes.axvline(_log_odds(place), color="black", linewidth=1, linestyle=style, label=name)
+            axes.axvline(logit(place), color="black", linewidth=1, linestyle=style, label=name)
         axes.legend(loc="upper right", fontsize=8)
-        axes.set_xticks(_log_odds(TICKS), [f"{tick:g}" for tick in TICKS])
+        axes.set_xticks(logit(TICKS), [f"{tick:g}" for tick in TICKS])
         axes.set(
             xlim=(-LOG_ODDS_LIMIT, LOG_ODDS_LIMIT),
             xlabel="Threshold on the probability (axis in log odds)",
@@ -93,7 +94,3 @@ def reliability_figure(curves: Mapping[str, Mapping[str, Reliability]], temperat
         axes.legend(loc="upper left", fontsize=8)
         axes.set(xlim=(0, 1), ylim=(0, 1), title=label, xlabel="Probability", ylabel="Share of voxels in the class")
     return figure
-
-
-def _log_odds(probabilities: np.ndarray | float) -> np.ndarray:
-    return np.log(probabilities / (1 - np.asarray(probabilities)))
