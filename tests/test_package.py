@@ -78,7 +78,7 @@ FLAGS = {
     | {"--labels", "--channel"},
     "mae3d_split": {"-h", "--help", "-d", "-o", "--csv", "--case", "--patient", "--folds", "--development", "--test"}
     | {"--stratify", "--stratify_volume", "--few", "--one_per_patient", "--leave_out", "--seed", "--overwrite"}
-    | {"--verify", "--figure"},
+    | {"--verify", "--figure", "--test_folder"},
     "mae3d_study": {"-h", "--help", "-d", "-o", "-c", "--arms", "--few", "--seeds", "--development", "--test", "--csv"}
     | {"--patient", "--recipe", "--epochs", "--iterations", "--pretrain_epochs", "--config", "-j", "--executor"}
     | {"--dry-run", "--step", "-device"},

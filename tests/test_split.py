@@ -474,6 +474,23 @@ def test_pretraining_and_training_warn_of_separated_patients(in_workspace, caplo
     assert "seen in training too (P)" in trained()
 
 
+def test_held_out_cases_are_linked_to_a_folder(in_workspace, tmp_path, refused, capsys):
+    held_out = tmp_path / "held_out"
+    flags = ["-d", "901", "--folds", "2", "--test_folder", str(held_out)]
+    assert "add --test, or --verify" in refused(main, *flags)
+    main([*flags, "--test", "0.3"])
+    tested = json.loads((in_workspace.preprocessed / "split.json").read_text())["test"]
+    assert sorted(file.name for file in (held_out / "labels").iterdir()) == [f"{case}.nii.gz" for case in tested]
+    images = sorted(file.name for file in (held_out / "images").iterdir())
+    assert images == [f"{case}_{channel:04}.nii.gz" for case in tested for channel in range(2)]
+    capsys.readouterr()
+    again = ["-d", "901", "--verify", "--test_folder"]
+    assert "give a new folder with --test_folder" in refused(main, *again, str(held_out))
+    main([*again, str(tmp_path / "again")])
+    assert f"Linked {len(tested)} cases" in capsys.readouterr().out
+    assert len(list((tmp_path / "again" / "images").iterdir())) == 2 * len(tested)
+
+
 LABELLED, POOL = [f"train_{number}" for number in range(6)], [f"pool_{number}" for number in range(3)]
 
 

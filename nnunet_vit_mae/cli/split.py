@@ -34,10 +34,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     _refuse_contradictions(args)
 
     from nnunet_vit_mae.datasets.split.cohort import StrataOptions, read_cohort, split_cohort, verify_folder
-    from nnunet_vit_mae.datasets.split.files import SPLITS
+    from nnunet_vit_mae.datasets.split.files import SPLITS, collect_test_cases
     from nnunet_vit_mae.datasets.split.split_report import split_report
     from nnunet_vit_mae.datasets.split.splits import SplitOptions
+    from nnunet_vit_mae.evaluation.words import count_cases
     from nnunet_vit_mae.nnunet.folders import find_dataset
+    from nnunet_vit_mae.storage.files import refuse_in_use
 
     dataset = find_dataset(args.dataset)
     folder = args.output or dataset.preprocessed
@@ -45,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if cohort.note:
         print(cohort.note)
     scans = _properties(cohort, dataset.raw) if args.figure else None
+    if args.test_folder:
+        refuse_in_use(args.test_folder, "--test_folder")
     if args.verify:
         summary, problems = verify_folder(cohort, folder)
         for problem in problems:
@@ -52,14 +56,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         if problems:
             sys.exit(2)
         print(summary)
-        _draw(folder, scans, args.figure)
-        return
-    few = tuple(sorted(set(args.few)))
-    options = SplitOptions(args.folds, args.development, args.test, few, args.one_per_patient, args.seed)
-    strata = StrataOptions(args.stratify, args.stratify_volume)
-    written = split_cohort(cohort, options, folder, strata, leave_out=args.leave_out, overwrite=args.overwrite)
-    print(split_report(written, cohort, args.dataset))
+    else:
+        few = tuple(sorted(set(args.few)))
+        options = SplitOptions(args.folds, args.development, args.test, few, args.one_per_patient, args.seed)
+        strata = StrataOptions(args.stratify, args.stratify_volume)
+        written = split_cohort(cohort, options, folder, strata, leave_out=args.leave_out, overwrite=args.overwrite)
+        print(split_report(written, cohort, args.dataset))
     _draw(folder, scans, args.figure)
+    if args.test_folder:
+        images, labels = args.test_folder / "images", args.test_folder / "labels"
+        count = collect_test_cases(dataset.raw, folder, images, labels)
+        print(f"Linked {count_cases(count)} held out for testing to {images} and {labels}.")
 
 
 def _properties(cohort: Cohort, raw: Path) -> ScanProperties:
@@ -93,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         __doc__,
         "-d 501 --csv patients.csv",
         "-d 501 --csv patients.csv --test 0.2 --few 10 25",
-        "-d 501 --verify",
+        "-d 501 --verify --test_folder held_out",
     )
     add = parser.add_argument
     add_dataset_argument(parser)
@@ -108,6 +115,8 @@ def _parser() -> argparse.ArgumentParser:
         help="one fold that validates on this share of patients, instead of --folds",
     )
     add("--test", type=share, default=0.0, metavar="SHARE", help="share of patients to hold out of every fold")
+    help_ = "link images and labels of the held-out cases to folders in this one"
+    add("--test_folder", type=Path, metavar="FOLDER", help=help_)
     add("--stratify", nargs="+", default=[], metavar="COLUMN", help="columns to stratify by, e.g. the scanner")
     add("--stratify_volume", action="store_true", help="stratify by tertiles of the labelled volume")
     add(
@@ -132,6 +141,10 @@ def _refuse_contradictions(args: argparse.Namespace) -> None:
         raise UserError(f"--figure {args.figure} must end with {' or '.join(FIGURE_ENDINGS)}.")
     if args.figure and not args.figure.resolve().parent.is_dir():
         raise UserError(f"--figure {args.figure}: the folder {args.figure.parent} does not exist: make it first.")
+    if args.test_folder and not (args.test or args.verify):
+        raise UserError(
+            f"--test_folder {args.test_folder} is for held-out cases: add --test, or --verify if there are some."
+        )
     if not args.development and args.folds < 2:
         raise UserError(f"--folds {args.folds} is too few: give 2 or more, or a share for --development.")
     if args.development + args.test >= 1:

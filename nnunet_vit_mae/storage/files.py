@@ -226,7 +226,7 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"{folder} cannot be created ({error.strerror}): choose another folder with -o.") from None
 
 
-def refuse_in_use(folder: Path) -> None:
-    """Raise `UserError` if `folder` is a file or a folder that is not empty."""
+def refuse_in_use(folder: Path, flag: str = "-o") -> None:
+    """Raise `UserError` if `folder`, which the user gave with a flag, is a file or a folder that is not empty."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} already exists: give a new folder with -o, or remove it.")
+        raise UserError(f"{folder} already exists: give a new folder with {flag}, or remove it.")
