@@ -44,6 +44,7 @@ from nnunet_vit_mae.presets import DECODERS
 from nnunet_vit_mae.settings import Network
 from nnunet_vit_mae.storage.csv_tables import read_rows
 from nnunet_vit_mae.storage.files import locked
+from nnunet_vit_mae.weights import file_hash
 
 TRAINER = "nnUNetTrainerBaseline"
 VOXEL = math.prod(SPACING)
@@ -292,10 +293,16 @@ def test_probabilities_of_the_best_checkpoint_are_not_taken_for_those_of_the_fin
     note.write_text(json.dumps({"checkpoint": FINAL}))
     calibrate()
     assert not predicted
-    note.write_text(json.dumps({"checkpoint": "checkpoint_best.pth"}))
-    with pytest.raises(SystemExit):  # what was predicted is empty
-        calibrate()
-    assert len(predicted) == 1
+    note.write_text(json.dumps({"checkpoint": FINAL, "sha256": file_hash(model / "fold_1" / FINAL)}))
+    calibrate()
+    assert not predicted
+    others = ({"checkpoint": "checkpoint_best.pth"}, {}, {"checkpoint": FINAL, "sha256": "of another training"})
+    for number, other in enumerate(others, 1):
+        note.write_text(json.dumps(other))
+        with pytest.raises(SystemExit):  # what was predicted is empty
+            calibrate()
+        assert len(predicted) == number
+        shutil.rmtree(model / "calibration_fold_1")
 
 
 FINAL = "checkpoint_final.pth"

@@ -70,7 +70,7 @@ def test_a_validation_without_a_checkpoint_is_of_none(tmp_path, monkeypatch):
     trainer.local_rank, trainer.disable_checkpointing = 0, True
     monkeypatch.setattr(nnUNetTrainer, "save_checkpoint", lambda *_: None)
     trainer.save_checkpoint(str(tmp_path / FINAL))
-    assert trainer.checkpoint_in_use == ""
+    assert trainer.checkpoint_in_use is None
 
 
 # ---------- another network than the plans'

@@ -24,7 +24,7 @@ from markdown_blocks import SHELL, blocks_of
 
 from nnunet_vit_mae.imaging.volumes import geometry_of
 from nnunet_vit_mae.storage.csv_tables import read_rows
-from nnunet_vit_mae.weights import read_encoder
+from nnunet_vit_mae.weights import file_hash, read_encoder
 
 pytestmark = pytest.mark.slow
 
@@ -220,7 +220,8 @@ def test_validation_and_continuing_need_no_encoder_file(finetuned, tmp_path):
         workspace.call(*TRAIN.split(), "nnUNetTrainerViTMAE", flag)
         assert 0 <= json.loads((folder / "validation" / "summary.json").read_text())["foreground_mean"]["Dice"] <= 1
         assert json.loads((folder / "validation" / "checkpoint.json").read_text()) == {
-            "checkpoint": "checkpoint_final.pth"
+            "checkpoint": "checkpoint_final.pth",
+            "sha256": file_hash(folder / "checkpoint_final.pth"),
         }
 
 

@@ -25,6 +25,7 @@ from nnunet_vit_mae.nnunet.prediction import (
 from nnunet_vit_mae.storage.entries import read_entries
 from nnunet_vit_mae.storage.files import inside, write_json
 from nnunet_vit_mae.storage.layout import CHECKPOINT_NOTE, FINAL, VALIDATION
+from nnunet_vit_mae.weights import file_hash
 
 NOTE = "predicted.json"  # in the folder of predictions
 FOLDER = "calibration"  # in the model's folder, for probabilities that nnU-Net has not saved
@@ -133,9 +134,7 @@ def _validation_cases_of(model: Model, fold: str, device: str) -> list[Predicted
     _refuse_other_split(model, fold, names)
     references_of = {name: find_reference(plan, name, plan.dataset.references) for name in names}
     probabilities = fold_folder / VALIDATION  # where nnUNetv2_train --npz saves them
-    note = probabilities / CHECKPOINT_NOTE  # with --val_best, they are those of the best checkpoint
-    validated = read_entries(dict[str, str], note, "remove it")["checkpoint"] if note.is_file() else FINAL
-    are_saved = model.checkpoint == FINAL == validated
+    are_saved = model.checkpoint == FINAL and _is_of_final(probabilities / CHECKPOINT_NOTE, fold_folder / FINAL)
     if not are_saved or not _complete(probabilities, names, fold_folder / model.checkpoint):
         model = replace(model, folds=(fold,))
         probabilities = _predict(model, plan.dataset.raw / "imagesTr", names, f"{FOLDER}_fold_{fold}", device)
@@ -143,6 +142,15 @@ def _validation_cases_of(model: Model, fold: str, device: str) -> list[Predicted
         PredictedCase(name, fold, inside(probabilities, f"{name}.npz", source=SPLITS), references_of[name])
         for name in names
     ]
+
+
+def _is_of_final(note: Path, final: Path) -> bool:
+    """Return whether a validation was that of the final checkpoint, as far as it has a note.
+
+    With --val_best it is that of the best one, and an earlier final checkpoint may have been put back.
+    """
+    validated = read_entries(dict[str, str], note, "remove it") if note.is_file() else {"checkpoint": FINAL}
+    return validated.get("checkpoint") == FINAL and validated.get("sha256") in (None, file_hash(final))
 
 
 def _refuse_other_split(model: Model, fold: str, validation: Collection[str]) -> None:

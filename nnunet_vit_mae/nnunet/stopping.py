@@ -19,13 +19,14 @@ from nnunet_vit_mae.pretraining.readers import refuse_without_shared_memory
 from nnunet_vit_mae.processes.signals import forks_follow, stoppable, tell
 from nnunet_vit_mae.storage.files import replacing, set_aside, write_json
 from nnunet_vit_mae.storage.layout import BEST, CHECKPOINT_NOTE, FINAL, LATEST, VALIDATION
+from nnunet_vit_mae.weights import file_hash
 
 
 class StoppableTrainer(nnUNetTrainer):
     """nnU-Net's trainer with a checkpoint after each epoch, which is whole at any time."""
 
     saved_since = 0.0  # files that are older belong to an earlier training
-    checkpoint_in_use = ""  # its file name, once one was loaded or saved
+    checkpoint_in_use: Path | None = None  # once one was loaded or saved
 
     @exit_on_user_error
     def run_training(self) -> None:
@@ -51,14 +52,14 @@ class StoppableTrainer(nnUNetTrainer):
             dist.barrier()
         with self._stoppable(), forks_follow():
             super().perform_actual_validation(save_probabilities)
-        if self.local_rank == 0:
-            write_json({"checkpoint": self.checkpoint_in_use}, note)
+        if self.local_rank == 0 and (used := self.checkpoint_in_use):
+            write_json({"checkpoint": used.name, "sha256": file_hash(used)}, note)  # another may take its name
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """Load a checkpoint as nnU-Net does."""
         super().load_checkpoint(filename_or_checkpoint)
         if isinstance(filename_or_checkpoint, str):
-            self.checkpoint_in_use = Path(filename_or_checkpoint).name
+            self.checkpoint_in_use = Path(filename_or_checkpoint)
 
     @exit_on_user_error
     def get_dataloaders(self) -> tuple:
@@ -82,7 +83,7 @@ class StoppableTrainer(nnUNetTrainer):
         before all others.
         """
         # a checkpoint of that name may be there, of an earlier training
-        self.checkpoint_in_use = "" if self.disable_checkpointing else Path(filename).name
+        self.checkpoint_in_use = None if self.disable_checkpointing else Path(filename)
         if self.local_rank or self.disable_checkpointing:
             return super().save_checkpoint(filename)
         file = Path(filename)
