@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.evaluation.drawing import label_y_axis, make_panels, model_styles, range_with_margin, styled
+from nnunet_vit_mae.evaluation.drawing import (
+    draw_legend,
+    label_y_axis,
+    make_panels,
+    model_styles,
+    range_with_margin,
+    styled,
+)
 from nnunet_vit_mae.presets import SIZES
 from nnunet_vit_mae.settings import BLOCK, Network, Settings
 from nnunet_vit_mae.storage.files import read_json
@@ -96,10 +103,7 @@ def token_figure(results: Sequence[DiceOfVit]) -> Figure:
         axes.grid(axis="y")
         label_y_axis(axes, "dice", None)
         axes.set_ylim(*range_with_margin(end for result in results for end in (result.low, result.high)))
-    shown: Mapping[str, object] = {
-        name: handle for axes in panels for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend([shown[name] for name in styles], [*styles], loc="outside lower center", ncols=3, frameon=False)
+    draw_legend(figure, panels, styles, columns=3)
     return figure
 
 

@@ -203,6 +203,15 @@ def make_panels(names: Sequence[str], height: float) -> tuple[Figure, list[Axes]
     return figure, panels[: len(names)]
 
 
+def draw_legend(figure: Figure, panels: Iterable[Axes], names: Iterable[str], columns: int = 4) -> None:
+    """Draw one legend below all panels, of the names that occur in any of them."""
+    drawn = [axes.get_legend_handles_labels() for axes in panels]
+    lines = {name: line for panel in reversed(drawn) for line, name in zip(*panel, strict=True)}
+    known = [name for name in names if name in lines]
+    handles = [lines[name] for name in known]
+    figure.legend(handles, known, loc="outside lower center", ncols=columns, frameon=False)
+
+
 def range_with_margin(values: Iterable[float]) -> tuple[float, float]:
     """Return limits of an axis that show all finite values."""
     finite = [float(value) for value in values if math.isfinite(value)]

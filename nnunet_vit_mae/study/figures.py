@@ -9,7 +9,17 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nnunet_vit_mae.evaluation.drawing import LINE, WIDTH, ModelStyle, Scale, label_y_axis, model_styles, styled
+from nnunet_vit_mae.evaluation.drawing import (
+    COLOURS,
+    LINE,
+    WIDTH,
+    ModelStyle,
+    Scale,
+    draw_legend,
+    label_y_axis,
+    model_styles,
+    styled,
+)
 from nnunet_vit_mae.study.comparisons import (
     COMPARED,
     PairedDifference,
@@ -55,8 +65,7 @@ def learning_curves(table: pd.DataFrame, arms: Sequence[str], label: str) -> Fig
         scale = None if measure == "dice" else Scale.around(_seed_means(table, label, measure))
         for axes in axes_of_column:
             label_y_axis(axes, measure, scale)
-    handles, names = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False)
+    draw_legend(figure, panels[:, 0], styles)
     return figure
 
 
@@ -117,7 +126,7 @@ def differences_figure(answers: Sequence[PairedDifference]) -> Figure:
 
 
 def _draw_difference(axes: Axes, paired: PairedDifference, place: int) -> None:
-    colour = "#0072B2" if paired.significant else "#777777"
+    colour = COLOURS[0] if paired.significant else "#777777"
     axes.plot([paired.low, paired.high], [place, place], color=colour, linewidth=4, alpha=0.35)
     axes.plot(paired.difference, place, marker="D", color=colour, markersize=5)
     axes.scatter(paired.seed_differences, [place + 0.22] * len(paired.seed_differences), s=9, color=colour, linewidth=0)
@@ -162,7 +171,5 @@ def training_figure(curves: Sequence[TrainingCurve]) -> Figure:
         right.grid(axis="y")
     for axes in panels[-1]:
         axes.set_xlabel("Epoch")
-    # an arm may lack some numbers of labels
-    shown = {name: line for axes in panels[:, 0] for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(4, len(shown)), frameon=False)
+    draw_legend(figure, panels[:, 0], arms)  # an arm may lack some numbers of labels
     return figure
