@@ -25,6 +25,7 @@ from functools import reduce
 from operator import add
 
 import numpy as np
+from scipy.special import expit
 
 from nnunet_vit_mae.calibration.cases import CalibrationCase, Classes, split, voxels_per_block
 from nnunet_vit_mae.calibration.open_cases import (
@@ -101,7 +102,7 @@ class Calibration:
     def at_temperature(self, temperature: float) -> Calibration:
         """Return the same calibration for logits that are divided by a temperature: it segments in the same way."""
         curves = tuple(
-            replace(curve, thresholds=_probability(log_odds(curve.thresholds) / temperature)) for curve in self.curves
+            replace(curve, thresholds=expit(log_odds(curve.thresholds) / temperature)) for curve in self.curves
         )
         return replace(self, shifts=tuple(shift / temperature for shift in self.shifts), curves=curves)
 
@@ -201,7 +202,7 @@ def _fit(
     best = np.flatnonzero(exact <= exact.min() * (1 + 1e-12))
     current = -shifts[index]
     chosen = min((float(candidates[i]) for i in best), key=lambda threshold: abs(threshold - current))
-    points = (_probability(GRID), difference, dice.mean(axis=0))
+    points = (expit(GRID), difference, dice.mean(axis=0))
     without_it = _best_of_others(losses)
     return FittedClass(
         shift=-chosen,
@@ -342,10 +343,6 @@ def _case_volumes(
             after_dice=dice_after[index],
             left_out_dice=float(each.left_out_dice[number]),
         )
-
-
-def _probability(log_odds: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-log_odds))
 
 
 def _extremes(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
