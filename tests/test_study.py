@@ -8,6 +8,7 @@ import pickle
 import shlex
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -497,6 +498,15 @@ def test_bad_input_gets_one_sentence(in_workspace, tmp_path, refused, monkeypatc
     monkeypatch.setattr(workflow, "find_spec", lambda name: None)
     assert 'pip install "nnunet-vit-mae[study]"' in refused(command.main, *known)
     assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize("test", [0.0, 0.2])
+def test_braces_are_refused_where_snakemake_would_take_them_for_wildcards(tmp_path, test):
+    workflow.refuse_braces(study_of(tmp_path, test=test))
+    for place, refused in (("output", test > 0), ("raw", test == 0)):
+        study = study_of(tmp_path, test=test, **{place: str(tmp_path / "{fold}")})
+        with pytest.raises(UserError, match="takes no braces in") if refused else nullcontext():
+            workflow.refuse_braces(study)
 
 
 def test_a_test_set_has_images_and_labels_of_the_same_cases(in_workspace, tmp_path, refused):

@@ -57,10 +57,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     from nnunet_vit_mae.study.splits import refuse_impossible_split, refuse_other_splits
-    from nnunet_vit_mae.study.workflow import commands_left, refuse_missing_snakemake, run_workflow
+    from nnunet_vit_mae.study.workflow import commands_left, refuse_braces, refuse_missing_snakemake, run_workflow
 
     refuse_missing_snakemake(args.executor)
     study = _study(args, output)
+    refuse_braces(study)
     check_unchanged(study)
     refuse_other_encoders(study)
     refuse_plans_of_others(study)

@@ -57,6 +57,12 @@ def refuse_missing_snakemake(executor: str | None) -> None:
         )
 
 
+def refuse_braces(study: StudyDesign) -> None:
+    """Raise `UserError` for braces in the path of the test cases, which Snakemake takes for names of wildcards."""
+    if {*str(study.test_labels)} & {*"{}"}:
+        raise UserError(f"Snakemake takes no braces in {study.test_labels}: use a folder without them.")
+
+
 def commands_left(study: StudyDesign) -> str:
     """Return how much is left to train, and the commands that are left to run; only Snakemake's own folder is written.
 
