@@ -195,6 +195,14 @@ def test_a_threshold_that_helps_no_case_that_is_left_out_is_told(objective, afte
     assert ("blob: the threshold does not help" in threshold_table(fitted)) == told
 
 
+def test_folds_that_nobody_chose_are_named(model, caplog):
+    told = "Fold 0 alone is used, but there are the folds 0, 1: choose with -f."
+    for flags, times in (([], 1), (["-f", "0"], 0)):
+        caplog.clear()
+        calibrate_command.main(["-d", "901", "-tr", TRAINER, "-device", "cpu", *flags])
+        assert caplog.messages.count(told) == times
+
+
 @pytest.mark.parametrize("model", LABELS, indirect=True)
 def test_checkpoints_carry_the_shift_and_nothing_else_changes(model):
     calibrate()
