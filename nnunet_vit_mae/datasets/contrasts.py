@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from glob import escape
 from pathlib import Path
@@ -106,13 +107,13 @@ class FillResult:
     problems: dict[str, str]
 
 
-def fill_contrasts(raw: Path) -> FillResult:
+def fill_contrasts(raw: Path, *, is_locked: bool = False) -> FillResult:
     """Write the missing channels of all cases in the raw dataset `raw`, and record in contrasts.json what is present.
 
     Given images are never changed, and a second call writes nothing. The record is written first, so that after a
     killed call the next one still knows which files were filled and writes the missing ones. Raises `UserError` if
-    nothing can be filled, or if another process writes to the dataset; a problem with one case is reported and does not
-    stop the others.
+    nothing can be filled, or if another process writes to the dataset, which `is_locked` if the caller sees to that; a
+    problem with one case is reported and does not stop the others.
     """
     channels = read_channels(raw)
     if len(set(channels.names)) < len(channels.names):
@@ -137,7 +138,7 @@ def fill_contrasts(raw: Path) -> FillResult:
     problems = {str(case.images): case.problem for case in sorted_cases if case.problem}
     written: list[Path] = []
     if record != former or to_fill:  # what is complete may be write-protected
-        with locked(raw):
+        with nullcontext() if is_locked else locked(raw):
             if read_contrasts(raw) != former:
                 raise UserError(f"{raw / CONTRAST_RECORD} has changed while images were being read: run this again.")
             if record != former:

@@ -99,10 +99,7 @@ def _preprocess_case(dataset: str, plans_name: str, configuration: str, raw_case
     plan = load_plan(find_dataset(dataset), plans_name, configuration)
     try:
         # readers, numpy and resampling raise errors of their own, and one bad file must not stop thousands of others
-        states = _states(files)  # before they are read
         problem = _find_channel_problem(plan, files) or _preprocess_files(plan, case, files)
-        if not problem:
-            write_json(states, _note_file(plan, case))
     except WriteError:  # a full disk is nothing about this case, and stops the others too
         raise
     except Exception as error:  # noqa: BLE001
@@ -122,6 +119,7 @@ def _find_channel_problem(plan: Plan, files: list[Path]) -> str | None:
 
 def _preprocess_files(plan: Plan, case: str, files: list[Path]) -> str | None:
     """Preprocess the files of a case and save the result; returns what is wrong with the images, if anything."""
+    states = _states(files)  # before they are read
     with without_warnings_of_itk():
         for file in files:
             if file.name.endswith(IMAGE_ENDINGS):  # others have a geometry in a format of nnU-Net
@@ -139,6 +137,9 @@ def _preprocess_files(plan: Plan, case: str, files: list[Path]) -> str | None:
     volume, _, _ = preprocessor.run_case_npy(
         volume, None, properties, plan.plans, plan.configuration, plan.dataset_json
     )
+    # a call that is killed here leaves a note without a file, and never one beside the file of another image
+    _output_file(plan, case).unlink(missing_ok=True)
+    write_json(states, _note_file(plan, case))
     _save(volume, plan, case)
     return None
 

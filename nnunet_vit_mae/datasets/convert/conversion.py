@@ -108,7 +108,9 @@ def convert(
     key: Path | None,
     processes: int,
 ) -> Conversion:
-    """Write all studies to the new raw dataset `output`; an unusable study or image does not stop the others.
+    """Write all studies to the new raw dataset `output`, which the caller holds (`new_folder`).
+
+    An unusable study or image does not stop the others.
 
     Absent contrasts are filled as by `mae3d_fill_contrasts`. Raises `UserError` if the dataset or the key cannot be
     written, or if nothing could be converted.
@@ -156,7 +158,7 @@ def convert(
     write_json(content, output / DESCRIPTION)
     shutil.rmtree(output / CONVERTED)
     try:
-        fill_contrasts(output)
+        fill_contrasts(output, is_locked=True)
     except UserError as error:  # nothing has to be converted again
         return Conversion(converted, counts, f"{str(error).rstrip('.')}, then run mae3d_fill_contrasts.")
     return Conversion(converted, counts)
