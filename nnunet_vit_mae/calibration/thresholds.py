@@ -46,7 +46,7 @@ from nnunet_vit_mae.progress import with_progress
 GRID = np.linspace(-LOG_ODDS_LIMIT, LOG_ODDS_LIMIT, 4097)  # log odds, 0 included
 MAX_SWEEPS = 10  # over several classes
 CURVE_POINTS = slice(None, None, 16)  # of the grid
-ROUNDING = 1e-9  # of sums of losses, as a share of the largest
+ROUNDING = 1e-12  # of differences of losses, as a share of the largest loss
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _fit(
         losses[number] = objective.loss(counts)
         volumes[number] = counts.predicted[own] * counts.voxel_mm3
         dice[number] = counts.dice()[own]
-    promising = bounds <= losses.sum(axis=0).min() * (1 + ROUNDING)
+    promising = bounds <= losses.sum(axis=0).min() * (1 + 1e-9)  # tolerates the rounding of long sums
     candidates = _between_scores(cases, classes, shifts, index, promising)
     exact = np.concatenate(
         [
