@@ -14,6 +14,7 @@ from nnunet_vit_mae.storage.entries import checked_entries
 from nnunet_vit_mae.storage.files import read_json
 
 CALIBRATION_RECORD = "calibration.json"
+MEANS = ("before", "after", "left_out")  # its sections with means over the cases that thresholds were fitted to
 UNCERTAINTY = "uncertainty"  # its section on intervals of volumes and expected Dice
 
 

@@ -111,9 +111,15 @@ def fill_contrasts(raw: Path, *, is_locked: bool = False) -> FillResult:
     """Write the missing channels of all cases in the raw dataset `raw`, and record in contrasts.json what is present.
 
     Given images are never changed, and a second call writes nothing. The record is written first, so that after a
-    killed call the next one still knows which files were filled and writes the missing ones. Raises `UserError` if
-    nothing can be filled, or if another process writes to the dataset, which `is_locked` if the caller sees to that; a
-    problem with one case is reported and does not stop the others.
+    killed call the next one still knows which files were filled and writes the missing ones. A problem with one case is
+    reported and does not stop the others.
+
+    Args:
+        raw: The raw dataset.
+        is_locked: Whether the caller holds `locked(raw)` already.
+
+    Raises:
+        UserError: If nothing can be filled, or if another process writes to the dataset.
     """
     channels = read_channels(raw)
     if len(set(channels.names)) < len(channels.names):

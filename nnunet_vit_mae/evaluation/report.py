@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
-from nnunet_vit_mae.calibration.record import CalibrationRecord
+from nnunet_vit_mae.calibration.record import MEANS, CalibrationRecord
 from nnunet_vit_mae.evaluation import words
 from nnunet_vit_mae.evaluation.by_token import TrainedVit
 from nnunet_vit_mae.evaluation.cases import EvaluationSet
@@ -122,7 +122,7 @@ def _calibration_context(name: str, record: CalibrationRecord, gallery: Gallery)
 
 
 def _threshold_row(content: Mapping[str, Any], label: str, threshold: float) -> dict[str, Any]:
-    means = [content.get(when, {}).get(label, {}) for when in ("before", "after", "left_out")]
+    means = [content.get(when, {}).get(label, {}) for when in MEANS]
 
     def texts(column: str) -> list[str]:
         return words.format_values(column, *(_number_or_nan(each.get(column)) for each in means))

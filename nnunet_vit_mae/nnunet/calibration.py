@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_vit_mae.calibration.cases import CalibrationCase, Classes
-from nnunet_vit_mae.calibration.record import CALIBRATION_RECORD
+from nnunet_vit_mae.calibration.record import CALIBRATION_RECORD, MEANS
 from nnunet_vit_mae.calibration.temperature import (
     Reliability,
     VoxelSample,
@@ -41,7 +41,6 @@ from nnunet_vit_mae.storage.files import write_json
 from nnunet_vit_mae.storage.stored_rows import StoredRows
 from nnunet_vit_mae.weights import file_hash, package_versions
 
-MEANS = ("before", "after", "left_out")  # over the cases that thresholds were fitted to
 TABLE_ROW = "{:20}  {:>9}  {:>12}  {:>12}  {:>12}  {:>11}  {:>6}  {:>8}"
 RECORDED_PACKAGES = ("nnunet-vit-mae", "nnunetv2", "torch", "numpy")
 
