@@ -5,12 +5,13 @@ unlabelled pool are what an encoder is pre-trained on; arms with equal encoders 
 same few cases with the same crops, for the same number of steps and samples, and tested on cases that nothing has seen.
 An arm without a network is nnU-Net's own U-Net, which learns by AdamW as the others do, or, with `"optimizer": "SGD"`,
 as nnU-Net trains it: with its initial weights, rates and weights of resolutions. An arm with `members` is their
-ensemble: the mean of their probabilities. Dice is the mean over cases of the mean over classes; the error of volumes is
-the mean absolute difference as a share of a class's mean volume; the share of right risk groups is that of the test
-cases whose volume lies between the same quartiles as their reference's. All three are measured again with thresholds
-that are fitted, as `mae3d_calibrate` does, to further labelled cases; their images are in the pool of pre-training,
-their labels serve these thresholds and the quartiles alone. The probe asks the frozen encoder: how well a linear map of
-a token's vector, learned on the labelled cases, finds each class's share of the token in the test cases (R2).
+ensemble: the mean of their probabilities. What arms have in common is written once, under `common`. Dice is the mean
+over cases of the mean over classes; the error of volumes is the mean absolute difference as a share of a class's mean
+volume; the share of right risk groups is that of the test cases whose volume lies between the same quartiles as their
+reference's. All three are measured again with thresholds that are fitted, as `mae3d_calibrate` does, to further
+labelled cases; their images are in the pool of pre-training, their labels serve these thresholds and the quartiles
+alone. The probe asks the frozen encoder: how well a linear map of a token's vector, learned on the labelled cases,
+finds each class's share of the token in the test cases (R2).
 
 Volumes stay in the memory of the device, and a GPU repeats its steps as CUDA graphs. Every result is a line of the
 output file, and what is there already is not run again, so that days of one CPU core, or minutes of a GPU, can be given
@@ -53,7 +54,7 @@ from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, war
 from nnunet_vit_mae.presets import AXES, SIZES
 from nnunet_vit_mae.settings import Finetuning, Pretraining, Settings
 
-NO_SETTINGS = ("optimizer", "seed")  # entries of an arm beside those of a vit_mae block; a seed is added to the run's
+NO_SETTINGS = ("optimizer", "seed", "members")  # entries of an arm beside those of a vit_mae block
 OPTIMIZERS = ("AdamW", "SGD")  # SGD is the U-Net's
 IGNORED = ("contrast_dropout", "loss", "augmentation", "freeze_epochs")  # settings of fine-tuning
 ANY_DECODER = {"decoder": "mae", "decoder_width": 0, "taps": (), "upsampling": "nearest", "upscale_convolutions": 1}
@@ -73,6 +74,17 @@ SHRINKAGE = 0.01  # of the probe's weights, relative to the variance of what the
 
 
 Encoders = dict[str, tuple[float, dict[str, Tensor]]]  # the loss and the weights, by what pre-training depends on
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A network and how it learns, or an ensemble of other arms."""
+
+    settings: Settings
+    has_vit: bool  # if not, the network is nnU-Net's U-Net
+    optimizer: str
+    seed: int  # added to that of the run
+    members: tuple[str, ...]  # of an ensemble
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("packed", type=Path, nargs="?", help="a dataset that --pack wrote")
     parser.add_argument("--pack", metavar="ID", help="write this dataset's preprocessed volumes to -o")
     parser.add_argument("-o", dest="output", type=Path, help="a line for each result")
-    parser.add_argument("--arms", type=Path, help="arms by name, each a partial vit_mae block")
+    parser.add_argument("--arms", type=Path, help="arms by name, each a partial vit_mae block (see ablation_arms.json)")
+    parser.add_argument("--only", metavar="ARM", nargs="+", help="run these arms of the file (all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--labelled", type=int, default=10, help="cases of fine-tuning")
     parser.add_argument(
@@ -154,7 +167,7 @@ def run(arguments: argparse.Namespace) -> None:
     torch.backends.cudnn.benchmark = True  # as nnU-Net
     torch.set_num_threads(1)
     packed = unpack(arguments.packed, torch.device(arguments.device))
-    arms: Mapping[str, dict] = json.loads(arguments.arms.read_text())
+    arms = read_arms(arguments.arms)
     lines = arguments.output.read_text().splitlines() if arguments.output.exists() else []
     done = {(entry["arm"], entry["seed"], entry["steps"]) for entry in map(json.loads, lines)}
     splits = {seed: split_of(packed, seed, arguments) for seed in arguments.seeds}
@@ -171,6 +184,33 @@ def run(arguments: argparse.Namespace) -> None:
             print(entry, flush=True)
 
 
+def read_arms(file: Path) -> dict[str, Arm]:
+    """Read the arms of a file.
+
+    Raises `UserError` for a setting that this benchmark does not read, and for an optimizer that the arm would not be
+    trained with.
+    """
+    content = json.loads(file.read_text())
+    common = Settings.from_dict(content.get("common", {}))
+    return {name: arm_of(name, entry, common) for name, entry in content["arms"].items()}
+
+
+def arm_of(name: str, entry: Mapping[str, Any], common: Settings) -> Arm:
+    """Return an arm, given its entry in a file and what all arms have in common (same errors as `read_arms`)."""
+    settings = common.updated({key: part for key, part in entry.items() if key not in NO_SETTINGS})
+    for setting in IGNORED:
+        if getattr(settings.finetuning, setting) != getattr(Finetuning(), setting):
+            raise UserError(
+                f"The arm {name} sets finetuning.{setting}, which this benchmark does not read: leave it out."
+            )
+    optimizer = entry.get("optimizer", "AdamW")
+    if optimizer not in OPTIMIZERS or (optimizer == "SGD" and "network" in entry):
+        raise UserError(
+            f"The arm {name} has the optimizer {optimizer}: choose AdamW, or SGD for a U-Net without a network."
+        )
+    return Arm(settings, "network" in entry, optimizer, entry.get("seed", 0), tuple(entry.get("members", ())))
+
+
 def split_of(packed: Packed, seed: int, arguments: argparse.Namespace) -> Split:
     """Draw the cases of a seed."""
     order = np.random.default_rng(seed).permutation(len(packed.labels)).tolist()
@@ -182,7 +222,7 @@ def split_of(packed: Packed, seed: int, arguments: argparse.Namespace) -> Split:
 
 def results(
     packed: Packed,
-    arms: Mapping[str, dict],
+    arms: Mapping[str, Arm],
     seed: int,
     split: Split,
     encoders: Encoders,
@@ -193,25 +233,26 @@ def results(
 
     Members of ensembles are, if an earlier run trained them, for their predictions are not kept.
     """
-    shared = {member for block in arms.values() for member in block.get("members", ())}
+    chosen = {name: arms[name] for name in arguments.only or arms}
+    shared = {member for arm in chosen.values() for member in arm.members}
     outcomes: dict[tuple[str, int], Outcome] = {}
     for steps in dict.fromkeys(arguments.pretraining_steps):
-        for arm, block in arms.items():
-            members = block.get("members", [arm])
-            if (arm, seed, steps) in done or (steps and not any("network" in arms[member] for member in members)):
+        for name, arm in chosen.items():
+            members = arm.members or (name,)
+            if (name, seed, steps) in done or (steps and not any(arms[member].has_vit for member in members)):
                 continue
             started = time.monotonic()
-            keys = [(member, steps if "network" in arms[member] else 0) for member in members]
+            keys = [(member, steps if arms[member].has_vit else 0) for member in members]
             for key in keys:
                 if key not in outcomes:
                     member, own_steps = key
-                    outcomes[key] = trained(packed, member, arms[member], own_steps, seed, split, encoders, arguments)
+                    outcomes[key] = trained(packed, arms[member], own_steps, seed, split, encoders, arguments)
             parts = [outcomes[key] for key in keys]
-            if arm not in shared:
-                outcomes.pop((arm, steps), None)
+            if name not in shared:
+                outcomes.pop((name, steps), None)
             cases = zip(*[part.predicted for part in parts], strict=True)
             yield {
-                "arm": arm,
+                "arm": name,
                 "steps": steps,
                 "loss": parts[0].loss if len(parts) == 1 else math.nan,
                 "probe": parts[0].probe if len(parts) == 1 else math.nan,
@@ -222,8 +263,7 @@ def results(
 
 def trained(
     packed: Packed,
-    arm: str,
-    block: Mapping[str, Any],
+    arm: Arm,
     steps: int,
     seed: int,
     split: Split,
@@ -231,21 +271,18 @@ def trained(
     arguments: argparse.Namespace,
 ) -> Outcome:
     """Train an arm, after so many steps of pre-training, and predict the cases of development and test."""
-    settings = Settings.from_dict({name: part for name, part in block.items() if name not in NO_SETTINGS})
-    refuse_ignored(arm, settings.finetuning)
-    refuse_optimizer(arm, block)
-    loss, encoder = math.nan, None
+    settings, loss, encoder = arm.settings, math.nan, None
     if steps:
         key = f"{dataclasses.replace(settings.network, **ANY_DECODER)} {settings.pretraining} {steps}"
         if key not in encoders:
             encoders[key] = pretrained(packed, settings, steps, seed, split)
         loss, encoder = encoders[key]
-    own_seed = seed + block.get("seed", 0)
+    own_seed = seed + arm.seed
     torch.manual_seed(own_seed)
-    network, probe = build(packed, settings, block, encoder, arguments.unet_width), math.nan
+    network, probe = build(packed, arm, encoder, arguments.unet_width), math.nan
     if isinstance(network, Segmenter):
         probe = probe_of(packed, network.encoder, settings, split)
-    descent = descent_of(network, block, settings, pretrained=encoder is not None)
+    descent = descent_of(network, arm, pretrained=encoder is not None)
     finetune(packed, network, descent, settings.finetuning, split, own_seed, arguments.steps)
     development, tested = (
         [predict(packed, lambda volume: _finest(_logits(network, volume)), case) for case in cases]
@@ -263,31 +300,14 @@ def measured(classes: int, development: Sequence[Predicted], tested: Sequence[Pr
     return shown | {f"calibrated_{name}": value for name, value in dataclasses.asdict(calibrated).items()}
 
 
-def refuse_ignored(arm: str, protocol: Finetuning) -> None:
-    """Raise `UserError` for a choice that makes no difference here: two arms would only seem to differ in it."""
-    for name in IGNORED:
-        if getattr(protocol, name) != getattr(Finetuning(), name):
-            raise UserError(f"The arm {arm} sets finetuning.{name}, which this benchmark does not read: leave it out.")
-
-
-def refuse_optimizer(arm: str, block: Mapping[str, Any]) -> None:
-    """Raise `UserError` for an optimizer that the arm would not be trained with."""
-    chosen = block.get("optimizer", "AdamW")
-    if chosen not in OPTIMIZERS or (chosen == "SGD" and "network" in block):
-        raise UserError(
-            f"The arm {arm} has the optimizer {chosen}: choose AdamW, or SGD for a U-Net without a network."
-        )
-
-
-def build(
-    packed: Packed, settings: Settings, block: Mapping[str, Any], encoder: dict[str, Tensor] | None, unet_width: int
-) -> nn.Module:
+def build(packed: Packed, arm: Arm, encoder: dict[str, Tensor] | None, unet_width: int) -> nn.Module:
     """Build an arm's network on the device."""
+    settings = arm.settings
     prior = settings.finetuning.foreground_prior
     logits = prior_logits(packed.classes, prior, regions=False) if prior else None
-    if "network" not in block:
+    if not arm.has_vit:
         network = unet(packed, unet_width)
-        if block.get("optimizer") == "SGD":
+        if arm.optimizer == "SGD":
             network.apply(network.initialize)
         elif logits:
             start_from(network.decoder.seg_layers, logits)
@@ -423,18 +443,18 @@ def axes_of(mirroring: str) -> list[int]:
     return [2 + axis for axis, name in enumerate(AXES) if name in mirroring]
 
 
-def descent_of(network: nn.Module, block: Mapping[str, Any], settings: Settings, *, pretrained: bool) -> Descent:
+def descent_of(network: nn.Module, arm: Arm, *, pretrained: bool) -> Descent:
     """Return how an arm learns: by nnU-Net's SGD if it says so, else by AdamW at the rates of its protocol."""
-    if block.get("optimizer") == "SGD":
+    if arm.optimizer == "SGD":
         group = {"params": list(network.parameters()), "lr_scale": 1.0}
         sgd = torch.optim.SGD([group], lr=0.0, momentum=0.99, nesterov=True, weight_decay=3e-5)
         return Descent(sgd, lambda done: 1e-2 * (1 - done) ** 0.9, clip=12.0, loss=nnunet_loss)
-    protocol = settings.finetuning
+    protocol = arm.settings.finetuning
     groups = parameter_groups(
         network.named_parameters(),
         weight_decay=protocol.weight_decay,
         layer_decay=protocol.layer_decay if pretrained else 1.0,
-        depth=SIZES[settings.network.size].depth,
+        depth=SIZES[arm.settings.network.size].depth,
     )
     return _adamw(groups, protocol, betas=(0.9, 0.999))
 

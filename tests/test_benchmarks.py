@@ -27,7 +27,7 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.memory import segmentation_loss
 from nnunet_vit_mae.networks.tokenizer import padded, patchify
 from nnunet_vit_mae.presets import POSITIONS
-from nnunet_vit_mae.settings import Finetuning, Network, Pretraining, Settings
+from nnunet_vit_mae.settings import Network, Pretraining, Settings
 
 BENCHMARKS = sorted(file.stem for file in (Path(__file__).parents[1] / "benchmarks").glob("*.py"))
 
@@ -116,9 +116,9 @@ def test_the_loader_yields_the_samples_of_a_batch(tmp_path):
 
 def test_an_arm_whose_choice_an_ablation_would_not_read_is_refused():
     benchmark = import_module("ablation")
-    benchmark.refuse_ignored("free", Finetuning(layer_decay=1.0, lr=1e-3))
+    benchmark.arm_of("free", {"finetuning": {"layer_decay": 1.0, "lr": 1e-3}}, Settings())
     with pytest.raises(UserError, match=r"The arm dice sets finetuning\.loss, which this benchmark does not read"):
-        benchmark.refuse_ignored("dice", Finetuning(loss="dice"))
+        benchmark.arm_of("dice", {"finetuning": {"loss": "dice"}}, Settings())
 
 
 class TestGPU:
@@ -194,19 +194,19 @@ def test_the_ablation_runs_on_a_packed_dataset(tmp_path, monkeypatch, capsys):
         strides=[[1, 1, 1], [2, 2, 2]],
         name="Dataset900_Noise",
     )
-    network = {"size": "XS", "token": [4, 4, 4], "decoder": "mae"}
+    common = {"network": {"size": "XS"}, "pretraining": {"batch_size": 2}, "finetuning": {"batch_size": 2}}
     arms = {
         "unet": {},
         "SGD": {"optimizer": "SGD"},
-        "ViT": {"network": network, "pretraining": {"batch_size": 2}, "finetuning": {"batch_size": 2}},
+        "ViT": {"network": {"token": [4, 4, 4], "decoder": "mae"}},
         "ensemble": {"members": ["unet", "ViT"]},
         "twins": {"members": ["unet", "twin"]},
         "twin": {"seed": 0},
     }
-    (tmp_path / "arms.json").write_text(json.dumps(arms))
+    (tmp_path / "arms.json").write_text(json.dumps({"common": common, "arms": {**arms, "unused": {"network": {}}}}))
     cases = "--seeds 1 --labelled 1 --development 1 --tested 2"
     flags = f"{cases} --steps 1 --pretraining_steps 0 2 3 --device cpu --unet_width 4"
-    command = f"ablation.py packed.npz --arms arms.json -o results.jsonl {flags}"
+    command = f"ablation.py packed.npz --arms arms.json -o results.jsonl {flags} --only {' '.join(arms)}"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", command.split())
     for _ in range(2):  # the second time nothing is left to do
@@ -254,15 +254,15 @@ def test_tokens_are_covered_that_hold_a_voxel_of_the_volume(inside, token, other
 def test_an_arm_with_an_optimizer_that_it_would_not_get_is_refused(block):
     benchmark = import_module("ablation")
     for taken in ({}, {"optimizer": "SGD"}, {"optimizer": "AdamW", "network": {}}):
-        benchmark.refuse_optimizer("taken", taken)
+        benchmark.arm_of("taken", taken, Settings())
     with pytest.raises(UserError, match="The arm refused has the optimizer"):
-        benchmark.refuse_optimizer("refused", block)
+        benchmark.arm_of("refused", block, Settings())
 
 
 @pytest.mark.parametrize(("block", "kind", "peak"), [({"optimizer": "SGD"}, "SGD", 1e-2), ({}, "AdamW", 3e-4)])
 def test_an_arm_learns_by_the_optimizer_that_it_names(block, kind, peak):
-    network = nn.Linear(2, 3)
-    descent = import_module("ablation").descent_of(network, block, Settings(), pretrained=False)
+    benchmark, network = import_module("ablation"), nn.Linear(2, 3)
+    descent = benchmark.descent_of(network, benchmark.arm_of("arm", block, Settings()), pretrained=False)
     assert type(descent.optimizer).__name__ == kind
     assert max(map(descent.rate, np.linspace(0, 1, 101))) == pytest.approx(peak)
     assert descent.rate(1.0) == pytest.approx(0)
