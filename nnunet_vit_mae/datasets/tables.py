@@ -55,6 +55,7 @@ def read_case_table(file: Path, case_column: str | None, cases: Collection[str])
         UserError: If the file is missing, is not a table, has no column of cases, has two different rows for a case, or
             has lost the zeros at the beginning of names.
     """
+    cases = dict.fromkeys(cases)  # each cell is looked up
     try:
         cells = read_cells(file)
     except FileNotFoundError:

@@ -26,6 +26,8 @@ from nnunet_vit_mae.datasets.split.splits import (
 )
 from nnunet_vit_mae.datasets.tables import CaseTable, PatientColumns, read_case_table, read_names
 from nnunet_vit_mae.errors import UserError, abbreviated
+from nnunet_vit_mae.imaging.channels import NIFTI, channels_by_case
+from nnunet_vit_mae.imaging.description import read_description
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,13 @@ def read_cohort(raw: Path, preprocessed: Path, columns: PatientColumns, folder: 
     """Find the labelled cases of a dataset and their patients.
 
     Patients come from the table in `columns`, else from an earlier split in `folder`; without either, each case counts
-    as its own patient. Raises `UserError` if there are no labels, or if a case has no patient.
+    as its own patient. The note says which unlabelled cases have no patient. Raises `UserError` if there are no labels,
+    or if a labelled case has no patient.
     """
     labels = find_label_files(raw, preprocessed)
-    cases = list(labels.files)
+    cases, unlabelled = list(labels.files), _unlabelled_cases(raw, labels)
     if columns.file is not None:
-        table = read_case_table(columns.file, columns.case, cases)
+        table = read_case_table(columns.file, columns.case, [*cases, *unlabelled])
         cohort = Cohort(labels, table.patients(columns.patient), table)
         source = table.file
     elif (folder / PATIENTS).is_file():
@@ -63,7 +66,15 @@ def read_cohort(raw: Path, preprocessed: Path, columns: PatientColumns, folder: 
         return Cohort(labels, {case: case for case in cases}, note=note)
     if missing := [case for case in cases if case not in cohort.patients]:
         raise UserError(f"{source} has no row for {abbreviated(missing)}: complete it, or check --case.")
+    if missing := [case for case in unlabelled if case not in cohort.patients]:
+        note = f"{source} has no row for {abbreviated(missing)} of imagesUn: each counts as a patient of its own."
+        return replace(cohort, note=f"{cohort.note}\n{note}".lstrip())
     return cohort
+
+
+def _unlabelled_cases(raw: Path, labels: LabelFiles) -> list[str]:
+    ending = read_description(labels.description).file_ending or NIFTI[0]
+    return list(channels_by_case(raw / "imagesUn", ending)[0])
 
 
 @dataclass(frozen=True)

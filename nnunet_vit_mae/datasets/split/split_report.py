@@ -13,7 +13,7 @@ def split_report(written: WrittenSplits, cohort: Cohort, dataset: str) -> str:
     """Return the table of folds and everything the user should know; `dataset` is what `-d` named."""
     splits = written.splits
     lines = [fold_table(splits, cohort.patients, written.strata), *splits.notes, *_cases_in_no_fold(splits, cohort)]
-    if alike := alike_names({cohort.patients[case] for case in written.strata}):
+    if alike := alike_names({*cohort.patients.values()}):
         lines.append(f"Are these different patients? {'; '.join(map(', '.join, alike))}.")
     if written.options.few:
         regular = " ".join(str(fold) for fold in range(len(splits.folds) // (1 + len(written.options.few))))
