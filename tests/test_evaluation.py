@@ -180,6 +180,11 @@ def test_scans_of_one_patient_count_once_in_tests_and_intervals(data, no_report,
     assert {test["n"] for test in summary["tests"] if test["measure"] == "difference_mm3"} == {3}
     assert {mean["n"] + mean["left_out"] for mean in summary["means"]} == {6}
     assert {row["patient"] for row in rows_in(data / "report").values()} == {"P0", "P1", "P2"}
+    (data / "scans.csv").write_text("case,patient\n" + "".join(f"case_{n},P\n" for n in range(4)))
+    command.main(arguments(data, out="incomplete"))
+    said = capsys.readouterr().out
+    assert "scans.csv has no patient of case_4, case_5: each counts as a patient of its own." in said
+    assert "The 6 cases are of 3 patients." in said
     (data / "scans.csv").rename(data / "own.csv")
     chosen = arguments(data, "--patient", "person", out="second")
     assert "--patient person names a column of a table" in refused(command.main, *chosen)

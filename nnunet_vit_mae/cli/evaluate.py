@@ -134,7 +134,9 @@ def _evaluate(
         known = scans.patients(args.patient) if args.patient else patients(scans)
         if SLICE_THICKNESS in scans.columns or not known:
             evaluation_set = evaluation_set.with_slice_thickness(slice_thickness(scans), table)
-        evaluation_set = evaluation_set.with_patients({name: patient_of(name, known) for name in names})
+        unknown = [name for name in names if name not in known] if known else []
+        by_case = {name: patient_of(name, known) for name in names}
+        evaluation_set = evaluation_set.with_patients(by_case, unknown, table)
     elif args.patient:
         raise UserError(f"--patient {args.patient} names a column of a table: give it with --csv.")
     evaluation = evaluate(evaluation_set, options, args.processes)

@@ -54,17 +54,22 @@ class EvaluationSet:
         note = f"{source.name} has no slice thickness of {abbreviated(missing)}: the largest spacing stands in."
         return replace(self, cases=cases, notes=(*self.notes, *([note] if missing else [])))
 
-    def with_patients(self, patients: Mapping[str, str]) -> EvaluationSet:
-        """Return the set with the patient of each case, and a note, if several cases are of one patient."""
+    def with_patients(self, patients: Mapping[str, str], unknown: Sequence[str], source: Path) -> EvaluationSet:
+        """Return the set with the patient of each case, if several are of one, and notes.
+
+        Cases that are `unknown` to `source`, the table of patients, count as patients of their own.
+        """
         cases = tuple(replace(case, patient=patients[case.name]) for case in self.cases)
+        note = f"{source.name} has no patient of {abbreviated(unknown)}: each counts as a patient of its own."
+        described = replace(self, notes=(*self.notes, *([note] if unknown else [])))
         of_cases = {case.patient for case in cases}
         if len(of_cases) == len(cases):
-            return self
+            return described
         note = (
             f"The {len(cases)} cases are of {len(of_cases)} patients. Intervals draw patients, and tests compare the "
             "means of each patient's cases."
         )
-        return replace(self, cases=cases, notes=(*self.notes, note))
+        return replace(described, cases=cases, notes=(*described.notes, note))
 
     def case(self, name: str) -> EvaluationCase:
         """Return the case of that name."""
