@@ -42,6 +42,7 @@ from nnunet_vit_mae.pretraining.crops import (
 )
 from nnunet_vit_mae.pretraining.pictures import interpolated, rebuild
 from nnunet_vit_mae.pretraining.volumes import open_volume
+from nnunet_vit_mae.processes import memory
 from nnunet_vit_mae.settings import Network, Pretraining
 from nnunet_vit_mae.storage.csv_tables import read_rows
 
@@ -373,9 +374,9 @@ def test_shared_memory_that_runs_out_is_said(files):
 
 
 def test_shared_memory_is_measured_before_it_is_used():
-    readers.refuse_without_shared_memory(0, 2**60)
+    memory.refuse_without_shared_memory(0, 2**60)
     with pytest.raises(UserError, match=r"4 batches .* need .* of shared memory, .*--shm-size.*-np 0"):
-        readers.refuse_without_shared_memory(4, 2**60)
+        memory.refuse_without_shared_memory(4, 2**60)
 
 
 @pytest.mark.parametrize(("lr", "word"), [(1e-6, "low"), (3e-4, None), (6e-3, "high")])

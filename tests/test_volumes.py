@@ -162,8 +162,7 @@ def test_a_crop_is_no_view_of_the_volume(files, crops_of):
     ],
 )
 def test_more_than_there_is_is_refused(files, monkeypatch, free, whole, more, fits):
-    usage = module.shutil.disk_usage("/")._replace(free=free, total=whole)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(module, "shared_memory", lambda: (whole, free))
     if fits:
         with Cache(files, 2 * PLENTY, **more) as cache:
             assert len(cache) == len(files)

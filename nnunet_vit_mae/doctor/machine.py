@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ import joblib
 
 from nnunet_vit_mae.doctor.diagnosis import ERROR, OK, WARNING, Diagnosis
 from nnunet_vit_mae.errors import first_line
-from nnunet_vit_mae.processes.memory import SHARED_MEMORY, memory_size
+from nnunet_vit_mae.processes.memory import SHARED_MEMORY, memory_size, shared_memory
 from nnunet_vit_mae.units import size_text
 
 LEAST_SHARED_MEMORY = 1e9  # for the batches that readers have ready
@@ -79,9 +80,9 @@ def diagnose_workers(environment: Mapping[str, str]) -> Iterator[Diagnosis]:
 
 def diagnose_shared_memory(folder: Path = SHARED_MEMORY) -> Iterator[Diagnosis]:
     """Yield the size of shared memory, through which readers and nnU-Net's workers pass their batches."""
-    if not folder.is_dir():  # only Linux has it as a folder
+    _, free = shared_memory(folder)
+    if free == math.inf:
         return
-    free = shutil.disk_usage(folder).free
     text = f"{size_text(free)} of shared memory is free."
     if free >= LEAST_SHARED_MEMORY:
         yield Diagnosis("shared memory", OK, text)

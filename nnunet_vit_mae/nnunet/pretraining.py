@@ -24,10 +24,11 @@ from nnunet_vit_mae.nnunet.wandb_tracker import check_wandb, wandb_tracker
 from nnunet_vit_mae.planning import refuse_useless_masks
 from nnunet_vit_mae.pretraining import distributed
 from nnunet_vit_mae.pretraining.job import PretrainingJob
-from nnunet_vit_mae.pretraining.readers import READY_BATCHES, refuse_without_shared_memory
+from nnunet_vit_mae.pretraining.readers import READY_BATCHES
 from nnunet_vit_mae.pretraining.run import PretrainingResult, run
 from nnunet_vit_mae.pretraining.saved_state import what_is_kept
 from nnunet_vit_mae.pretraining.volumes import ITEM, Cache, DeviceCache, bytes_in_half_precision, volume_problems
+from nnunet_vit_mae.processes.memory import refuse_without_shared_memory
 from nnunet_vit_mae.settings import Pretraining, Settings, to_json_types
 from nnunet_vit_mae.storage.files import locked, short_hash
 from nnunet_vit_mae.storage.layout import encoder_file

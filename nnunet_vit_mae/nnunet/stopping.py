@@ -15,7 +15,7 @@ from torch import distributed as dist
 
 from nnunet_vit_mae.errors import exit_on_user_error
 from nnunet_vit_mae.imaging.channels import cases_in
-from nnunet_vit_mae.pretraining.readers import refuse_without_shared_memory
+from nnunet_vit_mae.processes.memory import refuse_without_shared_memory
 from nnunet_vit_mae.processes.signals import forks_follow, stoppable, tell
 from nnunet_vit_mae.storage.files import replacing, set_aside, write_json
 from nnunet_vit_mae.storage.layout import BEST, CHECKPOINT_NOTE, FINAL, LATEST, VALIDATION

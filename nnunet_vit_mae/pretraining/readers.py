@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from multiprocessing import active_children
@@ -16,13 +15,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.pretraining.crops import CropBatch, RandomCrops
-from nnunet_vit_mae.processes.memory import SHARED_MEMORY
+from nnunet_vit_mae.processes.memory import NO_ROOM, SHARED_MEMORY
 from nnunet_vit_mae.processes.signals import end_children, follow_parent, held
-from nnunet_vit_mae.units import size_text
 
 READY_BATCHES = 2  # that each reader prepares, as torch has it
 READER_SECONDS = 600.0  # within which some reader has to give a batch
-NO_ROOM = "enlarge it (docker run --shm-size, for instance), or read without other processes"
 
 
 class _Shared(Dataset):
@@ -77,20 +74,6 @@ def reader_failures() -> Iterator[None]:
         yield
     except (RuntimeError, OSError, EOFError) as error:
         raise _reason(error) or error from None
-
-
-def refuse_without_shared_memory(batches: int, batch_bytes: int, without: str = "-np 0") -> None:
-    """Raise `UserError` if the batches that readers have ready do not fit into shared memory.
-
-    `without` is the setting that reads without other processes.
-    """
-    needed = batches * batch_bytes
-    usage = shutil.disk_usage(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else None
-    if usage and needed > usage.free:
-        raise UserError(
-            f"The {batches} batches that readers have ready need {size_text(needed)} of shared memory, but "
-            f"{SHARED_MEMORY} has {size_text(usage.free)} free: {NO_ROOM} ({without})."
-        )
 
 
 def _start_reader(_: int) -> None:

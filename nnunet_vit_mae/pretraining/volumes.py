@@ -6,7 +6,6 @@ The memory is that of the host, which readers share, or that of the device that 
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nnunet_vit_mae.errors import UserError, reader_reason
-from nnunet_vit_mae.processes.memory import SHARED_MEMORY
+from nnunet_vit_mae.processes.memory import SHARED_MEMORY, shared_memory
 from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.limits import too_many_voxels
 from nnunet_vit_mae.units import size_text
@@ -94,12 +93,12 @@ class Cache(AbstractContextManager):
             self.places[file] = (size, shape)
             size += math.prod(shape) * ITEM
         total = size * copies
-        usage = shutil.disk_usage(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else None
+        room, free = shared_memory()
         # of what is free, another copy may have taken its part already
-        if usage and (total + spare > usage.total or size + spare > usage.free):
+        if total + spare > room or size + spare > free:
             raise UserError(
                 f"A cache of {size_text(total)}, and {size_text(spare)} for batches, do not fit into "
-                f"{SHARED_MEMORY}, with {size_text(usage.free)} free: give a smaller --cache, or enlarge "
+                f"{SHARED_MEMORY}, with {size_text(free)} free: give a smaller --cache, or enlarge "
                 f"{SHARED_MEMORY} (docker run --shm-size, for instance)."
             )
         self._memory = SharedMemory(create=True, size=max(1, size))
