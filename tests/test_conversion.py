@@ -15,6 +15,7 @@ from synthetic_head import grid, moved, scan, tell_two_places
 from nnunet_vit_mae.cli.convert import main
 from nnunet_vit_mae.imaging.dicom import SeriesError, find_series, read_series
 from nnunet_vit_mae.imaging.scans import ScanError, read_scan
+from nnunet_vit_mae.storage.files import locked
 
 NAME, NUMBER, BIRTH = "Musterfrau^Erika", "PID-4711", "19631224"
 SCANNER = {"0008|0070": "SIEMENS", "0008|1090": "Sensation 64", "0018|1210": "H31s", "0018|0050": "3.0"}
@@ -224,6 +225,10 @@ def test_a_dicom_label_that_nothing_fits_is_a_mistake(folders, refused):
 # ---------- pseudonyms
 
 
+def _stop(*_):
+    raise KeyboardInterrupt
+
+
 def test_the_key_is_written_before_the_first_image(folders, tmp_path, refused, monkeypatch):
     source, output = folders
     write(grid(), source / "sub-01/anat/sub-01_T1w.nii.gz")
@@ -231,12 +236,8 @@ def test_the_key_is_written_before_the_first_image(folders, tmp_path, refused, m
     (tmp_path / "file").touch()
     assert "cannot be written" in refused(main, *arguments, str(tmp_path / "file" / "key.csv"))
     key = tmp_path / "key.csv"
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as context:
-        context.setattr("nnunet_vit_mae.datasets.convert.conversion.convert_study", stop)
+        context.setattr("nnunet_vit_mae.datasets.convert.conversion.convert_study", _stop)
         with pytest.raises(SystemExit, match="130"):
             main([*arguments, str(key)])
     assert table(key) == [{"case": "P0001_1", "patient": "sub-01", "session": ""}]
@@ -248,6 +249,40 @@ def test_the_key_is_written_before_the_first_image(folders, tmp_path, refused, m
     message = refused(main, *again, str(key))
     assert "not the key of an earlier conversion" in message
     assert "sub-01" not in message
+
+
+def test_two_conversions_at_once_do_not_write_one_key(folders, tmp_path, refused):
+    source, output = folders
+    write(grid(), source / "sub-01/anat/sub-01_T1w.nii.gz")
+    key = tmp_path / "key.csv"
+    with locked(key):
+        message = refused(main, "-i", str(source), "-o", str(output), "--key", str(key))
+    assert f"Another process is writing to {key}" in message
+    assert not key.exists()
+    assert not output.exists()
+
+
+def test_patients_whose_ids_are_alike_are_asked_about(folders, tmp_path, capsys):
+    source, output = folders
+    for subject in ("sub-01", "sub-02"):
+        write(grid(**SMALL), source / f"{subject}/anat/{subject}_T1w.nii.gz")
+    key = tmp_path / "key.csv"
+    key.write_text("case,patient,session\nP0001_1,SUB-2,\n")
+    main(["-i", str(source), "-o", str(output), "-np", "1", "--key", str(key)])
+    assert "Are these different patients? P0001, P0003: their IDs differ only" in capsys.readouterr().out
+
+
+def test_a_conversion_does_not_go_on_with_files_that_were_corrected_meanwhile(folders, refused, monkeypatch):
+    source, output = folders
+    for subject in ("sub-01", "sub-02"):
+        write(grid(**SMALL), source / f"{subject}/anat/{subject}_T1w.nii.gz")
+    arguments = ["-i", str(source), "-o", str(output), "-np", "1"]
+    with monkeypatch.context() as context:
+        context.setattr("nnunet_vit_mae.datasets.convert.conversion._write_conversion_tables", _stop)
+        with pytest.raises(SystemExit, match="130"):
+            main(arguments)
+    write(2 * grid(**SMALL), source / "sub-01/anat/sub-01_T1w.nii.gz")
+    assert "is an unfinished conversion of other files" in refused(main, *arguments)
 
 
 # ---------- BIDS

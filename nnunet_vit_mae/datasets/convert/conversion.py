@@ -18,8 +18,9 @@ import SimpleITK as sitk
 
 from nnunet_vit_mae.datasets.acquisition import KERNEL, OF_CONTRAST, SCANS_TABLE, SLICE_THICKNESS
 from nnunet_vit_mae.datasets.contrasts import fill_contrasts
-from nnunet_vit_mae.datasets.convert.key import pseudonyms_of, write_key
+from nnunet_vit_mae.datasets.convert.key import name_cases
 from nnunet_vit_mae.datasets.convert.studies import FoundStudies, Study, read_image_source
+from nnunet_vit_mae.datasets.split.splits import alike_names
 from nnunet_vit_mae.errors import UserError, WriteError
 from nnunet_vit_mae.imaging.channels import channel_file_name
 from nnunet_vit_mae.imaging.description import DESCRIPTION
@@ -77,11 +78,12 @@ class ConvertedStudy:
 class Conversion:
     """All converted studies by case, problems of no single case, and the reason why contrasts were not filled.
 
-    `unused` counts what was not used, by description and reason.
+    `unused` counts what was not used, by description and reason. `alike` are numbers of patients with similar IDs.
     """
 
     studies: list[ConvertedStudy]
     unused: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    alike: Sequence[Sequence[str]] = ()
     unfilled: str = ""
 
     @property
@@ -118,10 +120,8 @@ def convert(
     studies = found.studies
     if key is not None and output.resolve() in key.resolve().parents:
         raise UserError(f"{key} is inside the dataset and would be shared with it: give another folder with --key.")
-    names = pseudonyms_of(studies, key)
     make_folder(output)
-    if key is not None:
-        write_key(names, key)
+    names = name_cases(studies, key)
     jobs = [
         ConversionTask(study, names[study.patient, study.session], list(contrasts), reference, output)
         for study in studies
@@ -140,7 +140,7 @@ def convert(
     )
     unused = [(names[study.patient, study.session], *of_study) for study in studies for of_study in study.unused]
     unused += [("", *object_) for object_ in found.unused]
-    counts = Counter((image, reason) for _, image, reason in unused)
+    counts, alike = Counter((image, reason) for _, image, reason in unused), _alike_patients(names)
     _write_conversion_tables(converted, contrasts, output)
     if unused:
         write_rows(UNUSED_FIELDS, unused, output / UNUSED)
@@ -160,8 +160,14 @@ def convert(
     try:
         fill_contrasts(output, is_locked=True)
     except UserError as error:  # nothing has to be converted again
-        return Conversion(converted, counts, f"{str(error).rstrip('.')}, then run mae3d_fill_contrasts.")
-    return Conversion(converted, counts)
+        return Conversion(converted, counts, alike, f"{str(error).rstrip('.')}, then run mae3d_fill_contrasts.")
+    return Conversion(converted, counts, alike)
+
+
+def _alike_patients(names: Mapping[tuple[str, str], str]) -> list[list[str]]:
+    """Return the numbers of patients whose IDs differ only in case or leading zeros, of the key too."""
+    numbers = {patient: case.split("_")[0] for (patient, _), case in names.items()}
+    return [[numbers[patient] for patient in group] for group in alike_names(numbers)]
 
 
 def _converted_before(
@@ -172,8 +178,10 @@ def _converted_before(
     Raises `UserError` if it was of other studies, or with other names for them.
     """
     folder, note = output / CONVERTED, output / CONVERTED / "studies.json"
+    files = [file for study in studies for file in study.files]
+    states = [(file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else None for file in files]
     # of all studies together, so that nobody can find a patient by trying
-    content = {"studies": hashlib.sha256(repr((studies, sorted(names.items()))).encode()).hexdigest()}
+    content = {"studies": hashlib.sha256(repr((studies, sorted(names.items()), states)).encode()).hexdigest()}
     done = sorted(folder.glob("P*.json"))
     if not done:
         write_json(content, note)
@@ -207,6 +215,11 @@ def conversion_report(conversion: Conversion, contrasts: Sequence[str], output: 
     lines += [f"Not used: {count} x {image}: {reason}." for (image, reason), count in by_count[:UNUSED_SHOWN]]
     if by_count:
         lines.append(f"{output / UNUSED} lists all {sum(conversion.unused.values())} that were not used, by case.")
+    if conversion.alike:
+        lines.append(
+            f"Are these different patients? {'; '.join(map(', '.join, conversion.alike))}: their IDs differ only in "
+            "upper and lower case or in leading zeros."
+        )
     if any(value for study in conversion.studies for value in study.label_values):
         lines.append(
             f"Name the labels in {output / DESCRIPTION} before you plan (they are called label_1 and so on): names "

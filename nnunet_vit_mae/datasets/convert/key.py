@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nnunet_vit_mae.datasets.convert.studies import Study
 from nnunet_vit_mae.datasets.tables import read_case_table
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.storage.csv_tables import write_rows
+from nnunet_vit_mae.storage.files import locked
 
 KEY_FIELDS = ("case", "patient", "session")
 
 
-def pseudonyms_of(studies: Sequence[Study], key: Path | None) -> dict[tuple[str, str], str]:
-    """Return the case by patient and session; those in an earlier key keep their numbers, new ones follow them."""
-    names: dict[tuple[str, str], str] = {}
-    if key is not None and key.exists():
-        names = read_key(key)
+def name_cases(studies: Sequence[Study], key: Path | None) -> dict[tuple[str, str], str]:
+    """Return the case by patient and session, and write them to the key, if there is one.
+
+    Those in an earlier key keep their numbers, new ones follow them. Raises `UserError` if the key cannot be read or
+    written, or if another conversion is adding to it.
+    """
+    if key is None:
+        return _pseudonyms(studies, {})
+    try:
+        with locked(key):  # of two conversions at once, the second would write the key without the cases of the first
+            names = _pseudonyms(studies, read_key(key) if key.exists() else {})
+            write_rows(KEY_FIELDS, ((case, *of) for of, case in names.items()), key)
+            return names
+    except OSError as error:
+        raise UserError(
+            f"{key} cannot be written ({error.strerror}): give a file in a writable folder with --key."
+        ) from None
+
+
+def _pseudonyms(studies: Sequence[Study], known: Mapping[tuple[str, str], str]) -> dict[tuple[str, str], str]:
+    names = dict(known)
     patients = {patient: case.split("_")[0] for (patient, _), case in names.items()}
     for study in studies:
         if (study.patient, study.session) in names:
@@ -41,13 +58,3 @@ def read_key(key: Path) -> dict[tuple[str, str], str]:
     if not all(re.fullmatch(r"P[0-9]{4,}_[0-9]+", case) for case in names.values()):
         raise no_key
     return names
-
-
-def write_key(names: dict[tuple[str, str], str], key: Path) -> None:
-    """Write the key, before the first image is written, so that it exists whatever happens later."""
-    try:
-        write_rows(KEY_FIELDS, ((case, *of) for of, case in names.items()), key)
-    except OSError as error:
-        raise UserError(
-            f"{key} cannot be written ({error.strerror}): give a file in a writable folder with --key."
-        ) from None

@@ -46,6 +46,12 @@ class Study:
     problems: dict[str, str] = field(default_factory=dict)
     unused: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def files(self) -> list[Path]:
+        """All files that are read."""
+        origins = [source.origin for source in (*self.images.values(), self.label) if source]
+        return [file for one in origins for file in ([one] if isinstance(one, Path) else [f.file for f in one.files])]
+
 
 @dataclass(frozen=True)
 class FoundStudies:
