@@ -7,17 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from nnunet_vit_mae.errors import reading
-from nnunet_vit_mae.evaluation.cases import EvaluationSet, on_grid, read_segmentation
+from nnunet_vit_mae.evaluation.cases import EvaluationSet, on_grid
 from nnunet_vit_mae.evaluation.drawing import WIDTH, styled
 from nnunet_vit_mae.evaluation.results import Evaluation
 from nnunet_vit_mae.imaging.grids import turned_like
-from nnunet_vit_mae.imaging.labels import read_volume
+from nnunet_vit_mae.imaging.labels import read_segmentation, read_volume
 from nnunet_vit_mae.imaging.volumes import Geometry, without_warnings_of_itk
 
 # colour and width of outlines: light and wide below, dark and thin on top, so that both show in greyscale and where
@@ -142,8 +141,7 @@ def radiological_view(array: np.ndarray, geometry: Geometry) -> tuple[np.ndarray
     Returns:
         A view of the volume (z y x) and its spacing in mm (z y x).
     """
-    orientation = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(geometry.direction)
-    if orientation[2] in "SI":
+    if geometry.axes[2] in "SI":
         array, geometry = turned_like(array, geometry, replace(geometry, direction=LPS))
     return array, geometry.spacing[::-1]
 
