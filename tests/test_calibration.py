@@ -838,6 +838,8 @@ def test_mistakes_in_quantifying_get_a_sentence(model, in_workspace, scans, refu
     (tmp_path / "patients.csv").write_text("case,patient\nscan_0,A\n")
     assert "patients.csv is there already, and is not a table of mae3d_quantify" in refuse(output="patients.csv")
     assert (tmp_path / "patients.csv").read_text() == "case,patient\nscan_0,A\n"
+    (tmp_path / "read.csv").write_text("case,label,volume_mm3,warnings,model,seen by\nscan_0,blob,1,,0,Dr. A\n")
+    assert "read.csv has columns that somebody has added (seen by), and that would be lost" in refuse(output="read.csv")
     work = tmp_path / "volumes_segmentations"
     assert not work.exists()
     work.mkdir()

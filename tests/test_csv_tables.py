@@ -87,6 +87,7 @@ def saved(separator, encoding="utf-8", end="\r\n"):
         saved(",", end="\r"),
         saved(",") + b",,\r\n,,\r\n\r\n",
         b"sep=;\r\n" + saved(";"),
+        b"\r\n\r\n" + saved(";"),
         saved(",").replace(b"case_000", b"case_000.nii.gz").replace(b"case_001", b"case_001_0000.nrrd"),
     ],
 )

@@ -433,6 +433,20 @@ def test_models_that_are_done_are_measured_once(tmp_path):
     assert corrected["dice"].tolist() == pytest.approx([2 / 3])
 
 
+def test_a_label_may_have_the_name_that_pandas_gives_to_missing_values(tmp_path):
+    study = study_of(tmp_path, "unet", few=(10,), seeds=1, preprocessed=True)
+    model = StudyModel("unet", 10, 0, False)
+    for folder in (study.test_labels, study.predictions(model)):
+        folder.mkdir(parents=True)
+        sitk.WriteImage(sitk.GetImageFromArray(np.ones((2, 3, 4), np.uint8)), str(folder / "NA.nii.gz"))
+    (study.predictions(model) / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "NA": 1}}))
+    marker = Path(study.output, "done", "predict", model.name)
+    marker.parent.mkdir(parents=True)
+    marker.touch()
+    table, _ = measure_study(study)
+    assert table[["case", "label"]].to_numpy().tolist() == [["NA", "NA"]]
+
+
 # ---------- the ensemble
 
 

@@ -37,6 +37,10 @@ logger = logging.getLogger(__name__)
 
 MODEL_NOTE = "model.json"
 OTHER_MODEL = "segmentations of another model"
+COLUMNS = (
+    *("case", "label", "volume_mm3", "risk_group", "threshold", "slice_thickness_mm", "warnings"),
+    *("volume_low_mm3", "volume_high_mm3", "expected_dice", "model"),
+)
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,7 @@ def _join_parts(table: Path, of: int, described: Mapping[str, Any]) -> bool:
             table.name,
         )
         return False
-    frames = [read_frame(part.table(table), dtype=str, keep_default_na=False) for part in parts]
+    frames = [read_frame(part.table(table), dtype=str, na_filter=False) for part in parts]
     write_frame(pd.concat(frames).sort_values("case", kind="stable"), table)
     return True
 
@@ -202,11 +206,22 @@ def thresholds_of(model: Model) -> dict[str, float]:
 
 
 def refuse_other_table(table: Path) -> None:
-    """Raise `UserError` if a table cannot be written by that name, or if there is one that is not of this command."""
+    """Raise `UserError` if a table cannot be written by that name, or if there is one that is not of this command.
+
+    Nor does it replace a table to which somebody has added columns.
+    """
     if table.is_dir() or table.suffix != ".csv":
         raise UserError(f"-o {table} is not a file name that ends in .csv: name the table to write.")
-    if table.is_file() and not {"case", "label", "warnings", "model"} <= {*(read_cells(table) or [[]])[0]}:
+    if not table.is_file():
+        return
+    columns = [column for column in (read_cells(table) or [[]])[0] if column]
+    if not {"case", "label", "warnings", "model"} <= {*columns}:
         raise UserError(f"{table} is there already, and is not a table of mae3d_quantify: give another -o.")
+    if added := [column for column in columns if column not in COLUMNS]:
+        raise UserError(
+            f"{table} has columns that somebody has added ({abbreviated(added)}), and that would be lost: rename the "
+            "table, and run the command again."
+        )
 
 
 def segmentations_beside(table: Path) -> Path:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +79,7 @@ def read_cells(file: Path) -> list[list[str]]:
     if content.startswith(WORKBOOKS):
         raise UserError(f"{file} is a workbook: save its sheet as a CSV file in UTF-8.")
     try:
-        text = content.decode("utf-16" if content.startswith(UTF16) else "utf-8-sig")
+        text = content.decode("utf-16" if content.startswith(UTF16) else "utf-8-sig").lstrip("\r\n")
         first, _, rest = text.partition("\n")
         if separator := re.fullmatch("sep=(.)\r?", first):  # Excel's own note
             delimiter, text = separator[1], rest
@@ -100,12 +102,24 @@ def write_frame(frame: pd.DataFrame, file: Path) -> None:
 
 
 def read_frame(file: Path, **how: Any) -> pd.DataFrame:
-    """Read what `write_frame` wrote; `how` are arguments of `pandas.read_csv`."""
+    """Read what `write_frame` wrote; `how` are arguments of `pandas.read_csv`. Only empty cells are missing values."""
     import pandas as pd
 
-    return pd.read_csv(file, encoding="utf-8", **how).rename(columns=unescaped).map(unescaped)
+    as_written = {"keep_default_na": False, "na_values": [""]}  # pandas takes a label "NA" for a missing value
+    return pd.read_csv(file, encoding="utf-8", **as_written, **how).rename(columns=unescaped).map(unescaped)
 
 
 def write_records(records: Sequence[Mapping[str, Any]], columns: Sequence[str], file: Path) -> None:
     """Write a row for each mapping; a column that it lacks is an empty cell."""
     write_rows(columns, ([record.get(column, "") for column in columns] for record in records), file)
+
+
+def write_instances(kind: type, instances: Iterable[Any], file: Path) -> None:
+    """Write a row for each instance of a dataclass, and a column for each of its fields; NaN is an empty cell."""
+    columns = [field.name for field in fields(kind)]
+    rows = ([getattr(instance, column) for column in columns] for instance in instances)
+    write_rows(columns, (["" if _is_nan(cell) else cell for cell in row] for row in rows), file)
+
+
+def _is_nan(cell: Any) -> bool:
+    return isinstance(cell, float) and math.isnan(cell)
