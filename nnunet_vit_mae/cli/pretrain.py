@@ -13,11 +13,12 @@ from nnunet_vit_mae.cli.arguments import (
     usable_device,
     whole_number,
 )
+from nnunet_vit_mae.pretraining import NOT_STARTED
 from nnunet_vit_mae.processes.signals import command
 from nnunet_vit_mae.units import GIB
 
 
-@command("What was saved before is kept, and the same command starts again.")
+@command(NOT_STARTED)
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_pretrain`."""
     parser = parser_for("mae3d_pretrain", __doc__, "-d 501", "-d 501 -f 0 --c", "-d 501 -p ViT_M_p4 -num_gpus 4")

@@ -22,6 +22,7 @@ from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
+from nnunet_vit_mae.pretraining import NOT_STARTED
 from nnunet_vit_mae.processes.signals import Stopped, end_children, end_with_parent, held, stoppable
 from nnunet_vit_mae.progress import keep_progress_to_this_process
 
@@ -30,7 +31,6 @@ logger = logging.getLogger(__name__)
 R = TypeVar("R")
 Task = Callable[[torch.device], None]
 
-NOT_STARTED = "What was saved before is kept, and the same command starts again."
 STOPPING_SECONDS = 60.0  # for all processes to finish their step and save
 GRACE_SECONDS = 2.0  # for the launcher to see who ended first, before the others end as well
 
