@@ -7,7 +7,7 @@ circle; single annotated pixels are discarded as noise (ViTiac, section 2.1). Vo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from nnunet_vit_mae.imaging.labels import read_labels, read_volume, whole_number
 from nnunet_vit_mae.imaging.volumes import all_finite, read_image, without_warnings_of_itk
 from nnunet_vit_mae.imaging.writing import write_image
 from nnunet_vit_mae.progress import with_progress
-from nnunet_vit_mae.storage.csv_tables import write_records
+from nnunet_vit_mae.storage.csv_tables import write_instances
 from nnunet_vit_mae.storage.files import make_folder
 
 REPORT = "refinement.csv"
@@ -160,13 +160,8 @@ def refine_folder(images: Path, labels: Path, rule: RefinementRule, output: Path
                 changes += refine_case(case, rule, values, output)
             except UserError as error:
                 problems.append(str(error))
-    write_changes(changes, output / REPORT)
+    write_instances(LabelChange, changes, output / REPORT)
     return RefinedLabels(changes, problems, len(cases) - len(problems))
-
-
-def write_changes(changes: list[LabelChange], file: Path) -> None:
-    """Write a CSV file with a row for each case and label."""
-    write_records([asdict(change) for change in changes], [field.name for field in fields(LabelChange)], file)
 
 
 def refinement_table(changes: Sequence[LabelChange]) -> str:

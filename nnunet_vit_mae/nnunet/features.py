@@ -22,7 +22,7 @@ from nnunet_vit_mae.nnunet.trainers import OUR_TRAINERS, nnUNetTrainerViTScratch
 from nnunet_vit_mae.nnunet.untrained import untrained_network
 from nnunet_vit_mae.plots import Features, plot_features
 from nnunet_vit_mae.pretraining.volumes import open_volume, volume_problem
-from nnunet_vit_mae.storage.csv_tables import write_rows
+from nnunet_vit_mae.storage.csv_tables import write_instances
 from nnunet_vit_mae.storage.pickles import read_properties, read_trained
 
 TRAINERS = [name for name, trainer in OUR_TRAINERS.items() if issubclass(trainer, nnUNetTrainerViTScratch)]
@@ -82,8 +82,7 @@ def draw_features(models: Sequence[Model], case: str | None, file: Path, device:
     title = f"{models[0].plan.dataset.name}, {case}, one slice across z;\nthe channel of each map that varies most"
     try:
         plot_features(rows, title, file)
-        columns = list(MapCheckerboard.__dataclass_fields__)
-        write_rows(columns, (vars(row).values() for row in table), file.with_suffix(".csv"))
+        write_instances(MapCheckerboard, table, file.with_suffix(".csv"))
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error}): choose another file with -o.") from None
     return table

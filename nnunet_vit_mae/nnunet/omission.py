@@ -25,17 +25,12 @@ from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS
 from nnunet_vit_mae.imaging.volumes import refuse_large
 from nnunet_vit_mae.imaging.writing import write_zeros
 from nnunet_vit_mae.nnunet.models import Model
-from nnunet_vit_mae.nnunet.omission_table import (
-    EMPTY_REFERENCE,
-    NOTHING_LEFT,
-    NOTHING_TO_OMIT,
-    OmissionRow,
-    write_omission_table,
-)
+from nnunet_vit_mae.nnunet.omission_table import EMPTY_REFERENCE, NOTHING_LEFT, NOTHING_TO_OMIT, OmissionRow
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
 from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, find_reference, predict_folder
 from nnunet_vit_mae.presets import canonical_contrast
 from nnunet_vit_mae.progress import with_progress
+from nnunet_vit_mae.storage.csv_tables import write_instances
 from nnunet_vit_mae.storage.files import link
 from nnunet_vit_mae.storage.readme import write_readme
 
@@ -137,7 +132,7 @@ def omit(
     rows = []
     for case in with_progress(cases, unit="case", desc="evaluating"):
         rows += _case_rows(model.plan, case, with_all, without / "predictions")
-    write_omission_table(rows, output / "omission.csv")
+    write_instances(OmissionRow, rows, output / "omission.csv")
     write_readme(output, CONTENTS)
     return rows
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from nnunet_vit_mae.statistics import FEW_PAIRS, Comparison, compare
-from nnunet_vit_mae.storage.csv_tables import write_rows
 
 NOTHING_TO_OMIT = "nothing to omit"
 NOTHING_LEFT = "no contrast would be left"
@@ -53,15 +49,6 @@ def omission_table(rows: Sequence[OmissionRow], omitted: Sequence[str]) -> str:
     if len(labels) > 1:
         lines.append("The p-values are not corrected for the number of labels.")
     return "\n".join(lines + notes)
-
-
-def write_omission_table(rows: Sequence[OmissionRow], file: Path) -> None:
-    """Write the rows; a missing value is an empty field."""
-    write_rows(list(OmissionRow.__dataclass_fields__), (map(_cell, vars(row).values()) for row in rows), file)
-
-
-def _cell(value: Any) -> Any:
-    return "" if isinstance(value, float) and math.isnan(value) else value
 
 
 def _compare(rows: Sequence[OmissionRow], *left_out: str) -> Comparison:

@@ -364,9 +364,5 @@ def _write_conversion_tables(studies: Sequence[ConvertedStudy], contrasts: Seque
     first = ("case", "patient", "session", "contrasts", "reference", "manufacturer", "model", KERNEL)
     columns = [*first, SLICE_THICKNESS, *(f"{name}_{column}" for name in contrasts for column in OF_CONTRAST)]
     write_records([study.row for study in studies if study.folder], columns, output / SCANS_TABLE)
-    problems = [
-        {"case": study.case, "image": image, "problem": reason}
-        for study in studies
-        for image, reason in study.problems.items()
-    ]
-    write_records(problems, ("case", "image", "problem"), output / PROBLEMS)
+    problems = ((study.case, *problem) for study in studies for problem in study.problems.items())
+    write_rows(("case", "image", "problem"), problems, output / PROBLEMS)
