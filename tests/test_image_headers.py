@@ -127,6 +127,7 @@ def test_what_programs_read_differently_is_told(tmp_path):
         (nifti(unit="micron"), "in micrometres"),
         (nifti(qform=NOTHING, sform=NOTHING), "neither a qform nor an sform"),
         (nifti(qform=(turned, 1)), "a qform and an sform that differ"),
+        (nifti(qform=NOTHING, sform=(AFFINE / 2, 1)), "an sform with another spacing than pixdim"),
     ):
         (told,) = nifti_ambiguities(write(image, tmp_path / "a.nii"))
         assert words in told

@@ -24,6 +24,7 @@ from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, NIFTI, without_ending
 HEADER = 2**16  # bytes, of which a NIFTI-2 header takes 540
 NIFTI_2 = 540  # size of its header, its first entry
 UNITS = {1: "metres", 3: "micrometres"}  # codes of NIfTI; 2 is mm, 0 unknown
+SAME_SPACING = 0.01  # relative difference that is rounding
 NO_SPACING = "states no spacing: write the true one into its header"
 CUT_OFF = "is cut off or damaged, copy it again"
 
@@ -77,6 +78,8 @@ def nifti_ambiguities(file: Path) -> list[str]:
         found.append("has neither a qform nor an sform, so that its position and orientation are unknown")
     elif all(with_codes) and not _agree(header):
         found.append("has a qform and an sform that differ, so that programs place it differently")
+    elif with_codes[1] and not np.allclose(_sform_spacing(header), header["pixdim"][1:4], rtol=SAME_SPACING):
+        found.append("has an sform with another spacing than pixdim, so that programs measure other volumes")
     return found
 
 
@@ -102,6 +105,10 @@ def read_nifti_header(file: Path) -> Any:
     if len(start) < nibabel.Nifti1Header.sizeof_hdr:
         raise UnreadableHeaderError(CUT_OFF)
     return nibabel.Nifti1Header(start[: nibabel.Nifti1Header.sizeof_hdr], check=False)
+
+
+def _sform_spacing(header: Any) -> np.ndarray:
+    return np.linalg.norm(header.get_sform()[:3, :3], axis=0)
 
 
 def _agree(header: Any) -> bool:
