@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from gpu_parts import Bench, Part, parts
 
-from nnunet_vit_mae.storage.files import replacing
+from nnunet_vit_mae.storage.files import write_file
 
 Row = dict[str, Any]
 
@@ -86,8 +86,7 @@ def measure(bench: Bench, parts: Sequence[Part], file: Path, seconds: float) -> 
         finally:
             tidy()
         rows = [*read(file), {"part": part.name, "table": part.table, "cells": cells}]
-        with replacing(file) as temporary:
-            temporary.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        write_file("".join(f"{json.dumps(row)}\n" for row in rows), file)
         print(f"{part.name}: {time.monotonic() - started:.1f} s", flush=True)
     return failed
 

@@ -32,7 +32,7 @@ from nnunet_vit_mae.networks.weight_differences import compare_weights
 from nnunet_vit_mae.presets import ENCODER_SETTINGS
 from nnunet_vit_mae.settings import Network, Settings
 from nnunet_vit_mae.storage.entries import entries_as
-from nnunet_vit_mae.storage.files import replacing, short_hash
+from nnunet_vit_mae.storage.files import short_hash, write_file
 
 CARD_KEY = "mae3d_card"
 HASH = r"[0-9a-f]{16}"  # of a case's name
@@ -162,9 +162,7 @@ def save_encoder(encoder: nn.Module, card: Card, file: Path) -> None:
 
     Raises `UserError` for an encoder that `read_encoder` would not take.
     """
-    content = encoder_content(encoder.state_dict(), card)
-    with replacing(file) as temporary:
-        temporary.write_bytes(content)
+    write_file(encoder_content(encoder.state_dict(), card), file)
 
 
 def encoder_content(tensors: Mapping[str, Tensor], card: Card) -> bytes:

@@ -19,7 +19,7 @@ from nnunet_vit_mae.evaluation.overlays import ExampleSlice, choose_examples, re
 from nnunet_vit_mae.evaluation.pictures import Gallery, draw_label, embed_calibration
 from nnunet_vit_mae.evaluation.results import Evaluation
 from nnunet_vit_mae.evaluation.tables import agreement_table, bin_table, comparison_table, headline_table, risk_table
-from nnunet_vit_mae.storage.files import replacing
+from nnunet_vit_mae.storage.files import write_file
 from nnunet_vit_mae.storage.readme import write_readme
 
 CONTENTS = {
@@ -68,11 +68,8 @@ def write_report(
     }
     write_readme(output, CONTENTS)
     page = output / "index.html"
-    with replacing(page) as temporary:
-        temporary.write_text(
-            template_environment("nnunet_vit_mae.evaluation").get_template("report.html.j2").render(context),
-            encoding="utf-8",
-        )
+    template = template_environment("nnunet_vit_mae.evaluation").get_template("report.html.j2")
+    write_file(template.render(context), page)
     return [page, *gallery.written]
 
 

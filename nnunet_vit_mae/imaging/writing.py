@@ -13,7 +13,7 @@ import SimpleITK as sitk
 
 from nnunet_vit_mae.imaging.channels import NIFTI
 from nnunet_vit_mae.imaging.volumes import geometry_of, read_geometry, read_image, without_warnings_of_itk
-from nnunet_vit_mae.storage.files import read_back_otherwise, replacing
+from nnunet_vit_mae.storage.files import read_back_otherwise, replacing, write_file
 
 
 def write_image(image: sitk.Image, file: Path) -> None:
@@ -50,9 +50,8 @@ def write_zeros(file: Path, like: Path) -> None:
     """
     if file.name.endswith(NIFTI):
         content = _nifti_of_zeros(like)
-        with replacing(file) as temporary:
-            # without a date, so that equal images are equal files
-            temporary.write_bytes(gzip.compress(content, mtime=0) if file.name.endswith(".gz") else content)
+        # without a date, so that equal images are equal files
+        write_file(gzip.compress(content, mtime=0) if file.name.endswith(".gz") else content, file)
         return
     geometry = read_geometry(like)
     image = sitk.Image(geometry.size, sitk.sitkUInt8)

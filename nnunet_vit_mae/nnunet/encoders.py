@@ -14,7 +14,7 @@ from nnunet_vit_mae.foreign.checkpoints import is_foreign
 from nnunet_vit_mae.foreign.conversion import Target, convert_checkpoint
 from nnunet_vit_mae.hub import download, is_address
 from nnunet_vit_mae.nnunet.plans import Plan
-from nnunet_vit_mae.storage.files import replacing
+from nnunet_vit_mae.storage.files import write_file
 from nnunet_vit_mae.weights import Card, encoder_content, file_hash, read_encoder
 
 
@@ -31,8 +31,7 @@ class Start:
     def write_if_converted(self) -> None:
         """Write the file of an encoder that was converted."""
         if self.converted:
-            with replacing(Path(self.place)) as temporary:
-                temporary.write_bytes(self.converted)
+            write_file(self.converted, Path(self.place))
 
 
 def find_encoder(

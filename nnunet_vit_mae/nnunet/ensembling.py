@@ -6,7 +6,6 @@ shifted after the prediction, which is the same threshold; nnU-Net's own code th
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from nnunet_vit_mae.imaging.writing import write_segmentation
 from nnunet_vit_mae.nnunet.calibration import calibration_case
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
 from nnunet_vit_mae.nnunet.prediction import find_reference, read_probabilities
-from nnunet_vit_mae.storage.files import replacing, write_json
+from nnunet_vit_mae.storage.files import write_file, write_json
 from nnunet_vit_mae.storage.pickles import read_properties
 
 
@@ -54,8 +53,7 @@ def calibrate_ensemble(plan: Plan, development: Sequence[Path], predictions: Pat
         segmentation = np.asarray(manager.convert_probabilities_to_segmentation(shifted))
         properties = read_properties(file.with_suffix(".pkl"))  # written by nnU-Net beside the probabilities
         write_segmentation(segmentation, output / f"{file.stem}{ending}", writer, properties)
-    with replacing(output / DESCRIPTION) as temporary:
-        shutil.copyfile(predictions / DESCRIPTION, temporary)
+    write_file((predictions / DESCRIPTION).read_bytes(), output / DESCRIPTION)
     write_json(_record(found, classes, cases), output / CALIBRATION_RECORD)
     return output / CALIBRATION_RECORD
 

@@ -19,7 +19,7 @@ from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.plans import Plan, load_plan, resampling_spacings
 from nnunet_vit_mae.processes.workers import run_each
 from nnunet_vit_mae.storage.entries import read_entries
-from nnunet_vit_mae.storage.files import read_json, remove_unfinished, replacing, write_json
+from nnunet_vit_mae.storage.files import read_json, remove_unfinished, write_file, write_json
 from nnunet_vit_mae.storage.limits import too_many_voxels
 
 STAMP = "made_with.json"  # what the files in the folder depend on; if it changes, they are made again
@@ -161,8 +161,7 @@ def _save(volume: np.ndarray, plan: Plan, case: str) -> None:
     blocks, chunks = comp_blosc2_params(volume.shape, plan.patch_size, volume.itemsize)
     cparams = {"codec": blosc2.Codec.LZ4HC, "filters": [blosc2.Filter.SHUFFLE], "clevel": 5, "nthreads": 1}
     compressed = blosc2.asarray(np.ascontiguousarray(volume), chunks=chunks, blocks=blocks, cparams=cparams)
-    with replacing(_output_file(plan, case)) as temporary:
-        temporary.write_bytes(compressed.to_cframe())  # by Python, which reports a full disk
+    write_file(compressed.to_cframe(), _output_file(plan, case))  # by Python, which reports a full disk
 
 
 def _output_file(plan: Plan, case: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from nnunet_vit_mae.hub import WEIGHTS
 from nnunet_vit_mae.pretraining.run_report import PROGRESS
-from nnunet_vit_mae.storage.files import replacing, without_paths, write_json
+from nnunet_vit_mae.storage.files import without_paths, write_file, write_json
 from nnunet_vit_mae.weights import Card, encoder_content, file_hash, read_encoder
 
 CONFIG, README, CURVE = "config.json", "README.md", "loss.png"
@@ -40,13 +39,11 @@ def write_model_folder(
     """
     tensors, card = read_encoder(encoder)
     card = shared_card(card, case_hashes=case_hashes)
-    with replacing(folder / WEIGHTS) as temporary:
-        temporary.write_bytes(encoder_content(tensors, card))
+    write_file(encoder_content(tensors, card), folder / WEIGHTS)
     files = [WEIGHTS, CONFIG, README]
     curve = encoder.with_name(PROGRESS)
     if curve.is_file():
-        with replacing(folder / CURVE) as temporary:
-            shutil.copyfile(curve, temporary)
+        write_file(curve.read_bytes(), folder / CURVE)
         files.append(CURVE)
     write_json(_config(card, file_hash(folder / WEIGHTS)), folder / CONFIG)
     page = _model_card(
@@ -56,8 +53,7 @@ def write_model_folder(
         repository=repository or UNKNOWN_REPOSITORY,
         curve=CURVE if CURVE in files else None,
     )
-    with replacing(folder / README) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_file(page, folder / README)
     return files
 
 

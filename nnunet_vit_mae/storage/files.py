@@ -171,10 +171,15 @@ def link(source: Path, file: Path) -> None:
     return None
 
 
+def write_file(content: str | bytes, file: Path) -> None:
+    """Write bytes, or text in UTF-8; the file is complete or absent."""
+    with replacing(file) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 def write_json(content: Any, file: Path) -> None:
     """Write JSON as nnU-Net does: indented, keys in the given order."""
-    with replacing(file) as temporary:
-        temporary.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
+    write_file(json.dumps(content, indent=4) + "\n", file)
 
 
 def set_aside(path: Path) -> Path:

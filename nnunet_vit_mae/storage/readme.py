@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from nnunet_vit_mae import __version__
-from nnunet_vit_mae.storage.files import replacing
+from nnunet_vit_mae.storage.files import write_file
 
 README = "README.txt"
 BEGINNING = "Written by nnunet-vit-mae "
@@ -35,8 +35,7 @@ def write_readme(folder: Path, contents: Mapping[str, str], *, private: Iterable
         "",
         *(f"{name:{width}}  {meaning}" for name, meaning in contents.items()),
     ]
-    with replacing(file) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_file("\n".join(lines) + "\n", file)
 
 
 def typed_command(arguments: Sequence[str], private: Iterable[Path | None] = ()) -> str:

@@ -16,7 +16,7 @@ from nnunet_vit_mae.evaluation.report import template_environment
 from nnunet_vit_mae.evaluation.summary import REPORTED_PACKAGES
 from nnunet_vit_mae.evaluation.words import format_values, p_text
 from nnunet_vit_mae.storage.csv_tables import write_frame
-from nnunet_vit_mae.storage.files import replacing
+from nnunet_vit_mae.storage.files import write_file
 from nnunet_vit_mae.storage.layout import PLANS
 from nnunet_vit_mae.study.comparisons import (
     COMPARED,
@@ -103,8 +103,7 @@ def write_study_report(
     }
     page = output / PAGE
     environment = template_environment("nnunet_vit_mae.study", "nnunet_vit_mae.evaluation")
-    with replacing(page) as temporary:
-        temporary.write_text(environment.get_template("study.html.j2").render(context), encoding="utf-8")
+    write_file(environment.get_template("study.html.j2").render(context), page)
     return page
 
 

@@ -11,7 +11,7 @@ from nnunet_vit_mae.datasets.check.across_cases import empty_labels, outliers_by
 from nnunet_vit_mae.datasets.check.checking import DatasetCheck
 from nnunet_vit_mae.datasets.check.figure import check_figure
 from nnunet_vit_mae.datasets.check.inspection import CaseSummary, Finding
-from nnunet_vit_mae.storage.files import replacing, write_json
+from nnunet_vit_mae.storage.files import write_file, write_json
 from nnunet_vit_mae.storage.readme import write_readme
 
 SHOWN = 10  # cases of each kind that are printed; check.json has all
@@ -36,9 +36,8 @@ def write_check(check: DatasetCheck, output: Path, *, list_empty: bool) -> None:
     write_figure(check, output / "check.png")
     write_readme(output, CONTENTS)
     if list_empty:
-        with replacing(output / EMPTY) as temporary:
-            names = empty_labels(check.cases, check.labels)
-            temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+        names = empty_labels(check.cases, check.labels)
+        write_file("".join(f"{name}\n" for name in names), output / EMPTY)
 
 
 def write_figure(check: DatasetCheck, file: Path) -> None:
