@@ -13,6 +13,7 @@ from functools import partial, reduce
 from operator import add
 
 import numpy as np
+from scipy.special import logit
 
 from nnunet_vit_mae.calibration.cases import Block, CalibrationCase, Classes, blocks, chosen, voxels_per_block
 from nnunet_vit_mae.progress import with_progress
@@ -200,9 +201,7 @@ def shifted_logs(probabilities: np.ndarray, shifts: Sequence[float]) -> np.ndarr
 
 def log_odds(probabilities: np.ndarray) -> np.ndarray:
     """Return the logits of probabilities."""
-    exact = probabilities.astype(np.float64)  # in which 1 - p of a float32 close to 1 is exact
-    with np.errstate(divide="ignore"):
-        return np.log(exact) - np.log1p(-exact)
+    return logit(probabilities.astype(np.float64))  # in which 1 - p of a float32 close to 1 is exact
 
 
 def dice_of_counts(hit: np.ndarray, predicted: np.ndarray, reference: np.ndarray) -> np.ndarray:
