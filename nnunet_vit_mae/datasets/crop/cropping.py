@@ -298,12 +298,7 @@ def _similarity_around(region: Region, scan: sitk.Image, transform: sitk.Transfo
 def _failed(job: CropTask, problem: str) -> QCRow:
     scan = job.scan
     folder, channels = "imagesTr" if scan.label else "imagesUn", " ".join(map(str, scan.channels))
-    paths = [
-        *scan.channels.values(),
-        *([scan.label] if scan.label else []),
-        *job.settings.templates,
-        *job.settings.regions,
-    ]
+    paths = [*scan.files, *job.settings.templates, *job.settings.regions]
     row = QCRow(scan.name, folder=folder, channels=channels, problem=without_folders(problem, paths))
     return replace(row, made_of=job.made_of, **source_columns(scan))
 

@@ -14,6 +14,7 @@ from nnunet_vit_mae.datasets.contrasts import CONTRAST_RECORD
 from nnunet_vit_mae.datasets.crop.carried import SourceRecords, carry_over, read_case_records
 from nnunet_vit_mae.datasets.crop.contact_sheet import write_sheets
 from nnunet_vit_mae.datasets.crop.qc_table import (
+    COMPLETE,
     DONE,
     FAILED,
     FOLDERS,
@@ -47,7 +48,6 @@ CONTENTS = {
     "transforms/": "from template to scan, for ITK",
     f"{REJECTED}/": "cases that were moved out of the dataset with --reject",
 }
-COMPLETE = 0.999  # coverage from which a region counts as fully in view
 
 
 @dataclass(frozen=True)

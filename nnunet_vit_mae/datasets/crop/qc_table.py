@@ -15,6 +15,7 @@ from nnunet_vit_mae.storage.files import inside
 
 QC_TABLE = "qc.csv"
 DONE, FAILED, REJECTED = "done", "failed", "rejected"
+COMPLETE = 0.999  # coverage from which a region counts as fully in view
 FOLDERS = ("imagesTr", "imagesUn", "")  # of the images; a case without a template has none
 
 
@@ -91,7 +92,7 @@ def _qc_row(line: Mapping[str, str]) -> QCRow:
 
 def caption(row: QCRow) -> str:
     """Return the caption of a thumbnail."""
-    partly = "" if row.coverage is None or row.coverage > 0.999 else f", {100 * row.coverage:.0f}% in view"
+    partly = "" if row.coverage is None or row.coverage >= COMPLETE else f", {100 * row.coverage:.0f}% in view"
     return (
         f"{row.case}: MI {row.region_mutual_information or 0:.2f}, r {row.region_correlation or 0:.2f}, "
         f"{row.displacement_mm or 0:.0f} mm, {row.rotation_degrees or 0:.0f}°, x{row.scale or 0:.2f}{partly}"
