@@ -302,7 +302,9 @@ def test_unfit_images_are_refused_before_anything_is_written(trained, tmp_path, 
     write_study(trained, "test_1", 21)
     label = sitk.ReadImage(str(labels / "test_1.nii.gz"))
     sitk.WriteImage(label[:, :, 1:], str(labels / "test_1.nii.gz"))
-    assert "has 13 x 18 x 22 voxels (z y x), but the images of this case have 14 x 18 x 22" in reason()
+    assert "test_1.nii.gz differ in size (22 18 14 and 22 18 13 voxels): resample the reference" in reason()
+    sitk.WriteImage(sitk.Flip(label, (True, False, False)), str(labels / "test_1.nii.gz"))
+    assert "test_1.nii.gz differ in direction" in reason()
     assert not (tmp_path / "out").exists()
 
 

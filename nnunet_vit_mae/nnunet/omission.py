@@ -27,7 +27,13 @@ from nnunet_vit_mae.imaging.writing import write_zeros
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.omission_table import EMPTY_REFERENCE, NOTHING_LEFT, NOTHING_TO_OMIT, OmissionRow
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
-from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, find_reference, predict_folder
+from nnunet_vit_mae.nnunet.prediction import (
+    PredictionCase,
+    find_prediction_cases,
+    find_reference,
+    predict_folder,
+    refuse_turned_reference,
+)
 from nnunet_vit_mae.presets import canonical_contrast
 from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.csv_tables import write_instances
@@ -181,10 +187,8 @@ def _present_channels(plan: Plan, case: PredictionCase, file: Path) -> list[bool
     refuse_large([*case.images, file])
     with reading(f"The case {case.name}"):
         volume, _ = reader.read_images([str(image) for image in case.images])  # c z y x
-        reference, _ = reader.read_seg(str(file))
-    if reference.shape[1:] != volume.shape[1:]:
-        sizes = [" x ".join(map(str, array.shape[1:])) for array in (reference, volume)]
-        raise UserError(f"{file} has {sizes[0]} voxels (z y x), but the images of this case have {sizes[1]}.")
+        reader.read_seg(str(file))  # a damaged one would stop the comparison after the predictions
+    refuse_turned_reference(case, file)
     return [bool(channel.any()) for channel in volume]
 
 

@@ -9,17 +9,15 @@ from pathlib import Path
 
 from nnunet_vit_mae.datasets.split.files import SPLIT_RECORD, SPLITS, read_split_record
 from nnunet_vit_mae.datasets.split.patients import patient_of, recorded_patients
-from nnunet_vit_mae.errors import UserError, abbreviated, reading
+from nnunet_vit_mae.errors import UserError, abbreviated
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, cases_in
-from nnunet_vit_mae.imaging.volumes import read_geometry, without_warnings_of_itk
 from nnunet_vit_mae.nnunet.folds import reference_segmentations, split_of, training_names
 from nnunet_vit_mae.nnunet.models import Model, model_hash, refuse_damaged_weights
-from nnunet_vit_mae.nnunet.plans import Plan
 from nnunet_vit_mae.nnunet.prediction import (
-    PredictionCase,
     find_prediction_cases,
     find_reference,
     predict_cases,
+    refuse_turned_reference,
     remove_outdated,
 )
 from nnunet_vit_mae.storage.entries import read_entries
@@ -77,7 +75,8 @@ def development_cases(
     cases, patients = find_prediction_cases(plan, images), recorded_patients(preprocessed)
     names = [case.name for case in cases]
     if plan.dataset_json["file_ending"] in IMAGE_ENDINGS:
-        _refuse_turned_references(plan, cases, references)
+        for case in cases:
+            refuse_turned_reference(case, find_reference(plan, case.name, references))
 
     def among(cases: Iterable[str]) -> list[str]:
         of_patients = {patient_of(case, patients) for case in cases}
@@ -110,22 +109,6 @@ def _predicted_cases(
     references_of = {name: find_reference(model.plan, name, references) for name in names}
     predictions = _predict(model, images, names, FOLDER, device)
     return [PredictedCase(name, None, predictions / f"{name}.npz", file) for name, file in references_of.items()]
-
-
-def _refuse_turned_references(plan: Plan, cases: Iterable[PredictionCase], references: Path) -> None:
-    """Raise `UserError` if a reference has other voxels than its image, for example the same along another axis.
-
-    The origin does not matter, as voxels are compared by their numbers; some tools do not keep it.
-    """
-    for case in cases:
-        image, reference = case.images[0], find_reference(plan, case.name, references)
-        with reading(f"The case {case.name}"), without_warnings_of_itk():
-            expected, found = read_geometry(image), read_geometry(reference)
-        if difference := expected.difference(replace(found, origin=expected.origin)):
-            raise UserError(
-                f"{image} and {reference} differ in {difference}: resample the reference to the image, or correct the "
-                "header that is wrong."
-            )
 
 
 def _validation_cases_of(model: Model, fold: str, device: str) -> list[PredictedCase]:

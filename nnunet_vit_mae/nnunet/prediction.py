@@ -9,14 +9,14 @@ import subprocess
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from nnunet_vit_mae.errors import UserError, reader_reason
+from nnunet_vit_mae.errors import UserError, reader_reason, reading
 from nnunet_vit_mae.imaging.channels import channels_by_case
-from nnunet_vit_mae.imaging.volumes import read_geometry, read_image, refuse_large
+from nnunet_vit_mae.imaging.volumes import read_geometry, read_image, refuse_large, without_warnings_of_itk
 from nnunet_vit_mae.installation import nnunet_environment
 from nnunet_vit_mae.nnunet.models import Model, refuse_damaged_weights
 from nnunet_vit_mae.nnunet.plans import Plan
@@ -64,6 +64,21 @@ def find_reference(plan: Plan, case: str, references: Path) -> Path:
     if not reference.is_file():
         raise UserError(f"The case {case} has no reference segmentation {reference}: add it, or check the folder.")
     return reference
+
+
+def refuse_turned_reference(case: PredictionCase, reference: Path) -> None:
+    """Raise `UserError` if a reference has other voxels than its image, for example the same along another axis.
+
+    The origin does not matter, as voxels are compared by their numbers; some tools do not keep it.
+    """
+    image = case.images[0]
+    with reading(f"The case {case.name}"), without_warnings_of_itk():
+        expected, found = read_geometry(image), read_geometry(reference)
+    if difference := expected.difference(replace(found, origin=expected.origin)):
+        raise UserError(
+            f"{image} and {reference} differ in {difference}: resample the reference to the image, or correct the "
+            "header that is wrong."
+        )
 
 
 def predict_cases(
