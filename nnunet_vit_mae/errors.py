@@ -135,15 +135,15 @@ def reading(what: object) -> Iterator[None]:
         raise UserError(f"{what} cannot be read ({reader_reason(error)}): repair or replace it.") from None
 
 
-def abbreviated(names: Iterable[str]) -> str:
+def abbreviated(names: Iterable[str], shown: int = NAMES_SHOWN) -> str:
     """List the first few names and say how many more there are.
 
     >>> abbreviated("abcde")
     'a, b, c and 2 more'
     """
     listed = list(names)
-    more = f" and {len(listed) - NAMES_SHOWN} more" if len(listed) > NAMES_SHOWN else ""
-    return ", ".join(listed[:NAMES_SHOWN]) + more
+    more = f" and {len(listed) - shown} more" if len(listed) > shown else ""
+    return ", ".join(listed[:shown]) + more
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -241,6 +241,7 @@ def _calibrate(study: StudyDesign, run: str) -> None:
     from nnunet_vit_mae.nnunet.ensembling import calibrate_ensemble
     from nnunet_vit_mae.nnunet.folders import find_dataset
     from nnunet_vit_mae.nnunet.plans import load_plan
+    from nnunet_vit_mae.storage.layout import VALIDATION
 
     models = {model.run: model for model in study.models() if model.calibrated and study.arms[model.arm].members}
     if run not in models:
@@ -252,7 +253,7 @@ def _calibrate(study: StudyDesign, run: str) -> None:
     fold = f"fold_{study.fold(model.few)}"
     record = calibrate_ensemble(
         load_plan(find_dataset(study.dataset), study.plans(members[0], model.seed), study.configuration),
-        [study.model_folder(member, model.seed) / fold / "validation" for member in members],
+        [study.model_folder(member, model.seed) / fold / VALIDATION for member in members],
         study.predictions(next(m for m in study.models() if m.run == run and not m.calibrated)),
         study.predictions(model),
     )

@@ -20,7 +20,7 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.hub import local_file
 from nnunet_vit_mae.imaging.channels import cases_in
 from nnunet_vit_mae.installation import EXT_TRAINER, trainers_folder
-from nnunet_vit_mae.nnunet.folders import Dataset, find_dataset
+from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.folds import labelled_cases, split_of
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of, destination, load_plan
 from nnunet_vit_mae.nnunet.preprocessing import preprocessed_pool
@@ -122,7 +122,7 @@ def _folds(plan: Plan) -> Iterator[Diagnosis]:
 def _encoders(plan: Plan) -> Iterator[Diagnosis]:
     settings = plan.settings
     place = destination(settings.network, plan.configuration, plan.dataset_json)
-    files = [settings.encoder.file] if settings.encoder.file else _own_encoders(plan.dataset, plan)
+    files = [settings.encoder.file] if settings.encoder.file else _own_encoders(plan)
     for file in files:
         try:
             tensors, card = read_encoder(local_file(file))
@@ -136,6 +136,6 @@ def _encoders(plan: Plan) -> Iterator[Diagnosis]:
         yield Diagnosis("encoder", WARNING, f"There is no encoder for {plan.plans.plans_name} yet.", advice)
 
 
-def _own_encoders(dataset: Dataset, plan: Plan) -> list[Path]:
-    pattern = encoder_file(dataset.results, plan.plans.plans_name, plan.name, "*")
+def _own_encoders(plan: Plan) -> list[Path]:
+    pattern = encoder_file(plan.dataset.results, plan.plans.plans_name, plan.name, "*")
     return sorted(pattern.parent.parent.glob(f"{pattern.parent.name}/{pattern.name}"))

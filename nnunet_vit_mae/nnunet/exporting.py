@@ -92,7 +92,7 @@ def _texts(models: Sequence[Model], *, case_names: bool) -> tuple[dict[str, Any]
 
 def _card(models: Sequence[Model]) -> dict[str, Any]:
     model = models[0]
-    plan, description = model.plan, model.plan.dataset_json
+    plan = model.plan
     card = {
         "what": "A trained model for nnU-Net v2, written by mae3d_export; mae3d_import installs it.",
         "dataset": plan.dataset.name,
@@ -103,7 +103,7 @@ def _card(models: Sequence[Model]) -> dict[str, Any]:
         "checkpoints": [each.checkpoint for each in models],
         "channel_names": plan.channel_names,
         "labels": list(classes_of(plan).names),
-        "licence": str(description.get("licence", description.get("license", ""))),
+        "licence": plan.licence,
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "packages": package_versions(),
     }

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from nnunet_vit_mae.errors import abbreviated
 from nnunet_vit_mae.evaluation.by_token import DiceOfVit, read_trained_vit, trains_vit
 from nnunet_vit_mae.evaluation.pictures import Gallery, Picture, draw_by_token
 from nnunet_vit_mae.evaluation.report import template_environment
@@ -122,9 +123,8 @@ def _training_pictures(study: StudyDesign, gallery: Gallery) -> list[Picture]:
 def _missing(missing: Sequence[StudyModel]) -> list[str]:
     if not missing:
         return []
-    names = ", ".join(model.name for model in missing[:MODEL_NAMES_SHOWN])
-    more = f" and {len(missing) - MODEL_NAMES_SHOWN} more" if len(missing) > MODEL_NAMES_SHOWN else ""
-    return [f"{len(missing)} models have no results, because a step failed or has not run yet: {names}{more}."]
+    names = abbreviated((model.name for model in missing), MODEL_NAMES_SHOWN)
+    return [f"{len(missing)} models have no results, because a step failed or has not run yet: {names}."]
 
 
 def _label_context(
