@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nnunet_vit_mae.networks.tokenizer import Triple
+from nnunet_vit_mae.settings import Network
 
 PERIOD = 10_000
 TABLE_DEVIATION = 0.02  # of learned positions before anything is learned, as in other ViTs
 TOKENS_FIRST, HEADS_FIRST = "parts b h n w -> b n parts h w", "b n parts h w -> parts b h n w"
-ROTARY_BASE = 100.0  # the slowest frequency turns once in about 600 units: grids have some tens of tokens along an axis
 
 
 class Places(NamedTuple):
@@ -45,12 +45,13 @@ class Positions:
     Args:
         kind: `sine_cosine`, `rotary` or `both`.
         step: Distance of neighbouring tokens along z y x, in the unit of coordinates.
-        base: The rotary frequencies fall from 1 to almost 1 / base.
+        base: The rotary frequencies fall from 1 to almost 1 / base. With 100, the slowest turns once in about 600
+            units: grids have some tens of tokens along an axis.
     """
 
     kind: str = "sine_cosine"
     step: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    base: float = ROTARY_BASE
+    base: float = Network.rotary_base
 
     def places(self, grid: Triple, width: int, head_width: int, device: torch.device) -> Places:
         """Return the places of all tokens of a grid, in the order z y x, for a transformer of a width."""

@@ -41,11 +41,6 @@ def upsampling(kind: str, in_width: int, out_width: int, factor: Triple) -> nn.M
     )
 
 
-def norm_and_activation(width: int) -> list[nn.Module]:
-    """Build InstanceNorm and LeakyReLU as in nnU-Net, for the paper names neither."""
-    return [nn.InstanceNorm3d(width, affine=True), nn.LeakyReLU(0.01, inplace=True)]
-
-
 def stem_joins(stem_widths: Sequence[int], widths: Sequence[int]) -> nn.ModuleList:
     """Return a linear map for each stage (coarse to fine) from the tokenizer's map of that resolution (fine to coarse).
 

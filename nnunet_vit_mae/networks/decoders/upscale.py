@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nnunet_vit_mae.networks.blueprint import Blueprint
 from nnunet_vit_mae.networks.encoder import Encoded
 from nnunet_vit_mae.networks.tokenizer import Triple, doublings
-from nnunet_vit_mae.networks.upsampling import as_map, norm_and_activation, stage_widths, stem_joins, upsampling
+from nnunet_vit_mae.networks.upsampling import as_map, stage_widths, stem_joins, upsampling
 
 
 def build(blueprint: Blueprint) -> UpscaleDecoder:
@@ -51,7 +51,7 @@ class UpscaleDecoder(nn.Module):
         self.stages = nn.ModuleList(
             nn.Sequential(
                 upsampling(kind, inputs[i], width, factor),
-                *norm_and_activation(width),
+                *_norm_and_activation(width),
                 *(layer for _ in range(convolutions - 1) for layer in _convolution(width)),
             )
             for i, (width, factor) in enumerate(zip(widths, factors, strict=True))
@@ -74,4 +74,9 @@ class UpscaleDecoder(nn.Module):
 
 
 def _convolution(width: int) -> list[nn.Module]:
-    return [nn.Conv3d(width, width, kernel_size=3, padding=1), *norm_and_activation(width)]
+    return [nn.Conv3d(width, width, kernel_size=3, padding=1), *_norm_and_activation(width)]
+
+
+def _norm_and_activation(width: int) -> list[nn.Module]:
+    """Build InstanceNorm and LeakyReLU as in nnU-Net, for the paper names neither."""
+    return [nn.InstanceNorm3d(width, affine=True), nn.LeakyReLU(0.01, inplace=True)]
