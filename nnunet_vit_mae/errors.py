@@ -116,6 +116,8 @@ def reader_reason(error: Exception) -> str:
     a case do not match.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines[-1:] == ["Reason: No such file or directory"]:  # of a MetaImage whose voxels end too early, too
+        return "its voxels are cut off, damaged or missing"
     return (lines or ["its files differ in size or spacing"])[-1].removeprefix("sitk::ERROR: ").rstrip(".")
 
 

@@ -13,6 +13,8 @@ import pytest
 import SimpleITK as sitk
 from conftest import blob, write_case
 
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.imaging.labels import read_mask
 from nnunet_vit_mae.imaging.scans import ScanError, read_scan
 from nnunet_vit_mae.imaging.stated_geometry import nifti_ambiguities
 from nnunet_vit_mae.imaging.volumes import read_geometry
@@ -118,6 +120,18 @@ def test_a_format_without_a_spacing_is_refused_for_that_reason(tmp_path):
     sitk.WriteImage(sitk.GetImageFromArray(VOXELS), str(tmp_path / "a.tif"))
     with pytest.raises(ScanError, match=r"no format whose header states a spacing \(.nii.gz, .nii, .nrrd"):
         read_geometry(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize(
+    ("ending", "reason"), [(".gipl", "is cut off or damaged"), (".mha", "its voxels are cut off, damaged or missing")]
+)
+def test_other_formats_that_are_cut_off_are_refused_for_that_reason(tmp_path, ending, reason):
+    file = tmp_path / f"a{ending}"
+    sitk.WriteImage(sitk.GetImageFromArray(VOXELS), str(file))
+    assert np.array_equal(read_mask(file), VOXELS)
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(UserError, match=reason):
+        read_mask(file)
 
 
 def test_what_programs_read_differently_is_told(tmp_path):

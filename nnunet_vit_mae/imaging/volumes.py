@@ -21,6 +21,7 @@ from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, NIFTI
 from nnunet_vit_mae.imaging.stated_geometry import CUT_OFF, spacing_problem
 from nnunet_vit_mae.storage.limits import too_many_voxels
 
+GIPL, GIPL_HEADER = ".gipl", 256  # bytes
 NOT_FINITE = "holds voxels that are NaN or infinite: replace them"
 
 
@@ -86,7 +87,8 @@ def read_geometry(file: Path, name: str | None = None) -> Geometry:
         raise ScanError(f"{name} holds complex numbers, save their magnitude instead")
     if (values := reader.GetNumberOfComponents()) > 1:
         raise ScanError(f"{name} has {values} values in each voxel, such as a colour or a vector, instead of one")
-    if file.name.lower().endswith(NIFTI) and _is_cut_off(file):
+    is_nifti, is_gipl = (file.name.lower().endswith(ending) for ending in (NIFTI, GIPL))
+    if (is_nifti and _is_cut_off(file)) or (is_gipl and _is_short(file, reader)):
         raise ScanError(f"{name} {CUT_OFF}")
     return Geometry(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
 
@@ -198,6 +200,12 @@ def _is_cut_off(file: Path) -> bool:
             return sum(len(piece) for piece in iter(lambda: stream.read(2**20), b"")) < expected
     except (EOFError, OSError, zlib.error):
         return True
+
+
+def _is_short(file: Path, reader: sitk.ImageFileReader) -> bool:
+    """Return whether a GIPL file is truncated, in whose place SimpleITK would silently read what was in memory."""
+    voxel = sitk.Image([1, 1, 1], reader.GetPixelID()).GetSizeOfPixelComponent()
+    return file.stat().st_size < GIPL_HEADER + math.prod(reader.GetSize()) * voxel
 
 
 @contextmanager
