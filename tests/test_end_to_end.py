@@ -162,8 +162,9 @@ def test_an_earlier_run_is_moved_aside_and_a_finished_one_is_not_repeated(copied
     copied.call(*command, "--c")
     assert (folder / "log.txt").read_text().count("epoch 1:") == 1
     assert (folder / "encoder.safetensors").read_bytes() == first
-    copied.call(*command, "--seed", "1")
+    said = copied.call(*command, "--seed", "1").stderr
     (moved,) = folder.parent.glob("fold_0_until_*")
+    assert f"An earlier run was moved to {moved}, and this one makes a new encoder in its place" in said
     assert (moved / "encoder.safetensors").read_bytes() == first
     second = (folder / "encoder.safetensors").read_bytes()
     assert second != first

@@ -132,7 +132,8 @@ def _train(
         affines=job.affines,
         mirroring=job.protocol.mirroring,
     )
-    reads = _reads(job, first_step)
+    place = {"rank": distributed.rank(), "processes": distributed.process_count()}
+    reads = ConsecutiveBatches(first_step, job.steps, job.protocol.reads, **place)
     batches = read_batches(crops, reads, readers, pin_memory=device.type == "cuda")
     sample = crops[[0]].samples(device).first() if is_first else None
     network.train()
@@ -194,12 +195,6 @@ def _step(
     return loss.detach().clone(), norm  # a CUDA graph writes the next loss into the same place
 
 
-def _reads(job: PretrainingJob, first_step: int) -> ConsecutiveBatches:
-    """Return what this process reads for each of the steps to come."""
-    place = {"rank": distributed.rank(), "processes": distributed.process_count()}
-    return ConsecutiveBatches(first_step, job.steps, job.protocol.reads, **place)
-
-
 def _prepare(
     output: Path, job: PretrainingJob, network: nn.Module, optimizer: torch.optim.Optimizer, *, resume: bool
 ) -> dict[str, Any] | None:
@@ -208,7 +203,12 @@ def _prepare(
     An earlier run that is not continued is moved aside.
     """
     if not (resume and (output / STATE).is_file()):
-        _move_aside(output)
+        if output.exists():
+            logger.warning(
+                "An earlier run was moved to %s, and this one makes a new encoder in its place (--c continues a run "
+                "that has a saved state).",
+                set_aside(output),
+            )
         output.mkdir(parents=True, exist_ok=True)
         write_json(job.to_dict(), output / "config.json")
         write_readme(output, CONTENTS)
@@ -223,12 +223,6 @@ def _prepare(
             "give the same flags and data to continue it, or start again without --c."
         )
     return read_state(output / STATE, network, optimizer, job.protocol.epochs, job.steps_per_epoch)
-
-
-def _move_aside(output: Path) -> None:
-    if output.exists():
-        moved = set_aside(output)
-        logger.warning("An earlier run was moved to %s (--c continues one that has a saved state).", moved)
 
 
 def _restore(
