@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import struct
+from contextlib import nullcontext
 from pathlib import Path
 
 import nibabel
@@ -132,6 +133,17 @@ def test_other_formats_that_are_cut_off_are_refused_for_that_reason(tmp_path, en
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(UserError, match=reason):
         read_mask(file)
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".mha"])
+def test_sheared_volumes_are_refused(tmp_path, ending):
+    """NIfTI has ITK's own refusal; elsewhere, spacings would give a volume that is too large."""
+    image, file = sitk.GetImageFromArray(VOXELS), tmp_path / f"a{ending}"
+    for tilt, is_refused in ((0.2, True), (0.001, False)):
+        image.SetDirection([1, 0, 0, 0, 1, np.sin(tilt), 0, 0, np.cos(tilt)])
+        sitk.WriteImage(image, str(file))
+        with pytest.raises(ScanError, match="axes that are not perpendicular") if is_refused else nullcontext():
+            read_geometry(file)
 
 
 def test_what_programs_read_differently_is_told(tmp_path):

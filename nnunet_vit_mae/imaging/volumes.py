@@ -21,6 +21,7 @@ from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, NIFTI
 from nnunet_vit_mae.imaging.stated_geometry import CUT_OFF, spacing_problem
 from nnunet_vit_mae.storage.limits import too_many_voxels
 
+PERPENDICULAR = 0.01  # largest cosine between two axes that is rounding
 GIPL, GIPL_HEADER = ".gipl", 256  # bytes
 NOT_FINITE = "holds voxels that are NaN or infinite: replace them"
 
@@ -71,8 +72,8 @@ def read_geometry(file: Path, name: str | None = None) -> Geometry:
         The geometry, in the order x y z.
 
     Raises:
-        ScanError: If the file is not a volume with one grey value for each voxel, states no spacing, is truncated, or
-            has more voxels than the limit.
+        ScanError: If the file is not a volume with one grey value for each voxel, states no spacing, is sheared or
+            truncated, or has more voxels than the limit.
         Exception: Whatever a reader raises if the file is not an image; such a message may contain its path.
     """
     name = name or file.name
@@ -87,6 +88,9 @@ def read_geometry(file: Path, name: str | None = None) -> Geometry:
         raise ScanError(f"{name} holds complex numbers, save their magnitude instead")
     if (values := reader.GetNumberOfComponents()) > 1:
         raise ScanError(f"{name} has {values} values in each voxel, such as a colour or a vector, instead of one")
+    axes = np.reshape(reader.GetDirection(), (3, 3))
+    if not np.allclose(axes.T @ axes, np.eye(3), atol=PERPENDICULAR):  # the product of spacings is not the volume then
+        raise ScanError(f"{name} has axes that are not perpendicular, as with a tilted gantry: resample it first")
     is_nifti, is_gipl = (file.name.lower().endswith(ending) for ending in (NIFTI, GIPL))
     if (is_nifti and _is_cut_off(file)) or (is_gipl and _is_short(file, reader)):
         raise ScanError(f"{name} {CUT_OFF}")
