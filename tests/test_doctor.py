@@ -21,6 +21,7 @@ from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.plans import load_plan
 from nnunet_vit_mae.processes import memory
 from nnunet_vit_mae.settings import Network
+from nnunet_vit_mae.storage.files import set_aside
 from nnunet_vit_mae.storage.layout import encoder_file
 from nnunet_vit_mae.weights import save_encoder
 
@@ -145,6 +146,9 @@ def test_a_dataset(in_workspace):
         "mae3d_preprocess -d 901 -c 3d_fullres -p nnUNetPlans",
     ]
     assert "size XS there" in next(diagnosis.text for diagnosis in found if diagnosis.topic == "encoder")
+    set_aside(file.parent)  # as another pre-training does
+    after = {diagnosis.topic: diagnosis.text for diagnosis in diagnose_dataset("901", "nnUNetPlans", "3d_fullres")}
+    assert after["encoder"] == "There is no encoder for nnUNetPlans yet."
     (unknown,) = diagnose_dataset("902", "nnUNetPlans", "3d_fullres")
     assert unknown.level == ERROR
 

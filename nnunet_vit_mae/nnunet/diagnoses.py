@@ -24,6 +24,7 @@ from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.folds import labelled_cases, split_of
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of, destination, load_plan
 from nnunet_vit_mae.nnunet.preprocessing import preprocessed_pool
+from nnunet_vit_mae.storage.files import UNTIL
 from nnunet_vit_mae.storage.layout import encoder_file
 from nnunet_vit_mae.transfer import adapt_encoder
 from nnunet_vit_mae.weights import read_encoder
@@ -138,4 +139,5 @@ def _encoders(plan: Plan) -> Iterator[Diagnosis]:
 
 def _own_encoders(plan: Plan) -> list[Path]:
     pattern = encoder_file(plan.dataset.results, plan.plans.plans_name, plan.name, "*")
-    return sorted(pattern.parent.parent.glob(f"{pattern.parent.name}/{pattern.name}"))
+    found = pattern.parent.parent.glob(f"{pattern.parent.name}/{pattern.name}")
+    return sorted(file for file in found if UNTIL not in file.parent.name)

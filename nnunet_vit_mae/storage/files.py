@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from nnunet_vit_mae.errors import UserError, WriteError
 
+UNTIL = "_until_"  # in the names of what was set aside
 LONGEST_NAME = 255  # bytes of a file's name on nearly all file systems
 
 
@@ -186,7 +187,7 @@ def set_aside(path: Path) -> Path:
     """Rename a file or folder so that another can take its name; returns the new path, such as `fold_0_until_DATE`."""
     ending = "" if path.is_dir() else path.suffix
     name = path.name.removesuffix(ending)
-    return path.rename(path.with_name(f"{name}_until_{datetime.now():%Y-%m-%d_%H-%M-%S-%f}{ending}"))
+    return path.rename(path.with_name(f"{name}{UNTIL}{datetime.now():%Y-%m-%d_%H-%M-%S-%f}{ending}"))
 
 
 def short_hash(text: str, digits: int) -> str:
