@@ -256,8 +256,9 @@ def test_patients_on_two_sides(data, found, tmp_path, capsys):
     assert list(findings["warnings"]) == [("imagesUn/u", "patient on two sides")]
     folder = tmp_path / "preprocessed" / "Dataset906_Checked"
     folder.mkdir(parents=True)
-    (folder / "patients.json").write_text('{"a0": "P", "u": "P"}')
+    (folder / "patients.json").write_text('{"a0": "P", "u": "P", "t": "p"}')
     assert list(found()["warnings"]) == [("imagesUn/u", "patient on two sides")]
+    assert "Are these different patients? P, p." in capsys.readouterr().out
 
 
 def test_the_same_name_on_two_sides_is_mentioned(data, found):

@@ -10,6 +10,7 @@ from nnunet_vit_mae.datasets.check.across_cases import findings_across_cases
 from nnunet_vit_mae.datasets.check.inspection import ERROR, WARNING, CaseSummary, Finding, find_tasks, inspect_all
 from nnunet_vit_mae.datasets.contrasts import Channels
 from nnunet_vit_mae.datasets.split.patients import recorded_patients
+from nnunet_vit_mae.datasets.split.splits import question_about
 from nnunet_vit_mae.datasets.tables import PatientColumns, read_case_table
 from nnunet_vit_mae.errors import abbreviated
 from nnunet_vit_mae.imaging.labels import Labels
@@ -54,10 +55,11 @@ def check_dataset(raw: Path, columns: PatientColumns, preprocessed: Path, proces
 
 
 def _known_patients(columns: PatientColumns, cases: Sequence[str], preprocessed: Path) -> tuple[dict[str, str], str]:
-    """Return the patients by case, as far as they are known, and a note about cases that the table lacks."""
+    """Return the patients by case, as far as they are known, and a note about cases without one and on alike names."""
     if columns.file is None:
-        return recorded_patients(preprocessed), ""
-    patients = read_case_table(columns.file, columns.case, cases).patients(columns.patient)
-    unknown = [name for name in cases if name not in patients]
+        patients, unknown = recorded_patients(preprocessed), []
+    else:
+        patients = read_case_table(columns.file, columns.case, cases).patients(columns.patient)
+        unknown = [name for name in cases if name not in patients]
     note = f"{columns.file} has no row for {abbreviated(unknown)}: the patient is unknown." if unknown else ""
-    return patients, note
+    return patients, "\n".join(filter(None, [note, question_about(patients.values())]))

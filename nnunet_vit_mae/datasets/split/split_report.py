@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from nnunet_vit_mae.datasets.split.cohort import Cohort, WrittenSplits
-from nnunet_vit_mae.datasets.split.splits import Splits, alike_names
+from nnunet_vit_mae.datasets.split.splits import Splits, question_about
 from nnunet_vit_mae.errors import abbreviated
 
 
@@ -13,8 +13,8 @@ def split_report(written: WrittenSplits, cohort: Cohort, dataset: str) -> str:
     """Return the table of folds and everything the user should know; `dataset` is what `-d` named."""
     splits = written.splits
     lines = [fold_table(splits, cohort.patients, written.strata), *splits.notes, *_cases_in_no_fold(splits, cohort)]
-    if alike := alike_names({*cohort.patients.values()}):
-        lines.append(f"Are these different patients? {'; '.join(map(', '.join, alike))}.")
+    if question := question_about(cohort.patients.values()):
+        lines.append(question)
     if written.options.few:
         regular = " ".join(str(fold) for fold in range(len(splits.folds) // (1 + len(written.options.few))))
         lines.append(

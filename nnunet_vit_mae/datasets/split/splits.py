@@ -179,6 +179,16 @@ def alike_names(patients: Collection[str]) -> list[list[str]]:
     return [names for names in groups.values() if len(names) > 1]
 
 
+def question_about(patients: Collection[str]) -> str:
+    """Return a question about patients with names that are alike, or an empty string.
+
+    >>> question_about(["007", "7", "8"])
+    'Are these different patients? 007, 7.'
+    """
+    alike = alike_names({*patients})
+    return f"Are these different patients? {'; '.join(map(', '.join, alike))}." if alike else ""
+
+
 def _number(share: float, patients: int) -> int:
     """Return how many patients a share is: at least one, unless the share is 0."""
     return max(1, round(share * patients)) if share else 0
