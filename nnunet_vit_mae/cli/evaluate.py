@@ -101,9 +101,9 @@ def _evaluate(
     models: dict[str, Path],
 ) -> None:
     from nnunet_vit_mae.datasets.acquisition import (
+        PATIENT,
         SLICE_THICKNESS,
         find_scans_table,
-        patients,
         read_scans_table,
         slice_thickness,
     )
@@ -131,7 +131,7 @@ def _evaluate(
     if table := args.csv or find_scans_table([args.references, *folders]):
         names = [case.name for case in evaluation_set.cases]
         scans = read_scans_table(table, names)
-        known = scans.patients(args.patient) if args.patient else patients(scans)
+        known = scans.patients(args.patient) if args.patient else scans.known(PATIENT)
         if SLICE_THICKNESS in scans.columns or not known:
             evaluation_set = evaluation_set.with_slice_thickness(slice_thickness(scans), table)
         unknown = [name for name in names if name not in known] if known else []

@@ -71,14 +71,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _properties(cohort: Cohort, raw: Path) -> ScanProperties:
     """Read what the figure shows, before anything is written."""
-    from nnunet_vit_mae.datasets.acquisition import find_scans_table, kernels, read_scans_table, slice_thickness
+    from nnunet_vit_mae.datasets.acquisition import KERNEL, find_scans_table, read_scans_table, slice_thickness
     from nnunet_vit_mae.datasets.split.files import label_volumes
     from nnunet_vit_mae.evaluation.split_figure import ScanProperties
 
     file = find_scans_table([raw])
     table = cohort.table or (read_scans_table(file, cohort.cases) if file else None)
     volumes = {case: float(text) for case, text in label_volumes(cohort.labels).items()}
-    return ScanProperties(volumes, slice_thickness(table) if table else {}, kernels(table) if table else {})
+    return ScanProperties(volumes, slice_thickness(table) if table else {}, table.known(KERNEL) if table else {})
 
 
 def _draw(folder: Path, scans: ScanProperties | None, file: Path | None) -> None:

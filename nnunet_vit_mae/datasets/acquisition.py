@@ -30,21 +30,7 @@ def slice_thickness(table: CaseTable) -> dict[str, float]:
 
     Raises `UserError` if a field holds something else than a number above 0.
     """
-    return {
-        case: _millimetres(text, case, table.file)
-        for case, text in table.columns.get(SLICE_THICKNESS, {}).items()
-        if text
-    }
-
-
-def kernels(table: CaseTable) -> dict[str, str]:
-    """Return the reconstruction kernel by case, of the cases for which the table has one."""
-    return {case: text for case, text in table.columns.get(KERNEL, {}).items() if text}
-
-
-def patients(table: CaseTable) -> dict[str, str]:
-    """Return the patient by case, of the cases for which the table has one."""
-    return {case: text for case, text in table.columns.get(PATIENT, {}).items() if text}
+    return {case: _millimetres(text, case, table.file) for case, text in table.known(SLICE_THICKNESS).items()}
 
 
 def _millimetres(text: str, case: str, file: Path) -> float:

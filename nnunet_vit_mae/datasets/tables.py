@@ -33,6 +33,10 @@ class CaseTable:
             raise UserError(f"{self.file} has no column {name}, only {', '.join(self.columns)}: check {flag}.")
         return self.columns[name]
 
+    def known(self, name: str) -> dict[str, str]:
+        """Return the fields of a column that are not empty, by case; none if there is no such column."""
+        return {case: field for case, field in self.columns.get(name, {}).items() if field}
+
     def patients(self, name: str) -> dict[str, str]:
         """Return the patients by case; raises `UserError` if a field is empty."""
         patients = dict(self.column(name, "--patient"))
