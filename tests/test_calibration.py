@@ -37,7 +37,14 @@ from nnunet_vit_mae.nnunet.models import find_model, model_hash
 from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.nnunet.predicted_cases import development_cases, training_cases
 from nnunet_vit_mae.nnunet.prediction import find_prediction_cases, remove_outdated
-from nnunet_vit_mae.nnunet.quantification import TrainingRange, refuse_other_content, thresholds_of, warnings_of
+from nnunet_vit_mae.nnunet.quantification import (
+    COLUMNS,
+    TrainingRange,
+    keep_earlier,
+    refuse_other_content,
+    thresholds_of,
+    warnings_of,
+)
 from nnunet_vit_mae.nnunet.training_range import read_training_volumes
 from nnunet_vit_mae.nnunet.untrained import untrained_network
 from nnunet_vit_mae.presets import DECODERS
@@ -820,6 +827,25 @@ def test_segmentations_of_other_images_are_predicted_again(model, in_workspace, 
     assert caplog.text.count("it may be of other images than today's") == len(gone)
 
 
+@pytest.mark.parametrize(
+    ("content", "more"),
+    [
+        ("case,label,warnings,model\na,blob,,0\ngone,blob,,0\n", "gone"),
+        ("seen by;case;label;warnings;model\nDr. A;a;blob;;0\n;;;;\n", "seen by"),
+        ("case,label,warnings,model,,\na,blob,,0,,\n", ""),
+    ],
+)
+def test_a_table_that_has_more_than_the_next_one_is_moved_aside(tmp_path, caplog, content, more):
+    table = tmp_path / "volumes.csv"
+    keep_earlier(table, ["a", "new"], COLUMNS)
+    table.write_text(content)
+    keep_earlier(table, ["a", "new"], COLUMNS)
+    assert table.is_file() == (not more)
+    (kept,) = tmp_path.glob("volumes*.csv")
+    assert kept.read_text() == content
+    assert (f"({more}), and was moved to {kept}" in caplog.text) == bool(more)
+
+
 def test_a_part_that_is_writing_its_note_does_not_stop_another(tmp_path):
     refuse_other_content(tmp_path / "none", {"model": "a"}, "others")
     (tmp_path / ".123.model.json").touch()
@@ -838,8 +864,6 @@ def test_mistakes_in_quantifying_get_a_sentence(model, in_workspace, scans, refu
     (tmp_path / "patients.csv").write_text("case,patient\nscan_0,A\n")
     assert "patients.csv is there already, and is not a table of mae3d_quantify" in refuse(output="patients.csv")
     assert (tmp_path / "patients.csv").read_text() == "case,patient\nscan_0,A\n"
-    (tmp_path / "read.csv").write_text("case,label,volume_mm3,warnings,model,seen by\nscan_0,blob,1,,0,Dr. A\n")
-    assert "read.csv has columns that somebody has added (seen by), and that would be lost" in refuse(output="read.csv")
     work = tmp_path / "volumes_segmentations"
     assert not work.exists()
     work.mkdir()

@@ -21,7 +21,7 @@ from nnunet_vit_mae.imaging.dicom import DicomSeries
 from nnunet_vit_mae.imaging.writing import write_zeros
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.prediction import find_prediction_cases
-from nnunet_vit_mae.nnunet.quantification import Part, Scans
+from nnunet_vit_mae.nnunet.quantification import Part, Scans, keep_earlier
 from nnunet_vit_mae.nnunet.trainers import OUR_TRAINERS
 from nnunet_vit_mae.presets import canonical_contrast
 from nnunet_vit_mae.progress import with_progress
@@ -113,7 +113,9 @@ def write_study_table(model: Model, cases: Sequence[StudyCase], file: Path) -> N
         | {contrast: case.series(contrast).description for contrast in case.study.images}
         for case in cases
     ]
-    write_records(rows, ["case", "patient", "study", *channels], file)
+    columns = ["case", "patient", "study", *channels]
+    keep_earlier(file, [case.name for case in cases], columns)
+    write_records(rows, columns, file)
 
 
 def _channels(model: Model) -> list[str]:

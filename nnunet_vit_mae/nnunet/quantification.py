@@ -8,7 +8,8 @@ others.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,14 +31,14 @@ from nnunet_vit_mae.nnunet.uncertainty import LabelColumns, predict_with_uncerta
 from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.csv_tables import read_cells, read_frame, write_frame
 from nnunet_vit_mae.storage.entries import read_entries
-from nnunet_vit_mae.storage.files import locked, read_json, write_json
+from nnunet_vit_mae.storage.files import locked, read_json, set_aside, write_json
 from nnunet_vit_mae.storage.layout import CALIBRATED
 
 logger = logging.getLogger(__name__)
 
 MODEL_NOTE = "model.json"
 OTHER_MODEL = "segmentations of another model"
-COLUMNS = (
+COLUMNS = (  # of a table
     *("case", "label", "volume_mm3", "risk_group", "threshold", "slice_thickness_mm", "warnings"),
     *("volume_low_mm3", "volume_high_mm3", "expected_dice", "model"),
 )
@@ -155,6 +156,7 @@ def quantify(
         frame = pd.DataFrame(rows, columns=None if rows else ["case", "label", "warnings"])
         frame = frame.sort_values("case", kind="stable").assign(model=identity)
         described = note | {"cases": list(scans.names), "cutoffs": cutoffs and list(cutoffs), "level": level}
+        keep_earlier(part.table(table), scans.names, COLUMNS)
         write_frame(frame, part.table(table))
         if problems:
             logger.warning(
@@ -188,6 +190,7 @@ def _join_parts(table: Path, of: int, described: Mapping[str, Any]) -> bool:
         )
         return False
     frames = [read_frame(part.table(table), dtype=str, na_filter=False) for part in parts]
+    keep_earlier(table, described["cases"], COLUMNS)
     write_frame(pd.concat(frames).sort_values("case", kind="stable"), table)
     return True
 
@@ -206,22 +209,32 @@ def thresholds_of(model: Model) -> dict[str, float]:
 
 
 def refuse_other_table(table: Path) -> None:
-    """Raise `UserError` if a table cannot be written by that name, or if there is one that is not of this command.
-
-    Nor does it replace a table to which somebody has added columns.
-    """
+    """Raise `UserError` if a table cannot be written by that name, or if there is one that is not of this command."""
     if table.is_dir() or table.suffix != ".csv":
         raise UserError(f"-o {table} is not a file name that ends in .csv: name the table to write.")
-    if not table.is_file():
-        return
-    columns = [column for column in (read_cells(table) or [[]])[0] if column]
-    if not {"case", "label", "warnings", "model"} <= {*columns}:
+    if table.is_file() and not {"case", "label", "warnings", "model"} <= {*(read_cells(table) or [[]])[0]}:
         raise UserError(f"{table} is there already, and is not a table of mae3d_quantify: give another -o.")
-    if added := [column for column in columns if column not in COLUMNS]:
-        raise UserError(
-            f"{table} has columns that somebody has added ({abbreviated(added)}), and that would be lost: rename the "
-            "table, and run the command again."
-        )
+
+
+def keep_earlier(table: Path, cases: Collection[str], columns: Collection[str]) -> None:
+    """Move a table aside if the next one will lack cases of it, whose scans are gone, or columns that somebody added.
+
+    Args:
+        table: The table, which need not exist.
+        cases: Of the next table.
+        columns: That the next table may have.
+    """
+    header, *rows = (read_cells(table) if table.is_file() else []) or [[]]
+    known = {row[header.index("case")] for row in rows} if "case" in header else set()
+    more = known - {*cases, ""} or {*header} - {*columns, ""}
+    if more:
+        with suppress(FileNotFoundError):  # another part has moved it
+            logger.warning(
+                "%s has more than the next one will have (%s), and was moved to %s.",
+                table,
+                abbreviated(sorted(more)),
+                set_aside(table),
+            )
 
 
 def segmentations_beside(table: Path) -> Path:
