@@ -17,9 +17,10 @@ from torch import nn
 from torch.nn import functional
 
 from nnunet_vit_mae.cli import features as features_command
+from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.checkerboard import checkerboard, feature_maps, inner
-from nnunet_vit_mae.nnunet.features import read_patch
+from nnunet_vit_mae.nnunet.features import draw_features, read_patch
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.plans import load_plan
 from nnunet_vit_mae.presets import DECODERS, UPSAMPLINGS
@@ -201,6 +202,12 @@ def trained(planned, tmp_path_factory):
         command = f"nnUNetv2_train 901 3d_fullres 0 -p {kind} -tr nnUNetTrainerViTScratch -device cpu"
         workspace.call(*command.split())
     return workspace
+
+
+def test_a_table_of_others_beside_the_figure_is_not_overwritten(tmp_path):
+    (tmp_path / "volumes.csv").write_text("case,volume_mm3\na,1\n")
+    with pytest.raises(UserError, match="is there already, and is not a table of mae3d_features"):
+        draw_features([], None, tmp_path / "volumes.png", torch.device("cpu"))
 
 
 @pytest.fixture

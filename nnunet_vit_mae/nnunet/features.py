@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import cast
 
@@ -22,7 +22,7 @@ from nnunet_vit_mae.nnunet.trainers import OUR_TRAINERS, nnUNetTrainerViTScratch
 from nnunet_vit_mae.nnunet.untrained import untrained_network
 from nnunet_vit_mae.plots import Features, plot_features
 from nnunet_vit_mae.pretraining.volumes import open_volume, volume_problem
-from nnunet_vit_mae.storage.csv_tables import write_instances
+from nnunet_vit_mae.storage.csv_tables import read_cells, write_instances
 from nnunet_vit_mae.storage.pickles import read_properties, read_trained
 
 TRAINERS = [name for name, trainer in OUR_TRAINERS.items() if issubclass(trainer, nnUNetTrainerViTScratch)]
@@ -60,11 +60,14 @@ def draw_features(models: Sequence[Model], case: str | None, file: Path, device:
     """Draw the feature maps of all models on one case into a PNG, and write their checkerboards into a CSV beside it.
 
     The default case is the first validation case of the fold, or the first training case of fold `all`. Raises
-    `UserError` for a file that is not a PNG or cannot be written, an unknown case, a checkpoint that does not fit, or
-    the decoder `unet`, whose maps do not come from tokens.
+    `UserError` for a file that is not a PNG or cannot be written, another table beside it, an unknown case, a
+    checkpoint that does not fit, or the decoder `unet`, whose maps do not come from tokens.
     """
     if file.suffix != ".png":
         raise UserError(f"-o {file} must end with .png: the table is written beside it, with .csv.")
+    beside = file.with_suffix(".csv")
+    if beside.is_file() and read_cells(beside)[:1] != [[column.name for column in fields(MapCheckerboard)]]:
+        raise UserError(f"{beside} is there already, and is not a table of mae3d_features: give another -o.")
     for model in models:
         if model.plan.settings.network.decoder == "unet":
             raise UserError(
@@ -82,7 +85,7 @@ def draw_features(models: Sequence[Model], case: str | None, file: Path, device:
     title = f"{models[0].plan.dataset.name}, {case}, one slice across z;\nthe channel of each map that varies most"
     try:
         plot_features(rows, title, file)
-        write_instances(MapCheckerboard, table, file.with_suffix(".csv"))
+        write_instances(MapCheckerboard, table, beside)
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error}): choose another file with -o.") from None
     return table
