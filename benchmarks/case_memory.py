@@ -139,10 +139,10 @@ def draw(volume: np.ndarray, value: int, centre: np.ndarray, radii: np.ndarray) 
         plane[around + ((z - centre[0]) / radii[0]) ** 2 <= 1] = value
 
 
-def write_image(array: np.ndarray, file: Path) -> None:
-    """Write a volume (z y x)."""
+def write_image(array: np.ndarray, file: Path, spacing: tuple[float, ...] = SPACING) -> None:
+    """Write a volume (z y x); its spacing is in mm (x y z)."""
     image = sitk.GetImageFromArray(array)
-    image.SetSpacing(SPACING)
+    image.SetSpacing(spacing)
     sitk.WriteImage(image, str(file), useCompression=True)
 
 

@@ -19,6 +19,7 @@ from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.memory import finetuning_memory, segmentation_loss
 from nnunet_vit_mae.presets import UPSAMPLINGS
 from nnunet_vit_mae.settings import Network
+from nnunet_vit_mae.units import GIB
 
 UPSAMPLED = ("unetr", "sfpn", "upscale")
 VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
@@ -54,7 +55,7 @@ def main() -> None:
         for (decoder, kind), network in networks.items():
             model = build_segmenter(network, 1, 2, drop_path=0.1)
             parameters = sum(p.numel() for p in model.decoder.parameters()) / 1e6
-            memory = finetuning_memory(network, patch, 1, 2, 4) / 2**30
+            memory = finetuning_memory(network, patch, 1, 2, 4) / GIB
             ratio = seconds[decoder, kind] / seconds[REFERENCE]
             print(
                 f"| {side} | {decoder} | {kind} | {parameters:.2f} | {gigaflops(network, patch):.1f} | {memory:.2f} "

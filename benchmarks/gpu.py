@@ -1,4 +1,4 @@
-"""All that docs/speed.md leaves open until there is a GPU, in pieces of less than nine minutes.
+"""The measurements of docs/speed.md on a GPU, in pieces of less than nine minutes.
 
 First the ceilings: how fast the GPU copies, and multiplies matrices. Then steps of pre-training at the largest batch
 that fits, eager and compiled, each option of the decoder, studies of different contrasts in groups and packed,

@@ -18,13 +18,14 @@ import contrasts
 import pretraining_decoder
 import torch
 from loader import SHAPE, SYNTHETIC, make_dataset, our_batches, trainer_of
-from measuring import GIBIBYTE, finish, flops, kernels, seconds_each
+from measuring import finish, flops, kernels, seconds_each
 
 from nnunet_vit_mae.networks.memory import pretraining_memory
 from nnunet_vit_mae.networks.packing import has_kernel
 from nnunet_vit_mae.presets import DECODERS
 from nnunet_vit_mae.pretraining.loss import COMPILER
 from nnunet_vit_mae.settings import Network, Pretraining
+from nnunet_vit_mae.units import GIB
 
 if TYPE_CHECKING:
     from nnunet_vit_mae.nnunet.plans import Plan
@@ -147,7 +148,7 @@ def pretraining(bench: Bench, scene: tuple[str, int, int], run: str, *, usual: b
         "run": run,
         "batch": batch,
         **of_step(bench, step, batch, work),
-        "estimated, GiB": estimate(batch) / GIBIBYTE,
+        "estimated, GiB": estimate(batch) / GIB,
     }
 
 
@@ -192,7 +193,7 @@ def of_step(bench: Bench, step: Step, volumes: int, work: int | None = None) -> 
         **({} if work is None else {"share of the matrix product": work / seconds / ceiling if ceiling else None}),
         "kernels per step": count,
         "GPU busy": busy,
-        "peak, GiB": torch.cuda.max_memory_allocated() / GIBIBYTE if on_gpu else None,
+        "peak, GiB": torch.cuda.max_memory_allocated() / GIB if on_gpu else None,
     }
 
 

@@ -25,8 +25,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
-from case_memory import balls
+from case_memory import balls, write_image
 
 RATE = 20  # samples per second of each process
 KINDS = {  # by functions on the stack; the first kind that is found counts
@@ -130,10 +129,8 @@ def write_case(
     if part == "Tr":
         files[f"labels{part}/{name}.nii.gz"] = labels
     for file, array in files.items():
-        image = sitk.GetImageFromArray(array)
-        image.SetSpacing(spacing)
         (raw / file).parent.mkdir(parents=True, exist_ok=True)
-        sitk.WriteImage(image, str(raw / file), useCompression=True)
+        write_image(array, raw / file, spacing)
 
 
 if __name__ == "__main__":
