@@ -545,6 +545,15 @@ def test_pretraining_reads_no_scan_of_a_test_patient(in_workspace, pretraining_n
 
 
 @pytest.mark.slow
+def test_pretraining_reads_no_scan_of_a_patient_in_the_test_folder(in_workspace, pretraining_names):
+    patients = {case: case for case in LABELLED} | {"pool_1": "P", "pool_2": "Q", "test_7": "P"}
+    write_case(in_workspace.raw / "imagesTs", "test_7", [np.ones(SHAPE)] * 2)
+    write_case(in_workspace.raw / "imagesTs", LABELLED[0], [np.ones(SHAPE)] * 2)  # of somebody else, of the same name
+    split_901(in_workspace, patients, "--folds", "2")
+    assert pretraining_names("all") == [*LABELLED, "pool_0", "pool_2"]
+
+
+@pytest.mark.slow
 def test_a_fold_of_few_patients_is_pretrained_on_the_scans_of_its_parent(in_workspace, pretraining_names):
     record = split_901(in_workspace, {case: case for case in LABELLED}, "--folds", "3", "--few", "1", "2")
     assert record["parents"] == [0, 1, 2] * 3

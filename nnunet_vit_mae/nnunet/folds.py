@@ -15,7 +15,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunet_vit_mae.datasets.split.files import SPLITS, find_label_files, parent_fold, read_fold, read_split_record
 from nnunet_vit_mae.datasets.split.patients import patient_of, recorded_patients
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.imaging.channels import cases_in
+from nnunet_vit_mae.imaging.channels import cases_in, channels_by_case
 from nnunet_vit_mae.nnunet.folders import Dataset
 from nnunet_vit_mae.nnunet.plans import Plan, load_plan
 from nnunet_vit_mae.nnunet.preprocessing import preprocessed_pool
@@ -70,8 +70,9 @@ def pretraining_cases(plan: Plan, fold: str) -> list[PreprocessedCase]:
     """Return the cases for the pre-training of a fold (a number, or `all`), labelled ones first, each sorted by name.
 
     These are the training cases of the fold's parent, further series of their patients, and the unlabelled pool. Scans
-    of patients that are held out, for testing or to validate the fold, are not among them; the log says how many there
-    are. Raises `UserError` if no labelled case is preprocessed, if there is no such fold, or if no case is left.
+    of patients that are held out, for testing (in `imagesTs` too) or to validate the fold, are not among them; the log
+    says how many there are. Raises `UserError` if no labelled case is preprocessed, if there is no such fold, or if no
+    case is left.
     """
     labelled = labelled_cases(plan)
     record, patients = read_split_record(plan.dataset.preprocessed), recorded_patients(plan.dataset.preprocessed)
@@ -82,6 +83,7 @@ def pretraining_cases(plan: Plan, fold: str) -> list[PreprocessedCase]:
         split = split_of(plan, parent_fold(plan.dataset.preprocessed, fold), names)
         training, validation = {*split["train"], *record.other_series}, split["val"]
     held_out = {patient_of(case, patients) for case in (*record.test, *validation)}
+    held_out |= {patients[case] for case in _test_cases(plan) if case in patients and case not in names}
     candidates = [case for case in labelled if case.name in training] + _unlabelled_pool(plan)
     cases = [case for case in candidates if patient_of(case.name, patients) not in held_out]
     if not cases:
@@ -110,6 +112,10 @@ def split_of(plan: Plan, fold: str, names: list[str]) -> dict[str, list[str]]:
 
         write_json(generate_crossval_split(sorted(names), seed=12345, n_splits=FOLDS), file)
     return read_fold(file, fold, names)
+
+
+def _test_cases(plan: Plan) -> dict[str, dict[int, Path]]:
+    return channels_by_case(plan.dataset.raw / "imagesTs", plan.dataset_json["file_ending"])[0]
 
 
 def _unlabelled_pool(plan: Plan) -> list[PreprocessedCase]:
