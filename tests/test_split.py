@@ -316,13 +316,14 @@ def test_names_that_a_spreadsheet_has_changed_are_mentioned(data, tmp_path, caps
 
 
 def test_unlabelled_scans_are_found_in_the_table_by_their_files_too(data, tmp_path, capsys):
-    for case in ("u0", "u1"):
-        write_case(tmp_path / "raw" / "Dataset905_Cohort" / "imagesUn", case, [np.ones(SHAPE)])
+    for case, folder in {"u0": "imagesUn", "u1": "imagesUn", "t0": "imagesTs"}.items():
+        write_case(tmp_path / "raw" / "Dataset905_Cohort" / folder, case, [np.ones(SHAPE)])
     table = tmp_path / "table.csv"
     rows = [f"c{number}.nii.gz,P{number // 2}" for number in range(9)]
-    table.write_text("\n".join(["file,patient", *rows, "u0_0000.nii.gz,p0"]))
+    table.write_text("\n".join(["file,patient", *rows, "u0_0000.nii.gz,p0", "t0_0000.nii.gz,P9"]))
     main(["-d", "905", "--csv", str(table), "--folds", "2"])
-    assert json.loads((data / "patients.json").read_text())["u0"] == "p0"
+    patients = json.loads((data / "patients.json").read_text())
+    assert (patients["u0"], patients["t0"]) == ("p0", "P9")
     printed = capsys.readouterr().out
     assert "has no row for u1 of imagesUn: each counts as a patient of its own" in printed
     assert "Are these different patients? P0, p0." in printed

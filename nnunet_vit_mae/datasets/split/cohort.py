@@ -53,9 +53,10 @@ def read_cohort(raw: Path, preprocessed: Path, columns: PatientColumns, folder: 
     or if a labelled case has no patient.
     """
     labels = find_label_files(raw, preprocessed)
-    cases, unlabelled = list(labels.files), _unlabelled_cases(raw, labels)
+    cases = list(labels.files)
+    unlabelled, tested = (_cases_of(raw / folder, labels) for folder in ("imagesUn", "imagesTs"))
     if columns.file is not None:
-        table = read_case_table(columns.file, columns.case, [*cases, *unlabelled])
+        table = read_case_table(columns.file, columns.case, [*cases, *unlabelled, *tested])
         cohort = Cohort(labels, table.patients(columns.patient), table)
         source = table.file
     elif (folder / PATIENTS).is_file():
@@ -72,9 +73,9 @@ def read_cohort(raw: Path, preprocessed: Path, columns: PatientColumns, folder: 
     return cohort
 
 
-def _unlabelled_cases(raw: Path, labels: LabelFiles) -> list[str]:
+def _cases_of(images: Path, labels: LabelFiles) -> list[str]:
     ending = read_description(labels.description).file_ending or NIFTI[0]
-    return list(channels_by_case(raw / "imagesUn", ending)[0])
+    return list(channels_by_case(images, ending)[0])
 
 
 @dataclass(frozen=True)
