@@ -518,6 +518,12 @@ def test_an_import_that_fails_leaves_the_earlier_model(archive, results, refused
     assert [path for path in folder.parent.iterdir() if path.is_dir()] == [folder]
 
 
+def test_a_dataset_of_the_same_number_is_named(archive, results, capsys):
+    (results / "Dataset901_Other").mkdir(parents=True)
+    import_model.main([str(archive)])
+    assert "Dataset901_Other has the same number: from now on, name either dataset in full" in capsys.readouterr().out
+
+
 def test_nnunets_variable_names_the_folder(archive, refused, monkeypatch):
     monkeypatch.delenv("nnUNet_results", raising=False)
     assert "nnUNet_results is not set" in refused(import_model.main, str(archive))

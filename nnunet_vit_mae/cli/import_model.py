@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="move a model of the same name aside")
     args = parser.parse_args(argv)
 
-    from nnunet_vit_mae.nnunet.folders import results_folder
+    from nnunet_vit_mae.nnunet.folders import others_of_number, results_folder
     from nnunet_vit_mae.nnunet.importing import import_model
     from nnunet_vit_mae.nnunet.trainers import OUR_TRAINERS
 
@@ -28,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if installed.moved:
         print(f"The earlier model is now {installed.moved}.")
     print(f"Wrote {installed.folder}: {', '.join(card.checkpoints)}, folds {' '.join(card.folds)}.")
+    if others := others_of_number(card.dataset):
+        print(f"{', '.join(others)} has the same number: from now on, name either dataset in full with -d.")
     if card.trainer in OUR_TRAINERS:
         print('First: export nnUNet_extTrainer="$(mae3d_trainers)", where it is not set yet.')
     print(

@@ -67,6 +67,11 @@ def find_dataset(id_or_name: str) -> Dataset:
     return Dataset(name, raw / name, preprocessed / name, results / name)
 
 
+def others_of_number(name: str) -> list[str]:
+    """Return the names of other datasets with the number of a dataset, which `-d` cannot name by number then."""
+    return [str(other) for other in find_candidate_datasets(int(dataset_id(name))) if other != name]
+
+
 def results_folder() -> Path:
     """Return nnU-Net's folder of results. Raises `UserError` if its variable is not set."""
     if not nnUNet_results.is_set():
