@@ -126,7 +126,8 @@ def _case_of(cell: str, cases: Collection[str]) -> str:
 
 def _refuse_lost_zeros(file: Path, column: str, cells: Collection[str], cases: Collection[str]) -> None:
     """Raise `UserError` if a spreadsheet has made numbers of the case names, such as 7 of 007."""
-    lost = [case for case in cases if case not in cells and case.lstrip("0") in {*cells} - {*cases}]
+    others = {*cells} - {*cases}
+    lost = [case for case in cases if case not in cells and case.lstrip("0") in others]
     if lost:
         raise UserError(
             f"{file} has {lost[0].lstrip('0')} in the column {column}, but the case is {lost[0]}: a spreadsheet has "
