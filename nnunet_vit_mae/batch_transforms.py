@@ -14,6 +14,8 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.nn import functional
 
+from nnunet_vit_mae.networks.grouping import on_device
+
 OUTSIDE = -1  # nnU-Net's label of voxels outside of the image
 SCORE = 1000  # scale of a label's score, so that near ties become ties in half precision
 EPSILON = 1e-7
@@ -124,8 +126,8 @@ def lower_resolution(rows: Float[Tensor, "k *patch"], scales: Float[Tensor, "k d
 
 def _grid(volumes: Tensor, affine: Tensor, patch: Sequence[int]) -> Tensor:
     """Return the position of each voxel of the patch in the volume as `grid_sample` wants it: x first, from -1 to 1."""
-    half_patch = torch.tensor(patch[::-1]).to(affine, non_blocking=True) / 2
-    half_volume = torch.tensor(volumes.shape[:1:-1]).to(affine, non_blocking=True) / 2
+    half_patch = on_device(patch[::-1], affine.device) / 2
+    half_volume = on_device(volumes.shape[:1:-1], affine.device) / 2
     linear = affine.flip(1, 2) * half_patch / half_volume[:, None]
     theta = functional.pad(linear, (0, 1)).to(volumes)  # without translation
     return functional.affine_grid(theta, [len(volumes), 1, *patch], align_corners=False)

@@ -5,7 +5,7 @@ Axes: b studies, s contrast images, which are the present contrasts of all studi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -71,7 +71,7 @@ def groups(present: list[list[int]], device: torch.device) -> Iterator[Group]:
         yield Group(on_device(members, device), on_device(images, device), counts, packed)
 
 
-def on_device(numbers: list[int], device: torch.device) -> Int[Tensor, " _"]:
+def on_device(numbers: Sequence[int], device: torch.device) -> Int[Tensor, " _"]:
     """Return a tensor on a device without waiting for its work, as `torch.tensor` would there.
 
     Apple's GPUs are waited for: they may read the numbers after their memory has been given back

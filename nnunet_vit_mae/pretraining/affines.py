@@ -16,6 +16,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from nnunet_vit_mae.batch_transforms import resample_images
+from nnunet_vit_mae.networks.grouping import on_device
 from nnunet_vit_mae.networks.tokenizer import Triple, patchify
 
 SHARE = 0.2  # of all crops that are rotated, and of all that are scaled, as in nnU-Net and nnssl
@@ -53,7 +54,7 @@ def moved(volumes: Float[Tensor, "b c z y x"], affines: Float[Tensor, "b 3 3"]) 
     chosen = _other_than_identity(affines)
     if not chosen:
         return volumes
-    rows = torch.tensor(chosen).to(volumes.device, non_blocking=True)
+    rows = on_device(chosen, volumes.device)
     maps = affines[chosen].to(volumes.device, non_blocking=True)
     return volumes.index_copy(0, rows, resample_images(volumes[rows], maps, volumes.shape[2:]))
 
