@@ -805,6 +805,14 @@ def test_parts_of_other_cases_or_options_are_not_joined(model, in_workspace, sca
     assert "volumes_part0of2.csv: made with another model, for other cases or with other options" in caplog.text
 
 
+def test_images_with_another_ending_are_named(model, in_workspace, scans, caplog):
+    for name in ("scan_8_0000.nii", "SCAN_9_0000.NII.GZ", "notes.txt"):
+        (scans / name).touch()
+    found = quantification.find_scans_to_quantify(model_of("0", checkpoint="checkpoint_final.pth"), scans)
+    assert len(found.cases) == 4
+    assert "do not end with .nii.gz and are left out (SCAN_9_0000.NII.GZ, scan_8_0000.nii)" in caplog.text
+
+
 @pytest.mark.parametrize("replace", ["of another folder", "older, of the same name"])
 def test_segmentations_of_other_images_are_predicted_again(model, in_workspace, scans, tmp_path, caplog, replace):
     table = tmp_path / "volumes.csv"

@@ -20,6 +20,7 @@ import pandas as pd
 from nnunet_vit_mae.calibration.record import CALIBRATION_RECORD
 from nnunet_vit_mae.errors import UserError, abbreviated, reader_reason
 from nnunet_vit_mae.evaluation.clinical import find_cutoffs, group_names, group_of
+from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, visible_files
 from nnunet_vit_mae.imaging.volumes import Geometry, ScanError, read_geometry, refuse_empty, without_warnings_of_itk
 from nnunet_vit_mae.nnunet.calibrated import read_calibration_of
 from nnunet_vit_mae.nnunet.models import Model, model_hash
@@ -78,8 +79,20 @@ class Scans:
 
 
 def find_scans_to_quantify(model: Model, images: Path, part: Part = Part()) -> Scans:
-    """Find the scans of a part in a folder that is named as nnU-Net expects; raises `UserError` if it has none."""
+    """Find the scans of a part in a folder that is named as nnU-Net expects; raises `UserError` if it has none.
+
+    The log names images with another ending, which nnU-Net does not see.
+    """
     cases = find_prediction_cases(model.plan, images, all_usable=False)  # the table says which ones are not
+    ending, files = model.plan.dataset_json["file_ending"], [file.name for file in visible_files(images)]
+    if others := [name for name in files if name.lower().endswith(IMAGE_ENDINGS) and not name.endswith(ending)]:
+        logger.warning(
+            "%d images in %s do not end with %s and are left out (%s): convert or rename them.",
+            len(others),
+            images,
+            ending,
+            abbreviated(others),
+        )
     return Scans(images, cases[part.number :: part.of], [case.name for case in cases])
 
 
