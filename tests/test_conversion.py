@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 from pathlib import Path
 from shutil import copytree
 
@@ -13,6 +14,8 @@ from conftest import read_voxels
 from synthetic_head import grid, moved, scan, tell_two_places
 
 from nnunet_vit_mae.cli.convert import main
+from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.imaging.channels import visible_below
 from nnunet_vit_mae.imaging.dicom import SeriesError, find_series, read_series
 from nnunet_vit_mae.imaging.scans import ScanError, read_scan
 from nnunet_vit_mae.storage.files import locked
@@ -205,6 +208,29 @@ def test_slices_with_scales_of_their_own_keep_their_values(tmp_path):
         file.write_bytes(start + tag[:4] + len(scale).to_bytes(4, "little") + scale + rest[2:])
     expected = array_of(sitk.Cast(image, sitk.sitkInt16)) * np.array(scales)[:, None, None]
     assert np.array_equal(array_of(read_series(find_series(tmp_path)[0][0])), expected)
+
+
+def test_folders_behind_links_are_read_once_and_one_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    for place in ("elsewhere/inner/a.dcm", "archive/.hidden/b.dcm", "archive/c.dcm"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).touch()
+    archive = tmp_path / "archive"
+    for name, target in {"link": tmp_path / "elsewhere", "up": archive, "gone.dcm": tmp_path / "gone"}.items():
+        (archive / name).symlink_to(target)
+    (tmp_path / "elsewhere" / "again").symlink_to(tmp_path / "elsewhere" / "inner")
+    assert len(found := visible_below(archive)) == 3
+    assert {file.name for file in found} == {"a.dcm", "c.dcm", "gone.dcm"}
+    assert not visible_below(tmp_path / "nowhere")
+    scandir = os.scandir
+
+    def refusing(place):
+        if Path(place).name == "link":
+            raise PermissionError(13, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match=r"A folder in \S+archive cannot be read \(Permission denied\)"):
+        visible_below(archive)
 
 
 def test_a_second_copy_of_a_file_does_no_harm(tmp_path):

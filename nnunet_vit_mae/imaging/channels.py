@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -85,10 +86,22 @@ def other_formats(folder: Path) -> str:
 def visible_below(folder: Path) -> list[Path]:
     """List the files below a folder, sorted, except hidden ones and those in hidden folders; the folder may be missing.
 
-    A link to a file that is gone is listed too, so that it is not passed over.
+    Links to folders are followed, to each folder once. A link to a file that is gone is listed too, so that it is not
+    passed over. Raises `UserError`, which names no folder below this one, if one of them cannot be read.
     """
-    found = (path for path in folder.rglob("*") if not path.is_dir())
-    return sorted(path for path in found if not any(map(is_hidden, path.relative_to(folder).parts)))
+
+    def refuse(error: OSError) -> None:
+        reason = f"A folder in {folder} cannot be read ({error.strerror})"
+        raise UserError(f"{reason}: change its permissions, or take it out.") from None
+
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True) if folder.is_dir() else ():
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not is_hidden(name))
+        found += [Path(place, name) for name in names if real not in seen and not is_hidden(name)]
+        seen.add(real)
+    return sorted(found)
 
 
 def channels_by_case(folder: Path, ending: str) -> tuple[dict[str, dict[int, Path]], list[Path]]:
