@@ -233,6 +233,16 @@ def test_folders_behind_links_are_read_once_and_one_that_cannot_be_read_is_refus
         visible_below(archive)
 
 
+def test_links_to_slices_that_are_gone_are_counted(tmp_path):
+    image = scan(moved(), **COARSE)[0]
+    write_series(tmp_path / "series", image, "head", "1.1")
+    slice_ = next((tmp_path / "series").iterdir())
+    slice_.unlink()
+    slice_.symlink_to(tmp_path / "gone")
+    (series,), lost = find_series(tmp_path / "series")
+    assert (len(series.frames), lost) == (image.GetSize()[2] - 1, 1)
+
+
 def test_a_second_copy_of_a_file_does_no_harm(tmp_path):
     image = scan(moved(), **COARSE)[0]
     write_series(tmp_path / "once", image, "head", "1.1")

@@ -87,13 +87,16 @@ def find_series(folder: Path, *, progress: bool = False) -> tuple[list[DicomSeri
         progress: Whether to show a progress bar.
 
     Returns:
-        The series, images or not, sorted by study and series number, and the number of damaged files that belong to
-        none of them.
+        The series, images or not, sorted by study and series number, and the number of damaged files, or links to
+        files that are gone, that belong to none of them.
     """
     files_of: dict[tuple[object, ...], list[DicomHeader]] = defaultdict(list)
     originals: dict[tuple[str, ...], Path] = {}
     damaged: Counter[str | None] = Counter()
-    files = [file for file in visible_below(folder) if file.is_file()]
+    found = visible_below(folder)
+    if gone := sum(file.is_symlink() and not file.exists() for file in found):  # slices, perhaps
+        damaged[""] = gone
+    files = [file for file in found if file.is_file()]
     for file in with_progress(files, unit="file", desc="reading headers", shown=progress):
         try:
             header = read_header(file)

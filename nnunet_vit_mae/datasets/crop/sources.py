@@ -10,6 +10,7 @@ from typing import Any
 
 from nnunet_vit_mae.datasets.crop.qc_table import QCRow
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.imaging.channels import visible_below
 from nnunet_vit_mae.imaging.scans import Scan
 from nnunet_vit_mae.storage.files import short_hash
 
@@ -47,7 +48,7 @@ def short_digest(text: str) -> str:
 def files_below(path: Path) -> list[tuple[Path, int, int]]:
     """Return the files that a path stands for (a folder, a header with its data), with their sizes and dates."""
     siblings = path.parent.glob(f"{escape(path.stem)}.*") if path.suffix in (".mhd", ".nhdr") else [path]
-    files = sorted(file for file in (path.rglob("*") if path.is_dir() else siblings) if file.is_file())
+    files = sorted(file for file in (visible_below(path) if path.is_dir() else siblings) if file.is_file())
     return [(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
