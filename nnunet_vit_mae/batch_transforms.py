@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.nn import functional
 
-from nnunet_vit_mae.networks.grouping import on_device
+from nnunet_vit_mae.devices import on_device
 
 OUTSIDE = -1  # nnU-Net's label of voxels outside of the image
 SCORE = 1000  # scale of a label's score, so that near ties become ties in half precision

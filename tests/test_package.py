@@ -92,6 +92,7 @@ BUILT_FROM = re.findall(r"^!(.+)$", (REPOSITORY / ".dockerignore").read_text(), 
 
 # an arrow goes to a smaller number only, or stays inside its own folder
 LAYERS = {
+    "devices": 0,
     "errors": 0,
     "hub": 0,
     "installation": 0,
@@ -130,6 +131,7 @@ SAME_LAYER = {
     ("storage", "errors"),
     ("hub", "errors"),
     ("processes", "errors"),
+    ("processes", "units"),
     ("settings", "errors"),
     ("settings", "presets"),
     ("planning", "errors"),

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunet_vit_mae.batch_transforms import resample_images
+from nnunet_vit_mae.devices import on_device
 from nnunet_vit_mae.networks import grouping, packing
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
@@ -156,7 +157,7 @@ def test_only_cuda_copies_numbers_whose_memory_may_be_given_back_at_once(device,
             return func(*args, **(kwargs or {}))
 
     with FakeTensorMode(), Copies():
-        grouping.on_device([0, 2], torch.device(device))
+        on_device([0, 2], torch.device(device))
         resample_images(torch.ones(1, 1, 4, 4, 4, device=device), torch.eye(3, device=device)[None], (2, 2, 2))
     assert set(copies) == {not waits}
 

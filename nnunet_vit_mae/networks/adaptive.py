@@ -16,8 +16,9 @@ from jaxtyping import Float, Int, Num, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nnunet_vit_mae.devices import on_device
 from nnunet_vit_mae.networks.encoder import Encoded
-from nnunet_vit_mae.networks.grouping import groups, on_device
+from nnunet_vit_mae.networks.grouping import groups
 from nnunet_vit_mae.networks.positions import Places, Positions
 from nnunet_vit_mae.networks.tokenizer import Triple, grid_of, padded, patchify
 from nnunet_vit_mae.networks.transformer import Transformer

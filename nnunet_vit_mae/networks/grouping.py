@@ -5,7 +5,7 @@ Axes: b studies, s contrast images, which are the present contrasts of all studi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from einops import rearrange
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from nnunet_vit_mae.devices import on_device
 from nnunet_vit_mae.networks.packing import Lengths, Packing, packs
 from nnunet_vit_mae.networks.transformer import Transformer
 
@@ -69,12 +70,3 @@ def groups(present: list[list[int]], device: torch.device) -> Iterator[Group]:
         images = [image for study in members for image in range(starts[study], starts[study + 1])]
         counts = [len(present[study]) for study in members]
         yield Group(on_device(members, device), on_device(images, device), counts, packed)
-
-
-def on_device(numbers: Sequence[int], device: torch.device) -> Int[Tensor, " _"]:
-    """Return a tensor on a device without waiting for its work, as `torch.tensor` would there.
-
-    Apple's GPUs are waited for: they may read the numbers after their memory has been given back
-    (https://github.com/pytorch/pytorch/issues/189690).
-    """
-    return torch.tensor(numbers).to(device, non_blocking=device.type == "cuda")
