@@ -70,6 +70,7 @@ MEASURES = {  # that are shown as means, and their columns
     "calibrated_risk_groups": "calibrated groups",
 }
 SHAPES = 32  # that batches on a GPU can have in each kind of tokens: each is a CUDA graph of its own
+PRETRAINED_OTHERWISE = ", pre-training "  # begins the end of an arm's name that makes no difference from random weights
 SHRINKAGE = 0.01  # of the probe's weights, relative to the variance of what they weigh
 
 
@@ -517,7 +518,8 @@ def print_table(entries: Sequence[Mapping[str, Any]]) -> None:
         found[entry["dataset"], entry["arm"], entry["steps"]][entry["seed"]] = entry
     rows = []
     for dataset, arm, steps in sorted(found, key=lambda key: [*map(str, key[:2]), key[2]]):
-        trained, scratch = found[dataset, arm, steps], found.get((dataset, arm, 0), {})
+        trained, untrained = found[dataset, arm, steps], (dataset, arm.partition(PRETRAINED_OTHERWISE)[0], 0)
+        scratch = found.get((dataset, arm, 0)) or found.get(untrained, {})
         paired = [trained[seed]["dice"] - scratch[seed]["dice"] for seed in scratch if steps and seed in trained]
         gain = f"{np.mean(paired):+.3f}" if paired else ""
         means = {column: _mean(trained, key) for key, column in MEASURES.items()}

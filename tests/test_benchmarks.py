@@ -230,6 +230,18 @@ def test_the_ablation_runs_on_a_packed_dataset(tmp_path, monkeypatch, capsys):
     ]  # fmt: skip
 
 
+def test_the_gain_of_another_pre_training_is_over_the_same_random_weights(capsys):
+    entries = [
+        {"dataset": "Dataset900_Noise", "arm": arm, "seed": seed, "steps": steps, "dice": dice}
+        for arm, steps, values in (("ViT", 0, (0.5, 0.6)), ("ViT, pre-training mirrored along z", 9, (0.7, 0.6)))
+        for seed, dice in enumerate(values)
+    ]
+    import_module("ablation").print_table(entries)
+    *_, untrained, trained = capsys.readouterr().out.splitlines()
+    assert "+" not in untrained
+    assert "| +0.100 |" in trained
+
+
 @pytest.mark.parametrize(("visible", "hidden", "expected"), [(13, 26, (8, 24)), (5, 8, (5, 8)), (16, 0, (16, 0))])
 def test_batches_on_a_gpu_have_one_of_few_numbers_of_tokens(visible, hidden, expected):
     benchmark = import_module("ablation")
