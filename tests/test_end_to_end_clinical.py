@@ -26,9 +26,7 @@ ROUNDING = 1e-3  # of a probability: nnU-Net adds up windows and mirrored ones i
 
 # what makes the documented commands short enough, and lets them run without a GPU
 SMALLER = {
-    "--recipe vitiac --size S --token 4 --decoder mae": (
-        "--recipe quick --decoder unetr --token 4 --epochs 1 --iterations 6 --lr 1e-3"
-    )
+    "--recipe vitiac --size S --token 4 --decoder mae": "--recipe quick --token 4 --epochs 1 --iterations 6 --lr 1e-3"
 }
 ON_A_CPU = ("mae3d_pretrain", "mae3d_calibrate", "nnUNetv2_train", "nnUNetv2_predict")
 
