@@ -79,7 +79,20 @@ FLAGS = {
     "mae3d_split": {"-h", "--help", "-d", "-o", "--csv", "--case", "--patient", "--folds", "--development", "--test"}
     | {"--stratify", "--stratify_volume", "--few", "--one_per_patient", "--leave_out", "--seed", "--overwrite"}
     | {"--verify", "--figure", "--test_folder"},
-    "mae3d_study": {"-h", "--help", "-d", "-o", "-c", "--arms", "--few", "--seeds", "--development", "--test", "--csv"}
+    "mae3d_study": {
+        "-h",
+        "--help",
+        "-d",
+        "-o",
+        "-c",
+        "-p",
+        "--arms",
+        "--few",
+        "--seeds",
+        "--development",
+        "--test",
+        "--csv",
+    }
     | {"--patient", "--recipe", "--epochs", "--iterations", "--pretrain_epochs", "--config", "-j", "--executor"}
     | {"--dry-run", "--step", "-device"},
     "mae3d_demo": {"-h", "--help", "-o", "--seed"},

@@ -5,8 +5,10 @@ import itertools
 import json
 import os
 import pickle
+import runpy
 import shlex
 import shutil
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -21,6 +23,7 @@ from conftest import read_voxels
 
 from nnunet_vit_mae.cli import study as command
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.nnunet.plans import load_plan
 from nnunet_vit_mae.settings import Settings
 from nnunet_vit_mae.storage.files import write_json
 from nnunet_vit_mae.study import comparisons, costs, workflow
@@ -133,7 +136,7 @@ def test_each_step_is_a_command_that_can_be_typed(tmp_path):
     steps = {key: shlex.join(words) for key, words in by_name(study).items()}
     output, results = study.output, tmp_path / "results"
     assert steps["preprocess", "labelled"] == "nnUNetv2_plan_and_preprocess -d 901 -c 3d_fullres"
-    assert steps["preprocess", "unlabelled"] == "mae3d_preprocess -d 901 -c 3d_fullres"
+    assert steps["preprocess", "unlabelled"] == "mae3d_preprocess -d 901 -c 3d_fullres -p nnUNetPlans"
     assert steps["split", "patients"] == "mae3d_split -d 901 --development 0.2 --few 10 25"
     assert steps["pretrain", "vit"] == (
         "mae3d_pretrain -d 901 -c 3d_fullres -p my_study_encoder_vit -f 0 --epochs 7 --c -device cpu"
@@ -153,6 +156,21 @@ def test_each_step_is_a_command_that_can_be_typed(tmp_path):
     assert steps["predict", "unet_10_s0_calibrated"].endswith("-f 1 -device cpu -chk checkpoint_calibrated.pth")
     assert steps["report", "study"] == f"mae3d_study -o '{output}' --step report"
     assert f"-p 'unet calibrated={output}/predictions/unet_10_s0_calibrated'" in steps[EVALUATE, "10_labels"]
+
+
+def test_all_arms_start_from_the_plans_of_the_study(tmp_path):
+    arms = choose_arms(["unet", "vit", "resenc"], "nnUNetResEncUNetLPlans")
+    study = study_of(tmp_path, arms=arms, base_plans="nnUNetResEncUNetLPlans", unlabelled=True)
+    steps = {key: shlex.join(words) for key, words in by_name(study).items()}
+    assert steps["preprocess", "labelled"] == (
+        "nnUNetv2_preprocess -d 901 -c 3d_fullres -plans_name nnUNetResEncUNetLPlans"
+    )
+    assert steps["preprocess", "unlabelled"] == "mae3d_preprocess -d 901 -c 3d_fullres -p nnUNetResEncUNetLPlans"
+    sources = {name: steps["plan", name].split()[6] for name in ("unet_s0", "vit_s0", "encoder_vit", "resenc_s0")}
+    assert sources == dict.fromkeys(["unet_s0", "vit_s0", "encoder_vit"], "nnUNetResEncUNetLPlans") | {
+        "resenc_s0": "nnUNetResEncUNetMPlans"
+    }
+    assert (study.baseline, study_of(tmp_path, arms=arms).baseline) == ("unet", None)
 
 
 def test_every_step_waits_for_steps_that_exist(tmp_path):
@@ -353,7 +371,7 @@ def test_the_report_has_curves_comparisons_and_limits(tmp_path, few, labels):
     page = write_study_report(
         study,
         table,
-        comparisons.answers_of(study.arms, table),
+        comparisons.answers_of(study, table),
         missing,
         [costs.cost_of(study, arm) for arm in study.arms],
     )
@@ -395,7 +413,7 @@ def test_the_report_shows_how_models_learned(tmp_path):
     panels = training_figure(curves).axes
     assert [len(axes.lines) for axes in panels] == [1, 1, 3, 3]
     table = made_up(study.arms, seeds=1, cases=3)
-    page = write_study_report(study, table, comparisons.answers_of(study.arms, table), [], [])
+    page = write_study_report(study, table, comparisons.answers_of(study, table), [], [])
     assert 'id="training"' in page.read_text()
     assert {"pretraining.png", "training.svg"} <= {file.name for file in (Path(study.output) / "figures").iterdir()}
 
@@ -597,11 +615,16 @@ EXAMPLES = [file for file in sorted(STUDIES.glob("*.json")) if "dataset" in json
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
-def test_the_examples_are_studies(in_workspace, tmp_path, file):
+def test_the_examples_are_studies(in_workspace, tmp_path, file, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["thin_plans.py", "901", "--width", "3"])
+    runpy.run_path(str(STUDIES / "thin_plans.py"), run_name="__main__")  # which some of them start from
     call = ["-o", str(tmp_path / "study"), "--config", str(file), "-d", "901", "-device", "cpu"]
     study = command._study(command._parse(call), tmp_path / "study")
     assert study.arms
     assert study.recipe["finetuning"]["epochs"] > 0
+    thin = load_plan("901", "nnUNetPlansThin").configuration
+    assert thin.network_arch_init_kwargs["features_per_stage"][:2] == [3, 6]
+    assert thin.batch_size == 2
 
 
 def test_test_cases_of_the_split_are_linked(tmp_path):

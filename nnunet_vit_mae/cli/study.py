@@ -21,7 +21,7 @@ from nnunet_vit_mae.processes.signals import command
 from nnunet_vit_mae.recipes import merged, read_recipe
 from nnunet_vit_mae.storage.entries import Whole, checked_entries
 from nnunet_vit_mae.storage.files import make_folder, read_json
-from nnunet_vit_mae.study.arms import ARMS, choose_arms
+from nnunet_vit_mae.study.arms import ARMS, DEFAULT_PLANS, choose_arms
 from nnunet_vit_mae.study.design import (
     StudyDesign,
     check_unchanged,
@@ -84,6 +84,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     needed = [add("-d", dest="dataset", metavar="ID", help="dataset number or name, e.g. 501 (required)")]
     add("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="folder of the study; again to continue")
     add("-c", dest="configuration", default="3d_fullres", metavar="NAME", help="nnU-Net configuration")
+    help_ = "nnU-Net's plans that the arms start from, unless they name others"
+    add("-p", dest="plans", default=DEFAULT_PLANS, metavar="NAME", help=help_)
     add("--arms", nargs="+", default=DEFAULT_ARMS, metavar="ARM", help=f"{', '.join(ARMS)}, or JSON files of arms")
     help_ = "numbers of labelled training patients (required); nothing else is trained"
     needed += [add("--few", type=positive_int, nargs="+", metavar="N", help=help_)]
@@ -150,7 +152,7 @@ def _study(args: argparse.Namespace, output: Path) -> StudyDesign:
     if not args.dataset or not args.few:
         raise UserError(f"{'--few' if args.dataset else '-d'} is missing: give -d, --few and -o, or --config FILE.")
     refuse_patient_without_table(args)
-    arms = choose_arms(args.arms)
+    arms = choose_arms(args.arms, args.plans)
 
     from nnunet_vit_mae.cli.arguments import table_file, usable_device
     from nnunet_vit_mae.nnunet.folders import find_dataset
@@ -172,6 +174,7 @@ def _study(args: argparse.Namespace, output: Path) -> StudyDesign:
         few=tuple(sorted(set(args.few))),
         seeds=args.seeds,
         configuration=args.configuration,
+        base_plans=args.plans,
         development=args.development,
         test=_test_share(args, dataset),
         csv=_table(table_file(args.csv, dataset.raw)),
@@ -180,7 +183,7 @@ def _study(args: argparse.Namespace, output: Path) -> StudyDesign:
         pretrain_epochs=args.pretrain_epochs or 0,
         device=args.device,
         unlabelled=(dataset.raw / "imagesUn").is_dir(),
-        preprocessed=is_preprocessed(dataset, args.configuration),
+        preprocessed=is_preprocessed(dataset, args.plans, args.configuration),
     )
     for name in study.trained:
         Settings.from_dict(study.recipe_of(name))  # refuses unknown settings before anything runs
@@ -267,7 +270,7 @@ def _report(study: StudyDesign) -> None:
     from nnunet_vit_mae.study.results import measure_study
 
     table, missing = measure_study(study)
-    answers = answers_of(study.arms, table)
+    answers = answers_of(study, table)
     page = write_study_report(study, table, answers, missing, [cost_of(study, arm) for arm in study.arms])
     for question, found in answers.items():
         print(question.title)

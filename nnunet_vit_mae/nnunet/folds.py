@@ -43,14 +43,15 @@ def labelled_cases(plan: Plan) -> list[PreprocessedCase]:
     return [PreprocessedCase(name, folder / f"{name}.b2nd") for name in names]
 
 
-def is_preprocessed(dataset: Dataset, configuration: str) -> bool:
-    """Return whether nnU-Net has planned a dataset with its default planner and preprocessed every labelled case.
+def is_preprocessed(dataset: Dataset, plans_name: str, configuration: str) -> bool:
+    """Return whether nnU-Net has planned a dataset and preprocessed every labelled case.
 
-    Raises `UserError` for plans that cannot be used or lack the configuration, and if there are no labels.
+    Raises `UserError` for plans that cannot be used or lack the configuration, for other than nnU-Net's default plans
+    if they are not there, and if there are no labels.
     """
-    if not dataset.plans_file("nnUNetPlans").is_file():
+    if plans_name == "nnUNetPlans" and not dataset.plans_file(plans_name).is_file():
         return False
-    folder = load_plan(dataset, "nnUNetPlans", configuration).preprocessed_folder
+    folder = load_plan(dataset, plans_name, configuration).preprocessed_folder
     cases = find_label_files(dataset.raw, dataset.preprocessed).files
     return all((folder / f"{case}.pkl").is_file() for case in cases)
 

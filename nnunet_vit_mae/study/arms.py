@@ -56,8 +56,10 @@ ARMS = {
 }
 
 
-def choose_arms(names: Sequence[str]) -> dict[str, Arm]:
+def choose_arms(names: Sequence[str], plans: str = DEFAULT_PLANS) -> dict[str, Arm]:
     """Return the arms of these names in their order; a name that ends in `.json` is a file of further arms.
+
+    Arms with neither plans of their own nor a planner get these plans.
 
     Raises:
         UserError: If a name is unknown or occurs twice, a file has no arms, or an ensemble lacks a member.
@@ -72,7 +74,8 @@ def choose_arms(names: Sequence[str]) -> dict[str, Arm]:
         for member in arm.members:
             if member not in arms or arms[member].members:
                 raise UserError(f"The arm {name} is the mean of {' and '.join(arm.members)}: add {member} to --arms.")
-    return arms
+    without = {name: arm for name, arm in arms.items() if arm.plans == DEFAULT_PLANS and not arm.planner}
+    return arms | {name: dataclasses.replace(arm, plans=plans) for name, arm in without.items()}
 
 
 def _built_in(name: str) -> Arm:
@@ -134,8 +137,3 @@ def scratch_pairs(arms: Mapping[str, Arm]) -> list[tuple[str, str]]:
         if other.trainer == FROM_SCRATCH.get(arm.trainer)
         and (other.plans, merged(other.recipe)) == (arm.plans, merged(arm.recipe))
     ]
-
-
-def baseline_of(arms: Mapping[str, Arm]) -> str | None:
-    """Return the arm of nnU-Net's U-Net on its default plans, if there is one."""
-    return next((name for name, arm in arms.items() if arm == ARMS["unet"]), None)

@@ -13,7 +13,8 @@ import pandas as pd
 from nnunet_vit_mae.evaluation.results import EvaluationOptions
 from nnunet_vit_mae.evaluation.words import SIGNIFICANT, UNITS, format_values, p_text, unit_of
 from nnunet_vit_mae.statistics import compare, holm, mean_interval
-from nnunet_vit_mae.study.arms import Arm, baseline_of, scratch_pairs
+from nnunet_vit_mae.study.arms import Arm, scratch_pairs
+from nnunet_vit_mae.study.design import StudyDesign
 
 COMPARED = ("dice", "absolute_difference_mm3")
 OPTIONS = EvaluationOptions()
@@ -73,9 +74,9 @@ class SeriesPoint:
     seeds: tuple[float, ...]  # the mean over cases of each seed
 
 
-def questions_of(arms: Mapping[str, Arm]) -> list[Question]:
+def questions_of(study: StudyDesign) -> list[Question]:
     """Return what the arms of a study can answer."""
-    baseline = baseline_of(arms)
+    arms, baseline = study.arms, study.baseline
     others = [name for name in arms if name != baseline] if baseline else []
 
     def against_baseline(first: bool, second: bool) -> tuple[tuple[Variant, Variant], ...]:
@@ -125,9 +126,9 @@ def answer(question: Question, table: pd.DataFrame) -> list[PairedDifference]:
     return answers
 
 
-def answers_of(arms: Mapping[str, Arm], table: pd.DataFrame) -> dict[Question, list[PairedDifference]]:
+def answers_of(study: StudyDesign, table: pd.DataFrame) -> dict[Question, list[PairedDifference]]:
     """Return the answers to the questions of which there are results."""
-    answers = {question: answer(question, table) for question in questions_of(arms)}
+    answers = {question: answer(question, table) for question in questions_of(study)}
     return {question: found for question, found in answers.items() if found}
 
 

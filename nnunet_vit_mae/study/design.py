@@ -13,7 +13,7 @@ from nnunet_vit_mae.imaging.channels import visible_files
 from nnunet_vit_mae.recipes import merged
 from nnunet_vit_mae.storage.files import read_json
 from nnunet_vit_mae.storage.layout import CALIBRATED, FINAL, dataset_id, encoder_file, model_folder
-from nnunet_vit_mae.study.arms import WITHOUT_UNET, Arm, arms_from, arms_to_json, encoder_recipe
+from nnunet_vit_mae.study.arms import ARMS, DEFAULT_PLANS, WITHOUT_UNET, Arm, arms_from, arms_to_json, encoder_recipe
 
 STUDY_FILE = "study.json"
 CHECKPOINTS = {False: FINAL, True: CALIBRATED}  # by whether it is calibrated
@@ -33,6 +33,7 @@ class StudyDesign:
     few: tuple[int, ...]
     seeds: int = 3
     configuration: str = "3d_fullres"
+    base_plans: str = DEFAULT_PLANS  # nnU-Net's plans by which the dataset is preprocessed
     development: float = 0.2  # share of patients to calibrate on
     test: float = 0.0  # share of patients to test on; 0: imagesTs and labelsTs
     csv: str = ""  # which case belongs to which patient
@@ -60,6 +61,12 @@ class StudyDesign:
     def trained(self) -> dict[str, Arm]:
         """The arms that are trained, without ensembles."""
         return {name: arm for name, arm in self.arms.items() if not arm.members}
+
+    @property
+    def baseline(self) -> str | None:
+        """The arm of nnU-Net's own network on the plans of the study, if there is one."""
+        unet = dataclasses.replace(ARMS["unet"], plans=self.base_plans)
+        return next((name for name, arm in self.arms.items() if arm == unet), None)
 
     @property
     def members(self) -> set[str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_vit_mae.study.arms import Arm
+from nnunet_vit_mae.study.arms import DEFAULT_PLANS, Arm
 from nnunet_vit_mae.study.design import CHECKPOINTS, StudyDesign, StudyModel
 
 EVALUATE = "evaluate"
@@ -87,16 +87,24 @@ def _preparation(study: StudyDesign) -> Iterator[Step]:
     dataset = ("-d", study.id)
     before: tuple[str, ...] = ()
     if not study.preprocessed:
-        command = ("nnUNetv2_plan_and_preprocess", *dataset, "-c", study.configuration)
-        yield (step := Step("preprocess", "labelled", command))
+        yield (step := Step("preprocess", "labelled", _preprocessing_command(study)))
         before = (step.marker,)
     if study.unlabelled:
-        yield Step("preprocess", "unlabelled", ("mae3d_preprocess", *dataset, "-c", study.configuration), before)
+        command = ("mae3d_preprocess", *dataset, "-c", study.configuration, "-p", study.base_plans)
+        yield Step("preprocess", "unlabelled", command, before)
     yield (split := Step("split", "patients", _split_command(study), before))
     if study.test:
         yield Step("test", "cases", (*_own(study), "test"), (split.marker,))
     for planner in dict.fromkeys(arm.planner for arm in study.arms.values() if arm.planner):
         yield Step("plan_architecture", planner, ("nnUNetv2_plan_experiment", *dataset, "-pl", planner), before)
+
+
+def _preprocessing_command(study: StudyDesign) -> tuple[str, ...]:
+    """Return nnU-Net's command that preprocesses the labelled images, and plans if the plans are its default ones."""
+    flags = ("-d", study.id, "-c", study.configuration)
+    if study.base_plans == DEFAULT_PLANS:
+        return ("nnUNetv2_plan_and_preprocess", *flags)
+    return ("nnUNetv2_preprocess", *flags, "-plans_name", study.base_plans)
 
 
 def _split_command(study: StudyDesign) -> tuple[str, ...]:
