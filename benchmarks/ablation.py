@@ -169,6 +169,8 @@ def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     packed = unpack(arguments.packed, torch.device(arguments.device))
     arms = read_arms(arguments.arms)
+    if unknown := [name for name in arguments.only or () if name not in arms]:
+        raise UserError(f"{arguments.arms} has no arm {unknown[0]!r}: check --only.")
     lines = arguments.output.read_text().splitlines() if arguments.output.exists() else []
     done = {(entry["arm"], entry["seed"], entry["steps"]) for entry in map(json.loads, lines)}
     splits = {seed: split_of(packed, seed, arguments) for seed in arguments.seeds}

@@ -220,6 +220,9 @@ def test_the_ablation_runs_on_a_packed_dataset(tmp_path, monkeypatch, capsys):
     assert all(0 <= entry[key] <= 1 for entry in entries for key in ("dice", "calibrated_dice"))
     assert all(entry[key] >= 0 for entry in entries for key in ("volume_error", "calibrated_volume_error"))
     assert all((entry["loss"] > 0) == (entry["arm"] == "ViT") for entry in entries[6:])
+    monkeypatch.setattr("sys.argv", [*command.split(), "Unet"])
+    with pytest.raises(UserError, match=r"arms\.json has no arm 'Unet'"):
+        benchmark.main()
     capsys.readouterr()
     monkeypatch.setattr("sys.argv", "ablation.py --table results.jsonl".split())
     benchmark.main()
