@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,14 @@ from nnunet_vit_mae.storage.files import replacing
 PLANES = ("z", "y", "x")
 
 
+@contextmanager
+def names_as_written() -> Iterator[None]:
+    """Draw names in the block as they are: a dollar begins no formula, and characters that the font lacks are boxes."""
+    with rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield
+
+
 def save_figure(figure: Figure, file: Path, dpi: int = 120) -> None:
     """Write a figure, with no partial file if interrupted; equal figures give equal files.
 
@@ -25,7 +35,7 @@ def save_figure(figure: Figure, file: Path, dpi: int = 120) -> None:
         dpi: Pixels per inch of a PNG.
     """
     metadata = {"Date": None} if file.suffix == ".svg" else None
-    with replacing(file) as temporary, rc_context({"svg.hashsalt": file.stem}):
+    with replacing(file) as temporary, rc_context({"svg.hashsalt": file.stem}), names_as_written():
         figure.savefig(temporary, dpi=dpi, metadata=metadata)
 
 

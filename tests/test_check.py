@@ -341,6 +341,14 @@ def test_the_picture_is_drawn_for_any_number_of_cases(data, cases, tmp_path):
     assert (tmp_path / "out" / "check.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_names_are_drawn_as_they_are(data, tmp_path):
+    for name in ("a$\\frac$", "\u6f22"):  # no formula, and no character of matplotlib's font
+        data.write(f"imagesUn/{name}_0000")
+        data.write(f"imagesUn/{name}_0001")
+    main(["-d", "906", "-np", "1", "-o", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "check.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_empty_labels_are_listed_for_the_split(data, found, capsys):
     data.write("labelsTr/a5", np.zeros(SIZE[::-1], np.uint8))
     data.write("labelsTr/a4", np.full(SIZE[::-1], 9, np.uint8))  # not in dataset.json: an error, but not empty

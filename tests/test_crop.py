@@ -27,7 +27,10 @@ from synthetic_head import (
 
 from nnunet_vit_mae.cli.crop_roi import main
 from nnunet_vit_mae.datasets.crop import cropping as module
+from nnunet_vit_mae.datasets.crop.contact_sheet import write_sheets, write_thumbnail
+from nnunet_vit_mae.datasets.crop.qc_table import read_qc_table
 from nnunet_vit_mae.datasets.crop.region import continuous_index, find_box, read_region
+from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.registration import RegistrationError, map_points, register, rotation_degrees
 from nnunet_vit_mae.imaging.scans import find_scans
 from nnunet_vit_mae.processes.workers import run_each
@@ -264,6 +267,21 @@ def test_years_and_running_numbers_are_names_where_nothing_is_named_like_a_chann
     (tmp_path / "b_0001.nii.gz").touch()  # its first contrast was not acquired
     channels = {scan.name: list(scan.channels) for scan in find_scans(tmp_path, None)}
     assert channels == {"a": [0], "b": [1], "CT": [2019, 2020], "pat": [1]}
+
+
+def test_names_are_written_on_the_sheet_as_they_are(tmp_path):
+    write_thumbnail(np.zeros((9, 27, 3), np.uint8), tmp_path / "a.png")
+    sheets = write_sheets([(tmp_path / "a.png", "a$\\frac$ \u6f22")], tmp_path)
+    assert sheets[0].read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "a\\b.nii.gz").touch()
+    with pytest.raises(UserError, match="has a backslash in its name: rename it"):  # before anything is cropped
+        find_scans(tmp_path, None)
+
+
+def test_a_table_that_a_spreadsheet_saved_is_read_again(tmp_path):
+    table = [["case", "status", "folder", "region_correlation", "channels"], ["a", "done", "imagesTr", "0,98", "0"]]
+    (tmp_path / "qc.csv").write_text("\r\n".join(map(";".join, table)), encoding="utf-8-sig")
+    assert [(row.case, row.region_correlation) for row in read_qc_table(tmp_path)] == [("a", 0.98)]
 
 
 def test_coverage_is_the_share_of_the_region_in_view(template):

@@ -3,13 +3,14 @@
 import csv
 import re
 from pathlib import Path
+from unicodedata import normalize
 
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nnunet_vit_mae.datasets.tables import read_case_table
+from nnunet_vit_mae.datasets.tables import read_case_table, read_names
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.storage.csv_tables import (
     escaped,
@@ -127,6 +128,26 @@ def test_lost_zeros_are_named(column, tmp_path):
         read_case_table(file, None, ["007"])
     file.write_text("case,age\n007,7\n100,7\n")
     assert read_case_table(file, column, ["007", "100"]).columns["age"] == {"007": "7", "100": "7"}
+
+
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+def test_umlauts_of_names_may_be_stored_in_another_way(stored, tmp_path):
+    table, names = tmp_path / "table.csv", tmp_path / "names.txt"
+    name, other = (normalize(form, "Müller_1") for form in (stored, {"NFC": "NFD", "NFD": "NFC"}[stored]))
+    table.write_text(f"case,patient\n{other}_0000.nii.gz,a\n", encoding="utf-8")
+    names.write_text(f"{other}\n", encoding="utf-8")
+    assert read_case_table(table, None, [name]).patients("patient") == {name: "a"}
+    assert read_names(names, [name], "--leave_out") == [name]
+
+
+def test_spreadsheets_with_a_decimal_comma(tmp_path):
+    file = tmp_path / "table.csv"
+    cells = [["case", "mm"], ["a,b", "2,5"], ["b", "-1,5E+02"], ["c", "1,2,3"]]
+    for separator, encoding in ((";", "utf-8-sig"), ("\t", "utf-16")):
+        file.write_text("\n".join(separator.join(row) for row in cells), encoding=encoding)
+        assert read_cells(file) == [["case", "mm"], ["a,b", "2.5"], ["b", "-1.5E+02"], ["c", "1,2,3"]]
+    file.write_text('case,mm\na,"2,500"\n')  # thousands
+    assert read_cells(file) == [["case", "mm"], ["a", "2,500"]]
 
 
 def test_cells_in_quotes_may_hold_anything(tmp_path):

@@ -133,6 +133,8 @@ def test_many_numbers_become_thirds_and_few_stay_classes():
     assert [made[f"c{n}"].split(" / ")[0] for n in range(1, 10)] == ["low"] * 3 + ["middle"] * 3 + ["high"] * 3
     assert made["c9"] == "high / unknown"
     assert set(assign_strata([], cases).values()) == {""}
+    age = {case: "n/a" if case == "c4" else str(60 + n) for n, case in enumerate(cases)}
+    assert sorted(assign_strata([age], cases).values()) == ["high"] * 3 + ["low"] * 3 + ["middle"] * 3 + ["n/a"]
 
 
 def test_a_small_stratum_cannot_stop_a_split_and_is_mentioned_when_it_matters():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import normalize
 
 from nnunet_vit_mae.errors import UserError, abbreviated
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, case_and_channel, without_ending
@@ -53,13 +54,13 @@ def read_case_table(file: Path, case_column: str | None, cases: Collection[str])
     Args:
         file: The table; see `read_cells`.
         case_column: Name of the column with the case names; None chooses the column in which most of `cases` occur.
-        cases: Names of the cases. The table may have their file names instead.
+        cases: Names of the cases. The table may have their file names instead, and store umlauts in another way.
 
     Raises:
         UserError: If the file is missing, is not a table, has no column of cases, has two different rows for a case, or
             has lost the zeros at the beginning of names.
     """
-    cases = dict.fromkeys(cases)  # each cell is looked up
+    by_spelling = _by_spelling(cases)
     try:
         cells = read_cells(file)
     except FileNotFoundError:
@@ -78,13 +79,13 @@ def read_case_table(file: Path, case_column: str | None, cases: Collection[str])
                 f"{file} has {len(row)} fields in row {number}, but {len(header)} columns: correct the row."
             )
     if case_column is None:
-        case_column = _column_of_cases(file, header, rows, cases)
+        case_column = _column_of_cases(file, header, rows, by_spelling)
     elif case_column not in header:
         raise UserError(f"{file} has no column {case_column}, only {', '.join(header)}: check --case.")
     key = header.index(case_column)
     _refuse_lost_zeros(file, case_column, {row[key] for row in rows}, cases)
     for row in rows:
-        row[key] = _case_of(row[key], cases)
+        row[key] = _case_of(row[key], by_spelling)
     return CaseTable(file, _by_case(file, header, rows, key))
 
 
@@ -97,15 +98,23 @@ def read_names(file: Path, known: Collection[str], flag: str) -> list[str]:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read ({error}): check {flag}.") from None
-    names = [line for line in lines if line and not line.startswith("#")]
+    by_spelling = _by_spelling(known)
+    names = [by_spelling.get(normalize("NFC", line), line) for line in lines if line and not line.startswith("#")]
     if unknown := sorted({*names} - {*known}):
         raise UserError(f"{file} lists unknown cases ({abbreviated(unknown)}): correct the names.")
     return names
 
 
-def _column_of_cases(file: Path, header: list[str], rows: list[list[str]], cases: Collection[str]) -> str:
+def _by_spelling(cases: Collection[str]) -> dict[str, str]:
+    """Return the cases by their names with composed umlauts: macOS stores an umlaut as two characters."""
+    return {normalize("NFC", case): case for case in cases}
+
+
+def _column_of_cases(file: Path, header: list[str], rows: list[list[str]], by_spelling: Mapping[str, str]) -> str:
+    cases = list(by_spelling.values())
     matches = {
-        name: len(set(cases) & {_case_of(row[number], cases) for row in rows}) for number, name in enumerate(header)
+        name: len(set(cases) & {_case_of(row[number], by_spelling) for row in rows})
+        for number, name in enumerate(header)
     }
     best = max(matches, key=lambda name: (matches[name], name == "case"))  # the first of several equal ones
     if not matches[best]:
@@ -118,10 +127,12 @@ def _column_of_cases(file: Path, header: list[str], rows: list[list[str]], cases
     return best
 
 
-def _case_of(cell: str, cases: Collection[str]) -> str:
+def _case_of(cell: str, by_spelling: Mapping[str, str]) -> str:
     """Return the case that a cell names, also by a file name; a cell that names no case is returned as it is."""
-    stem = without_ending(cell, IMAGE_ENDINGS)
-    return next((name for name in (cell, stem, case_and_channel(stem)[0]) if name in cases), cell)
+    composed = normalize("NFC", cell)
+    stem = without_ending(composed, IMAGE_ENDINGS)
+    names = (composed, stem, case_and_channel(stem)[0])
+    return next((by_spelling[name] for name in names if name in by_spelling), cell)
 
 
 def _refuse_lost_zeros(file: Path, column: str, cells: Collection[str], cases: Collection[str]) -> None:

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from nnunet_vit_mae.evaluation.words import TITLES, UNITS, axis_text
-from nnunet_vit_mae.plots import save_figure
+from nnunet_vit_mae.plots import names_as_written, save_figure
 
 P = ParamSpec("P")
 
@@ -39,7 +39,6 @@ STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "grid.color": "#e3e3e3",
     "grid.linewidth": 0.6,
-    "text.parse_math": False,  # names of models may contain a dollar
 }
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")  # one more than colours, so that 56 models look different
@@ -69,7 +68,7 @@ def styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with rc_context(STYLE):
+        with rc_context(STYLE), names_as_written():
             figure = function(*args, **kwargs)
             figure.draw_without_rendering()  # ticks take the settings of the moment when they are first drawn
             return figure

@@ -47,13 +47,15 @@ def find_scans(images: Path, labels: Path | None) -> list[Scan]:
         labels: Folder of labels, named like their scans.
 
     Raises:
-        UserError: If there are no scans, two files for one channel, or labels without a scan.
+        UserError: If there are no scans, two files for one channel, labels without a scan, or a backslash in a name.
     """
     scans: dict[str, Scan] = {}
     entries = _entries(images, folders=True)
     has_channels = any(_stem(path).endswith("_0000") for path in entries)  # otherwise, four digits may be a year
     for path in entries:
         name, channel = case_and_channel(_stem(path)) if has_channels else (_stem(path), None)
+        if "\\" in name:  # tables of cases may not hold it, because it separates folders on Windows
+            raise UserError(f"{path} has a backslash in its name: rename it.")
         number = channel or 0
         channels = scans.setdefault(name, Scan(name)).channels
         if number in channels:

@@ -29,6 +29,7 @@ DELIMITERS = ",;\t"  # spreadsheets write semicolons where the comma is the deci
 WORKBOOKS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # .xlsx and .ods, .xls
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+DECIMAL_COMMA = re.compile(r"([+-]?\d+),(\d+(?:[eE][+-]?\d+)?)")
 
 
 def escaped(cell: Any) -> Any:
@@ -69,7 +70,7 @@ def read_cells(file: Path) -> list[list[str]]:
     """Read a table of ours, or one that a spreadsheet saved: in UTF-8 or UTF-16, with commas, semicolons or tabs.
 
     Returns:
-        The rows that are not empty, the header first.
+        The rows that are not empty, the header first. Numbers have a decimal point.
 
     Raises:
         UserError: If the file is a workbook, or text in an encoding that it does not name.
@@ -88,7 +89,13 @@ def read_cells(file: Path) -> list[list[str]]:
         rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{file} cannot be read as a table ({error}): save it as a CSV file in UTF-8.") from None
-    return [list(map(unescaped, row)) for row in rows if row]
+    read = unescaped if delimiter == "," else _with_decimal_point
+    return [list(map(read, row)) for row in rows if row]
+
+
+def _with_decimal_point(cell: str) -> str:
+    match = DECIMAL_COMMA.fullmatch(cell)
+    return f"{match[1]}.{match[2]}" if match else unescaped(cell)
 
 
 def write_frame(frame: pd.DataFrame, file: Path) -> None:

@@ -26,6 +26,15 @@ def check_figure(
     cases: Sequence[CaseSummary], channels: Channels, labels: Labels, outliers: Sequence[Collection[str]]
 ) -> Figure:
     """Draw spacings and label volumes above and a row for each channel below; `outliers` holds cases by channel."""
+    from nnunet_vit_mae.plots import names_as_written
+
+    with names_as_written():
+        return _check_figure(cases, channels, labels, outliers)
+
+
+def _check_figure(
+    cases: Sequence[CaseSummary], channels: Channels, labels: Labels, outliers: Sequence[Collection[str]]
+) -> Figure:
     from matplotlib.figure import Figure
 
     rows = len(channels.names)

@@ -63,6 +63,8 @@ def write_sheets(pictures: Sequence[tuple[Path, str]], folder: Path) -> list[Pat
     from matplotlib.figure import Figure  # `--help` does not wait for it
     from matplotlib.image import imread
 
+    from nnunet_vit_mae.plots import names_as_written, save_figure
+
     for old in folder.glob("contact_sheet_[0-9]*.png"):
         old.unlink()
     sheets, many = [], COLUMNS * ROWS
@@ -70,14 +72,14 @@ def write_sheets(pictures: Sequence[tuple[Path, str]], folder: Path) -> list[Pat
         page = pictures[start : start + many]
         rows = -(-len(page) // COLUMNS)
         figure = Figure(figsize=(COLUMNS * 3.6, rows * 1.5 + 0.1), layout="constrained")
-        for axes in (grid := figure.subplots(rows, COLUMNS, squeeze=False).ravel()):
-            axes.set_axis_off()
-        for axes, (file, text) in zip(grid, page, strict=False):
-            axes.set_title(text, fontsize=7.5, loc="left", pad=2)
-            axes.imshow(imread(file))
+        with names_as_written():
+            for axes in (grid := figure.subplots(rows, COLUMNS, squeeze=False).ravel()):
+                axes.set_axis_off()
+            for axes, (file, text) in zip(grid, page, strict=False):
+                axes.set_title(text, fontsize=7.5, loc="left", pad=2)
+                axes.imshow(imread(file))
         sheets.append(folder / f"contact_sheet_{len(sheets) + 1:02d}.png")
-        with replacing(sheets[-1]) as temporary:
-            figure.savefig(temporary, dpi=110)
+        save_figure(figure, sheets[-1], dpi=110)
     return sheets
 
 

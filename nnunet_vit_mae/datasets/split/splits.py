@@ -11,7 +11,6 @@ as far as possible.
 
 from __future__ import annotations
 
-import math
 import re
 import unicodedata
 import warnings
@@ -24,6 +23,7 @@ import numpy as np
 from nnunet_vit_mae.datasets.split.patients import on_both_sides
 from nnunet_vit_mae.errors import UserError, abbreviated
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, without_ending
+from nnunet_vit_mae.storage.csv_tables import NUMBER
 
 Split = dict[str, list[str]]  # train and val, as in splits_final.json
 TERTILES = ("low", "middle", "high")
@@ -291,16 +291,12 @@ def _stratified_order(stratum: Mapping[str, str], seed: tuple[int, int]) -> list
 
 def _tertiles(values: Mapping[str, str]) -> dict[str, str]:
     """Replace many different numbers by tertiles, with a class of its own for 0; return anything else as it is."""
-    try:
-        numbers = {case: float(value) for case, value in values.items() if value != "unknown"}
-        numbers = {case: number for case, number in numbers.items() if math.isfinite(number)}
-    except ValueError:
-        return dict(values)
+    numbers = {case: float(value) for case, value in values.items() if NUMBER.fullmatch(value)}
     if len(set(numbers.values())) <= len(TERTILES) + 2:  # a grade or a field strength is a class already
         return dict(values)
     ranked = sorted(set(numbers.values()) - {0.0})
     named = {value: TERTILES[len(TERTILES) * rank // len(ranked)] for rank, value in enumerate(ranked)}
-    return {case: named.get(numbers[case], "none") if case in numbers else "unknown" for case in values}
+    return {case: named.get(numbers[case], "none") if case in numbers else value for case, value in values.items()}
 
 
 def parts_of(folds: Sequence[Split], test: Sequence[str]) -> dict[str, list[str]]:
