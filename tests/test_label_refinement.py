@@ -139,6 +139,25 @@ def test_a_bad_case_is_named_and_stops_no_other(data, tmp_path, refused):
     assert "differ in size" in refused(main, "-d", "904", "-o", str(tmp_path / "second"))
     write_case(data / "imagesTr", "b", [np.full(SHAPE, 40.0)], np.full(SHAPE, 0.5, np.float32))
     assert "not integers" in refused(main, "-d", "904", "-o", str(tmp_path / "third"))
+    write_case(data / "imagesTr", "b", [np.full(SHAPE, np.nan)], np.ones(SHAPE, np.uint8))
+    assert "b has an image that holds voxels that are NaN" in refused(main, "-d", "904", "-o", str(tmp_path / "fourth"))
+
+
+def test_labels_of_a_call_that_was_stopped_do_not_stay(data, tmp_path, refused, monkeypatch):
+    arguments = ["-d", "904", "-o", str(tmp_path / "refined")]
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nnunet_vit_mae.datasets.label_refinement.write_instances", stop)
+        with pytest.raises(SystemExit):
+            main(arguments)
+    assert sorted(file.name for file in (tmp_path / "refined").glob("*.nii.gz")) == ["a.nii.gz", "b.nii.gz"]
+    (data / "labelsTr" / "a.nii.gz").unlink()
+    (data / "labelsTr" / "b.nii.gz").write_bytes(b"no image")
+    assert "Not refined: b" in refused(main, *arguments)
+    assert not list((tmp_path / "refined").glob("*.nii.gz"))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from nnunet_vit_mae.datasets.refinement_rule import RefinementRule
 from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.imaging.channels import cases_in, channel_file_name, ending_in, visible_files
 from nnunet_vit_mae.imaging.labels import read_labels, read_volume, whole_numbers
-from nnunet_vit_mae.imaging.volumes import all_finite, read_image, without_warnings_of_itk
+from nnunet_vit_mae.imaging.volumes import NOT_FINITE, all_finite, read_image, without_warnings_of_itk
 from nnunet_vit_mae.imaging.writing import write_image
 from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.csv_tables import write_instances
@@ -133,6 +133,8 @@ def refine_case(
         raise UserError(f"{case.case} has image and label that differ in {difference}: resample one to the other.")
     if not whole_numbers(label) or not all_finite(label, case.label):
         raise UserError(f"{case.case} has a label with values that are not integers: give a segmentation.")
+    if not all_finite(image, case.image):
+        raise UserError(f"{case.case} has an image that {NOT_FINITE}.")
     if values is None:
         values = tuple(int(value) for value in np.unique(label) if value != 0)
     refined, counts = refine(image, label, rule, values)
@@ -153,6 +155,8 @@ def refine_folder(images: Path, labels: Path, rule: RefinementRule, output: Path
     cases = find_cases_to_refine(images, labels, channel)
     values = values_to_refine(rule, labels.resolve().parent / "dataset.json")
     make_folder(output)
+    for file in cases_in(output, ending_in(labels, "-l")).values():
+        file.unlink()  # of a call that was stopped: its case may have no label any more, or one that is refused
     changes, problems = [], []
     with without_warnings_of_itk():
         for case in with_progress(cases, unit="case", desc="refining"):
