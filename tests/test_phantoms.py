@@ -2,11 +2,13 @@
 
 import csv
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from conftest import read_voxels
 from scipy import ndimage
 
 from nnunet_vit_mae.errors import UserError
@@ -284,3 +286,29 @@ def test_studies_in_dicom_hold_the_scans(tmp_path):
         assert series[description].GetSpacing() == pytest.approx(scan.spacing[::-1])
     with pytest.raises(UserError, match="already exists"):
         write_phantom_studies(tmp_path / "archive", labelled=1)
+
+
+# ---------- studies of stroke, for the claims of AMAE
+
+STROKE_PHANTOMS = Path(__file__).parent.parent / "examples" / "studies" / "stroke_phantoms.py"
+
+
+def test_studies_of_stroke_lack_t2_except_in_the_test_set(tmp_path, monkeypatch):
+    def write(raw):
+        monkeypatch.setattr("sys.argv", f"{STROKE_PHANTOMS} {raw} --labelled 6 --test 2 --unlabelled 1 --seed 1".split())
+        runpy.run_path(str(STROKE_PHANTOMS), run_name="__main__")
+        return raw / "Dataset910_StrokePhantom"
+
+    folder, again = write(tmp_path), write(tmp_path / "again")
+    t2 = {name: len(list((folder / f"images{name}").glob("*_0002.nii.gz"))) for name in ("Tr", "Un", "Ts")}
+    assert t2["Tr"] in range(1, 6)
+    assert t2["Ts"] == 2
+    for file in sorted((folder / "labelsTr").iterdir()):
+        infarct = read_voxels(file).astype(bool)
+        adc, trace = (read_voxels(folder / "imagesTr" / file.name.replace(".nii", f"_000{n}.nii")) for n in (0, 1))
+        head = ndimage.binary_erosion(adc > 0.4, iterations=2)
+        assert trace[infarct].mean() > 1.3 * trace[head & ~infarct].mean()
+        assert adc[infarct].mean() < 0.8 * adc[head & ~infarct].mean()
+        assert np.array_equal(infarct, read_voxels(again / "labelsTr" / file.name))
+    with pytest.raises(UserError, match="already exists: remove it first"):
+        write(tmp_path)
