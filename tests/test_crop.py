@@ -278,10 +278,21 @@ def test_names_are_written_on_the_sheet_as_they_are(tmp_path):
         find_scans(tmp_path, None)
 
 
-def test_a_table_that_a_spreadsheet_saved_is_read_again(tmp_path):
-    table = [["case", "status", "folder", "region_correlation", "channels"], ["a", "done", "imagesTr", "0,98", "0"]]
-    (tmp_path / "qc.csv").write_text("\r\n".join(map(";".join, table)), encoding="utf-8-sig")
-    assert [(row.case, row.region_correlation) for row in read_qc_table(tmp_path)] == [("a", 0.98)]
+def test_a_table_that_a_spreadsheet_saved_is_read_again(command, refused):
+    command.add("007", moved(shift=(10, 0, 0)), label=False)
+    command.output.mkdir()
+    table = [
+        ["case", "status", "folder", "region_correlation", "channels"],
+        ["007", "rejected", "imagesUn", "0,98", "0"],
+    ]
+    for name in ("007", "7"):
+        table[1][0] = name
+        text = "\r\n".join(map(";".join, table))
+        (command.output / "qc.csv").write_text(text, encoding="utf-8-sig")
+        assert [(row.case, row.region_correlation) for row in read_qc_table(command.output)] == [(name, 0.98)]
+    # it would crop the case that a reader has rejected
+    assert "has 7 in the column case, but the case is 007" in refused(main, *command.arguments())
+    assert (command.output / "qc.csv").read_text(encoding="utf-8-sig") == text.replace("\r", "")
 
 
 def test_coverage_is_the_share_of_the_region_in_view(template):

@@ -83,7 +83,7 @@ def read_case_table(file: Path, case_column: str | None, cases: Collection[str])
     elif case_column not in header:
         raise UserError(f"{file} has no column {case_column}, only {', '.join(header)}: check --case.")
     key = header.index(case_column)
-    _refuse_lost_zeros(file, case_column, {row[key] for row in rows}, cases)
+    refuse_lost_zeros(file, case_column, {row[key] for row in rows}, cases)
     for row in rows:
         row[key] = _case_of(row[key], by_spelling)
     return CaseTable(file, _by_case(file, header, rows, key))
@@ -105,6 +105,21 @@ def read_names(file: Path, known: Collection[str], flag: str) -> list[str]:
     return names
 
 
+def refuse_lost_zeros(file: Path, column: str, cells: Collection[str], cases: Collection[str]) -> None:
+    """Raise `UserError` if a spreadsheet has made numbers of the case names, such as 7 of 007."""
+    others = {*cells} - {*cases}
+    lost = [case for case in cases if case not in cells and _number(case) in others]
+    if lost:
+        raise UserError(
+            f"{file} has {_number(lost[0])} in the column {column}, but the case is {lost[0]}: a spreadsheet has "
+            "removed the zeros; format the column as text and enter the names again."
+        )
+
+
+def _number(case: str) -> str:
+    return case.lstrip("0") or "0"
+
+
 def _by_spelling(cases: Collection[str]) -> dict[str, str]:
     """Return the cases by their names with composed umlauts: macOS stores an umlaut as two characters."""
     return {normalize("NFC", case): case for case in cases}
@@ -119,7 +134,7 @@ def _column_of_cases(file: Path, header: list[str], rows: list[list[str]], by_sp
     best = max(matches, key=lambda name: (matches[name], name == "case"))  # the first of several equal ones
     if not matches[best]:
         for number, name in enumerate(header):
-            _refuse_lost_zeros(file, name, {row[number] for row in rows}, cases)
+            refuse_lost_zeros(file, name, {row[number] for row in rows}, cases)
         raise UserError(
             f"{file} has no column with case names such as {next(iter(cases), '')}: add one, with file names without "
             "_0000 and file ending."
@@ -133,17 +148,6 @@ def _case_of(cell: str, by_spelling: Mapping[str, str]) -> str:
     stem = without_ending(composed, IMAGE_ENDINGS)
     names = (composed, stem, case_and_channel(stem)[0])
     return next((by_spelling[name] for name in names if name in by_spelling), cell)
-
-
-def _refuse_lost_zeros(file: Path, column: str, cells: Collection[str], cases: Collection[str]) -> None:
-    """Raise `UserError` if a spreadsheet has made numbers of the case names, such as 7 of 007."""
-    others = {*cells} - {*cases}
-    lost = [case for case in cases if case not in cells and case.lstrip("0") in others]
-    if lost:
-        raise UserError(
-            f"{file} has {lost[0].lstrip('0')} in the column {column}, but the case is {lost[0]}: a spreadsheet has "
-            "removed the zeros; format the column as text and enter the names again."
-        )
 
 
 def _without_empty_columns(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:

@@ -21,6 +21,7 @@ from nnunet_vit_mae.datasets.crop.dataset import Cropping, description_beside, f
 from nnunet_vit_mae.datasets.crop.qc_table import (
     DONE,
     FAILED,
+    QC_TABLE,
     REJECTED,
     QCRow,
     files_of,
@@ -46,7 +47,7 @@ from nnunet_vit_mae.datasets.crop.sources import (
     source_columns,
     without_folders,
 )
-from nnunet_vit_mae.datasets.tables import read_case_table
+from nnunet_vit_mae.datasets.tables import read_case_table, refuse_lost_zeros
 from nnunet_vit_mae.errors import UserError, WriteError, reader_reason
 from nnunet_vit_mae.imaging.channels import channel_file_name
 from nnunet_vit_mae.imaging.labels import whole_numbers
@@ -156,6 +157,7 @@ def crop_scans(
     for template, region in zip(settings.templates, settings.regions, strict=True):
         read_region(template, region)
     rows = {row.case: row for row in read_qc_table(settings.output)}
+    refuse_lost_zeros(settings.output / QC_TABLE, "case", rows, [scan.name for scan in scans])
     jobs = []
     for scan in scans:
         try:
