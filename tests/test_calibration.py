@@ -881,6 +881,19 @@ def test_mistakes_in_quantifying_get_a_sentence(model, in_workspace, scans, refu
     assert "segmentations of another model" in refuse()
 
 
+def test_volumes_of_labels_that_leave_voxels_out_are_not_compared_with(model, in_workspace, scans, tmp_path, caplog):
+    description = json.loads((model / "dataset.json").read_text())
+    description["labels"]["ignore"] = 2
+    (model / "dataset.json").write_text(json.dumps(description))
+    shutil.copy(in_workspace.preprocessed / "dataset_fingerprint.json", model)
+    table = tmp_path / "volumes.csv"
+    pretend_to_predict(table, scans)
+    quantify(scans, table)
+    assert {row["risk_group"] for row in read_rows(table)} == {row["warnings"] for row in read_rows(table)} == {""}
+    assert "Their labels leave voxels out (ignore)" in caplog.text
+    assert training_volumes() == {}
+
+
 def test_a_model_that_was_installed_elsewhere_quantifies(model, in_workspace, scans, tmp_path, caplog):
     """nnU-Net's own archive has the fingerprint, but no volumes of the training cases; neither raw data nor labels."""
     shutil.copy(in_workspace.preprocessed / "dataset_fingerprint.json", model)

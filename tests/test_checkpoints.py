@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
@@ -71,6 +72,34 @@ def test_a_validation_without_a_checkpoint_is_of_none(tmp_path, monkeypatch):
     monkeypatch.setattr(nnUNetTrainer, "save_checkpoint", lambda *_: None)
     trainer.save_checkpoint(str(tmp_path / FINAL))
     assert trainer.checkpoint_in_use is None
+
+
+def test_a_training_that_is_complete_leaves_its_checkpoint_as_it_is(tmp_path, monkeypatch):
+    """A calibration belongs to a file, which --c would write anew."""
+    trainer, logged = object.__new__(StoppableTrainer), []
+    trainer.output_folder, trainer.current_epoch, trainer.num_epochs = str(tmp_path), 2, 2
+    trainer.local_rank = 0
+    monkeypatch.setattr(trainer, "print_to_log_file", logged.append)
+    monkeypatch.setattr(nnUNetTrainer, "run_training", lambda _: logged.append("trained"))
+    for name, said in ((FINAL, f"The training is complete: {tmp_path / FINAL} stays as it is."), (BEST, "trained")):
+        trainer.checkpoint_in_use = tmp_path / name
+        trainer.run_training()
+        assert logged.pop() == said
+        assert not logged
+
+
+def test_a_worse_epoch_does_not_pass_for_the_best_after_an_interruption(tmp_path, monkeypatch):
+    """nnU-Net notes the best moving average after it has saved the latest checkpoint."""
+    trainer = object.__new__(StoppableTrainer)
+
+    def load(self: StoppableTrainer, _: str) -> None:
+        self._best_ema, self.logger = 0.5, MetaLogger(str(tmp_path), False)
+        for epoch, dice in enumerate([0.5, 0.9, 0.4]):
+            self.logger.log("mean_fg_dice", dice, epoch)
+
+    monkeypatch.setattr(nnUNetTrainer, "load_checkpoint", load)
+    trainer.load_checkpoint(str(tmp_path / LATEST))
+    assert trainer._best_ema == pytest.approx(0.9 * 0.5 + 0.1 * 0.9)
 
 
 # ---------- another network than the plans'

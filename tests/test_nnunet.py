@@ -7,6 +7,7 @@ import shutil
 import blosc2
 import numpy as np
 import pytest
+import torch
 from conftest import SHAPE, blob, write_case
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
@@ -18,6 +19,7 @@ from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.folds import labelled_cases, pretraining_cases, reference_segmentations, split_of
 from nnunet_vit_mae.nnunet.plans import load_plan, schedule_of, settings_for, settings_of
 from nnunet_vit_mae.nnunet.preprocessing import _preprocess_case, resampled_problem
+from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerBaseline, nnUNetTrainerViTScratch
 from nnunet_vit_mae.recipes import read_recipe
 from nnunet_vit_mae.settings import Settings
 from nnunet_vit_mae.storage.files import locked
@@ -455,6 +457,23 @@ def test_too_few_cases_for_folds_are_refused(in_workspace):
             file.unlink()
     with pytest.raises(UserError, match="4 labelled cases cannot be split"):
         pretraining_cases(plan, "0")
+    assert not (in_workspace.preprocessed / "splits_final.json").exists()
+
+
+@pytest.mark.parametrize("trainer", [nnUNetTrainerBaseline, nnUNetTrainerViTScratch])
+def test_trainers_refuse_a_fold_that_nnunet_would_not_make_before_any_split(in_workspace, capsys, trainer):
+    plans = json.loads((in_workspace.preprocessed / "nnUNetPlans.json").read_text())
+    description = json.loads((in_workspace.preprocessed / "dataset.json").read_text())
+
+    def refusal(fold):
+        with pytest.raises(SystemExit):
+            trainer(plans | {"continue_training": False}, "3d_fullres", fold, description, torch.device("cpu"))
+        return capsys.readouterr().err
+
+    assert "-f 5 is neither 'all' nor one of the 5 folds" in refusal(5)
+    for file in tiny_plan().preprocessed_folder.glob("train_[01]*"):
+        file.unlink()
+    assert "4 labelled cases cannot be split" in refusal(0)
     assert not (in_workspace.preprocessed / "splits_final.json").exists()
 
 

@@ -21,9 +21,11 @@ from nnunet_vit_mae.nnunet import importing, training_range
 from nnunet_vit_mae.nnunet.calibrated import write_calibrated
 from nnunet_vit_mae.nnunet.folders import Dataset
 from nnunet_vit_mae.nnunet.models import find_model
+from nnunet_vit_mae.nnunet.plans import load_plan
 from nnunet_vit_mae.nnunet.quantification import thresholds_of
 from nnunet_vit_mae.nnunet.shared_models import read_weights, weights_content
 from nnunet_vit_mae.nnunet.trainers import OUR_TRAINERS
+from nnunet_vit_mae.nnunet.untrained import expected_tensors
 from nnunet_vit_mae.storage.archives import FORMAT
 from nnunet_vit_mae.weights import file_hash
 
@@ -270,6 +272,29 @@ def test_a_model_that_does_not_fit_is_not_exported(site, tmp_path, refused, monk
     file.write_bytes(whole)
     message = refused(export_model.main, *flags, "-chk", "checkpoint_best.pth")
     assert "There is no checkpoint" in message
+
+
+EARLIER = """
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+class nnUNetTrainerEarlier(nnUNetTrainer):
+    @staticmethod
+    def build_network_architecture(name, arguments, imported, channels, outputs, enable_deep_supervision=True):
+        return get_network_from_plans(
+            name, arguments, imported, channels, outputs, deep_supervision=enable_deep_supervision
+        )
+"""
+
+
+def test_a_trainer_for_an_earlier_nnunet_has_its_network(site, tmp_path, monkeypatch):
+    """nnU-Net still takes those that know nothing of plans."""
+    site.use_here(monkeypatch)
+    (tmp_path / "earlier.py").write_text(EARLIER)
+    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path))
+    plan = load_plan("901", "Tiny")
+    found, unet = (expected_tensors(plan, name, "m") for name in ("nnUNetTrainerEarlier", TRAINERS[1]))
+    assert {name: value.shape for name, value in found.items()} == {name: value.shape for name, value in unet.items()}
 
 
 # ---------- archives of strangers

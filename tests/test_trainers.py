@@ -237,6 +237,28 @@ def test_a_continued_run_scales_what_the_encoder_brought_by_the_plans_and_ends_t
     assert all(rate == pytest.approx(peak * scale) for rate, scale in moved.free.values())
 
 
+# ---------- a batch of one
+
+
+@pytest.mark.parametrize("trainer", [nnUNetTrainerBaseline, nnUNetTrainerViTScratch])
+@pytest.mark.parametrize(("batch_size", "with_foreground"), [(1, 33), (2, 50)])
+def test_a_third_of_the_samples_has_foreground_in_a_batch_of_one_too(
+    in_workspace, monkeypatch, trainer, batch_size, with_foreground
+):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    content = json.loads((in_workspace.preprocessed / "nnUNetPlans.json").read_text()) | {"continue_training": False}
+    network = {"size": "XS", "token": [4, 4, 4], "decoder": "mae"}
+    content["configurations"]["3d_fullres"]["vit_mae"] = {"network": network}
+    content["configurations"]["3d_fullres"]["batch_size"] = batch_size
+    description = json.loads((in_workspace.preprocessed / "dataset.json").read_text())
+    model = trainer(content, "3d_fullres", 0, description, torch.device("cpu"))
+    model.initialize()
+    np.random.seed(0)  # noqa: NPY002 (nnU-Net draws from numpy's global generator)
+    for loader in model.get_dataloaders():
+        forced = [loader.data_loader.get_do_oversample(number) for _ in range(500) for number in range(batch_size)]
+        assert 100 * np.mean(forced) == pytest.approx(with_foreground, abs=7)
+
+
 # ---------- a training in the place of an earlier one
 
 

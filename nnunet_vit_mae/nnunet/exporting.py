@@ -83,7 +83,9 @@ def _texts(models: Sequence[Model], *, case_names: bool) -> tuple[dict[str, Any]
     if volumes := read_training_volumes(model):
         texts[TRAINING_VOLUMES] = volumes
     else:
-        notes.append("The labels are not here: mae3d_quantify will not know the volumes of the training cases.")
+        notes.append(
+            "The volumes of the training cases are not known here, so that mae3d_quantify will not know them either."
+        )
     for calibrated in (each for each in models if each.checkpoint == CALIBRATED):
         content = dict(read_calibration_of(calibrated).content)
         texts[CALIBRATION_RECORD] = content if case_names else _numbered(content)

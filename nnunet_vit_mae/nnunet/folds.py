@@ -107,12 +107,21 @@ def split_of(plan: Plan, fold: str, names: list[str]) -> dict[str, list[str]]:
     """
     file = plan.dataset.preprocessed / SPLITS
     if not file.is_file():
-        if len(names) < FOLDS:
-            raise UserError(f"{len(names)} labelled cases cannot be split into {FOLDS} folds: use -f all.")
+        refuse_no_fold(fold, len(names))
         from nnunetv2.utilities.crossval_split import generate_crossval_split  # imports scikit-learn
 
         write_json(generate_crossval_split(sorted(names), seed=12345, n_splits=FOLDS), file)
     return read_fold(file, fold, names)
+
+
+def refuse_no_fold(fold: str, cases: int) -> None:
+    """Raise `UserError` for a fold that is not one of those into which nnU-Net splits this many cases by itself."""
+    if cases < FOLDS:
+        raise UserError(f"{cases} labelled cases cannot be split into {FOLDS} folds: use -f all.")
+    if fold not in map(str, range(FOLDS)):
+        raise UserError(
+            f"-f {fold} is neither 'all' nor one of the {FOLDS} folds that nnU-Net makes of the cases (counted from 0)."
+        )
 
 
 def _test_cases(plan: Plan) -> dict[str, dict[int, Path]]:

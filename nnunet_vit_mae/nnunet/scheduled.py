@@ -21,6 +21,7 @@ from nnunet_vit_mae.imaging.description import DESCRIPTION, describe
 from nnunet_vit_mae.nnunet.augmentation import repeatable
 from nnunet_vit_mae.nnunet.checked_plans import check_plans
 from nnunet_vit_mae.nnunet.checkpoints import optimiser_groups
+from nnunet_vit_mae.nnunet.folds import refuse_no_fold
 from nnunet_vit_mae.nnunet.mirroring import mirroring_of
 from nnunet_vit_mae.nnunet.plans import schedule_of
 from nnunet_vit_mae.nnunet.stopping import StoppableTrainer
@@ -68,6 +69,12 @@ class ScheduledTrainer(TrackedTrainer, StoppableTrainer):
             torch.set_num_threads(int(threads))  # nnUNetv2_train -device cpu has set one for each core
         self._seed_random_numbers()
         super().initialize()
+
+    def _set_batch_size_and_oversample(self) -> None:
+        # nnU-Net makes sure of foreground in the last third of a batch, rounded: never in a batch of one
+        super()._set_batch_size_and_oversample()
+        if self.batch_size == 1:
+            self.probabilistic_oversampling = True
 
     def on_train_epoch_start(self) -> None:
         """Begin an epoch as nnU-Net does.
@@ -124,6 +131,10 @@ def _refuse_bad_fold(folder: Path, data_identifier: str, fold: int | str) -> Non
 
     nnU-Net takes whatever `splits_final.json` holds, and splits at random where it has no such fold.
     """
-    if fold != "all" and (folder / SPLITS).is_file() and (folder / data_identifier).is_dir():
-        cases = nnUNetDatasetBlosc2.get_identifiers(str(folder / data_identifier))
+    if fold == "all" or not (folder / data_identifier).is_dir():
+        return
+    cases = nnUNetDatasetBlosc2.get_identifiers(str(folder / data_identifier))
+    if (folder / SPLITS).is_file():
         read_fold(folder / SPLITS, str(fold), cases)
+    else:
+        refuse_no_fold(str(fold), len(cases))

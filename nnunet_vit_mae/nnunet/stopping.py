@@ -30,11 +30,19 @@ class StoppableTrainer(nnUNetTrainer):
 
     @exit_on_user_error
     def run_training(self) -> None:
-        """Train as nnU-Net does. A signal ends it with a sentence; the last whole epoch is saved."""
+        """Train as nnU-Net does. A signal ends it with a sentence; the last whole epoch is saved.
+
+        Of a training that is complete (`--c`) nothing is saved: the same weights in another file would make its
+        calibration look like that of other weights.
+        """
+        final = Path(self.output_folder, FINAL)
+        if self.current_epoch >= self.num_epochs and self.checkpoint_in_use == final:
+            return self.print_to_log_file(f"The training is complete: {final} stays as it is.")
         self.save_every = 1
         self.saved_since = 0.0 if self.current_epoch else time.time()
         with self._stoppable(), forks_follow():
             super().run_training()
+        return None
 
     @exit_on_user_error
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
@@ -56,8 +64,12 @@ class StoppableTrainer(nnUNetTrainer):
             write_json({"checkpoint": used.name, "sha256": file_hash(used)}, note)  # another may take its name
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """Load a checkpoint as nnU-Net does."""
+        """Load a checkpoint as nnU-Net does, with the best moving average of Dice up to then.
+
+        The one that a checkpoint notes lacks its own epoch, after which a worse epoch would pass for the best.
+        """
         super().load_checkpoint(filename_or_checkpoint)
+        self._best_ema = max(self.logger.get_value("ema_fg_dice", step=None), default=None)
         if isinstance(filename_or_checkpoint, str):
             self.checkpoint_in_use = Path(filename_or_checkpoint)
 

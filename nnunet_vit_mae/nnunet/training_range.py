@@ -80,9 +80,13 @@ def read_training_range(model: Model) -> TrainingRange:
     files = _labelled_files(model)
     volumes = _volumes_known(model, files)
     if not volumes:
+        reason = "An archive of mae3d_export holds them."
+        if _has_ignored_voxels(model):
+            reason = "Their labels leave voxels out (ignore), which may belong to any volume."
         logger.warning(
             "The volumes of the training cases are not known here: volumes are not compared with them, and there are "
-            "no risk groups without --cutoffs. An archive of mae3d_export holds them."
+            "no risk groups without --cutoffs. %s",
+            reason,
         )
     arrays = {label: np.array(values, float) for label, values in volumes.items()}
     return TrainingRange(np.sort(np.array(spacings, float), axis=1), arrays, _axes_of(files.values()))
@@ -95,7 +99,9 @@ def fingerprint_file(model: Model) -> Path:
 
 
 def read_training_volumes(model: Model) -> dict[str, list[float]]:
-    """Return the volume of each label in each labelled case in mm3, or nothing where neither they nor labels are.
+    """Return the volume of each label in each labelled case in mm3.
+
+    There are none where neither they nor labels are, and with an ignore label, whose voxels may belong to any volume.
 
     They are kept in the model's folder, and read from the labels again when these have changed, or when other cases are
     labelled or held out for testing; each time, if that folder cannot be written to, as a colleague's may be. An
@@ -108,6 +114,8 @@ def read_training_volumes(model: Model) -> dict[str, list[float]]:
 
 
 def _volumes_known(model: Model, files: Mapping[str, Path]) -> dict[str, list[float]]:
+    if _has_ignored_voxels(model):
+        return {}
     file = model.folder / TRAINING_VOLUMES
     stored = _read_stored(file, classes_of(model.plan).names)
     if files and (stored is None or not _belongs_to(stored, files, came_with_model=(model.folder / CARD).is_file())):
@@ -117,6 +125,10 @@ def _volumes_known(model: Model, files: Mapping[str, Path]) -> dict[str, list[fl
         except WriteError as error:
             logger.info("The volumes of the training cases will be read from the labels again: %s", error)
     return {} if stored is None else stored.volumes
+
+
+def _has_ignored_voxels(model: Model) -> bool:
+    return classes_of(model.plan).ignore is not None
 
 
 def volumes_in(file: Path, classes: Classes) -> dict[str, float]:

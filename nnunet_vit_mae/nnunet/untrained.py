@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from torch import Tensor, nn
@@ -33,10 +35,15 @@ def untrained_network(plan: Plan, trainer: str, source: str) -> nn.Module:
             f"{source} was trained by {trainer}, which is not installed here: install it, and name its folder in "
             "nnUNet_extTrainer."
         ) from None
-    channels, outputs = len(plan.channel_names), plan.classes
-    try:
-        return found.build_network_architecture(
-            plan.plans, plan.configuration, channels, outputs, enable_deep_supervision=False
+    build, configuration = found.build_network_architecture, plan.configuration
+    described = (plan.plans, configuration)
+    if "plans_manager" not in inspect.signature(build).parameters:  # of a trainer for an earlier nnU-Net
+        described = (
+            configuration.network_arch_class_name,
+            configuration.network_arch_init_kwargs,
+            configuration.network_arch_init_kwargs_req_import,
         )
+    try:
+        return build(*described, len(plan.channel_names), plan.classes, enable_deep_supervision=False)
     except Exception as error:  # noqa: BLE001  whatever a stranger's plans make of a network
         raise UserError(f"{source} has plans of no network ({reader_reason(error)}): export it again.") from None
