@@ -45,7 +45,7 @@ from nnunet_vit_mae.nnunet.quantification import (
     thresholds_of,
     warnings_of,
 )
-from nnunet_vit_mae.nnunet.training_range import read_training_volumes
+from nnunet_vit_mae.nnunet.training_range import read_training_range, read_training_volumes
 from nnunet_vit_mae.nnunet.untrained import untrained_network
 from nnunet_vit_mae.presets import DECODERS
 from nnunet_vit_mae.settings import Network
@@ -623,6 +623,14 @@ def test_other_axes_than_those_of_the_training_cases_are_told():
         assert [text[: len("axes RPS")] for text in told] == expected
 
 
+@pytest.mark.parametrize(("reader", "axes"), [("SimpleITKIO", {"LPS"}), ("SimpleITKIOWithReorient", set())])
+def test_axes_do_not_matter_where_nnunet_turns_images(model, in_workspace, reader, axes):
+    shutil.copy(in_workspace.preprocessed / "dataset_fingerprint.json", model)
+    plans = json.loads((model / "plans.json").read_text())
+    (model / "plans.json").write_text(json.dumps(plans | {"image_reader_writer": reader}))
+    assert set(read_training_range(model_of("0", checkpoint="checkpoint_final.pth")).axes) == axes
+
+
 @pytest.fixture
 def scans(tmp_path):
     """Four scans to quantify."""
@@ -690,6 +698,19 @@ def test_scans_that_hold_nothing_to_measure_get_no_volume(model, in_workspace, s
     assert {row["volume_mm3"] for row in (rows["nan"], rows["zeros"])} == {""}
     assert "nan_0000.nii.gz holds voxels that are NaN or infinite" in rows["nan"]["warnings"]
     assert "all its images are zeros" in rows["zeros"]["warnings"]
+
+
+def test_no_segmentation_stays_of_a_scan_whose_new_file_cannot_be_predicted(model, in_workspace, scans, tmp_path):
+    table = tmp_path / "volumes.csv"
+    pretend_to_predict(table, scans)
+    write_case(scans, "scan_1", [image * np.nan for image in blob(40)[0]])
+    gone = scans / "scan_2_0001.nii.gz"
+    gone.unlink()
+    gone.symlink_to("nowhere.nii.gz")
+    quantify(scans, table)
+    assert [row["case"] for row in read_rows(table) if not row["volume_mm3"]] == ["scan_1", "scan_2"]
+    left = sorted(file.name for file in (tmp_path / "volumes_segmentations").glob("*.nii.gz"))
+    assert left == ["scan_0.nii.gz", "scan_3.nii.gz"]
     assert "axes" not in rows["scan_0"]["warnings"]
 
 

@@ -301,6 +301,17 @@ def test_a_mirror_image_is_an_error_where_labels_name_a_side(data, found, name, 
         assert "(axes RPS, such as imagesTr/a0 LPS), and the label left lesion names a side" in text
 
 
+def test_axes_do_not_matter_where_nnunet_turns_images(data, found):
+    data.describe(labels={"background": 0, "left lesion": 1}, overwrite_image_reader_writer="SimpleITKIOWithReorient")
+    left_handed = (-1, 0, 0, 0, 1, 0, 0, 0, 1)
+    for file in ("imagesTr/a3_0000", "imagesTr/a3_0001"):
+        data.write(file, direction=left_handed)
+    data.write("labelsTr/a3", label(3), direction=left_handed)
+    findings = found()
+    assert not findings["errors"]
+    assert not findings["warnings"]
+
+
 def write_ct(data, labelled_hu: float) -> None:
     """Write CT of which 60% of the voxels are soft tissue, with a label of a given intensity."""
     data.describe(channel_names={"0": "CT"})

@@ -16,6 +16,7 @@ from nnunet_vit_mae.storage.files import read_json
 
 DESCRIPTION = "dataset.json"
 LARGEST_LABEL = 2**16 - 1  # nnU-Net writes segmentations with 16 bits at most
+REORIENTING = "WithReorient"  # at the end of the names of nnU-Net's readers that turn all images to the same axes
 EXAMPLES = {
     "labels": '"labels": {"background": 0, "tumour": 1}',
     "channel_names": '"channel_names": {"0": "T1", "1": "FLAIR"}',
@@ -55,8 +56,14 @@ class Description:
     modality: Channels | None = None  # what nnU-Net v1 called the channels
     file_ending: Annotated[str, AfterValidator(_file_ending)] | None = None
     regions_class_order: tuple[LabelValue, ...] | None = None
+    overwrite_image_reader_writer: str | None = None
     licence: str | None = None
     license: str | None = None
+
+    @property
+    def reoriented(self) -> bool:
+        """Return whether the reader that it names turns all images to the same axes; nnU-Net's others do not."""
+        return (self.overwrite_image_reader_writer or "").endswith(REORIENTING)
 
     @property
     def channels(self) -> list[str]:

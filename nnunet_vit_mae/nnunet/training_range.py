@@ -19,6 +19,7 @@ from nnunet_vit_mae.calibration.cases import Classes
 from nnunet_vit_mae.datasets.split.files import read_split_record
 from nnunet_vit_mae.errors import UserError, WriteError, reading
 from nnunet_vit_mae.imaging.channels import cases_in
+from nnunet_vit_mae.imaging.description import REORIENTING
 from nnunet_vit_mae.imaging.labels import read_mask
 from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
 from nnunet_vit_mae.nnunet.models import Model
@@ -67,7 +68,7 @@ class TrainingRange:
 
     spacings: np.ndarray  # mm, cases x 3, each row ascending: the last value is the slice thickness
     volumes: Mapping[str, np.ndarray]  # mm3 of each case, by label; empty where they are not known
-    axes: Collection[str] = ()  # such as LPS, of all cases; empty where their labels are not here
+    axes: Collection[str] = ()  # such as LPS, of all cases; empty where they do not matter, or labels are not here
 
 
 def read_training_range(model: Model) -> TrainingRange:
@@ -89,7 +90,9 @@ def read_training_range(model: Model) -> TrainingRange:
             reason,
         )
     arrays = {label: np.array(values, float) for label, values in volumes.items()}
-    return TrainingRange(np.sort(np.array(spacings, float), axis=1), arrays, _axes_of(files.values()))
+    reoriented = model.plan.plans.plans["image_reader_writer"].endswith(REORIENTING)
+    axes = () if reoriented else _axes_of(files.values())
+    return TrainingRange(np.sort(np.array(spacings, float), axis=1), arrays, axes)
 
 
 def fingerprint_file(model: Model) -> Path:

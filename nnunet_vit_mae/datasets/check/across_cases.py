@@ -22,14 +22,29 @@ BIN = 0.5  # mm, in the histogram of slice thickness
 
 
 def findings_across_cases(
-    cases: Sequence[CaseSummary], channels: Channels, labels: Labels, patients: Mapping[str, str]
+    cases: Sequence[CaseSummary],
+    channels: Channels,
+    labels: Labels,
+    patients: Mapping[str, str],
+    *,
+    reoriented: bool,
 ) -> Iterator[Finding]:
-    """Yield findings about several cases; `patients` holds the known patients by case."""
+    """Yield findings about several cases.
+
+    Args:
+        cases: The cases.
+        channels: Of the dataset.
+        labels: Of the dataset.
+        patients: The known patients by case.
+        reoriented: Whether nnU-Net turns all images to the same axes.
+    """
     yield from _duplicates(cases)
     yield from _same_names(cases)
     yield from _shared_patients(cases, patients)
-    yield from _orientations(cases)
-    yield from _mirror_images(cases, labels)
+    if not reoriented:
+        yield from _other_axes(cases)
+        yield from _mirror_images(cases, labels)
+    yield from _thick_axes(cases)
     yield from _geometry_outliers(cases)
     yield from _intensity_outliers(cases, channels)
     yield from _clipped_ct(cases, channels)
@@ -112,15 +127,19 @@ def _first_cases(keys: Mapping[str, str], cases: Sequence[CaseSummary]) -> dict[
     return folders
 
 
-def _orientations(cases: Sequence[CaseSummary]) -> Iterator[Finding]:
+def _other_axes(cases: Sequence[CaseSummary]) -> Iterator[Finding]:
     orientations = Counter(case.orientation for case in cases if case.geometry)
     most = max(orientations, key=lambda name: orientations[name], default="")
     for case in cases:
-        if case.geometry is None:
-            continue
-        if case.orientation != most:
+        if case.geometry and case.orientation != most:
             text = f"has axes {case.orientation}, most have {most}: nnU-Net does not reorient images"
             yield Finding(WARNING, "orientation", str(case), text)
+
+
+def _thick_axes(cases: Sequence[CaseSummary]) -> Iterator[Finding]:
+    for case in cases:
+        if case.geometry is None:
+            continue
         thick = int(np.argmax(case.geometry.spacing))
         finer = sorted(case.geometry.spacing)[-2]
         if thick != 2 and case.thickness > 2 * finer:

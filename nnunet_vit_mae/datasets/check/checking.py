@@ -13,6 +13,7 @@ from nnunet_vit_mae.datasets.split.patients import recorded_patients
 from nnunet_vit_mae.datasets.split.splits import question_about
 from nnunet_vit_mae.datasets.tables import PatientColumns, read_case_table
 from nnunet_vit_mae.errors import abbreviated
+from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.imaging.labels import Labels
 from nnunet_vit_mae.progress import with_progress
 
@@ -50,7 +51,8 @@ def check_dataset(raw: Path, columns: PatientColumns, preprocessed: Path, proces
     summaries = with_progress(inspect_all(tasks, labels, processes), total=len(tasks), unit="case", desc="checking")
     cases = sorted(summaries, key=lambda case: (case.folder, case.name))
     findings += [finding for case in cases for finding in case.findings]
-    findings += findings_across_cases(cases, channels, labels, patients)
+    reoriented = read_description(raw / DESCRIPTION).reoriented
+    findings += findings_across_cases(cases, channels, labels, patients, reoriented=reoriented)
     return DatasetCheck(raw.name, cases, channels, labels, findings, note)
 
 
