@@ -138,13 +138,19 @@ def remove_outdated(plan: Plan, cases: Iterable[PredictionCase], output: Path) -
     """
     for case in cases:
         segmentation, note = output / f"{case.name}{plan.dataset_json['file_ending']}", output / IMAGES / case.name
-        images = [[str(image), image.stat().st_size, image.stat().st_mtime_ns] for image in case.images]
+        images = [[str(image), *_size_and_time(image)] for image in case.images]
         if note.is_file() and read_json(note) == images:
             continue
         if segmentation.is_file() and (note.is_file() or max(t for *_, t in images) > segmentation.stat().st_mtime_ns):
-            logger.info("%s is predicted again, as it may be of other images than today's", segmentation.name)
+            logger.info("%s was removed, as it may be of other images than today's", segmentation.name)
             segmentation.unlink()
         write_json(images, note)
+
+
+def _size_and_time(image: Path) -> tuple[int, int]:
+    """Return zeros for a link to a file that is gone."""
+    state = image.stat() if image.exists() else None
+    return (state.st_size, state.st_mtime_ns) if state else (0, 0)
 
 
 def predict_folder(

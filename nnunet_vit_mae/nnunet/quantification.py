@@ -150,7 +150,7 @@ def quantify(
         geometries, problems = _read_geometries(model.plan, scans)
         readable = [case for case in scans.cases if case.name in geometries]
         if not scans.converted:
-            remove_outdated(model.plan, readable, work)
+            remove_outdated(model.plan, scans.cases, work)  # also of those that cannot be predicted any more
         more: Mapping[str, LabelColumns] = {}
         if uncertainty is not None and level is not None:
             maps = table.with_name(f"{table.stem}_uncertainty")
