@@ -153,7 +153,9 @@ def test_each_step_is_a_command_that_can_be_typed(tmp_path):
     assert steps["calibrate", "unet_10_s0"] == (
         "mae3d_calibrate -d 901 -c 3d_fullres -p my_study_unet_s0 -tr nnUNetTrainerBaseline -f 1 -device cpu"
     )
-    assert steps["predict", "unet_10_s0_calibrated"].endswith("-f 1 -device cpu -chk checkpoint_calibrated.pth")
+    assert steps["predict", "unet_10_s0_calibrated"].endswith(
+        "-f 1 -device cpu -chk checkpoint_calibrated.pth -npp 1 -nps 1"
+    )
     assert steps["report", "study"] == f"mae3d_study -o '{output}' --step report"
     assert f"-p 'unet calibrated={output}/predictions/unet_10_s0_calibrated'" in steps[EVALUATE, "10_labels"]
 
@@ -192,6 +194,7 @@ def test_an_ensemble_takes_probabilities_and_is_calibrated(tmp_path):
     study = study_of(tmp_path, "unet", "vit", "scratch", "ensemble")
     commands = by_name(study)
     assert "--save_probabilities" in commands["predict_probabilities", "vit_10_s0_final"]
+    assert "-npp" not in by_name(replace(study, device="cuda"))["predict", "scratch_10_s0_final"]
     assert ("predict", "scratch_10_s0_final") in commands
     folders = [str(Path(study.output, "predictions", f"{name}_10_s0_final")) for name in ("unet", "vit", "ensemble")]
     assert commands["ensemble", "ensemble_10_s0"] == [

@@ -164,6 +164,8 @@ def _prediction(study: StudyDesign, arm: Arm, model: StudyModel, common: tuple[s
     probabilities = _needs_probabilities(study, model)
     folders = ("-i", str(study.test_images), "-o", str(study.predictions(model)))
     command = ("nnUNetv2_predict", *folders, *common, "-chk", CHECKPOINTS[model.calibrated])
+    if study.device == "cpu":  # nnU-Net starts six processes to read and write, which a network on a CPU never needs
+        command += ("-npp", "1", "-nps", "1")
     kind = "predict_probabilities" if probabilities else "predict"
     return Step(kind, model.name, (*command, *(("--save_probabilities",) if probabilities else ())), (before,))
 
