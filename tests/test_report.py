@@ -437,8 +437,13 @@ def test_the_cases_to_look_at_first(example, tmp_path):
         for number, row in enumerate(own)
     ]
     expected = read_expected(written_table(tmp_path / "volumes.csv", table))
-    cases = with_expected(evaluation.cases, {MODELS[0]: expected})
-    evaluation = replace(evaluation, cases=cases)
+    evaluation = with_expected(evaluation, {MODELS[0]: expected})
+    cases, notes = evaluation.cases, evaluation.notes
+    assert not any("--uncertainty" in note for note in notes)
+    fewer = {key: row for key, row in expected.items() if key[0] != "case_1"}
+    assert with_expected(evaluation, {MODELS[0]: fewer}).notes[len(notes) :] == (
+        f"{MODELS[0]}: the table of --uncertainty lacks case_1.",
+    )
     (review,) = review_tables(evaluation, LABELS[0])
     assert review["model"] == MODELS[0]
     assert [row["case"] for row in review["rows"]] == [f"case_{number}" for number in range(11, 1, -1)]
@@ -463,7 +468,7 @@ def test_the_cases_to_look_at_first(example, tmp_path):
 def test_tables_that_expect_nothing(rows, reason, tmp_path):
     file = written_table(tmp_path / "volumes.csv", rows)
     with pytest.raises(UserError, match=reason):
-        with_expected(evaluation_of().cases, {MODELS[0]: read_expected(file)})
+        with_expected(evaluation_of(), {MODELS[0]: read_expected(file)})
     with pytest.raises(UserError, match="is missing"):
         read_expected(tmp_path / "other.csv")
 

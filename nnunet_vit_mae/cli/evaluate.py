@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from nnunet_vit_mae.calibration.record import CALIBRATION_RECORD, CalibrationRecord, read_calibration
@@ -139,8 +138,7 @@ def _evaluate(
         evaluation_set = evaluation_set.with_patients(by_case, unknown, table)
     elif args.patient:
         raise UserError(f"--patient {args.patient} names a column of a table: give it with --csv.")
-    evaluation = evaluate(evaluation_set, options, args.processes)
-    evaluation = replace(evaluation, cases=with_expected(evaluation.cases, expected))
+    evaluation = with_expected(evaluate(evaluation_set, options, args.processes), expected)
     write_tables(evaluation, args.output)
     print(headline_text(evaluation), flush=True)
     write_report(evaluation, evaluation_set, calibrations, args.output, vits)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, abbreviated
 from nnunet_vit_mae.evaluation import words
 from nnunet_vit_mae.evaluation.results import Evaluation
 from nnunet_vit_mae.statistics import rank_correlation
@@ -49,21 +50,25 @@ def read_expected(file: Path) -> dict[tuple[str, str], dict[str, float]]:
 
 
 def with_expected(
-    cases: pd.DataFrame, expected: Mapping[str, Mapping[tuple[str, str], Mapping[str, float]]]
-) -> pd.DataFrame:
-    """Return the table of cases with the columns of `read_expected`, by model; NaN for models without a table.
+    evaluation: Evaluation, expected: Mapping[str, Mapping[tuple[str, str], Mapping[str, float]]]
+) -> Evaluation:
+    """Return the evaluation with the columns of `read_expected`, by model, and notes on cases that a table lacks.
 
-    Raises `UserError` if a table has none of the cases.
+    The columns are NaN for models without a table. Raises `UserError` if a table has none of the cases.
     """
     if not expected:
-        return cases
+        return evaluation
+    cases = evaluation.cases
     keys = list(zip(cases["model"], cases["case"], cases["label"], strict=True))
+    notes = list(evaluation.notes)
     for model, rows in expected.items():
         if not any(key[0] == model and key[1:] in rows for key in keys):
             raise UserError(f"The table of --uncertainty for {model} has none of the cases and labels: check it.")
+        if lacking := {*cases["case"]} - {case for case, _ in rows}:
+            notes.append(f"{model}: the table of --uncertainty lacks {abbreviated(sorted(lacking))}.")
     known = [expected.get(model, {}).get((case, label), {}) for model, case, label in keys]
     columns = {column: [row.get(column, math.nan) for row in known] for column in (EXPECTED, LOW, HIGH)}
-    return cases.assign(**columns)
+    return replace(evaluation, cases=cases.assign(**columns), notes=tuple(notes))
 
 
 def review_tables(evaluation: Evaluation, label: str) -> list[dict[str, Any]]:
