@@ -168,13 +168,19 @@ def test_files_that_are_missing_or_too_many(data, found):
         data.file(f"imagesTr/a2_{channel}").unlink()
     data.write("imagesTr/a3_0002")
     data.file("imagesTr/a4_0001").rename(data.file("imagesTr/a4_1"))
-    assert set(found()["errors"]) == {
+    (data.raw / "labelsTr" / "a5.nii").write_bytes(gzip.decompress(data.file("labelsTr/a5").read_bytes()))
+    data.file("labelsTr/a5").unlink()
+    errors = found()["errors"]
+    assert "move unlabelled cases" in errors["imagesTr/a1", "missing label"]
+    assert "has a label named a5.nii, but labels must end with .nii.gz" in errors["imagesTr/a5", "missing label"]
+    assert set(errors) == {
         ("imagesTr/a0", "missing channel"),
         ("imagesTr/a1", "missing label"),
         ("imagesTr/a2", "no image"),
         ("imagesTr/a3", "unknown channel"),
         ("imagesTr/a4", "missing channel"),
         ("imagesTr/a4_1", "misnamed"),
+        ("imagesTr/a5", "missing label"),
         ("", "numTraining"),
     }
 

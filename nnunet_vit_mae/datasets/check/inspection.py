@@ -7,7 +7,7 @@ to compare cases, so that memory does not grow with the dataset. Volumes are z y
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 from nnunet_vit_mae.datasets.check.ct_intensities import CTIntensities
 from nnunet_vit_mae.datasets.contrasts import Channels, find_case_images, read_channels, read_contrasts
 from nnunet_vit_mae.errors import UserError, reader_reason
-from nnunet_vit_mae.imaging.channels import NIFTI, cases_in, other_formats
+from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, NIFTI, cases_in, other_formats
 from nnunet_vit_mae.imaging.ct_clipping import is_ct
 from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.imaging.labels import Labels, read_labels, read_volume, whole_numbers
@@ -165,7 +165,7 @@ def _description_findings(raw: Path, ending: str, labels: Labels) -> Iterator[Fi
         yield Finding(ERROR, "no labels", "", "there is no folder labelsTr")
 
 
-def _missing_files(task: InspectionTask, files: Collection[int], channels: Channels) -> Iterator[Finding]:
+def _missing_files(task: InspectionTask, files: Mapping[int, Path], channels: Channels) -> Iterator[Finding]:
     if not files:
         yield task.finding(ERROR, "no image", "has a label, but no image")
         return
@@ -176,7 +176,12 @@ def _missing_files(task: InspectionTask, files: Collection[int], channels: Chann
     if beyond := [number for number in files if number >= len(channels.names)]:
         yield task.finding(ERROR, "unknown channel", f"has channel {min(beyond):04d}, which dataset.json does not list")
     if task.folder == "imagesTr" and task.label is None:
-        yield task.finding(ERROR, "missing label", "has no label in labelsTr; move unlabelled cases to imagesUn")
+        labels = next(iter(files.values())).parent.with_name("labelsTr")
+        others = [name for ending in IMAGE_ENDINGS if (labels / (name := f"{task.name}{ending}")).is_file()]
+        text = "has no label in labelsTr; move unlabelled cases to imagesUn"
+        if others:
+            text = f"has a label named {others[0]}, but labels must end with {channels.ending}, as the images do"
+        yield task.finding(ERROR, "missing label", text)
 
 
 # ---------- one case
