@@ -220,6 +220,12 @@ def test_the_command_writes_what_nnunet_reads(data, capsys):
     assert "9 folds of 9 cases of 5 patients, none on two sides" in capsys.readouterr().out
 
 
+def test_the_printed_command_can_be_typed(data, tmp_path, capsys):
+    (tmp_path / "raw" / "Dataset905_Cohort").rename(tmp_path / "raw" / "Dataset905_Head and Neck")
+    main(["-d", "Dataset905_Head and Neck"])
+    assert "nnUNetv2_train 'Dataset905_Head and Neck' 3d_fullres FOLD" in capsys.readouterr().out
+
+
 def test_a_patient_of_a_test_case_is_in_no_fold(data, refused):
     """Splits that were made without the table take two scans of a patient for two patients."""
     main(["-d", "905", "--folds", "2", "--test", "0.3"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 from nnunet_vit_mae.cli.arguments import add_model_arguments, parser_for
 from nnunet_vit_mae.processes.signals import command
@@ -38,4 +39,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(note)
     names = ", ".join(model.checkpoint for model in models)
     print(f"Wrote {args.output}: {names} of {folder.name}, folds {' '.join(folds)}.")
-    print(f"Install it elsewhere with mae3d_import {args.output.name}.")
+    print(f"Install it elsewhere with mae3d_import {quote(args.output.name)}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 from nnunet_vit_mae.cli.arguments import parser_for
 from nnunet_vit_mae.processes.signals import command
@@ -33,6 +34,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if card.trainer in OUR_TRAINERS:
         print('First: export nnUNet_extTrainer="$(mae3d_trainers)", where it is not set yet.')
     print(
-        f"Predict with nnUNetv2_predict -i IN -o OUT -d {card.dataset} -c {card.configuration} -p {card.plans} "
+        f"Predict with nnUNetv2_predict -i IN -o OUT -d {quote(card.dataset)} -c {card.configuration} -p {card.plans} "
         f"-tr {card.trainer} -f {' '.join(card.folds)} -chk {card.checkpoints[-1]}."
     )

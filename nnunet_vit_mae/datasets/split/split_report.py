@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from shlex import quote
 
 from nnunet_vit_mae.datasets.split.cohort import Cohort, WrittenSplits
 from nnunet_vit_mae.datasets.split.splits import Splits, question_about
@@ -21,7 +22,9 @@ def split_report(written: WrittenSplits, cohort: Cohort, dataset: str) -> str:
             f"Without -f, nnU-Net predicts with folds 0 to 4, including those with few labels: give -f {regular}."
         )
     lines += [f"Moved aside: {file}." for file in written.moved]
-    lines.append(f"Wrote {written.file}; train one fold of the table with nnUNetv2_train {dataset} 3d_fullres FOLD.")
+    lines.append(
+        f"Wrote {written.file}; train one fold of the table with nnUNetv2_train {quote(dataset)} 3d_fullres FOLD."
+    )
     return "\n".join(lines)
 
 
