@@ -1,9 +1,11 @@
 """Checkpoints of trainings: which one `--c` goes on from, and which are of another network than the plans."""
 
 import json
+import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
@@ -100,6 +102,33 @@ def test_a_worse_epoch_does_not_pass_for_the_best_after_an_interruption(tmp_path
     monkeypatch.setattr(nnUNetTrainer, "load_checkpoint", load)
     trainer.load_checkpoint(str(tmp_path / LATEST))
     assert trainer._best_ema == pytest.approx(0.9 * 0.5 + 0.1 * 0.9)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("hits", "averages", "best"),
+    [([0, 2, None, 4], [0.0, 0.05, 0.05, 0.9 * 0.05 + 0.1 * 2 / 3], 3), ([None, 2, 0], [None, 0.5, 0.45], 1)],
+)
+def test_epochs_without_foreground_do_not_keep_later_ones_from_being_the_best(
+    tmp_path, monkeypatch, hits, averages, best
+):
+    """Dice is 0 / 0 where nothing is there and nothing is found."""
+    trainer, saved = object.__new__(StoppableTrainer), {}
+    trainer.logger, trainer.output_folder = MetaLogger(str(tmp_path), False), str(tmp_path)
+    trainer.is_ddp, trainer.local_rank, trainer.current_epoch, trainer.num_epochs = False, 1, 0, 9
+    trainer._best_ema, trainer.save_every = None, 1
+    monkeypatch.setattr(trainer, "print_to_log_file", lambda *_: None)
+    monkeypatch.setattr(trainer, "save_checkpoint", lambda file: saved.update({Path(file).name: trainer.current_epoch}))
+    for epoch, hit in enumerate(hits):
+        for name in ("train_losses", "epoch_start_timestamps"):
+            trainer.logger.log(name, 0.0, epoch)
+        tp, missed = (0, 0) if hit is None else (hit, 4)
+        counts = {"tp_hard": tp, "fp_hard": 0, "fn_hard": missed}
+        trainer.on_validation_epoch_end([{name: np.array([value]) for name, value in counts.items()} | {"loss": 0.0}])
+        trainer.on_epoch_end()
+    expected = [math.nan if average is None else average for average in averages]
+    assert trainer.logger.get_value("ema_fg_dice", step=None) == pytest.approx(expected, nan_ok=True)
+    assert saved == {LATEST: len(hits) - 1, BEST: best}
 
 
 # ---------- another network than the plans'

@@ -69,7 +69,8 @@ class StoppableTrainer(nnUNetTrainer):
         The one that a checkpoint notes lacks its own epoch, after which a worse epoch would pass for the best.
         """
         super().load_checkpoint(filename_or_checkpoint)
-        self._best_ema = max(self.logger.get_value("ema_fg_dice", step=None), default=None)
+        known = (average for average in self.logger.get_value("ema_fg_dice", step=None) if not math.isnan(average))
+        self._best_ema = max(known, default=None)
         if isinstance(filename_or_checkpoint, str):
             self.checkpoint_in_use = Path(filename_or_checkpoint)
 
@@ -87,6 +88,20 @@ class StoppableTrainer(nnUNetTrainer):
     def loaded_patch_size(self) -> Sequence[int]:
         """Return the voxels along each axis of what the loaders hand over: they augment, and cut the planned patch."""
         return self.configuration_manager.patch_size
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        """End as nnU-Net does; an epoch whose Dice is NaN, for lack of any foreground, leaves its average as it was.
+
+        Otherwise that would be NaN from then on, and no later epoch the best.
+        """
+        super().on_validation_epoch_end(val_outputs)
+        averages, dice = self.logger.get_value("ema_fg_dice", step=None), self.logger.get_value("mean_fg_dice", step=-1)
+        if math.isnan(averages[-1]):
+            averages[-1] = averages[-2] if math.isnan(dice) and len(averages) > 1 else dice
+            for logger in self.logger.loggers:  # the local one would suspect a mistake
+                logger.log("ema_fg_dice", averages[-1], self.current_epoch)
+        if self._best_ema is not None and math.isnan(self._best_ema):
+            self._best_ema = None
 
     def save_checkpoint(self, filename: str) -> None:
         """Save a checkpoint in place of an earlier one of that name.
