@@ -37,12 +37,12 @@ class StoppableTrainer(nnUNetTrainer):
         """
         final = Path(self.output_folder, FINAL)
         if self.current_epoch >= self.num_epochs and self.checkpoint_in_use == final:
-            return self.print_to_log_file(f"The training is complete: {final} stays as it is.")
+            self.print_to_log_file(f"The training is complete: {final} stays as it is.")
+            return
         self.save_every = 1
         self.saved_since = 0.0 if self.current_epoch else time.time()
         with self._stoppable(), forks_follow():
             super().run_training()
-        return None
 
     @exit_on_user_error
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
