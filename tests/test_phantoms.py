@@ -295,7 +295,8 @@ STROKE_PHANTOMS = Path(__file__).parent.parent / "examples" / "studies" / "strok
 
 def test_studies_of_stroke_lack_t2_except_in_the_test_set(tmp_path, monkeypatch):
     def write(raw):
-        monkeypatch.setattr("sys.argv", f"{STROKE_PHANTOMS} {raw} --labelled 6 --test 2 --unlabelled 1 --seed 1".split())
+        call = f"{STROKE_PHANTOMS} {raw} --labelled 6 --test 2 --unlabelled 1 --seed 1"
+        monkeypatch.setattr("sys.argv", call.split())
         runpy.run_path(str(STROKE_PHANTOMS), run_name="__main__")
         return raw / "Dataset910_StrokePhantom"
 
