@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import seeded
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -131,6 +131,7 @@ def test_the_decoders_outputs_are_channels_then_voxels():
 
 @few
 @given(place=places, seed=seeds)
+@example(place=(1, 0, 0, 6, 16), seed=160)
 def test_a_hidden_voxel_changes_the_loss_but_no_prediction(place, seed):
     network, volume, noise = autoencoder(), random_volume(), random_noise(seed)
     noise[place[0], token_of(*place[2:])] = 2.0  # higher than all others
@@ -138,7 +139,8 @@ def test_a_hidden_voxel_changes_the_loss_but_no_prediction(place, seed):
     with torch.no_grad():
         first, second = network(volume, masks), network(other, masks)
     assert torch.equal(first.patches, second.patches)
-    losses = [reconstruction_loss(rebuilt, norm_pix=True) for rebuilt in (first, second)]
+    # not with norm-pix, to which one or two voxels of a token at the border are the same whatever their values
+    losses = [reconstruction_loss(rebuilt, norm_pix=False) for rebuilt in (first, second)]
     assert not torch.equal(*losses)
 
 

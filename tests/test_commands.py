@@ -60,7 +60,7 @@ def test_help_shows_defaults_and_what_is_required_as_they_are_typed(capsys):
     with pytest.raises(SystemExit):
         commands.main(["study", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "mae3d_study [-h] -d ID -o FOLDER [-c NAME] [--arms ARM [ARM ...]] --few N [N ...] [--seeds N]" in text
+    assert "mae3d_study [-h] -d ID -o FOLDER [-c NAME] [-p NAME] [--arms ARM [ARM ...]] --few N [N ...]" in text
     assert "(default: unet hybrid hybrid_scratch)" in text
 
 
