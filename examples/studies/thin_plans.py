@@ -1,4 +1,4 @@
-"""Write nnU-Net's plans with a thinner U-Net and a smaller batch, with which a study takes one CPU core some hours.
+"""Write nnU-Net's plans with a thinner U-Net and a smaller batch, for studies on a CPU.
 
     python examples/studies/thin_plans.py 507 --width 8 --batch 2
 
