@@ -245,4 +245,5 @@ def _outside(value: float, training: np.ndarray) -> bool:
 
 
 def _range(values: np.ndarray) -> str:
-    return f"{values.min():.4g} to {values.max():.4g}"
+    ends = f"{values.min():.4g}", f"{values.max():.4g}"
+    return " to ".join(dict.fromkeys(ends))
