@@ -26,6 +26,7 @@ from nnunet_vit_mae.calibration.thresholds import Calibration, CaseVolumes, Thre
 from nnunet_vit_mae.cli import calibrate as calibrate_command
 from nnunet_vit_mae.cli import quantify as quantify_command
 from nnunet_vit_mae.errors import UserError, WriteError
+from nnunet_vit_mae.evaluation.cases import find_evaluation_set
 from nnunet_vit_mae.imaging.volumes import Geometry
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.nnunet import quantification, training_range
@@ -578,6 +579,9 @@ def test_from_validation_cases_to_the_intervals_of_new_ones(with_networks, in_wo
         assert float(row["volume_high_mm3"]) == pytest.approx(said["volume_mm3"] + scale * max(errors), abs=1e-3)
         assert row["expected_dice"] == ""
         assert read_voxels(maps / f"{row['case']}.nii.gz").max() <= 100
+    references = shutil.copytree(in_workspace.raw / "labelsTs", tmp_path / "references")  # without a dataset.json
+    segmentations = {"ViT": table.with_name("volumes_segmentations")}
+    assert list(find_evaluation_set(references, segmentations).labels.values) == [row["label"] for row in found[:1]]
     written = {file: file.stat().st_mtime_ns for file in maps.iterdir()}
     quantify_command.main(new)  # at the level 0.9, for which two cases are too few
     assert {file: file.stat().st_mtime_ns for file in maps.iterdir()} == written  # nothing is predicted twice

@@ -35,6 +35,7 @@ from nnunet_vit_mae.calibration.record import (
 )
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.evaluation.voxels import overlap
+from nnunet_vit_mae.imaging.description import DESCRIPTION
 from nnunet_vit_mae.imaging.labels import read_mask
 from nnunet_vit_mae.imaging.volumes import without_warnings_of_itk
 from nnunet_vit_mae.imaging.writing import write_segmentation
@@ -217,9 +218,11 @@ def predict_with_uncertainty(
 ) -> dict[str, LabelColumns]:
     """Predict new cases as `predict_members` does, and return the columns of `mae3d_quantify`, by case and label.
 
-    Raises `UserError` as `predict_members` does, or if the record of the calibration is damaged.
+    Beside the segmentations, `dataset.json` names their labels, as nnU-Net's own command has it: `mae3d_evaluate` looks
+    for the names there. Raises `UserError` as `predict_members` does, or if the record of the calibration is damaged.
     """
     _say_what_is_missing(model, uncertainty, level)
+    write_json(model.plan.dataset_json, output / DESCRIPTION)
     shifts = _shifts_in(read_calibration_of(model), model)
     said = predict_members(model, shifts, cases, output, maps, device)
     return {name: uncertainty.columns(case, level) for name, case in said.items()}
