@@ -38,7 +38,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     add(
         "-l", dest="labels", type=Path, metavar="FOLDER", help="reference segmentations of the development set, with -i"
     )
-    add("--allow_training_cases", action="store_true", help="allow cases that the model was trained on")
+    add(
+        "--allow_training_cases",
+        action="store_true",
+        help="allow cases that the model was trained on; without -i and -l, take all labelled cases but the test cases",
+    )
     add_device_argument(parser, "cuda")
     args = parser.parse_args(argv)
     if (args.images is None) != (args.labels is None):

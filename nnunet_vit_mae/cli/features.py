@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("-c", dest="configuration", default="3d_fullres", metavar="NAME", help="nnU-Net configuration")
     add("-p", dest="plans", nargs="+", required=True, metavar="NAME", help="names of the plans, each drawn as a row")
     add("-tr", dest="trainer", default="nnUNetTrainerViTMAE", metavar="NAME", help="trainer of the models")
-    add("-f", dest="fold", default="0", help="trained fold: 0 to 4, or all")
+    add("-f", dest="fold", default="0", help="trained fold: its number, or all")
     add("-chk", dest="checkpoint", default=FINAL, metavar="FILE", help="checkpoint of the models")
     add("--case", metavar="NAME", help="preprocessed case (default: first validation case of the fold)")
     add("-o", dest="output", required=True, metavar="FILE", type=Path, help="figure to write, a .png")
