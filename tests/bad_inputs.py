@@ -413,7 +413,7 @@ FILE_ROWS = [
     Row("an empty preprocessed case", PRETRAIN, "train_0.b2nd is damaged", put(CASE, b"")),
     Row("a preprocessed case of garbage", PRETRAIN, "nnUNetv2_preprocess -d 901", put(CASE, b"garbage" * 99)),
     Row("a preprocessed case cut off", PRETRAIN, "train_0.b2nd is damaged", cut(CASE)),
-    Row("a preprocessed case cut off", f"{PRETRAIN} --cache 1", "train_0.b2nd is damaged", cut(CASE)),
+    Row("a preprocessed case cut off, with --cache", f"{PRETRAIN} --cache 1", "train_0.b2nd is damaged", cut(CASE)),
     Row("an unlabelled case cut off", PRETRAIN, "mae3d_preprocess -d 901", cut(POOL)),
     Row("an unlabelled case of two axes", PRETRAIN, "has the shape (4, 4)", volume(POOL, np.ones((4, 4), np.float32))),
     Row("an unlabelled case without voxels", PRETRAIN, "has the shape", volume(POOL, SMALL[:, :0])),

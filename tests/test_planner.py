@@ -93,7 +93,8 @@ def encoder_of(tmp_path):
     def write(**changes) -> Path:
         card = make_card(**(HERE | changes))
         torch.manual_seed(0)
-        chosen = Network(size=card.size, token=tuple(card.token), adaptive=card.adaptive)
+        own = {"adaptive": card.adaptive, "modality_vectors": card.modality_vectors}
+        chosen = Network(size=card.size, token=tuple(card.token), **own)
         network = build_autoencoder(chosen, len(card.channel_names), Pretraining(mask_ratio=0.9))
         save_encoder(network.encoder, card, tmp_path / "elsewhere" / "encoder.safetensors")
         return tmp_path / "elsewhere" / "encoder.safetensors"
@@ -318,6 +319,11 @@ def test_taps_of_a_recipe_are_checked_for_the_token_of_the_plans(plan, tmp_path)
     assert plan(f"--recipe {file}")[2].network.taps == (3,)
 
 
+@pytest.mark.parametrize("name", ["dataset", "dataset_fingerprint", "splits_final", "split", "patients"])
+def test_plans_are_not_named_like_another_file_of_their_folder(not_planned, name):
+    assert f"-o {name} is not a name for plans" in not_planned(f"-o {name} --size XS")
+
+
 # ---------- encoders from elsewhere
 
 
@@ -348,7 +354,8 @@ def test_an_encoder_that_fits_as_it_is_gets_no_notes_and_may_be_confirmed_by_fla
 
 
 def test_an_adaptive_encoder_brings_an_adaptive_network_and_its_decoder(plan, encoder_of):
-    rows, notes, settings = plan(f"--encoder {encoder_of(adaptive=True)}")
+    rows, notes, settings = plan(f"--encoder {encoder_of(adaptive=True, modality_vectors='learned')}")
+    assert settings.network.modality_vectors == "learned"
     assert (settings.network.adaptive, settings.network.decoder, settings.network.token) == (True, "unetr", (4, 4, 4))
     assert rows["token"][1].endswith("in a patch of 14 x 20 x 24, for each of up to 2 contrasts")
     assert notes == []

@@ -59,6 +59,8 @@ def choose_settings(
     if start is not None:
         card = start.card
         own = {"size": card.size, "token": card.token, "adaptive": card.adaptive} | card.network
+        if card.adaptive:
+            own["modality_vectors"] = card.modality_vectors
         network = own | network
     if network.get("adaptive"):
         contrasts, network = len(source.channel_names), {"decoder": "unetr"} | network
