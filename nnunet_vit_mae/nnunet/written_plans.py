@@ -12,7 +12,10 @@ from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
+from nnunet_vit_mae.datasets.split.files import SPLIT_RECORD, SPLITS
+from nnunet_vit_mae.datasets.split.patients import PATIENTS
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.imaging.description import DESCRIPTION
 from nnunet_vit_mae.nnunet.plans import Plan
 from nnunet_vit_mae.settings import BLOCK, Settings
 from nnunet_vit_mae.storage.files import read_json, write_json
@@ -27,7 +30,7 @@ BY_TORCH = {  # nnU-Net's own function, several times as fast as its default, wi
 }
 OURS = (BLOCK, *BY_TORCH)  # entries of a configuration that plans written here may have of their own
 LINEAR = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}  # what its default does
-NOT_FOR_PLANS = ("dataset", "dataset_fingerprint", "splits_final")  # nnU-Net's other files in that folder
+NOT_FOR_PLANS = (DESCRIPTION, "dataset_fingerprint.json", SPLITS, SPLIT_RECORD, PATIENTS)  # others in that folder
 
 
 def write_plans(source: Plan, name: str, settings: Settings) -> Path:
@@ -58,7 +61,7 @@ def refuse_name(source: Plan, name: str) -> None:
     planned it anew.
     """
     file = source.dataset.plans_file(name)
-    if not name.isidentifier() or name in NOT_FOR_PLANS:
+    if not name.isidentifier() or file.name in NOT_FOR_PLANS:
         raise UserError(f"-o {name} is not a name for plans: use letters, digits and underscores, such as ViT_small.")
     if file.exists() and not _is_ours(read_json(file)):
         raise UserError(f"{file} was not written by mae3d_plan and is left as it is: choose another name with -o.")
