@@ -21,6 +21,7 @@ from nnunet_vit_mae.presets import canonical_contrast
 from nnunet_vit_mae.weights import Card
 
 CHANNEL_KERNELS = ("tokenizer.projection.weight", "tokenizer.entry.weight")  # linear, convolutional
+NAMES_AND_SHAPES = {"blocks", "tokenizer", "learned_positions", "register_tokens"}  # what decides those of weights
 STANDARDISED = {"CTNormalization", "ZScoreNormalization"}  # both give about mean 0 and deviation 1
 
 
@@ -54,8 +55,9 @@ def adapt_encoder(
     ]
     refused += [
         f"{name} {value} there, {destination.network[name]} here"
-        for name, value in card.network.items()
-        if destination.network.get(name, value) != value
+        for name, value in card.settings.encoder_settings.items()
+        if name in card.network.keys() | NAMES_AND_SHAPES  # cards of earlier versions leave out the defaults
+        and destination.network.get(name, value) != value
         and (name != "tokenizer" or card.adaptive == destination.adaptive)  # it stays behind where they differ
     ]
     there, here = set(card.normalization), set(destination.normalization)

@@ -140,6 +140,15 @@ def test_only_the_reasons_are_listed(key, value, reason):
     assert refused(make_card(), **{key: value}, patch_size=[8, 8, 8], channel_names=["SWI"]) == reason
 
 
+@pytest.mark.parametrize("changes", [{"blocks": "modern"}, {"tokenizer": "convolutional"}, {"register_tokens": 2}])
+def test_a_card_that_leaves_out_settings_is_that_of_a_network_with_the_defaults(changes):
+    card = make_card(network={"positions": "sine_cosine"})
+    others = {"positions": "sine_cosine", "rotary_base": 50.0}  # of no weight
+    reasons = [f"{name} {getattr(Network(), name)} there, {value} here" for name, value in changes.items()]
+    assert refused(card, network=others | changes) == "; ".join(reasons)
+    adapt_encoder({TOKENIZER: torch.ones(3, 2)}, card, destination_of(card, network=others))
+
+
 @pytest.mark.parametrize("scheme", [NONE, "RescaleTo01Normalization", "RGBTo01Normalization"])
 @pytest.mark.parametrize("standardised", [CT, Z])
 def test_intensities_in_another_range_are_refused_either_way(scheme, standardised):
