@@ -373,6 +373,14 @@ def test_shared_memory_that_runs_out_is_said(files):
     assert "UserError: The shared memory /dev/shm is full: enlarge it (docker run --shm-size" in done.stderr
 
 
+def test_all_of_a_batch_is_in_shared_memory_before_it_is_handed_over(make_job):
+    job = make_job(**MOVED)
+    crops = crops_of(job.files)
+    crops.affines = job.affines
+    batch = readers._Shared(crops)[range(2)]
+    assert all(part.is_shared() for part in (*tensors(batch), batch.affines))
+
+
 def test_shared_memory_is_measured_before_it_is_used():
     memory.refuse_without_shared_memory(0, 2**60)
     with pytest.raises(UserError, match=r"4 batches .* need .* of shared memory, .*--shm-size.*-np 0"):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from nnunet_vit_mae.cli.split import main
 from nnunet_vit_mae.datasets.split import files
+from nnunet_vit_mae.datasets.split.files import parent_fold
 from nnunet_vit_mae.datasets.split.patients import on_both_sides, separation_warning
 from nnunet_vit_mae.datasets.split.splits import (
     LabelledCase,
@@ -560,6 +561,16 @@ def test_pretraining_reads_no_scan_of_a_patient_in_the_test_folder(in_workspace,
     write_case(in_workspace.raw / "imagesTs", LABELLED[0], [np.ones(SHAPE)] * 2)  # of somebody else, of the same name
     split_901(in_workspace, patients, "--folds", "2")
     assert pretraining_names("all") == [*LABELLED, "pool_0", "pool_2"]
+
+
+@pytest.mark.parametrize(
+    ("fold", "parent"), [("0", "0"), ("2", "0"), ("3", "1"), ("all", "all"), ("7", "7"), ("02", "02"), ("-1", "-1")]
+)
+def test_only_a_fold_as_nnunet_names_it_has_a_parent(tmp_path, fold, parent):
+    splits = [{"train": ["a", "b"], "val": ["c"]}, {"train": ["b", "c"], "val": ["a"]}]
+    (tmp_path / "splits_final.json").write_text(json.dumps([*splits, *splits]))
+    (tmp_path / "split.json").write_text(json.dumps({"test": [], "left_out": [], "parents": [0, 1, 0, 1]}))
+    assert parent_fold(tmp_path, fold) == parent
 
 
 @pytest.mark.slow

@@ -34,8 +34,9 @@ class _Shared(Dataset):
 
     def __getitem__(self, reads: Any) -> CropBatch:
         batch = self.crops[reads]
-        for part in (batch.crops, batch.flips, *batch.masks):
-            part.share_memory_()
+        for part in (batch.crops, batch.flips, *batch.masks, batch.affines):
+            if part is not None:
+                part.share_memory_()
         return batch
 
 

@@ -124,13 +124,12 @@ def parent_fold(folder: Path, fold: str) -> str:
     A fold that `split.json` gives as parent does not count if it validates on other cases, for the file of splits may
     have been changed.
     """
-    parents = dict(enumerate(read_split_record(folder).parents))
-    parent = str(parents.get(int(fold), fold)) if fold.isascii() and fold.isdigit() else fold
+    parents = {str(number): str(parent) for number, parent in enumerate(read_split_record(folder).parents)}
+    parent = parents.get(fold, fold)
     if parent == fold or not (folder / SPLITS).is_file():
         return fold
-    splits = dict(enumerate(read_splits(folder / SPLITS)))
-    own, other = (set(splits[int(number)]["val"]) if int(number) in splits else None for number in (fold, parent))
-    return parent if own == other else fold
+    validation = {str(number): set(split["val"]) for number, split in enumerate(read_splits(folder / SPLITS))}
+    return parent if validation.get(fold) == validation.get(parent) else fold
 
 
 def collect_test_cases(raw: Path, folder: Path, images: Path, labels: Path) -> int:
