@@ -19,7 +19,7 @@ from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.nnunet import planner
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.planner import choose_settings
-from nnunet_vit_mae.nnunet.plans import load_plan
+from nnunet_vit_mae.nnunet.plans import load_plan, settings_for
 from nnunet_vit_mae.nnunet.trainers import _unchanged
 from nnunet_vit_mae.settings import EncoderFile, Network, Pretraining, token_grid
 from nnunet_vit_mae.units import GIB
@@ -162,6 +162,13 @@ def test_upsampling_is_written_and_explained(plan, kind):
     assert settings.network.upsampling == rows["upsampling"][0] == kind
     assert kind in rows["upsampling"][1]
     assert rows["decoder"][0] == settings.network.decoder == "sfpn"
+
+
+@pytest.mark.parametrize("decoder", ["unetr", "sfpn", "upscale", "mae"])
+def test_an_adaptive_network_has_the_decoder_of_its_plans(plan, decoder):
+    rows, _, settings = plan(f"--size XS --adaptive --decoder {decoder}")
+    assert rows["decoder"][0] == settings.network.decoder == decoder
+    assert settings_for(tiny_plan("P").configuration, 2, adaptive=True) == settings
 
 
 def test_an_unknown_way_of_upsampling_is_refused(not_planned):

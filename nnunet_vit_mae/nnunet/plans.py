@@ -134,12 +134,14 @@ def settings_of(configuration: ConfigurationManager, *, contrasts: int | None = 
 def settings_for(configuration: ConfigurationManager, contrasts: int, *, adaptive: bool) -> Settings:
     """Return the settings of an adaptive network, or of one that stacks its channels, whatever the plans say.
 
-    So both ways of AMAE (section 2.3) run on the same plans; an adaptive network's decoder is `unetr`, and on plans of
-    the other kind it has its own rate and protocol of pre-training where theirs are the defaults.
+    So both ways of AMAE (section 2.3) run on the same plans. On plans of the other kind, an adaptive network has the
+    decoder `unetr`, and its own rate and protocol of pre-training where theirs are the defaults.
     """
     if not adaptive:
         return settings_of(configuration).updated({"network": {"adaptive": False}})
     settings = settings_of(configuration, contrasts=contrasts)
+    if settings.network.adaptive:
+        return settings
     return changed(settings, {"network": {"adaptive": True, "decoder": "unetr", "tokenizer": "linear"}})
 
 
