@@ -48,6 +48,9 @@ def adapt_encoder(
     Parts that only the destination has keep their weights.
     Raises `UserError`, with all reasons, when the encoder cannot be used there.
     """
+    keeps_tokenizer = card.adaptive == destination.adaptive and any(name.startswith("tokenizer.") for name in tensors)
+    # cards of earlier versions leave out the defaults
+    compared = (card.network.keys() | NAMES_AND_SHAPES) - (set() if keeps_tokenizer else {"tokenizer"})
     refused = [
         f"{name} {getattr(card, name)} there, {getattr(destination, name)} here"
         for name in ("size", "token")
@@ -56,9 +59,7 @@ def adapt_encoder(
     refused += [
         f"{name} {value} there, {destination.network[name]} here"
         for name, value in card.settings.encoder_settings.items()
-        if name in card.network.keys() | NAMES_AND_SHAPES  # cards of earlier versions leave out the defaults
-        and destination.network.get(name, value) != value
-        and (name != "tokenizer" or card.adaptive == destination.adaptive)  # it stays behind where they differ
+        if name in compared and destination.network.get(name, value) != value
     ]
     there, here = set(card.normalization), set(destination.normalization)
     if there != here and not there | here <= STANDARDISED:
@@ -84,7 +85,7 @@ def adapt_encoder(
         adapted = {name: tensor for name, tensor in tensors.items() if not name.startswith("tokenizer.")}
         way = "takes one contrast at a time" if card.adaptive else "stacks all contrasts"
         notes.append(f"Tokenizer: the pre-trained one {way}, this network does not, so it starts with a new one.")
-    elif card.channel_names != destination.channel_names and any(name.startswith("tokenizer.") for name in tensors):
+    elif keeps_tokenizer and card.channel_names != destination.channel_names:
         match = _match_modality_vectors if card.adaptive else _match_channels
         changed, note = match(tensors, card.channel_names, destination.channel_names)
         adapted |= changed

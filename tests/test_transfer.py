@@ -146,6 +146,8 @@ def test_a_card_that_leaves_out_settings_is_that_of_a_network_with_the_defaults(
     others = {"positions": "sine_cosine", "rotary_base": 50.0}  # of no weight
     reasons = [f"{name} {getattr(Network(), name)} there, {value} here" for name, value in changes.items()]
     assert refused(card, network=others | changes) == "; ".join(reasons)
+    without = destination_of(card, network={"tokenizer": "convolutional"})
+    assert adapt_encoder({"transformer.norm.bias": torch.ones(3)}, card, without)[1] == []  # none to compare
     adapt_encoder({TOKENIZER: torch.ones(3, 2)}, card, destination_of(card, network=others))
 
 
