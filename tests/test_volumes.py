@@ -193,6 +193,17 @@ def test_voxels_beyond_half_precision_are_refused(files, monkeypatch, value):
     assert not is_there(made[0].name)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_alone_shows_how_many_volumes_are_read(files, monkeypatch, capsys, rank):
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    DeviceCache(files, CPU)
+    with Cache(files, PLENTY):
+        pass
+    shown = capsys.readouterr().err
+    assert ("reading into memory: 4 of 4 volumes" in shown) == (rank == 0)
+    assert ("reading into the memory of the device: 4 of 4 volumes" in shown) == (rank == 0)
+
+
 def test_the_memory_is_freed_at_the_end(files):
     with Cache(files, PLENTY) as cache:
         copy = pickle.loads(pickle.dumps(cache))

@@ -6,7 +6,7 @@ The memory is that of the host, which readers share, or that of the device that 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from multiprocessing.shared_memory import SharedMemory
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nnunet_vit_mae.errors import UserError, reader_reason
+from nnunet_vit_mae.pretraining import distributed
 from nnunet_vit_mae.processes.memory import SHARED_MEMORY, shared_memory
 from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.limits import too_many_voxels
@@ -103,7 +104,7 @@ class Cache(AbstractContextManager):
             )
         self._memory = SharedMemory(create=True, size=max(1, size))
         try:
-            for file in with_progress(self.places, desc="reading into memory", unit="volume"):
+            for file in _with_progress(self.places, "reading into memory"):
                 self._read(file)
         except BaseException:
             self._memory.unlink()
@@ -133,7 +134,7 @@ class DeviceCache:
 
     def __init__(self, files: Sequence[Path], device: torch.device):
         """Read the volumes; raises `UserError` for voxels that half precision cannot hold."""
-        reading = with_progress(files, desc="reading into the memory of the device", unit="volume")
+        reading = _with_progress(files, "reading into the memory of the device")
         self.volumes = {file: torch.from_numpy(_read_for_half_precision(file)).half().to(device) for file in reading}
 
     def __len__(self) -> int:
@@ -147,6 +148,11 @@ class DeviceCache:
 def bytes_in_half_precision(files: Sequence[Path]) -> int:
     """Return the memory that all volumes take."""
     return sum(math.prod(open_volume(file).shape) for file in files) * ITEM
+
+
+def _with_progress(files: Iterable[Path], what: str) -> Iterator[Path]:
+    """Show how many volumes are read, on rank 0 alone: all others read at the same time."""
+    return with_progress(files, desc=what, unit="volume", shown=distributed.is_rank_0())
 
 
 def _read_for_half_precision(file: Path) -> np.ndarray:
