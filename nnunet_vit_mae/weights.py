@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, FiniteFloat
+from pydantic import AfterValidator, Field, FiniteFloat
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -39,9 +39,17 @@ HASH = r"[0-9a-f]{16}"  # of a case's name
 OPTIONAL = {"network", "source", "notes"}  # entries that cards of earlier versions lack
 PACKAGES = ("nnunet-vit-mae", "nnunetv2", "torch")
 
+
+def _known_for_all_axes(sides: list) -> list:
+    if len(sides) not in (0, 3):
+        raise ValueError("a list of three numbers (z y x), or an empty one")
+    return sides
+
+
 Voxels = Annotated[int, Field(gt=0, le=10**6)]  # along an axis
 Millimetres = Annotated[FiniteFloat, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+AllAxes = AfterValidator(_known_for_all_axes)
 
 
 class PretrainedEncoder(nn.Module):
@@ -83,8 +91,8 @@ class Card:
     configuration: str
     fold: str
     # z y x; empty where it is not known, as spacing and normalization may be
-    patch_size: Annotated[list[Voxels], Field(max_length=3)]
-    spacing: Annotated[list[Millimetres], Field(max_length=3)]  # z y x
+    patch_size: Annotated[list[Voxels], AllAxes]
+    spacing: Annotated[list[Millimetres], AllAxes]  # z y x
     normalization: list[str]
     data_fingerprint: str
     cases_seen: list[str]  # hashes of the names tell whether a case was seen; shared cards have numbers
