@@ -265,25 +265,36 @@ def test_a_signal_stops_all_processes_after_the_same_step(runs, files, tmp_path,
     assert_same_end(tmp_path / "out", runs / "plain_1")
 
 
-def fail(message: str, device: torch.device) -> None:
+def fail(error: Exception, device: torch.device) -> None:
     if distributed.rank() == 1:
-        raise ZeroDivisionError(message)
+        raise error
     distributed.averaged(torch.ones(1))
+
+
+def fail_together(error: Exception, device: torch.device) -> None:
+    raise error
 
 
 def test_an_unexpected_error_is_shown_whole():
     with pytest.raises(Exception, match=r"(?s)Process 1 .*ZeroDivisionError: look here"):
-        distributed.start(partial(fail, "look here"), CPU, 2)
+        distributed.start(partial(fail, ZeroDivisionError("look here")), CPU, 2)
 
 
-@pytest.mark.parametrize(("error", "code"), [(UserError("The disk is full."), 2), (Stopped(signal.SIGTERM), 143)])
-def test_rank_0_reports_for_all(monkeypatch, error, code):
-    with pytest.raises(type(error)), distributed.reported_once():
-        raise error
+@pytest.mark.parametrize("task", [fail, fail_together])
+def test_an_error_of_any_process_is_reported_once(task, capfd):
+    with pytest.raises(SystemExit, match="2"):
+        distributed.start(partial(task, UserError("The case is damaged.")), CPU, 2)
+    assert capfd.readouterr().err.count("Error: The case is damaged.") == 1
+
+
+def test_rank_0_reports_for_all(monkeypatch):
+    stop = Stopped(signal.SIGTERM)
+    with pytest.raises(Stopped), distributed.reported_once():
+        raise stop
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     monkeypatch.setattr(distributed, "GRACE_SECONDS", 0.0)
-    with pytest.raises(SystemExit, match=str(code)), distributed.reported_once():
-        raise error
+    with pytest.raises(SystemExit, match="143"), distributed.reported_once():
+        raise stop
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
@@ -318,13 +329,13 @@ def test_what_a_killed_process_left_half_written_is_removed(files, tmp_path):
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=r"2 processes .* need as many GPUs, but torch finds 1"):
-        distributed.start(partial(fail, ""), torch.device("cuda"), 2)
+        distributed.start(partial(fail, ValueError()), torch.device("cuda"), 2)
 
 
 def test_torchrun_and_a_number_of_processes_are_refused_together(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     with pytest.raises(UserError, match=r"torchrun has set the number of processes already: leave out -num_gpus\."):
-        distributed.start(partial(fail, ""), CPU, 2)
+        distributed.start(partial(fail, ValueError()), CPU, 2)
 
 
 class TestCommand:

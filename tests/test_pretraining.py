@@ -41,7 +41,7 @@ from nnunet_vit_mae.pretraining.crops import (
     random_crop,
 )
 from nnunet_vit_mae.pretraining.pictures import interpolated, rebuild
-from nnunet_vit_mae.pretraining.volumes import open_volume
+from nnunet_vit_mae.pretraining.volumes import open_volume, volume_problem
 from nnunet_vit_mae.processes import memory
 from nnunet_vit_mae.settings import Network, Pretraining
 from nnunet_vit_mae.storage.csv_tables import read_rows
@@ -343,6 +343,29 @@ def test_a_reader_that_dies_or_hangs_is_noticed(files, monkeypatch, fail, senten
     with pytest.raises(UserError, match=sentence), readers.reader_failures(), closing(batches):
         list(batches)
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_a_volume_that_is_damaged_or_missing_is_named_when_it_is_read(tmp_path, processes):
+    volume = np.random.default_rng(0).normal(size=(2, 40, 24, 20)).astype(np.float32)
+    file = tmp_path / "case_0.b2nd"
+    blosc2.asarray(volume, urlpath=str(file), mode="w", chunks=(1, 8, 24, 20), blocks=(1, 8, 24, 20))
+    content = bytearray(file.read_bytes())
+    tenth = len(content) // 10  # about a chunk, of which the two last ones of a channel are left whole
+    content[tenth : 3 * tenth] = bytes(2 * tenth)
+    file.write_bytes(content)
+    assert volume_problem(file, 2) is None  # its last block is whole
+
+    def read_all():
+        batches = readers.read_batches(crops_of([file]), ConsecutiveBatches(0, 20, 1), processes, pin_memory=False)
+        with readers.reader_failures(), closing(batches):
+            list(batches)
+
+    with pytest.raises(UserError, match=r"^\S*case_0.b2nd is damaged \(.*\): preprocess this case again.$"):
+        read_all()
+    file.unlink()
+    with pytest.raises(UserError, match=r"^\S*case_0.b2nd is missing: preprocess this case again.$"):
+        read_all()
 
 
 SMALL_SHARED_MEMORY = """

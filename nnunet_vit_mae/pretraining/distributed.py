@@ -75,13 +75,18 @@ def own_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def reported_once() -> Iterator[None]:
-    """Let rank 0 alone report what ends all processes, a `UserError` or a signal; the others end a moment later."""
+    """Let rank 0 alone report what ends all processes, a `UserError` or a signal.
+
+    The others wait a moment, in which they are ended if rank 0 has reported. If not, a `UserError` is their own.
+    """
     try:
         yield
     except (UserError, KeyboardInterrupt) as error:
         if is_rank_0():
             raise
         time.sleep(GRACE_SECONDS)
+        if isinstance(error, UserError):
+            raise
         sys.exit(128 + error.number if isinstance(error, Stopped) else 2)
 
 

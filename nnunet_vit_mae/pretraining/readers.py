@@ -23,17 +23,20 @@ READER_SECONDS = 600.0  # within which some reader has to give a batch
 
 
 class _Shared(Dataset):
-    """Batches that lie in shared memory before they are handed over.
+    """Batches that lie in shared memory before they are handed over, or the `UserError` that stands in their way.
 
     torch would put them there in a thread whose errors, such as a lack of memory, reach nobody: the training would wait
-    for ever.
+    for ever. Of an error that is raised here, torch would make a traceback.
     """
 
     def __init__(self, crops: RandomCrops):
         self.crops = crops
 
-    def __getitem__(self, reads: Any) -> CropBatch:
-        batch = self.crops[reads]
+    def __getitem__(self, reads: Any) -> CropBatch | UserError:
+        try:
+            batch = self.crops[reads]
+        except UserError as error:
+            return error
         for part in (batch.crops, batch.flips, *batch.masks, batch.affines):
             if part is not None:
                 part.share_memory_()
@@ -59,7 +62,10 @@ def read_batches(
     try:
         with held():
             batches = iter(loader)
-        yield from batches
+        for batch in batches:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
     finally:
         batches = None  # which ends readers that listen
         end_children(set(active_children()) - others)

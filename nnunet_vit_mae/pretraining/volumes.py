@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
@@ -28,41 +28,61 @@ from nnunet_vit_mae.units import size_text
 
 CHECKED_AT_ONCE = 8
 ITEM = np.dtype(np.float16).itemsize
+AGAIN = ": preprocess this case again."  # ends the sentence on a file
 
 
-def open_volume(file: Path, *, threads: int = 1) -> Any:
-    """Open a preprocessed volume (c z y x), to be read by slicing.
+class Volume:
+    """A preprocessed volume (c z y x) in its file, read by slicing; raises `UserError` for a part that is damaged."""
+
+    def __init__(self, file: Path, array: Any):
+        self.file, self._array = file, array
+        self.shape: tuple[int, ...] = tuple(array.shape)
+        self.dtype: np.dtype = array.dtype
+
+    def __getitem__(self, part: Any) -> np.ndarray:
+        with _damage_in_words(self.file):
+            return self._array[part]
+
+
+def open_volume(file: Path, *, threads: int = 1) -> Volume:
+    """Open a preprocessed volume.
 
     Raises `UserError` if the file is missing, damaged or no array, or has more voxels than the limit.
     """
-    try:
+    with _damage_in_words(file):
         # not mapped: page faults cost more than reads where the file has to come from a disk
-        volume: Any = blosc2.open(urlpath=str(file), mode="r", dparams={"nthreads": threads})
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing: preprocess this case again.") from None
-    except Exception as error:  # noqa: BLE001 (blosc2 raises many kinds for damaged files)
-        raise UserError(f"{file} is damaged ({reader_reason(error)}): preprocess this case again.") from None
-    if not isinstance(volume, blosc2.NDArray):
-        raise UserError(f"{file} holds no array: preprocess this case again.")
+        array: Any = blosc2.open(urlpath=str(file), mode="r", dparams={"nthreads": threads})
+        if not isinstance(array, blosc2.NDArray):
+            raise UserError(f"{file} holds no array{AGAIN}")
+        volume = Volume(file, array)
     if problem := too_many_voxels(volume.shape[1:]):
         raise UserError(f"{file} {problem}.")
     return volume
+
+
+@contextmanager
+def _damage_in_words(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing{AGAIN}") from None
+    except Exception as error:  # noqa: BLE001 (blosc2 raises many kinds for damaged files)
+        raise UserError(f"{file} is damaged ({reader_reason(error)}){AGAIN}") from None
 
 
 def volume_problem(file: Path, channels: int) -> str | None:
     """Return what is wrong with a preprocessed volume, or None: its header and its last block are read."""
     try:
         volume = open_volume(file)
-        shape = tuple(volume.shape)
-        if len(shape) != 4 or shape[0] != channels or min(shape) < 1:
-            return f"has the shape {shape} instead of {channels} channels of three axes"
+        if len(volume.shape) != 4 or volume.shape[0] != channels or min(volume.shape) < 1:
+            return f"has the shape {volume.shape} instead of {channels} channels of three axes"
         if not np.issubdtype(volume.dtype, np.floating):
             return f"holds {volume.dtype} instead of floating-point numbers"
         volume[:, -1:, -1:, -1:]
     except UserError as error:
-        return str(error).removeprefix(f"{file} ").split(": ")[0].rstrip(".")
-    except Exception as error:  # noqa: BLE001 (blosc2 raises many kinds for a damaged file)
-        return f"is damaged ({reader_reason(error)})"
+        return str(error).removeprefix(f"{file} ").removesuffix(AGAIN).rstrip(".")
     return None
 
 
@@ -88,7 +108,7 @@ class Cache(AbstractContextManager):
         self.places: dict[Path, tuple[int, tuple[int, ...]]] = {}
         size = 0
         for file in files:
-            shape = tuple(open_volume(file).shape)
+            shape = open_volume(file).shape
             if (size + math.prod(shape) * ITEM) * copies > limit:
                 break
             self.places[file] = (size, shape)
