@@ -287,14 +287,16 @@ def test_an_error_of_any_process_is_reported_once(task, capfd):
     assert capfd.readouterr().err.count("Error: The case is damaged.") == 1
 
 
-def test_rank_0_reports_for_all(monkeypatch):
-    stop = Stopped(signal.SIGTERM)
-    with pytest.raises(Stopped), distributed.reported_once():
-        raise stop
+@pytest.mark.parametrize(
+    ("error", "code"), [(distributed.CommonError("The loss is NaN."), 2), (Stopped(signal.SIGTERM), 143)]
+)
+def test_rank_0_reports_for_all(monkeypatch, error, code):
+    with pytest.raises(type(error)), distributed.reported_once():
+        raise error
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     monkeypatch.setattr(distributed, "GRACE_SECONDS", 0.0)
-    with pytest.raises(SystemExit, match="143"), distributed.reported_once():
-        raise stop
+    with pytest.raises(SystemExit, match=str(code)), distributed.reported_once():
+        raise error
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):

@@ -39,6 +39,10 @@ class LostProcessError(UserError):
     """A process was killed, and all others have ended."""
 
 
+class CommonError(UserError):
+    """What all processes raise after the same step, so that rank 0 alone has to report it."""
+
+
 def start(task: Task, device: torch.device, processes: int) -> None:
     """Run a task in this process, in several of this machine, or as one of torchrun's, each with a device of its own.
 
@@ -75,9 +79,9 @@ def own_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def reported_once() -> Iterator[None]:
-    """Let rank 0 alone report what ends all processes, a `UserError` or a signal.
+    """Let rank 0 alone report what ends all processes: a `CommonError`, a signal, or a flag that cannot be.
 
-    The others wait a moment, in which they are ended if rank 0 has reported. If not, a `UserError` is their own.
+    The others wait a moment, in which they are ended if rank 0 has reported; if not, a `UserError` is their own.
     """
     try:
         yield
@@ -85,7 +89,7 @@ def reported_once() -> Iterator[None]:
         if is_rank_0():
             raise
         time.sleep(GRACE_SECONDS)
-        if isinstance(error, UserError):
+        if isinstance(error, UserError) and not isinstance(error, CommonError):
             raise
         sys.exit(128 + error.number if isinstance(error, Stopped) else 2)
 
@@ -120,7 +124,7 @@ def log_to_console() -> None:
 
 
 def from_rank_0(function: Callable[[], R]) -> R:
-    """Call a function on rank 0 alone; all processes get its (picklable) result, or the `UserError` that it raised."""
+    """Call a function on rank 0 alone; all processes get its (picklable) result, or raise the `UserError` it raised."""
     if not _is_joint():
         return function()
     outcome: list = [None, None]
@@ -128,7 +132,7 @@ def from_rank_0(function: Callable[[], R]) -> R:
         try:
             outcome[0] = function()
         except UserError as error:
-            outcome[1] = error
+            outcome[1] = CommonError(str(error))
     distributed.broadcast_object_list(outcome)
     if outcome[1]:
         raise outcome[1]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from nnunet_vit_mae.divergence import divergence, explosion, first_bad_step
-from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.pretraining import distributed
 from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, RandomCrops
 from nnunet_vit_mae.pretraining.job import PretrainingJob
@@ -42,17 +41,17 @@ class WatchedEpoch:
         return metrics_of_norms(torch.stack(self.norms)) if self.norms else {}
 
     def look(self) -> None:
-        """Look at the steps since the last time; raise `UserError`, the same on all processes, if one is bad."""
+        """Look at the steps since the last time; raise `CommonError` if one is bad."""
         start, self.looked = self.looked, len(self.losses)
         if start == self.looked:
             return
         found = first_bad_step(self.losses[start:], self.norms[start - self.earlier :])
         own = found and (found.step, found.by_gradient_alone, str(self._error(start + found.step, found.clause)))
         if bad := sorted(filter(None, distributed.gathered(own))):
-            raise UserError(bad[0][2])
+            raise distributed.CommonError(bad[0][2])
 
     def checked_mean(self, before: list[float]) -> float:
-        """Return the mean loss of the epoch, given those before; raise `UserError` if the training has diverged."""
+        """Return the mean loss of the epoch, given those before; raise `CommonError` if the training has diverged."""
         self.look()
         mean = float(distributed.averaged(torch.stack(self.losses).mean()))
         norm_pix_in = self.job.protocol.norm_pix_in
@@ -62,10 +61,10 @@ class WatchedEpoch:
             raise self._error(int(torch.stack(self.losses).argmax()), grown)
         return mean
 
-    def _error(self, step: int, what: str) -> UserError:
+    def _error(self, step: int, what: str) -> distributed.CommonError:
         numbers = self.reads.of(self.epoch * self.job.steps_per_epoch + step)
         cases = [self.crops.file_of(number).stem for number in numbers for _ in range(self.crops.crops_per_volume)]
-        return divergence(
+        error = divergence(
             what,
             f"step {step + 1} of epoch {self.epoch + 1}",
             cases,
@@ -73,3 +72,4 @@ class WatchedEpoch:
             kept=f"the last good state, if any, is kept in {self.output}",
             advice="start again with a lower --lr, and look for extreme voxels in these images",
         )
+        return distributed.CommonError(str(error))
