@@ -213,7 +213,7 @@ def test_several_crops_of_a_volume_differ(tmp_path):
 
 def test_a_region_is_read_once_for_several_crops(files, monkeypatch):
     opened = []
-    monkeypatch.setattr(module, "open_volume", lambda file: opened.append(file) or open_volume(file))
+    monkeypatch.setattr(module, "open_volume", lambda file, **how: opened.append(file) or open_volume(file, **how))
     crops_of(files, crops_per_volume=4)[[0, 1]]
     assert len(opened) == 2
 

@@ -193,6 +193,17 @@ def test_voxels_beyond_half_precision_are_refused(files, monkeypatch, value):
     assert not is_there(made[0].name)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_they_are_refused_beside_a_cache_too_for_all_its_crops_are_in_half_precision(files, count):
+    blosc2.asarray(np.full((2, *PATCH), 1e5, dtype=np.float32), urlpath=str(files[2]), mode="w")
+    assert RandomCrops(files, PATCH, DRAWING, 1, crops_per_volume=count)[range(12)].crops.isfinite().all()
+    with (
+        Cache(files, BYTES[0]) as cache,
+        pytest.raises(UserError, match=r"case_2.b2nd has voxels .* leave out --cache"),
+    ):
+        RandomCrops(files, PATCH, DRAWING, 1, cache, crops_per_volume=count)[range(12)]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_first_process_alone_shows_how_many_volumes_are_read(files, monkeypatch, capsys, rank):
     monkeypatch.setattr(distributed, "rank", lambda: rank)

@@ -225,7 +225,7 @@ class RandomCrops(Dataset):
     def _volume(self, file: Path, random: np.random.Generator) -> Any:
         """Return what crops are cut from: for one the volume, open; for several a part of it that is read once."""
         kept = None if self.cache is None else self.cache.get(file)
-        volume = open_volume(file) if kept is None else kept
+        volume = open_volume(file, in_half_precision=self.cache is not None) if kept is None else kept
         if self.crops_per_volume == 1:
             return volume
         sides = [min(a, round(REGION * b)) for a, b in zip(volume.shape[1:], self.patch_size, strict=True)]

@@ -32,20 +32,26 @@ AGAIN = ": preprocess this case again."  # ends the sentence on a file
 
 
 class Volume:
-    """A preprocessed volume (c z y x) in its file, read by slicing; raises `UserError` for a part that is damaged."""
+    """A preprocessed volume (c z y x) in its file, read by slicing.
 
-    def __init__(self, file: Path, array: Any):
-        self.file, self._array = file, array
+    Raises `UserError` for a part that is damaged, or has voxels that half precision cannot hold if it is to hold them.
+    """
+
+    def __init__(self, file: Path, array: Any, *, in_half_precision: bool):
+        self.file, self._array, self.in_half_precision = file, array, in_half_precision
         self.shape: tuple[int, ...] = tuple(array.shape)
         self.dtype: np.dtype = array.dtype
 
     def __getitem__(self, part: Any) -> np.ndarray:
         with _damage_in_words(self.file):
-            return self._array[part]
+            voxels = self._array[part]
+        if self.in_half_precision and not np.abs(voxels).max() <= np.finfo(np.float16).max:
+            raise UserError(f"{self.file} has voxels that half precision cannot hold: leave out --cache.")
+        return voxels
 
 
-def open_volume(file: Path, *, threads: int = 1) -> Volume:
-    """Open a preprocessed volume.
+def open_volume(file: Path, *, threads: int = 1, in_half_precision: bool = False) -> Volume:
+    """Open a preprocessed volume, whose voxels are to be held in half precision or not.
 
     Raises `UserError` if the file is missing, damaged or no array, or has more voxels than the limit.
     """
@@ -54,7 +60,7 @@ def open_volume(file: Path, *, threads: int = 1) -> Volume:
         array: Any = blosc2.open(urlpath=str(file), mode="r", dparams={"nthreads": threads})
         if not isinstance(array, blosc2.NDArray):
             raise UserError(f"{file} holds no array{AGAIN}")
-        volume = Volume(file, array)
+        volume = Volume(file, array, in_half_precision=in_half_precision)
     if problem := too_many_voxels(volume.shape[1:]):
         raise UserError(f"{file} {problem}.")
     return volume
@@ -176,7 +182,4 @@ def _with_progress(files: Iterable[Path], what: str) -> Iterator[Path]:
 
 
 def _read_for_half_precision(file: Path) -> np.ndarray:
-    volume = open_volume(file, threads=joblib.cpu_count())[:]
-    if not np.abs(volume).max() <= np.finfo(np.float16).max:
-        raise UserError(f"{file} has voxels that half precision cannot hold: leave out --cache.")
-    return volume
+    return open_volume(file, threads=joblib.cpu_count(), in_half_precision=True)[:]
