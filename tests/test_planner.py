@@ -169,6 +169,7 @@ def test_an_adaptive_network_has_the_decoder_of_its_plans(plan, decoder):
     rows, _, settings = plan(f"--size XS --adaptive --decoder {decoder}")
     assert rows["decoder"][0] == settings.network.decoder == decoder
     assert settings_for(tiny_plan("P").configuration, 2, adaptive=True) == settings
+    assert plan("-p P --adaptive", name="Again")[2] == settings
 
 
 def test_an_unknown_way_of_upsampling_is_refused(not_planned):

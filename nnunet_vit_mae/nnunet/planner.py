@@ -55,15 +55,14 @@ def choose_settings(
     that does not fit, or when nothing fits the memory.
     """
     start = encoder or find_encoder(source, None)
-    network, contrasts = dict(changes.get("network", {})), None
+    network = dict(changes.get("network", {}))
     if start is not None:
         card = start.card
         own = {"size": card.size, "token": card.token, "adaptive": card.adaptive} | card.network
         if card.adaptive:
             own["modality_vectors"] = card.modality_vectors
         network = own | network
-    if network.get("adaptive"):
-        contrasts, network = len(source.channel_names), {"decoder": "unetr"} | network
+    contrasts = len(source.channel_names) if network.get("adaptive") else None
     origins = {("network", key): "as the encoder" for key in network}
     origins |= {(section, key): "as given" for section, values in changes.items() for key in values}
 
