@@ -33,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cross": {"decoder": "cross"},
     "cross, 4 heads": {"decoder": "cross", "decoder_heads": 4},
     "cross, a quarter rebuilt": {"decoder": "cross", "rebuilt_share": 0.25},
+    "cross, a quarter rebuilt, mask ratio 0.75": {"decoder": "cross", "rebuilt_share": 0.25, "mask_ratio": 0.75},
     "cross, a quarter rebuilt, 4 heads": {"decoder": "cross", "rebuilt_share": 0.25, "decoder_heads": 4},
     "background tokens left out": {"skip_background": True},
     "cross, a quarter rebuilt, background tokens left out": {
