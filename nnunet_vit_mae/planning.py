@@ -20,6 +20,7 @@ SLACK = 1.25
 THIN_TOKEN = 2
 SMALLEST_BATCH = 2  # as in nnU-Net
 SETS_TAPS = ("size", "token", "decoder", "adaptive")  # of a network: what its taps are chosen for
+CHEAP_DECODER = Pretraining(decoder="cross", rebuilt_share=0.25)  # half the time or less
 
 
 def default_settings(
@@ -112,13 +113,8 @@ def default_decoder(*, adaptive: bool) -> str:
 
 
 def default_protocol(*, adaptive: bool) -> Pretraining:
-    """Return the protocol of pre-training, by docs/evidence.md; AMAE has its own (section 2.4).
-
-    Its masks and loss give the better encoders, and its decoder takes half the time of the papers' or less.
-    """
-    if adaptive:
-        return Pretraining(mask_ratio=0.7, norm_pix=False)
-    return Pretraining(mask_ratio=0.75, norm_pix=False, decoder="cross", rebuilt_share=0.25)
+    """Return the protocol of pre-training; AMAE has its own (section 2.4)."""
+    return Pretraining(mask_ratio=0.7, norm_pix=False) if adaptive else CHEAP_DECODER
 
 
 def default_rate(decoder: str) -> float:
@@ -159,6 +155,8 @@ def _with_protocol_of_its_kind(now: Settings, before: Settings, *, given: Collec
         for name, value in here.items()
         if name not in given and value != there[name] == getattr(before.pretraining, name)
     }
+    if now.pretraining.plain_share:
+        own.pop("norm_pix", None)  # a plain loss in the first epochs is only for a norm-pix one in the others
     return now.updated({"pretraining": own})
 
 

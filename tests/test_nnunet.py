@@ -132,7 +132,7 @@ def test_an_adaptive_network_has_its_own_rate_and_protocol_on_plans_of_another(i
         return settings.finetuning.lr, *(getattr(settings.pretraining, entry) for entry in PROTOCOL)
 
     recipe = in_workspace.root / "recipe.json"
-    recipe.write_text(json.dumps({"pretraining": {"mask_ratio": 0.6, "norm_pix": True}}))
+    recipe.write_text(json.dumps({"pretraining": {"mask_ratio": 0.6, "plain_share": 0.5}}))
     for flags in ("Plain", "Chosen --lr 5e-4", f"Recipe --recipe {recipe}", "Adaptive --adaptive"):
         plan_command.main(f"-d 901 --size XS -o {flags}".split())
     plan_command.main("-d 901 -p Plain -o Made --adaptive".split())
