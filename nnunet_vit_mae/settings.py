@@ -208,7 +208,7 @@ class Finetuning:
     lr: float = 3e-4
     weight_decay: float = 0.05
     warmup: float = 0.05
-    layer_decay: float = 1.0  # of the learning rate, per block from the head down; pre-trained encoders only
+    layer_decay: float = 0.75  # of the learning rate, per block from the head down; pre-trained encoders only
     freeze_epochs: int = 0  # in which only the decoder learns; pre-trained encoders only
     drop_path: float = 0.1
     contrast_dropout: float = 0.0  # probability of each contrast to be taken away, never the last one of a sample
