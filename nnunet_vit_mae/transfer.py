@@ -21,7 +21,7 @@ from nnunet_vit_mae.presets import canonical_contrast
 from nnunet_vit_mae.weights import Card
 
 CHANNEL_KERNELS = ("tokenizer.projection.weight", "tokenizer.entry.weight")  # linear, convolutional
-NAMES_AND_SHAPES = {"blocks", "tokenizer", "learned_positions", "register_tokens"}  # what decides those of weights
+NAMES_AND_SHAPES = {"blocks", "tokenizer", "learned_positions", "register_tokens"}  # of weights depend on these
 STANDARDISED = {"CTNormalization", "ZScoreNormalization"}  # both give about mean 0 and deviation 1
 
 

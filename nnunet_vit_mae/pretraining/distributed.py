@@ -79,9 +79,10 @@ def own_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def reported_once() -> Iterator[None]:
-    """Let rank 0 alone report what ends all processes: a `CommonError`, a signal, or a flag that cannot be.
+    """Let rank 0 alone report what ends all processes, such as a `CommonError`, a signal or a wrong flag.
 
-    The others wait a moment, in which they are ended if rank 0 has reported; if not, a `UserError` is their own.
+    The others wait a moment, in which they are ended if rank 0 has reported something. If they are not, a `UserError`
+    is their own, and they report it.
     """
     try:
         yield

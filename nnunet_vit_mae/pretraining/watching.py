@@ -46,7 +46,7 @@ class WatchedEpoch:
         if start == self.looked:
             return
         found = first_bad_step(self.losses[start:], self.norms[start - self.earlier :])
-        own = found and (found.step, found.by_gradient_alone, str(self._error(start + found.step, found.clause)))
+        own = found and (found.step, found.by_gradient_alone, self._sentence(start + found.step, found.clause))
         if bad := sorted(filter(None, distributed.gathered(own))):
             raise distributed.CommonError(bad[0][2])
 
@@ -58,10 +58,10 @@ class WatchedEpoch:
         alike = [loss for number, loss in enumerate(before) if norm_pix_in(number) == norm_pix_in(self.epoch)]
         first = alike[0] if alike else float(distributed.averaged(self.losses[0]))
         if grown := explosion(mean, first):
-            raise self._error(int(torch.stack(self.losses).argmax()), grown)
+            raise distributed.CommonError(self._sentence(int(torch.stack(self.losses).argmax()), grown))
         return mean
 
-    def _error(self, step: int, what: str) -> distributed.CommonError:
+    def _sentence(self, step: int, what: str) -> str:
         numbers = self.reads.of(self.epoch * self.job.steps_per_epoch + step)
         cases = [self.crops.file_of(number).stem for number in numbers for _ in range(self.crops.crops_per_volume)]
         error = divergence(
@@ -72,4 +72,4 @@ class WatchedEpoch:
             kept=f"the last good state, if any, is kept in {self.output}",
             advice="start again with a lower --lr, and look for extreme voxels in these images",
         )
-        return distributed.CommonError(str(error))
+        return str(error)
