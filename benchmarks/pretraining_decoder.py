@@ -68,7 +68,7 @@ def main() -> None:
             ratio = statistics.median(a / b for a, b in zip(own, seconds["plain"], strict=True))
             cells[name] += [f"{1000 * statistics.median(own):.0f}", f"{ratio:.2f}", f"{peak / MEBIBYTE:.0f}"]
     scenes = [f"{side}^3, token {token}, batch {batch}" for side, token, batch in SCENES]
-    print(f"Size {arguments.size}, mask ratio 0.9, one thread.\n")
+    print(f"Size {arguments.size}, mask ratio 0.9 unless a row says otherwise, one thread.\n")
     print(f"| decoder | {' | '.join(f'{scene}: ms per step | time | memory (MiB)' for scene in scenes)} |")
     print("|---" * (1 + 3 * len(scenes)) + "|")
     for row in cells.values():
