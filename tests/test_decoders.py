@@ -70,8 +70,9 @@ def segmenter(
 def encoded(token: Triple, grid: Triple, *, width: int = 96, taps: int = 0) -> Encoded:
     """Return what an encoder could give for two samples with two channels, in double precision."""
     states = random_volume(1 + taps, 2, math.prod(grid), width).double()
-    volume = random_volume(2, 2, *(side * n for side, n in zip(token, grid, strict=True)), seed=1).double()
-    return Encoded(states[0], list(states[1:]), volume, grid)
+    z, y, x = (side * n for side, n in zip(token, grid, strict=True))
+    volume = random_volume(2, 2, z, y, x, seed=1).double()
+    return Encoded(states[0], list(states[1:]), volume, grid, (z, y, x))
 
 
 # ---------- the registry

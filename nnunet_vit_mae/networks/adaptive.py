@@ -123,6 +123,7 @@ class AdaptiveEncoder(nn.Module):
         Without `present`, the voxels tell which contrasts there are.
         """
         present = present or present_contrasts(volume)
+        z, y, x = volume.shape[2:]
         volume, grid = padded(volume, self.token), grid_of(volume, self.token)
         places = self.places(grid, volume.device)
         patches = rearrange(patchify(volume, self.token), "b n c v -> b c n v")
@@ -139,7 +140,7 @@ class AdaptiveEncoder(nn.Module):
             states.append(torch.stack([levels.amax(dim=1) for levels in of_studies], dim=1))
             order.append(group.studies)
         tokens, *hidden = torch.cat(states, dim=1)[:, torch.cat(order).argsort()]
-        return Encoded(tokens, hidden, volume, grid, present)
+        return Encoded(tokens, hidden, volume, grid, (z, y, x), present)
 
 
 class AdaptiveStem(nn.Module):

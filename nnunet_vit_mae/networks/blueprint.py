@@ -50,7 +50,7 @@ class Blueprint:
 
     @property
     def narrowest(self) -> int:
-        """Features at full resolution, in convolutional decoders and in the convolutional tokenizer."""
+        """Features at full resolution in convolutional decoders."""
         return self.network.decoder_width or narrowest_width(self.size.width)
 
     @property

@@ -29,9 +29,9 @@ class Encoded(NamedTuple):
     hidden: list[Float[Tensor, "b n d"]]  # after the tapped blocks, early to late
     volume: Float[Tensor, "b c z y x"]  # padded to whole tokens
     grid: Triple
+    shape: Triple  # of the volume before it was padded
     present: list[list[int]] | None = None  # channels of each study, where contrasts are adaptive
     stem: Sequence[Float[Tensor, "b f _ _ _"]] = ()  # maps of a convolutional tokenizer, fine to coarse
-    shape: Triple | None = None  # of the volume before it was padded
 
 
 class Encoder(nn.Module):
@@ -109,4 +109,4 @@ class Encoder(nn.Module):
         tokens, rotation = self._with_registers(tokens + places.embedding, places.rotation)
         tokens, hidden = self.transformer.with_hidden(tokens, rotation, taps)
         tokens, *hidden = map(self._without_registers, [tokens, *hidden])
-        return Encoded(tokens, hidden, volume, grid, stem=stem, shape=(z, y, x))
+        return Encoded(tokens, hidden, volume, grid, (z, y, x), stem=stem)

@@ -61,8 +61,6 @@ def moments(
 class Tokenizer(nn.Module):
     """Embed tokens by one linear layer. It takes cut patches, so that only the visible ones cost anything."""
 
-    map_widths: tuple[int, ...] = ()  # it makes no maps on the way
-
     def __init__(self, channels: int, token: Triple, width: int):
         super().__init__()
         self.projection = nn.Linear(channels * math.prod(token), width)
@@ -91,8 +89,8 @@ class ConvolutionalTokenizer(nn.Module):
 
     def __init__(self, channels: int, token: Triple, width: int, *, narrowest: int):
         super().__init__()
-        self.token, self.channels = token, channels
-        factors = doublings(token)[::-1] or [(1, 1, 1)]  # fine to coarse
+        self.token = token
+        factors = stage_factors(token)[::-1]  # fine to coarse
         self.map_widths = tuple(narrowest << level for level in range(len(factors)))
         self.entry = nn.Conv3d(channels, narrowest, kernel_size=3, padding=1)
         self.blocks = nn.ModuleList(CubeBlock(features) for features in self.map_widths)
@@ -137,7 +135,7 @@ class CubeBlock(nn.Module):
 
 
 def doublings(token: Triple) -> list[Triple]:
-    """Return the factor of each stage, coarse to fine; a short side is doubled first, the longest go on to the end.
+    """Return the factors from token to voxels, coarse to fine; short sides are doubled first, the longest to the end.
 
     >>> doublings((2, 8, 8))
     [(2, 2, 2), (1, 2, 2), (1, 2, 2)]
@@ -145,3 +143,8 @@ def doublings(token: Triple) -> list[Triple]:
     steps = [side.bit_length() - 1 for side in token]
     z, y, x = ([2] * n + [1] * (max(steps) - n) for n in steps)
     return list(zip(z, y, x, strict=True))
+
+
+def stage_factors(token: Triple) -> list[Triple]:
+    """Return the doublings of a token, or the one stage of a token of a single voxel, which doubles nothing."""
+    return doublings(token) or [(1, 1, 1)]

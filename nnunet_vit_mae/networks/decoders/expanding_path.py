@@ -77,7 +77,7 @@ class ExpandingPath(nn.Module):
         *,
         classes: int,
         kind: str,
-        stem_widths: Sequence[int] = (),
+        stem_widths: Sequence[int],
     ):
         super().__init__()
         inputs = [in_width, *widths]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nnunet_vit_mae.networks.blueprint import Blueprint
 from nnunet_vit_mae.networks.decoders.expanding_path import ExpandingPath, Stage
 from nnunet_vit_mae.networks.encoder import Encoded
-from nnunet_vit_mae.networks.tokenizer import Triple, doublings
+from nnunet_vit_mae.networks.tokenizer import Triple, stage_factors
 from nnunet_vit_mae.networks.upsampling import as_map, stage_widths, upsampling
 
 DOUBLED = (2, 2, 2)  # from the coarsest level to the tokens
@@ -28,7 +28,7 @@ def build(blueprint: Blueprint) -> SFPNDecoder:
     return SFPNDecoder(
         blueprint.size.width,
         blueprint.narrowest,
-        token=blueprint.token,
+        factors=stage_factors(blueprint.token),
         classes=blueprint.classes,
         kind=blueprint.network.upsampling,
         stem_widths=blueprint.stem_widths,
@@ -47,13 +47,12 @@ class SFPNDecoder(nn.Module):
         in_width: int,
         narrowest: int,
         *,
-        token: Triple,
+        factors: Sequence[Triple],
         classes: int,
         kind: str,
-        stem_widths: Sequence[int] = (),
+        stem_widths: Sequence[int],
     ):
         super().__init__()
-        factors = doublings(token) or [(1, 1, 1)]
         all_widths = stage_widths(narrowest, 2 + len(factors))
         coarsest, of_tokens = (min(width, in_width, WIDEST) for width in all_widths[:2])
         widths = all_widths[2:]

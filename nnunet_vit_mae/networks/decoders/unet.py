@@ -50,7 +50,7 @@ class UNetDecoder(nn.Module):
     def forward(self, encoded: Encoded) -> Float[Tensor, "b classes z y x"] | list[Tensor]:
         """Return logits; with deep supervision those of all resolutions, fine to coarse."""
         padded = encoded.volume.shape[2:]
-        z, y, x = encoded.shape or padded
+        z, y, x = encoded.shape
         features = self.unet.encoder(encoded.volume[:, :, :z, :y, :x])  # its norms would see padding
         joined = self.projection(as_map(encoded.tokens, encoded.grid))
         covered = [math.ceil(side / stride) for side, stride in zip(padded, self.stride, strict=True)]

@@ -12,14 +12,15 @@ from nnunet_vit_mae.networks.adaptive import AdaptiveStem, ModalityVectors
 from nnunet_vit_mae.networks.blueprint import Blueprint
 from nnunet_vit_mae.networks.decoders.expanding_path import ExpandingPath, ResidualBlock, SkipPath
 from nnunet_vit_mae.networks.encoder import Encoded
-from nnunet_vit_mae.networks.tokenizer import Triple, doublings
+from nnunet_vit_mae.networks.tokenizer import Triple, stage_factors
 from nnunet_vit_mae.networks.upsampling import as_map, stage_widths
 
 
 def build(blueprint: Blueprint) -> UNETRDecoder:
     """Build the decoder; an adaptive one looks at each contrast of the volume by itself."""
     network, channels = blueprint.network, blueprint.channels
-    widths = stage_widths(blueprint.narrowest, len(doublings(blueprint.token)) or 1)
+    factors = stage_factors(blueprint.token)
+    widths = stage_widths(blueprint.narrowest, len(factors))
     stem: nn.Module = ResidualBlock(channels, widths[-1])
     if network.adaptive:
         vectors = ModalityVectors(channels, network.modality_vectors)
@@ -28,7 +29,7 @@ def build(blueprint: Blueprint) -> UNETRDecoder:
         stem,
         blueprint.size.width,
         widths,
-        token=blueprint.token,
+        factors=factors,
         taps=len(network.tapped_blocks),
         classes=blueprint.classes,
         kind=network.upsampling,
@@ -52,14 +53,13 @@ class UNETRDecoder(nn.Module):
         in_width: int,
         widths: Sequence[int],
         *,
-        token: Triple,
+        factors: Sequence[Triple],
         taps: int,
         classes: int,
         kind: str,
-        stem_widths: Sequence[int] = (),
+        stem_widths: Sequence[int],
     ):
         super().__init__()
-        factors = doublings(token) or [(1, 1, 1)]
         self.stem = stem
         self.shares = shares(taps, len(widths) - 1)
         self.skips = nn.ModuleList(
