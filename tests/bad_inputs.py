@@ -237,6 +237,9 @@ PLANS_ROWS = [
     Row("no data_identifier", PRETRAIN, "no data_identifier", configure("data_identifier", DROP)),
     Row("data_identifier with ..", PRETRAIN, "data_identifier", configure("data_identifier", "../../other")),
     Row("plans_name with ..", PRETRAIN, "plans_name", change(PLANS, "plans_name", "../x")),
+    Row("plans_name of other plans", PRETRAIN, "write Tiny there", change(PLANS, "plans_name", "nnUNetPlans")),
+    Row("plans_name of other plans", PREPROCESS, "write Tiny there", change(PLANS, "plans_name", "nnUNetPlans")),
+    Row("a model's folder renamed", QUANTIFY, "write Tiny there", change(f"{MODEL}/plans.json", "plans_name", "New")),
     Row("dataset_name with ..", PRETRAIN, "dataset_name", change(PLANS, "dataset_name", "../x")),
     Row("no image_reader_writer", PREPROCESS, "no image_reader_writer", change(PLANS, "image_reader_writer", DROP)),
     Row(

@@ -356,11 +356,12 @@ def test_an_unlabelled_pool_that_was_forgotten_is_mentioned(in_workspace, caplog
 
 def test_advice_to_preprocess_names_configuration_and_plans(in_workspace):
     add_2d(in_workspace)
-    shutil.copy(in_workspace.preprocessed / "nnUNetPlans.json", in_workspace.preprocessed / "Mine.json")
+    plans = json.loads((in_workspace.preprocessed / "nnUNetPlans.json").read_text()) | {"plans_name": "Mine"}
+    (in_workspace.preprocessed / "Mine.json").write_text(json.dumps(plans))
     plan = tiny_plan("Mine", "2d")
     shutil.rmtree(in_workspace.preprocessed / "gt_segmentations")
     for read in (labelled_cases, reference_segmentations):
-        with pytest.raises(UserError, match="run nnUNetv2_preprocess -d 901 -c 2d -plans_name "):
+        with pytest.raises(UserError, match="run nnUNetv2_preprocess -d 901 -c 2d -plans_name Mine"):
             read(plan)
 
 

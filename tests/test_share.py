@@ -253,7 +253,8 @@ def test_sharing_without_a_network(hub, offline, in_study, tmp_path, refused):
 @pytest.mark.parametrize(
     ("flags", "words"),
     {
-        "-p None": "There is no encoder",
+        "-p None": "There are no plans None",
+        "-f 1": "There is no encoder",
         "--public": "--public is for a repository on the hub",
         "--repo vessel": "vessel is not OWNER/NAME",
         "--licence CC-BY": "CC-BY is not a licence as the hub spells it",
@@ -262,3 +263,16 @@ def test_sharing_without_a_network(hub, offline, in_study, tmp_path, refused):
 def test_mistakes(in_study, tmp_path, refused, flags, words):
     assert words in refused(share.main, "-d", "901", "-o", str(tmp_path / "shared"), *flags.split())
     assert not (tmp_path / "shared").exists()
+
+
+def test_plans_with_the_name_of_others_are_told_from_them(in_study, tmp_path, refused):
+    """Pre-training would keep the encoder under the name in the file, where that of the other plans is."""
+    plans = json.loads((in_study.preprocessed / "nnUNetPlans.json").read_text())
+    copied = in_study.preprocessed / "Copied.json"
+    copied.write_text(json.dumps(plans))
+    sentence = refused(share.main, "-d", "901", "-p", "Copied", "-o", str(tmp_path / "shared"))
+    assert f"-p names the plans Copied, but the plans_name in {copied} is nnUNetPlans" in sentence
+    copied.write_text(json.dumps(plans | {"plans_name": "Copied"}))
+    assert "run mae3d_pretrain -d 901 -c 3d_fullres -p Copied -f all first" in refused(
+        share.main, "-d", "901", "-p", "Copied", "-o", str(tmp_path / "shared")
+    )

@@ -42,14 +42,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--public is for a repository on the hub: name it with --repo.")
 
     from nnunet_vit_mae.nnunet.folders import find_dataset
+    from nnunet_vit_mae.nnunet.plans import load_plan
     from nnunet_vit_mae.sharing.model_folder import write_model_folder
     from nnunet_vit_mae.storage.layout import encoder_file
 
     dataset = find_dataset(args.dataset)
     encoder = encoder_file(dataset.results, args.plans, args.configuration, args.fold)
     if not encoder.is_file():
-        flags = f"-d {dataset.id} -c {args.configuration} -p {args.plans} -f {args.fold}"
-        raise UserError(f"There is no encoder {encoder}: run mae3d_pretrain {flags} first.")
+        plan = load_plan(dataset, args.plans, args.configuration)  # raises what is wrong with -p and -c
+        raise UserError(f"There is no encoder {encoder}: run mae3d_pretrain {plan.flags_text} -f {args.fold} first.")
     with new_folder(args.output, vars(args)):
         files = write_model_folder(
             encoder, args.output, licence=args.licence, repository=args.repo, case_hashes=args.case_hashes

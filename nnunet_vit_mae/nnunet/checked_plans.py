@@ -79,9 +79,18 @@ class ConfigurationEntries:
 
 
 def read_plans(file: Path, name: str, configuration: str, description: Description) -> PlansManager:
-    """Read plans; `name` is what messages call them. Raises `UserError` as `check_plans` does."""
+    """Read the plans that `-p` names.
+
+    nnU-Net and this package keep results under the name in the file. Raises `UserError` if that is another one, and as
+    `check_plans` does.
+    """
     content = read_json(file)
     check_plans(content, configuration, description, source=str(file), name=name)
+    if content["plans_name"] != name:
+        raise UserError(
+            f"-p names the plans {name}, but the plans_name in {file} is {content['plans_name']}, under which results "
+            f"would be kept: write {name} there."
+        )
     return PlansManager(content)
 
 
