@@ -356,6 +356,21 @@ def test_labels_of_the_preprocessed_dataset_do(data, tmp_path):
     assert (data / "splits_final.json").is_file()
 
 
+def test_labels_with_another_ending_are_named(data, tmp_path, refused):
+    """nnU-Net passes over them, and so would the folds."""
+    labels = tmp_path / "raw" / "Dataset905_Cohort" / "labelsTr"
+    (labels / "c2.nii.gz").rename(labels / "c2.NII.GZ")
+    (labels / "c3.nrrd").touch()  # the case has a label as well
+    (labels / "c9.mha").touch()
+    (labels / "notes.txt").touch()
+    message = refused(lambda _: typed("--folds", "2"))
+    assert f"c2.NII.GZ, c9.mha in {labels} do not end with .nii.gz" in message
+    assert not data.exists()
+    (labels / "c2.NII.GZ").rename(labels / "c2.nii.gz")
+    (labels / "c9.mha").unlink()
+    typed("--folds", "2")
+
+
 @pytest.mark.parametrize(
     ("folds", "sentence"),
     [

@@ -17,8 +17,15 @@ from pydantic import Field
 
 from nnunet_vit_mae.datasets.split.patients import PATIENTS
 from nnunet_vit_mae.datasets.split.splits import Split, SplitOptions, Splits, fold_problems
-from nnunet_vit_mae.errors import UserError, reading
-from nnunet_vit_mae.imaging.channels import NIFTI, cases_in, channels_by_case
+from nnunet_vit_mae.errors import UserError, abbreviated, reading
+from nnunet_vit_mae.imaging.channels import (
+    IMAGE_ENDINGS,
+    NIFTI,
+    cases_in,
+    channels_by_case,
+    visible_files,
+    without_ending,
+)
 from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.imaging.labels import read_labels, read_volume
 from nnunet_vit_mae.imaging.volumes import without_warnings_of_itk
@@ -49,15 +56,29 @@ class LabelFiles:
 def find_label_files(raw: Path, preprocessed: Path) -> LabelFiles:
     """Find the cases that nnU-Net splits: those of the raw dataset, or of the preprocessed one if the raw one is gone.
 
-    Raises `UserError` if there are none.
+    Raises `UserError` if there are none, or if a case has a label with another ending only, which nnU-Net passes over.
     """
     for folder, labels in ((raw, RAW_LABELS), (preprocessed, PREPROCESSED_LABELS)):
         description = folder / DESCRIPTION
         if description.is_file():
             ending = read_description(description).file_ending or NIFTI[0]
-            if files := cases_in(folder / labels, ending):
+            files = cases_in(folder / labels, ending)
+            if others := _labels_with_other_endings(folder / labels, files):
+                raise UserError(
+                    f"{abbreviated(others)} in {folder / labels} do not end with {ending}, as file_ending in "
+                    "dataset.json says, so that their cases would be in no fold: convert these labels, or take them "
+                    "out."
+                )
+            if files:
                 return LabelFiles(files, description)
     raise UserError(f"There are no labels in {raw / RAW_LABELS} with the file ending in dataset.json: check -d.")
+
+
+def _labels_with_other_endings(folder: Path, known: Collection[str]) -> list[str]:
+    """Return the images in a folder of labels that belong to none of the `known` cases, by their names."""
+    names = [file.name for file in visible_files(folder)] if folder.is_dir() else []
+    images = [name for name in names if name.lower().endswith(IMAGE_ENDINGS)]
+    return [name for name in images if without_ending(name, IMAGE_ENDINGS) not in known]
 
 
 def label_volumes(labels: LabelFiles) -> dict[str, str]:
