@@ -122,8 +122,12 @@ def reader_reason(error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error of torch or pickle, whose others are advice, without a full stop."""
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    """Return the first line of an error of torch or pickle, whose others are advice, without a full stop.
+
+    >>> first_line(RuntimeError("\\nCannot find a compiler.\\nSet TORCHDYNAMO_VERBOSE=1."))
+    'Cannot find a compiler'
+    """
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__).rstrip(".")
 
 
 @contextmanager

@@ -59,13 +59,13 @@ def test_a_run_that_goes_on_compiled_has_the_losses_and_the_names_of_an_eager_on
 def test_without_a_compiler_a_run_goes_on_and_says_so_in_one_line(outcome):
     eager, without = outcome["runs"]["eager"], outcome["runs"]["without a compiler"]
     assert without["losses"] == eager["losses"]
-    assert without["log"].count("cannot be compiled here, so steps take longer (Cannot find a compiler.)") == 1
+    assert without["log"].count("cannot be compiled here, so steps take longer (Cannot find a compiler)") == 1
     assert len(without["log"].splitlines()) == len(eager["log"].splitlines()) + 1
 
 
 def test_without_a_compiler_a_run_that_has_to_be_compiled_is_refused(outcome):
     assert outcome["runs"]["refused"]["error"] == (
-        "pretraining.compile is on, but the network cannot be compiled here (Cannot find a compiler.): set it to auto."
+        "pretraining.compile is on, but the network cannot be compiled here (Cannot find a compiler): set it to auto."
     )
 
 

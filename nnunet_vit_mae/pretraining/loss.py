@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, first_line
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import Autoencoder
 from nnunet_vit_mae.networks.masking import Masks
@@ -82,7 +82,7 @@ def compiled_where_it_pays(
     except Exception as error:  # noqa: BLE001 (torch, triton and C compilers raise many kinds)
         torch._dynamo.reset()
         module.zero_grad(set_to_none=True)
-        reason = _reason(error)
+        reason = first_line(getattr(error, "inner_exception", error))  # torch names the backend first
         if job.protocol.compile == "on":
             what = f"pretraining.compile is on, but the network cannot be compiled here ({reason})"
             raise UserError(f"{what}: set it to auto.") from None
@@ -90,16 +90,6 @@ def compiled_where_it_pays(
         return module
     logger.info("compiled in %.0f s", time.monotonic() - started)
     return compiled
-
-
-def _reason(error: Exception) -> str:
-    """Return the first line of an error that has a text.
-
-    It is a function of its own, because an error in a variable of the function that has caught it would keep all that
-    the step had in memory.
-    """
-    cause = getattr(error, "inner_exception", error)  # torch names the backend first
-    return next(filter(None, map(str.strip, str(cause).splitlines())), type(cause).__name__)
 
 
 def _pays(job: PretrainingJob, epoch: int, device: torch.device) -> bool:
