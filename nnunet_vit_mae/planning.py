@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.settings import Finetuning, Network, Pretraining, Settings, token_grid
+from nnunet_vit_mae.settings import Finetuning, Network, Pretraining, Settings, count_visible, token_grid
 from nnunet_vit_mae.units import size_text
 
 TOKEN_BUDGET = 4096  # 64^3 voxels at token 4, the paper's setting; a 128^3 patch at token 8
@@ -52,9 +52,8 @@ def default_settings(
 def refuse_useless_masks(network: Network, protocol: Pretraining, patch_size: Sequence[int]) -> None:
     """Raise `UserError` when a crop has no token to hide; at least one is always visible."""
     tokens = math.prod(token_grid(patch_size, network.token))
-    crop, token = (" x ".join(map(str, sides)) for sides in (patch_size, network.token))
-    visible = round(tokens * (1 - protocol.mask_ratio))
-    if tokens < 2 or visible >= tokens:
+    if count_visible(tokens, protocol.mask_ratio) == tokens:
+        crop, token = (" x ".join(map(str, sides)) for sides in (patch_size, network.token))
         raise UserError(
             f"A mask ratio of {protocol.mask_ratio:g} hides none of the {tokens} tokens of {token} voxels in a patch "
             f"of {crop}, so that there is nothing to learn: choose a smaller token, or a larger mask ratio."

@@ -42,6 +42,11 @@ def token_grid(patch_size: Sequence[int], token: Sequence[int]) -> tuple[int, ..
     return tuple(math.ceil(voxels / side) for voxels, side in zip(patch_size, token, strict=True))
 
 
+def count_visible(tokens: int, mask_ratio: float) -> int:
+    """Return how many tokens stay visible, at least one: rounded, for truncation would make 0.9 of 1000 leave 99."""
+    return max(1, round(tokens * (1 - mask_ratio)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Network:
     """The network. An encoder also fits other networks of the same size, token, positions and blocks.

@@ -19,7 +19,7 @@ from nnunet_vit_mae.networks.adaptive_autoencoder import AdaptiveMaskedAutoencod
 from nnunet_vit_mae.networks.autoencoder import Reconstruction, reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.grouping import Group, groups
-from nnunet_vit_mae.networks.masking import Masking, Masks, count_visible
+from nnunet_vit_mae.networks.masking import Masking, Masks
 from nnunet_vit_mae.networks.memory import pretraining_memory
 from nnunet_vit_mae.networks.positions import Positions, forget_positions, sine_cosine_positions
 from nnunet_vit_mae.networks.token_decoder import TokenDecoder
@@ -28,7 +28,7 @@ from nnunet_vit_mae.networks.transformer import Transformer
 from nnunet_vit_mae.presets import MODALITY_VECTORS
 from nnunet_vit_mae.pretraining.crops import Samples
 from nnunet_vit_mae.pretraining.pictures import rebuild
-from nnunet_vit_mae.settings import Network, Pretraining
+from nnunet_vit_mae.settings import Network, Pretraining, count_visible
 
 CPU = torch.device("cpu")
 C, TOKEN, GRID = 3, (2, 4, 8), (4, 2, 3)  # the last tokens hold 1 layer of the volume each

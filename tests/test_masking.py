@@ -10,14 +10,8 @@ from conftest import seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunet_vit_mae.networks.masking import (
-    BACKGROUND_DEVIATION,
-    Masking,
-    Masks,
-    background_tokens,
-    count_rebuilt,
-    count_visible,
-)
+from nnunet_vit_mae.networks.masking import BACKGROUND_DEVIATION, Masking, Masks, background_tokens, count_rebuilt
+from nnunet_vit_mae.settings import count_visible
 
 B, C = 3, 2
 TOKEN = (2, 4, 8)

@@ -13,11 +13,11 @@ from torch import nn
 
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
 from nnunet_vit_mae.networks.encoder import Encoder
-from nnunet_vit_mae.networks.masking import Masking, count_visible, take
+from nnunet_vit_mae.networks.masking import Masking, take
 from nnunet_vit_mae.networks.positions import Positions, sine_cosine_positions
 from nnunet_vit_mae.networks.tokenizer import Tokenizer, grid_of, padded, patchify, unpatchify, voxels_inside
 from nnunet_vit_mae.networks.transformer import Attention, Block, Transformer
-from nnunet_vit_mae.settings import Network, Pretraining
+from nnunet_vit_mae.settings import Network, Pretraining, count_visible
 
 CPU = torch.device("cpu")
 

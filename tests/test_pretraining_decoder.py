@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_vit_mae.networks.autoencoder import Reconstruction, reconstruction_loss
 from nnunet_vit_mae.networks.build import Autoencoder, build_autoencoder
-from nnunet_vit_mae.networks.masking import Masks, count_rebuilt, count_visible
+from nnunet_vit_mae.networks.masking import Masks, count_rebuilt
 from nnunet_vit_mae.networks.memory import pretraining_memory
 from nnunet_vit_mae.networks.positions import Places
 from nnunet_vit_mae.networks.tokenizer import patchify
@@ -20,7 +20,7 @@ from nnunet_vit_mae.presets import SIZES
 from nnunet_vit_mae.pretraining.crops import MaskDrawing, Samples
 from nnunet_vit_mae.pretraining.job import PretrainingJob
 from nnunet_vit_mae.pretraining.pictures import rebuild
-from nnunet_vit_mae.settings import Network, Pretraining
+from nnunet_vit_mae.settings import Network, Pretraining, count_visible
 
 B, C, TOKEN, SHAPE, GRID = 3, 2, (2, 4, 8), (5, 11, 27), (3, 3, 4)  # the last tokens reach beyond the volume
 TOKENS = math.prod(GRID)

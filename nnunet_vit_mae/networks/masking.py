@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from nnunet_vit_mae.networks.tokenizer import Triple, moments, patchify, voxels_inside
+from nnunet_vit_mae.settings import count_visible
 
 # standard deviation of preprocessed intensities: below it, norm-pix would amplify ripples in air to targets
 BACKGROUND_DEVIATION = 1e-3
@@ -79,11 +80,6 @@ class Masking:
         count = count_rebuilt(masks.hidden.shape[1], self.rebuilt_share)
         parts = zip(masks.hidden.split(count, dim=1), masks.counted.split(count, dim=1), strict=True)
         return [Masks(masks.visible, hidden, counted) for hidden, counted in parts]
-
-
-def count_visible(tokens: int, mask_ratio: float) -> int:
-    """Return how many tokens stay visible, at least one: rounded, for truncation would make 0.9 of 1000 leave 99."""
-    return max(1, round(tokens * (1 - mask_ratio)))
 
 
 def count_rebuilt(hidden: int, share: float) -> int:

@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from nnunet_vit_mae.errors import WriteError
-from nnunet_vit_mae.networks.masking import BACKGROUND_DEVIATION, count_rebuilt, count_visible
+from nnunet_vit_mae.networks.masking import BACKGROUND_DEVIATION, count_rebuilt
 from nnunet_vit_mae.presets import PRETRAINING_DECODERS
 from nnunet_vit_mae.pretraining import distributed
 from nnunet_vit_mae.pretraining.affines import SHARE
 from nnunet_vit_mae.pretraining.job import PretrainingJob
 from nnunet_vit_mae.pretraining.volumes import DeviceCache
 from nnunet_vit_mae.progress import logging_past_progress
-from nnunet_vit_mae.settings import token_grid
+from nnunet_vit_mae.settings import count_visible, token_grid
 
 logger = logging.getLogger(__name__)
 
