@@ -69,11 +69,11 @@ def counted_voxels(volume: Float[Tensor, "s c z y x"], token: Triple, masks: Mas
 
 def norm_pix_targets(patches: Float[Tensor, "b m c v"], inside: Float[Tensor, "b m 1 v"]) -> Float[Tensor, "b m c v"]:
     """Shift and scale each token and channel to mean 0 and variance 1 over the voxels that are `inside`."""
-    mean, deviation = statistics(patches, inside)
+    mean, deviation = mean_and_deviation(patches, inside)
     return (patches - mean) / deviation
 
 
-def statistics(
+def mean_and_deviation(
     patches: Float[Tensor, "b m c v"], inside: Float[Tensor, "b m 1 v"]
 ) -> tuple[Float[Tensor, "b m c 1"], Float[Tensor, "b m c 1"]]:
     """Return mean and (unbiased) standard deviation of each token and channel over the voxels that are `inside`."""

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from nnunet_vit_mae.networks.adaptive import present_contrasts, split_contrasts
+from nnunet_vit_mae.networks.adaptive import contrast_images, present_contrasts
 from nnunet_vit_mae.networks.masking import Masking, Masks, background_tokens
 from nnunet_vit_mae.networks.tokenizer import grid_of
 from nnunet_vit_mae.presets import AXES
@@ -109,9 +109,10 @@ class MaskDrawing:
             taking_part = taking_part.repeat_interleave(repeats, dim=0)
         if self.adaptive:
             present = [own for own in present_contrasts(crops) for _ in range(repeats)]
-            noise = split_contrasts(noise.unflatten(1, (channels, -1)), present)[0][:, 0]
+            images = contrast_images(present, noise.device)
+            noise = noise.unflatten(1, (channels, -1))[images]
             if taking_part is not None:
-                taking_part = split_contrasts(taking_part.unflatten(1, (channels, -1)), present)[0][:, 0]
+                taking_part = taking_part.unflatten(1, (channels, -1))[images]
         return self.masking.draw(noise, taking_part), present
 
     def _taking_part(
@@ -168,6 +169,7 @@ class RandomCrops(Dataset):
         patch_size: Voxels of a crop (z y x).
         drawing: How masks are drawn.
         seed: Random seed of the order, the crops and the masks.
+        cache: Volumes in memory; None: all are read from their files.
         crops_per_volume: Crops that are cut from what is read of a volume at once.
         affines: How crops are rotated and scaled, with random numbers of their own; None: not at all.
         mirroring: Axes (some of `zyx`) along which half of the crops are flipped.

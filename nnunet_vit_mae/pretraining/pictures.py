@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nnunet_vit_mae.networks.adaptive import split_contrasts
 from nnunet_vit_mae.networks.adaptive_autoencoder import AdaptiveMaskedAutoencoder
-from nnunet_vit_mae.networks.autoencoder import statistics
+from nnunet_vit_mae.networks.autoencoder import mean_and_deviation
 from nnunet_vit_mae.networks.build import Autoencoder
 from nnunet_vit_mae.networks.masking import Masking, take
 from nnunet_vit_mae.networks.precision import autocast
@@ -53,7 +53,7 @@ def rebuild(network: Autoencoder, masking: Masking, sample: Samples, *, norm_pix
     predicted = torch.cat(rounds, dim=1).float()
     if norm_pix:
         inside = voxels_inside(images, token).expand(len(patches), -1, -1, -1)
-        mean, deviation = statistics(patches, inside)
+        mean, deviation = mean_and_deviation(patches, inside)
         predicted = predicted * take(interpolated(deviation, masks.visible, grid), masks.hidden)
         predicted = predicted + take(interpolated(mean, masks.visible, grid), masks.hidden)
 

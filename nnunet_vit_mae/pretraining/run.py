@@ -68,10 +68,6 @@ class PretrainingResult:
     losses: list[float]  # mean of each epoch
 
 
-def _no_more(job: PretrainingJob, output: Path, resumed: bool) -> Iterable[Tracker]:
-    return ()
-
-
 def run(
     job: PretrainingJob,
     output: Path,
@@ -79,7 +75,7 @@ def run(
     device: torch.device,
     resume: bool,
     readers: int = 0,
-    more_trackers: MoreTrackers = _no_more,
+    more_trackers: MoreTrackers = lambda *_: (),
 ) -> PretrainingResult:
     """Pre-train; writes to `output` what `CONTENTS` lists, except for the encoder.
 
