@@ -391,6 +391,34 @@ def test_patterns_reference_and_labels_can_be_chosen(folders, refused):
     assert description["channel_names"] == {"0": "FLAIR", "1": "T1POST"}
 
 
+def test_a_label_and_a_contrast_along_other_axes_are_turned_without_interpolation(folders, monkeypatch):
+    """As programs leave them that store their results in an orientation of their own."""
+    source, output = folders
+    t1, label = scan(moved(), **COARSE)
+    flair = scan(moved(), noise=1, **COARSE)[0]
+    write(t1, source / "sub-01/anat/sub-01_T1w.nii.gz")
+    write(sitk.DICOMOrient(flair, "RAS"), source / "sub-01/anat/sub-01_FLAIR.nii.gz")
+    write(sitk.DICOMOrient(label, "ASR"), source / "derivatives/sub-01_dseg.nii.gz")
+    monkeypatch.setattr("nnunet_vit_mae.datasets.convert.conversion.register", _stop)
+    main(["-i", str(source), "-o", str(output), "-np", "1", "--reference", "T1"])
+    files = {"imagesTr/P0001_1_0000": flair, "imagesTr/P0001_1_0001": t1, "labelsTr/P0001_1": label}
+    for name, expected in files.items():
+        got = sitk.ReadImage(str(output / f"{name}.nii.gz"))
+        assert np.array_equal(array_of(got), array_of(expected)), name
+        assert got.GetDirection() == pytest.approx(t1.GetDirection())
+        assert got.GetOrigin() == pytest.approx(t1.GetOrigin(), abs=1e-3)
+
+
+def test_a_label_on_another_grid_is_told_what_to_do_with(folders, refused):
+    source, output = folders
+    write(scan(moved(), **COARSE)[0], source / "sub-01/anat/sub-01_T1w.nii.gz")
+    label = scan(moved(), **COARSE)[1]
+    label.SetOrigin([mm + 1 for mm in label.GetOrigin()])
+    write(label, source / "derivatives/sub-01_dseg.nii.gz")
+    message = refused(main, "-i", str(source), "-o", str(output), "-np", "1")
+    assert "P0001_1 label: is on the grid of no contrast (T1): resample it to that of one of them" in message
+
+
 def test_mistakes_are_one_sentence(folders, refused):
     source, output = folders
     assert "is not a folder" in refused(main, "-i", str(source / "none"), "-o", str(output))

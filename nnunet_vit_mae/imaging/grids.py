@@ -8,8 +8,9 @@ from __future__ import annotations
 from itertools import product
 
 import numpy as np
+import SimpleITK as sitk
 
-from nnunet_vit_mae.imaging.volumes import Geometry
+from nnunet_vit_mae.imaging.volumes import Geometry, geometry_of
 
 
 def turned_like(array: np.ndarray, geometry: Geometry, like: Geometry) -> tuple[np.ndarray, Geometry]:
@@ -27,6 +28,22 @@ def turned_like(array: np.ndarray, geometry: Geometry, like: Geometry) -> tuple[
     turned = array.transpose([2 - order[2 - axis] for axis in range(3)])  # arrays are z y x, geometries x y z
     turned = np.flip(turned, tuple(2 - axis for axis in range(3) if flipped[axis]))
     return turned, turned_geometry(geometry, like)
+
+
+def turned_onto(image: sitk.Image, like: sitk.Image) -> sitk.Image | None:
+    """Return an image along the axes of another one, or None if their voxels lie in other places.
+
+    No voxel is interpolated. An image that is stored along the same axes is returned itself.
+    """
+    geometry, other = geometry_of(image), geometry_of(like)
+    if geometry.difference(other) is None:
+        return image
+    if turned_geometry(geometry, other).difference(other):
+        return None
+    array, _ = turned_like(sitk.GetArrayViewFromImage(image), geometry, other)
+    turned = sitk.GetImageFromArray(np.ascontiguousarray(array))
+    turned.CopyInformation(like)
+    return turned
 
 
 def turned_geometry(geometry: Geometry, like: Geometry) -> Geometry:

@@ -24,9 +24,9 @@ from nnunet_vit_mae.datasets.split.splits import alike_names
 from nnunet_vit_mae.errors import UserError, WriteError
 from nnunet_vit_mae.imaging.channels import channel_file_name
 from nnunet_vit_mae.imaging.description import DESCRIPTION
+from nnunet_vit_mae.imaging.grids import turned_onto
 from nnunet_vit_mae.imaging.registration import RegistrationError, register, resampled, single_itk_thread
 from nnunet_vit_mae.imaging.scans import ENDING, ScanError
-from nnunet_vit_mae.imaging.volumes import geometry_of
 from nnunet_vit_mae.imaging.writing import write_image
 from nnunet_vit_mae.processes.workers import run_each
 from nnunet_vit_mae.progress import with_progress
@@ -261,8 +261,8 @@ def _convert_study(job: ConversionTask, problems: dict[str, str]) -> ConvertedSt
         row |= _contrast_columns(job.study, contrast, image)
         if contrast == reference:
             continue
-        if geometry_of(images[reference]).difference(geometry_of(image)) is None:
-            written[contrast] = image
+        if (turned := turned_onto(image, images[reference])) is not None:
+            written[contrast] = turned
             continue
         try:
             alignment = register(images[reference], image, affine=False)
@@ -273,8 +273,10 @@ def _convert_study(job: ConversionTask, problems: dict[str, str]) -> ConvertedSt
         written[contrast] = resampled(image, images[reference], alignment.transform, label=False)
         if label is not None and contrast == owner:
             label = resampled(label, images[reference], alignment.transform, label=True)
-    if label is not None and geometry_of(label).difference(geometry_of(images[reference])):
-        label, problems[LABEL] = None, f"is on the grid of {owner}, which could not be registered to {reference}"
+    if label is not None:
+        label = turned_onto(label, images[reference])
+        if label is None:
+            problems[LABEL] = f"is on the grid of {owner}, which could not be registered to {reference}"
     return _write_case(job, written, label, row, problems)
 
 
@@ -328,11 +330,13 @@ def _read_label(
     except ScanError as error:
         problems[LABEL] = str(error)
         return None, None
-    for contrast, image in images.items():
-        if geometry_of(label).difference(geometry_of(image)) is None:
-            return sitk.Cast(label, sitk.sitkUInt8), contrast
-    problems[LABEL] = f"is on the grid of no contrast ({', '.join(images)})"
-    return None, None
+    turned = {contrast: turned_onto(label, image) for contrast, image in images.items()}
+    fitting = {contrast: one for contrast, one in turned.items() if one is not None}
+    if not fitting:
+        problems[LABEL] = f"is on the grid of no contrast ({', '.join(images)}): resample it to that of one of them"
+        return None, None
+    owner = min(fitting, key=lambda contrast: fitting[contrast] is not label)  # rather one with the same axes
+    return sitk.Cast(fitting[owner], sitk.sitkUInt8), owner
 
 
 # ---------- tables
