@@ -16,11 +16,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-import numpy as np
-import SimpleITK as sitk
-
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.imaging.volumes import read_image
+from nnunet_vit_mae.imaging.labels import read_volume
 from nnunet_vit_mae.installation import trainers_folder
 from nnunet_vit_mae.phantoms.dataset import write_phantom_dataset
 from nnunet_vit_mae.plots import Segmented, plot_segmentations
@@ -166,13 +163,9 @@ def _draw_examples(raw: Path, predictions: Mapping[str, Path], cases: Path, figu
     volumes = {entry["case"]: float(entry["reference_mm3"]) for entry in entries}
     rows = []
     for case in sorted(volumes, key=volumes.__getitem__, reverse=True)[:EXAMPLES]:
-        masks = {"reference": _read_array(raw / "labelsTs" / f"{case}.nii.gz")}
-        masks |= {model: _read_array(folder / f"{case}.nii.gz") for model, folder in predictions.items()}
+        masks = {"reference": read_volume(raw / "labelsTs" / f"{case}.nii.gz")[0]}
+        masks |= {model: read_volume(folder / f"{case}.nii.gz")[0] for model, folder in predictions.items()}
         dice = {entry["model"]: float(entry["dice"]) for entry in entries if entry["case"] == case}
-        image = _read_array(raw / "imagesTs" / f"{case}_0000.nii.gz")
+        image, _ = read_volume(raw / "imagesTs" / f"{case}_0000.nii.gz")
         rows.append(Segmented(f"{case}, {volumes[case]:.0f} mm3", image, masks, dice))
     plot_segmentations(rows, figure, window=(-100, 600))
-
-
-def _read_array(file: Path) -> np.ndarray:
-    return sitk.GetArrayFromImage(read_image(file))

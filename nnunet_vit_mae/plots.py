@@ -13,9 +13,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nnunet_vit_mae.presets import AXES
 from nnunet_vit_mae.storage.files import replacing
-
-PLANES = ("z", "y", "x")
 
 
 @contextmanager
@@ -92,7 +91,7 @@ def plot_views(
         for plane in range(3):
             _show_slice(axes[plane, column], view, plane, spacing, low, high)
             if column == 0:
-                axes[plane, column].set_ylabel(f"across {PLANES[plane]}", fontsize=8)
+                axes[plane, column].set_ylabel(f"across {AXES[plane]}", fontsize=8)
     save_figure(figure, file)
 
 

@@ -148,7 +148,6 @@ SAME_LAYER = {
     ("settings", "errors"),
     ("settings", "presets"),
     ("planning", "errors"),
-    ("planning", "presets"),
     ("planning", "settings"),
     ("planning", "units"),
     ("phantoms", "imaging"),
