@@ -206,6 +206,26 @@ def test_a_real_image_in_place_of_a_filled_one_is_noticed_whatever_its_date(data
     assert "was filled earlier" not in capsys.readouterr().out
 
 
+def test_the_table_of_scans_lists_the_contrasts_that_are_present(data, typed, capsys):
+    """As `mae3d_convert` has written it, before an image was added, and one of zeros."""
+    data.write("a", 0)
+    data.write("a", 1)
+    data.write("b", 0)
+    data.write("b", 2, value=0)
+    scans = data.raw / "scans.csv"
+    scans.write_text('case,contrasts,note\nb,FLAIR;T2,x\na,FLAIR,"1,5"\ngone,T1,\n')
+    typed()
+    assert f"Corrected the contrasts of b, a in {scans}." in capsys.readouterr().out
+    assert scans.read_text().splitlines() == ["case,contrasts,note", "b,FLAIR,x", 'a,FLAIR;T1,"1,5"', "gone,T1,"]
+    written = scans.stat().st_mtime_ns
+    typed()
+    assert "Corrected" not in capsys.readouterr().out
+    assert scans.stat().st_mtime_ns == written
+    scans.write_text("case,contrasts\na,all of them\n")  # a column of the user's own
+    typed()
+    assert scans.read_text() == "case,contrasts\na,all of them\n"
+
+
 def test_filled_files_that_are_gone_are_written_again(data):
     data.write("a", 0)
     filled = data.fill().written

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from nnunet_vit_mae.cli.arguments import add_dataset_argument, parser_for
+from nnunet_vit_mae.errors import abbreviated
 from nnunet_vit_mae.processes.signals import command
 
 
@@ -16,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_dataset_argument(parser)
     args = parser.parse_args(argv)
 
+    from nnunet_vit_mae.datasets.acquisition import SCANS_TABLE
     from nnunet_vit_mae.datasets.contrasts import CONTRAST_RECORD, contrast_table, fill_contrasts
     from nnunet_vit_mae.nnunet.folders import find_dataset
 
@@ -27,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if any(contrasts.blank for cases in result.record.values() for contrasts in cases.values()):
         print("Some of the given images are all zeros: they count as absent and stay unchanged (blank).")
     print(f"Wrote {len(result.written)} images of zeros; {raw / CONTRAST_RECORD} lists the contrasts of each case.")
+    if result.corrected:
+        print(f"Corrected the contrasts of {abbreviated(result.corrected)} in {raw / SCANS_TABLE}.")
     for case, problem in result.problems.items():
         print(f"Not filled: {case} {problem}.", file=sys.stderr)
     if result.problems:

@@ -16,6 +16,7 @@ from glob import escape
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from nnunet_vit_mae.datasets.acquisition import CASE, CONTRASTS, SCANS_TABLE, read_scans_table
 from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.imaging.channels import (
     IMAGE_ENDINGS,
@@ -34,6 +35,7 @@ from nnunet_vit_mae.imaging.volumes import (
 )
 from nnunet_vit_mae.imaging.writing import write_zeros
 from nnunet_vit_mae.progress import with_progress
+from nnunet_vit_mae.storage.csv_tables import write_records
 from nnunet_vit_mae.storage.entries import read_entries
 from nnunet_vit_mae.storage.files import locked, write_json
 
@@ -98,13 +100,17 @@ class SortedCase:
 
 @dataclass(frozen=True)
 class FillResult:
-    """The new record, files written, filled images that were replaced by real ones, and problems by case."""
+    """The new record, files written, filled images that were replaced by real ones, and problems by case.
+
+    `corrected` are the cases whose contrasts were outdated in `scans.csv`.
+    """
 
     channels: Channels
     record: ContrastRecord
     written: list[Path]
     replaced: list[str]
     problems: dict[str, str]
+    corrected: list[str] = field(default_factory=list)
 
 
 def fill_contrasts(raw: Path, *, is_locked: bool = False) -> FillResult:
@@ -112,14 +118,14 @@ def fill_contrasts(raw: Path, *, is_locked: bool = False) -> FillResult:
 
     Given images are never changed, and a second call writes nothing. The record is written first, so that after a
     killed call the next one still knows which files were filled and writes the missing ones. A problem with one case is
-    reported and does not stop the others.
+    reported and does not stop the others. In `scans.csv` the column of the contrasts that are present is corrected.
 
     Args:
         raw: The raw dataset.
         is_locked: Whether the caller holds `locked(raw)` already.
 
     Raises:
-        UserError: If nothing can be filled, or if another process writes to the dataset.
+        UserError: If nothing can be filled, `scans.csv` is no table of cases, or another process writes to the dataset.
     """
     channels = read_channels(raw)
     if len(set(channels.names)) < len(channels.names):
@@ -139,23 +145,27 @@ def fill_contrasts(raw: Path, *, is_locked: bool = False) -> FillResult:
         sorted_cases = [sort_contrasts(case, channels, former) for case in read]
     _refuse_absent_ct(sorted_cases, raw)
     record = _new_record(sorted_cases, former)
+    scans, corrected = _corrected_scans(raw, record, channels.names)
     to_fill = [case for case in sorted_cases if case.to_write]
     _check_access([case.images.folder for case in to_fill])
     problems = {str(case.images): case.problem for case in sorted_cases if case.problem}
     written: list[Path] = []
-    if record != former or to_fill:  # what is complete may be write-protected
+    if record != former or to_fill or corrected:  # what is complete may be write-protected
         with nullcontext() if is_locked else locked(raw):
             if read_contrasts(raw) != former:
                 raise UserError(f"{raw / CONTRAST_RECORD} has changed while images were being read: run this again.")
             if record != former:
                 _check_access([raw])
                 write_contrasts(record, raw)
+            if corrected:
+                _check_access([raw])
+                write_records(scans, list(scans[0]), raw / SCANS_TABLE)
             for case in with_progress(to_fill, unit="case", desc="filling"):
                 files = _fill(case)
                 written += files
                 if come := [file.name for file in case.to_write if file not in files]:
                     problems[str(case.images)] = f"got {come[0]} while images were being read: run the command again"
-    return FillResult(channels, record, written, list(_replaced(former, record)), problems)
+    return FillResult(channels, record, written, list(_replaced(former, record)), problems, corrected)
 
 
 def contrast_table(result: FillResult) -> str:
@@ -322,6 +332,28 @@ def _new_record(cases: list[SortedCase], former: ContrastRecord) -> ContrastReco
         if contrasts:
             record[folder][name] = contrasts
     return dict(record)
+
+
+def _corrected_scans(raw: Path, record: ContrastRecord, names: list[str]) -> tuple[list[dict[str, str]], list[str]]:
+    """Return the rows of `scans.csv` with the contrasts that are present, and the cases that had others there.
+
+    Cells that hold anything but `names` stay as they are, and so does a case of two folders. Raises `UserError` if the
+    table cannot be used.
+    """
+    if not (raw / SCANS_TABLE).is_file():
+        return [], []
+    cases = Counter(case for of_folder in record.values() for case in of_folder)
+    present = {case: entry.present for of_folder in record.values() for case, entry in of_folder.items()}
+    columns = read_scans_table(raw / SCANS_TABLE, list(cases)).columns
+    rows = [{name: column[case] for name, column in columns.items()} for case in columns[CASE]]
+    corrected = []
+    for row in rows:
+        if CONTRASTS not in row or cases[row[CASE]] != 1 or not {*row[CONTRASTS].split(";")} <= {*names, ""}:
+            continue
+        if row[CONTRASTS] != (now := ";".join(present[row[CASE]])):
+            row[CONTRASTS] = now
+            corrected.append(row[CASE])
+    return rows, corrected
 
 
 def _replaced(former: ContrastRecord, record: ContrastRecord) -> Iterator[str]:
