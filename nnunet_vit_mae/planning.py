@@ -168,7 +168,7 @@ class Memory:
     """Estimated peak bytes of a training step."""
 
     finetuning: int
-    pretraining: int
+    pretraining: int  # 0 where plans start from an encoder that is trained already
 
 
 def fit_to_memory(
@@ -203,11 +203,13 @@ def fit_to_memory(
         if not larger:
             break
         candidate = settings.updated({"network": {"token": larger.pop(0), "taps": ()}})
+    steps = f"{size_text(needed.finetuning)} (fine-tuning, batch {candidate.finetuning.batch_size})"
+    if needed.pretraining:
+        steps += f" and {size_text(needed.pretraining)} (pre-training, batch {candidate.pretraining.batch_size})"
     raise UserError(
-        f"With token {list(candidate.network.token)} a training step needs about {size_text(needed.finetuning)} "
-        f"(fine-tuning, batch {candidate.finetuning.batch_size}) and {size_text(needed.pretraining)} (pre-training, "
-        f"batch {candidate.pretraining.batch_size}), more than the {size_text(target)} that -gpu_memory_target leaves: "
-        "choose a smaller --size, a larger --token, another --decoder, or more memory."
+        f"With token {list(candidate.network.token)} a training step needs about {steps}, more than the "
+        f"{size_text(target)} that -gpu_memory_target leaves: choose a smaller --size, a larger --token, another "
+        "--decoder, or more memory."
     )
 
 

@@ -797,7 +797,7 @@ def test_parts_of_two_models_are_not_joined(model, in_workspace, scans, tmp_path
     table.unlink()
     shutil.rmtree(tmp_path / "volumes_segmentations")
     file = model / "fold_0" / "checkpoint_final.pth"
-    torch.save(torch.load(file) | {"trained": "anew"}, file)
+    torch.save(torch.load(file) | {"inference_allowed_mirroring_axes": (0,)}, file)
     pretend_to_predict(table, scans)
     quantify(scans, table, *part, "0")
     assert not table.exists()
@@ -828,6 +828,17 @@ def test_parts_of_other_cases_or_options_are_not_joined(model, in_workspace, sca
     assert [row["case"] for row in read_rows(few)] == ["scan_0", "scan_2", "scan_3"]
     quantify(scans, table, *part, "1", "--cutoffs", "1", "2")
     assert "volumes_part0of2.csv: made with another model, for other cases or with other options" in caplog.text
+
+
+def test_maps_of_segmentations_that_are_gone_do_not_stay(model, in_workspace, scans, tmp_path):
+    """A call with --uncertainty would take them for those of the next segmentations."""
+    table, maps = tmp_path / "volumes.csv", tmp_path / "volumes_uncertainty"
+    pretend_to_predict(table, scans)
+    maps.mkdir()
+    for name in ("scan_0.json", "scan_0.nii.gz", "gone.json", "gone.nii.gz", "notes.txt", ".123.gone.json"):
+        (maps / name).touch()
+    quantify(scans, table)
+    assert {file.name for file in maps.iterdir()} == {"scan_0.json", "scan_0.nii.gz", "notes.txt", ".123.gone.json"}
 
 
 def test_images_with_another_ending_are_named(model, in_workspace, scans, caplog):

@@ -373,6 +373,10 @@ def test_empty_labels_are_listed_for_the_split(data, found, capsys):
     found("--list_empty")
     assert Path("check_Dataset906_Checked/empty_labels.txt").read_text() == "a5\n"
     assert "Their Dice is undefined if the prediction is empty too" in capsys.readouterr().out
+    data.write("labelsTr/a5", data.array("labelsTr/a3"))
+    found()
+    assert Path("check_Dataset906_Checked/empty_labels.txt").read_text() == ""
+    assert "empty_labels.txt is an empty list" in capsys.readouterr().out
 
 
 def test_mistakes_get_one_sentence(data, tmp_path, refused):

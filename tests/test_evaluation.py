@@ -192,6 +192,12 @@ def test_scans_of_one_patient_count_once_in_tests_and_intervals(data, no_report,
     assert "own.csv has no column person, only case, patient: check --patient" in message
 
 
+def test_a_table_of_scans_without_cases_is_refused_without_a_flag_that_is_not_there(data, no_report, refused):
+    (data / "scans.csv").write_text("scan,patient\ncase_0,P0\n")
+    message = refused(command.main, *arguments(data))
+    assert "scans.csv has no column case, only scan, patient: name the column of the cases case." in message
+
+
 @pytest.mark.parametrize("text", ["1.25 mm", "0", "-1", "inf"])
 def test_a_slice_thickness_that_is_no_length_is_refused(data, no_report, refused, text):
     (data / "scans.csv").write_text(f"case,slice_thickness_mm\ncase_0,{text}\n")

@@ -426,6 +426,15 @@ def test_memory_halves_batches_but_never_changes_an_encoders_token(plan, not_pla
     assert "With token [4, 4, 4]" in not_planned(f"--encoder {file} -gpu_memory_target 3.39")
 
 
+def test_an_encoder_needs_no_memory_for_a_pre_training(plan, not_planned, encoder_of, monkeypatch):
+    monkeypatch.setattr(planner, "pretraining_memory", lambda *_, **__: 2**60)
+    rows, _, settings = plan(f"--encoder {encoder_of()} -gpu_memory_target 3.41")
+    assert not [name for name in rows if "pre-training" in name]
+    assert settings.pretraining.batch_size == 16
+    message = not_planned(f"--encoder {encoder_of()} -gpu_memory_target 3.39")
+    assert "2.4 GiB (fine-tuning, batch 2), more than the 2.4 GiB that" in message
+
+
 def test_plans_that_start_from_an_encoder_are_not_pretrained(plan, encoder_of, refused, in_workspace):
     file = encoder_of()
     plan(f"--encoder {file}")

@@ -20,7 +20,7 @@ from nnunet_vit_mae.cli import export_model, import_model
 from nnunet_vit_mae.nnunet import importing, training_range
 from nnunet_vit_mae.nnunet.calibrated import write_calibrated
 from nnunet_vit_mae.nnunet.folders import Dataset
-from nnunet_vit_mae.nnunet.models import find_model
+from nnunet_vit_mae.nnunet.models import find_model, model_hash
 from nnunet_vit_mae.nnunet.plans import load_plan
 from nnunet_vit_mae.nnunet.quantification import thresholds_of
 from nnunet_vit_mae.nnunet.shared_models import read_weights, weights_content
@@ -218,6 +218,31 @@ def test_calibration_moves_without_names_of_cases(site, results, tmp_path, refus
     assert thresholds_of(find_model(moved, "Tiny", trainer=TRAINERS[0])) == {"blob": 0.25}
     for name in ("calibration.json", "fold_0/checkpoint_calibrated.pth"):
         (folder / name).unlink()
+
+
+def test_an_import_has_the_hash_of_its_model(site, archive, results):
+    import_model.main([str(archive), "-o", str(results)])
+    folder = model_folder(results, TRAINERS[0])
+
+    def hash_in(results):
+        dataset = Dataset("Dataset901_Tiny", site.raw, site.preprocessed, results / "Dataset901_Tiny")
+        return model_hash(find_model(dataset, "Tiny", trainer=TRAINERS[0], folds=["0", "all"]))
+
+    known = hash_in(site.root / "results")
+    assert hash_in(results) == known
+    plans = json.loads((folder / "plans.json").read_text())
+    configuration = plans["configurations"]["3d_fullres"]
+    configuration["batch_size"] = 7  # of trainings, not of predictions
+    (folder / "plans.json").write_text(json.dumps(plans))
+    assert hash_in(results) == known
+    configuration["spacing"] = [2, 2, 2]
+    (folder / "plans.json").write_text(json.dumps(plans))
+    found = [known, hash_in(results)]
+    file = folder / "fold_0" / "checkpoint_final.pth"
+    for change in ({"inference_allowed_mirroring_axes": (0,)}, {"network_weights": {"a": torch.zeros(2)}}):
+        torch.save(torch.load(file, weights_only=True) | change, file)
+        found.append(hash_in(results))
+    assert len({*found}) == len(found)
 
 
 def test_a_model_that_is_trained_in_the_place_of_an_imported_one_has_its_own_cases(site, archive, results, refused):

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("-np", dest="processes", type=positive_int, default=4, metavar="N", help="number of processes")
     args = parser.parse_args(argv)
 
-    from nnunet_vit_mae.datasets.check.check_report import check_report, write_check
+    from nnunet_vit_mae.datasets.check.check_report import EMPTY, check_report, write_check
     from nnunet_vit_mae.datasets.check.checking import check_dataset
     from nnunet_vit_mae.nnunet.folders import find_dataset
     from nnunet_vit_mae.storage.files import make_folder
@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     make_folder(output)
     patients = patient_columns(args, dataset.raw)
     check = check_dataset(dataset.raw, patients, dataset.preprocessed, args.processes)
-    write_check(check, output, list_empty=args.list_empty)
-    print(check_report(check, output, list_empty=args.list_empty))
+    list_empty = args.list_empty or (output / EMPTY).is_file()  # an earlier list may be true no longer
+    write_check(check, output, list_empty=list_empty)
+    print(check_report(check, output, list_empty=list_empty))
     if check.errors:
         sys.exit(2)

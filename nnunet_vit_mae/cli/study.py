@@ -57,11 +57,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     from nnunet_vit_mae.study.splits import refuse_impossible_split, refuse_other_splits
-    from nnunet_vit_mae.study.workflow import commands_left, refuse_braces, refuse_missing_snakemake, run_workflow
+    from nnunet_vit_mae.study.workflow import commands_left, refuse_missing_snakemake, run_workflow
 
     refuse_missing_snakemake(args.executor)
     study = _study(args, output)
-    refuse_braces(study)
     check_unchanged(study)
     refuse_other_encoders(study)
     refuse_plans_of_others(study)
@@ -235,8 +234,10 @@ def _do_step(study: StudyDesign, name: str, *runs: str) -> None:
 
 def _collect_test_cases(study: StudyDesign) -> None:
     from nnunet_vit_mae.datasets.split.files import collect_test_cases
+    from nnunet_vit_mae.study.references import note_references
 
     cases = collect_test_cases(Path(study.raw), Path(study.preprocessed_folder), study.test_images, study.test_labels)
+    note_references(study)
     print(f"Linked {cases} test cases to {study.test_images} and {study.test_labels}.")
 
 

@@ -22,7 +22,9 @@ def find_scans_table(folders: Iterable[Path]) -> Path | None:
 
 def read_scans_table(file: Path, cases: Collection[str]) -> CaseTable:
     """Read a table of scans. Raises `UserError` if it cannot be used, see `read_case_table`."""
-    return read_case_table(file, CASE if file.name == SCANS_TABLE else None, cases)
+    if file.name != SCANS_TABLE:
+        return read_case_table(file, None, cases)
+    return read_case_table(file, CASE, cases, f"name the column of the cases {CASE}")
 
 
 def slice_thickness(table: CaseTable) -> dict[str, float]:

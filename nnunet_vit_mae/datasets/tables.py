@@ -48,13 +48,16 @@ class CaseTable:
         return patients
 
 
-def read_case_table(file: Path, case_column: str | None, cases: Collection[str]) -> CaseTable:
+def read_case_table(
+    file: Path, case_column: str | None, cases: Collection[str], advice: str = "check --case"
+) -> CaseTable:
     """Read a CSV file with a row for each case.
 
     Args:
         file: The table; see `read_cells`.
         case_column: Name of the column with the case names; None chooses the column in which most of `cases` occur.
         cases: Names of the cases. The table may have their file names instead, and store umlauts in another way.
+        advice: What to do if there is no such column.
 
     Raises:
         UserError: If the file is missing, is not a table, has no column of cases, has two different rows for a case, or
@@ -81,7 +84,7 @@ def read_case_table(file: Path, case_column: str | None, cases: Collection[str])
     if case_column is None:
         case_column = _column_of_cases(file, header, rows, by_spelling)
     elif case_column not in header:
-        raise UserError(f"{file} has no column {case_column}, only {', '.join(header)}: check --case.")
+        raise UserError(f"{file} has no column {case_column}, only {', '.join(header)}: {advice}.")
     key = header.index(case_column)
     refuse_lost_zeros(file, case_column, {row[key] for row in rows}, cases)
     for row in rows:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from nnunet_vit_mae.errors import UserError, abbreviated, did_you_mean
 from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.nnunet.checked_plans import read_plans
 from nnunet_vit_mae.nnunet.folders import Dataset, find_dataset
 from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade
+from nnunet_vit_mae.settings import BLOCK
 from nnunet_vit_mae.storage.files import short_hash
 from nnunet_vit_mae.storage.layout import CALIBRATED, FINAL, PLANS, model_folder
 from nnunet_vit_mae.storage.pickles import read_trained
-from nnunet_vit_mae.weights import file_hash
+
+DECIDING = (  # entries of plans that decide a prediction, besides the configuration
+    *("foreground_intensity_properties_per_channel", "image_reader_writer", "label_manager"),
+    *("transpose_forward", "transpose_backward"),
+)
 
 
 @dataclass(frozen=True)
@@ -58,8 +67,38 @@ def refuse_damaged_weights(model: Model) -> None:
 
 
 def model_hash(model: Model) -> str:
-    """Return twelve hexadecimal digits that change with the checkpoints."""
-    return short_hash("".join(file_hash(file) for file in model.files), 12)
+    """Return twelve hexadecimal digits that change with what decides a prediction: weights, mirroring and plans.
+
+    They are the same for a model and an import of it, whose checkpoints are other files with the same weights.
+    """
+    return short_hash("".join([_deciding_plans(model), *map(_deciding_content, model.files)]), 12)
+
+
+def _deciding_plans(model: Model) -> str:
+    """Return what preprocessing, network and labels follow from, without what only a training needs."""
+    plan = model.plan
+    configuration = dict(plan.configuration.configuration)
+    configuration |= {BLOCK: configuration.get(BLOCK, {}).get("network"), "batch_size": None, "batch_dice": None}
+    deciding = {
+        "trainer": model.trainer,
+        "configuration": configuration,
+        "plans": {name: plan.plans.plans.get(name) for name in DECIDING},
+        "channels": plan.channel_names,
+        "labels": [*plan.dataset_json["labels"].items()],  # their order decides that of regions
+        "regions_class_order": plan.dataset_json.get("regions_class_order"),
+    }
+    return json.dumps(deciding, sort_keys=True)
+
+
+def _deciding_content(file: Path) -> str:
+    """Return a hash of the weights in a checkpoint and of the axes that nnU-Net mirrors along."""
+    checkpoint, digest = read_trained(file, mmap=True), hashlib.sha256()
+    for name, weight in sorted(checkpoint["network_weights"].items()):
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)} ".encode())
+        digest.update(weight.contiguous().reshape(-1).view(torch.uint8).numpy())
+    axes = checkpoint.get("inference_allowed_mirroring_axes")
+    digest.update(str(None if axes is None else [int(axis) for axis in axes]).encode())
+    return digest.hexdigest()
 
 
 def best_checkpoint(folder: Path, folds: Sequence[str]) -> str:

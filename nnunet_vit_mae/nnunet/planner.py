@@ -89,7 +89,7 @@ def choose_settings(
 
 def _refuse_impossible(source: Plan, settings: Settings, estimate: Callable[[Settings], Memory]) -> None:
     """Raise `UserError` for plans whose training step no device can hold."""
-    for section in ("finetuning", "pretraining"):
+    for section in ("finetuning",) if settings.encoder.file else ("finetuning", "pretraining"):
         refuse_step_beyond(
             LARGEST_DEVICE,
             "no device",
@@ -152,9 +152,8 @@ def _estimator(source: Plan, settings: Settings) -> Callable[[Settings], Memory]
 
     def estimate(chosen: Settings) -> Memory:
         network = chosen.network
-        return Memory(
-            finetuning(network, chosen.finetuning.batch_size), pretraining(network, chosen.pretraining.batch_size)
-        )
+        step = finetuning(network, chosen.finetuning.batch_size)
+        return Memory(step, 0 if chosen.encoder.file else pretraining(network, chosen.pretraining.batch_size))
 
     return estimate
 
@@ -196,11 +195,11 @@ def _explain(
     if network.tapped_blocks:
         choices.insert(4, Choice("taps", _by(network.tapped_blocks, ", "), "blocks whose output the decoder takes too"))
     why = "estimated peak of a step on a GPU, beside about 1 GiB for CUDA itself"
-    return [
-        *choices,
+    choices += [
         Choice("memory, fine-tuning", size_text(memory.finetuning), why),
         Choice("memory, pre-training", size_text(memory.pretraining), why),
     ]
+    return [choice for choice in choices if not (settings.encoder.file and "pre-training" in choice.name)]
 
 
 def _by(numbers: tuple[int, ...], separator: str = " x ") -> str:

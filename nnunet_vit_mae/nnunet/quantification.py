@@ -28,7 +28,12 @@ from nnunet_vit_mae.nnunet.plans import Plan, classes_of
 from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, predict_cases, remove_outdated
 from nnunet_vit_mae.nnunet.preprocessing import resampled_problem
 from nnunet_vit_mae.nnunet.training_range import TrainingRange, read_training_range, volumes_in, warnings_of
-from nnunet_vit_mae.nnunet.uncertainty import LabelColumns, predict_with_uncertainty, read_uncertainty
+from nnunet_vit_mae.nnunet.uncertainty import (
+    LabelColumns,
+    predict_with_uncertainty,
+    read_uncertainty,
+    remove_lone_maps,
+)
 from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.csv_tables import read_cells, read_frame, write_frame
 from nnunet_vit_mae.storage.entries import read_entries
@@ -151,9 +156,10 @@ def quantify(
         readable = [case for case in scans.cases if case.name in geometries]
         if not scans.converted:
             remove_outdated(model.plan, scans.cases, work)  # also of those that cannot be predicted any more
+        maps = table.with_name(f"{table.stem}_uncertainty")
+        remove_lone_maps(model, work, maps)
         more: Mapping[str, LabelColumns] = {}
         if uncertainty is not None and level is not None:
-            maps = table.with_name(f"{table.stem}_uncertainty")
             more = predict_with_uncertainty(model, uncertainty, readable, work, maps, device=device, level=level)
         else:
             places = {"links": work / f"images_part{part.number}", "log": work / f"log_part{part.number}.txt"}

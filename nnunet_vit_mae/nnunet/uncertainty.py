@@ -43,7 +43,7 @@ from nnunet_vit_mae.nnunet.calibrated import read_calibration_of
 from nnunet_vit_mae.nnunet.models import Model, model_hash
 from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.nnunet.predicted_cases import FOLDER, PredictedCase
-from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases
+from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, remove_outdated
 from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.entries import checked_entries, read_entries
 from nnunet_vit_mae.storage.files import write_json
@@ -140,9 +140,10 @@ def add_uncertainty(model: Model, cases: Sequence[PredictedCase], images: Path, 
         own = [case for case in cases if case.fold == fold]
         predicting = model if fold is None else replace(model, folds=(fold,))
         work = model.folder / (FOLDER if fold is None else f"{FOLDER}_fold_{fold}") / "members"
-        found = predict_members(
-            predicting, shifts, [known[case.name] for case in own], work, work / UNCERTAINTY, device
-        )
+        images_of = [known[case.name] for case in own]
+        remove_outdated(model.plan, images_of, work)
+        remove_lone_maps(model, work, work / UNCERTAINTY)
+        found = predict_members(predicting, shifts, images_of, work, work / UNCERTAINTY, device)
         for case in own:
             segmentation = work / f"{case.name}{model.plan.dataset_json['file_ending']}"
             rows += _validated_rows(predicting, case, segmentation, found[case.name])
@@ -204,6 +205,15 @@ def _say_what_is_missing(model: Model, uncertainty: Uncertainty, level: float) -
             )
         if uncertainty.expected_dice.get(label) is None:
             logger.warning("%s: the calibration has too few cases with a Dice: there is no expected Dice.", label)
+
+
+def remove_lone_maps(model: Model, segmentations: Path, maps: Path) -> None:
+    """Remove what the members said about segmentations that are gone: the next ones may be of other images."""
+    ending = model.plan.dataset_json["file_ending"]
+    for name in {file.name.removesuffix(".json").removesuffix(ending) for file in maps.glob("[!.]*")}:
+        if not (segmentations / f"{name}{ending}").is_file():
+            for file in (maps / f"{name}.json", maps / f"{name}{ending}"):
+                file.unlink(missing_ok=True)
 
 
 def predict_with_uncertainty(

@@ -13,6 +13,7 @@ from nnunet_vit_mae.evaluation.cases import find_evaluation_set, measure_cases
 from nnunet_vit_mae.evaluation.results import EvaluationOptions
 from nnunet_vit_mae.storage.csv_tables import read_frame, write_frame
 from nnunet_vit_mae.study.design import StudyDesign, StudyModel
+from nnunet_vit_mae.study.references import note_references
 from nnunet_vit_mae.study.steps import prediction_marker
 
 RESULTS = "results.csv"
@@ -35,7 +36,8 @@ def measure_study(study: StudyDesign) -> tuple[pd.DataFrame, list[StudyModel]]:
     done = [model for model in study.models() if (Path(study.output) / prediction_marker(study, model)).is_file()]
     if not done:
         raise UserError(f"No model of {study.output} has been tested yet: run mae3d_study first.")
-    table = pd.concat([_measured(study, model) for model in done], ignore_index=True)
+    references = note_references(study)
+    table = pd.concat([_measured(study, model, references) for model in done], ignore_index=True)
     known = recorded_patients(Path(study.preprocessed_folder))
     patients = {case: patient_of(case, known) for case in set(table["case"])}
     if len({*patients.values()}) < len(patients):
@@ -44,10 +46,10 @@ def measure_study(study: StudyDesign) -> tuple[pd.DataFrame, list[StudyModel]]:
     return table, [model for model in study.models() if model not in done]
 
 
-def _measured(study: StudyDesign, model: StudyModel) -> pd.DataFrame:
-    """Measure a model, or read what was measured since it predicted and since a reference was last corrected."""
+def _measured(study: StudyDesign, model: StudyModel, references: Path) -> pd.DataFrame:
+    """Measure a model, or read what was measured since it predicted and since the references were last noted."""
     file = Path(study.output) / "measures" / f"{model.name}.csv"
-    sources = [Path(study.output) / prediction_marker(study, model), *study.references]
+    sources = [Path(study.output) / prediction_marker(study, model), references]
     if not file.is_file() or file.stat().st_mtime < max(source.stat().st_mtime for source in sources):
         evaluation_set = find_evaluation_set(study.test_labels, {model.name: study.predictions(model)})
         names = [case.name for case in evaluation_set.cases]

@@ -17,6 +17,7 @@ EVALUATE = "evaluate"
 GPU_KINDS = ("pretrain", "train", "calibrate", "predict", "predict_probabilities")
 SHORT_KINDS = ("plan_architecture", "split", "test", "report")  # run where mae3d_study runs, on a cluster too
 TRAINING_KINDS = ("pretrain", "train", "calibrate")  # read the splits
+MEASURING_KINDS = (EVALUATE, "report")  # read the references
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from nnunet_vit_mae.settings import Settings
 from nnunet_vit_mae.storage.files import locked, write_json
 from nnunet_vit_mae.storage.readme import write_readme
 from nnunet_vit_mae.study.design import STUDY_FILE, StudyDesign
-from nnunet_vit_mae.study.steps import Step, steps_of
+from nnunet_vit_mae.study.references import note_references, references_have_changed
+from nnunet_vit_mae.study.steps import MEASURING_KINDS, Step, steps_of
 
 CONTENTS = {
     "index.html": "the report: open it in a browser",
@@ -40,6 +41,7 @@ CONTENTS = {
     "predictions/": "segmentations of the test cases, by model",
     "measures/": "measures of each model",
     "test/": "links to the test cases of the split",
+    "references.json": "size and date of the references: what was measured with others is measured again",
     "done/": "which steps are done: remove a file to repeat its step",
     "logs/": "what each step has said",
     "compute/": "time and memory of each step",
@@ -57,12 +59,6 @@ def refuse_missing_snakemake(executor: str | None) -> None:
         )
 
 
-def refuse_braces(study: StudyDesign) -> None:
-    """Raise `UserError` for braces in the path of the test cases, which Snakemake takes for names of wildcards."""
-    if {*str(study.test_labels)} & {*"{}"}:
-        raise UserError(f"Snakemake takes no braces in {study.test_labels}: use a folder without them.")
-
-
 def commands_left(study: StudyDesign) -> str:
     """Return how much is left to train, and the commands that are left to run; only Snakemake's own folder is written.
 
@@ -76,7 +72,8 @@ def commands_left(study: StudyDesign) -> str:
     if told.returncode:
         raise UserError("Snakemake does not tell what is left to do: see its message above.")
     pending = {line.split("\t")[0] for line in told.stdout.splitlines() if line.endswith("\tupdate pending")}
-    left = [step for step in steps_of(study) if step.marker in pending]
+    corrected = references_have_changed(study)  # of which Snakemake knows when they have been noted
+    left = [step for step in steps_of(study) if step.marker in pending or (corrected and step.kind in MEASURING_KINDS)]
     return "\n".join([work_text(study, left), *(step.shell for step in left)])
 
 
@@ -123,6 +120,7 @@ def run_workflow(study: StudyDesign, jobs: int, executor: str | None, say: Calla
         write_readme(output, CONTENTS)
         for file, recipe in study.recipes().items():
             write_json(recipe, file)
+        note_references(study)
         command = snakemake_command(study, output / STUDY_FILE)
         command += ["--jobs", str(jobs), "--executor", executor] if executor else ["--cores", str(jobs)]
         return _follow(command, study, jobs, say) == 0
