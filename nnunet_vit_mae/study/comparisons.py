@@ -13,11 +13,12 @@ import pandas as pd
 from nnunet_vit_mae.evaluation.results import EvaluationOptions
 from nnunet_vit_mae.evaluation.words import SIGNIFICANT, UNITS, format_values, p_text, unit_of
 from nnunet_vit_mae.statistics import compare, holm, mean_interval
-from nnunet_vit_mae.study.arms import Arm, scratch_pairs
+from nnunet_vit_mae.study.arms import ARMS, Arm, scratch_pairs
 from nnunet_vit_mae.study.design import StudyDesign
 
 COMPARED = ("dice", "absolute_difference_mm3")
 OPTIONS = EvaluationOptions()
+NNUNET_ITERATIONS = 250_000  # of nnU-Net's own schedule: 1000 epochs of 250
 
 
 class Variant(NamedTuple):
@@ -228,9 +229,15 @@ def seeds_agree(paired: PairedDifference) -> bool:
 
 
 def limits_of_study(
-    answers: Sequence[PairedDifference], arms: Mapping[str, Arm], *, seeds: int, cases: int, by_patient: bool
+    answers: Sequence[PairedDifference],
+    arms: Mapping[str, Arm],
+    *,
+    iterations: int,
+    seeds: int,
+    cases: int,
+    by_patient: bool,
 ) -> Iterator[str]:
-    """Yield what a study cannot say, a sentence for each reason."""
+    """Yield what a study cannot say, a sentence for each reason; `iterations` are those of each training."""
     if seeds < 3:
         many = "one training run" if seeds == 1 else f"{seeds} training runs"
         yield (
@@ -253,6 +260,15 @@ def limits_of_study(
     )
     if not by_patient:
         yield "Without --csv every case counted as a patient of its own: scans of one patient may be on two sides."
+    by_sgd = [name for name, arm in arms.items() if arm.trainer == ARMS["unet"].trainer]
+    by_adamw = [name for name, arm in arms.items() if arm.scheduled and name not in by_sgd]
+    if by_sgd and by_adamw and iterations < NNUNET_ITERATIONS:
+        yield (
+            f"Each training had {iterations:,} iterations. {', '.join(by_sgd)}: nnU-Net's SGD, whose schedule is made "
+            f"for {NNUNET_ITERATIONS:,}. {', '.join(by_adamw)}: AdamW, which learns faster at first. A difference "
+            "between them can come from the optimizer, not from the network; the curves of the trainings show which "
+            "arms were still learning."
+        )
     stock = [name for name, arm in arms.items() if not (arm.scheduled or arm.members)]
     if stock:
         yield (

@@ -16,6 +16,7 @@ from nnunet_vit_mae.evaluation.pictures import Gallery, Picture, draw_by_token
 from nnunet_vit_mae.evaluation.report import template_environment
 from nnunet_vit_mae.evaluation.summary import REPORTED_PACKAGES
 from nnunet_vit_mae.evaluation.words import format_values, p_text
+from nnunet_vit_mae.settings import Settings
 from nnunet_vit_mae.storage.csv_tables import write_frame
 from nnunet_vit_mae.storage.files import write_file
 from nnunet_vit_mae.storage.layout import PLANS
@@ -83,9 +84,11 @@ def write_study_report(
     _write_comparisons(answers, output / "comparisons.csv")
     gallery = Gallery(labels, output / "figures")
     all_answers = [paired for found in answers.values() for paired in found]
+    finetuning = Settings.from_dict(study.recipe).finetuning
     limits = limits_of_study(
         all_answers,
         study.arms,
+        iterations=finetuning.epochs * finetuning.iterations,
         seeds=len(distinct(table, "seed")),
         cases=len(distinct(table, "case")),
         by_patient=bool(study.csv) or "patient" in table,
