@@ -331,12 +331,30 @@ def test_where_the_weights_of_monai_fit_two_numbers_of_channels_both_are_said_an
     assert (conversion.token, len(conversion.channel_names)) == ([2 * SIDE] * 3, 1)
     said = f"1 with tokens of {2 * SIDE} voxels a side are assumed, though 8 with tokens of {SIDE} fit too"
     assert any(said in note and f"--token {SIDE} chooses" in note for note in conversion.notes)
-    chosen = monai_vit.convert_monai_vit(network.state_dict(), token_depth=SIDE)
+    chosen = monai_vit.convert_monai_vit(network.state_dict(), token=[SIDE] * 3)
     assert (chosen.token, len(chosen.channel_names)) == ([SIDE] * 3, 8)
     volume = volume_of((3, 3, 3), channels=8)
     assert_equal_features(encoder_from(chosen).encode(volume, ()).tokens, monai_features(network, volume))
-    alone = ViT(2, (12,) * 3, SIDE, WIDTH, 4 * WIDTH, DEPTH, HEADS, proj_type="perceptron")
-    assert not any("Channels" in note for note in monai_vit.convert_monai_vit(alone.state_dict()).notes)
+
+
+@torch.no_grad()
+def test_a_token_of_monai_that_is_no_cube_is_taken_as_it_is_given():
+    """Its weights are those of four channels with cubes, too, which is said where no token is given."""
+    sides = (SIDE, 2 * SIDE, 2 * SIDE)
+    network = ViT(1, [3 * side for side in sides[::-1]], sides[::-1], WIDTH, 4 * WIDTH, DEPTH, HEADS, "perceptron")
+    network = scrambled(network)
+    given = monai_vit.convert_monai_vit(network.state_dict(), token=sides)
+    assert (given.token, len(given.channel_names)) == (list(sides), 1)
+    assert not any("Channels" in note for note in given.notes)
+    swapped = torch.randn(2, 1, *(3 * side for side in sides)).permute(0, 1, 4, 3, 2)
+    expected = rearrange(network(swapped)[0], "b (x y z) d -> b (z y x) d", x=3, y=3, z=3)
+    found = encoder_from(given).encode(swapped.permute(0, 1, 4, 3, 2), ()).tokens
+    assert_equal_features(found, expected)
+    assumed = monai_vit.convert_monai_vit(network.state_dict())
+    assert (assumed.token, len(assumed.channel_names)) == ([SIDE] * 3, 4)
+    assert any(f"4 with tokens of {SIDE} voxels a side are assumed; --token" in note for note in assumed.notes)
+    with pytest.raises(UserError, match="which no number of channels up to 8 makes of 8 x 8 x 8 voxels"):
+        monai_vit.convert_monai_vit(network.state_dict(), token=[8] * 3)
 
 
 # ---------- parts

@@ -23,14 +23,14 @@ class Target:
     Args:
         patch_size: Voxels along z y x.
         spacing: mm along z y x.
-        token_depth: Voxels along z of a token of a two-dimensional ViT; None: about a cube in mm. It also tells which
-            number of channels a checkpoint of MONAI has, where its weights do not.
+        token: Voxels of a token (z y x), where a checkpoint does not tell: the first for a two-dimensional ViT (None:
+            about a cube in mm), all for a linear tokenizer of MONAI (None: a cube).
         token_order: In which a checkpoint of nnssl flattens its tokens, `yzx` or `zyx`; None: that of its trainer.
     """
 
     patch_size: Sequence[int]
     spacing: Sequence[float]
-    token_depth: int | None = None
+    token: Sequence[int] | None = None
     token_order: str | None = None
 
 
@@ -69,13 +69,13 @@ def _convert(checkpoint: dict[str, Any], target: Target) -> ConvertedEncoder:
         raise UserError("an order of tokens is only asked for with checkpoints of nnssl")
     weights = weights_in(checkpoint)
     if monai_vit.POSITIONS in weights:
-        return monai_vit.convert_monai_vit(checkpoint, token_depth=target.token_depth)
+        return monai_vit.convert_monai_vit(checkpoint, token=target.token)
     if timm_vit.KERNEL in weights:
         return timm_vit.convert_timm_vit(
             checkpoint,
             patch_size=target.patch_size,
             spacing=target.spacing,
-            token_depth=target.token_depth,
+            token_depth=target.token[0] if target.token else None,
         )
     raise UserError(
         "it cannot be converted: only nnssl's checkpoints (with an nnssl_adaptation_plan), timm's ViTs, and MONAI's "

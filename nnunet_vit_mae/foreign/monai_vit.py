@@ -5,7 +5,7 @@ MONAI reads volumes as x y z, nnU-Net as z y x: kernels and positions are transp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,16 +18,17 @@ from nnunet_vit_mae.foreign.parts import ConvertedEncoder, checked_token, cube_r
 from nnunet_vit_mae.presets import SIZES
 
 POSITIONS = "patch_embedding.position_embeddings"
+CHANNELS = range(1, 9)  # that a linear tokenizer may have
 CONVOLUTION, LINEAR = "patch_embedding.patch_embeddings", "patch_embedding.patch_embeddings.1"
 
 
-def convert_monai_vit(checkpoint: Mapping[str, Any], *, token_depth: int | None = None) -> ConvertedEncoder:
+def convert_monai_vit(checkpoint: Mapping[str, Any], *, token: Sequence[int] | None = None) -> ConvertedEncoder:
     """Convert a ViT or the encoder of a masked autoencoder of MONAI.
 
     Args:
         checkpoint: A state dict, or a dictionary with one.
-        token_depth: Voxels along z of a token, where the weights fit more than one number of channels; None: the fewest
-            channels.
+        token: Voxels of a token (z y x), which a tokenizer that is a linear layer does not show; None: of the cubes
+            that fit its weights, the largest, which has the fewest channels.
 
     Raises:
         UserError: The network is none that ours can express.
@@ -36,13 +37,13 @@ def convert_monai_vit(checkpoint: Mapping[str, Any], *, token_depth: int | None 
     table = weights.take(POSITIONS)[0]
     width, depth = table.shape[1], _depth(weights)
     size = size_of(width, depth)
-    kernel, bias, ambiguity = _kernel(weights, token_depth)
-    token = checked_token(list(kernel.shape[2:]))
+    kernel, bias, assumed = _kernel(weights, token)
+    sides = checked_token(list(kernel.shape[2:]))
     notes = [
         "Axes are x y z there, z y x here: kernels and positions are transposed.",
         f"Heads are not in a checkpoint: {SIZES[size].heads} as in size {size}.",
         "How intensities were normalised is not in a checkpoint: to about mean 0 and deviation 1 is assumed.",
-        *ambiguity,
+        *assumed,
     ]
     tensors = {"tokenizer.projection.weight": kernel.flatten(1).contiguous(), "tokenizer.projection.bias": bias}
     for number in range(depth):
@@ -69,7 +70,7 @@ def convert_monai_vit(checkpoint: Mapping[str, Any], *, token_depth: int | None 
     return ConvertedEncoder(
         kind="MONAI (a ViT)",
         size=size,
-        token=token,
+        token=sides,
         network={
             "blocks": "vit",
             "tokenizer": "linear",
@@ -82,7 +83,7 @@ def convert_monai_vit(checkpoint: Mapping[str, Any], *, token_depth: int | None 
         tensors=tensors,
         channel_names=[f"image {number + 1}" for number in range(kernel.shape[1])],
         dataset="unknown",
-        patch_size=[side * tokens for side, tokens in zip(token, learned, strict=False)],
+        patch_size=[side * tokens for side, tokens in zip(sides, learned, strict=False)],
         notes=[*notes, weights.report],
     )
 
@@ -95,8 +96,8 @@ def _depth(weights: Weights) -> int:
     return depth
 
 
-def _kernel(weights: Weights, token_depth: int | None) -> tuple[Tensor, Tensor, list[str]]:
-    """Return the kernel (width, channels, z y x) and bias of the tokenizer, and notes on what was chosen for it.
+def _kernel(weights: Weights, token: Sequence[int] | None) -> tuple[Tensor, Tensor, list[str]]:
+    """Return the kernel (width, channels, z y x) and bias of the tokenizer, and notes on what was assumed for it.
 
     It is a convolution or a linear layer there.
     """
@@ -106,20 +107,32 @@ def _kernel(weights: Weights, token_depth: int | None) -> tuple[Tensor, Tensor, 
             raise UserError(f"its kernels have {kernel.ndim - 2} axes, not 3")
         return rearrange(kernel, "d c x y z -> d c z y x"), weights.take(f"{CONVOLUTION}.bias"), []
     weight = weights.take(f"{LINEAR}.weight")
-    inputs = weight.shape[1]
-    sides = {c: cube_root(inputs // c) for c in range(1, 9) if inputs % c == 0}
-    fitting = {channels: side for channels, side in sides.items() if side}
+    (z, y, x), notes = _cubes(weight.shape[1]) if token is None else (token, [])
+    if weight.shape[1] not in {number * z * y * x for number in CHANNELS}:
+        raise UserError(
+            f"its tokens have {weight.shape[1]} values, which no number of channels up to {CHANNELS[-1]} makes of "
+            f"{z} x {y} x {x} voxels, the token that was given"
+        )
+    pattern = "d (x y z c) -> d c z y x"  # the voxels, with each voxel's channels side by side
+    return rearrange(weight, pattern, x=x, y=y, z=z), weights.take(f"{LINEAR}.bias"), notes
+
+
+def _cubes(values: int) -> tuple[list[int], list[str]]:
+    """Return the sides of the largest cube of voxels that a token of this many values can be, and notes on others."""
+    sides = {number: cube_root(values // number) for number in CHANNELS if values % number == 0}
+    fitting = {number: side for number, side in sides.items() if side}
     if not fitting:
-        raise UserError(f"its tokens of {inputs} voxels are not cubes, so their sides are unknown")
-    channels = next((channels for channels, side in fitting.items() if side == token_depth), min(fitting))
+        raise UserError(
+            f"its tokens of {values} values are cubes of voxels for no number of channels up to {CHANNELS[-1]}, so "
+            "their sides have to be given (--token)"
+        )
+    channels = min(fitting)
     side = fitting.pop(channels)
-    notes = [
-        f"Channels are not in a checkpoint: {channels} with tokens of {side} voxels a side are assumed, though {other} "
-        f"with tokens of {other_side} fit too, which --token {other_side} chooses."
+    assumed = f"Channels are not in a checkpoint: {channels} with tokens of {side} voxels a side are assumed"
+    return [side] * 3, [
+        f"{assumed}, though {other} with tokens of {other_side} fit too, which --token {other_side} chooses."
         for other, other_side in fitting.items()
-    ]
-    pattern = "d (x y z c) -> d c z y x"  # a cube of voxels, with each voxel's channels side by side
-    return rearrange(weight, pattern, x=side, y=side, z=side), weights.take(f"{LINEAR}.bias"), notes
+    ] or [f"{assumed}; --token takes sides that are not equal."]
 
 
 def _block(weights: Weights, prefix: str) -> dict[str, Tensor]:

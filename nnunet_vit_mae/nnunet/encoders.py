@@ -58,9 +58,8 @@ def find_encoder(
     if place is not None and not is_address(place) and is_foreign(Path(place)):
         file = Path(place)
         configuration = source.configuration
-        depth = token[0] if token else None
         target = Target(
-            patch_size=source.patch_size, spacing=configuration.spacing, token_depth=depth, token_order=token_order
+            patch_size=source.patch_size, spacing=configuration.spacing, token=token, token_order=token_order
         )
         tensors, card = convert_checkpoint(file, target)
         content = encoder_content(tensors, card)
