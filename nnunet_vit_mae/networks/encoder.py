@@ -64,13 +64,11 @@ class Encoder(nn.Module):
             self.register_tokens = nn.Parameter(torch.randn(register_tokens, transformer.width) * 0.02)
 
     def forward(
-        self, patches: Float[Tensor, "b n c v"], grid: Triple, visible: Int[Tensor, "b k"] | None = None
-    ) -> Float[Tensor, "b k_or_n d"]:
-        """Encode the visible tokens of a grid, or all of them."""
-        places = self.places(grid, patches.device)
-        if visible is not None:
-            patches, places = take(patches, visible), places.at(visible)
-        tokens, rotation = self._with_registers(self.tokenizer(patches) + places.embedding, places.rotation)
+        self, patches: Float[Tensor, "b n c v"], grid: Triple, visible: Int[Tensor, "b k"]
+    ) -> Float[Tensor, "b k d"]:
+        """Encode the visible tokens of a grid."""
+        tokens, places = self.tokenizer(take(patches, visible)), self.places(grid, patches.device).at(visible)
+        tokens, rotation = self._with_registers(tokens + places.embedding, places.rotation)
         return self._without_registers(self.transformer(tokens, rotation))
 
     def places(self, grid: Triple, device: torch.device) -> Places:
