@@ -76,10 +76,8 @@ def interpolated(
 def _interpolated(values: Float[Tensor, "n c 1"], visible: Int[Tensor, " k"], grid: Triple) -> Float[Tensor, "n c 1"]:
     known = np.zeros(grid)
     known.reshape(-1)[visible.cpu()] = 1
-    weight = gaussian_filter(known, REACH, mode="constant") + FALLBACK
-    fields = []
-    for field in values[:, :, 0].cpu().double().numpy().T:
-        field = field.reshape(grid)
-        summed = gaussian_filter(field * known, REACH, mode="constant") + FALLBACK * field[known > 0].mean()
-        fields.append((summed / weight).reshape(-1))
-    return torch.from_numpy(np.stack(fields, axis=1)[:, :, None]).to(values)
+    maps = values[:, :, 0].T.cpu().double().numpy().reshape(-1, *grid)
+    means = maps.mean(axis=(1, 2, 3), where=known > 0, keepdims=True)
+    weighted = gaussian_filter(maps * known, REACH, mode="constant", axes=(1, 2, 3)) + FALLBACK * means
+    filled = weighted / (gaussian_filter(known, REACH, mode="constant") + FALLBACK)
+    return torch.from_numpy(filled.reshape(len(filled), -1, 1)).movedim(0, 1).to(values)
