@@ -6,11 +6,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import seeded
+from conftest import random_volume, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunet_vit_mae.networks.masking import BACKGROUND_DEVIATION, Masking, Masks, background_tokens, count_rebuilt
+from nnunet_vit_mae.networks.masking import (
+    BACKGROUND_DEVIATION,
+    Masking,
+    Masks,
+    background_tokens,
+    count_rebuilt,
+    take,
+)
 from nnunet_vit_mae.settings import count_visible
 
 B, C = 3, 2
@@ -49,6 +56,62 @@ def varying(tokens: set[int]) -> set[int]:
 
 def noise_for(samples: int = B, seed: int = 0) -> torch.Tensor:
     return torch.rand(samples, TOKENS, generator=seeded(seed + 1000))
+
+
+# ---------- where all tokens take part
+
+
+@few
+@given(b=st.integers(2, 4), n=st.integers(1, 60), ratio=st.floats(0.01, 0.99), seed=st.integers(0, 99))
+def test_each_token_is_either_visible_or_hidden(b, n, ratio, seed):
+    visible, hidden, counted = Masking(mask_ratio=ratio).draw(torch.rand(b, n, generator=seeded(seed)))
+    for v, h in zip(visible.tolist(), hidden.tolist(), strict=True):
+        assert sorted(v + h) == list(range(n))
+    assert counted.shape == hidden.shape
+    assert counted.all()
+
+
+@few
+@given(n=st.integers(1, 5000), ratio=st.floats(0.01, 0.99))
+def test_the_visible_tokens_are_the_rounded_share_and_at_least_one(n, ratio):
+    visible, hidden, _ = Masking(mask_ratio=ratio).draw(torch.rand(2, n, generator=seeded()))
+    assert visible.shape[1] == max(1, round(n * (1 - ratio))) == n - hidden.shape[1]
+
+
+@pytest.mark.parametrize(("n", "ratio", "visible"), [(1000, 0.9, 100), (512, 0.9, 51), (36, 0.75, 9), (3, 0.9, 1)])
+def test_known_numbers_of_visible_tokens(n, ratio, visible):
+    assert count_visible(n, ratio) == visible
+
+
+@few
+@given(n=st.integers(2, 40), ratio=st.floats(0.1, 0.9), seed=st.integers(0, 99))
+def test_the_tokens_with_the_lowest_noise_stay_visible(n, ratio, seed):
+    noise = torch.rand(3, n, generator=seeded(seed))
+    visible, hidden, _ = Masking(mask_ratio=ratio).draw(noise)
+    if hidden.shape[1]:
+        assert (take(noise, visible).amax(1) <= take(noise, hidden).amin(1)).all()
+
+
+@few
+@given(order=st.permutations(range(4)), seed=st.integers(0, 99))
+def test_a_mask_depends_on_the_noise_of_its_own_sample_only(order, seed):
+    noise = torch.rand(4, 31, generator=seeded(seed))
+    taking_part, masking = torch.rand(noise.shape, generator=seeded(seed + 1)) < 0.8, Masking(mask_ratio=0.7)
+    for choice in (None, taking_part):
+        straight = masking.draw(noise, choice)
+        permuted = masking.draw(noise[order], None if choice is None else choice[order])
+        assert all(torch.equal(s[order], p) for s, p in zip(straight, permuted, strict=True))
+
+
+@few
+@given(b=st.integers(2, 4), n=st.integers(1, 9), k=st.integers(0, 9), rest=st.lists(st.integers(1, 3), max_size=2))
+def test_take_equals_a_loop(b, n, k, rest):
+    values = random_volume(b, n, *rest)
+    index = torch.randint(n, (b, k), generator=seeded())
+    expected = torch.empty(b, k, *rest)
+    for sample, place in itertools.product(range(b), range(k)):
+        expected[sample, place] = values[sample, index[sample, place]]
+    assert torch.equal(take(values, index), expected)
 
 
 # ---------- background tokens

@@ -1,4 +1,4 @@
-"""Test tokens, positions, masks, transformer and encoder against literal loops and arithmetic done by hand."""
+"""Test tokens, transformer and encoder against literal loops and arithmetic done by hand."""
 
 import itertools
 import math
@@ -11,20 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
 from nnunet_vit_mae.networks.encoder import Encoder
-from nnunet_vit_mae.networks.masking import Masking, take
-from nnunet_vit_mae.networks.positions import Positions, sine_cosine_positions
+from nnunet_vit_mae.networks.masking import take
+from nnunet_vit_mae.networks.positions import Positions
 from nnunet_vit_mae.networks.tokenizer import Tokenizer, grid_of, padded, patchify, unpatchify, voxels_inside
 from nnunet_vit_mae.networks.transformer import Attention, Block, Transformer
-from nnunet_vit_mae.settings import Network, Pretraining, count_visible
-
-CPU = torch.device("cpu")
 
 tokens = st.tuples(*[st.sampled_from((1, 2, 4, 8))] * 3)
 unequal_sides = st.lists(st.integers(1, 13), min_size=3, max_size=3, unique=True)
 volume_shapes = st.tuples(st.integers(2, 3), st.integers(2, 3), unequal_sides).map(lambda s: (s[0], s[1], *s[2]))
-grids = st.tuples(st.integers(1, 7), st.integers(1, 7), st.integers(1, 7))
 few = settings(max_examples=25, deadline=None)
 
 
@@ -87,130 +82,6 @@ def test_the_tokenizer_is_one_linear_map_of_all_channels_of_a_token():
     embedded = tokenizer(patches).detach().numpy()
     for b, n in itertools.product(range(2), range(5)):
         np.testing.assert_allclose(embedded[b, n], weight @ patches[b, n].numpy().reshape(-1) + bias)
-
-
-# ---------- positions
-
-
-@few
-@given(grid=grids, width=st.integers(1, 40))
-def test_positions_have_a_row_per_token_and_the_width(grid, width):
-    assert sine_cosine_positions(grid, width, CPU).shape == (math.prod(grid), width)
-
-
-@few
-@given(grid=grids, other=grids, width=st.integers(6, 40))
-def test_a_place_has_the_same_position_in_every_grid(grid, other, width):
-    shared = tuple(map(min, grid, other))
-    first, second = (
-        sine_cosine_positions(g, width, CPU).reshape(*g, width)[: shared[0], : shared[1], : shared[2]]
-        for g in (grid, other)
-    )
-    assert torch.allclose(first, second, rtol=0, atol=1e-6)
-
-
-@few
-@given(grid=grids, width=st.integers(6, 40))
-def test_all_positions_of_a_grid_differ(grid, width):
-    positions = sine_cosine_positions(grid, width, CPU)
-    distances = torch.cdist(positions, positions) + 10 * torch.eye(len(positions))
-    assert distances.min() > 0.1
-
-
-def test_positions_are_sines_and_cosines_of_z_then_y_then_x():
-    positions = sine_cosine_positions((3, 4, 5), 14, CPU).reshape(3, 4, 5, 14)
-    expected = []
-    for place in (2, 1, 4):  # z y x; two frequencies: 1 and 10000 ** -0.5
-        expected += [math.sin(place), math.sin(place / 100), math.cos(place), math.cos(place / 100)]
-    assert positions[2, 1, 4].tolist() == pytest.approx([*expected, 0, 0], abs=1e-6)
-
-
-@few
-@given(width=st.integers(6, 40))
-def test_what_six_does_not_divide_of_the_width_stays_zero(width):
-    positions = sine_cosine_positions((2, 3, 4), width, CPU)
-    used = width // 6 * 6
-    assert not positions[:, used:].any()
-    assert positions[:, :used].any(dim=0).all()
-
-
-def test_positions_first_made_in_inference_mode_can_be_trained_with():
-    with torch.inference_mode():
-        positions = sine_cosine_positions((3, 1, 11), 13, CPU)  # a grid that no other test has
-    weight = torch.ones(13, requires_grad=True)
-    (positions * weight).sum().backward()
-    assert not positions.is_inference()
-    assert torch.equal(weight.grad, positions.sum(0))
-
-
-def test_a_training_step_leaves_the_cached_positions_as_they_were():
-    network = build_segmenter(Network(size="XS", token=(2, 4, 8), decoder="mae"), 2, 3, drop_path=0.0)
-    before = [sine_cosine_positions((4, 2, 3), width, CPU).clone() for width in (96, 48)]
-    network(random_volume(2, 2, 7, 5, 17)).sum().backward()
-    after = [sine_cosine_positions((4, 2, 3), width, CPU) for width in (96, 48)]
-    assert all(torch.equal(b, a) for b, a in zip(before, after, strict=True))
-
-
-def test_an_autoencoder_stores_nothing_but_its_parameters():
-    network = build_autoencoder(Network(size="XS", token=(2, 4, 8)), 2, Pretraining(mask_ratio=0.5))
-    assert set(network.state_dict()) == {name for name, _ in network.named_parameters()}
-    assert not any("position" in name for name in network.state_dict())
-
-
-# ---------- masking
-
-
-@few
-@given(b=st.integers(2, 4), n=st.integers(1, 60), ratio=st.floats(0.01, 0.99), seed=st.integers(0, 99))
-def test_each_token_is_either_visible_or_hidden(b, n, ratio, seed):
-    visible, hidden, counted = Masking(mask_ratio=ratio).draw(torch.rand(b, n, generator=seeded(seed)))
-    for v, h in zip(visible.tolist(), hidden.tolist(), strict=True):
-        assert sorted(v + h) == list(range(n))
-    assert counted.shape == hidden.shape
-    assert counted.all()
-
-
-@few
-@given(n=st.integers(1, 5000), ratio=st.floats(0.01, 0.99))
-def test_the_visible_tokens_are_the_rounded_share_and_at_least_one(n, ratio):
-    visible, hidden, _ = Masking(mask_ratio=ratio).draw(torch.rand(2, n, generator=seeded()))
-    assert visible.shape[1] == max(1, round(n * (1 - ratio))) == n - hidden.shape[1]
-
-
-@pytest.mark.parametrize(("n", "ratio", "visible"), [(1000, 0.9, 100), (512, 0.9, 51), (36, 0.75, 9), (3, 0.9, 1)])
-def test_known_numbers_of_visible_tokens(n, ratio, visible):
-    assert count_visible(n, ratio) == visible
-
-
-@few
-@given(n=st.integers(2, 40), ratio=st.floats(0.1, 0.9), seed=st.integers(0, 99))
-def test_the_tokens_with_the_lowest_noise_stay_visible(n, ratio, seed):
-    noise = torch.rand(3, n, generator=seeded(seed))
-    visible, hidden, _ = Masking(mask_ratio=ratio).draw(noise)
-    if hidden.shape[1]:
-        assert (take(noise, visible).amax(1) <= take(noise, hidden).amin(1)).all()
-
-
-@few
-@given(order=st.permutations(range(4)), seed=st.integers(0, 99))
-def test_a_mask_depends_on_the_noise_of_its_own_sample_only(order, seed):
-    noise = torch.rand(4, 31, generator=seeded(seed))
-    taking_part, masking = torch.rand(noise.shape, generator=seeded(seed + 1)) < 0.8, Masking(mask_ratio=0.7)
-    for choice in (None, taking_part):
-        straight = masking.draw(noise, choice)
-        permuted = masking.draw(noise[order], None if choice is None else choice[order])
-        assert all(torch.equal(s[order], p) for s, p in zip(straight, permuted, strict=True))
-
-
-@few
-@given(b=st.integers(2, 4), n=st.integers(1, 9), k=st.integers(0, 9), rest=st.lists(st.integers(1, 3), max_size=2))
-def test_take_equals_a_loop(b, n, k, rest):
-    values = random_volume(b, n, *rest)
-    index = torch.randint(n, (b, k), generator=seeded())
-    expected = torch.empty(b, k, *rest)
-    for sample, place in itertools.product(range(b), range(k)):
-        expected[sample, place] = values[sample, index[sample, place]]
-    assert torch.equal(take(values, index), expected)
 
 
 # ---------- transformer

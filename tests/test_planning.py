@@ -17,11 +17,10 @@ from nnunet_vit_mae.planning import (
     default_settings,
     default_token,
     fit_to_memory,
-    token_grid,
     token_steps,
 )
 from nnunet_vit_mae.presets import DECODERS
-from nnunet_vit_mae.settings import TOKEN_SIDES, Settings
+from nnunet_vit_mae.settings import TOKEN_SIDES, Settings, token_grid
 from nnunet_vit_mae.units import GIB, size_text
 
 patches = st.tuples(*[st.integers(1, 320)] * 3)

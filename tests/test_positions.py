@@ -4,12 +4,19 @@ import math
 
 import pytest
 import torch
+from conftest import random_volume
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
 from nnunet_vit_mae.networks.masking import Masking
-from nnunet_vit_mae.networks.positions import Positions, forget_positions, rotary_positions, rotated
+from nnunet_vit_mae.networks.positions import (
+    Positions,
+    forget_positions,
+    rotary_positions,
+    rotated,
+    sine_cosine_positions,
+)
 from nnunet_vit_mae.networks.transformer import Attention, GatedMLP, Transformer, plain_mlp
 from nnunet_vit_mae.presets import BLOCKS, POSITIONS
 from nnunet_vit_mae.settings import Network, Pretraining, token_grid
@@ -26,6 +33,72 @@ def index(z: int, y: int, x: int) -> int:
 
 places = st.tuples(*(st.integers(0, side - 1) for side in GRID))
 shifts = st.tuples(*(st.integers(-2, 2) for _ in GRID))
+grids = st.tuples(*[st.integers(1, 7)] * 3)
+
+
+# ---------- sine-cosine positions
+
+
+@few
+@given(grid=grids, width=st.integers(1, 40))
+def test_positions_have_a_row_per_token_and_the_width(grid, width):
+    assert sine_cosine_positions(grid, width, CPU).shape == (math.prod(grid), width)
+
+
+@few
+@given(grid=grids, other=grids, width=st.integers(6, 40))
+def test_a_place_has_the_same_position_in_every_grid(grid, other, width):
+    shared = tuple(map(min, grid, other))
+    first, second = (
+        sine_cosine_positions(g, width, CPU).reshape(*g, width)[: shared[0], : shared[1], : shared[2]]
+        for g in (grid, other)
+    )
+    assert torch.allclose(first, second, rtol=0, atol=1e-6)
+
+
+@few
+@given(grid=grids, width=st.integers(6, 40))
+def test_all_positions_of_a_grid_differ(grid, width):
+    positions = sine_cosine_positions(grid, width, CPU)
+    distances = torch.cdist(positions, positions) + 10 * torch.eye(len(positions))
+    assert distances.min() > 0.1
+
+
+def test_positions_are_sines_and_cosines_of_z_then_y_then_x():
+    positions = sine_cosine_positions((3, 4, 5), 14, CPU).reshape(3, 4, 5, 14)
+    expected = []
+    for place in (2, 1, 4):  # z y x; two frequencies: 1 and 10000 ** -0.5
+        expected += [math.sin(place), math.sin(place / 100), math.cos(place), math.cos(place / 100)]
+    assert positions[2, 1, 4].tolist() == pytest.approx([*expected, 0, 0], abs=1e-6)
+
+
+@few
+@given(width=st.integers(6, 40))
+def test_what_six_does_not_divide_of_the_width_stays_zero(width):
+    positions = sine_cosine_positions((2, 3, 4), width, CPU)
+    used = width // 6 * 6
+    assert not positions[:, used:].any()
+    assert positions[:, :used].any(dim=0).all()
+
+
+def test_positions_first_made_in_inference_mode_can_be_trained_with():
+    with torch.inference_mode():
+        positions = sine_cosine_positions((3, 1, 11), 13, CPU)  # a grid that no other test has
+    weight = torch.ones(13, requires_grad=True)
+    (positions * weight).sum().backward()
+    assert not positions.is_inference()
+    assert torch.equal(weight.grad, positions.sum(0))
+
+
+def test_a_training_step_leaves_the_cached_positions_as_they_were():
+    network = build_segmenter(Network(size="XS", token=(2, 4, 8), decoder="mae"), 2, 3, drop_path=0.0)
+    before = [sine_cosine_positions((4, 2, 3), width, CPU).clone() for width in (96, 48)]
+    network(random_volume(2, 2, 7, 5, 17)).sum().backward()
+    after = [sine_cosine_positions((4, 2, 3), width, CPU) for width in (96, 48)]
+    assert all(torch.equal(b, a) for b, a in zip(before, after, strict=True))
+
+
+# ---------- rotary positions
 
 
 @few
@@ -87,21 +160,22 @@ def test_a_step_in_mm_scales_all_axes_of_the_coordinates():
 def test_positions_are_in_no_state_dict(kind):
     network = Network(size="XS", token=(4, 8, 8), positions=kind)
     autoencoder = build_autoencoder(network, 2, Pretraining())
+    assert set(autoencoder.state_dict()) == {name for name, _ in autoencoder.named_parameters()}
     assert not any("position" in name or "rot" in name for name in autoencoder.state_dict())
     assert set(autoencoder.state_dict()) == set(
         build_autoencoder(Network(token=(4, 8, 8), size="XS"), 2, Pretraining()).state_dict()
     )
 
 
-@pytest.mark.parametrize(("kind", "differ"), [("rotary", True), ("both", True)])
-def test_attention_alone_tells_tokens_apart(kind, differ):
+@pytest.mark.parametrize("kind", ["rotary", "both"])
+def test_attention_alone_tells_tokens_apart(kind):
     """Equal tokens, nothing added: with rotary positions their outputs differ by place, without they cannot."""
     torch.manual_seed(0)
     attention, tokens = Attention(24, 2), torch.randn(1, 1, 24).expand(1, math.prod(GRID), 24).clone()
     tokens[:, 0] += 1  # something to look at
     table = Positions(kind).places(GRID, 24, 12, CPU).rotation
     turned, plain = attention(tokens, table)[0, 1:], attention(tokens)[0, 1:]
-    assert (turned.std(dim=0).max() > 1e-5) == differ
+    assert turned.std(dim=0).max() > 1e-5
     assert plain.std(dim=0).max() < 1e-5
 
 
