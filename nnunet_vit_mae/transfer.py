@@ -1,9 +1,9 @@
 """An encoder in a place it was not pre-trained for: what fits, what is adapted and said, what is refused.
 
-Positions belong to no checkpoint (learned ones of encoders from elsewhere are interpolated), so patch size and spacing
-may differ. Size, token and what else belongs to the weights must be equal. Channels are matched by name. Between an
-adaptive network (AMAE) and one that stacks its channels the tokenizer stays behind (AMAE, section 2.3, second
-approach).
+Positions belong to no checkpoint (learned ones of encoders from elsewhere are interpolated), so patch size, spacing
+and the order of the axes may differ. Size, token and what else belongs to the weights must be equal. Channels are
+matched by name. Between an adaptive network (AMAE) and one that stacks its channels the tokenizer stays behind (AMAE,
+section 2.3, second approach).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.presets import canonical_contrast
-from nnunet_vit_mae.weights import Card
+from nnunet_vit_mae.weights import Card, axis_names
 
 CHANNEL_KERNELS = ("tokenizer.projection.weight", "tokenizer.entry.weight")  # linear, convolutional
 NAMES_AND_SHAPES = {"blocks", "tokenizer", "learned_positions", "register_tokens"}  # of weights depend on these
@@ -37,6 +37,7 @@ class Destination:
     normalization: list[str]
     patch_size: list[int]
     spacing: list[float]
+    transpose_forward: list[int]
     network: dict[str, Any] = field(default_factory=dict)
 
 
@@ -78,6 +79,9 @@ def adapt_encoder(
         )
         if getattr(card, key) not in ([], getattr(destination, key))
     ]
+    if card.transpose_forward not in ([], destination.transpose_forward):
+        axes = [axis_names(order) for order in (card.transpose_forward, destination.transpose_forward)]
+        notes.append(f"Axes of the files {axes[0]} there, {axes[1]} here: the encoder sees them from another side.")
     if there != here:
         notes.append(f"Intensities were normalised by {', '.join(sorted(there))}, here by {', '.join(sorted(here))}.")
     adapted = dict(tensors)

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +36,7 @@ from nnunet_vit_mae.storage.files import short_hash, write_file
 
 CARD_KEY = "mae3d_card"
 HASH = r"[0-9a-f]{16}"  # of a case's name
-OPTIONAL = {"network", "source", "notes"}  # entries that cards of earlier versions lack
+OPTIONAL = {"network", "source", "notes", "transpose_forward"}  # entries that cards of earlier versions lack
 PACKAGES = ("nnunet-vit-mae", "nnunetv2", "torch")
 
 
@@ -46,6 +46,12 @@ def _known_for_all_axes(sides: list) -> list:
     return sides
 
 
+def _order_of_axes(order: list[int]) -> list[int]:
+    if sorted(order) not in ([], [0, 1, 2]):
+        raise ValueError("an order of the axes 0, 1 and 2, or an empty list")
+    return order
+
+
 Voxels = Annotated[int, Field(gt=0, le=10**6)]  # along an axis
 Millimetres = Annotated[FiniteFloat, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -53,7 +59,7 @@ AllAxes = AfterValidator(_known_for_all_axes)
 
 
 class PretrainedEncoder(nn.Module):
-    """An encoder that is called with volumes; `card` says which channels, spacing and normalisation they need.
+    """An encoder that is called with volumes; `card` says which channels, axes, spacing and normalisation they need.
 
     Shapes: volume (b c z y x) of any size -> tokens (b n d), and their grid (z y x), whose product is n. Tokens are in
     the order of the grid, z slowest.
@@ -106,6 +112,8 @@ class Card:
     network: dict[str, Any] = field(default_factory=dict)  # settings that belong to the weights
     source: str = ""  # of an encoder that was converted: the kind of checkpoint
     notes: list[str] = field(default_factory=list)  # what the conversion adapted or left out
+    # nnU-Net's order of the axes of a file (z y x), which become those of a volume; empty where it is not known
+    transpose_forward: Annotated[list[int], AfterValidator(_order_of_axes)] = field(default_factory=list)
 
     @property
     def origin(self) -> str:
@@ -153,6 +161,15 @@ class Card:
         if not known or not all(re.fullmatch(HASH, case) for case in known):
             return None
         return [name for name in case_names if hashed_name(name) in known]
+
+
+def axis_names(order: Sequence[int]) -> str:
+    """Return the axes of a file, z y x, in nnU-Net's order for its volumes.
+
+    >>> axis_names([1, 0, 2])
+    'y z x'
+    """
+    return " ".join("zyx"[axis] for axis in order)
 
 
 def hashed_name(case_name: str) -> str:

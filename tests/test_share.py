@@ -87,6 +87,7 @@ def test_the_folder_has_the_weights_and_says_what_they_are(encoder, tmp_path):
         "| contrasts, in the order of the channels | T1, FLAIR |",
         "| licence of the data | CC0 1.0 — “phantoms” |",
         "| spacing (z y x) | 3.0, 0.8, 0.9 mm |",
+        "| axes of the files, which are z y x, in the order of the volumes | z y x |",
         "| epochs, steps | 800, 1600 |",
         "| mask_ratio | 0.9 |",
         "![Loss and learning rate by epoch](loss.png)",

@@ -84,6 +84,10 @@ def test_an_encoder_in_its_own_place_stays_as_it_is_and_nothing_is_said(tensors)
             "Spacing (mm) [3.0, 0.8, 0.9] there, [1.0, 0.8, 0.9] here: a token has another length.",
         ),
         (
+            {"transpose_forward": [1, 0, 2]},
+            "Axes of the files z y x there, y z x here: the encoder sees them from another side.",
+        ),
+        (
             {"normalization": [Z, Z]},
             "Intensities were normalised by CTNormalization, ZScoreNormalization, here by ZScoreNormalization.",
         ),
@@ -99,10 +103,16 @@ def test_a_difference_that_needs_no_other_weights_is_said_and_changes_none(tenso
     assert all(adapted[name].numpy().tobytes() == tensors[name].numpy().tobytes() for name in tensors)
 
 
+def test_a_card_of_an_earlier_version_does_not_tell_the_order_of_the_axes(tensors):
+    card = make_card(transpose_forward=[])
+    assert adapt_encoder(tensors, card, destination_of(card, transpose_forward=[1, 0, 2]))[1] == []
+
+
 def test_every_difference_has_its_note(tensors):
     changes = {"patch_size": [8, 8, 8], "spacing": [1.0] * 3, "normalization": [Z], "channel_names": ["late phase"]}
+    changes["transpose_forward"] = [2, 1, 0]
     _, notes = adapt_encoder(tensors, make_card(), destination_of(make_card(), **changes))
-    assert [note.split()[0] for note in notes] == ["Patch", "Spacing", "Intensities", "Tokenizer:"]
+    assert [note.split()[0] for note in notes] == ["Patch", "Spacing", "Axes", "Intensities", "Tokenizer:"]
     assert all(note.endswith(".") for note in notes)
 
 

@@ -122,7 +122,7 @@ def _folds(plan: Plan) -> Iterator[Diagnosis]:
 
 def _encoders(plan: Plan) -> Iterator[Diagnosis]:
     settings = plan.settings
-    place = destination(settings.network, plan.configuration, plan.dataset_json)
+    place = destination(settings.network, plan.plans, plan.configuration, plan.dataset_json)
     files = [settings.encoder.file] if settings.encoder.file else _own_encoders(plan)
     for file in files:
         try:

@@ -125,7 +125,7 @@ def _share_below(plan: Plan, channel: int, lowest: float) -> float | None:
 def _starting_from(source: Plan, settings: Settings, start: Start) -> tuple[Settings, list[Choice]]:
     """Return the settings with a foreign encoder in them, if it fits."""
     place, tensors, card = start.place, start.tensors, start.card
-    here = destination(settings.network, source.configuration, source.dataset_json)
+    here = destination(settings.network, source.plans, source.configuration, source.dataset_json)
     try:
         _, notes = adapt_encoder(tensors, card, here)
     except UserError as error:

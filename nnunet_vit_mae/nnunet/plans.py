@@ -164,7 +164,9 @@ def resampling_spacings(plan: Plan, spacing: Sequence[float]) -> tuple[list[floa
     return own, own[: len(own) - len(target)] + target
 
 
-def destination(network: Network, configuration: ConfigurationManager, dataset_json: Mapping[str, Any]) -> Destination:
+def destination(
+    network: Network, plans: PlansManager, configuration: ConfigurationManager, dataset_json: Mapping[str, Any]
+) -> Destination:
     """Return what an encoder has to fit."""
     return Destination(
         size=network.size,
@@ -175,6 +177,7 @@ def destination(network: Network, configuration: ConfigurationManager, dataset_j
         normalization=list(configuration.normalization_schemes),
         patch_size=list(configuration.patch_size),
         spacing=list(configuration.spacing),
+        transpose_forward=list(plans.transpose_forward),
         network=network.encoder_settings,
     )
 

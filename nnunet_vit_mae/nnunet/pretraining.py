@@ -271,6 +271,7 @@ def _card(plan: Plan, fold: str, job: PretrainingJob, cases: list[PreprocessedCa
         data_licence=plan.licence,
         packages=package_versions(),
         network=job.network.encoder_settings,
+        transpose_forward=list(plan.plans.transpose_forward),
     )
 
 

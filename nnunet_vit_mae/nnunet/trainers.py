@@ -291,7 +291,7 @@ class nnUNetTrainerViTMAE(nnUNetTrainerViTScratch):  # noqa: N801
     def _load_encoder(self) -> None:
         file = self._find_encoder()
         tensors, card = read_encoder(file)
-        place = destination(self.settings.network, self.configuration_manager, self.dataset_json)
+        place = destination(self.settings.network, self.plans_manager, self.configuration_manager, self.dataset_json)
         try:
             tensors, notes = adapt_encoder(tensors, card, place)
         except UserError as error:

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from nnunet_vit_mae.hub import WEIGHTS
 from nnunet_vit_mae.pretraining.run_report import PROGRESS
 from nnunet_vit_mae.storage.files import without_paths, write_file, write_json
-from nnunet_vit_mae.weights import Card, encoder_content, file_hash, read_encoder
+from nnunet_vit_mae.weights import Card, axis_names, encoder_content, file_hash, read_encoder
 
 CONFIG, README, CURVE = "config.json", "README.md", "loss.png"
 UNKNOWN_REPOSITORY = "OWNER/NAME"
@@ -79,7 +79,7 @@ def _model_card(card: Card, **more: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["cell"] = _cell
+    environment.filters |= {"cell": _cell, "axes": axis_names}
     return environment.get_template("model_card.md.j2").render(card=card, **more)
 
 
