@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
+from nnunet_vit_mae.networks.blueprint import Blueprint
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
 from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.networks.tokenizer import ConvolutionalTokenizer, doublings, patchify, unpatchify
@@ -101,3 +102,13 @@ def test_pretraining_and_fine_tuning_share_the_encoder():
     build_segmenter(NETWORK, 2, 3, drop_path=0.1).encoder.load_state_dict(encoder)
     assert any(name.startswith("tokenizer.blocks") for name in encoder)
     assert token_grid(SHAPE, TOKEN) == GRID
+
+
+def test_the_widths_of_the_maps_are_known_without_a_tokenizer():
+    """Building one would draw random numbers, which the weights of a seed depend on."""
+    blueprint, before = Blueprint(network=NETWORK, channels=2), torch.get_rng_state()
+    widths = blueprint.stem_widths
+    assert torch.equal(torch.get_rng_state(), before)
+    volume = torch.randn(1, 2, *(side * tokens for side, tokens in zip(TOKEN, GRID, strict=True)))
+    maps = blueprint.tokenizer().with_maps(patchify(volume, TOKEN), GRID)[1]
+    assert widths == tuple(one.shape[1] for one in maps)

@@ -10,7 +10,7 @@ from torch import nn
 
 from nnunet_vit_mae.networks.positions import Positions, PositionTable
 from nnunet_vit_mae.networks.token_decoder import TokenDecoder
-from nnunet_vit_mae.networks.tokenizer import ConvolutionalTokenizer, Tokenizer, Triple
+from nnunet_vit_mae.networks.tokenizer import ConvolutionalTokenizer, Tokenizer, Triple, map_widths
 from nnunet_vit_mae.networks.transformer import Transformer
 from nnunet_vit_mae.networks.upsampling import narrowest_width
 from nnunet_vit_mae.presets import SIZES, Size
@@ -56,7 +56,9 @@ class Blueprint:
     @property
     def stem_widths(self) -> tuple[int, ...]:
         """Features of the maps that the tokenizer makes on the way, fine to coarse."""
-        return self.tokenizer().map_widths if self.network.tokenizer == "convolutional" else ()
+        if self.network.tokenizer != "convolutional":
+            return ()
+        return map_widths(self.token, narrowest_width(self.size.width))
 
     @property
     def positions(self) -> Positions:

@@ -90,14 +90,13 @@ class ConvolutionalTokenizer(nn.Module):
     def __init__(self, channels: int, token: Triple, width: int, *, narrowest: int):
         super().__init__()
         self.token = token
-        factors = stage_factors(token)[::-1]  # fine to coarse
-        self.map_widths = tuple(narrowest << level for level in range(len(factors)))
+        factors, widths = stage_factors(token)[::-1], map_widths(token, narrowest)  # fine to coarse
         self.entry = nn.Conv3d(channels, narrowest, kernel_size=3, padding=1)
-        self.blocks = nn.ModuleList(CubeBlock(features) for features in self.map_widths)
-        outputs = [*self.map_widths[1:], width]
+        self.blocks = nn.ModuleList(CubeBlock(features) for features in widths)
+        outputs = [*widths[1:], width]
         self.halvings = nn.ModuleList(
             nn.Conv3d(features, output, kernel_size=factor, stride=factor)
-            for features, output, factor in zip(self.map_widths, outputs, factors, strict=True)
+            for features, output, factor in zip(widths, outputs, factors, strict=True)
         )
 
     def forward(self, patches: Float[Tensor, "b k c v"]) -> Float[Tensor, "b k d"]:
@@ -148,3 +147,12 @@ def doublings(token: Triple) -> list[Triple]:
 def stage_factors(token: Triple) -> list[Triple]:
     """Return the doublings of a token, or the one stage of a token of a single voxel, which doubles nothing."""
     return doublings(token) or [(1, 1, 1)]
+
+
+def map_widths(token: Triple, narrowest: int) -> tuple[int, ...]:
+    """Return the features of each map that a `ConvolutionalTokenizer` makes on the way, fine to coarse.
+
+    >>> map_widths((2, 8, 8), 24)
+    (24, 48, 96)
+    """
+    return tuple(narrowest << level for level in range(len(stage_factors(token))))
