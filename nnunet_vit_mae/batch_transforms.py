@@ -1,8 +1,9 @@
 """nnU-Net's augmentation for a whole batch at once, on the training device.
 
 nnU-Net augments one volume after another on the CPU, which is too slow to keep a GPU busy with a vision transformer.
-Each function does what the transform of batchgeneratorsv2 that it names does with a single volume. It works on `rows`,
-each of which is one channel of one volume (k z y x, or k y x) with parameters of its own, drawn by nnU-Net's transform.
+Each function does what the transform of batchgeneratorsv2 that it names does with a single volume. Those that change
+intensities work on `rows`, each of which is one channel of one volume (k z y x, or k y x) with parameters of its own,
+drawn by nnU-Net's transform.
 """
 
 from __future__ import annotations

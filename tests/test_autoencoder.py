@@ -179,7 +179,7 @@ def test_predictions_do_not_depend_on_the_order_of_the_visible_tokens(order):
 
 
 def test_predictions_differ_from_hidden_token_to_hidden_token():
-    """Blanks differ in their positions alone."""
+    """Mask tokens differ in their positions alone."""
     patches = autoencoder()(random_volume(), random_masks()).patches.detach().flatten(2)
     distances = torch.cdist(patches, patches) + 10 * torch.eye(patches.shape[1])
     assert distances.min() > 1e-3

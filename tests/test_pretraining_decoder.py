@@ -160,14 +160,14 @@ def test_only_what_is_rebuilt_enters_the_decoder(adaptive, decoder, ratio, share
         assert context is None
 
 
-def test_blanks_and_their_context_know_where_they_are():
+def test_mask_tokens_and_their_context_know_where_they_are():
     decoder, inputs = autoencoder(decoder="cross").decoder, []
     decoder.transformer.blocks[0].register_forward_pre_hook(lambda _, given: inputs.append(given))
-    encoded, positions, blanks = (torch.randn(B, *shape) for shape in ((5, 96), (12, 48), (7, 48)))
+    encoded, positions, mask_tokens = (torch.randn(B, *shape) for shape in ((5, 96), (12, 48), (7, 48)))
     turns = decoder.places((3, 2, 2), torch.device("cpu")).rotation
-    decoder(encoded, Places(positions, turns), blanks)
+    decoder(encoded, Places(positions, turns), mask_tokens)
     ((tokens, rotation, context, context_rotation, _),) = inputs
-    assert torch.equal(tokens, blanks + positions[:, 5:])
+    assert torch.equal(tokens, mask_tokens + positions[:, 5:])
     assert torch.equal(context, decoder.embed(encoded) + positions[:, :5])
     assert torch.equal(rotation, turns[5:])
     assert torch.equal(context_rotation, turns[:5])

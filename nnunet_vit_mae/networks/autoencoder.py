@@ -1,6 +1,6 @@
 """Masked autoencoding of volumes (He et al. 2022, https://arxiv.org/abs/2111.06377; ViTiac, section 2.2).
 
-The encoder sees the visible tokens only; the decoder gets them back with blanks and predicts the hidden ones.
+The encoder sees the visible tokens only; the decoder gets them and mask tokens, and predicts the hidden ones.
 """
 
 from __future__ import annotations

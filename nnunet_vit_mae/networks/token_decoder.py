@@ -15,9 +15,9 @@ from nnunet_vit_mae.networks.transformer import Transformer
 
 
 class TokenDecoder(nn.Module):
-    """Encoded tokens (and blanks for hidden ones) in, one vector per token out.
+    """Encoded tokens (and mask tokens for hidden ones) in, one vector per token out.
 
-    All tokens attend to one another, as in the original; with `cross`, blanks attend to the encoded tokens alone
+    All tokens attend to one another, as in the original; with `cross`, mask tokens attend to encoded ones alone
     (CrossMAE, Fu et al. 2024, https://arxiv.org/abs/2401.14391), so that each is predicted whatever the others are.
     """
 
@@ -45,31 +45,27 @@ class TokenDecoder(nn.Module):
         self,
         encoded: Float[Tensor, "b k d"],
         places: Places,
-        blanks: Float[Tensor, "b m e"] | None = None,
+        mask_tokens: Float[Tensor, "b m e"] | None = None,
         group: Group | None = None,
     ) -> Float[Tensor, "b m_or_n outputs"]:
-        """Decode the tokens in the order given, blanks last; with blanks, only theirs are returned (n = k + m).
+        """Decode the tokens in the order given, mask tokens last; with these, only theirs are returned (n = k + m).
 
         With a group, the samples are contrast images, and all those of a study are decoded together.
         """
         transformer = self.transformer if group is None else partial(group.through, self.transformer)
         tokens = self.embed(encoded)
-        if blanks is None:
+        if mask_tokens is None:
             return self.head(transformer(tokens + places.embedding, places.rotation))
         if self.cross:
             seen, hidden = _split(places, tokens.shape[1])
-            queries = blanks + hidden.embedding
+            queries = mask_tokens + hidden.embedding
             return self.head(transformer(queries, hidden.rotation, tokens + seen.embedding, seen.rotation))
-        tokens = torch.cat([tokens, blanks.to(tokens.dtype)], dim=1) + places.embedding
+        tokens = torch.cat([tokens, mask_tokens.to(tokens.dtype)], dim=1) + places.embedding
         return self.head(transformer(tokens, places.rotation)[:, encoded.shape[1] :])
 
 
 def _split(places: Places, first: int) -> tuple[Places, Places]:
     """Return the places of the first tokens of a sequence, and those of the others."""
-    embedding, rotation = places
-    if rotation is None:
-        return Places(embedding[..., :first, :], None), Places(embedding[..., first:, :], None)
-    return (
-        Places(embedding[..., :first, :], rotation[..., :first, :, :]),
-        Places(embedding[..., first:, :], rotation[..., first:, :, :]),
-    )
+    rotations = (None, None) if places.rotation is None else places.rotation.tensor_split((first,), dim=-3)
+    seen, hidden = map(Places, places.embedding.tensor_split((first,), dim=-2), rotations)
+    return seen, hidden

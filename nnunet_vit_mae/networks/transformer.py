@@ -20,7 +20,7 @@ from nnunet_vit_mae.networks.packing import KERNEL_WIDTH, Packing, packed_attent
 from nnunet_vit_mae.networks.positions import rotated
 
 MLP_RATIO = 4
-BRANCH_SCALE = 0.1  # at which LayerScale starts
+LAYER_SCALE = 0.1  # at which it starts
 
 
 class Transformer(nn.Module):
@@ -95,10 +95,10 @@ class Block(nn.Module):
         modern = kind != "vit"
         self.attention_norm = nn.LayerNorm(width)
         self.attention = Attention(width, heads, inner_norm=kind == "modern")
-        self.attention_scale = BranchScale(width) if modern else nn.Identity()
+        self.attention_scale = LayerScale(width) if modern else nn.Identity()
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = GatedMLP(width) if modern else plain_mlp(width)
-        self.mlp_scale = BranchScale(width) if modern else nn.Identity()
+        self.mlp_scale = LayerScale(width) if modern else nn.Identity()
         self.drop_path = drop_path
 
     def forward(
@@ -198,12 +198,12 @@ class GatedMLP(nn.Module):
         return self.out(self.norm(functional.silu(self.gate(tokens)) * self.value(tokens)))
 
 
-class BranchScale(nn.Module):
-    """LayerScale (Touvron et al. 2021, https://arxiv.org/abs/2103.17239): a learned factor for each feature."""
+class LayerScale(nn.Module):
+    """A learned factor for each feature of a branch (Touvron et al. 2021, https://arxiv.org/abs/2103.17239)."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.factor = nn.Parameter(torch.full((width,), BRANCH_SCALE))
+        self.factor = nn.Parameter(torch.full((width,), LAYER_SCALE))
 
     def forward(self, branch: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         return branch * self.factor

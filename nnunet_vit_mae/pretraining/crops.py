@@ -34,7 +34,7 @@ class Samples(NamedTuple):
 
     volume: Float[Tensor, "s c z y x"]
     masks: Masks
-    present: list[list[int]]  # channels of each sample that hold anything but zeros
+    present: list[list[int]]  # channels of each sample; adaptive: those that hold anything but zeros
 
     def first(self) -> Samples:
         """Return the first sample alone."""
@@ -51,7 +51,7 @@ class CropBatch(NamedTuple):
     crops: Float[Tensor, "b c z y x"]
     flips: Bool[Tensor, "b 3"]  # along z y x
     masks: Masks  # of the flipped crops
-    present: list[list[int]]  # of each crop
+    present: list[list[int]]  # of each sample, of which a crop gives as many as it has masks
     affines: Float[Tensor, "b 3 3"] | None = None  # of the flipped crops; None: they are neither rotated nor scaled
 
     def pinned(self) -> CropBatch:

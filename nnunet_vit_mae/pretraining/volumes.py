@@ -1,6 +1,7 @@
-"""Preprocessed volumes in memory, in half precision and not compressed: a crop is then a copy and nothing else.
+"""Preprocessed volumes in their files, checked; and in memory, in half precision and not compressed.
 
-The memory is that of the host, which readers share, or that of the device that trains, which then needs no reader.
+Of a volume in memory a crop is a copy and nothing else. The memory is that of the host, which readers share, or that of
+the device that trains, which then needs no reader.
 """
 
 from __future__ import annotations
