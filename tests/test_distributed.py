@@ -227,7 +227,7 @@ def test_all_processes_stop_at_a_loss_that_is_not_finite_and_name_its_cases(file
     broken = np.full((2, *PATCH), np.nan, dtype=np.float32)
     blosc2.asarray(broken, urlpath=str(tmp_path / "nan.b2nd"), mode="w")
     job = make_job([*files, tmp_path / "nan.b2nd"])
-    crops = RandomCrops(job.files, PATCH, job.drawing, job.protocol.seed)
+    crops = job.crops()
     bad = next(read for read in range(len(job.files)) if crops.file_of(read).stem == "nan")
     with pytest.raises(SystemExit) as stop:
         distributed.start(partial(train, job, tmp_path / "out"), CPU, 2)

@@ -29,7 +29,6 @@ from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.positions import forget_positions
 from nnunet_vit_mae.presets import SIZES
 from nnunet_vit_mae.pretraining import loss
-from nnunet_vit_mae.pretraining.crops import RandomCrops
 from nnunet_vit_mae.pretraining.job import PretrainingJob
 from nnunet_vit_mae.pretraining.loss import PretrainingLoss
 from nnunet_vit_mae.pretraining.run import _step
@@ -162,9 +161,9 @@ def steps(
         spacing=(1.0, 1.0, 1.0),
         network=Network(size="XS", token=TOKEN, **network),
         protocol=Pretraining(batch_size=4, **protocol),
+        cache=cache,
     )
-    several = job.protocol.crops_per_volume
-    crops = RandomCrops(files, SIDES, job.drawing, 0, cache, crops_per_volume=several, affines=job.affines)
+    crops = job.crops()
     with GPU:
         model = PretrainingLoss(build_autoencoder(job.network, C, job.protocol))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)

@@ -11,7 +11,7 @@ from typing import Any
 from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.optimisation import warmup_cosine
 from nnunet_vit_mae.pretraining.affines import AffineDrawing
-from nnunet_vit_mae.pretraining.crops import MaskDrawing
+from nnunet_vit_mae.pretraining.crops import MaskDrawing, RandomCrops
 from nnunet_vit_mae.pretraining.volumes import Cache, DeviceCache
 from nnunet_vit_mae.settings import Network, Pretraining, to_json_types
 
@@ -29,10 +29,15 @@ class PretrainingJob:
     cache: Cache | DeviceCache | None = None
 
     @property
+    def masking(self) -> Masking:
+        """The shares of tokens that are hidden and rebuilt."""
+        return Masking(mask_ratio=self.protocol.mask_ratio, rebuilt_share=self.protocol.rebuilt_share)
+
+    @property
     def drawing(self) -> MaskDrawing:
         """How the masks of a crop are drawn."""
         return MaskDrawing(
-            masking=Masking(mask_ratio=self.protocol.mask_ratio, rebuilt_share=self.protocol.rebuilt_share),
+            masking=self.masking,
             token=self.network.token,
             adaptive=self.network.adaptive,
             skip_background=self.protocol.skip_background,
@@ -46,6 +51,19 @@ class PretrainingJob:
         if not rotation and scaling == (1.0, 1.0):
             return None
         return AffineDrawing(rotation=rotation, scaling=scaling, spacing=self.spacing)
+
+    def crops(self) -> RandomCrops:
+        """Return the crops of the run, with their masks."""
+        return RandomCrops(
+            self.files,
+            self.patch_size,
+            self.drawing,
+            self.protocol.seed,
+            self.cache,
+            crops_per_volume=self.protocol.crops_per_volume,
+            affines=self.affines,
+            mirroring=self.protocol.mirroring,
+        )
 
     @property
     def steps_per_epoch(self) -> int:

@@ -55,7 +55,7 @@ class PretrainingLoss(nn.Module):
 
 def loss_of_step(job: PretrainingJob, epoch: int, module: nn.Module, samples: Samples) -> tuple[Tensor, Tensor]:
     """Return what the module, which may be compiled, gives for the batch of a step."""
-    masks = job.drawing.masking.rounds(samples.masks)[0]
+    masks = job.masking.rounds(samples.masks)[0]
     # only networks that take each contrast on its own ask which there are; all others would be compiled for each answer
     present = samples.present if job.network.adaptive else None
     return module(samples.volume, masks, present, norm_pix=job.protocol.norm_pix_in(epoch))

@@ -24,7 +24,7 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.build import Autoencoder, build_autoencoder
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate
 from nnunet_vit_mae.pretraining import distributed
-from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, RandomCrops, Samples
+from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, Samples
 from nnunet_vit_mae.pretraining.job import PretrainingJob
 from nnunet_vit_mae.pretraining.loss import PretrainingLoss, compiled_where_it_pays, loss_of_step
 from nnunet_vit_mae.pretraining.readers import read_batches, reader_failures
@@ -98,12 +98,11 @@ def run(
             trackers = Trackers([*open_trackers(output), *more_trackers(job, output, state is not None)])
             opened.enter_context(closing(trackers))
         announce(job, network, device, done=len(losses) * job.steps_per_epoch + len(begun))
-        _train(job, RunReport(job, output, trackers), network, optimizer, losses, begun, device, readers)
+        _train(RunReport(job, output, trackers), network, optimizer, losses, begun, device, readers)
     return PretrainingResult(network, losses)
 
 
 def _train(
-    job: PretrainingJob,
     report: RunReport,
     network: Autoencoder,
     optimizer: torch.optim.Optimizer,
@@ -116,18 +115,8 @@ def _train(
 
     Raises `Stopped` after the step in which a signal came to any process, with the state saved.
     """
-    is_first = distributed.is_rank_0()
-    first_step = len(losses) * job.steps_per_epoch + len(begun)
-    crops = RandomCrops(
-        job.files,
-        job.patch_size,
-        job.drawing,
-        job.protocol.seed,
-        job.cache,
-        crops_per_volume=job.protocol.crops_per_volume,
-        affines=job.affines,
-        mirroring=job.protocol.mirroring,
-    )
+    job, is_first = report.job, distributed.is_rank_0()
+    first_step, crops = len(losses) * job.steps_per_epoch + len(begun), job.crops()
     place = {"rank": distributed.rank(), "processes": distributed.process_count()}
     reads = ConsecutiveBatches(first_step, job.steps, job.protocol.reads, **place)
     batches = read_batches(crops, reads, readers, pin_memory=device.type == "cuda")

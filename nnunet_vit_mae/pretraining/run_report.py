@@ -56,7 +56,7 @@ class RunReport:
         rates = list(map(job.last_rate, range(len(losses))))
         plot_progress(losses, rates, self.output / PROGRESS, plain=job.protocol.plain_epochs)
         norm_pix = job.protocol.norm_pix_in(len(losses) - 1)
-        views = rebuild(network, job.drawing.masking, sample, norm_pix=norm_pix)
+        views = rebuild(network, job.masking, sample, norm_pix=norm_pix)
         title = f"epoch {len(losses)}, loss {losses[-1]:.4f}"
         if norm_pix:
             title += "\nhidden tokens: predicted pattern, brightness and contrast interpolated from visible tokens"
