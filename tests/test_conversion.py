@@ -391,6 +391,17 @@ def test_patterns_reference_and_labels_can_be_chosen(folders, refused):
     assert description["channel_names"] == {"0": "FLAIR", "1": "T1POST"}
 
 
+@pytest.mark.parametrize("thickness", [None, 0, [3.0, 3.0], "n/a"])
+def test_a_thickness_that_is_no_length_is_left_out(folders, thickness):
+    """Before, `mae3d_evaluate` refused the table."""
+    source, output = folders
+    sidecar = {"Manufacturer": None, "SliceThickness": thickness}
+    write(scan(moved(), **COARSE)[0], source / "sub-01/anat/sub-01_T1w.nii.gz", **sidecar)
+    main(["-i", str(source), "-o", str(output), "-np", "1"])
+    (row,) = table(output / "scans.csv")
+    assert {row[name] for name in ("manufacturer", "slice_thickness_mm", "T1_slice_thickness_mm")} == {""}
+
+
 def test_a_label_and_a_contrast_along_other_axes_are_turned_without_interpolation(folders, monkeypatch):
     """As programs leave them that store their results in an orientation of their own."""
     source, output = folders

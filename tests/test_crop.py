@@ -235,6 +235,34 @@ def test_rejected_cases_are_moved_and_stay_so(command, tmp_path, refused):
         assert "Another process is writing to" in refused(main, "-o", str(command.output), "--reject", str(decisions))
 
 
+def test_a_rejected_case_stays_so_without_a_template(command, coarse_template, tmp_path, refused):
+    """A table that lacks the case for a while does not bring it back."""
+    command.add("a", moved(), label=False)
+    table, columns = tmp_path / "groups.csv", ["--csv", str(tmp_path / "groups.csv"), "--template_column", "group"]
+    complete = f"case,group\na,{coarse_template[0].name}\n"
+    table.write_text(complete)
+    (tmp_path / "reject.txt").write_text("a\n")
+    command.run(*columns, "--reject", str(tmp_path / "reject.txt"))
+    for content in (f"case,group\nb,{coarse_template[0].name}\n", complete):
+        table.write_text(content)
+        command.run(*columns, "--case", "case")
+        assert command.rows()["a"]["status"] == "rejected"
+    assert not (command.output / "imagesUn" / "a_0000.nii.gz").exists()
+
+
+def test_a_label_along_other_axes_is_turned(command):
+    command.add("a", moved())
+    file = command.labels / "a.nii.gz"
+    command.run()
+    expected = sitk.ReadImage(str(command.output / "labelsTr" / "a.nii.gz"))
+    sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(file)), "RAS"), str(file))
+    command.run()
+    got = sitk.ReadImage(str(command.output / "labelsTr" / "a.nii.gz"))
+    assert np.array_equal(sitk.GetArrayFromImage(got), sitk.GetArrayFromImage(expected))
+    assert got.GetDirection() == pytest.approx(expected.GetDirection())
+    assert got.GetOrigin() == pytest.approx(expected.GetOrigin(), abs=1e-3)
+
+
 def test_lists_of_windows_are_read_and_a_wrong_folder_stays_as_it_is(command, tmp_path, refused):
     command.add("a", moved(shift=(10, 0, 0)))
     decisions = tmp_path / "reject.txt"

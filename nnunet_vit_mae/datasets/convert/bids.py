@@ -169,4 +169,5 @@ def _scanner(file: Path) -> Scanner:
         content: Any = read_json(sidecar) if sidecar.exists() else {}
     except UserError:
         content = {}
-    return Scanner(*(str(content.get(key, "")) for key in KEYS)) if isinstance(content, dict) else Scanner()
+    values = [content.get(key) for key in KEYS] if isinstance(content, dict) else []
+    return Scanner(*("" if value is None else str(value) for value in values))

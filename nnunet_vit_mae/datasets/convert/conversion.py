@@ -7,6 +7,7 @@ written to the `key` only, a file outside the dataset.
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -344,7 +345,7 @@ def _read_label(
 
 def _first_columns(job: ConversionTask, reference: str) -> dict[str, str]:
     scanner = asdict(job.study.images[reference].scanner)
-    thickness = {SLICE_THICKNESS: scanner.pop("slice_thickness")}
+    thickness = {SLICE_THICKNESS: _length(scanner.pop("slice_thickness"))}
     patient, session = job.case.split("_")
     return (
         {"case": job.case, "patient": patient, "session": session, "contrasts": "", "reference": reference}
@@ -353,12 +354,20 @@ def _first_columns(job: ConversionTask, reference: str) -> dict[str, str]:
     )
 
 
+def _length(text: str) -> str:
+    """Return a length of a header (mm), or an empty field for what some state in its place, such as 0."""
+    try:
+        return text if 0 < float(text) < math.inf else ""
+    except ValueError:
+        return ""
+
+
 def _contrast_columns(study: Study, contrast: str, image: sitk.Image) -> dict[str, str]:
     """Return the columns about one contrast, as it was acquired."""
     scanner = study.images[contrast].scanner
     return {
         f"{contrast}_spacing_mm": " ".join(f"{mm:.4g}" for mm in image.GetSpacing()),
-        f"{contrast}_slice_thickness_mm": scanner.slice_thickness,
+        f"{contrast}_slice_thickness_mm": _length(scanner.slice_thickness),
         f"{contrast}_model": scanner.model,
         f"{contrast}_kernel": scanner.kernel,
     }

@@ -50,6 +50,7 @@ from nnunet_vit_mae.datasets.crop.sources import (
 from nnunet_vit_mae.datasets.tables import read_case_table, refuse_lost_zeros
 from nnunet_vit_mae.errors import UserError, WriteError, reader_reason
 from nnunet_vit_mae.imaging.channels import channel_file_name
+from nnunet_vit_mae.imaging.grids import turned_onto
 from nnunet_vit_mae.imaging.labels import whole_numbers
 from nnunet_vit_mae.imaging.registration import (
     Alignment,
@@ -160,6 +161,9 @@ def crop_scans(
     refuse_lost_zeros(settings.output / QC_TABLE, "case", rows, [scan.name for scan in scans])
     jobs = []
     for scan in scans:
+        if (row := rows.get(scan.name)) and row.status == REJECTED:
+            refuse_other_case(row, scan)
+            continue  # a reader's decision holds, whatever the settings and the table of templates
         try:
             candidates = _candidates(scan, names, template_of)
         except ScanError as error:
@@ -199,8 +203,8 @@ def _crop_case(job: CropTask) -> QCRow:
     first = next((image for image in images.values() if sitk.GetArrayViewFromImage(image).any()), None)
     if first is None:
         raise ScanError("all its images are zeros")
-    label = read_scan(scan.label) if scan.label else None
-    _check_grids(first, images, label)
+    images = {number: _on_the_grid(image, first, f"channel {number:04d}") for number, image in images.items()}
+    label = _on_the_grid(read_scan(scan.label), first, "label") if scan.label else None
     _check_values(label)
     region, alignment = _register_to_best(job, first)
     box = find_box(region, alignment.transform, first, settings.margin)
@@ -260,11 +264,13 @@ def _cached_region(template: Path, region: Path) -> Region:
     return read_region(template, region)
 
 
-def _check_grids(first: sitk.Image, images: Mapping[int, sitk.Image], label: sitk.Image | None) -> None:
-    others = {f"channel {number:04d}": image for number, image in images.items()}
-    for name, image in (others | ({"label": label} if label is not None else {})).items():
-        if difference := geometry_of(first).difference(geometry_of(image)):
-            raise ScanError(f"its {name} differs from the first channel in {difference}: resample one to the other")
+def _on_the_grid(image: sitk.Image, first: sitk.Image, name: str) -> sitk.Image:
+    """Return an image along the axes of the first channel; raises `ScanError` if its voxels lie in other places."""
+    turned = turned_onto(image, first)
+    if turned is None:
+        difference = geometry_of(first).difference(geometry_of(image))
+        raise ScanError(f"its {name} differs from the first channel in {difference}: resample one to the other")
+    return turned
 
 
 def _check_values(label: sitk.Image | None) -> None:
@@ -356,8 +362,6 @@ def _thumbnails_of_templates(jobs: list[CropTask], output: Path) -> None:
 def _is_cropped(row: QCRow | None, job: CropTask) -> bool:
     if row is None or row.status == FAILED:
         return False
-    if row.status == REJECTED:  # a reader's decision holds whatever the settings
-        return True
     return row.made_of == job.made_of and all(file.exists() for file in files_of(row, job.settings.output))
 
 
