@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -51,8 +52,6 @@ def _diagnoses(args: argparse.Namespace) -> list[Diagnosis]:
     found = [*diagnose_packages(), *diagnose_imports()]
     if any(diagnosis.level == ERROR for diagnosis in found):  # what follows would not load
         return found
-
-    import os
 
     from nnunet_vit_mae.doctor.installation import diagnose_compiler
     from nnunet_vit_mae.doctor.machine import diagnose_gpu, diagnose_shared_memory, diagnose_workers
