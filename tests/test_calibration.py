@@ -211,6 +211,16 @@ def test_folds_that_nobody_chose_are_named(model, caplog):
         assert caplog.messages.count(told) == times
 
 
+@pytest.mark.parametrize("model", ["several"], indirect=True)
+def test_figures_of_labels_that_look_like_paths_stay_in_their_folder(model):
+    file = model / "dataset.json"
+    labels = {"background": 0, "blob/../../edge": 1, "rim": 2}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"labels": labels}))
+    calibrate()
+    figures = sorted(figure.name for figure in model.glob("calibration_bland_altman*"))
+    assert figures == ["calibration_bland_altman_blob_.._.._edge.png", "calibration_bland_altman_rim.png"]
+
+
 @pytest.mark.parametrize("model", LABELS, indirect=True)
 def test_checkpoints_carry_the_shift_and_nothing_else_changes(model):
     calibrate()
@@ -695,13 +705,18 @@ def test_scans_that_hold_nothing_to_measure_get_no_volume(model, in_workspace, s
     images, _ = blob(40)
     write_case(scans.parent / "images", "nan", [np.where(images[0] > images[0].mean(), images[0], np.nan), images[1]])
     write_case(scans.parent / "images", "zeros", [image * 0 for image in images])
+    write_case(scans.parent / "images", "damaged", [image.astype(np.uint8) for image in images])
+    damaged = scans / "damaged_0001.nii.gz"
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-200] + bytes(100) + content[-100:])  # with a whole header and trailer
     quantify(scans, table)
-    assert "2 of 6 cases have no volume (nan, zeros)" in caplog.text
+    assert "3 of 7 cases have no volume (damaged, nan, zeros)" in caplog.text
     with table.open() as stream:
         rows = {row["case"]: row for row in csv.DictReader(stream)}
     assert {row["volume_mm3"] for row in (rows["nan"], rows["zeros"])} == {""}
     assert "nan_0000.nii.gz holds voxels that are NaN or infinite" in rows["nan"]["warnings"]
     assert "all its images are zeros" in rows["zeros"]["warnings"]
+    assert "damaged_0001.nii.gz is cut off or damaged, copy it again" in rows["damaged"]["warnings"]
     assert "axes" not in rows["scan_0"]["warnings"]
 
 

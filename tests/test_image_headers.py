@@ -18,7 +18,7 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.labels import read_mask
 from nnunet_vit_mae.imaging.scans import ScanError, read_scan
 from nnunet_vit_mae.imaging.stated_geometry import nifti_ambiguities
-from nnunet_vit_mae.imaging.volumes import read_geometry
+from nnunet_vit_mae.imaging.volumes import read_geometry, refuse_unusable
 
 AFFINE = np.diag([0.5, 0.6, 2.0, 1.0])
 VOXELS = np.random.default_rng(0).integers(-100, 100, (7, 6, 5)).astype(np.int16)  # x y z
@@ -99,6 +99,23 @@ def test_names_that_do_not_fit_the_content_are_named(tmp_path):
     file.write_bytes(gzip.compress(nifti().to_bytes())[:100])
     with pytest.raises(ScanError, match="is cut off"):
         read_geometry(file)
+
+
+def test_voxels_that_are_damaged_behind_a_good_header_are_not_measured(tmp_path):
+    voxels = np.random.default_rng(0).normal(0, 30, (40, 256, 256)).astype(np.int16)
+    zipped, cut_off = tmp_path / "a.nii.gz", tmp_path / "a.mha"
+    for file in (zipped, cut_off):
+        sitk.WriteImage(sitk.GetImageFromArray(voxels), str(file))
+        refuse_unusable([file], read_geometry(file))
+    content = bytearray(zipped.read_bytes())
+    content[len(content) // 2] ^= 0x5A
+    zipped.write_bytes(content)
+    assert not np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(zipped))), voxels)
+    with pytest.raises(ScanError, match="is cut off or damaged"):
+        refuse_unusable([zipped], read_geometry(zipped))
+    cut_off.write_bytes(cut_off.read_bytes()[:-20_000])
+    with pytest.raises(RuntimeError, match="No such file or directory"):  # which `reader_reason` knows
+        refuse_unusable([cut_off], read_geometry(cut_off))
 
 
 @pytest.mark.parametrize(("ending", "entry"), [(".mha", "ElementSpacing"), (".nrrd", "space directions")])

@@ -91,6 +91,7 @@ def test_arms_of_a_file_stand_beside_those_of_ours(tmp_path):
         ({"a": {}}, "either a trainer, or members"),
         ({"a": {"trainer": "T", "members": ["unet", "vit"]}}, "either a trainer, or members"),
         ({"a": {"trainer": "T", "recipe": {"network": 1}}}, r"recipe\.network is 1, but it must be an object"),
+        ({"a": {"trainer": "T", "planner": "P"}}, "has the planner P, but would use nnUNetPlans: name the plans"),
         ({"a": []}, r"is \[\], but it must be an object: .* an arm has some of trainer, recipe"),
     ],
 )

@@ -21,6 +21,7 @@ from nibabel.spatialimages import HeaderDataError
 
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, NIFTI, without_ending
 
+GZIP = b"\x1f\x8b"  # at the start of a gzip file
 HEADER = 2**16  # bytes, of which a NIFTI-2 header takes 540
 NIFTI_2 = 540  # size of its header, its first entry
 UNITS = {1: "metres", 3: "micrometres"}  # codes of NIfTI; 2 is mm, 0 unknown
@@ -126,7 +127,8 @@ def _start(file: Path) -> bytes:
     try:
         with (gzip.open if is_compressed else open)(file, "rb") as stream:
             return stream.read(HEADER)
-    except gzip.BadGzipFile:
-        raise UnreadableHeaderError("is not compressed, although its name ends with .gz") from None
-    except (EOFError, zlib.error):
-        raise UnreadableHeaderError(CUT_OFF) from None
+    except (EOFError, zlib.error, gzip.BadGzipFile):  # the last one for a wrong checksum, too
+        with file.open("rb") as stream:
+            is_gzip = stream.read(len(GZIP)) == GZIP
+        what = CUT_OFF if is_gzip else "is not compressed, although its name ends with .gz"
+        raise UnreadableHeaderError(what) from None

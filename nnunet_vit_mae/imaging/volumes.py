@@ -144,21 +144,25 @@ def refuse_large(files: Iterable[Path]) -> None:
                 image_header(file)
 
 
-def refuse_empty(files: Sequence[Path], geometry: Geometry) -> None:
-    """Raise `ScanError` if the images of a case hold nothing to measure: only zeros, or NaN or infinite voxels.
+def refuse_unusable(files: Sequence[Path], geometry: Geometry) -> None:
+    """Read the images of a case, and see that there is something to measure in them.
 
     Args:
         files: The images of one case, one for each channel.
         geometry: That of the first one.
+
+    Raises:
+        ScanError: If an image is damaged, or holds NaN or infinite voxels, or if all of them hold only zeros.
+        Exception: Whatever a reader raises if the voxels cannot be read; such a message may contain a path.
     """
     if all(only_zeros(file, geometry) for file in files):
         raise ScanError("all its images are zeros")
     for file in files:
-        reader = image_header(file)
-        if reader.GetPixelID() in (sitk.sitkFloat32, sitk.sitkFloat64):
-            image = read_image(file)
-            if not all_finite(sitk.GetArrayViewFromImage(image), file):
-                raise ScanError(f"{file.name} {NOT_FINITE}")
+        image = read_image(file)
+        if file.name.lower().endswith(".gz") and _unpacked_size(file) is None:  # ITK looks at no checksum
+            raise ScanError(f"{file.name} {CUT_OFF}")
+        if not all_finite(sitk.GetArrayViewFromImage(image), file):
+            raise ScanError(f"{file.name} {NOT_FINITE}")
 
 
 def geometry_of(image: sitk.Image) -> Geometry:
@@ -199,11 +203,17 @@ def _is_cut_off(file: Path) -> bool:
         stream.seek(-4, SEEK_END)
         if int.from_bytes(stream.read(4), "little") == expected % 2**32:
             return False
-    try:  # some tools write several gzip members, or trailing bytes
+    size = _unpacked_size(file)  # some tools write several gzip members, or trailing bytes
+    return size is None or size < expected
+
+
+def _unpacked_size(file: Path) -> int | None:
+    """Return the bytes in a gzip file, all of which are read; None if it is damaged."""
+    try:
         with gzip.open(file) as stream:
-            return sum(len(piece) for piece in iter(lambda: stream.read(2**20), b"")) < expected
+            return sum(len(piece) for piece in iter(lambda: stream.read(2**20), b""))
     except (EOFError, OSError, zlib.error):
-        return True
+        return None
 
 
 def _is_short(file: Path, reader: sitk.ImageFileReader) -> bool:

@@ -7,6 +7,7 @@ model is therefore an ordinary checkpoint, with which nnU-Net's own command pred
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -93,7 +94,7 @@ def write(model: Model, cases: Sequence[PredictedCase], fitted: FittedModel) -> 
         folder / "calibration_reliability.png": reliability_figure(fitted.reliability, fitted.temperature),
     }
     for label in classes.names:
-        ending = f"_{label}" if len(classes.names) > 1 else ""
+        ending = re.sub(r"[/\\]", "_", f"_{label}") if len(classes.names) > 1 else ""  # not the names of folders
         figures[folder / f"calibration_bland_altman{ending}.png"] = agreement_figure(calibration.volumes, label)
     for file, figure in figures.items():
         save_figure(figure, file)

@@ -21,7 +21,7 @@ from nnunet_vit_mae.calibration.record import CALIBRATION_RECORD
 from nnunet_vit_mae.errors import UserError, abbreviated, reader_reason
 from nnunet_vit_mae.evaluation.clinical import find_cutoffs, group_names, group_of
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, visible_files
-from nnunet_vit_mae.imaging.volumes import Geometry, ScanError, read_geometry, refuse_empty, without_warnings_of_itk
+from nnunet_vit_mae.imaging.volumes import Geometry, ScanError, read_geometry, refuse_unusable, without_warnings_of_itk
 from nnunet_vit_mae.nnunet.calibrated import read_calibration_of
 from nnunet_vit_mae.nnunet.models import Model, model_hash
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
@@ -300,7 +300,7 @@ def _read_geometry(plan: Plan, case: PredictionCase) -> Geometry:
             raise ScanError(f"{image.name} and {case.images[0].name} differ in {difference}")
     try:
         with without_warnings_of_itk():
-            refuse_empty(case.images, geometries[0])
+            refuse_unusable(case.images, geometries[0])
     except ScanError:
         raise
     except Exception as error:  # noqa: BLE001 (a header alone does not tell that voxels can be read)

@@ -117,6 +117,11 @@ def _arm_from(entry: Any, name: str, source: str) -> Arm:
         raise UserError(f"The arm {name} in {source} has the unknown key {unknown[0]}: choose from {', '.join(known)}.")
     if bool(arm.trainer) == bool(arm.members):
         raise UserError(f"The arm {name} in {source} needs either a trainer, or members to take the mean of.")
+    if arm.planner and arm.plans == DEFAULT_PLANS:
+        raise UserError(
+            f"The arm {name} in {source} has the planner {arm.planner}, but would use {DEFAULT_PLANS}: name the plans "
+            "that the planner makes, as in the arm resenc."
+        )
     return arm
 
 
