@@ -347,6 +347,20 @@ def test_without_a_table_each_case_is_a_patient_or_those_of_a_former_call(data, 
     assert json.loads((data / "patients.json").read_text())["c8"] == "P4"
 
 
+def test_a_case_that_came_after_the_split(data, tmp_path, refused, capsys):
+    """Without a table it is a patient of its own, as the others are; a table that was given has to have it."""
+    main(["-d", "905", "--folds", "2"])
+    label = next((tmp_path / "raw" / "Dataset905_Cohort" / "labelsTr").iterdir())
+    label.with_name("c9.nii.gz").write_bytes(label.read_bytes())
+    assert "c9 is in no fold" in refused(main, "-d", "905", "--verify")
+    main(["-d", "905", "--folds", "2", "--overwrite"])
+    assert json.loads((data / "patients.json").read_text())["c9"] == "c9"
+    label.with_name("c9.nii.gz").unlink()
+    typed("--folds", "2", "--overwrite")
+    label.with_name("c9.nii.gz").write_bytes(label.read_bytes())
+    assert "patients.json has no row for c9: give a table of all cases with --csv." in refused(main, "-d", "905")
+
+
 def test_labels_of_the_preprocessed_dataset_do(data, tmp_path):
     raw = tmp_path / "raw" / "Dataset905_Cohort"
     data.mkdir(parents=True)

@@ -15,7 +15,7 @@ from nnunet_vit_mae.datasets.split.files import (
     read_splits,
     write_splits,
 )
-from nnunet_vit_mae.datasets.split.patients import PATIENTS, read_patients
+from nnunet_vit_mae.datasets.split.patients import PATIENTS, recorded_patients
 from nnunet_vit_mae.datasets.split.splits import (
     LabelledCase,
     SplitOptions,
@@ -48,9 +48,9 @@ class Cohort:
 def read_cohort(raw: Path, preprocessed: Path, columns: PatientColumns, folder: Path) -> Cohort:
     """Find the labelled cases of a dataset and their patients.
 
-    Patients come from the table in `columns`, else from an earlier split in `folder`; without either, each case counts
-    as its own patient. The note says which unlabelled cases have no patient. Raises `UserError` if there are no labels,
-    or if a labelled case has no patient.
+    Patients come from the table in `columns`, else from an earlier split in `folder` that had one; without either, each
+    case counts as its own patient. The note says which unlabelled cases have no patient. Raises `UserError` if there
+    are no labels, or if a labelled case has no patient.
     """
     labels = find_label_files(raw, preprocessed)
     cases = list(labels.files)
@@ -58,15 +58,15 @@ def read_cohort(raw: Path, preprocessed: Path, columns: PatientColumns, folder: 
     if columns.file is not None:
         table = read_case_table(columns.file, columns.case, [*cases, *unlabelled, *tested])
         cohort = Cohort(labels, table.patients(columns.patient), table)
-        source = table.file
-    elif (folder / PATIENTS).is_file():
-        source = folder / PATIENTS
-        cohort = Cohort(labels, read_patients(source), note=f"Patients are taken from {source}; --csv replaces them.")
+        source, advice = table.file, "complete it, or check --case"
+    elif (recorded := recorded_patients(folder)) and any(case != recorded[case] for case in recorded):
+        source, advice = folder / PATIENTS, "give a table of all cases with --csv"
+        cohort = Cohort(labels, recorded, note=f"Patients are taken from {source}; --csv replaces them.")
     else:
         note = "Without --csv, each case counts as a patient of its own."
         return Cohort(labels, {case: case for case in cases}, note=note)
     if missing := [case for case in cases if case not in cohort.patients]:
-        raise UserError(f"{source} has no row for {abbreviated(missing)}: complete it, or check --case.")
+        raise UserError(f"{source} has no row for {abbreviated(missing)}: {advice}.")
     if missing := [case for case in unlabelled if case not in cohort.patients]:
         note = f"{source} has no row for {abbreviated(missing)} of imagesUn: each counts as a patient of its own."
         return replace(cohort, note=f"{cohort.note}\n{note}".lstrip())
