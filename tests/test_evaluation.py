@@ -208,9 +208,12 @@ def test_a_slice_thickness_that_is_no_length_is_refused(data, no_report, refused
 
 def test_a_folder_that_is_of_no_vit_is_refused(data, refused):
     unet = model_folder(data / "a", "nnUNetTrainerBaseline", size="S")
+    other = model_folder(data / "b", "nnUNetTrainerViTMAE", size="S")
+    (other / "plans.json").write_text("{}")
     for value, sentence in {
         f"ViT={unet}": "trains no ViT",
         f"ViT={data}": "is not the folder of a model",
+        f"ViT={other}": "plans.json cannot be used, because it has no configurations: give the folder of a model",
         f"other={unet}": "there is no model other",
         "ViT": "write NAME=PATH",
     }.items():

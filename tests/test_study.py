@@ -302,6 +302,12 @@ def test_samples_and_parameters_are_those_of_the_trainer(tmp_path):
     configuration = {"batch_size": 2, "vit_mae": {"finetuning": {"batch_size": 4, "epochs": 10, "iterations": 5}}}
     assert costs.samples_text(configuration, "nnUNetTrainerBaseline") == "100 (10 x 5 x 2)"
     assert costs.samples_text(configuration, "nnUNetTrainerViTMAE") == "200 (10 x 5 x 4)"
+    study = study_of(tmp_path, few=(10,), configuration="own")
+    own = {"inherits_from": "3d_fullres", "vit_mae": configuration["vit_mae"]}
+    write_json(
+        {"configurations": {"3d_fullres": {"batch_size": 2}, "own": own}}, study.model_folder("unet", 0) / "plans.json"
+    )
+    assert costs.cost_of(study, "unet").samples == "100 (10 x 5 x 2)"
     weight = torch.zeros(3, 4)
     torch.save({"network_weights": {"a": weight, "same": weight, "b": torch.zeros(5)}}, tmp_path / "checkpoint.pth")
     assert costs.count_parameters(tmp_path / "checkpoint.pth") == 17

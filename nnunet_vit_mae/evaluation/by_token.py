@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -20,10 +21,17 @@ from nnunet_vit_mae.evaluation.drawing import (
 )
 from nnunet_vit_mae.presets import SIZES
 from nnunet_vit_mae.settings import BLOCK, Network, Settings
-from nnunet_vit_mae.storage.files import read_json
+from nnunet_vit_mae.storage.entries import read_entries
 from nnunet_vit_mae.storage.layout import PLANS
 
 VIT_TRAINERS = ("ViT", "AMAE")  # parts of the names of our trainers that train a ViT
+
+
+@dataclass(frozen=True)
+class _Plans:
+    """What is read of nnU-Net's plans."""
+
+    configurations: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,8 @@ def read_trained_vit(folder: Path) -> TrainedVit:
         raise UserError(f"{folder} is not the folder of a model: give nnU-Net's, TRAINER__PLANS__CONFIGURATION.")
     if not trains_vit(trainer):
         raise UserError(f"{folder}: the trainer {trainer} trains no ViT, so there is no token: leave the model out.")
-    configuration = read_json(file)["configurations"].get(others[1], {})
+    plans = read_entries(_Plans, file, "give the folder of a model that nnUNetv2_train wrote")
+    configuration = plans.configurations.get(others[1], {})
     if BLOCK not in configuration:
         raise UserError(f"{file} says nothing of the ViT's token: write plans with mae3d_plan, and train with these.")
     settings = Settings.from_dict(configuration[BLOCK])

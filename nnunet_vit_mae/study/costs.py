@@ -90,7 +90,14 @@ def _samples_text(study: StudyDesign, arm: str) -> str:
         return ""
     if not study.arms[arm].scheduled:
         return "as its trainer"
-    return samples_text(read_json(file)["configurations"][study.configuration], study.arms[arm].trainer)
+    planned = _with_inherited(read_json(file)["configurations"], study.configuration)
+    return samples_text(planned, study.arms[arm].trainer)
+
+
+def _with_inherited(configurations: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    """Return a configuration of nnU-Net's plans with what it inherits from others."""
+    own = configurations[name]
+    return {**(_with_inherited(configurations, own["inherits_from"]) if "inherits_from" in own else {}), **own}
 
 
 def samples_text(configuration: dict[str, Any], trainer: str) -> str:
