@@ -149,10 +149,15 @@ def stage_factors(token: Triple) -> list[Triple]:
     return doublings(token) or [(1, 1, 1)]
 
 
+def stage_widths(narrowest: int, stages: int) -> list[int]:
+    """Return the features of each stage, coarse to fine: the last has the fewest, each one before it twice as many."""
+    return [narrowest << level for level in reversed(range(stages))]
+
+
 def map_widths(token: Triple, narrowest: int) -> tuple[int, ...]:
     """Return the features of each map that a `ConvolutionalTokenizer` makes on the way, fine to coarse.
 
     >>> map_widths((2, 8, 8), 24)
     (24, 48, 96)
     """
-    return tuple(narrowest << level for level in range(len(stage_factors(token))))
+    return tuple(reversed(stage_widths(narrowest, len(stage_factors(token)))))

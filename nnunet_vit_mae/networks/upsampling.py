@@ -11,11 +11,6 @@ from torch import Tensor, nn
 from nnunet_vit_mae.networks.tokenizer import Triple
 
 
-def stage_widths(narrowest: int, stages: int) -> list[int]:
-    """Return the features of each stage, coarse to fine: the last has the fewest, each one before it twice as many."""
-    return [narrowest << level for level in reversed(range(stages))]
-
-
 def narrowest_width(encoder_width: int) -> int:
     """Return the features at full resolution: a sixteenth of the encoder's width, in steps of eight."""
     return max(8, 8 * round(encoder_width / 128))
