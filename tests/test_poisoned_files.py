@@ -185,6 +185,13 @@ def test_numbers_and_arrays_of_numpy_are_read(tmp_path, protocol):
         assert (read["scalar"], read["whole"], read["flag"]) == (0.5, 3, True)
 
 
+@pytest.mark.parametrize("weights", [None, [], {"a": 1}, {"a": torch.ones(2), 3: torch.ones(2)}])
+def test_what_holds_no_weights_is_no_checkpoint(tmp_path, weights):
+    torch.save({"network_weights": weights}, tmp_path / "checkpoint.pth")
+    with pytest.raises(UserError, match="is not a checkpoint of nnU-Net"):
+        read_trained(tmp_path / "checkpoint.pth")
+
+
 def test_names_of_numpy_1_are_read(tmp_path):
     """As pickled by numpy 1, whose core had another name."""
     content = pickle.dumps({"scalar": np.float64(2.5)}, protocol=2).replace(b"numpy._core.multi", b"numpy.core.multi")

@@ -56,9 +56,14 @@ def read_trained(file: Path, *, mmap: bool = False) -> dict[str, Any]:
             f"{file} cannot be read ({first_line(error)}), because only weights and plain values are unpickled: train "
             "again, or name another checkpoint."
         ) from None
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("network_weights"), dict):
+    weights = checkpoint.get("network_weights") if isinstance(checkpoint, dict) else None
+    if not isinstance(weights, dict) or not all(map(_is_weight, weights, weights.values())):
         raise UserError(f"{file} is not a checkpoint of nnU-Net: train again, or name another file.")
     return checkpoint
+
+
+def _is_weight(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and isinstance(value, torch.Tensor)
 
 
 def read_properties(file: Path) -> dict[str, Any]:
