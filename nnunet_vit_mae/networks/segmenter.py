@@ -37,15 +37,10 @@ class Segmenter(nn.Module):
     ) -> Float[Tensor, "b classes z y x"] | list[Tensor]:
         """Return logits in whatever precision the surroundings ask for; `present` as in `AdaptiveEncoder.encode`."""
         logits = self.decoder(self.encoder.encode(volume, self.taps, present))
-        shape = volume.shape[2:]
-        if not isinstance(logits, list):
-            return _cut(logits, shape)
-        whole = logits[0].shape[2:]
-        factors = [[large // small for large, small in zip(whole, part.shape[2:], strict=True)] for part in logits]
-        return [
-            _cut(part, [side // factor for side, factor in zip(shape, own, strict=True)])
-            for part, own in zip(logits, factors, strict=True)
-        ]
+        if isinstance(logits, list):  # those of `unet`, which end with the volume
+            return logits
+        z, y, x = volume.shape[2:]
+        return logits[:, :, :z, :y, :x]
 
 
 def prior_logits(classes: int, foreground: float, *, regions: bool) -> list[float]:
@@ -76,9 +71,3 @@ def start_from(heads: Iterable[nn.Module], logits: Sequence[float]) -> None:
         bias = head.get_parameter("bias")
         own = torch.tensor(logits, dtype=bias.dtype, device=bias.device)
         bias.copy_(own.repeat_interleave(len(bias) // len(own)))
-
-
-def _cut(logits: Float[Tensor, "b classes zz yy xx"], shape: Sequence[int]) -> Float[Tensor, "b classes z y x"]:
-    """Cut off what lies beyond the volume, where tokens reach out of it."""
-    z, y, x = shape
-    return logits[:, :, :z, :y, :x]
