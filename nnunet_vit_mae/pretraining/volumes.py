@@ -132,7 +132,7 @@ class Cache(AbstractContextManager):
         self._memory = SharedMemory(create=True, size=max(1, size))
         try:
             for file in _with_progress(self.places, "reading into memory"):
-                self._read(file)
+                self._place(file)[...] = _read_in_half_precision(file)
         except BaseException:
             self._memory.unlink()
             raise
@@ -145,15 +145,11 @@ class Cache(AbstractContextManager):
 
     def get(self, file: Path) -> np.ndarray | None:
         """Return the volume of a file (c z y x), not to be written to; None when it is not in the cache."""
-        if file not in self.places:
-            return None
+        return self._place(file) if file in self.places else None
+
+    def _place(self, file: Path) -> np.ndarray:
         start, shape = self.places[file]
         return np.ndarray(shape, np.float16, self._memory.buf, start)
-
-    def _read(self, file: Path) -> None:
-        place = self.get(file)
-        assert place is not None
-        place[...] = _read_for_half_precision(file)
 
 
 class DeviceCache:
@@ -162,7 +158,7 @@ class DeviceCache:
     def __init__(self, files: Sequence[Path], device: torch.device):
         """Read the volumes; raises `UserError` for voxels that half precision cannot hold."""
         reading = _with_progress(files, "reading into the memory of the device")
-        self.volumes = {file: torch.from_numpy(_read_for_half_precision(file)).half().to(device) for file in reading}
+        self.volumes = {file: torch.from_numpy(_read_in_half_precision(file)).to(device) for file in reading}
 
     def __len__(self) -> int:
         return len(self.volumes)
@@ -182,5 +178,5 @@ def _with_progress(files: Iterable[Path], what: str) -> Iterator[Path]:
     return with_progress(files, desc=what, unit="volume", shown=distributed.is_rank_0())
 
 
-def _read_for_half_precision(file: Path) -> np.ndarray:
-    return open_volume(file, threads=joblib.cpu_count(), in_half_precision=True)[:]
+def _read_in_half_precision(file: Path) -> np.ndarray:
+    return open_volume(file, threads=joblib.cpu_count(), in_half_precision=True)[:].astype(np.float16)
