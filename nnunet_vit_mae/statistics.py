@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import bootstrap, spearmanr, wilcoxon
 
-DIGITS = 12  # decimals of a difference that count: equal differences must be ties in spite of rounding
+DIGITS = 12  # decimals that count: equal values and differences must be ties in spite of rounding
 FEW_PAIRS = 5  # with so few pairs the test cannot give p < 0.05
 LIMIT_SDS = 1.96  # standard deviations on either side of the mean that hold 95% of a normal distribution
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nnunet_vit_mae.statistics import rank_correlation
+from nnunet_vit_mae.statistics import DIGITS, rank_correlation
 
 FEWEST = 5  # cases for a line
 
@@ -44,7 +44,7 @@ def soft_dice(mask: np.ndarray, probabilities: np.ndarray) -> float:
     if not mask.any():
         return math.nan
     inside, everywhere = probabilities[mask].sum(dtype=float), probabilities.sum(dtype=float)
-    return round(float(2 * inside / (int(mask.sum()) + everywhere)), 12)
+    return round(float(2 * inside / (int(mask.sum()) + everywhere)), DIGITS)  # equal ones are ties
 
 
 def fit_expected_dice(soft: Sequence[float], true: Sequence[float]) -> ExpectedDice | None:

@@ -150,12 +150,12 @@ def segment(probabilities: np.ndarray, classes: Classes, shifts: Sequence[float]
     """Segment probabilities with shifted logits, as nnU-Net does.
 
     Args:
-        probabilities: nnU-Net's probabilities (channels z y x).
+        probabilities: nnU-Net's probabilities of a volume or of some voxels (channels ...).
         classes: The classes or regions.
         shifts: The shift of each class's logit.
 
     Returns:
-        A boolean mask (z y x) of each class or region. A region holds whatever label of it was painted last.
+        A boolean mask (...) of each class or region. A region holds whatever label of it was painted last.
 
     Example:
         >>> probabilities = np.array([[[[0.6, 0.9]]], [[[0.4, 0.1]]]])
