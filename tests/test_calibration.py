@@ -29,14 +29,14 @@ from nnunet_vit_mae.errors import UserError, WriteError
 from nnunet_vit_mae.evaluation.cases import find_evaluation_set
 from nnunet_vit_mae.imaging.volumes import Geometry
 from nnunet_vit_mae.networks.build import build_segmenter
-from nnunet_vit_mae.nnunet import quantification, training_range
+from nnunet_vit_mae.nnunet import quantification, training_range, uncertainty
 from nnunet_vit_mae.nnunet.calibrated import calibrated_head
 from nnunet_vit_mae.nnunet.calibration import FittedModel, threshold_table
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.members import MemberPredictor
 from nnunet_vit_mae.nnunet.models import find_model, model_hash
 from nnunet_vit_mae.nnunet.plans import classes_of
-from nnunet_vit_mae.nnunet.predicted_cases import development_cases, training_cases
+from nnunet_vit_mae.nnunet.predicted_cases import PredictedCase, development_cases, training_cases
 from nnunet_vit_mae.nnunet.prediction import find_prediction_cases, remove_outdated
 from nnunet_vit_mae.nnunet.quantification import (
     COLUMNS,
@@ -601,6 +601,27 @@ def test_from_validation_cases_to_the_intervals_of_new_ones(with_networks, in_wo
         message = refused(quantify_command.main, *new)
         assert reason in message
         assert "run mae3d_calibrate with -f 0 --uncertainty" in message
+
+
+def test_what_members_said_of_images_that_were_replaced_is_forgotten(model, in_workspace, monkeypatch):
+    calibrate_command.main(["-d", "901", "-tr", TRAINER, "-device", "cpu", "-f", "0"])
+    images, work = in_workspace.raw / "imagesTr", model / "calibration_fold_0" / "members"
+    cases = [PredictedCase(name, "0", images, images) for name in ("train_0", "train_1")]
+    remove_outdated(model_of("0").plan, find_prediction_cases(model_of("0").plan, images), work)  # which notes them
+    for case in cases:
+        for file in (f"{case.name}.nii.gz", f"uncertainty/{case.name}.nii.gz", f"uncertainty/{case.name}.json"):
+            (work / file).parent.mkdir(exist_ok=True)
+            (work / file).touch()
+    os.utime(images / "train_0_0001.nii.gz", (1, 1))  # as a copy of a backup
+
+    def left(*_):
+        found = {file.name for file in [*work.glob("*.nii.gz"), *(work / "uncertainty").iterdir()]}
+        assert found == {"train_1.nii.gz", "train_1.json"}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(uncertainty, "predict_members", left)
+    with pytest.raises(KeyboardInterrupt):
+        uncertainty.add_uncertainty(model_of("0"), cases, images, "cpu")
 
 
 # ---------- quantification
