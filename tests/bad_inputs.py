@@ -240,6 +240,7 @@ PLANS_ROWS = [
     Row("plans_name of other plans", PRETRAIN, "write Tiny there", change(PLANS, "plans_name", "nnUNetPlans")),
     Row("plans_name of other plans", PREPROCESS, "write Tiny there", change(PLANS, "plans_name", "nnUNetPlans")),
     Row("a model's folder renamed", QUANTIFY, "write Tiny there", change(f"{MODEL}/plans.json", "plans_name", "New")),
+    Row("plans of another dataset", PRETRAIN, "would train on that", change(PLANS, "dataset_name", "Dataset902_New")),
     Row("dataset_name with ..", PRETRAIN, "dataset_name", change(PLANS, "dataset_name", "../x")),
     Row("no image_reader_writer", PREPROCESS, "no image_reader_writer", change(PLANS, "image_reader_writer", DROP)),
     Row(

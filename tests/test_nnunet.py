@@ -354,6 +354,16 @@ def test_an_unlabelled_pool_that_was_forgotten_is_mentioned(in_workspace, caplog
     assert "run mae3d_preprocess -d 901 -c 3d_fullres -p nnUNetPlans first" in caplog.text
 
 
+def test_plans_that_were_copied_from_another_dataset_are_refused(in_workspace):
+    """nnU-Net takes the dataset to train on from the plans."""
+    plans = json.loads((in_workspace.preprocessed / "nnUNetPlans.json").read_text()) | {
+        "dataset_name": "Dataset902_New"
+    }
+    (in_workspace.preprocessed / "nnUNetPlans.json").write_text(json.dumps(plans))
+    with pytest.raises(UserError, match="would train on that dataset and not on Dataset901_Tiny"):
+        tiny_plan()
+
+
 def test_advice_to_preprocess_names_configuration_and_plans(in_workspace):
     add_2d(in_workspace)
     plans = json.loads((in_workspace.preprocessed / "nnUNetPlans.json").read_text()) | {"plans_name": "Mine"}

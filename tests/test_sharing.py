@@ -23,10 +23,11 @@ from nnunet_vit_mae.nnunet.folders import Dataset
 from nnunet_vit_mae.nnunet.models import find_model, model_hash
 from nnunet_vit_mae.nnunet.plans import load_plan
 from nnunet_vit_mae.nnunet.quantification import thresholds_of
-from nnunet_vit_mae.nnunet.shared_models import read_weights, weights_content
+from nnunet_vit_mae.nnunet.shared_models import DatasetName, read_weights, weights_content
 from nnunet_vit_mae.nnunet.trainers import OUR_TRAINERS
 from nnunet_vit_mae.nnunet.untrained import expected_tensors
 from nnunet_vit_mae.storage.archives import FORMAT
+from nnunet_vit_mae.storage.entries import entries_as
 from nnunet_vit_mae.weights import file_hash
 
 PLAN = "mae3d_plan -d 901 -o Tiny --recipe quick --token 4 --epochs 1 --iterations 1 --batch_size 2"
@@ -173,6 +174,12 @@ def test_an_archive_holds_no_path_no_case_and_no_code(trainer, site, archives):
         assert (card["licence"], card["channel_names"]) == ("CC0", ["T1", "FLAIR"])
         hashes = json.loads(opened.read("manifest.json"))["sha256"]
         assert hashes == {name: hashlib.sha256(opened.read(name)).hexdigest() for name in names - {"manifest.json"}}
+
+
+def test_a_number_of_a_dataset_may_have_four_digits():
+    assert entries_as(DatasetName, "Dataset1001_Head") == "Dataset1001_Head"
+    with pytest.raises(ValueError, match="a name such as Dataset501_Name"):
+        entries_as(DatasetName, "Dataset1_Head")
 
 
 def test_a_second_name_of_a_tensor_takes_no_space():

@@ -97,7 +97,7 @@ def load_plan(dataset: Dataset | str, plans_name: str = "nnUNetPlans", configura
         configuration: nnU-Net's configuration.
 
     Raises:
-        UserError: If plans, configuration or `dataset.json` are not there.
+        UserError: If plans, configuration or `dataset.json` are not there, or the plans are those of another dataset.
 
     Example:
         >>> plan = load_plan("901")
@@ -113,6 +113,11 @@ def load_plan(dataset: Dataset | str, plans_name: str = "nnUNetPlans", configura
         )
     description = read_description(dataset.preprocessed / DESCRIPTION)
     plans = read_plans(file, plans_name, configuration, description)
+    if plans.dataset_name != dataset.name:
+        raise UserError(
+            f"{file} has the dataset_name {plans.dataset_name}, so that nnU-Net would train on that dataset and not on "
+            f"{dataset.name}: write the plans with nnUNetv2_move_plans_between_datasets, or correct the name there."
+        )
     return Plan(dataset, plans, configuration, dict(description.content))
 
 

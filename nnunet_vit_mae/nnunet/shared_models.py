@@ -45,7 +45,8 @@ def _matching(pattern: str, expected: str) -> AfterValidator:
 
 
 Name = Annotated[str, _matching(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}", "a name of letters, digits and underscores")]
-DatasetName = Annotated[str, _matching(r"Dataset[0-9]{3}_[A-Za-z0-9_.+-]{1,80}", "a name such as Dataset501_Name")]
+DATASET = r"Dataset[0-9]{3,9}_[A-Za-z0-9_.+-]{1,80}"
+DatasetName = Annotated[str, _matching(DATASET, "a name such as Dataset501_Name")]
 Fold = Annotated[str, _matching(r"all|[0-9]{1,3}", "the number of a fold, or all")]
 CheckpointName = Annotated[str, _matching(r"checkpoint_[A-Za-z0-9_]{1,40}\.pth", "a name such as checkpoint_final.pth")]
 
