@@ -205,7 +205,11 @@ class Pretraining:
 
 @dataclass(frozen=True, kw_only=True)
 class Finetuning:
-    """How the segmenter learns. `nnUNetTrainerBaseline` has the same `epochs`, `iterations`, `mirroring` and `seed`."""
+    """How the segmenter learns.
+
+    `nnUNetTrainerBaseline` has the same `epochs`, `iterations`, `mirroring` and `seed`; `nnUNetTrainerBaselineAdamW`
+    has all that does not concern an encoder.
+    """
 
     epochs: int = 1000
     iterations: int = 250  # per epoch

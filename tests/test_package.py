@@ -24,6 +24,7 @@ TRAINERS = (
     "nnUNetTrainerAMAE",
     "nnUNetTrainerAMAEScratch",
     "nnUNetTrainerBaseline",
+    "nnUNetTrainerBaselineAdamW",
 )
 
 # flags are a promise: who changes this table changes what people have in their scripts

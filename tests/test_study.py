@@ -171,7 +171,7 @@ def test_all_arms_start_from_the_plans_of_the_study(tmp_path):
     assert sources == dict.fromkeys(["unet_s0", "vit_s0", "encoder_vit"], "nnUNetResEncUNetLPlans") | {
         "resenc_s0": "nnUNetResEncUNetMPlans"
     }
-    assert (study.baseline, study_of(tmp_path, arms=arms).baseline) == ("unet", None)
+    assert (study.same_as("unet"), study_of(tmp_path, arms=arms).same_as("unet")) == ("unet", None)
 
 
 def test_every_step_waits_for_steps_that_exist(tmp_path):
@@ -301,7 +301,8 @@ def test_progress_knows_what_failed_and_how_long_the_rest_takes(tmp_path):
 def test_samples_and_parameters_are_those_of_the_trainer(tmp_path):
     configuration = {"batch_size": 2, "vit_mae": {"finetuning": {"batch_size": 4, "epochs": 10, "iterations": 5}}}
     assert costs.samples_text(configuration, "nnUNetTrainerBaseline") == "100 (10 x 5 x 2)"
-    assert costs.samples_text(configuration, "nnUNetTrainerViTMAE") == "200 (10 x 5 x 4)"
+    for trainer in ("nnUNetTrainerViTMAE", "nnUNetTrainerBaselineAdamW"):
+        assert costs.samples_text(configuration, trainer) == "200 (10 x 5 x 4)"
     study = study_of(tmp_path, few=(10,), configuration="own")
     own = {"inherits_from": "3d_fullres", "vit_mae": configuration["vit_mae"]}
     write_json(
@@ -374,6 +375,15 @@ def test_what_cannot_be_said_is_said():
     alone = comparisons.limits_of_study([], choose_arms(["unet"]), iterations=10, seeds=3, cases=50, by_patient=True)
     assert " ".join(long) == (text := " ".join(alone))
     assert text.startswith("The intervals and tests are over test cases")
+
+
+def test_networks_are_compared_with_the_u_net_that_learns_as_they_do(tmp_path):
+    study = study_of(tmp_path, "unet", "unet_adamw", "hybrid", few=(10,))
+    titles = {question.title: question.pairs for question in comparisons.questions_of(study)}
+    by_adamw = [(str(first), str(second)) for first, second in titles["Other arms minus U-Net trained by AdamW"]]
+    assert by_adamw == [("unet_adamw", "unet"), ("unet_adamw", "hybrid")]
+    without = comparisons.questions_of(study_of(tmp_path, "unet", "hybrid", few=(10,)))
+    assert "Other arms minus U-Net trained by AdamW" not in {question.title for question in without}
 
 
 @pytest.mark.parametrize(("few", "labels"), [((10, 60), ("a & b", "c")), ((10,), ("a & b",))])

@@ -19,10 +19,16 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_vit_mae.networks.build import build_segmenter
+from nnunet_vit_mae.nnunet.adamw import AdamWTrainer
 from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation
 from nnunet_vit_mae.nnunet.plans import settings_for
 from nnunet_vit_mae.nnunet.scheduled import ScheduledTrainer
-from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerAMAEScratch, nnUNetTrainerBaseline, nnUNetTrainerViTScratch
+from nnunet_vit_mae.nnunet.trainers import (
+    nnUNetTrainerAMAEScratch,
+    nnUNetTrainerBaseline,
+    nnUNetTrainerBaselineAdamW,
+    nnUNetTrainerViTScratch,
+)
 from nnunet_vit_mae.optimisation import warmup_cosine
 from nnunet_vit_mae.presets import SIZES
 from nnunet_vit_mae.settings import Network, Settings
@@ -47,11 +53,11 @@ def plan(workspace, name, flags="", **finetuning):
 
 def train(workspace, plans, trainer, *flags, fold=0, interrupted=False):
     """Train, up to the end of the first epoch if `interrupted`; return (rate, scale) of each parameter at each step."""
-    steps, step, epoch_end = [], nnUNetTrainerViTScratch.train_step, nnUNetTrainerViTScratch.on_epoch_end
+    steps, step, epoch_end = [], AdamWTrainer.train_step, AdamWTrainer.on_epoch_end
 
     def recording(self, batch):
         result = step(self, batch)
-        names = {id(parameter): name for name, parameter in self.segmenter.named_parameters()}
+        names = {id(parameter): name for name, parameter in self.unwrapped.named_parameters()}
         groups = self.optimizer.param_groups
         steps.append({names[id(p)]: (group["lr"], group["lr_scale"]) for group in groups for p in group["params"]})
         return result
@@ -62,8 +68,8 @@ def train(workspace, plans, trainer, *flags, fold=0, interrupted=False):
 
     command = f"nnUNetv2_train 901 3d_fullres {fold} -p {plans} -device cpu -tr {trainer}".split()
     with (
-        mock.patch.object(nnUNetTrainerViTScratch, "train_step", recording),
-        mock.patch.object(nnUNetTrainerViTScratch, "on_epoch_end", stopping if interrupted else epoch_end),
+        mock.patch.object(AdamWTrainer, "train_step", recording),
+        mock.patch.object(AdamWTrainer, "on_epoch_end", stopping if interrupted else epoch_end),
     ):
         workspace.call(*command, *flags, code=INTERRUPTED if interrupted else 0)
     return steps
@@ -133,7 +139,8 @@ def test_a_model_keeps_its_settings_whatever_a_later_default_is(planned, tmp_pat
 
 @pytest.mark.parametrize("labels", [{"background": 0, "lesion": 1}, {"background": 0, "whole": [1, 2], "core": 2}])
 @pytest.mark.parametrize("prior", [0.02, 0.0])
-def test_training_starts_by_holding_most_voxels_for_background(planned, tmp_path, monkeypatch, labels, prior):
+@pytest.mark.parametrize("trainer", [nnUNetTrainerViTScratch, nnUNetTrainerBaselineAdamW])
+def test_training_starts_by_holding_most_voxels_for_background(planned, tmp_path, monkeypatch, labels, prior, trainer):
     for name, root in {"raw": planned.root, "preprocessed": planned.root, "results": tmp_path}.items():
         monkeypatch.setenv(f"nnUNet_{name}", str(root / name))
     content = json.loads((planned.preprocessed / "nnUNetPlans.json").read_text()) | {"continue_training": False}
@@ -143,11 +150,12 @@ def test_training_starts_by_holding_most_voxels_for_background(planned, tmp_path
     description = json.loads((planned.preprocessed / "dataset.json").read_text()) | {"labels": labels}
     regions = len(labels) > 2
     description |= {"regions_class_order": [1, 2]} if regions else {}
-    trainer = nnUNetTrainerViTScratch(content, "3d_fullres", 0, description, torch.device("cpu"))
-    trainer.initialize()
-    bias = trainer.segmenter.decoder.heads[0].bias.detach()
-    found = bias.sigmoid()[0] if regions else bias.softmax(dim=0)[1]
-    assert (found.item() == pytest.approx(0.02)) == bool(prior)
+    model = trainer(content, "3d_fullres", 0, description, torch.device("cpu"))
+    model.initialize()
+    for layer in model.last_layers:
+        bias = layer.bias.detach()
+        found = bias.sigmoid()[0] if regions else bias.softmax(dim=0)[1]
+        assert (found.item() == pytest.approx(0.02)) == bool(prior)
 
 
 def test_the_hybrid_learns_to_use_the_vit_and_the_vit_learns(hybrid):
@@ -178,6 +186,21 @@ def test_nnunet_predicts_with_the_hybrid(hybrid, tmp_path):
 
 
 # ---------- the schedule
+
+
+def test_nnunets_u_net_learns_as_the_vit_does_whatever_vit_the_plans_have(hybrid):
+    workspace, schedule = hybrid.workspace, {"epochs": EPOCHS, "iterations": ITERATIONS, "warmup": WARMUP, "lr": LR}
+    arguments = (workspace, "UNet", "nnUNetTrainerBaselineAdamW")
+    plan(workspace, "UNet", "--decoder unet", **schedule)
+    before = train(*arguments, interrupted=True)
+    plan(workspace, "UNet", "--decoder mae", **schedule)
+    after = train(*arguments, "--c")
+    of_new_weights = [{step["decoder.projection.weight"]} for step in hybrid.at_once]
+    assert [set(step.values()) for step in before + after] == of_new_weights
+    plans = json.loads((workspace.preprocessed / "nnUNetPlans.json").read_text())
+    configuration = PlansManager(plans).get_configuration("3d_fullres")
+    unet = nnUNetTrainer.build_network_architecture(PlansManager(plans), configuration, 2, 2, True)
+    unet.load_state_dict(checkpoint_of(*arguments)["network_weights"])
 
 
 def test_the_warm_up_is_per_step(hybrid):
@@ -299,7 +322,7 @@ def test_the_network_is_found_in_what_nnunet_wraps_around_it_on_gpus(compiled, d
     wrapped = torch.compile(network) if compiled else network
     wrapped = DistributedDataParallel(wrapped) if distributed else wrapped
     assert (wrapped is network) == (not compiled and not distributed)
-    assert nnUNetTrainerViTScratch.segmenter.fget(SimpleNamespace(network=wrapped)) is network
+    assert AdamWTrainer.unwrapped.fget(SimpleNamespace(network=wrapped)) is network
 
 
 # ---------- random seeds, and training that diverges

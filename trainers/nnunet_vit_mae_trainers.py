@@ -4,6 +4,7 @@ from nnunet_vit_mae.nnunet.trainers import (
     nnUNetTrainerAMAE,
     nnUNetTrainerAMAEScratch,
     nnUNetTrainerBaseline,
+    nnUNetTrainerBaselineAdamW,
     nnUNetTrainerViTMAE,
     nnUNetTrainerViTScratch,
 )
@@ -12,6 +13,7 @@ __all__ = [
     "nnUNetTrainerAMAE",
     "nnUNetTrainerAMAEScratch",
     "nnUNetTrainerBaseline",
+    "nnUNetTrainerBaselineAdamW",
     "nnUNetTrainerViTMAE",
     "nnUNetTrainerViTScratch",
 ]

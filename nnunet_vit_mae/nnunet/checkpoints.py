@@ -12,13 +12,17 @@ from torch import nn
 
 from nnunet_vit_mae.errors import UserError, abbreviated
 from nnunet_vit_mae.networks.weight_differences import weights_difference
-from nnunet_vit_mae.settings import BLOCK, Network, Settings, to_json_types
+from nnunet_vit_mae.settings import BLOCK, Network, to_json_types
 from nnunet_vit_mae.storage.files import read_json
 from nnunet_vit_mae.storage.layout import PLANS
 
 
 def refuse_other_network(
-    checkpoint: Mapping[str, Any], file: Path, network: nn.Module, optimizer: torch.optim.Optimizer, settings: Settings
+    checkpoint: Mapping[str, Any],
+    file: Path,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: Network | None,
 ) -> None:
     """Raise `UserError` when a checkpoint cannot be continued with the plans as they are now.
 
@@ -27,10 +31,11 @@ def refuse_other_network(
         file: Where it was read from.
         network: The network of the plans.
         optimizer: Its optimiser.
-        settings: Of the plans.
+        settings: Of a ViT in the plans; None for a network without one.
     """
     arguments = checkpoint.get("init_args") or {}
-    differs = _changed_settings(arguments.get("plans") or {}, arguments.get("configuration"), settings.network)
+    plans, configuration = arguments.get("plans") or {}, arguments.get("configuration")
+    differs = _changed_settings(plans, configuration, settings) if settings else ""
     if not differs and (difference := weights_difference(checkpoint["network_weights"], network)):
         differs = f"weights ({difference})"
     if differs:

@@ -21,7 +21,8 @@ FROM_SCRATCH = {  # the same network with random weights, by trainer
     "nnUNetTrainerViTMAE": "nnUNetTrainerViTScratch",
     "nnUNetTrainerAMAE": "nnUNetTrainerAMAEScratch",
 }
-SCHEDULED = ("nnUNetTrainerBaseline", *FROM_SCRATCH, *FROM_SCRATCH.values())  # take the schedule from the plans
+BASELINE, BASELINE_ADAMW = "nnUNetTrainerBaseline", "nnUNetTrainerBaselineAdamW"
+SCHEDULED = (BASELINE, BASELINE_ADAMW, *FROM_SCRATCH, *FROM_SCRATCH.values())  # take the schedule from the plans
 WITHOUT_UNET = {"network": {"decoder": "unetr"}}  # where neither arm nor --recipe names a decoder
 NOT_OF_THE_ENCODER = ("decoder", "upsampling", "decoder_width", "taps")  # settings that one encoder serves all of
 
@@ -45,12 +46,13 @@ class Arm:
 
 
 ARMS = {
-    "unet": Arm(trainer="nnUNetTrainerBaseline"),
+    "unet": Arm(trainer=BASELINE),
+    "unet_adamw": Arm(trainer=BASELINE_ADAMW),
     "vit": Arm(trainer="nnUNetTrainerViTMAE", encoder=True),
     "scratch": Arm(trainer="nnUNetTrainerViTScratch"),
     "hybrid": Arm(trainer="nnUNetTrainerViTMAE", recipe={"network": {"decoder": "unet"}}, encoder=True),
     "hybrid_scratch": Arm(trainer="nnUNetTrainerViTScratch", recipe={"network": {"decoder": "unet"}}),
-    "resenc": Arm(trainer="nnUNetTrainerBaseline", plans="nnUNetResEncUNetMPlans", planner="nnUNetPlannerResEncM"),
+    "resenc": Arm(trainer=BASELINE, plans="nnUNetResEncUNetMPlans", planner="nnUNetPlannerResEncM"),
     "primus": Arm(trainer=PRIMUS),
     "ensemble": Arm(members=("unet", "vit")),
 }

@@ -13,7 +13,7 @@ import pandas as pd
 from nnunet_vit_mae.evaluation.results import EvaluationOptions
 from nnunet_vit_mae.evaluation.words import SIGNIFICANT, UNITS, format_values, p_text, unit_of
 from nnunet_vit_mae.statistics import compare, holm, mean_interval
-from nnunet_vit_mae.study.arms import ARMS, Arm, scratch_pairs
+from nnunet_vit_mae.study.arms import BASELINE, Arm, scratch_pairs
 from nnunet_vit_mae.study.design import StudyDesign
 
 COMPARED = ("dice", "absolute_difference_mm3")
@@ -77,14 +77,14 @@ class SeriesPoint:
 
 def questions_of(study: StudyDesign) -> list[Question]:
     """Return what the arms of a study can answer."""
-    arms, baseline = study.arms, study.baseline
-    others = [name for name in arms if name != baseline] if baseline else []
+    arms = study.arms
 
-    def against_baseline(first: bool, second: bool) -> tuple[tuple[Variant, Variant], ...]:
+    def against(built_in: str, first: bool, second: bool) -> tuple[tuple[Variant, Variant], ...]:
+        baseline = study.same_as(built_in)
         return tuple(
-            (Variant(str(baseline), first), Variant(name, second))
-            for name in others
-            if arms[name].calibrate or not second
+            (Variant(baseline, first), Variant(name, second))
+            for name, arm in arms.items()
+            if baseline and name != baseline and (arm.calibrate or not second)
         )
 
     questions = [
@@ -92,9 +92,10 @@ def questions_of(study: StudyDesign) -> list[Question]:
             "Pre-trained minus from scratch",
             tuple((Variant(scratch, False), Variant(trained, False)) for scratch, trained in scratch_pairs(arms)),
         ),
-        Question("Other arms minus U-Net", against_baseline(False, False)),
-        Question("Other arms minus U-Net, both calibrated", against_baseline(True, True)),
-        Question("Other arms calibrated minus U-Net as trained", against_baseline(False, True)),
+        Question("Other arms minus U-Net", against("unet", False, False)),
+        Question("Other arms minus U-Net, both calibrated", against("unet", True, True)),
+        Question("Other arms calibrated minus U-Net as trained", against("unet", False, True)),
+        Question("Other arms minus U-Net trained by AdamW", against("unet_adamw", False, False)),
         Question(
             "Calibrated minus not calibrated",
             tuple((Variant(name, False), Variant(name, True)) for name, arm in arms.items() if arm.calibrate),
@@ -260,14 +261,14 @@ def limits_of_study(
     )
     if not by_patient:
         yield "Without --csv every case counted as a patient of its own: scans of one patient may be on two sides."
-    by_sgd = [name for name, arm in arms.items() if arm.trainer == ARMS["unet"].trainer]
+    by_sgd = [name for name, arm in arms.items() if arm.trainer == BASELINE]
     by_adamw = [name for name, arm in arms.items() if arm.scheduled and name not in by_sgd]
     if by_sgd and by_adamw and iterations < NNUNET_ITERATIONS:
         yield (
             f"Each training had {iterations:,} iterations. {', '.join(by_sgd)}: nnU-Net's SGD, whose schedule is made "
             f"for {NNUNET_ITERATIONS:,}. {', '.join(by_adamw)}: AdamW, which learns faster at first. A difference "
-            "between them can come from the optimizer, not from the network; the curves of the trainings show which "
-            "arms were still learning."
+            "between them can come from the optimizer, not from the network: the arm unet_adamw is nnU-Net's network "
+            "with AdamW, and the curves of the trainings show which arms were still learning."
         )
     stock = [name for name, arm in arms.items() if not (arm.scheduled or arm.members)]
     if stock:

@@ -7,11 +7,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from nnunet_vit_mae.evaluation.by_token import trains_vit
 from nnunet_vit_mae.settings import BLOCK
 from nnunet_vit_mae.storage.files import read_json
 from nnunet_vit_mae.storage.layout import PLANS
 from nnunet_vit_mae.storage.pickles import read_trained
+from nnunet_vit_mae.study.arms import BASELINE
 from nnunet_vit_mae.study.design import CHECKPOINTS, StudyDesign
 from nnunet_vit_mae.study.workflow import Compute, duration_text, read_compute
 from nnunet_vit_mae.units import size_text
@@ -103,6 +103,6 @@ def _with_inherited(configurations: dict[str, dict[str, Any]], name: str) -> dic
 def samples_text(configuration: dict[str, Any], trainer: str) -> str:
     """Return the number of training samples: epochs x iterations x batch."""
     finetuning = configuration[BLOCK]["finetuning"]
-    batch = finetuning["batch_size"] if trains_vit(trainer) else configuration["batch_size"]
+    batch = configuration["batch_size"] if trainer == BASELINE else finetuning["batch_size"]
     epochs, iterations = finetuning["epochs"], finetuning["iterations"]
     return f"{epochs * iterations * batch:,} ({epochs} x {iterations} x {batch})"

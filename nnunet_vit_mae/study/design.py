@@ -62,11 +62,10 @@ class StudyDesign:
         """The arms that are trained, without ensembles."""
         return {name: arm for name, arm in self.arms.items() if not arm.members}
 
-    @property
-    def baseline(self) -> str | None:
-        """The arm of nnU-Net's own network on the plans of the study, if there is one."""
-        unet = dataclasses.replace(ARMS["unet"], plans=self.base_plans)
-        return next((name for name, arm in self.arms.items() if arm == unet), None)
+    def same_as(self, built_in: str) -> str | None:
+        """Return the arm that is this built-in one on the plans of the study, if there is one."""
+        wanted = dataclasses.replace(ARMS[built_in], plans=self.base_plans)
+        return next((name for name, arm in self.arms.items() if arm == wanted), None)
 
     @property
     def members(self) -> set[str]:
