@@ -378,6 +378,7 @@ def test_patterns_reference_and_labels_can_be_chosen(folders, refused):
     arguments[3] = str(second)
     assert "none of the contrasts" in refused(main, *arguments, "--reference", "T2")
     assert "is not NAME=PATTERN" in refused(main, *arguments, "--contrast", "T1")
+    assert "has a semicolon in the name" in refused(main, *arguments, "--contrast", "T1;T2=*")
     main([*arguments, *chosen, "--labels", "derivatives/*run-2_mask.nii.gz"])
     assert json.loads((second / "dataset.json").read_text())["channel_names"] == {"0": "T1", "1": "FLAIR"}
     mask = sitk.ReadImage(str(second / "labelsTr" / "P0001_1.nii.gz"))
@@ -489,6 +490,7 @@ def test_every_folder_of_bids_is_read_and_what_is_not_used_is_named(folders, cap
         write(flair, Path(f"{start}/fmap/{subject}_ses-0001_phasediff.nii.gz"))
         several = sitk.JoinSeries([flair, flair])
         write(several, Path(f"{start}/func/{subject}_ses-0001_task-rest_bold.nii.gz"))
+        write(sitk.Compose([flair] * 3), Path(f"{start}/func/{subject}_ses-0001_warp.nii.gz"))  # vectors
         write(label, source / f"derivatives/{subject}/ses-0001/{subject}_ses-0001_lesion-msk.nii.gz")
         for hidden in ("dwi/._", ".git/"):
             (source / subject / "ses-0001" / f"{hidden}{subject}_ses-0001_dwi.nii.gz").parent.mkdir(exist_ok=True)
@@ -503,6 +505,7 @@ def test_every_folder_of_bids_is_read_and_what_is_not_used_is_named(folders, cap
         ("dwi/sbref", "sbref is not a contrast"),
         ("fmap/phasediff", "is a field map"),
         ("func/task-rest_bold", "holds 2 volumes"),
+        ("func/warp", "holds 3 volumes"),
     ]
     printed = capsys.readouterr().out
     assert "Not used: 2 x func/task-rest_bold: holds 2 volumes." in printed

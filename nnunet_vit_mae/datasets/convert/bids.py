@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -110,7 +111,8 @@ def _why_no_contrast(file: Path) -> str:
         shape = image.shape
     except Exception:  # noqa: BLE001  the reason is given where images are read
         return ""
-    return f"holds {shape[3]} volumes" if len(shape) > 3 and max(shape[3:]) > 1 else ""
+    volumes = math.prod(shape[3:])  # the fifth axis is that of vectors
+    return f"holds {volumes} volumes" if volumes > 1 else ""
 
 
 def _nameless(file: Path) -> str:

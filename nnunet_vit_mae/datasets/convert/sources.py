@@ -19,6 +19,10 @@ def parse_patterns(texts: Sequence[str]) -> list[ContrastPattern]:
         name, equals, pattern = text.partition("=")
         if not (name and equals and pattern):
             raise UserError(f"--contrast {text} is not NAME=PATTERN: write for instance T1='*t1*sag*'.")
+        if ";" in name:
+            raise UserError(
+                f"--contrast {text} has a semicolon in the name, which divides names in tables: leave it out."
+            )
         patterns.append(ContrastPattern(canonical_contrast(name), pattern))
     return patterns
 
