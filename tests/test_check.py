@@ -125,6 +125,15 @@ def test_several_processes_find_the_same(data, found):
     assert list(alone["errors"]) == [("imagesTr/a2", "missing channel")]
 
 
+def test_a_file_with_a_wrong_checksum_is_damaged(data, found):
+    data.write("imagesTr/a4_0001", np.random.default_rng(0).random((40, 50, 60)).astype(np.float32))  # a long file
+    file = data.file("imagesTr/a4_0001")
+    content = bytearray(file.read_bytes())
+    content[-8] ^= 1  # the checksum itself: programs read the voxels without an error
+    file.write_bytes(content)
+    assert "a4_0001.nii.gz cannot be read" in found()["errors"]["imagesTr/a4", "unreadable"]
+
+
 def test_unreadable_files(data, found):
     data.file("imagesTr/a0_0000").write_bytes(b"no image")
     whole = data.file("imagesTr/a1_0001").read_bytes()

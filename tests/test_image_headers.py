@@ -111,8 +111,9 @@ def test_voxels_that_are_damaged_behind_a_good_header_are_not_measured(tmp_path)
     content[len(content) // 2] ^= 0x5A
     zipped.write_bytes(content)
     assert not np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(zipped))), voxels)
-    with pytest.raises(ScanError, match="is cut off or damaged"):
-        refuse_unusable([zipped], read_geometry(zipped))
+    for read in (lambda file: refuse_unusable([file], read_geometry(file)), read_scan, read_mask):
+        with pytest.raises((ScanError, UserError), match="is cut off or damaged"):
+            read(zipped)
     cut_off.write_bytes(cut_off.read_bytes()[:-20_000])
     with pytest.raises(RuntimeError, match="No such file or directory"):  # which `reader_reason` knows
         refuse_unusable([cut_off], read_geometry(cut_off))

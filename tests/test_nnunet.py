@@ -240,23 +240,27 @@ def test_bad_images_are_named_and_the_others_done_then_the_rest_on_a_second_call
     write_case(pool, "sizes", [channels[0], channels[1][:-1]])
     for number in range(2):
         (pool / f"rubbish_{number:04d}.nii.gz").write_bytes(b"not an image")
+    write_case(pool, "checksum", [np.random.default_rng(0).random((40, 50, 60))] * 2)
+    content = (damaged := pool / "checksum_0001.nii.gz").read_bytes()
+    damaged.write_bytes(content[:-8] + bytes(4) + content[-4:])
 
     with pytest.raises(SystemExit) as stop:
         preprocess_command.main("-d 901 -np 1".split())
     assert stop.value.code == 2
     out, err = capsys.readouterr()
-    assert "3 of 8 unlabelled cases" in out
+    assert "3 of 9 unlabelled cases" in out
     lines = {line.split()[2]: line for line in err.splitlines() if line.startswith("Not preprocessed")}
     assert "channels 0000, but" in lines["one_channel"]
     assert "channels 0000, 0001, 0002" in lines["three_channels"]
     assert "NaN" in lines["holes"]
-    assert set(lines) == {"one_channel", "three_channels", "holes", "sizes", "rubbish"}
+    assert set(lines) == {"one_channel", "three_channels", "holes", "sizes", "rubbish", "checksum"}
+    assert "checksum_0001.nii.gz is cut off or damaged, copy it again" in lines["checksum"]
     assert "differ in size" in lines["sizes"]
     assert "cannot be preprocessed: " in lines["rubbish"]
 
     for number in range(2):
         (pool / f"rubbish_{number:04d}.nii.gz").unlink()
-    for case in ("one_channel", "three_channels", "holes", "sizes"):
+    for case in ("one_channel", "three_channels", "holes", "sizes", "checksum"):
         for file in pool.glob(f"{case}_*"):
             file.unlink()
     write_case(pool, "repaired", channels)

@@ -11,7 +11,7 @@ import SimpleITK as sitk
 
 from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.imaging.description import read_description
-from nnunet_vit_mae.imaging.volumes import Geometry, all_finite, read_geometry, read_image
+from nnunet_vit_mae.imaging.volumes import Geometry, all_finite, read_geometry, read_image, refuse_damaged
 
 IGNORE = "ignore"
 
@@ -61,6 +61,7 @@ def read_volume(file: Path) -> tuple[np.ndarray, Geometry]:
         Exception: Whatever a reader raises if the file is damaged or is not a 3D image.
     """
     geometry = read_geometry(file)
+    refuse_damaged(file)
     array = sitk.GetArrayFromImage(read_image(file))
     return array, geometry
 

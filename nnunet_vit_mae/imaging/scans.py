@@ -16,6 +16,7 @@ from nnunet_vit_mae.imaging.volumes import (
     all_finite,
     read_geometry,
     read_image,
+    refuse_damaged,
     without_warnings_of_itk,
 )
 from nnunet_vit_mae.imaging.writing import without_header
@@ -96,6 +97,7 @@ def read_scan(path: Path, name: str | None = None) -> sitk.Image:
                 image = read_series(images[0])
             else:
                 read_geometry(path, called)
+                refuse_damaged(path, called)
                 image = read_image(path, called)
                 if not all_finite(sitk.GetArrayViewFromImage(image), path):
                     raise ScanError(f"{called} {NOT_FINITE}")

@@ -122,6 +122,17 @@ def image_header(file: Path, name: str | None = None) -> sitk.ImageFileReader:
     return reader
 
 
+def refuse_damaged(file: Path, name: str | None = None) -> None:
+    """Raise `ScanError` for a gzip file with a wrong checksum, from which ITK reads other voxels without an error.
+
+    Args:
+        file: An image file, all of which is read if it is one of gzip.
+        name: What the error calls the file; None uses the file name.
+    """
+    if file.name.lower().endswith(".gz") and _unpacked_size(file) is None:
+        raise ScanError(f"{name or file.name} {CUT_OFF}")
+
+
 def all_finite(voxels: np.ndarray, file: Path) -> bool:
     """Return whether an image holds neither NaN nor infinite voxels.
 
@@ -158,9 +169,8 @@ def refuse_unusable(files: Sequence[Path], geometry: Geometry) -> None:
     if all(only_zeros(file, geometry) for file in files):
         raise ScanError("all its images are zeros")
     for file in files:
+        refuse_damaged(file)
         image = read_image(file)
-        if file.name.lower().endswith(".gz") and _unpacked_size(file) is None:  # ITK looks at no checksum
-            raise ScanError(f"{file.name} {CUT_OFF}")
         if not all_finite(sitk.GetArrayViewFromImage(image), file):
             raise ScanError(f"{file.name} {NOT_FINITE}")
 

@@ -14,7 +14,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 
 from nnunet_vit_mae.errors import UserError, WriteError, reader_reason
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, case_and_channel, channels_by_case
-from nnunet_vit_mae.imaging.volumes import all_finite, read_geometry, without_warnings_of_itk
+from nnunet_vit_mae.imaging.volumes import all_finite, read_geometry, refuse_damaged, without_warnings_of_itk
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.plans import Plan, load_plan, resampling_spacings
 from nnunet_vit_mae.processes.workers import run_each
@@ -124,6 +124,7 @@ def _preprocess_files(plan: Plan, case: str, files: list[Path]) -> str | None:
         for file in files:
             if file.name.endswith(IMAGE_ENDINGS):  # others have a geometry in a format of nnU-Net
                 read_geometry(file)
+                refuse_damaged(file)
     volume, properties = plan.plans.image_reader_writer_class().read_images([str(file) for file in files])
     if volume.shape[0] != len(plan.channel_names):
         return f"has {volume.shape[0]} channels in its files, but dataset.json has {len(plan.channel_names)}"

@@ -24,7 +24,7 @@ from nnunet_vit_mae.imaging.ct_clipping import is_ct
 from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.imaging.labels import Labels, read_labels, read_volume, whole_numbers
 from nnunet_vit_mae.imaging.stated_geometry import nifti_ambiguities
-from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
+from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, refuse_damaged, without_warnings_of_itk
 from nnunet_vit_mae.processes.workers import run_each
 
 ERROR, WARNING = "error", "warning"
@@ -229,6 +229,7 @@ def _stored_volume(file: Path) -> tuple[np.ndarray, Geometry]:
     if not file.name.endswith(NIFTI):
         return read_volume(file)
     geometry = read_geometry(file)
+    refuse_damaged(file)
     image: Any = nibabel.load(file)
     return np.asanyarray(image.dataobj).T.reshape(geometry.size[::-1]), geometry
 
