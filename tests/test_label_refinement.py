@@ -178,3 +178,9 @@ def test_mistakes_get_one_sentence(data, tmp_path, refused, arguments, sentence)
     message = refused(main, *arguments.format(raw=data, new=tmp_path / "new").split())
     assert sentence in message
     assert message.count("\n") == 1
+
+
+def test_a_folder_that_the_dataset_lacks_is_told_by_the_flag_that_was_given(data, tmp_path, refused):
+    (data / "labelsTr").rename(tmp_path / "gone")
+    message = refused(main, "-d", "904", "-o", str(tmp_path / "new"))
+    assert f"{data / 'labelsTr'} is missing: check -d" in message

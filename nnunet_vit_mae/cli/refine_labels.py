@@ -43,6 +43,8 @@ def _refine(args: argparse.Namespace) -> list[str]:
 
         raw = find_dataset(args.dataset).raw
         images, labels = raw / "imagesTr", raw / "labelsTr"
+        if missing := [folder for folder in (images, labels) if not folder.is_dir()]:
+            raise UserError(f"{missing[0]} is missing: check -d, or give two folders with -i and -l.")
     values = tuple(args.labels) if args.labels else None
     rule = RefinementRule(args.threshold, args.min_voxels, args.connectivity, values)
     refined = refine_folder(images, labels, rule, args.output, channel=args.channel)
