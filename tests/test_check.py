@@ -213,6 +213,15 @@ def test_labels_and_geometry(data, found):
     assert "size (9 8 7 and 9 8 6 voxels)" in errors["imagesTr/a3", "geometry"]
 
 
+def test_a_label_along_other_axes_is_told_from_one_in_another_place(data, found):
+    turned = sitk.DICOMOrient(sitk.ReadImage(str(data.file("labelsTr/a0"))), "SPR")
+    sitk.WriteImage(turned, str(data.file("labelsTr/a0")))
+    data.write("labelsTr/a1", label(1), origin=(0, 0, 0))
+    errors = found()["errors"]
+    assert "it is stored along other axes (SPR, not LPS), so turn it" in errors["imagesTr/a0", "geometry"]
+    assert "so turn it" not in errors["imagesTr/a1", "geometry"]
+
+
 def test_what_dataset_json_says(data, found):
     data.describe(labels={"background": 0, "x": 1, "y": 3}, numTraining=5)
     findings = found()

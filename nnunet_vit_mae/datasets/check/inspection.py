@@ -22,6 +22,7 @@ from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, NIFTI, cases_in, other_formats
 from nnunet_vit_mae.imaging.ct_clipping import is_ct
 from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
+from nnunet_vit_mae.imaging.grids import turned_geometry
 from nnunet_vit_mae.imaging.labels import Labels, read_labels, read_volume, whole_numbers
 from nnunet_vit_mae.imaging.stated_geometry import nifti_ambiguities
 from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, refuse_damaged, without_warnings_of_itk
@@ -204,7 +205,7 @@ def inspect_case(task: InspectionTask, known: frozenset[int]) -> CaseSummary:
                 )
                 continue
             reference = reference or geometry
-            if difference := reference.difference(geometry):
+            if difference := _difference(reference, geometry):
                 findings.append(task.finding(ERROR, "geometry", f"{file.name} differs from the first in {difference}"))
             summary = _summarise_channel(task, number, array, findings)
             if summary:
@@ -271,12 +272,20 @@ def _read_label(
     except Exception as error:  # noqa: BLE001 (as above)
         findings.append(task.finding(ERROR, "unreadable", f"{name} cannot be read: {reader_reason(error)}"))
         return None
-    if reference and (difference := reference.difference(geometry)):
+    if reference and (difference := _difference(reference, geometry)):
         findings.append(task.finding(ERROR, "geometry", f"{name} differs from the image in {difference}"))
     if not whole_numbers(array):
         findings.append(task.finding(ERROR, "not integers", f"{name} has values that are not integers"))
         return None
     return array, geometry
+
+
+def _difference(reference: Geometry, other: Geometry) -> str | None:
+    """Return how the geometry of an image differs from that of its case, with what to do if the voxels are the same."""
+    difference = reference.difference(other)
+    if difference and turned_geometry(other, reference).difference(reference) is None:
+        return f"{difference}: it is stored along other axes ({other.axes}, not {reference.axes}), so turn it"
+    return difference
 
 
 def _label_volumes(array: np.ndarray, geometry: Geometry) -> dict[int, float]:
