@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from hypothesis import settings
 from in_process import path_of_forked_scripts, run_in_process
 from no_network import sitecustomize
@@ -173,6 +174,18 @@ def perturbed(network: AnyModule, seed: int = 0) -> AnyModule:
         for parameter in network.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return network
+
+
+def small_unet(
+    channels: int, classes: int, strides: Sequence[int | Sequence[int]], *, deep_supervision: bool = False
+) -> PlainConvUNet:
+    """nnU-Net's U-Net with few features, and a stage for each stride."""
+    features = range(4, 4 + 2 * len(strides), 2)
+    return PlainConvUNet(
+        channels, len(strides), tuple(features), nn.Conv3d, 3, strides, 1, classes, 1, conv_bias=True,
+        norm_op=nn.InstanceNorm3d, norm_op_kwargs={"affine": True}, nonlin=nn.LeakyReLU,
+        deep_supervision=deep_supervision,
+    )  # fmt: skip
 
 
 class Sharp(torch.autograd.Function):

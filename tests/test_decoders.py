@@ -8,8 +8,7 @@ from pkgutil import iter_modules
 
 import pytest
 import torch
-from conftest import SIDES, random_volume
-from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from conftest import SIDES, random_volume, small_unet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -38,6 +37,7 @@ VOLUMES = {  # for each token three unequal sides that it does not divide; unequ
     (1, 1, 1): (3, 5, 7),
 }
 UPSAMPLED = ("unetr", "sfpn", "upscale")  # decoders that `upsampling` and `decoder_width` concern
+SAME_RESOLUTION = (1, 1)  # strides of a U-Net that takes volumes of any sides
 FEW_TOKENS = {TOKEN: SIDES, (32, 4, 2): (5, 7, 9), (1, 1, 1): (3, 5, 7)}
 
 kinds = st.sampled_from(sorted(UPSAMPLINGS))
@@ -48,20 +48,13 @@ unequal_sides = st.lists(st.integers(1, 13), min_size=3, max_size=3, unique=True
 few = settings(max_examples=25, deadline=None)
 
 
-def unet(channels: int, classes: int) -> PlainConvUNet:
-    """Build a U-Net that keeps the resolution, so that it takes volumes of any sides."""
-    return PlainConvUNet(
-        channels, 2, (4, 6), nn.Conv3d, 3, (1, 1), 1, classes, 1, norm_op=nn.InstanceNorm3d,
-        norm_op_kwargs={"affine": True}, nonlin=nn.LeakyReLU,
-    )  # fmt: skip
-
-
 def segmenter(
     decoder: str, token: Triple = TOKEN, channels: int = 2, classes: int = 3, *, drop_path=0.0, seed=0, **choices
 ) -> Segmenter:
     torch.manual_seed(seed)
     network = Network(size="XS", token=token, decoder=decoder, **choices)
-    built = build_segmenter(network, channels, classes, drop_path=drop_path, unet=partial(unet, channels, classes))
+    unet = partial(small_unet, channels, classes, SAME_RESOLUTION)
+    built = build_segmenter(network, channels, classes, drop_path=drop_path, unet=unet)
     if decoder == "unet":
         nn.init.normal_(built.decoder.projection.weight)  # it starts at zero, where the encoder does not matter yet
     return built
@@ -85,7 +78,8 @@ def test_the_decoders_are_the_modules_of_their_names():
     assert {name for name, module in modules.items() if hasattr(module, "build")} == set(DECODERS)
     for name in DECODERS:
         network = Network(size="XS", token=TOKEN, decoder=name)
-        built = modules[name].build(Blueprint(network=network, channels=2, classes=3, unet=partial(unet, 2, 3)))
+        unet = partial(small_unet, 2, 3, SAME_RESOLUTION)
+        built = modules[name].build(Blueprint(network=network, channels=2, classes=3, unet=unet))
         assert isinstance(built, nn.Module)
         assert type(built).__module__ == modules[name].__name__
 

@@ -1,9 +1,10 @@
 """The hybrid: nnU-Net's U-Net, which the encoder's map joins through a projection that starts at zero."""
 
+from functools import partial
+
 import pytest
 import torch
-from dynamic_network_architectures.architectures.unet import PlainConvUNet
-from torch import nn
+from conftest import small_unet
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.build import build_segmenter
@@ -16,11 +17,7 @@ STRIDES = [(1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 2, 2)]
 SHAPE = (8, 16, 24)
 
 
-def unet() -> PlainConvUNet:
-    return PlainConvUNet(
-        2, 4, (4, 6, 8, 10), nn.Conv3d, 3, STRIDES, 1, 3, 1, conv_bias=True, norm_op=nn.InstanceNorm3d,
-        norm_op_kwargs={"affine": True}, nonlin=nn.LeakyReLU, deep_supervision=True,
-    )  # fmt: skip
+unet = partial(small_unet, 2, 3, STRIDES, deep_supervision=True)
 
 
 def hybrid(token: tuple[int, int, int] = (4, 8, 8)) -> Segmenter:

@@ -1,12 +1,12 @@
 """Test the planner's estimate of training memory against what real steps take and against arithmetic."""
 
 import sys
+from functools import partial
 
 import memory as benchmark
 import pytest
 import torch
-from dynamic_network_architectures.architectures.unet import PlainConvUNet
-from torch import nn
+from conftest import small_unet
 
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.memory import finetuning_memory, pretraining_memory
@@ -18,13 +18,8 @@ PATCH = (14, 18, 22)
 BYTES_PER_PARAMETER = 16  # weight, gradient and two moments of AdamW, in fp32
 
 
-def unet() -> PlainConvUNet:
-    """Build what the hybrid needs; other decoders leave it alone."""
-    return PlainConvUNet(
-        2, 3, (4, 6, 8), nn.Conv3d, 3, (1, (1, 2, 2), (2, 1, 1)), 1, 3, 1, norm_op=nn.InstanceNorm3d,
-        norm_op_kwargs={"affine": True}, nonlin=nn.LeakyReLU, deep_supervision=True,
-    )  # fmt: skip
-
+# what the hybrid needs; other decoders leave it alone
+unet = partial(small_unet, 2, 3, (1, (1, 2, 2), (2, 1, 1)), deep_supervision=True)
 
 MEASURED = [
     benchmark.Case("finetuning", "S", (8, 8, 8), "upscale", "nearest", 2),

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from conftest import small_unet
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -18,22 +18,16 @@ from nnunet_vit_mae.settings import Network, Pretraining
 
 DEPTH = SIZES["XS"].depth
 DECAY = 0.7
+STRIDES = [(1, 1, 1), (1, 2, 2)]  # of the hybrid's U-Net
 
 shares = st.floats(0, 1)
 warmups = st.floats(0.01, 0.95)
 
 
-def unet(channels: int, classes: int) -> nn.Module:
-    return PlainConvUNet(
-        channels, 2, (4, 6), nn.Conv3d, 3, [(1, 1, 1), (1, 2, 2)], 1, classes, 1, conv_bias=True,
-        norm_op=nn.InstanceNorm3d, norm_op_kwargs={"affine": True}, nonlin=nn.LeakyReLU,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module", params=sorted(DECODERS))
 def segmenter(request) -> nn.Module:
     network = Network(size="XS", token=(2, 4, 8), decoder=request.param)
-    return build_segmenter(network, 2, 3, drop_path=0.1, unet=partial(unet, 2, 3))
+    return build_segmenter(network, 2, 3, drop_path=0.1, unet=partial(small_unet, 2, 3, STRIDES))
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +186,7 @@ def rates(optimizer: torch.optim.Optimizer) -> list[float]:
 def small_segmenter(decoder: str) -> nn.Module:
     torch.manual_seed(0)
     network = Network(size="XS", token=(1, 2, 4), decoder=decoder)
-    return build_segmenter(network, 1, 2, drop_path=0.1, unet=partial(unet, 1, 2))
+    return build_segmenter(network, 1, 2, drop_path=0.1, unet=partial(small_unet, 1, 2, STRIDES))
 
 
 @pytest.mark.parametrize("layer_decay", [DECAY, 1.0])
