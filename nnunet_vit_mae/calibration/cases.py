@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
+
+from nnunet_vit_mae.storage.stored_rows import StoredRows
 
 VALUES_PER_BLOCK = 2**23  # probabilities (or counts) at a time, so that memory grows neither with voxels nor classes
 
@@ -37,26 +38,16 @@ class Classes:
         return len(self.names) + (not self.regions)
 
 
-class InParts(Protocol):
-    """Probabilities (channels z y x) that are too large for the memory."""
-
-    shape: tuple[int, ...]
-
-    def parts(self, size: int) -> Iterator[np.ndarray]:
-        """Yield the probabilities of `size` voxels at a time (channels n), in the order of their indices."""
-        ...
-
-
 @dataclass(frozen=True)
 class CalibrationCase:
     """A case to calibrate on; `read` returns probabilities (channels z y x) and labels (z y x), anew for each pass."""
 
     name: str
     voxel_mm3: float  # volume of a voxel
-    read: Callable[[], tuple[np.ndarray | InParts, np.ndarray]]
+    read: Callable[[], tuple[np.ndarray | StoredRows, np.ndarray]]
 
 
-def blocks(probabilities: np.ndarray | InParts, labels: np.ndarray, classes: Classes) -> Iterator[Block]:
+def blocks(probabilities: np.ndarray | StoredRows, labels: np.ndarray, classes: Classes) -> Iterator[Block]:
     """Yield probabilities (channels n) and labels (n) of the voxels of a case that count, some at a time."""
     size, labels = voxels_per_block(classes), labels.reshape(-1)
     if isinstance(probabilities, np.ndarray):
