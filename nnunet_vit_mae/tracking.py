@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 TABLE = "metrics.csv"
 TENSORBOARD_FOLDER = "tensorboard"
 TENSORBOARD_SWITCH = "MAE3D_TENSORBOARD"
-WORDS = {"0": False, "False": False, "false": False, "1": True, "True": True, "true": True}  # nnU-Net's own
+SWITCH_VALUES = {"0": False, "False": False, "false": False, "1": True, "True": True, "true": True}  # nnU-Net's own
 
 METRICS = {  # in the order of the table's columns, before the Dice of each class
     "train_losses": "mean loss of the steps",
@@ -200,9 +200,9 @@ def read_switch(variable: str) -> bool | None:
         UserError: If it is neither.
     """
     text = os.environ.get(variable)
-    if text is not None and text not in WORDS:
+    if text is not None and text not in SWITCH_VALUES:
         raise UserError(f"The variable {variable} is {text!r}: set it to 1 (on) or 0 (off).")
-    return None if text is None else WORDS[text]
+    return None if text is None else SWITCH_VALUES[text]
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
