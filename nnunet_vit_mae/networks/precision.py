@@ -5,11 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def autocast(device: torch.device) -> torch.autocast:
     """Return the context in which our networks run; it overrides any autocast around it."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_bf16(device))
+
+
+def in_fp32(outputs: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    """Return what a network has put out, of one resolution or several, in fp32, as losses and nnU-Net want it."""
+    return [part.float() for part in outputs] if isinstance(outputs, list) else outputs.float()
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nnunet_vit_mae.networks.adaptive import AdaptiveEncoder
 from nnunet_vit_mae.networks.encoder import Encoder
-from nnunet_vit_mae.networks.precision import autocast
+from nnunet_vit_mae.networks.precision import autocast, in_fp32
 
 
 class Segmenter(nn.Module):
@@ -30,7 +30,7 @@ class Segmenter(nn.Module):
         """Return logits in fp32; with deep supervision (decoder `unet`) those of all resolutions, fine to coarse."""
         with autocast(volume.device):
             logits = self.logits(volume)
-        return [part.to(torch.float32) for part in logits] if isinstance(logits, list) else logits.to(torch.float32)
+        return in_fp32(logits)
 
     def logits(
         self, volume: Float[Tensor, "b c z y x"], present: list[list[int]] | None = None

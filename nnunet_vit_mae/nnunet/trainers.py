@@ -21,7 +21,7 @@ from nnunet_vit_mae.datasets.split.files import parent_fold
 from nnunet_vit_mae.errors import UserError, exit_on_user_error
 from nnunet_vit_mae.hub import local_file
 from nnunet_vit_mae.networks.build import build_segmenter
-from nnunet_vit_mae.networks.precision import autocast
+from nnunet_vit_mae.networks.precision import autocast, in_fp32
 from nnunet_vit_mae.networks.segmenter import Segmenter
 from nnunet_vit_mae.nnunet.adamw import AdamWTrainer
 from nnunet_vit_mae.nnunet.checkpoints import refuse_network_of_other_folds
@@ -61,7 +61,7 @@ class nnUNetTrainerBaselineAdamW(AdamWTrainer):  # noqa: N801
         """Return what the loss is computed from, in fp32, from a network that runs in bf16 where the ViT does."""
         with autocast(volume.device):
             logits = self.network(volume)
-        return [part.float() for part in logits] if isinstance(logits, list) else logits.float()
+        return in_fp32(logits)
 
 
 class nnUNetTrainerViTScratch(AdamWTrainer):  # noqa: N801
