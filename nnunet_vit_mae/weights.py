@@ -6,12 +6,10 @@ safetensors holds tensors and text only: reading one runs no code, whoever wrote
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,12 +30,12 @@ from nnunet_vit_mae.networks.weight_differences import compare_weights
 from nnunet_vit_mae.presets import ENCODER_SETTINGS
 from nnunet_vit_mae.settings import Network, Settings
 from nnunet_vit_mae.storage.entries import entries_as
+from nnunet_vit_mae.storage.files import file_hash as file_hash
 from nnunet_vit_mae.storage.files import short_hash, write_file
 
 CARD_KEY = "mae3d_card"
 HASH = r"[0-9a-f]{16}"  # of a case's name
 OPTIONAL = {"network", "source", "notes", "transpose_forward"}  # entries that cards of earlier versions lack
-PACKAGES = ("nnunet-vit-mae", "nnunetv2", "torch")
 
 
 def _known_for_all_axes(sides: list) -> list:
@@ -177,11 +175,6 @@ def hashed_name(case_name: str) -> str:
     return short_hash(case_name, 16)
 
 
-def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """Return the installed versions of packages, by default of those that decide what a checkpoint means."""
-    return {package: version(package) for package in packages}
-
-
 def save_encoder(encoder: nn.Module, card: Card, file: Path) -> None:
     """Write an encoder's state dict and its card; the file is whole or not there.
 
@@ -276,9 +269,3 @@ def check_encoder(tensors: Mapping[str, Tensor], card: Card) -> None:
     damaged = sorted(name for name, tensor in tensors.items() if not tensor.float().isfinite().all())
     if damaged:
         raise UserError(f"it has NaN or Inf in {abbreviated(damaged)}")
-
-
-def file_hash(file: Path) -> str:
-    """Return the SHA-256 of a file, as plans record it."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

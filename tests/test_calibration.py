@@ -51,8 +51,7 @@ from nnunet_vit_mae.nnunet.untrained import untrained_network
 from nnunet_vit_mae.presets import DECODERS
 from nnunet_vit_mae.settings import Network
 from nnunet_vit_mae.storage.csv_tables import read_rows
-from nnunet_vit_mae.storage.files import locked
-from nnunet_vit_mae.weights import file_hash
+from nnunet_vit_mae.storage.files import file_hash, locked
 
 TRAINER = "nnUNetTrainerBaseline"
 VOXEL = math.prod(SPACING)

@@ -24,7 +24,8 @@ from markdown_blocks import SHELL, blocks_of
 
 from nnunet_vit_mae.imaging.volumes import geometry_of
 from nnunet_vit_mae.storage.csv_tables import read_rows
-from nnunet_vit_mae.weights import file_hash, read_encoder
+from nnunet_vit_mae.storage.files import file_hash
+from nnunet_vit_mae.weights import read_encoder
 
 pytestmark = pytest.mark.slow
 

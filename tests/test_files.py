@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_vit_mae.errors import WHAT_TO_DO, UserError, WriteError, exit_on_user_error
-from nnunet_vit_mae.storage.files import inside, locked, read_json, remove_unfinished, replacing, write_json
+from nnunet_vit_mae.storage.files import file_hash, inside, locked, read_json, remove_unfinished, replacing, write_json
 from nnunet_vit_mae.storage.unfinished import new_folder
 
 json_values = st.recursive(
@@ -173,6 +173,14 @@ def test_a_name_becomes_a_path_below_its_root(tmp_path, name):
 def test_a_name_that_leads_elsewhere_is_refused(tmp_path, name):
     with pytest.raises(UserError, match=r"qc\.csv holds .* which is not the name of a file"):
         inside(tmp_path, "imagesTr", name, source="qc.csv")
+
+
+# ---------- hashes
+
+
+def test_a_files_hash_is_the_sha_256_of_its_bytes(tmp_path):
+    (tmp_path / "file").write_bytes(b"abc")
+    assert file_hash(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 # ---------- JSON

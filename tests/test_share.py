@@ -19,7 +19,8 @@ from nnunet_vit_mae.nnunet.scheduled import ScheduledTrainer
 from nnunet_vit_mae.nnunet.trainers import _unchanged, nnUNetTrainerViTMAE
 from nnunet_vit_mae.settings import EncoderFile
 from nnunet_vit_mae.sharing.model_folder import write_model_folder
-from nnunet_vit_mae.weights import encoder_content, file_hash, hashed_name, read_encoder, save_encoder
+from nnunet_vit_mae.storage.files import file_hash
+from nnunet_vit_mae.weights import encoder_content, hashed_name, read_encoder, save_encoder
 
 REPOSITORY = "lab/vessel"
 

@@ -28,7 +28,7 @@ from nnunet_vit_mae.nnunet.trainers import OUR_TRAINERS
 from nnunet_vit_mae.nnunet.untrained import expected_tensors
 from nnunet_vit_mae.storage.archives import FORMAT
 from nnunet_vit_mae.storage.entries import entries_as
-from nnunet_vit_mae.weights import file_hash
+from nnunet_vit_mae.storage.files import file_hash
 
 PLAN = "mae3d_plan -d 901 -o Tiny --recipe quick --token 4 --epochs 1 --iterations 1 --batch_size 2"
 TRAINERS = ("nnUNetTrainerViTScratch", "nnUNetTrainerBaseline")

@@ -25,10 +25,10 @@ from nnunet_vit_mae.evaluation.results import (
     PairedTest,
     RiskGroups,
 )
+from nnunet_vit_mae.installation import package_versions
 from nnunet_vit_mae.statistics import FEW_PAIRS, compare, holm, limits_of_agreement, mean_interval, smallest_p
 from nnunet_vit_mae.storage.csv_tables import write_frame
 from nnunet_vit_mae.storage.files import write_json
-from nnunet_vit_mae.weights import package_versions
 
 REPORTED_PACKAGES = (
     "nnunet-vit-mae",

@@ -13,7 +13,9 @@ from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.foreign import monai_vit, primus, timm_vit
 from nnunet_vit_mae.foreign.checkpoints import read_checkpoint, weights_in
 from nnunet_vit_mae.foreign.parts import ConvertedEncoder
-from nnunet_vit_mae.weights import Card, check_encoder, file_hash, package_versions
+from nnunet_vit_mae.installation import package_versions
+from nnunet_vit_mae.storage.files import file_hash
+from nnunet_vit_mae.weights import Card, check_encoder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,10 +17,9 @@ from torch import Tensor
 from nnunet_vit_mae.calibration.record import CALIBRATION_RECORD, CalibrationRecord, read_calibration
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.nnunet.models import Model
-from nnunet_vit_mae.storage.files import inside, replacing
+from nnunet_vit_mae.storage.files import file_hash, inside, replacing
 from nnunet_vit_mae.storage.layout import CALIBRATED
 from nnunet_vit_mae.storage.pickles import read_trained
-from nnunet_vit_mae.weights import file_hash
 
 # of our decoders, of nnU-Net's U-Nets, of those inside our decoder unet, and of nnU-Net's Primus
 HEAD = re.compile(

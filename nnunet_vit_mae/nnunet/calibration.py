@@ -31,6 +31,7 @@ from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.evaluation.calibration_figures import agreement_figure, curve_figure, reliability_figure
 from nnunet_vit_mae.imaging.labels import as_labels
 from nnunet_vit_mae.imaging.volumes import refuse_large
+from nnunet_vit_mae.installation import package_versions
 from nnunet_vit_mae.nnunet.calibrated import record_folder, write_calibrated
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
@@ -38,9 +39,8 @@ from nnunet_vit_mae.nnunet.predicted_cases import PredictedCase
 from nnunet_vit_mae.nnunet.prediction import open_probabilities
 from nnunet_vit_mae.plots import save_figure
 from nnunet_vit_mae.storage.csv_tables import write_rows
-from nnunet_vit_mae.storage.files import write_json
+from nnunet_vit_mae.storage.files import file_hash, write_json
 from nnunet_vit_mae.storage.stored_rows import StoredRows
-from nnunet_vit_mae.weights import file_hash, package_versions
 
 TABLE_ROW = "{:20}  {:>9}  {:>12}  {:>12}  {:>12}  {:>11}  {:>6}  {:>8}"
 RECORDED_PACKAGES = ("nnunet-vit-mae", "nnunetv2", "torch", "numpy")

@@ -14,8 +14,8 @@ from nnunet_vit_mae.foreign.checkpoints import is_foreign
 from nnunet_vit_mae.foreign.conversion import Target, convert_checkpoint
 from nnunet_vit_mae.hub import download, is_address
 from nnunet_vit_mae.nnunet.plans import Plan
-from nnunet_vit_mae.storage.files import write_file
-from nnunet_vit_mae.weights import Card, encoder_content, file_hash, read_encoder
+from nnunet_vit_mae.storage.files import file_hash, write_file
+from nnunet_vit_mae.weights import Card, encoder_content, read_encoder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import Any
 from nnunet_vit_mae.calibration.record import CALIBRATION_RECORD, UNCERTAINTY
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.description import DESCRIPTION
+from nnunet_vit_mae.installation import package_versions
 from nnunet_vit_mae.nnunet.calibrated import read_calibration_of
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import classes_of
@@ -35,7 +36,6 @@ from nnunet_vit_mae.storage.entries import checked_entries, read_entries
 from nnunet_vit_mae.storage.files import without_paths
 from nnunet_vit_mae.storage.layout import CALIBRATED, CARD, PLANS
 from nnunet_vit_mae.storage.pickles import read_trained
-from nnunet_vit_mae.weights import package_versions
 
 RENAME = "train the model with a name of letters, digits and underscores"
 

@@ -36,9 +36,8 @@ from nnunet_vit_mae.nnunet.training_range import FINGERPRINT, TRAINING_VOLUMES, 
 from nnunet_vit_mae.nnunet.untrained import expected_tensors
 from nnunet_vit_mae.storage.archives import Archive, open_archive
 from nnunet_vit_mae.storage.entries import checked_entries
-from nnunet_vit_mae.storage.files import inside, locked, replacing, set_aside, write_json
+from nnunet_vit_mae.storage.files import file_hash, inside, locked, replacing, set_aside, write_json
 from nnunet_vit_mae.storage.layout import CALIBRATED, CARD, PLANS
-from nnunet_vit_mae.weights import file_hash
 
 ADVICE = "export the model again"
 

@@ -21,9 +21,8 @@ from nnunet_vit_mae.nnunet.prediction import (
     remove_outdated,
 )
 from nnunet_vit_mae.storage.entries import read_entries
-from nnunet_vit_mae.storage.files import inside, write_json
+from nnunet_vit_mae.storage.files import file_hash, inside, write_json
 from nnunet_vit_mae.storage.layout import CHECKPOINT_NOTE, FINAL, VALIDATION
-from nnunet_vit_mae.weights import file_hash
 
 NOTE = "predicted.json"  # in the folder of predictions
 FOLDER = "calibration"  # in the model's folder, for probabilities that nnU-Net has not saved

@@ -15,6 +15,7 @@ import joblib
 import torch
 
 from nnunet_vit_mae.errors import UserError, abbreviated
+from nnunet_vit_mae.installation import package_versions
 from nnunet_vit_mae.networks.memory import pretraining_memory
 from nnunet_vit_mae.networks.precision import has_bf16
 from nnunet_vit_mae.nnunet.capacity import free_memory_of, memory_of, refuse_step_beyond
@@ -34,7 +35,7 @@ from nnunet_vit_mae.storage.files import locked, short_hash
 from nnunet_vit_mae.storage.layout import encoder_file
 from nnunet_vit_mae.tracking import wants_tensorboard
 from nnunet_vit_mae.units import size_text
-from nnunet_vit_mae.weights import Card, hashed_name, package_versions, save_encoder
+from nnunet_vit_mae.weights import Card, hashed_name, save_encoder
 
 logger = logging.getLogger(__name__)
 

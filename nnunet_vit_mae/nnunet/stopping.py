@@ -17,9 +17,8 @@ from nnunet_vit_mae.errors import exit_on_user_error
 from nnunet_vit_mae.imaging.channels import cases_in
 from nnunet_vit_mae.processes.memory import refuse_without_shared_memory
 from nnunet_vit_mae.processes.signals import forks_follow, stoppable, tell
-from nnunet_vit_mae.storage.files import replacing, set_aside, write_json
+from nnunet_vit_mae.storage.files import file_hash, replacing, set_aside, write_json
 from nnunet_vit_mae.storage.layout import BEST, CHECKPOINT_NOTE, FINAL, LATEST, VALIDATION
-from nnunet_vit_mae.weights import file_hash
 
 
 class StoppableTrainer(nnUNetTrainer):

@@ -26,9 +26,8 @@ from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.entries import checked_entries, read_entries
-from nnunet_vit_mae.storage.files import read_json, short_hash, write_json
+from nnunet_vit_mae.storage.files import file_hash, read_json, short_hash, write_json
 from nnunet_vit_mae.storage.layout import CALIBRATED, CARD, FINAL
-from nnunet_vit_mae.weights import file_hash
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from nnunet_vit_mae.hub import WEIGHTS
 from nnunet_vit_mae.pretraining.run_report import PROGRESS
-from nnunet_vit_mae.storage.files import without_paths, write_file, write_json
-from nnunet_vit_mae.weights import Card, axis_names, encoder_content, file_hash, read_encoder
+from nnunet_vit_mae.storage.files import file_hash, without_paths, write_file, write_json
+from nnunet_vit_mae.weights import Card, axis_names, encoder_content, read_encoder
 
 CONFIG, README, CURVE = "config.json", "README.md", "loss.png"
 UNKNOWN_REPOSITORY = "OWNER/NAME"

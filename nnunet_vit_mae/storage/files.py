@@ -195,6 +195,12 @@ def short_hash(text: str, digits: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
+def file_hash(file: Path) -> str:
+    """Return the SHA-256 of a file, as plans record it."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
 def without_paths(content: Any) -> Any:
     """Return the content of JSON with file names in place of absolute paths.
 

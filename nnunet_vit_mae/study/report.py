@@ -16,6 +16,7 @@ from nnunet_vit_mae.evaluation.pictures import Gallery, Picture, draw_by_token
 from nnunet_vit_mae.evaluation.report import template_environment
 from nnunet_vit_mae.evaluation.summary import REPORTED_PACKAGES
 from nnunet_vit_mae.evaluation.words import format_values, p_text
+from nnunet_vit_mae.installation import package_versions
 from nnunet_vit_mae.settings import Settings
 from nnunet_vit_mae.storage.csv_tables import write_frame
 from nnunet_vit_mae.storage.files import write_file
@@ -37,7 +38,6 @@ from nnunet_vit_mae.study.costs import Cost
 from nnunet_vit_mae.study.design import StudyDesign, StudyModel
 from nnunet_vit_mae.study.figures import differences_figure, learning_curves, pretraining_figure, training_figure
 from nnunet_vit_mae.study.training import pretraining_curves, training_curves
-from nnunet_vit_mae.weights import package_versions
 
 PAGE = "index.html"
 MODEL_NAMES_SHOWN = 12  # of those that are missing
