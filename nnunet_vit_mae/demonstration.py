@@ -17,7 +17,7 @@ from shlex import quote
 from typing import Any
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.imaging.labels import read_volume
+from nnunet_vit_mae.imaging.volumes import read_volume
 from nnunet_vit_mae.installation import trainers_folder
 from nnunet_vit_mae.phantoms.dataset import write_phantom_dataset
 from nnunet_vit_mae.plots import Segmented, plot_segmentations

@@ -23,9 +23,8 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 import nnunet_vit_mae
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.foreign.checkpoints import read_checkpoint
-from nnunet_vit_mae.imaging.labels import read_volume
 from nnunet_vit_mae.imaging.scans import ScanError, read_scan
-from nnunet_vit_mae.imaging.volumes import read_geometry, read_image, refuse_large
+from nnunet_vit_mae.imaging.volumes import read_geometry, read_image, read_volume, refuse_large
 from nnunet_vit_mae.nnunet.calibrated import write_calibrated
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.plans import load_plan

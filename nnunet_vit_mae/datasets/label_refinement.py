@@ -18,8 +18,8 @@ from scipy import ndimage
 from nnunet_vit_mae.datasets.refinement_rule import RefinementRule
 from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.imaging.channels import cases_in, channel_file_name, ending_in, visible_files
-from nnunet_vit_mae.imaging.labels import read_labels, read_volume, whole_numbers
-from nnunet_vit_mae.imaging.volumes import NOT_FINITE, all_finite, read_image, without_warnings_of_itk
+from nnunet_vit_mae.imaging.labels import read_labels, whole_numbers
+from nnunet_vit_mae.imaging.volumes import NOT_FINITE, all_finite, read_image, read_volume, without_warnings_of_itk
 from nnunet_vit_mae.imaging.writing import write_image
 from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.csv_tables import write_instances

@@ -18,8 +18,8 @@ from nnunet_vit_mae.evaluation.results import EvaluationOptions
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, cases_in, channel_file_name, ending_in
 from nnunet_vit_mae.imaging.description import DESCRIPTION
 from nnunet_vit_mae.imaging.grids import distance_mm, turned_geometry, turned_like
-from nnunet_vit_mae.imaging.labels import Labels, read_labels, read_mask, read_segmentation, read_volume, values_in
-from nnunet_vit_mae.imaging.volumes import NOT_FINITE, Geometry, all_finite, without_warnings_of_itk
+from nnunet_vit_mae.imaging.labels import Labels, read_labels, read_mask, read_segmentation, values_in
+from nnunet_vit_mae.imaging.volumes import NOT_FINITE, Geometry, all_finite, read_volume, without_warnings_of_itk
 from nnunet_vit_mae.processes.workers import run_each
 from nnunet_vit_mae.progress import with_progress
 

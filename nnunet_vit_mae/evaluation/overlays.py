@@ -16,8 +16,8 @@ from nnunet_vit_mae.evaluation.cases import EvaluationSet, on_grid
 from nnunet_vit_mae.evaluation.drawing import WIDTH, styled
 from nnunet_vit_mae.evaluation.results import Evaluation
 from nnunet_vit_mae.imaging.grids import turned_like
-from nnunet_vit_mae.imaging.labels import read_segmentation, read_volume
-from nnunet_vit_mae.imaging.volumes import Geometry, without_warnings_of_itk
+from nnunet_vit_mae.imaging.labels import read_segmentation
+from nnunet_vit_mae.imaging.volumes import Geometry, read_volume, without_warnings_of_itk
 
 # colour and width of outlines: light and wide below, dark and thin on top, so that both show in greyscale and where
 # they agree

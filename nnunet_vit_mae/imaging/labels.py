@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
 
 from nnunet_vit_mae.errors import UserError, reading
 from nnunet_vit_mae.imaging.description import read_description
-from nnunet_vit_mae.imaging.volumes import Geometry, all_finite, read_geometry, read_image, refuse_damaged
+from nnunet_vit_mae.imaging.volumes import Geometry, all_finite, read_volume
 
 IGNORE = "ignore"
 
@@ -46,24 +45,6 @@ def read_labels(file: Path) -> Labels:
     values = dict(read_description(file).needed("labels"))
     ignore = values.pop(IGNORE, (None,))[0]
     return Labels({name: numbers for name, numbers in values.items() if set(numbers) != {0}}, ignore)
-
-
-def read_volume(file: Path) -> tuple[np.ndarray, Geometry]:
-    """Read a 3D image.
-
-    Args:
-        file: The image file.
-
-    Returns:
-        The voxels (z y x) and the geometry.
-
-    Raises:
-        Exception: Whatever a reader raises if the file is damaged or is not a 3D image.
-    """
-    geometry = read_geometry(file)
-    refuse_damaged(file)
-    array = sitk.GetArrayFromImage(read_image(file))
-    return array, geometry
 
 
 def whole_numbers(array: np.ndarray) -> bool:

@@ -1,4 +1,4 @@
-"""Headers of image files: geometry, truncated files, and images of zeros."""
+"""Image files: geometry and voxels, truncated files, and images of zeros."""
 
 from __future__ import annotations
 
@@ -95,6 +95,24 @@ def read_geometry(file: Path, name: str | None = None) -> Geometry:
     if (is_nifti and _is_cut_off(file)) or (is_gipl and _is_short(file, reader)):
         raise ScanError(f"{name} {CUT_OFF}")
     return Geometry(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
+
+
+def read_volume(file: Path) -> tuple[np.ndarray, Geometry]:
+    """Read a 3D image.
+
+    Args:
+        file: The image file.
+
+    Returns:
+        The voxels (z y x) and the geometry.
+
+    Raises:
+        Exception: Whatever a reader raises if the file is damaged or is not a 3D image.
+    """
+    geometry = read_geometry(file)
+    refuse_damaged(file)
+    array = sitk.GetArrayFromImage(read_image(file))
+    return array, geometry
 
 
 def read_image(file: Path, name: str | None = None) -> sitk.Image:

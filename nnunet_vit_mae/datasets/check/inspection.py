@@ -23,9 +23,9 @@ from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, NIFTI, cases_in, othe
 from nnunet_vit_mae.imaging.ct_clipping import is_ct
 from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 from nnunet_vit_mae.imaging.grids import turned_geometry
-from nnunet_vit_mae.imaging.labels import Labels, read_labels, read_volume, whole_numbers
+from nnunet_vit_mae.imaging.labels import Labels, read_labels, whole_numbers
 from nnunet_vit_mae.imaging.stated_geometry import nifti_ambiguities
-from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, refuse_damaged, without_warnings_of_itk
+from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, read_volume, refuse_damaged, without_warnings_of_itk
 from nnunet_vit_mae.processes.workers import run_each
 
 ERROR, WARNING = "error", "warning"

@@ -27,8 +27,8 @@ from nnunet_vit_mae.imaging.channels import (
     without_ending,
 )
 from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
-from nnunet_vit_mae.imaging.labels import read_labels, read_volume
-from nnunet_vit_mae.imaging.volumes import without_warnings_of_itk
+from nnunet_vit_mae.imaging.labels import read_labels
+from nnunet_vit_mae.imaging.volumes import read_volume, without_warnings_of_itk
 from nnunet_vit_mae.storage.entries import read_entries
 from nnunet_vit_mae.storage.files import link, locked, read_json, set_aside, write_json
 
