@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, FiniteFloat
 
 from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.imaging.description import Description
 from nnunet_vit_mae.nnunet.plan_code import refuse_other_code
-from nnunet_vit_mae.storage.entries import Length, Value, Whole, checked_entries
+from nnunet_vit_mae.storage.entries import Length, Whole, checked_entries
 from nnunet_vit_mae.storage.files import read_json
 
 ADVICE = "correct it, or write the plans again with nnUNetv2_plan_experiment and mae3d_plan"
@@ -51,7 +51,7 @@ class PlanEntries:
     transpose_forward: Axes
     transpose_backward: Axes
     label_manager: str = "LabelManager"
-    foreground_intensity_properties_per_channel: dict[str, dict[str, Value]]
+    foreground_intensity_properties_per_channel: dict[str, dict[str, FiniteFloat]]
     configurations: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
 
 

@@ -42,7 +42,6 @@ EXPECTED = {  # by pydantic's type of error, in the words of this package
 
 Whole = Annotated[int, Field(gt=0, le=10**9)]  # a number of something
 Length = Annotated[FiniteFloat, Field(gt=0)]
-Value = Annotated[FiniteFloat, Field()]
 
 
 def read_entries(kind: type[T] | Any, file: Path, advice: str) -> T:
