@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.settings import Finetuning, Network, Pretraining, Settings, count_visible, token_grid
+from nnunet_vit_mae.settings import Finetuning, Network, Pretraining, Settings, Triple, count_visible, token_grid
 from nnunet_vit_mae.units import size_text
 
 TOKEN_BUDGET = 4096  # 64^3 voxels at token 4, the paper's setting; a 128^3 patch at token 8
@@ -60,9 +60,7 @@ def refuse_useless_masks(network: Network, protocol: Pretraining, patch_size: Se
         )
 
 
-def default_token(
-    patch_size: Sequence[int], spacing: Sequence[float], budget: int = TOKEN_BUDGET
-) -> tuple[int, int, int]:
+def default_token(patch_size: Sequence[int], spacing: Sequence[float], budget: int = TOKEN_BUDGET) -> Triple:
     """Return the smallest token whose grid stays inside the budget (ViTiac, section 3.1: small tokens are better).
 
     The budget is soft: a grid may exceed it by a quarter, so that a patch that is a little too large does not lose half
@@ -73,7 +71,7 @@ def default_token(
     return within[0] if within else steps[-1]
 
 
-def token_steps(patch_size: Sequence[int], spacing: Sequence[float]) -> list[tuple[int, int, int]]:
+def token_steps(patch_size: Sequence[int], spacing: Sequence[float]) -> list[Triple]:
     """Return the tokens to choose from, small to large: each is twice as long as the one before it, along one axis.
 
     They begin at 4 voxels and end at 16. Along an axis of thick slices a token spans fewer voxels, so that it is about

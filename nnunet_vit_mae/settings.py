@@ -36,6 +36,8 @@ LEAST_TAPS = 3  # as many as UNETR has
 MOST_TOKENS = 1024  # along an axis: far more than any memory holds
 TOKEN_SIDES = (1, 2, 4, 8, 16, 32)  # convolutional decoders double their grid until it reaches the voxels
 
+Triple = tuple[int, int, int]  # of axes z y x: the sides of a token, a grid of tokens, a factor of upsampling
+
 
 def token_grid(patch_size: Sequence[int], token: Sequence[int]) -> tuple[int, ...]:
     """Return the number of tokens along z y x; the last one of an axis may reach beyond the patch."""

@@ -25,10 +25,9 @@ from nnunet_vit_mae.networks.adaptive import AdaptiveEncoder
 from nnunet_vit_mae.networks.blueprint import ONE_MM
 from nnunet_vit_mae.networks.build import build_encoder
 from nnunet_vit_mae.networks.encoder import Encoder
-from nnunet_vit_mae.networks.tokenizer import Triple
 from nnunet_vit_mae.networks.weight_differences import compare_weights
 from nnunet_vit_mae.presets import ENCODER_SETTINGS
-from nnunet_vit_mae.settings import Network, Settings
+from nnunet_vit_mae.settings import Network, Settings, Triple
 from nnunet_vit_mae.storage.entries import entries_as
 from nnunet_vit_mae.storage.files import file_hash as file_hash
 from nnunet_vit_mae.storage.files import short_hash, write_file

@@ -27,9 +27,9 @@ from nnunet_vit_mae.networks.grouping import Group, groups
 from nnunet_vit_mae.networks.memory import finetuning_memory
 from nnunet_vit_mae.networks.positions import forget_positions, rotary_positions, sine_cosine_positions
 from nnunet_vit_mae.networks.segmenter import Segmenter
-from nnunet_vit_mae.networks.tokenizer import Triple, padded, patchify
+from nnunet_vit_mae.networks.tokenizer import padded, patchify
 from nnunet_vit_mae.presets import DECODERS, MODALITY_VECTORS, POSITIONS
-from nnunet_vit_mae.settings import Network, Pretraining
+from nnunet_vit_mae.settings import Network, Pretraining, Triple
 
 CPU = torch.device("cpu")
 TOKEN, GRID = (2, 4, 8), (4, 2, 3)  # GRID holds the tokens of SIDES

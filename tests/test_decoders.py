@@ -22,10 +22,10 @@ from nnunet_vit_mae.networks.decoders import upscale
 from nnunet_vit_mae.networks.decoders.unetr import shares
 from nnunet_vit_mae.networks.encoder import Encoded
 from nnunet_vit_mae.networks.segmenter import Segmenter, prior_logits, start_from
-from nnunet_vit_mae.networks.tokenizer import Triple, doublings, padded, stage_widths
+from nnunet_vit_mae.networks.tokenizer import doublings, padded, stage_widths
 from nnunet_vit_mae.networks.upsampling import as_map, narrowest_width, upsampling
 from nnunet_vit_mae.presets import DECODERS, SIZES, UPSAMPLINGS
-from nnunet_vit_mae.settings import TOKEN_SIDES, Network, Pretraining
+from nnunet_vit_mae.settings import TOKEN_SIDES, Network, Pretraining, Triple
 
 TOKEN = (2, 4, 8)
 VOLUMES = {  # for each token three unequal sides that it does not divide; unequal numbers of tokens but for the largest

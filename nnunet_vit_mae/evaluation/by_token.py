@@ -20,7 +20,7 @@ from nnunet_vit_mae.evaluation.drawing import (
     styled,
 )
 from nnunet_vit_mae.presets import SIZES
-from nnunet_vit_mae.settings import BLOCK, Network, Settings
+from nnunet_vit_mae.settings import BLOCK, Network, Settings, Triple
 from nnunet_vit_mae.storage.entries import read_entries
 from nnunet_vit_mae.storage.layout import PLANS
 
@@ -116,5 +116,5 @@ def token_figure(results: Sequence[DiceOfVit]) -> Figure:
     return figure
 
 
-def _token_text(token: tuple[int, int, int]) -> str:
+def _token_text(token: Triple) -> str:
     return str(token[0]) if len(set(token)) == 1 else " x ".join(map(str, token))

@@ -18,6 +18,7 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.foreign.checkpoints import Weights, weights_in
 from nnunet_vit_mae.foreign.parts import Z_SCORE, ConvertedEncoder, checked_token, cube_root, size_of
 from nnunet_vit_mae.presets import SIZES
+from nnunet_vit_mae.settings import Triple
 
 PLAN = "nnssl_adaptation_plan"
 ROTARY_BASE = 10_000.0  # timm's temperature
@@ -200,7 +201,7 @@ def _places(
     return places, []
 
 
-def _grid(tokens: int, patch: list[int], token: list[int]) -> tuple[int, int, int] | None:
+def _grid(tokens: int, patch: list[int], token: list[int]) -> Triple | None:
     if len(patch) == 3:
         z, y, x = (int(voxels) // side for voxels, side in zip(patch, token, strict=True))
         if z * y * x == tokens:

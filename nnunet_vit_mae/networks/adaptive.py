@@ -20,8 +20,9 @@ from nnunet_vit_mae.devices import on_device
 from nnunet_vit_mae.networks.encoder import Encoded
 from nnunet_vit_mae.networks.grouping import groups
 from nnunet_vit_mae.networks.positions import Places, Positions
-from nnunet_vit_mae.networks.tokenizer import Triple, grid_of, padded, patchify
+from nnunet_vit_mae.networks.tokenizer import grid_of, padded, patchify
 from nnunet_vit_mae.networks.transformer import Transformer
+from nnunet_vit_mae.settings import Triple
 
 LEARNED_LENGTH = 16  # of a learned modality vector; the paper gives none
 

@@ -12,7 +12,8 @@ from nnunet_vit_mae.networks.grouping import Group, groups
 from nnunet_vit_mae.networks.masking import Masks, take
 from nnunet_vit_mae.networks.positions import Places
 from nnunet_vit_mae.networks.token_decoder import TokenDecoder
-from nnunet_vit_mae.networks.tokenizer import Triple, grid_of, patchify
+from nnunet_vit_mae.networks.tokenizer import grid_of, patchify
+from nnunet_vit_mae.settings import Triple
 
 
 class AdaptiveMaskedAutoencoder(nn.Module):

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from nnunet_vit_mae.networks.encoder import Encoder
 from nnunet_vit_mae.networks.masking import Masks, take
 from nnunet_vit_mae.networks.token_decoder import TokenDecoder
-from nnunet_vit_mae.networks.tokenizer import Triple, grid_of, moments, patchify, voxels_inside
+from nnunet_vit_mae.networks.tokenizer import grid_of, moments, patchify, voxels_inside
+from nnunet_vit_mae.settings import Triple
 
 NORM_PIX_EPSILON = 1e-6  # of the variance, as in the original
 

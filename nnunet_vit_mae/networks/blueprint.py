@@ -10,11 +10,11 @@ from torch import nn
 
 from nnunet_vit_mae.networks.positions import Positions, PositionTable
 from nnunet_vit_mae.networks.token_decoder import TokenDecoder
-from nnunet_vit_mae.networks.tokenizer import ConvolutionalTokenizer, Tokenizer, Triple, map_widths
+from nnunet_vit_mae.networks.tokenizer import ConvolutionalTokenizer, Tokenizer, map_widths
 from nnunet_vit_mae.networks.transformer import Transformer
 from nnunet_vit_mae.networks.upsampling import narrowest_width
 from nnunet_vit_mae.presets import SIZES, Size
-from nnunet_vit_mae.settings import Network
+from nnunet_vit_mae.settings import Network, Triple
 
 POSITION_MM = 8.0  # length that counts as one token where positions are in mm
 ONE_MM = (1.0, 1.0, 1.0)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from nnunet_vit_mae.networks.encoder import Encoded
 from nnunet_vit_mae.networks.segmenter import Segmenter
-from nnunet_vit_mae.networks.tokenizer import Triple
 from nnunet_vit_mae.networks.upsampling import as_map
+from nnunet_vit_mae.settings import Triple
 
 ROUNDING = 1e-13  # variance over mean square: fp32 cannot tell less from a constant
 

@@ -11,15 +11,9 @@ from torch import Tensor, nn
 
 from nnunet_vit_mae.networks.masking import take
 from nnunet_vit_mae.networks.positions import Places, Positions, PositionTable
-from nnunet_vit_mae.networks.tokenizer import (
-    ConvolutionalTokenizer,
-    Tokenizer,
-    Triple,
-    grid_of,
-    padded,
-    patchify,
-)
+from nnunet_vit_mae.networks.tokenizer import ConvolutionalTokenizer, Tokenizer, grid_of, padded, patchify
 from nnunet_vit_mae.networks.transformer import Transformer
+from nnunet_vit_mae.settings import Triple
 
 
 class Encoded(NamedTuple):

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from nnunet_vit_mae.networks.tokenizer import Triple, moments, patchify, voxels_inside
-from nnunet_vit_mae.settings import count_visible
+from nnunet_vit_mae.networks.tokenizer import moments, patchify, voxels_inside
+from nnunet_vit_mae.settings import Triple, count_visible
 
 # standard deviation of preprocessed intensities: below it, norm-pix would amplify ripples in air to targets
 BACKGROUND_DEVIATION = 1e-3

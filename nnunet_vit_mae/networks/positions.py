@@ -19,8 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnunet_vit_mae.networks.tokenizer import Triple
-from nnunet_vit_mae.settings import Network
+from nnunet_vit_mae.settings import Network, Triple
 
 PERIOD = 10_000
 TABLE_DEVIATION = 0.02  # of learned positions before anything is learned, as in other ViTs

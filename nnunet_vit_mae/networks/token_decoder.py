@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from nnunet_vit_mae.networks.grouping import Group
 from nnunet_vit_mae.networks.positions import Places, Positions
-from nnunet_vit_mae.networks.tokenizer import Triple
 from nnunet_vit_mae.networks.transformer import Transformer
+from nnunet_vit_mae.settings import Triple
 
 
 class TokenDecoder(nn.Module):

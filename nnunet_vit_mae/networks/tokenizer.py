@@ -11,9 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnunet_vit_mae.settings import token_grid
-
-Triple = tuple[int, int, int]
+from nnunet_vit_mae.settings import Triple, token_grid
 
 
 def grid_of(volume: Float[Tensor, "b c z y x"], token: Triple) -> Triple:

@@ -8,7 +8,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nnunet_vit_mae.networks.tokenizer import Triple
+from nnunet_vit_mae.settings import Triple
 
 
 def narrowest_width(encoder_width: int) -> int:

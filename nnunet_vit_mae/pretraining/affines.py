@@ -17,7 +17,8 @@ from torch import Tensor
 
 from nnunet_vit_mae.batch_transforms import resample_images
 from nnunet_vit_mae.devices import on_device
-from nnunet_vit_mae.networks.tokenizer import Triple, patchify
+from nnunet_vit_mae.networks.tokenizer import patchify
+from nnunet_vit_mae.settings import Triple
 
 SHARE = 0.2  # of all crops that are rotated, and of all that are scaled, as in nnU-Net and nnssl
 

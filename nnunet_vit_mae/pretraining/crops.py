@@ -24,7 +24,7 @@ from nnunet_vit_mae.networks.tokenizer import grid_of
 from nnunet_vit_mae.presets import AXES
 from nnunet_vit_mae.pretraining.affines import AffineDrawing, moved, tokens_reached
 from nnunet_vit_mae.pretraining.volumes import Cache, DeviceCache, open_volume
-from nnunet_vit_mae.settings import token_grid
+from nnunet_vit_mae.settings import Triple, token_grid
 
 REGION = 1.5  # sides of what is read for several crops, in sides of one: they differ, and share most of their blocks
 
@@ -76,7 +76,7 @@ class MaskDrawing:
     """How masks are drawn for crops."""
 
     masking: Masking
-    token: tuple[int, int, int]
+    token: Triple
     adaptive: bool = False  # each present contrast has a mask of its own
     skip_background: bool = False
     masks_per_crop: int = 1

@@ -16,8 +16,9 @@ from nnunet_vit_mae.networks.autoencoder import mean_and_deviation
 from nnunet_vit_mae.networks.build import Autoencoder
 from nnunet_vit_mae.networks.masking import Masking, take
 from nnunet_vit_mae.networks.precision import autocast
-from nnunet_vit_mae.networks.tokenizer import Triple, grid_of, patchify, unpatchify, voxels_inside
+from nnunet_vit_mae.networks.tokenizer import grid_of, patchify, unpatchify, voxels_inside
 from nnunet_vit_mae.pretraining.crops import Samples
+from nnunet_vit_mae.settings import Triple
 
 REACH = 1.0  # tokens; how far the statistics of a visible token spread
 FALLBACK = 1e-3  # weight of the mean over all visible tokens, where no visible token is near

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnunet_vit_mae.networks.tokenizer import Triple
 from nnunet_vit_mae.networks.upsampling import stem_joins, upsampling
+from nnunet_vit_mae.settings import Triple
 
 Norm = Callable[[int], nn.Module]  # of a number of features
 INSTANCE_NORM: Norm = partial(nn.InstanceNorm3d, affine=True)

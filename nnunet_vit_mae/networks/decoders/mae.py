@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from nnunet_vit_mae.networks.blueprint import Blueprint
 from nnunet_vit_mae.networks.encoder import Encoded
 from nnunet_vit_mae.networks.token_decoder import TokenDecoder
-from nnunet_vit_mae.networks.tokenizer import Triple, unpatchify
+from nnunet_vit_mae.networks.tokenizer import unpatchify
+from nnunet_vit_mae.settings import Triple
 
 
 def build(blueprint: Blueprint) -> MAEDecoder:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from nnunet_vit_mae.networks.blueprint import Blueprint
 from nnunet_vit_mae.networks.decoders.expanding_path import ExpandingPath, Stage
 from nnunet_vit_mae.networks.encoder import Encoded
-from nnunet_vit_mae.networks.tokenizer import Triple, stage_factors, stage_widths
+from nnunet_vit_mae.networks.tokenizer import stage_factors, stage_widths
 from nnunet_vit_mae.networks.upsampling import as_map, upsampling
+from nnunet_vit_mae.settings import Triple
 
 DOUBLED = (2, 2, 2)  # from the coarsest level to the tokens
 WIDEST = 320  # features of the two coarsest levels, as in nnU-Net's U-Nets

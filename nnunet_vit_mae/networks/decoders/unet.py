@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from nnunet_vit_mae.networks.blueprint import Blueprint
 from nnunet_vit_mae.networks.encoder import Encoded
-from nnunet_vit_mae.networks.tokenizer import Triple
 from nnunet_vit_mae.networks.upsampling import as_map
+from nnunet_vit_mae.settings import Triple
 
 
 def build(blueprint: Blueprint) -> UNetDecoder:

@@ -12,8 +12,9 @@ from nnunet_vit_mae.networks.adaptive import AdaptiveStem, ModalityVectors
 from nnunet_vit_mae.networks.blueprint import Blueprint
 from nnunet_vit_mae.networks.decoders.expanding_path import ExpandingPath, ResidualBlock, SkipPath
 from nnunet_vit_mae.networks.encoder import Encoded
-from nnunet_vit_mae.networks.tokenizer import Triple, stage_factors, stage_widths
+from nnunet_vit_mae.networks.tokenizer import stage_factors, stage_widths
 from nnunet_vit_mae.networks.upsampling import as_map
+from nnunet_vit_mae.settings import Triple
 
 
 def build(blueprint: Blueprint) -> UNETRDecoder:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from nnunet_vit_mae.networks.blueprint import Blueprint
 from nnunet_vit_mae.networks.encoder import Encoded
-from nnunet_vit_mae.networks.tokenizer import Triple, doublings, stage_widths
+from nnunet_vit_mae.networks.tokenizer import doublings, stage_widths
 from nnunet_vit_mae.networks.upsampling import as_map, stem_joins, upsampling
+from nnunet_vit_mae.settings import Triple
 
 
 def build(blueprint: Blueprint) -> UpscaleDecoder:
