@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import bootstrap, spearmanr, wilcoxon
+from scipy.stats import bootstrap, rankdata, spearmanr, wilcoxon
 
-DIGITS = 12  # decimals that count: equal values and differences must be ties in spite of rounding
+DIGITS = 12  # decimals of shares that count: equal values and differences must be ties in spite of rounding
 FEW_PAIRS = 5  # with so few pairs the test cannot give p < 0.05
 LIMIT_SDS = 1.96  # standard deviations on either side of the mean that hold 95% of a normal distribution
 
@@ -26,6 +26,7 @@ class Comparison:
     second: float  # mean
     difference: float  # mean of second minus first
     changed: int  # pairs that differ: the test ignores the others
+    direction: int  # sign of the sum of signed ranks: 1 if the second tends to be larger, -1 if smaller
     p: float | None
 
     @property
@@ -141,7 +142,8 @@ def compare(first: Sequence[float], second: Sequence[float], groups: Sequence[st
             independent; None: each case counts.
 
     Returns:
-        Means over the cases and their difference; number of pairs that are tested, how many of them differ, and p.
+        Means over the cases and their difference; number of pairs that are tested, how many of them differ, the
+        direction of their ranks, which can be another one than that of the means, and p.
 
     Raises:
         ValueError: If a value is NaN or infinite, or the lengths differ.
@@ -154,13 +156,14 @@ def compare(first: Sequence[float], second: Sequence[float], groups: Sequence[st
     if not np.isfinite(pairs).all():
         raise ValueError(f"Pairs must be finite, but one of them is {pairs[~np.isfinite(pairs)][0]}.")
     if not len(pairs):
-        return Comparison(0, math.nan, math.nan, math.nan, 0, None)
+        return Comparison(0, math.nan, math.nan, math.nan, 0, 0, None)
     first_mean, second_mean = pairs.mean(axis=0).tolist()
-    mean_difference = float((pairs[:, 1] - pairs[:, 0]).round(DIGITS).mean())
+    digits = _digits_of(pairs)
+    mean_difference = float((pairs[:, 1] - pairs[:, 0]).round(digits).mean())
     if groups is not None:
         of_patients = [_sums_and_counts(values, groups) for values in pairs.T]
         pairs = np.stack([sums / counts for sums, counts in of_patients], axis=1)
-    differences = (pairs[:, 1] - pairs[:, 0]).round(DIGITS)
+    differences = (pairs[:, 1] - pairs[:, 0]).round(digits)
     changed = differences[differences != 0]  # dropped here, because scipy leaves the exact test when it meets a zero
     return Comparison(
         n=len(pairs),
@@ -168,6 +171,7 @@ def compare(first: Sequence[float], second: Sequence[float], groups: Sequence[st
         second=second_mean,
         difference=mean_difference,
         changed=len(changed),
+        direction=int(np.sign(np.sign(changed) @ rankdata(np.abs(changed)))),
         p=_wilcoxon(changed),
     )
 
@@ -208,6 +212,11 @@ def _sums_and_counts(values: np.ndarray, groups: Sequence[str]) -> tuple[np.ndar
     """Return the sum of the values and their number in each group."""
     _, numbers = np.unique(groups, return_inverse=True)
     return np.bincount(numbers, values), np.bincount(numbers)
+
+
+def _digits_of(values: np.ndarray) -> int:
+    """Return the decimals that count: fewer for large volumes, whose rounding is coarser."""
+    return DIGITS - max(0, math.ceil(math.log10(max(1.0, np.abs(values).max()))))
 
 
 def _wilcoxon(differences: np.ndarray) -> float | None:

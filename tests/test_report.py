@@ -33,6 +33,7 @@ from nnunet_vit_mae.evaluation.results import (
     PairedTest,
     RiskGroups,
 )
+from nnunet_vit_mae.evaluation.summary import Measurements, paired_tests
 from nnunet_vit_mae.evaluation.tables import comparison_table, headline_table
 from nnunet_vit_mae.imaging.volumes import Geometry
 from nnunet_vit_mae.storage.csv_tables import write_records
@@ -122,9 +123,9 @@ def evaluation_of(models=MODELS, labels=LABELS, number: int = 12) -> Evaluation:
             ]
     for first, second in itertools.combinations(models, 2):
         paired += [
-            PairedTest(first, second, labels[0], "dice", 0.6, 0.7, 0.1, number - 1, number - 1, 0.0004, 0.0012),
-            PairedTest(first, second, labels[0], "hd95_mm", 4.0, 5.0, 1.0, 11, 11, 0.2, 0.4),
-            PairedTest(first, second, labels[0], "surface_dice", 0.6, 0.6, 0.0, 11, 0, None, None),
+            PairedTest(first, second, labels[0], "dice", 0.6, 0.7, 0.1, number - 1, number - 1, 0.0004, 0.0012, 1),
+            PairedTest(first, second, labels[0], "hd95_mm", 4.0, 5.0, 1.0, 11, 11, 0.2, 0.4, 1),
+            PairedTest(first, second, labels[0], "surface_dice", 0.6, 0.6, 0.0, 11, 0, None, None, 0),
         ]
     return Evaluation(
         models=tuple(models),
@@ -212,7 +213,7 @@ def test_numbers_for_people():
 
 
 def test_verdicts_say_who_is_better_and_no_more_than_that():
-    test = PairedTest("A", "B", "a", "dice", 0.6, 0.7, 0.1, 9, 9, 0.004, 0.012)
+    test = PairedTest("A", "B", "a", "dice", 0.6, 0.7, 0.1, 9, 9, 0.004, 0.012, 1)
     assert words.verdict(test) == "B is better"
     assert words.verdict(replace(test, measure="hd95_mm")) == "A is better"  # lower is better
     assert words.better_and_worse(replace(test, measure="hd95_mm")) == ("A", "B")
@@ -221,6 +222,26 @@ def test_verdicts_say_who_is_better_and_no_more_than_that():
     assert words.verdict(replace(test, p_holm=0.06)) == "Not significant"
     assert words.verdict(replace(test, p=None, p_holm=None)) == "Equal in every case"
     assert words.verdict(replace(test, p=None, p_holm=None, n=0)) == "No case to compare"
+
+
+def test_no_model_is_better_where_mean_and_ranks_disagree():
+    """Of 15 cases, B is better in 14, and fails in one: the test speaks for B, the mean for A."""
+    errors = {"A": [10.0 + case for case in range(15)], "B": [9.5 + 0.9 * case for case in range(14)] + [500.0]}
+    rows = [
+        {"model": model, "case": f"c{case}", "label": "a", "absolute_difference_mm3": error}
+        for model, values in errors.items()
+        for case, error in enumerate(values)
+    ]
+    (test,) = paired_tests(Measurements(pd.DataFrame(rows), ["A", "B"], ["a"]), "absolute_difference_mm3")
+    assert test.difference > 0 > test.direction
+    assert test.p_holm is not None
+    assert test.p_holm < words.SIGNIFICANT
+    assert words.better_and_worse(test) is None
+    assert words.verdict(test) == "They differ, but mean and ranks disagree"
+    evaluation = Evaluation(("A", "B"), ("a",), pd.DataFrame(rows), (), (test,), (), (), (), EvaluationOptions())
+    said = [sentence for sentence in words.highlights(evaluation, "a") if "A and B differ" in sentence]
+    assert len(said) == 1
+    assert "no difference" not in " ".join(words.highlights(evaluation, "a"))
 
 
 def test_names_are_listed_as_in_a_sentence():

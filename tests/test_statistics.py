@@ -141,6 +141,21 @@ def test_equal_differences_are_ties_however_floating_point_rounds_them():
     assert compare(first, second).p == pytest.approx(2 * 3 / 64)  # rank sums 0, 1.5 and 1.5
 
 
+def test_equal_differences_of_large_volumes_are_ties_too():
+    voxel, steps = 0.343, np.array([5, -5, 5, -5, 5, 5, -5, 5])
+    voxels = np.arange(1, 9) * 123_457
+    first, second = voxels * voxel, (voxels + steps) * voxel
+    assert len({*np.abs(second - first).round(12)}) > 1
+    assert compare(first, second).p == pytest.approx(compare([0] * 8, steps).p)
+
+
+def test_the_direction_is_that_of_the_ranks():
+    assert compare([0] * 4, [1, 2, 3, -50]).direction == 1  # 1 + 2 + 3 - 4
+    assert compare([0] * 4, [1, 2, -3, 50]).direction == compare([1], [2]).direction == 1
+    assert compare([1, 2, -3, 50], [0] * 4).direction == -1
+    assert compare([1], [1]).direction == compare([], []).direction == compare([0, 0, 0], [1, 2, -3]).direction == 0
+
+
 def test_without_pairs_or_differences_there_is_no_p():
     empty = compare([], [])
     assert (empty.n, empty.p) == (0, None)

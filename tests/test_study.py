@@ -347,6 +347,35 @@ def test_pairs_are_means_over_seeds_of_the_same_case():
     assert comparisons.compare_pair(table, Variant("x", False), Variant("vit", False), 10, "a & b", "dice") is None
 
 
+def test_a_seed_counts_for_a_case_if_both_arms_have_a_value():
+    """The Dice of two empty masks is not defined: here seed 1 of one arm has none for the first case."""
+    table = made_up(["unet", "vit"], few=(10,), seeds=2, cases=2)
+    first_case, vit = table["case"] == "c0", table["arm"] == "vit"
+    table["dice"] = np.where(vit, 0.5, 0.4) + 0.2 * table["seed"]
+    table.loc[first_case & ~vit & (table["seed"] == 1), "dice"] = np.nan
+    pair = (Variant("unet", False), Variant("vit", False))
+    paired = comparisons.compare_pair(table, *pair, 10, "a & b", "dice")
+    assert paired is not None
+    assert (paired.cases, paired.seeds) == (2, 2)
+    assert (paired.difference, paired.low, paired.high) == pytest.approx((0.1, 0.1, 0.1))
+    table.loc[first_case & vit & (table["seed"] == 0), "dice"] = np.nan  # no seed has both
+    paired = comparisons.compare_pair(table, *pair, 10, "a & b", "dice")
+    assert paired is not None
+    assert paired.cases == 1
+
+
+def test_no_arm_is_better_where_mean_and_ranks_disagree():
+    table = made_up(["unet", "vit"], few=(10,), seeds=1, cases=15)
+    worst = (table["arm"] == "vit") & (table["case"] == "c14")
+    table.loc[worst, "absolute_difference_mm3"] = 9999.0
+    pair = (Variant("unet", False), Variant("vit", False))
+    answers = comparisons.answer(Question("?", (pair,)), table)
+    volume = next(paired for paired in answers if paired.measure != "dice" and paired.label == "a & b")
+    assert volume.significant
+    assert volume.difference > 0 > volume.direction
+    assert comparisons.verdict_of(volume) == "They differ, but mean and ranks disagree"
+
+
 def test_an_answer_is_corrected_and_put_into_a_sentence():
     pair = (Variant("unet", False), Variant("vit", False))
     answers = comparisons.answer(Question("?", (pair,)), made_up(["unet", "vit"]))

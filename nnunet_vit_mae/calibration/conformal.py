@@ -8,7 +8,8 @@ ceil(level (n + 1))-th smallest residual holds its reference with at least the p
 
 Folds each predict their own validation cases, but all of them a new one. CV+ covers that (Barber et al., 2021,
 https://arxiv.org/abs/1905.02928): each residual is laid around the new volume that its own fold predicts. With a single
-fold that is the interval above; with several, at least 2 level - 1 is guaranteed, and about `level` is usual.
+fold that is the interval above; with several, at least 2 level - 1 - sqrt(2 / n) is guaranteed (their theorem 4), which
+is little for few cases, and about `level` is usual.
 """
 
 from __future__ import annotations

@@ -83,6 +83,7 @@ class PairedTest:
     changed: int  # those that differ: the test ignores the others
     p: float | None  # two-sided Wilcoxon signed-rank test; None when no case differs
     p_holm: float | None  # corrected for all pairs of models and labels of this measure
+    direction: int  # of the test's ranks: 1 if the second tends to be larger, -1 if smaller
 
 
 @dataclass(frozen=True)

@@ -183,6 +183,7 @@ def paired_tests(measurements: Measurements, measure: str) -> list[PairedTest]:
                     changed=compared.changed,
                     p=compared.p,
                     p_holm=None,
+                    direction=compared.direction,
                 )
             )
     corrected = holm([test.p for test in tests])

@@ -197,7 +197,13 @@ def _significant_differences(evaluation: Evaluation, label: str) -> Iterator[str
         if worse_by_better:
             claims = [f"{better} is better than {join_names(worse)}" for better, worse in worse_by_better.items()]
             yield f"By {title}, {'; '.join(claims)} (corrected p < {SIGNIFICANT})."
-        elif tests:
+        unclear = [test for test in tests if significant(test) and better_and_worse(test) is None]
+        for test in unclear:
+            yield (
+                f"By {title}, {test.first} and {test.second} differ (corrected p < {SIGNIFICANT}), but not in one "
+                "direction: the mean, on which a few cases can weigh heavily, and the ranks of the cases disagree."
+            )
+        if tests and not worse_by_better and not unclear:
             yield f"By {title}, no difference between models is statistically significant."
 
 
@@ -220,9 +226,12 @@ def join_names(names: Sequence[str]) -> str:
 
 
 def better_and_worse(test: PairedTest) -> tuple[str, str] | None:
-    """Return the better and the worse model of a test; None if it is not significant or neither direction is better."""
+    """Return the better and the worse model of a test.
+
+    None if it is not significant, if neither direction is better, or if means and ranks differ in direction.
+    """
     higher = BY_COLUMN[test.measure].higher_is_better if test.measure in BY_COLUMN else None
-    if higher is None or not test.difference or not significant(test):
+    if higher is None or test.difference * test.direction <= 0 or not significant(test):
         return None
     return (test.second, test.first) if (test.difference > 0) == higher else (test.first, test.second)
 
@@ -236,7 +245,9 @@ def verdict(test: PairedTest) -> str:
     if not significant(test):
         return "Not significant"
     pair = better_and_worse(test)
-    return f"{pair[0]} is better" if pair else "They differ"
+    if pair:
+        return f"{pair[0]} is better"
+    return "They differ" if test.difference * test.direction > 0 else "They differ, but mean and ranks disagree"
 
 
 def significant(test: PairedTest) -> bool:

@@ -56,6 +56,7 @@ class PairedDifference:
     low: float  # of the bootstrap interval over cases, or over patients if several cases are of one
     high: float
     seed_differences: tuple[float, ...]  # the mean difference of each seed
+    direction: int  # of the test's ranks: 1 if the second tends to be larger, -1 if smaller
     p: float | None
     p_holm: float | None = None
 
@@ -137,11 +138,18 @@ def answers_of(study: StudyDesign, table: pd.DataFrame) -> dict[Question, list[P
 def compare_pair(
     table: pd.DataFrame, first: Variant, second: Variant, few: int, label: str, measure: str
 ) -> PairedDifference | None:
-    """Compare two arms on the cases and seeds that both have; None if there are none."""
-    values = [case_by_seed(table, variant, few, label, measure) for variant in (first, second)]
-    seeds = [seed for seed in values[0] if seed in values[1]]
-    means = pd.concat([part[seeds].mean(axis=1) for part in values], axis=1, join="inner").dropna()
-    if not seeds or means.empty:
+    """Compare two arms on the cases and seeds that both have; None if there are none.
+
+    Where a seed of one arm has no value of a case, such as the Dice of two empty masks, that seed of the other arm does
+    not count for the case either.
+    """
+    ours, others = (case_by_seed(table, variant, few, label, measure) for variant in (first, second))
+    ours, others = ours.align(others, join="inner")
+    known = ours.notna() & others.notna()
+    values = [part.where(known) for part in (ours, others)]
+    seeds = [seed for seed in ours if known[seed].any()]
+    means = pd.concat([part.mean(axis=1) for part in values], axis=1).dropna()
+    if means.empty:
         return None
     pairs = means.to_numpy(dtype=float)
     groups = _patients(table, means.index)
@@ -150,7 +158,7 @@ def compare_pair(
     by_seed = tuple((values[1][seeds] - values[0][seeds]).mean().tolist())
     return PairedDifference(
         first, second, few, label, measure, len(means), len(seeds), compared.first, compared.second,
-        compared.difference, low, high, by_seed, compared.p,
+        compared.difference, low, high, by_seed, compared.direction, compared.p,
     )  # fmt: skip
 
 
@@ -219,6 +227,8 @@ def verdict_of(paired: PairedDifference) -> str:
         return "Equal in every case"
     if not paired.significant:
         return "Cannot be told"
+    if paired.difference * paired.direction <= 0:
+        return "They differ, but mean and ranks disagree"
     better = paired.second if (paired.difference > 0) == (paired.measure == "dice") else paired.first
     text = f"{better} is better"
     return text if seeds_agree(paired) else f"{text}, but not with every seed"
