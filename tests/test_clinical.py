@@ -38,6 +38,7 @@ def test_given_cutoffs_are_taken_and_a_volume_on_one_is_below_it():
     assert (cutoffs, notes) == ((1.0, 3.0), [])
     assert group_names(cutoffs, given=True) == ("group 1", "group 2", "group 3")
     assert group_of(np.array([0, 1, 1.5, 3, 99]), cutoffs).tolist() == [0, 0, 1, 1, 2]
+    assert group_of(np.array([25 * np.float32(0.4).item(), 10.01]), [10.0]).tolist() == [0, 1]  # 0.4 as in a header
     assert group_names((1.0, 2.0, 3.0), given=True) == ("group 1", "group 2", "group 3", "group 4")
 
 
@@ -120,6 +121,11 @@ def test_bins_by_hand():
     first, second = bin_measure(rows, "ViT", "blob", "dice", "slice_thickness_mm", edges)  # the last bin has no Dice
     assert (first.low, first.high, first.n, first.mean) == (0.5, 1, 2, pytest.approx(0.85))
     assert (second.low, second.high, second.n, second.median) == (1, 5, 2, pytest.approx(0.5))
+    edges = bin_edges(thickness[1:], [1])  # an edge that is the lowest value: these cases are a bin of their own
+    rows = {"slice_thickness_mm": thickness[1:], "dice": np.arange(5.0)}
+    thin, thick = bin_measure(rows, "ViT", "blob", "dice", "slice_thickness_mm", edges)
+    assert (thin.low, thin.high, thin.n, thin.mean) == (1, 1, 2, 0.5)
+    assert (thick.low, thick.high, thick.n, thick.mean) == (1, 10, 3, 3)
     rows = {"slice_thickness_mm": np.full(3, 2.0), "dice": np.ones(3)}
     (alone,) = bin_measure(rows, "ViT", "blob", "dice", "slice_thickness_mm", bin_edges(rows["slice_thickness_mm"]))
     assert (alone.low, alone.high, alone.n) == (2, 2, 3)

@@ -16,6 +16,7 @@ from nnunet_vit_mae.evaluation.words import count_cases
 
 QUARTILES = ("no", "low", "moderate", "high")  # risk, as ViTiac names it
 PARTS = 4  # quartiles
+ROUNDING = 2**-22  # of a volume: headers in single precision turn 10 mm3 into 10.0000002 mm3
 Columns = Mapping[str, np.ndarray]
 
 
@@ -78,13 +79,13 @@ def group_of(volumes: np.ndarray, cutoffs: Sequence[float]) -> np.ndarray:
         cutoffs: Ascending cutoffs in mm3.
 
     Returns:
-        For each volume, the number (from 0) of the first group whose cutoff it does not exceed.
+        For each volume, the number (from 0) of the first group whose cutoff it does not exceed, apart from rounding.
 
     Example:
         >>> group_of(np.array([0.0, 10.0, 10.1, 99.0]), [10.0, 50.0]).tolist()
         [0, 0, 1, 2]
     """
-    return np.searchsorted(cutoffs, volumes, side="left")
+    return np.searchsorted(np.asarray(cutoffs, float) * (1 + ROUNDING), volumes, side="left")
 
 
 def risk_groups(
@@ -130,18 +131,19 @@ def bin_edges(values: np.ndarray, given: Sequence[float] | None = None) -> tuple
 
     Returns:
         Ascending edges from the lowest to the highest value. Equal quartiles are merged, so that there may be fewer
-        bins, and a single edge when all values are equal.
+        bins, and a single edge when all values are equal. A given edge that is the lowest value occurs twice: the cases
+        of this value are the first bin.
 
     Example:
-        >>> bin_edges(np.array([1.0, 2.0, 5.0]), [3.0, 9.0])
-        (1.0, 3.0, 5.0)
+        >>> bin_edges(np.array([1.0, 2.0, 5.0]), [3.0, 9.0]), bin_edges(np.array([3.0, 5.0]), [3.0])
+        ((1.0, 3.0, 5.0), (3.0, 3.0, 5.0))
     """
     if not len(values):
         return ()
     if given is None:
         return tuple(float(edge) for edge in np.unique(np.quantile(values, np.linspace(0, 1, PARTS + 1))))
     lowest, highest = float(values.min()), float(values.max())
-    return (lowest, *(edge for edge in given if lowest < edge < highest), highest)
+    return (lowest, *(edge for edge in given if lowest <= edge < highest), highest)
 
 
 def bin_measure(
