@@ -28,6 +28,7 @@ from nnunet_vit_mae.calibration.temperature import (
     sample_voxels,
     temper,
 )
+from nnunet_vit_mae.nnunet.uncertainty import CaseUncertainty, Uncertainty, ValidatedCase
 
 THREE = Classes(("a", "b"), ((1,), (2,)))
 REGIONS = Classes(("left", "upper"), ((1, 3), (2, 3)), painted=(1, 2))
@@ -49,6 +50,16 @@ def validated(seed: int, number: int, predictors: str = "0") -> list[Validated]:
         Validated(predictors[place % len(predictors)], VolumeEstimate(volume, spread, 1.5), reference)
         for place, (volume, spread, reference) in enumerate(zip(volumes, spreads, references, strict=True))
     ]
+
+
+def test_ends_of_intervals_of_tiny_voxels_are_not_rounded_away():
+    voxel = 0.01**3
+    case = ValidatedCase("case", "0", "a", 100 * voxel, 0.0, voxel, 110 * voxel, dice=None, soft_dice=None)
+    new = CaseUncertainty("model", {"0": {"a": VolumeEstimate(200 * voxel, 0.0, voxel)}}, {"a": None})
+    columns = Uncertainty([case] * 9).columns(new, 0.9)["a"]
+    # of the residual 10 / (5 + 1), 11 voxels are the unit
+    assert columns["volume_low_mm3"] == pytest.approx((200 - 11 * 10 / 6) * voxel, rel=1e-5)
+    assert columns["volume_high_mm3"] == pytest.approx((200 + 11 * 10 / 6) * voxel, rel=1e-5)
 
 
 def covers(others: list[Validated], case: Validated, level: float) -> bool | None:

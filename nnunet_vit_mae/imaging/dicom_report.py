@@ -37,6 +37,7 @@ from nnunet_vit_mae.imaging.dicom_segmentation import (
     new_instance,
     without_names,
 )
+from nnunet_vit_mae.units import rounded_mm3
 
 PROCEDURES = {  # by modality (DICOM CID 100)
     "CT": codes.cid100.CTUnspecifiedBodyRegion,
@@ -135,5 +136,5 @@ def _measurements(segment: Segment, algorithm: Algorithm) -> dict:
         "algorithm_id": AlgorithmIdentification(
             algorithm.name, algorithm.version, [f"{name}={value}" for name, value in parameters.items()]
         ),
-        "measurements": [Measurement(codes.SCT.Volume, round(segment.volume_mm3, 3), codes.UCUM.CubicMillimeter)],
+        "measurements": [Measurement(codes.SCT.Volume, rounded_mm3(segment.volume_mm3), codes.UCUM.CubicMillimeter)],
     }

@@ -39,6 +39,7 @@ from nnunet_vit_mae.storage.csv_tables import read_cells, read_frame, write_fram
 from nnunet_vit_mae.storage.entries import read_entries
 from nnunet_vit_mae.storage.files import locked, read_json, set_aside, write_json
 from nnunet_vit_mae.storage.layout import CALIBRATED
+from nnunet_vit_mae.units import rounded_mm3
 
 logger = logging.getLogger(__name__)
 
@@ -344,7 +345,7 @@ def _case_rows(
         {
             "case": case,
             "label": label,
-            "volume_mm3": round(volume, 3),
+            "volume_mm3": rounded_mm3(volume),
             "risk_group": groups[label].name(volume),
             "threshold": round(thresholds[label], 6),
             "slice_thickness_mm": round(max(geometry.spacing), 4),

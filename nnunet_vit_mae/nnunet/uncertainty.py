@@ -48,6 +48,7 @@ from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.entries import checked_entries, read_entries
 from nnunet_vit_mae.storage.files import write_json
 from nnunet_vit_mae.storage.layout import CALIBRATED
+from nnunet_vit_mae.units import rounded_mm3
 
 if TYPE_CHECKING:
     from nnunet_vit_mae.nnunet.members import MemberPrediction, MemberPredictor
@@ -106,8 +107,8 @@ class Uncertainty:
             low, high = interval or (None, None)
             line = self.expected_dice.get(label)
             columns[label] = {
-                "volume_low_mm3": None if low is None else round(low, 3),
-                "volume_high_mm3": None if high is None else round(high, 3),
+                "volume_low_mm3": None if low is None else rounded_mm3(low),
+                "volume_high_mm3": None if high is None else rounded_mm3(high),
                 "expected_dice": None if line is None or soft is None else round(line.of(soft), 4),
             }
         return columns
