@@ -52,7 +52,7 @@ from nnunet_vit_mae.networks.segmenter import Segmenter, prior_logits, start_fro
 from nnunet_vit_mae.networks.tokenizer import padded, patchify
 from nnunet_vit_mae.optimisation import parameter_groups, set_learning_rate, warmup_cosine
 from nnunet_vit_mae.presets import AXES, SIZES
-from nnunet_vit_mae.settings import Finetuning, Pretraining, Settings
+from nnunet_vit_mae.settings import Finetuning, Pretraining, Settings, token_grid
 
 NO_SETTINGS = ("optimizer", "seed", "members")  # entries of an arm beside those of a vit_mae block
 OPTIMIZERS = ("AdamW", "SGD")  # SGD is the U-Net's
@@ -352,7 +352,7 @@ def pretrained(
     groups = parameter_groups(network.named_parameters(), weight_decay=protocol.weight_decay)
     descent = _adamw(groups, protocol, betas=(0.9, 0.95))
     masking = Masking(mask_ratio=protocol.mask_ratio, rebuilt_share=protocol.rebuilt_share)
-    tokens = math.prod(-(-side // part) for side, part in zip(packed.patch, settings.network.token, strict=True))
+    tokens = math.prod(token_grid(packed.patch, settings.network.token))
     mirrored = axes_of(protocol.mirroring)
     loss_of = Repeated(Rebuilding(network, norm_pix=protocol.norm_pix), device)
     losses = []
@@ -476,7 +476,7 @@ def _adamw(groups: list[dict], protocol: Finetuning | Pretraining, betas: tuple[
 
 
 def _logits(network: nn.Module, volume: Tensor) -> Tensor | list[Tensor]:
-    with torch.autocast(volume.device.type, torch.bfloat16, enabled=volume.device.type == "cuda"):
+    with autocast(volume.device):
         return network(volume)
 
 

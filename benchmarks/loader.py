@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -30,8 +30,8 @@ import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 
-from nnunet_vit_mae.networks.masking import Masking
-from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches, MaskDrawing, RandomCrops
+from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches
+from nnunet_vit_mae.pretraining.job import PretrainingJob
 from nnunet_vit_mae.pretraining.readers import read_batches
 from nnunet_vit_mae.pretraining.volumes import Cache, DeviceCache
 
@@ -140,17 +140,18 @@ def our_batches(
     batch: int = BATCH,
 ) -> Iterator[int]:
     """Read as `mae3d_pretrain` does, in this process or with `readers`; yields the samples of a batch."""
-    network, protocol = plan.settings.network, plan.settings.pretraining
-    drawing = MaskDrawing(
-        masking=Masking(mask_ratio=protocol.mask_ratio, rebuilt_share=protocol.rebuilt_share),
-        token=network.token,
-        adaptive=network.adaptive,
-        skip_background=protocol.skip_background,
-        masks_per_crop=masks,
+    several = {"batch_size": batch * crops * masks, "crops_per_volume": crops, "masks_per_crop": masks}
+    job = PretrainingJob(
+        files=images,
+        channel_names=plan.channel_names,
+        patch_size=patch,
+        spacing=tuple(map(float, plan.configuration.spacing)),
+        network=plan.settings.network,
+        protocol=replace(plan.settings.pretraining, **several),
+        cache=cache,
     )
-    random_crops = RandomCrops(images, patch, drawing, 0, cache, crops_per_volume=crops)
-    steps = ConsecutiveBatches(0, 10**9, batch)
-    with closing(read_batches(random_crops, steps, readers, pin_memory=False)) as batches:
+    steps = ConsecutiveBatches(0, 10**9, job.protocol.reads)
+    with closing(read_batches(job.crops(), steps, readers, pin_memory=False)) as batches:
         for one in batches:
             yield len(one.present)
 

@@ -107,10 +107,12 @@ def test_a_case_with_many_labels_takes_no_volumes_of_floats(tmp_path, monkeypatc
 def test_the_loader_yields_the_samples_of_a_batch(tmp_path):
     file = tmp_path / "case.b2nd"
     blosc2.asarray(np.ones((1, 9, 9, 9), dtype=np.float32), urlpath=str(file), mode="w")
-    settings = SimpleNamespace(network=Network(size="XS", token=(4, 4, 4)), pretraining=Pretraining())
-    batches = import_module("loader").our_batches(
-        SimpleNamespace(settings=settings), [file], (8, 8, 8), crops=2, masks=3
+    plan = SimpleNamespace(
+        settings=Settings(network=Network(size="XS", token=(4, 4, 4)), pretraining=Pretraining(rotation=10.0)),
+        channel_names=["CT"],
+        configuration=SimpleNamespace(spacing=[2, 1, 1]),
     )
+    batches = import_module("loader").our_batches(plan, [file], (8, 8, 8), crops=2, masks=3)
     assert next(batches) == 2 * 2 * 3  # of a batch of two volumes
 
 
