@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
-from measuring import MEBIBYTE, printed_apart, resident
+from measuring import printed_apart, resident
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from scipy import ndimage
 
@@ -32,6 +32,7 @@ from nnunet_vit_mae.evaluation.overlays import ExampleCase, read_example
 from nnunet_vit_mae.evaluation.results import EvaluationOptions
 from nnunet_vit_mae.nnunet.calibration import fit
 from nnunet_vit_mae.nnunet.predicted_cases import PredictedCase
+from nnunet_vit_mae.units import MIB
 
 SHAPES = [(96, 128, 112), (192, 256, 224)]
 LABELS = [5, 30]
@@ -68,7 +69,7 @@ def row_of(shape: tuple[int, ...], labels: int, command: str, folder: Path | Non
         write_case(place, shape, labels, probabilities=command == "mae3d_calibrate")
         found = json.loads(printed_apart(__file__, "--measure", command, str(place)))
     each = (found["peak"] - found["before"]) / math.prod(shape)
-    sizes = [f"{found[when] / MEBIBYTE:.0f}" for when in ("before", "peak")]
+    sizes = [f"{found[when] / MIB:.0f}" for when in ("before", "peak")]
     sides = " x ".join(map(str, shape))
     return f"| {sides} | {labels} | `{command}` | {' | '.join(sizes)} | {each:.1f} | {found['seconds']:.0f} |"
 

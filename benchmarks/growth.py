@@ -16,13 +16,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measuring import MEBIBYTE, exponent, peak_memory, printed_apart, taken_in_turn, training_step
+from measuring import exponent, peak_memory, printed_apart, taken_in_turn, training_step
 
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.pretraining.crops import MaskDrawing, RandomCrops
 from nnunet_vit_mae.settings import Network, Pretraining
+from nnunet_vit_mae.units import MIB
 
 # z y x in tokens: 64, 512, 4,096 and 32,768 of them, and twice as many between
 GRIDS = [(4, 4, 4), (4, 4, 8), (8, 8, 8), (8, 8, 16), (16, 16, 16), (16, 16, 32), (32, 32, 32)]
@@ -66,7 +67,7 @@ def steps(
     seconds, peaks = [], []
     for row, size in enumerate(sizes):
         seconds.append(statistics.median(taken_in_turn({name: prepare(row)}, arguments.rounds)[name]))
-        peaks.append(int(printed_apart(__file__, "--size", arguments.size, "--memory_of", name, str(row))) / MEBIBYTE)
+        peaks.append(int(printed_apart(__file__, "--size", arguments.size, "--memory_of", name, str(row))) / MIB)
         print(f"| {size:,} | {seconds[-1]:.3g} | {peaks[-1]:.0f} |", flush=True)
     print(f"| exponent | {exponent(sizes, seconds):.2f} | {exponent(sizes, peaks):.2f} |\n")
 

@@ -34,6 +34,7 @@ from nnunet_vit_mae.pretraining.crops import ConsecutiveBatches
 from nnunet_vit_mae.pretraining.job import PretrainingJob
 from nnunet_vit_mae.pretraining.readers import read_batches
 from nnunet_vit_mae.pretraining.volumes import Cache, DeviceCache
+from nnunet_vit_mae.units import MIB
 
 if TYPE_CHECKING:
     from nnunet_vit_mae.nnunet.plans import Plan
@@ -196,7 +197,7 @@ def describe(images: list[Path]) -> str:
 
     stored = np.array([file.stat().st_size for file in images])
     plain = np.array([blosc2.open(str(file)).nbytes for file in images])
-    return f"{stored.mean() / 2**20:.2f} MiB per case on disk, {stored.sum() / plain.sum():.0%} of its float32"
+    return f"{stored.mean() / MIB:.2f} MiB per case on disk, {stored.sum() / plain.sum():.0%} of its float32"
 
 
 def make_dataset(folder: Path, volumes: int, *, processes: int = 1, shape: tuple[int, ...] = SHAPE) -> None:

@@ -24,7 +24,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnunet_vit_mae.networks.positions import forget_positions
 
-MEBIBYTE = 2**20
 WITHOUT_KERNEL = {"_unsafe_view", "alias", "detach", "empty", "empty_like", "empty_strided", "new_empty"}
 OF_TWO = {"constant_pad_nd": 2, "slice_backward": 2, "select_backward": 2}  # they fill, and copy
 WARM_UP = 3  # steps: the first ones allocate, choose kernels, and compile

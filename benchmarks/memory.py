@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from measuring import MEBIBYTE, peak_memory, printed_apart, training_step
+from measuring import peak_memory, printed_apart, training_step
 
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
 from nnunet_vit_mae.networks.masking import Masking
 from nnunet_vit_mae.networks.memory import finetuning_memory, pretraining_memory, segmentation_loss
 from nnunet_vit_mae.settings import Network, Pretraining, token_grid
+from nnunet_vit_mae.units import MIB
 
 PATCH = (40, 48, 56)
 
@@ -108,7 +109,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     for case, sizes in compare(CASES):
         token = " x ".join(map(str, case.token))
-        megabytes = [round(size / MEBIBYTE) for size in (sizes.measured, sizes.estimated, sizes.on_gpu)]
+        megabytes = [round(size / MIB) for size in (sizes.measured, sizes.estimated, sizes.on_gpu)]
         print(
             f"| {case.phase} | {case.size} | {token} | {case.decoder} | {case.upsampling} | {case.batch} "
             f"| {megabytes[0]} | {megabytes[1]} | {sizes.estimated / sizes.measured:.2f} | {megabytes[2]} |",

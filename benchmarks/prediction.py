@@ -14,12 +14,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from measuring import MEBIBYTE, peak_memory, printed_apart, taken_in_turn
+from measuring import peak_memory, printed_apart, taken_in_turn
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_vit_mae.nnunet.folders import find_dataset
 from nnunet_vit_mae.nnunet.plans import Plan, load_plan
 from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerBaseline, nnUNetTrainerViTScratch
+from nnunet_vit_mae.units import MIB
 
 TRAINERS = {"ViT": nnUNetTrainerViTScratch, "U-Net": nnUNetTrainerBaseline}
 
@@ -44,7 +45,7 @@ def main() -> None:
     ratio = statistics.median(vit / unet for vit, unet in zip(*taken.values(), strict=True))
     flags = ["-d", arguments.dataset, "-c", arguments.configuration, "-p", arguments.plans, "--device", "cpu"]
     flags += ["--windows", str(arguments.windows), "--memory_of"]
-    peaks = {name: int(printed_apart(__file__, *flags, name).split()[-1]) / MEBIBYTE for name in TRAINERS}
+    peaks = {name: int(printed_apart(__file__, *flags, name).split()[-1]) / MIB for name in TRAINERS}
     network = plan.settings.network
     print(f"Patch {plan.patch_size}, {network.size}, token {network.token}, decoder {network.decoder}.\n")
     print("| | s per volume | peak memory, MiB |\n|---|---|---|")

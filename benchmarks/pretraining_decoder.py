@@ -18,12 +18,13 @@ from itertools import cycle
 from typing import Any
 
 import torch
-from measuring import MEBIBYTE, peak_memory, printed_apart, taken_in_turn, training_step
+from measuring import peak_memory, printed_apart, taken_in_turn, training_step
 
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.masking import Masking, background_tokens
 from nnunet_vit_mae.pretraining.loss import PretrainingLoss
 from nnunet_vit_mae.settings import Network, Pretraining, token_grid
+from nnunet_vit_mae.units import MIB
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -66,7 +67,7 @@ def main() -> None:
         for name, own in seconds.items():
             peak = int(printed_apart(__file__, "--size", arguments.size, "--memory", json.dumps([name, scene])))
             ratio = statistics.median(a / b for a, b in zip(own, seconds["plain"], strict=True))
-            cells[name] += [f"{1000 * statistics.median(own):.0f}", f"{ratio:.2f}", f"{peak / MEBIBYTE:.0f}"]
+            cells[name] += [f"{1000 * statistics.median(own):.0f}", f"{ratio:.2f}", f"{peak / MIB:.0f}"]
     scenes = [f"{side}^3, token {token}, batch {batch}" for side, token, batch in SCENES]
     print(f"Size {arguments.size}, mask ratio 0.9 unless a row says otherwise, one thread.\n")
     print(f"| decoder | {' | '.join(f'{scene}: ms per step | time | memory (MiB)' for scene in scenes)} |")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from measuring import MEBIBYTE, peak_memory, printed_apart, taken_in_turn, training_step
+from measuring import peak_memory, printed_apart, taken_in_turn, training_step
 from monai.networks.nets.masked_autoencoder_vit import MaskedAutoEncoderViT
 from torch import Tensor, nn
 
@@ -29,6 +29,7 @@ from nnunet_vit_mae.networks.tokenizer import patchify
 from nnunet_vit_mae.planning import default_settings
 from nnunet_vit_mae.presets import SIZES
 from nnunet_vit_mae.settings import Network, Pretraining
+from nnunet_vit_mae.units import MIB
 
 RATIO = 0.9
 DEFAULT, PAPERS = "default", "ours"  # our networks: as planned, and with the decoder of both papers
@@ -70,7 +71,7 @@ def main() -> None:
     print("| case | ours | ms | MONAI, ms | ratio | MiB | MONAI, MiB | ratio |\n|---|---|---|---|---|---|---|---|")
     for number, case in enumerate(CASES):
         device, flags = torch.device(arguments.device), ("--size", arguments.size, "--memory_of")
-        peaks = {name: int(printed_apart(__file__, *flags, name, str(number))) / MEBIBYTE for name in (*OURS, "MONAI")}
+        peaks = {name: int(printed_apart(__file__, *flags, name, str(number))) / MIB for name in (*OURS, "MONAI")}
         taken = taken_in_turn({name: step_of(name, case, arguments.size, device) for name in peaks}, arguments.rounds)
         for name, words in OURS.items():
             ratio = statistics.median(a / b for a, b in zip(taken[name], taken["MONAI"], strict=True))

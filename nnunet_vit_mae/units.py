@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 PREFIXES = ("", "Ki", "Mi", "Gi", "Ti")
 
 

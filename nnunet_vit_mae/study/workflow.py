@@ -27,6 +27,7 @@ from nnunet_vit_mae.storage.readme import write_readme
 from nnunet_vit_mae.study.design import STUDY_FILE, StudyDesign
 from nnunet_vit_mae.study.references import note_references, references_have_changed
 from nnunet_vit_mae.study.steps import MEASURING_KINDS, Step, steps_of
+from nnunet_vit_mae.units import MIB
 
 CONTENTS = {
     "index.html": "the report: open it in a browser",
@@ -204,7 +205,7 @@ def read_compute(file: Path) -> Compute | None:
     if not rows:
         return None
     seconds, cpu_seconds, mebibytes = (_number(rows[-1].get(column)) for column in ("s", "cpu_time", "max_rss"))
-    return Compute(seconds, cpu_seconds, mebibytes * 2**20)
+    return Compute(seconds, cpu_seconds, mebibytes * MIB)
 
 
 def _number(text: str | None) -> float:
