@@ -1,6 +1,7 @@
 """`mae3d_study`: arms and commands as data, the workflow on a tiny dataset, and the report from made-up results."""
 
 import importlib.util
+import html
 import itertools
 import json
 import os
@@ -394,14 +395,20 @@ def test_an_answer_is_corrected_and_put_into_a_sentence():
 
 def test_what_cannot_be_said_is_said():
     arms = choose_arms(["unet", "vit", "primus", "resenc"])
-    text = " ".join(comparisons.limits_of_study([], arms, iterations=1000, seeds=1, cases=5, by_patient=False))
+    text = " ".join(
+        comparisons.limits_of_study([], arms, iterations=1000, seeds=1, cases=5, patients=5, by_patient=False)
+    )
     assert "1,000 iterations. unet, resenc: nnU-Net's SGD, whose schedule is made for 250,000. vit: AdamW" in text
     for part in ("one training run", "only 5 test cases", "Without --csv", "primus: nnU-Net's own", "resenc: plans"):
         assert part in text
     long = comparisons.limits_of_study(
-        [], choose_arms(["unet", "vit"]), iterations=250_000, seeds=3, cases=50, by_patient=True
+        [], choose_arms(["unet", "vit"]), iterations=250_000, seeds=3, cases=50, patients=50, by_patient=True
     )
-    alone = comparisons.limits_of_study([], choose_arms(["unet"]), iterations=10, seeds=3, cases=50, by_patient=True)
+    alone = comparisons.limits_of_study(
+        [], choose_arms(["unet"]), iterations=10, seeds=3, cases=50, patients=50, by_patient=True
+    )
+    scans = comparisons.limits_of_study([], {}, iterations=10, seeds=3, cases=50, patients=5, by_patient=True)
+    assert next(scans).startswith("There are only 5 test patients: even large differences")
     assert " ".join(long) == (text := " ".join(alone))
     assert text.startswith("The intervals and tests are over test cases")
 
@@ -437,6 +444,18 @@ def test_the_report_has_curves_comparisons_and_limits(tmp_path, few, labels):
     assert set(rows["first"]) == {"scratch", "unet", "calibrated unet", "vit"}
     assert len(list((tmp_path / "my study" / "figures").glob("learning_curves*.png"))) == len(labels)
     assert 'id="training"' not in text  # nothing has been trained
+    assert "resamples of the cases. Two-sided Wilcoxon signed-rank tests; Holm" in " ".join(text.split())
+
+
+def test_the_report_says_that_patients_are_drawn_and_compared(tmp_path):
+    study = study_of(tmp_path, "unet", "vit", few=(10,))
+    table = made_up(study.arms, few=(10,))
+    table["patient"] = table["case"].str.replace("c1.*", "c1", regex=True)  # c1, c10 and c11 are of one
+    page = write_study_report(study, table, comparisons.answers_of(study, table), [], [])
+    text = " ".join(html.unescape(page.read_text()).split())
+    assert "resamples of the patients, each with all cases. Two-sided Wilcoxon" in text
+    assert "tests of the means of each patient's cases; Holm" in text
+    assert "There are only 10 test patients" in text
 
 
 def test_the_report_shows_how_models_learned(tmp_path):

@@ -246,6 +246,7 @@ def limits_of_study(
     iterations: int,
     seeds: int,
     cases: int,
+    patients: int,
     by_patient: bool,
 ) -> Iterator[str]:
     """Yield what a study cannot say, a sentence for each reason; `iterations` are those of each training."""
@@ -255,9 +256,10 @@ def limits_of_study(
             f"There is {many} of each arm: how much results differ between runs is not known, so small differences may "
             "be chance. Use three seeds or more."
         )
-    if cases < 20:
+    if patients < 20:
+        tested = f"{cases} test cases" if patients == cases else f"{patients} test patients"
         yield (
-            f"There are only {cases} test cases: even large differences may not reach significance, and the intervals "
+            f"There are only {tested}: even large differences may not reach significance, and the intervals "
             "are too narrow."
         )
     if answers and not any(paired.significant for paired in answers):

@@ -91,6 +91,7 @@ def write_study_report(
         iterations=finetuning.epochs * finetuning.iterations,
         seeds=len(distinct(table, "seed")),
         cases=len(distinct(table, "case")),
+        patients=len(distinct(table, "patient" if "patient" in table else "case")),
         by_patient=bool(study.csv) or "patient" in table,
     )
     context = {
@@ -102,6 +103,7 @@ def write_study_report(
         "measures": [measure_title(measure) for measure in COMPARED],
         "costs": costs,
         "evaluations": [few for few in study.few if (output / "evaluations" / f"{few}_labels" / PAGE).is_file()],
+        "several_cases": "patient" in table,
         "resamples": OPTIONS.resamples,
         "versions": package_versions(PACKAGES),
     }
