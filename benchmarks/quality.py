@@ -12,7 +12,8 @@ from packed import Packed, cut
 from torch import Tensor
 
 from nnunet_vit_mae.calibration.cases import CalibrationCase, Classes
-from nnunet_vit_mae.calibration.open_cases import VoxelCounts, counts_of, segment
+from nnunet_vit_mae.calibration.counts import VoxelCounts, counts_of
+from nnunet_vit_mae.calibration.shifts import segment
 from nnunet_vit_mae.calibration.thresholds import fit_thresholds
 from nnunet_vit_mae.evaluation.clinical import find_cutoffs, group_of
 

@@ -20,8 +20,8 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import nn
 
-from nnunet_vit_mae.calibration.open_cases import segment
 from nnunet_vit_mae.calibration.record import read_calibration
+from nnunet_vit_mae.calibration.shifts import segment
 from nnunet_vit_mae.calibration.thresholds import Calibration, CaseVolumes, ThresholdCurve
 from nnunet_vit_mae.cli import calibrate as calibrate_command
 from nnunet_vit_mae.cli import quantify as quantify_command

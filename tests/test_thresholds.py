@@ -11,7 +11,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunet_vit_mae.calibration import cases as calibration_cases
 from nnunet_vit_mae.calibration import open_cases, thresholds
 from nnunet_vit_mae.calibration.cases import CalibrationCase, Classes
-from nnunet_vit_mae.calibration.open_cases import segment, shift_probabilities
+from nnunet_vit_mae.calibration.shifts import segment, shift_probabilities
 from nnunet_vit_mae.calibration.thresholds import fit_thresholds
 
 SHAPE = (3, 2, 7)  # small: every threshold between two voxels is tried

@@ -13,9 +13,10 @@ from functools import partial, reduce
 from operator import add
 
 import numpy as np
-from scipy.special import logit
 
 from nnunet_vit_mae.calibration.cases import Block, CalibrationCase, Classes, blocks, chosen, voxels_per_block
+from nnunet_vit_mae.calibration.counts import VoxelCounts, counts_of
+from nnunet_vit_mae.calibration.shifts import segment
 from nnunet_vit_mae.progress import with_progress
 
 LOWEST = 1e-4  # thresholds are searched from LOWEST to 1 - LOWEST: beyond, probabilities are noise
@@ -23,33 +24,6 @@ LOG_ODDS_LIMIT = math.log((1 - LOWEST) / LOWEST)
 KEPT_BYTES = 2**31  # of the voxels of all cases that a threshold can move; those of further cases are read each time
 USUAL_SHIFT = math.log(99)  # of a threshold from 0.01 to 0.99
 SAFELY = 1 - 1e-5  # for what is rounded
-
-
-@dataclass(frozen=True)
-class VoxelCounts:
-    """Numbers of voxels of one case at T thresholds, for each of the C classes that the thresholds affect."""
-
-    predicted: np.ndarray  # C T
-    hit: np.ndarray  # C T, in prediction and reference
-    reference: np.ndarray  # C 1
-    voxel_mm3: float
-
-    def __add__(self, other: VoxelCounts) -> VoxelCounts:
-        """Add the counts of two parts of a case."""
-        predicted, hit = self.predicted + other.predicted, self.hit + other.hit
-        return VoxelCounts(predicted, hit, self.reference + other.reference, self.voxel_mm3)
-
-    def of(self, classes: slice) -> VoxelCounts:
-        """Return the counts of some of the classes."""
-        return VoxelCounts(self.predicted[classes], self.hit[classes], self.reference[classes], self.voxel_mm3)
-
-    def difference_mm3(self) -> np.ndarray:
-        """Return the absolute volume difference (C T)."""
-        return np.abs(self.predicted - self.reference) * self.voxel_mm3
-
-    def dice(self) -> np.ndarray:
-        """Return Dice (C T); 1 where prediction and reference are empty, because that is correct."""
-        return dice_of_counts(self.hit, self.predicted, self.reference)
 
 
 @dataclass(frozen=True)
@@ -136,75 +110,3 @@ def _settled_counts(probabilities: np.ndarray, labels: np.ndarray, classes: Clas
     seen = probabilities.argmax(axis=0) > 0 if not classes.regions else (probabilities > 0.5).any(axis=0)
     probabilities, labels = chosen((probabilities, labels), seen | (labels != 0))
     return counts_of(segment(probabilities, classes, [0.0] * len(classes.names)), labels, classes, voxel_mm3)
-
-
-def counts_of(masks: Sequence[np.ndarray], labels: np.ndarray, classes: Classes, voxel_mm3: float) -> VoxelCounts:
-    """Count the voxels of each class in its mask (n) and in the labels (n)."""
-    references = [np.isin(labels, values) for values in classes.values]
-    hits = [mask & reference for mask, reference in zip(masks, references, strict=True)]
-    predicted, hit, reference = (np.array([[part.sum()] for part in parts]) for parts in (masks, hits, references))
-    return VoxelCounts(predicted, hit, reference, voxel_mm3)
-
-
-def segment(probabilities: np.ndarray, classes: Classes, shifts: Sequence[float]) -> list[np.ndarray]:
-    """Segment probabilities with shifted logits, as nnU-Net does.
-
-    Args:
-        probabilities: nnU-Net's probabilities of a volume or of some voxels (channels ...).
-        classes: The classes or regions.
-        shifts: The shift of each class's logit.
-
-    Returns:
-        A boolean mask (...) of each class or region. A region holds whatever label of it was painted last.
-
-    Example:
-        >>> probabilities = np.array([[[[0.6, 0.9]]], [[[0.4, 0.1]]]])
-        >>> segment(probabilities, Classes(("lesion",), ((1,),)), [1.0])[0].tolist()
-        [[[True, False]]]
-    """
-    if classes.regions:
-        found = [log_odds(p) > -shift for p, shift in zip(probabilities, shifts, strict=True)]
-        labels = painted_labels(found, classes)
-        return [np.isin(labels, values) for values in classes.values]
-    winner = shifted_logs(probabilities, shifts).argmax(axis=0)
-    return [winner == channel + 1 for channel in range(len(shifts))]
-
-
-def shift_probabilities(probabilities: np.ndarray, classes: Classes, shifts: Sequence[float]) -> np.ndarray:
-    """Return the probabilities (channels z y x) after a shift of each class's logit.
-
-    >>> both = np.array([0.75, 0.25]).reshape(2, 1, 1, 1)
-    >>> shift_probabilities(both, Classes(("lesion",), ((1,),)), [np.log(3)]).ravel().round(2).tolist()
-    [0.5, 0.5]
-    """
-    factors = np.exp([*shifts] if classes.regions else [0.0, *shifts]).reshape(-1, 1, 1, 1)
-    shifted = probabilities * factors
-    total = shifted + (1 - probabilities) if classes.regions else shifted.sum(axis=0)
-    return (shifted / total).astype(np.float32)
-
-
-def painted_labels(found: Sequence[np.ndarray], classes: Classes) -> np.ndarray:
-    """Return the label of each voxel, given where each region is found; later regions cover earlier ones."""
-    labels = np.zeros(found[0].shape, np.int64)
-    for mask, label in zip(found, classes.painted, strict=True):
-        labels[mask] = label
-    return labels
-
-
-def shifted_logs(probabilities: np.ndarray, shifts: Sequence[float]) -> np.ndarray:
-    """Return the logs of a softmax (channels ...), of which those of the foreground are shifted."""
-    with np.errstate(divide="ignore"):
-        logs = np.log(probabilities.astype(np.float64))
-    logs[1:] += np.reshape(shifts, (-1, *[1] * (logs.ndim - 1)))
-    return logs
-
-
-def log_odds(probabilities: np.ndarray) -> np.ndarray:
-    """Return the logits of probabilities."""
-    return logit(probabilities.astype(np.float64))  # in which 1 - p of a float32 close to 1 is exact
-
-
-def dice_of_counts(hit: np.ndarray, predicted: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Return Dice of numbers of voxels; 1 where prediction and reference are empty."""
-    total = predicted + reference
-    return np.where(total > 0, 2 * hit / np.maximum(total, 1), 1.0)

@@ -28,19 +28,9 @@ import numpy as np
 from scipy.special import expit
 
 from nnunet_vit_mae.calibration.cases import CalibrationCase, Classes, split, voxels_per_block
-from nnunet_vit_mae.calibration.open_cases import (
-    LOG_ODDS_LIMIT,
-    USUAL_SHIFT,
-    OpenCase,
-    VoxelCounts,
-    counts_of,
-    dice_of_counts,
-    log_odds,
-    open_all,
-    painted_labels,
-    segment,
-    shifted_logs,
-)
+from nnunet_vit_mae.calibration.counts import VoxelCounts, counts_of, dice_of_counts
+from nnunet_vit_mae.calibration.open_cases import LOG_ODDS_LIMIT, USUAL_SHIFT, OpenCase, open_all
+from nnunet_vit_mae.calibration.shifts import log_odds, painted_labels, segment, shifted_logs
 from nnunet_vit_mae.progress import with_progress
 
 GRID = np.linspace(-LOG_ODDS_LIMIT, LOG_ODDS_LIMIT, 4097)  # log odds, 0 included

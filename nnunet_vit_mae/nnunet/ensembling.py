@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_vit_mae.calibration.cases import CalibrationCase, Classes
-from nnunet_vit_mae.calibration.open_cases import shift_probabilities
 from nnunet_vit_mae.calibration.record import CALIBRATION_RECORD
+from nnunet_vit_mae.calibration.shifts import shift_probabilities
 from nnunet_vit_mae.calibration.thresholds import Calibration, fit_thresholds
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.description import DESCRIPTION

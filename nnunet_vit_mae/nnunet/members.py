@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from nnunet_vit_mae.calibration.cases import Classes
 from nnunet_vit_mae.calibration.conformal import TOGETHER, VolumeEstimate
 from nnunet_vit_mae.calibration.expected_dice import soft_dice
-from nnunet_vit_mae.calibration.open_cases import shift_probabilities
+from nnunet_vit_mae.calibration.shifts import shift_probabilities
 from nnunet_vit_mae.errors import reading
 from nnunet_vit_mae.nnunet.models import Model, refuse_damaged_weights
 from nnunet_vit_mae.nnunet.plans import classes_of, resampling_spacings
