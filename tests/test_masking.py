@@ -219,6 +219,12 @@ def test_where_every_token_takes_part_the_masks_are_those_without_a_choice(ratio
     assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
 
 
+@pytest.mark.parametrize("taking_part", [None, torch.ones(B, TOKENS, dtype=torch.bool)])
+def test_masks_have_no_gaps_in_memory_for_which_a_gpu_would_be_waited_for(taking_part):
+    masks = Masking(mask_ratio=0.7).draw(noise_for(), taking_part)
+    assert all(part.is_contiguous() for part in masks)
+
+
 def test_shares_are_rounded_alike_with_and_without_a_choice():
     noise = noise_for()[:, :15]
     taking_part = torch.ones_like(noise, dtype=torch.bool)

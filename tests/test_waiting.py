@@ -69,9 +69,12 @@ def _on_gpu(device: Any) -> bool:
 
 
 def _asynchronous(func: Any, args: tuple, kwargs: dict) -> bool:
-    """Whether an operation between CPU and GPU returns before it is done: a copy to the GPU that is told so."""
+    """Whether an operation between CPU and GPU returns before it is done: a copy to the GPU that is told so.
+
+    torch first gathers a tensor with gaps in memory that is not pinned, so that one waits whatever it is told.
+    """
     if func is torch.ops.aten._to_copy.default:
-        return _on_gpu(kwargs.get("device")) and kwargs.get("non_blocking", False)
+        return _on_gpu(kwargs.get("device")) and kwargs.get("non_blocking", False) and args[0].is_contiguous()
     return False
 
 
@@ -191,6 +194,7 @@ def test_what_depends_on_values_raises_an_error(gpu, read):
     [
         lambda values: values.cpu(),
         lambda values: values.to("cpu", non_blocking=True),
+        lambda values: values + torch.ones(2, 2)[:, 0].to(GPU, non_blocking=True),
         lambda values: values + torch.ones(2).to(GPU),
         lambda values: values + torch.tensor([1, 2], device=GPU),
         lambda values: values[torch.tensor([0, 1])],

@@ -60,8 +60,9 @@ class Masking:
         if taking_part is None:
             visible = count_visible(noise.shape[1], self.mask_ratio)
             order = noise.argsort(dim=1)
-            hidden = order[:, visible:]
-            return Masks(order[:, :visible], hidden, torch.ones_like(hidden, dtype=torch.bool))
+            # parts of a larger tensor would be gathered outside of pinned memory, and a GPU be waited for
+            shown, hidden = order[:, :visible].contiguous(), order[:, visible:].contiguous()
+            return Masks(shown, hidden, torch.ones_like(hidden, dtype=torch.bool))
         available = taking_part.sum(dim=1)
         order = noise.masked_fill(~taking_part, torch.inf).argsort(dim=1)
         # float64, as in `count_visible`; a sample without tokens shows one, for there has to be a sequence
