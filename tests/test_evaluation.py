@@ -534,6 +534,9 @@ def test_one_case_has_means_and_no_more(tmp_path):
     assert found.risks == ()
     assert "blob: no risk groups, because 1 case cannot fill 4 groups." in found.notes
     assert "There is only one case, so there are no confidence intervals and no limits of agreement." in found.notes
+    of_one = summarise(table_of({"a": [0.5, 0.6]}).assign(patient="P"), ["a"], ["blob"], EvaluationOptions())
+    assert "All cases are of one patient, so there are no confidence intervals." in of_one.notes
+    assert "nan" not in headline_text(of_one)
     write_tables(found, tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["means"][0]["low"] is None

@@ -1,7 +1,7 @@
 """`mae3d_study`: arms and commands as data, the workflow on a tiny dataset, and the report from made-up results."""
 
-import importlib.util
 import html
+import importlib.util
 import itertools
 import json
 import os
@@ -456,6 +456,9 @@ def test_the_report_says_that_patients_are_drawn_and_compared(tmp_path):
     assert "resamples of the patients, each with all cases. Two-sided Wilcoxon" in text
     assert "tests of the means of each patient's cases; Holm" in text
     assert "There are only 10 test patients" in text
+    of_one = table.assign(patient="c1")
+    page = write_study_report(study, of_one, comparisons.answers_of(study, of_one), [], [])
+    assert "\N{EN DASH} to" not in page.read_text()
 
 
 def test_the_report_shows_how_models_learned(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from nnunet_vit_mae.evaluation.results import Evaluation, Mean
 
 HEADLINE = {  # title and decimals by measure
@@ -56,7 +58,7 @@ def _mean_text(mean: Mean, digits: int) -> str:
     if not mean.n:
         return "-"
     text = f"{mean.mean:.{digits}f}"
-    if mean.n > 1:
+    if math.isfinite(mean.low):
         text += f" [{mean.low:.{digits}f}, {mean.high:.{digits}f}]"
     if mean.left_out:
         text += f" n={mean.n}"

@@ -305,6 +305,8 @@ def _notes_on_few_cases(measurements: Measurements) -> Iterator[str]:
     cases, pairs = len(columns["case"]), len({*columns.get("patient", columns["case"])})
     if cases == 1:
         yield "There is only one case, so there are no confidence intervals and no limits of agreement."
+    elif pairs == 1:
+        yield "All cases are of one patient, so there are no confidence intervals."
     if len(measurements.models) > 1 and pairs <= FEW_PAIRS:
         what = "patients" if "patient" in columns else "cases"
         yield f"With so few {what} ({pairs}), p cannot be below {smallest_p(pairs):g}."

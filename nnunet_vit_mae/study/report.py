@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import count
@@ -188,7 +189,8 @@ def _cell(measure: str, point: Any) -> dict[str, str]:
     if point is None:
         return {"mean": "", "interval": "", "seeds": ""}
     mean, low, high, *seeds = format_values(measure, point.mean, point.low, point.high, *point.seeds)
-    return {"mean": mean, "interval": f"{low} to {high}", "seeds": ", ".join(seeds)}
+    interval = f"{low} to {high}" if math.isfinite(point.low) else ""  # of a single case or patient
+    return {"mean": mean, "interval": interval, "seeds": ", ".join(seeds)}
 
 
 def _row(paired: PairedDifference) -> dict[str, Any]:
@@ -201,7 +203,7 @@ def _row(paired: PairedDifference) -> dict[str, Any]:
         "measure": measure_title(paired.measure),
         "means": (first, second),
         "difference": difference,
-        "interval": f"{low} to {high}",
+        "interval": f"{low} to {high}" if math.isfinite(paired.low) else "",
         "cases": paired.cases,
         "p": p_text(paired.p),
         "p_holm": p_text(paired.p_holm),
