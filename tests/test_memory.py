@@ -1,13 +1,16 @@
 """Test the planner's estimate of training memory against what real steps take and against arithmetic."""
 
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import memory as benchmark
 import pytest
 import torch
 from conftest import small_unet
+from torch import Tensor, nn
 
+from nnunet_vit_mae.networks import memory
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.memory import finetuning_memory, pretraining_memory
 from nnunet_vit_mae.networks.positions import sine_cosine_positions
@@ -55,6 +58,25 @@ def test_half_precision_takes_less_but_not_less_than_half():
     network = Network(size="XS", token=(4, 4, 8), decoder="unetr")
     half, full = (finetuning_memory(network, (28, 36, 44), 1, 2, 4, on_gpu=on_gpu) for on_gpu in (True, False))
     assert 0.5 * full < half < 0.9 * full
+
+
+def test_norms_are_rehearsed_in_the_precision_that_autocast_gives_them_on_a_gpu():
+    """On a CPU it leaves them in bf16, which a rehearsal for a GPU must not."""
+    seen: set[tuple[torch.dtype, ...]] = set()
+
+    def prepare() -> tuple[nn.Module, Callable[[], Tensor]]:
+        layers = nn.ModuleList([nn.Linear(4, 4), nn.LayerNorm(4)])
+
+        def loss() -> Tensor:
+            features = layers[0](torch.ones(2, 4))
+            normed = layers[1](features)
+            seen.add((features.dtype, normed.dtype, features.pow(2).dtype))
+            return normed.sum()
+
+        return layers, loss
+
+    memory._rehearse(prepare, on_gpu=True)
+    assert seen == {(torch.bfloat16, torch.float32, torch.float32)}
 
 
 def test_hidden_tokens_cost_less_than_visible_ones():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -95,7 +96,7 @@ def segmentation_loss(logits: Tensor | list[Tensor], target: Tensor) -> Tensor:
 def _rehearse(prepare: Callable[[], tuple[nn.Module, Callable[[], Tensor]]], *, on_gpu: bool) -> int:
     forget_positions()  # cached tables: a rehearsal must neither meet real ones nor leave its own behind
     try:
-        with FakeTensorMode(), _Allocations() as allocations:
+        with FakeTensorMode(), _Allocations() as allocations, _NormsInSinglePrecision():
             network, loss = prepare()
             optimizer = torch.optim.AdamW(network.parameters(), fused=True)
             for _ in range(2):  # AdamW's moments are there from the second step on
@@ -108,6 +109,15 @@ def _rehearse(prepare: Callable[[], tuple[nn.Module, Callable[[], Tensor]]], *, 
         return allocations.peak
     finally:
         forget_positions()
+
+
+class _NormsInSinglePrecision(TorchFunctionMode):
+    """Compute norms, and the squares in them, in fp32, as autocast does on a GPU and does not on a CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in (functional.layer_norm, Tensor.pow):
+            args = (args[0].float(), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 class _Allocations(TorchDispatchMode):
