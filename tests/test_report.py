@@ -220,6 +220,8 @@ def test_verdicts_say_who_is_better_and_no_more_than_that():
     assert words.better_and_worse(replace(test, p_holm=0.06)) is None
     assert words.verdict(replace(test, measure="difference_mm3")) == "They differ"
     assert words.verdict(replace(test, p_holm=0.06)) == "Not significant"
+    assert words.significant(replace(test, p_holm=0.0496))
+    assert [words.p_text(p) for p in (0.0494, 0.0496, 0.05, 0.0504)] == ["0.049", "< 0.05", "0.050", "0.050"]
     assert words.verdict(replace(test, p=None, p_holm=None)) == "Equal in every case"
     assert words.verdict(replace(test, p=None, p_holm=None, n=0)) == "No case to compare"
 

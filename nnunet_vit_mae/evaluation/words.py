@@ -88,10 +88,17 @@ def format_values(column: str, *values: float, sign: bool = False) -> list[str]:
 
 
 def p_text(p: float | None) -> str:
-    """Format a p-value with three decimals."""
+    """Format a p-value with three decimals, of which none makes a significant one look otherwise.
+
+    >>> p_text(0.0126), p_text(0.0496), p_text(0.0004)
+    ('0.013', '< 0.05', '< 0.001')
+    """
     if p is None:
         return NO_VALUE
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    if p < 0.001:
+        return "< 0.001"
+    text = f"{p:.3f}"
+    return f"< {SIGNIFICANT}" if p < SIGNIFICANT <= float(text) else text
 
 
 def unit_of(column: str) -> str:
