@@ -13,6 +13,7 @@ from nnunet_vit_mae.calibration import open_cases, thresholds
 from nnunet_vit_mae.calibration.cases import CalibrationCase, Classes
 from nnunet_vit_mae.calibration.shifts import segment, shift_probabilities
 from nnunet_vit_mae.calibration.thresholds import fit_thresholds
+from nnunet_vit_mae.errors import UserError
 
 SHAPE = (3, 2, 7)  # small: every threshold between two voxels is tried
 BINARY = Classes(("blob",), ((1,),))
@@ -303,6 +304,17 @@ def test_certain_voxels_and_voxels_outside_the_crop_are_never_moved():
     for shift in (-9.0, 9.0):
         assert segment(probabilities, BINARY, [shift])[0][0].all()
         assert not segment(probabilities, BINARY, [shift])[0][2].any()
+
+
+def test_nan_is_refused():
+    def spoilt(probabilities: np.ndarray) -> np.ndarray:
+        probabilities[:, 0, 0, 0] = np.nan
+        return probabilities
+
+    case, other = cases_of(0, BINARY, number=2)
+    cases = [case, CalibrationCase("diverged", 1, lambda: (spoilt(other.read()[0].copy()), other.read()[1]))]
+    with pytest.raises(UserError, match="diverged hold NaN"):
+        fit_thresholds(cases, BINARY)
 
 
 def test_a_case_without_annotation_counts():

@@ -17,6 +17,7 @@ import numpy as np
 from nnunet_vit_mae.calibration.cases import Block, CalibrationCase, Classes, blocks, chosen, voxels_per_block
 from nnunet_vit_mae.calibration.counts import VoxelCounts, counts_of
 from nnunet_vit_mae.calibration.shifts import segment
+from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.progress import with_progress
 
 LOWEST = 1e-4  # thresholds are searched from LOWEST to 1 - LOWEST: beyond, probabilities are noise
@@ -43,6 +44,9 @@ def open_all(cases: Sequence[CalibrationCase], classes: Classes, largest_shift: 
         cases: The cases.
         classes: The classes or regions.
         largest_shift: Of all classes but the one whose threshold is searched.
+
+    Raises:
+        UserError: If probabilities are NaN.
     """
     opened, room = [], KEPT_BYTES
     for case in with_progress(cases, unit="case", desc="reading probabilities"):
@@ -50,6 +54,11 @@ def open_all(cases: Sequence[CalibrationCase], classes: Classes, largest_shift: 
         kept: list[Block] = []
         left = room
         for block in blocks(*case.read(), classes):
+            if np.isnan(block[0]).any():
+                raise UserError(
+                    f"The probabilities of {case.name} hold NaN, of which no threshold makes a volume: the training has "
+                    "diverged, or numbers in half precision have overflowed. Predict the case again, or leave it out."
+                )
             settled = settled_voxels(block[0], classes, largest_shift)
             counts.append(_settled_counts(*chosen(block, settled), classes, case.voxel_mm3))
             if left >= 0:
