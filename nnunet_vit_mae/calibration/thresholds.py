@@ -113,6 +113,9 @@ def fit_thresholds(cases: Sequence[CalibrationCase], classes: Classes, objective
         The shift and the curve of each class, and the volumes of each case before and after, and left out. Of several
         minima the one that changes least is taken.
 
+    Raises:
+        UserError: If probabilities are NaN.
+
     Example:
         >>> foreground = np.array([[[0.1, 0.3, 0.4]]], dtype=np.float32)
         >>> probabilities, labels = np.stack([1 - foreground, foreground]), np.array([[[0, 1, 1]]])
