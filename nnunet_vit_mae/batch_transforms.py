@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.nn import functional
 
-from nnunet_vit_mae.devices import on_device
+from nnunet_vit_mae.devices import copied, on_device
 
 OUTSIDE = -1  # nnU-Net's label of voxels outside of the image
 SCORE = 1000  # scale of a label's score, so that near ties become ties in half precision
@@ -76,7 +76,8 @@ def brightness(rows: Float[Tensor, "k *patch"], factors: Float[Tensor, " k"]) ->
 def blur(rows: Float[Tensor, "k *patch"], sigmas: Float[Tensor, "k d"]) -> Float[Tensor, "k *patch"]:
     """Apply `GaussianBlurTransform`, with a sigma (voxels) for each axis and reflection at the border."""
     for axis in range(1, rows.ndim):
-        weights = torch.stack(_padded([_kernel(float(sigma)) for sigma in sigmas[:, axis - 1]]), dim=1).to(rows)
+        kernels = torch.stack(_padded([_kernel(sigma) for sigma in sigmas[:, axis - 1].tolist()]), dim=1)
+        weights = copied(kernels, rows.device, rows.dtype)
         reach = len(weights) // 2
         padding = [0, 0] * (rows.ndim - 1 - axis) + [reach, reach] + [0, 0] * (axis - 1)
         padded = functional.pad(rows[None], padding, mode="reflect")[0]
@@ -153,7 +154,7 @@ def _padded(kernels: Sequence[Tensor]) -> list[Tensor]:
 
 def _column(values: Tensor, rows: Tensor) -> Tensor:
     """Reshape one value for each row, so that it is broadcast over the voxels."""
-    return values.to(rows).reshape(-1, *[1] * (rows.ndim - 1))
+    return copied(values, rows.device, rows.dtype).reshape(-1, *[1] * (rows.ndim - 1))
 
 
 def _statistics(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,7 @@
-"""Test that a GPU is never waited for in a step of pre-training, with a GPU that has no more than shapes."""
+"""Test that a GPU is never waited for in a step of pre-training, with a GPU that has no more than shapes.
+
+And that augmentation on a GPU waits for it only to see which contrasts there are.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import blosc2
 import numpy as np
 import pytest
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -27,6 +31,7 @@ from torch.utils._pytree import tree_iter
 from nnunet_vit_mae.networks import packing
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.positions import forget_positions
+from nnunet_vit_mae.nnunet.augmentation import BatchAugmentation
 from nnunet_vit_mae.presets import SIZES
 from nnunet_vit_mae.pretraining import loss
 from nnunet_vit_mae.pretraining.job import PretrainingJob
@@ -179,6 +184,24 @@ def steps(
         gpu.waits.clear()
         results = _step(job, 0, model, optimizer, crops[range(job.protocol.reads)].samples(GPU))
     return {part.device.type for part in results}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"do_dummy_2d_data_aug": True}, {"regions": [(1, 2), 2], "ignore_label": 3}], ids=str
+)
+def test_augmentation_waits_only_to_see_which_contrasts_there_are(gpu, monkeypatch, settings):
+    monkeypatch.setattr(Tensor, "cpu", lambda values: torch.ones(values.shape, dtype=values.dtype))
+    choices = {"do_dummy_2d_data_aug": False, "use_mask_for_norm": [True, False], **settings}
+    theirs = nnUNetTrainer.get_training_transforms(SIDES, (-0.5, 0.5), [[1, 1, 1], [0.5, 0.5, 0.5]], (0, 1), **choices)
+    augment = BatchAugmentation(theirs, (0, 1, 2, 3), contrast_dropout=0.5)
+    image = torch.zeros(8, 2, *(side + 4 * (axis > 0) for axis, side in enumerate(SIDES)), device=GPU)
+    np.random.seed(0)  # noqa: NPY002 (nnU-Net's transforms draw from it)
+    torch.manual_seed(0)
+    for _ in range(3):  # by then each transform has changed a sample
+        found, targets = augment(image, torch.zeros(image.shape[0], 1, *image.shape[2:], dtype=torch.int16, device=GPU))
+        assert {part.device.type for part in (found, *targets)} == {"cuda"}
+        assert found.shape == (8, 2, *SIDES)
+    assert gpu.waits == []
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from nnunet_vit_mae import batch_transforms
 from nnunet_vit_mae.batch_transforms import centre_crop, resample_images, resample_labels
+from nnunet_vit_mae.devices import copied, on_device
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.nnunet.absence import kept_contrasts
 
@@ -85,14 +86,14 @@ class BatchAugmentation:
     def __call__(self, image: Tensor, segmentation: Tensor) -> tuple[Tensor, Tensor | list[Tensor]]:
         """Take enlarged patches from nnU-Net's loader, and return images and targets of the patch size.
 
-        With deep supervision there are targets for all resolutions.
+        With deep supervision there are targets for all resolutions. The device is waited for once, before it has begun.
         """
         present = image.flatten(2).any(dim=2).cpu().numpy()
         absent = torch.from_numpy(~np.stack([kept_contrasts(sample, self.contrast_dropout) for sample in present]))
         batch = SegmentationBatch(image, segmentation, self.labels)
         for step in self.steps:
             step.apply(batch)
-        batch.image[absent.to(image.device)] = 0
+        batch.image[copied(absent, image.device)] = 0
         return batch.image, batch.resolutions or batch.segmentation
 
 
@@ -150,7 +151,8 @@ def _spatial(transform: SpatialTransform, batch: SegmentationBatch, drawn: Drawn
     image, labels = batch.image, batch.segmentation
     batch.image, batch.segmentation = (centre_crop(volumes, patch).clone() for volumes in (image, labels))
     if affines:
-        moved, affine = list(affines), torch.from_numpy(np.stack([*affines.values()])).to(image)
+        moved = on_device([*affines], image.device)
+        affine = copied(torch.from_numpy(np.stack([*affines.values()])), image.device, image.dtype)
         batch.image[moved] = resample_images(image[moved], affine, patch)
         batch.segmentation[moved] = resample_labels(labels[moved], affine, patch, batch.labels)
 
@@ -202,7 +204,7 @@ def _mirror(transform: MirrorTransform, batch: SegmentationBatch, drawn: Drawn) 
 
 def _mask(transform: MaskImageTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
     outside = batch.segmentation[:, transform.channel_idx_in_seg, None] < 0
-    channels = transform.apply_to_channels
+    channels = on_device(transform.apply_to_channels, batch.image.device)
     batch.image[:, channels] = batch.image[:, channels].masked_fill(outside, transform.set_outside_to)
 
 
@@ -212,7 +214,8 @@ def _remove_label(transform: RemoveLabelTransform, batch: SegmentationBatch, dra
 
 def _regions(transform: ConvertSegmentationToRegionsTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
     labels = batch.segmentation[:, transform.channel_in_seg]
-    batch.segmentation = torch.stack([torch.isin(labels, region.to(labels)) for region in transform.regions], dim=1)
+    regions = [copied(region, labels.device, labels.dtype) for region in transform.regions]
+    batch.segmentation = torch.stack([torch.isin(labels, region) for region in regions], dim=1)
 
 
 def _resolutions(transform: DownsampleSegForDSTransform, batch: SegmentationBatch, drawn: Drawn) -> None:
@@ -239,7 +242,7 @@ def _change(
             values = torch.as_tensor(parameters[name])  # one for each channel, or one for all
             column.append(values if values.ndim else values.expand(len(channels)))
     if rows:
-        place = tuple(torch.tensor(rows, device=batch.image.device).T)
+        place = tuple(on_device(numbers, batch.image.device) for numbers in zip(*rows, strict=True))
         batch.image[place] = function(batch.image[place], *map(torch.cat, columns))
 
 

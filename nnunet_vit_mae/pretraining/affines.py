@@ -16,7 +16,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from nnunet_vit_mae.batch_transforms import resample_images
-from nnunet_vit_mae.devices import on_device
+from nnunet_vit_mae.devices import copied, on_device
 from nnunet_vit_mae.networks.tokenizer import patchify
 from nnunet_vit_mae.settings import Triple
 
@@ -56,7 +56,7 @@ def moved(volumes: Float[Tensor, "b c z y x"], affines: Float[Tensor, "b 3 3"]) 
     if not chosen:
         return volumes
     rows = on_device(chosen, volumes.device)
-    maps = affines[chosen].to(volumes.device, non_blocking=True)
+    maps = copied(affines[chosen], volumes.device)
     return volumes.index_copy(0, rows, resample_images(volumes[rows], maps, volumes.shape[2:]))
 
 
