@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, cast
 
 import compiled_on_gpu
@@ -34,9 +35,9 @@ TOKEN, TOKENS, CONTRASTS = (2, 4, 8), 24, 3
 BF16 = 0.03  # how far results in bf16 may be apart, relative to their norm
 
 
-def with_gradients(network: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+def with_gradients(network: nn.Module, run: Callable[[], Tensor], *, bf16: bool = True) -> tuple[Tensor, Tensor]:
     """Return a result and the gradient of its weighted sum, all parameters in one vector."""
-    with autocast(GPU):
+    with autocast(GPU) if bf16 else nullcontext():
         result = run().float()
     weights = torch.linspace(-1, 1, result.numel(), device=GPU).view_as(result)
     gradients = torch.autograd.grad((result * weights).sum(), [*network.parameters()])
@@ -66,8 +67,10 @@ def test_the_kernel_for_packed_studies_gives_what_groups_give(monkeypatch, kind)
     packed = with_gradients(network, run)
     assert set(calls) == {len(MIXED)}
     monkeypatch.setattr(grouping, "packs", lambda device: False)
-    for found, expected in zip(packed, with_gradients(network, run), strict=True):
-        assert apart(found, expected) < BF16
+    grouped, exact = with_gradients(network, run), with_gradients(network, run, bf16=False)
+    # of the segmenter's gradients rounding changes a tenth: a maximum over contrasts may change its place
+    for found, other, expected in zip(packed, grouped, exact, strict=True):
+        assert apart(found, expected) < 1.5 * apart(other, expected)
 
 
 @pytest.fixture(scope="module")
