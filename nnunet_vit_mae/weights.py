@@ -29,7 +29,6 @@ from nnunet_vit_mae.networks.weight_differences import compare_weights
 from nnunet_vit_mae.presets import ENCODER_SETTINGS
 from nnunet_vit_mae.settings import Network, Settings, Triple
 from nnunet_vit_mae.storage.entries import entries_as
-from nnunet_vit_mae.storage.files import file_hash as file_hash
 from nnunet_vit_mae.storage.files import short_hash, write_file
 
 CARD_KEY = "mae3d_card"

@@ -28,9 +28,10 @@ from nnunet_vit_mae.nnunet.checkpoints import refuse_network_of_other_folds
 from nnunet_vit_mae.nnunet.plans import destination, settings_for
 from nnunet_vit_mae.nnunet.scheduled import CUDA, ScheduledTrainer
 from nnunet_vit_mae.settings import EncoderFile
+from nnunet_vit_mae.storage.files import file_hash
 from nnunet_vit_mae.storage.layout import dataset_id, encoder_file
 from nnunet_vit_mae.transfer import adapt_encoder
-from nnunet_vit_mae.weights import Card, file_hash, read_encoder
+from nnunet_vit_mae.weights import Card, read_encoder
 
 
 class nnUNetTrainerBaseline(ScheduledTrainer):  # noqa: N801 (the names that users type follow nnU-Net)

@@ -147,7 +147,7 @@ def compare_pair(
     ours, others = ours.align(others, join="inner")
     known = ours.notna() & others.notna()
     values = [part.where(known) for part in (ours, others)]
-    seeds = [seed for seed in ours if known[seed].any()]
+    seeds = [seed for seed in ours if known[seed].to_numpy().any()]
     means = pd.concat([part.mean(axis=1) for part in values], axis=1).dropna()
     if means.empty:
         return None
