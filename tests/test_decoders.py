@@ -120,6 +120,23 @@ def test_a_map_has_its_tokens_in_the_order_z_y_x(grid):
         assert torch.equal(places[:, :, z, y, x], states[:, number])
 
 
+def test_values_are_repeated_in_their_own_precision(monkeypatch):
+    """On a GPU autocast has fp32 for this, and a step would write and read the largest maps in it for nothing."""
+    seen = []
+
+    def interpolate(features, *arguments, **settings):
+        seen.append((features.dtype, torch.is_autocast_enabled("cpu")))
+        return repeat(features, *arguments, **settings)
+
+    repeat = functional.interpolate
+    monkeypatch.setattr(functional, "interpolate", interpolate)
+    layers = upsampling("nearest", 3, 5, (1, 2, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        larger = layers(random_volume(2, 3, 2, 3, 4).bfloat16())
+    assert seen == [(torch.bfloat16, False)]
+    assert larger.dtype == torch.bfloat16
+
+
 @few
 @given(kind=kinds, factor=factors, sides=st.tuples(*[st.integers(1, 4)] * 3))
 def test_upsampling_multiplies_the_sides_by_the_factor(kind, factor, sides):

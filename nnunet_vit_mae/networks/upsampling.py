@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -31,9 +32,18 @@ def upsampling(kind: str, in_width: int, out_width: int, factor: Triple) -> nn.M
     """
     if kind == "transposed":
         return nn.ConvTranspose3d(in_width, out_width, kernel_size=factor, stride=factor)
-    return nn.Sequential(
-        nn.Upsample(scale_factor=factor, mode="nearest"), nn.Conv3d(in_width, out_width, kernel_size=3, padding=1)
-    )
+    return nn.Sequential(Repeat(factor), nn.Conv3d(in_width, out_width, kernel_size=3, padding=1))
+
+
+class Repeat(nn.Upsample):
+    """Repeat each value of a map in its own precision: on a GPU autocast would write all of them in fp32 first."""
+
+    def __init__(self, factor: Triple):
+        super().__init__(scale_factor=factor, mode="nearest")
+
+    def forward(self, features: Float[Tensor, "b d z y x"]) -> Float[Tensor, "b d zz yy xx"]:
+        with torch.autocast(features.device.type, enabled=False):
+            return super().forward(features)
 
 
 def stem_joins(stem_widths: Sequence[int], widths: Sequence[int]) -> nn.ModuleList:
