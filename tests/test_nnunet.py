@@ -153,7 +153,7 @@ def test_flags_win_over_the_recipe(in_workspace):
     assert settings.network.size == recipe["network"]["size"]
 
 
-@pytest.mark.parametrize("name", ["quick", "vitiac"])
+@pytest.mark.parametrize("name", ["amae", "quick", "vitiac"])
 def test_recipes_are_valid(name):
     Settings.from_dict(read_recipe(name))
 

@@ -14,12 +14,14 @@ from nnunet_vit_mae.planning import (
     SLACK,
     TOKEN_BUDGET,
     Memory,
+    changed,
     default_settings,
     default_token,
     fit_to_memory,
     token_steps,
 )
 from nnunet_vit_mae.presets import DECODERS
+from nnunet_vit_mae.recipes import read_recipe
 from nnunet_vit_mae.settings import TOKEN_SIDES, Settings, token_grid
 from nnunet_vit_mae.units import GIB, size_text
 
@@ -389,3 +391,31 @@ def test_a_refusal_names_what_was_fixed_as_it_was_fixed(fixed, tried):
 )
 def test_bytes_are_written_with_the_largest_unit_that_leaves_a_number_above_one(size, text):
     assert size_text(size) == text
+
+
+# ---------- recipes
+
+OTHERS = {  # all that the papers do not have
+    "network": {"blocks": "modern", "positions": "rotary", "tokenizer": "convolutional"},
+    "pretraining": {
+        "decoder": "cross",
+        "decoder_heads": 2,
+        "plain_share": 0.5,
+        "rebuilt_share": 0.5,
+        "skip_background": True,
+        "weight_decay": 0.01,
+    },
+}
+
+
+@pytest.mark.parametrize("name", ["vitiac", "amae"])
+def test_a_paper_s_recipe_gives_the_same_whatever_the_plans_had_before(name):
+    recipe = read_recipe(name)
+    assert changed(planned(OTHERS), recipe) == changed(planned(), recipe)
+
+
+def test_the_unetr_of_amae_has_transposed_convolutions_as_the_original():
+    """AMAE, section 2.3: "the original UNETR model as it is"."""
+    network = changed(planned(), read_recipe("amae")).network
+    assert (network.decoder, network.upsampling, network.decoder_width) == ("unetr", "transposed", 16)
+    assert network.tapped_blocks == (4, 7, 10)
