@@ -30,8 +30,8 @@ def default_settings(
 
     With `contrasts` they are those of an adaptive network (AMAE) for this many.
 
-    The contrasts of an adaptive network share the budget of tokens, and are pre-trained as in section 2.4 of its paper.
-    Fine-tuning has nnU-Net's own batch, so that it sees as many samples as the U-Net.
+    The contrasts of an adaptive network share the budget of tokens. Fine-tuning has nnU-Net's own batch, so that it
+    sees as many samples as the U-Net.
     Raises `UserError` when the configuration is not 3D.
     """
     if len(patch_size) != 3:
@@ -110,7 +110,7 @@ def default_decoder(*, adaptive: bool) -> str:
 
 
 def default_protocol(*, adaptive: bool) -> Pretraining:
-    """Return the protocol of pre-training; AMAE has its own (section 2.4)."""
+    """Return the protocol of pre-training; AMAE has its own mask ratio and a plain L2 loss (section 2.4)."""
     return Pretraining(mask_ratio=0.7, norm_pix=False) if adaptive else CHEAP_DECODER
 
 

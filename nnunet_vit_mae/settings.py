@@ -133,8 +133,8 @@ class Network:
 class Pretraining:
     """The masked autoencoding protocol (He et al. 2022, appendix A.1; mask ratio and epochs of ViTiac, section 2.2).
 
-    One number differs: the original's base rate of 1.5e-4 is meant for batches of 4096 and hardly moves the weights at
-    batch 16 (see docs/explanation.md). The recipe `vitiac` has the original's.
+    Two numbers differ. The original's base rate of 1.5e-4 is meant for batches of 4096 and hardly moves the weights at
+    batch 16 (see docs/explanation.md); the recipe `vitiac` has the original's. The original does not clip gradients.
     """
 
     epochs: int = 800  # each with as many samples as there are cases

@@ -1,4 +1,4 @@
-"""Decision thresholds with the smallest volume difference, found exactly (ViTiac, section 3.1 and figure 4).
+"""Decision thresholds with the smallest volume difference, found exactly (ViTiac, section 3 and figure 4).
 
 A threshold t on the probability of a class is a shift of its logit by -log(t / (1 - t)): the class is then chosen where
 its log odds against the strongest other class exceed log(t / (1 - t)). With several classes, each has a shift of its

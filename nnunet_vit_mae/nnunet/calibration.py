@@ -1,4 +1,4 @@
-"""Thresholds for a trained model of nnU-Net, written into its checkpoints (ViTiac, section 3.1), and a temperature.
+"""Thresholds for a trained model of nnU-Net, written into its checkpoints (ViTiac, section 3), and a temperature.
 
 A shift of the bias in front of the softmax (or sigmoids) acts as a threshold on the probability. It still does after
 everything else that nnU-Net does: mirroring, blending of windows, averaging of folds, linear resampling. A calibrated
