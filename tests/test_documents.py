@@ -6,6 +6,7 @@ import re
 import sys
 from functools import cache
 from importlib.metadata import entry_points
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,34 @@ def test_tables_stand_between_empty_lines(page):
         lines = paragraph.strip("\n").splitlines()
         rows = [line for line in lines if line.lstrip().startswith("| ")]
         assert not rows or (lines[0] == rows[0] and lines[1].startswith("|-") and len(rows) == len(lines) - 1), lines
+
+
+def test_all_that_reproduces_a_paper_has_its_recipe_and_encoders_that_have_not_seen_the_development_set():
+    page = REPOSITORY / "docs" / "reproduce.md"
+    planned, pretrained = set(), {}
+    for name, *words in (command for _, text in BLOCK.findall(page.read_text()) for command in commands_in(text)):
+        flags = dict(pairwise(words))
+        if name == "mae3d_plan":
+            assert "--recipe" in flags or flags["-p"] in planned, words
+            planned.add(flags["-o"])
+            if "--encoder" in flags:
+                file = Path(flags["--encoder"])
+                plans = file.parts[-3].split("__")[1]
+                assert file.parent.name == f"fold_{pretrained[plans]}", words
+        elif name == "mae3d_pretrain":
+            pretrained[flags["-p"]] = flags.get("-f", "all")
+            assert flags.get("-f") == "0" or flags["-d"] == "502", words  # 502 has no validation cases
+        elif name == "nnUNetv2_train":
+            assert flags["-p"] in planned, words
+
+
+def test_each_model_of_the_papers_has_a_trainer():
+    text = (REPOSITORY / "docs" / "reproduce.md").read_text()
+    vitiac, amae = text[: text.index("## AMAE")], text[text.index("## AMAE") :]
+    for name in ("nnUNetTrainerViTMAE", "nnUNetTrainerViTScratch", "nnUNetTrainerBaseline"):  # table 2
+        assert f"-tr {name}" in vitiac
+    for name in ("BaselineAdamW", "ViTScratch", "AMAEScratch", "AMAE", "ViTMAE"):  # table 1
+        assert f"| `nnUNetTrainer{name}`" in amae
 
 
 def test_every_page_is_in_the_index():

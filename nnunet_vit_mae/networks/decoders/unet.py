@@ -1,4 +1,4 @@
-"""nnU-Net's own U-Net with the ViT in it: the CNN-ViT hybrid that ViTiac names as future work.
+"""nnU-Net's own U-Net with the ViT in it: a CNN-ViT hybrid in one network (ViTiac names ensembles as future work).
 
 The U-Net is the one that nnU-Net planned. What the ViT makes of the volume joins it at the stage of the token's stride,
 through a projection that starts at zero. So at the first step the network is nnU-Net's, and pre-training can only add.
