@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_iter
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
@@ -141,6 +143,29 @@ def on_a_gpu() -> int:
     return graphs(product, [(torch.ones(2, 2),)])
 
 
+def on_the_host() -> list[str]:
+    """Return what a compiled step of pre-training on a GPU, here one without values, computes on the CPU."""
+    found: list[str] = []
+
+    def look(module: torch.fx.GraphModule, _: Any) -> Callable:
+        for node in module.graph.nodes:
+            for part in tree_iter(node.meta.get("example_value")):
+                if isinstance(part, Tensor) and part.device.type == "cpu":
+                    found.append(str(node.target))
+        return module.forward
+
+    torch._dynamo.reset()
+    gpu = torch.device("cuda")
+    settings = Network(size="Tiny", token=TOKEN, tokenizer="convolutional", register_tokens=2, blocks="modern")
+    masks = Masking(mask_ratio=0.6).draw(torch.rand(B, TOKENS))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with gpu:
+            step = PretrainingLoss(build_autoencoder(settings, C, Pretraining(decoder="cross")))
+            volume = torch.empty(B, C, *SIDES)
+        torch.compile(step, fullgraph=True, backend=look)(volume, masks.to(gpu), norm_pix=True)
+    return found
+
+
 def branching() -> int:
     """Compile what no single graph can hold."""
     return graphs(lambda values: values if values.sum() > 0 else -values, [(torch.ones(2),)])
@@ -191,4 +216,5 @@ def unet() -> nn.Module:
 if __name__ == "__main__":
     SIZES |= {"Tiny": Size(24, 1, 2, 12, 1, 2), "Two blocks": Size(24, 2, 2, 12, 1, 2)}  # for tracing takes its time
     torch.set_num_threads(1)
-    print(json.dumps({"graphs": {name: count() for name, count in CASES.items()}, "runs": runs()}))
+    graphs_of = {name: count() for name, count in CASES.items()}
+    print(json.dumps({"graphs": graphs_of, "on the host": on_the_host(), "runs": runs()}))

@@ -46,6 +46,11 @@ def test_any_number_of_tokens_takes_no_more_than_a_second_graph(graphs):
     assert graphs["numbers of tokens"] == 2
 
 
+def test_a_step_on_a_gpu_computes_nothing_on_the_cpu(outcome):
+    """Of such a graph torch would make no CUDA graph, and say nothing."""
+    assert outcome["on the host"] == []
+
+
 def test_a_run_that_goes_on_compiled_has_the_losses_and_the_names_of_an_eager_one(outcome):
     eager, other = outcome["runs"]["eager"], outcome["runs"]["resumed"]
     assert other["losses"] == pytest.approx(eager["losses"], rel=1e-5)

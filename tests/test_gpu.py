@@ -29,7 +29,11 @@ from nnunet_vit_mae.pretraining.crops import MaskDrawing, RandomCrops
 from nnunet_vit_mae.pretraining.volumes import Cache, DeviceCache
 from nnunet_vit_mae.settings import Network, Pretraining
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("default::UserWarning"),  # what torch says of a GPU is shown, and fails no test
+]
 
 TOKEN, TOKENS, CONTRASTS = (2, 4, 8), 24, 3
 BF16 = 0.03  # how far results in bf16 may be apart, relative to their norm
