@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.nnunet.checkpoints import refuse_network_of_other_folds, refuse_other_network
+from nnunet_vit_mae.nnunet.scheduled import ScheduledTrainer
 from nnunet_vit_mae.nnunet.stopping import StoppableTrainer
 from nnunet_vit_mae.settings import Network, Settings
 from nnunet_vit_mae.storage.layout import BEST, FINAL, LATEST
@@ -46,6 +48,7 @@ def saving(tmp_path, monkeypatch):
         trainer.save_checkpoint(str(tmp_path / name))
         return logged
 
+    save.trainer = trainer
     return save
 
 
@@ -65,6 +68,81 @@ def test_what_is_saved_first_moves_the_end_of_an_earlier_training_aside(saving, 
     saving(FINAL, "the end")
     assert len(logged) == 1
     assert contents(tmp_path) == {first: "now", FINAL: "the end"} | moved | calibrated
+
+
+def test_a_training_without_c_keeps_what_an_interrupted_one_has_saved(saving, tmp_path):
+    """Days of it may be in the latest checkpoint, and only --c is missing."""
+    for name in (LATEST, BEST):
+        saving(name, f"{name} of days")
+    saving.trainer.starts_anew = True
+    logged = saving(LATEST, "first epoch")
+    saving(BEST, "first epoch")
+    assert [line.split(" is now ")[0] for line in logged] == [
+        f"{tmp_path / name} of an earlier training" for name in (LATEST, BEST)
+    ]
+    moved = {f"checkpoint_{name}_until.pth": f"checkpoint_{name}.pth of days" for name in ("latest", "best")}
+    assert contents(tmp_path) == {LATEST: "first epoch", BEST: "first epoch"} | moved
+    saving(LATEST, "second epoch")
+    assert len(logged) == 2
+
+
+@pytest.mark.parametrize(("epoch", "anew"), [(0, True), (3, False)])
+def test_a_training_starts_anew_in_its_first_epoch(tmp_path, monkeypatch, epoch, anew):
+    trainer = object.__new__(StoppableTrainer)
+    trainer.output_folder, trainer.current_epoch, trainer.num_epochs = str(tmp_path), epoch, 9
+    trainer.local_rank = 0
+    monkeypatch.setattr(nnUNetTrainer, "run_training", lambda _: None)
+    trainer.run_training()
+    assert trainer.starts_anew == anew
+
+
+# ---------- other splits than those of the training
+
+
+@pytest.fixture
+def split_in(tmp_path, monkeypatch):
+    """A trainer of fold 0, and the split that nnU-Net finds for it."""
+    trainer, split = object.__new__(ScheduledTrainer), {"train": ["a", "b"], "val": ["c"]}
+    trainer.output_folder, trainer.fold, trainer.local_rank = str(tmp_path), 0, 0
+    trainer.preprocessed_dataset_folder_base, trainer.disable_checkpointing = str(tmp_path), False
+    monkeypatch.setattr(trainer, "print_to_log_file", lambda *_: None)
+    monkeypatch.setattr(nnUNetTrainer, "save_checkpoint", lambda _, file: Path(file).touch())
+    monkeypatch.setattr(nnUNetTrainer, "do_split", lambda _: (split["train"], split["val"]))
+
+    def datasets(self: ScheduledTrainer) -> tuple:
+        return tuple(SimpleNamespace(identifiers=cases) for cases in self.do_split())
+
+    monkeypatch.setattr(nnUNetTrainer, "get_tr_and_val_datasets", datasets)
+    return trainer, split
+
+
+def test_a_training_does_not_go_on_with_cases_of_its_training_to_validate_on(split_in, tmp_path, capsys):
+    """Its Dice and its calibration would be those of cases that it knows."""
+    trainer, split = split_in
+    trainer.get_tr_and_val_datasets()
+    trainer.save_checkpoint(str(tmp_path / LATEST))
+    split["train"] = ["a", "b", "d"]  # more cases do no harm
+    trainer.get_tr_and_val_datasets()
+    trainer.save_checkpoint(str(tmp_path / LATEST))
+    split |= {"train": ["a", "c"], "val": ["b", "d"]}
+    with pytest.raises(SystemExit):
+        trainer.get_tr_and_val_datasets()
+    said = f"{tmp_path / LATEST} was trained on 2 of the cases that fold 0 is validated on (b, d), because"
+    assert said in capsys.readouterr().err
+    trainer.checkpoint_in_use = None  # without --c
+    trainer.get_tr_and_val_datasets()
+    trainer.save_checkpoint(str(tmp_path / LATEST))
+    assert trainer.do_split() == (["a", "c"], ["b", "d"])
+
+
+def test_fold_all_and_trainings_of_earlier_versions_have_any_split(split_in, tmp_path):
+    trainer, split = split_in
+    trainer.checkpoint_in_use = tmp_path / LATEST
+    split |= {"train": ["c"], "val": ["a"]}
+    assert trainer.do_split() == (["c"], ["a"])
+    (tmp_path / "trained_on.json").write_text('["a"]')
+    trainer.fold = "all"
+    assert trainer.do_split() == (["c"], ["a"])
 
 
 def test_a_validation_without_a_checkpoint_is_of_none(tmp_path, monkeypatch):
@@ -147,8 +225,8 @@ def refuse(trained: dict, now: dict) -> None:
         "optimizer_state": optimizer.state_dict(),
         "init_args": {"plans": plans_of(trained), "configuration": CONFIGURATION},
     }
-    settings = Settings.from_dict({"network": now})
-    refuse_other_network(checkpoint, Path("fold_0", FINAL), network, optimizer, settings)
+    planned = Settings.from_dict({"network": now}).network
+    refuse_other_network(checkpoint, Path("fold_0", FINAL), network, optimizer, planned)
 
 
 @pytest.mark.parametrize("setting", SAME_SHAPES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_vit_mae.datasets.split.files import SPLITS, read_fold
 from nnunet_vit_mae.datasets.split.patients import separation_warning
-from nnunet_vit_mae.errors import exit_on_user_error
+from nnunet_vit_mae.errors import UserError, abbreviated, exit_on_user_error
 from nnunet_vit_mae.imaging.description import DESCRIPTION, describe
 from nnunet_vit_mae.nnunet.augmentation import repeatable
 from nnunet_vit_mae.nnunet.checked_plans import check_plans
@@ -27,9 +28,12 @@ from nnunet_vit_mae.nnunet.plans import schedule_of
 from nnunet_vit_mae.nnunet.stopping import StoppableTrainer
 from nnunet_vit_mae.nnunet.tracked import TrackedTrainer
 from nnunet_vit_mae.nnunet.wandb_tracker import check_wandb
+from nnunet_vit_mae.storage.entries import read_entries
+from nnunet_vit_mae.storage.files import write_json
 from nnunet_vit_mae.storage.pickles import read_trained
 
 CUDA = torch.device("cuda")
+TRAINED_ON = "trained_on.json"  # in a fold's folder: the cases that its checkpoints have been trained on
 VALIDATION_SHARE = 5  # nnU-Net's own 250 training iterations come with 50 of validation
 
 
@@ -39,6 +43,8 @@ class ScheduledTrainer(TrackedTrainer, StoppableTrainer):
     Runs with the same seed are equal to the digit on a CPU where nnU-Net augments in one process
     (`nnUNet_n_proc_DA=0`), interrupted or not. On a GPU, kernels add in an order of their own.
     """
+
+    _trained_on: Collection[str] = ()  # until it is noted
 
     # nnU-Net reads the names of these parameters by introspection: any other signature is a KeyError there
     @exit_on_user_error
@@ -102,11 +108,41 @@ class ScheduledTrainer(TrackedTrainer, StoppableTrainer):
         optimiser_groups(read_trained(file), file)  # raises an error without them
         super().load_checkpoint(filename_or_checkpoint)
 
+    def save_checkpoint(self, filename: str) -> None:
+        """Save a checkpoint, and note which cases it has been trained on."""
+        if self.local_rank == 0 and self._trained_on and not self.disable_checkpointing:
+            write_json(sorted(self._trained_on), Path(filename).with_name(TRAINED_ON))
+            self._trained_on = ()
+        super().save_checkpoint(filename)
+
+    @exit_on_user_error
+    def do_split(self) -> tuple:
+        """Return nnU-Net's split, unless the checkpoint in use was trained on cases to validate on.
+
+        That happens when the splits are changed and the training goes on (`--c`, `--val`).
+        """
+        training, validation = super().do_split()
+        if self.fold != "all" and (seen := sorted({*self._trained_on_before()} & {*validation})):
+            raise UserError(
+                f"{self.checkpoint_in_use} was trained on {len(seen)} of the cases that fold {self.fold} is validated "
+                f"on ({abbreviated(seen)}), because {SPLITS} has been changed since: put that split back, or train "
+                "without --c."
+            )
+        return training, validation
+
+    def _trained_on_before(self) -> list[str]:
+        """Return the cases that the checkpoint in use was trained on, as far as that is noted."""
+        note = Path(self.output_folder, TRAINED_ON)
+        if self.checkpoint_in_use is None or not note.is_file():  # a new training, or one of an earlier version
+            return []
+        return read_entries(list[str], note, "remove it")
+
     @exit_on_user_error
     def get_tr_and_val_datasets(self) -> tuple:
         """Return nnU-Net's datasets, and log a warning when cases of one patient are in both."""
         training, validation = super().get_tr_and_val_datasets()
         folder = Path(self.preprocessed_dataset_folder_base)
+        self._trained_on = {*training.identifiers, *self._trained_on_before()}
         if self.fold != "all" and (warning := separation_warning(folder, training.identifiers, validation.identifiers)):
             self.print_to_log_file(f"WARNING: {warning}")
         return training, validation

@@ -26,6 +26,7 @@ class StoppableTrainer(nnUNetTrainer):
 
     saved_since = 0.0  # files that are older belong to an earlier training
     checkpoint_in_use: Path | None = None  # once one was loaded or saved
+    starts_anew = False  # until its first epoch is saved
 
     @exit_on_user_error
     def run_training(self) -> None:
@@ -39,7 +40,8 @@ class StoppableTrainer(nnUNetTrainer):
             self.print_to_log_file(f"The training is complete: {final} stays as it is.")
             return
         self.save_every = 1
-        self.saved_since = 0.0 if self.current_epoch else time.time()
+        self.starts_anew = not self.current_epoch
+        self.saved_since = time.time() if self.starts_anew else 0.0
         with self._stoppable(), forks_follow():
             super().run_training()
 
@@ -106,7 +108,8 @@ class StoppableTrainer(nnUNetTrainer):
         """Save a checkpoint in place of an earlier one of that name.
 
         The first one of a training moves `checkpoint_final.pth` of an earlier training aside, which `--c` would load
-        before all others.
+        before all others. Without `--c` it also moves what an earlier training has saved before its end: whoever has
+        forgotten that flag loses nothing.
         """
         # a checkpoint of that name may be there, of an earlier training
         self.checkpoint_in_use = None if self.disable_checkpointing else Path(filename)
@@ -115,6 +118,11 @@ class StoppableTrainer(nnUNetTrainer):
         file = Path(filename)
         with replacing(file) as temporary:
             super().save_checkpoint(str(temporary))
+            for earlier in (file.with_name(name) for name in (LATEST, BEST) if self.starts_anew):
+                if earlier.is_file():
+                    moved = set_aside(earlier).name
+                    self.print_to_log_file(f"{earlier} of an earlier training is now {moved}: --c would have gone on.")
+        self.starts_anew = False
         if file.name != FINAL and file.with_name(FINAL).is_file():
             self._move_aside(file.with_name(FINAL))
         tell(what_training_keeps(file.parent, self.saved_since))
