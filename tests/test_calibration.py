@@ -373,6 +373,18 @@ def test_predictions_of_another_model_or_folder_are_not_taken(model, in_workspac
     assert [predict("1", tmp_path / "images"), predict("0", tmp_path / "images")] == [1, 1]
 
 
+def test_predictions_of_another_model_are_not_taken_from_a_folder_that_is_a_link(model, predicted, tmp_path):
+    """They may lie on a larger disk, and such a folder cannot be removed as one."""
+    (tmp_path / "large").mkdir()
+    (model / "calibration_fold_1").mkdir()
+    (model / "calibration_fold_1" / "predictions").symlink_to(tmp_path / "large")
+    for number in (1, 2):
+        train_again(model / "fold_1" / FINAL)
+        with pytest.raises(SystemExit):  # what was predicted is empty
+            calibrate()
+        assert len(predicted) == number
+
+
 def test_scans_that_were_replaced_are_predicted_again(model, in_workspace, predicted):
     images, labels = in_workspace.raw / "imagesTs", in_workspace.raw / "labelsTs"
     chosen = model_of("0", checkpoint=FINAL)

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 from itertools import product
 from pathlib import Path
 
@@ -212,6 +213,24 @@ def test_bad_scans_stop_no_other_and_nothing_is_done_twice(command, refused, mon
     (command.output / "transforms" / "a.tfm").unlink()  # not complete any more
     refused(main, *command.arguments())
     assert done[2:] == ["a", "zeros"]
+
+
+def test_a_label_that_was_edited_outlives_another_crop(command, caplog, refused):
+    """Readers correct labels where they look at them; other margins must not cost them hours."""
+    for name in ("a", "b"):
+        command.add(name, moved())
+    command.run()
+    edited = command.output / "labelsTr" / "a.nii.gz"
+    edited.write_bytes(content := edited.read_bytes() + b"edited")
+    command.run("--margin", "7")
+    (kept,) = (command.output / "edited").iterdir()
+    assert kept.read_bytes() == content
+    assert re.fullmatch(r"a_until_[\d_-]+\.nii\.gz", kept.name)
+    assert f"{edited} was edited after it was cropped, and is now edited/{kept.name}." in caplog.messages
+    assert {file.name for file in (command.output / "labelsTr").iterdir()} == {"a.nii.gz", "b.nii.gz"}
+    command.images, command.output = command.output / "imagesTr", command.output / ".." / command.output.name
+    message = refused(main, *command.arguments())
+    assert "holds the scans themselves" in message
 
 
 def test_rejected_cases_are_moved_and_stay_so(command, tmp_path, refused):

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,7 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_vit_mae.errors import WHAT_TO_DO, UserError, WriteError, exit_on_user_error
-from nnunet_vit_mae.storage.files import file_hash, inside, locked, read_json, remove_unfinished, replacing, write_json
+from nnunet_vit_mae.storage.files import (
+    file_hash,
+    inside,
+    link,
+    locked,
+    read_json,
+    remove_unfinished,
+    replacing,
+    set_aside,
+    write_json,
+)
 from nnunet_vit_mae.storage.unfinished import new_folder
 
 json_values = st.recursive(
@@ -104,6 +115,46 @@ def test_what_a_killed_process_leaves_is_removed(tmp_path):
         temporary.touch()
 
 
+def test_hidden_files_of_the_user_stay(tmp_path):
+    """Only the names that are written here are temporary files."""
+    for name in (".2024-notes.txt", ".7z.rc", ".1_12345678"):
+        (tmp_path / name).touch()
+    (tmp_path / ".0_old.d").mkdir()
+    before = sorted(tmp_path.iterdir())
+    remove_unfinished(tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_link_is_not_written_through(tmp_path):
+    """A copy in place of a link would go over the file behind it."""
+    for name in ("one", "other"):
+        (tmp_path / name).write_text(name)
+    link(tmp_path / "one", tmp_path / "link")
+    with pytest.raises(FileExistsError):
+        link(tmp_path / "other", tmp_path / "link")
+    assert (tmp_path / "one").read_text() == "one"
+
+
+@pytest.mark.parametrize("refusal", [OSError(errno.EPERM, "no links here"), NotImplementedError()])
+def test_a_file_is_copied_where_there_are_no_links(tmp_path, monkeypatch, refusal):
+    for way in ("symlink_to", "hardlink_to"):
+        monkeypatch.setattr(Path, way, Mock(side_effect=refusal))
+    (tmp_path / "one").write_text("one")
+    link(tmp_path / "one", tmp_path / "copy")
+    assert (tmp_path / "copy").read_text() == "one"
+    assert not (tmp_path / "copy").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["case.nii.gz", "plans.json", "fold_0"])
+def test_what_is_set_aside_keeps_its_ending(tmp_path, name):
+    (tmp_path / name).touch()
+    start, _, ending = name.partition(".")
+    moved = set_aside(tmp_path / name, tmp_path / "aside")
+    assert list((tmp_path / "aside").iterdir()) == [moved]
+    assert moved.name.startswith(f"{start}_until_")
+    assert moved.name.partition(".")[2] == ending
+
+
 def test_folders_on_the_way_are_made(tmp_path):
     with replacing(tmp_path / "a" / "b" / "plans.json") as temporary:
         temporary.write_text("new")
@@ -159,6 +210,30 @@ def test_the_current_folder_can_be_written_to(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="already exists: give a new folder"), new_folder(Path(), {}):
         pytest.fail("a finished folder is written again")
     assert [file.name for file in (tmp_path / "report").iterdir()] == ["index.html"]
+
+
+@pytest.mark.parametrize("call", [lambda path: {"images": path}, lambda path: {"predictions": {"ViT": path}}])
+def test_an_unfinished_folder_is_not_gone_on_with_from_a_relative_path_elsewhere(tmp_path, monkeypatch, call):
+    """The same words mean other data there."""
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def stopped() -> None:
+        with new_folder(tmp_path / "report", call(Path("scans"))):
+            (tmp_path / "report" / "case_of_here.png").touch()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        stopped()
+    monkeypatch.chdir(tmp_path / "there")
+    with (
+        pytest.raises(UserError, match="by a call with other arguments"),
+        new_folder(tmp_path / "report", call(Path("scans"))),
+    ):
+        pytest.fail("two cohorts in one report")
+    with new_folder(tmp_path / "report", call(Path("../here/scans"))):
+        pass
 
 
 # ---------- names from files

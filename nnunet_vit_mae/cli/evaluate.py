@@ -87,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     models = _paths_by_model(args.model_folders, "--model_folder", list(predictions))
     refuse_not_ascending("--cutoffs", args.cutoffs)
     refuse_not_ascending("--thickness_bins", args.thickness_bins)
-    with new_folder(args.output, vars(args)):
+    call = {"predictions": predictions, "calibrations": records, "expected": tables, "model_folders": models}
+    with new_folder(args.output, vars(args) | call):
         _evaluate(args, predictions, calibrations, tables, models)
     print(f"Wrote index.html, cases.csv, summary.json and figures to {args.output}.")
 

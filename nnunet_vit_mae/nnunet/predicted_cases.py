@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -167,12 +166,12 @@ def _predict(model: Model, images: Path, names: Sequence[str], folder: str, devi
     work, ending = model.folder / folder, model.plan.dataset_json["file_ending"]
     predictions, note = work / "predictions", work / NOTE
     made_of = {"model": model_hash(model), "images": str(images)}
-    if not note.is_file() or read_entries(dict[str, str], note, "remove it") != made_of:
-        shutil.rmtree(predictions, ignore_errors=True)
-        write_json(made_of, note)
+    of_others = not note.is_file() or read_entries(dict[str, str], note, "remove it") != made_of
     for file in [*predictions.glob("*.npz"), *predictions.glob(f"*{ending}")]:
-        if file.name.removesuffix(".npz").removesuffix(ending) not in names:
-            file.unlink()
+        if of_others or file.name.removesuffix(".npz").removesuffix(ending) not in names:
+            file.unlink()  # one that cannot be removed must not be taken for one of this model
+    if of_others:
+        write_json(made_of, note)
     remove_outdated(model.plan, cases, predictions)
     places = {"links": work / "images", "log": work / "log.txt"}
     predict_cases(model, images, names, predictions, **places, device=device, probabilities=True)

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -136,7 +136,7 @@ def inside(root: Path, *names: object, source: object) -> Path:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove the temporary files of processes killed within `replacing`; nothing may be writing to the folder."""
-    for file in folder.glob(".[0-9]*.*"):
+    for file in folder.glob(f".[0-9]*_{'[0-9a-f]' * 8}.*"):  # and no other hidden file, which may be the user's
         file.unlink()
 
 
@@ -166,8 +166,12 @@ def link(source: Path, file: Path) -> None:
     """Put a file into another folder, without a copy of its content where the system allows it."""
     source = source.resolve()
     for linked in (file.symlink_to, file.hardlink_to):
-        with suppress(OSError, NotImplementedError):
+        try:
             return linked(source)
+        except FileExistsError:  # a copy would go through a link that is there, and over the file behind it
+            raise
+        except (OSError, NotImplementedError):
+            continue
     shutil.copyfile(source, file)
     return None
 
@@ -183,11 +187,16 @@ def write_json(content: Any, file: Path) -> None:
     write_file(json.dumps(content, indent=4) + "\n", file)
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a file or folder so that another can take its name; returns the new path, such as `fold_0_until_DATE`."""
-    ending = "" if path.is_dir() else path.suffix
-    name = path.name.removesuffix(ending)
-    return path.rename(path.with_name(f"{name}{UNTIL}{datetime.now():%Y-%m-%d_%H-%M-%S-%f}{ending}"))
+def set_aside(path: Path, folder: Path | None = None) -> Path:
+    """Rename a file or folder so that another can take its name; returns the new path, such as `fold_0_until_DATE`.
+
+    It stays where it is, unless a `folder` for it is given.
+    """
+    ending = "" if path.is_dir() else ".nii.gz" if path.name.endswith(".nii.gz") else path.suffix
+    name = f"{path.name.removesuffix(ending)}{UNTIL}{datetime.now():%Y-%m-%d_%H-%M-%S-%f}{ending}"
+    folder = folder or path.parent
+    folder.mkdir(exist_ok=True)
+    return path.rename(folder / name)
 
 
 def short_hash(text: str, digits: int) -> str:

@@ -60,5 +60,12 @@ def new_folder(folder: Path, call: Mapping[str, Any]) -> Iterator[None]:
 
 def _checksum(call: Mapping[str, Any]) -> str:
     """Return a checksum from which no path can be read."""
-    arguments = sorted((name, repr(value)) for name, value in call.items() if name not in AS_ONE_LIKES)
+    arguments = sorted((name, repr(_absolute(value))) for name, value in call.items() if name not in AS_ONE_LIKES)
     return hashlib.sha256(repr(arguments).encode()).hexdigest()
+
+
+def _absolute(value: Any) -> Any:
+    """Return an argument with paths that mean the same in every folder where the command is typed."""
+    if isinstance(value, Mapping):
+        return {key: _absolute(inner) for key, inner in value.items()}
+    return value.resolve() if isinstance(value, Path) else value

@@ -125,7 +125,8 @@ def crop_folder(
         UserError: If scans, templates or the table are unusable, or if the output holds something else.
     """
     scans = find_scans(images, labels)
-    if settings.output.absolute() in images.absolute().parents:
+    above = {*images.absolute().parents, *images.resolve().parents}
+    if above & {settings.output.absolute(), settings.output.resolve()}:  # whatever links or ".." are on the way
         raise UserError(f"{settings.output} holds the scans themselves: give another dataset with -o.")
     template_of = None
     if column:

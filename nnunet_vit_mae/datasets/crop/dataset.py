@@ -16,6 +16,7 @@ from nnunet_vit_mae.datasets.crop.contact_sheet import write_sheets
 from nnunet_vit_mae.datasets.crop.qc_table import (
     COMPLETE,
     DONE,
+    EDITED,
     FAILED,
     FOLDERS,
     QC_TABLE,
@@ -46,6 +47,7 @@ CONTENTS = {
     "contact_sheet_*.png": "all crops at a glance, worst first",
     "thumbnails/": "the pictures on these sheets",
     "transforms/": "from template to scan, for ITK",
+    f"{EDITED}/": "labels that were edited here before their scan was cropped again",
     f"{REJECTED}/": "cases that were moved out of the dataset with --reject",
 }
 

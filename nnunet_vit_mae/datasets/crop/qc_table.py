@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,11 +13,14 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.channels import channel_file_name
 from nnunet_vit_mae.imaging.scans import ENDING
 from nnunet_vit_mae.storage.csv_tables import read_rows, write_rows
-from nnunet_vit_mae.storage.files import inside
+from nnunet_vit_mae.storage.files import inside, set_aside
+
+logger = logging.getLogger(__name__)
 
 QC_TABLE = "qc.csv"
 DONE, FAILED, REJECTED = "done", "failed", "rejected"
 COMPLETE = 0.999  # coverage from which a region counts as fully in view
+LABELS, EDITED = "labelsTr", "edited"  # folders, the second one for labels that were edited by hand
 FOLDERS = ("imagesTr", "imagesUn", "")  # of the images; a case without a template has none
 
 
@@ -105,12 +110,17 @@ def files_of(row: QCRow, output: Path) -> list[Path]:
         return []
     names = [(row.folder, channel_file_name(row.case, int(number), ENDING)) for number in row.channels.split()]
     if row.folder == "imagesTr":
-        names.append(("labelsTr", f"{row.case}{ENDING}"))
+        names.append((LABELS, f"{row.case}{ENDING}"))
     names += [("transforms", f"{row.case}.tfm"), ("thumbnails", f"{row.case}.png")]
     return [inside(output, *parts, source=output / QC_TABLE) for parts in names]
 
 
 def remove_files(row: QCRow, output: Path) -> None:
-    """Delete the files that were written for a case."""
+    """Delete the files that were written for a case; a label that has been edited since is moved to `edited`."""
+    last = output / "transforms" / f"{row.case}.tfm"  # that is written
+    written = last.stat().st_mtime_ns if last.is_file() else math.inf
     for file in files_of(row, output):
+        if file.parent.name == LABELS and file.is_file() and file.stat().st_mtime_ns > written:
+            kept = set_aside(file, output / EDITED)
+            logger.warning("%s was edited after it was cropped, and is now %s.", file, kept.relative_to(output))
         file.unlink(missing_ok=True)
