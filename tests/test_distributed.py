@@ -323,7 +323,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
 
 def test_what_a_killed_process_left_half_written_is_removed(files, tmp_path):
     job = make_job(files, epochs=1)
-    tmp_path.joinpath(f".123.{loop.STATE}").write_bytes(b"half")
+    tmp_path.joinpath(f".123_0123abcd.{loop.STATE}").write_bytes(b"half")
     loop.run(job, tmp_path, device=CPU, resume=True)
     assert not list(tmp_path.glob(".*"))
 

@@ -212,6 +212,18 @@ def test_the_current_folder_can_be_written_to(tmp_path, monkeypatch):
     assert [file.name for file in (tmp_path / "report").iterdir()] == ["index.html"]
 
 
+@pytest.mark.parametrize("refusal", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
+def test_a_file_system_without_locks_stops_no_command(tmp_path, monkeypatch, caplog, refusal):
+    """NFS without its lock service, for instance; the package of locks raises either."""
+    monkeypatch.setattr("nnunet_vit_mae.storage.files.FileLock.acquire", Mock(side_effect=refusal))
+    with locked(tmp_path / "fold_0"):
+        assert f"The file system of {tmp_path / 'fold_0'} has no locks ({refusal})" in caplog.text
+    refused = OSError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr("nnunet_vit_mae.storage.files.FileLock.acquire", Mock(side_effect=refused))
+    with pytest.raises(PermissionError), locked(tmp_path / "fold_0"):
+        pytest.fail("a folder that cannot be written")
+
+
 @pytest.mark.parametrize("call", [lambda path: {"images": path}, lambda path: {"predictions": {"ViT": path}}])
 def test_an_unfinished_folder_is_not_gone_on_with_from_a_relative_path_elsewhere(tmp_path, monkeypatch, call):
     """The same words mean other data there."""

@@ -291,7 +291,7 @@ def test_a_case_whose_process_is_killed_is_named_and_the_others_are_done(in_work
 def test_a_second_job_is_refused_and_leaves_the_files_of_the_first(in_workspace, refused):
     folder = tiny_plan().unlabelled_folder
     folder.mkdir()
-    unfinished = folder / ".123.pool_0.b2nd"
+    unfinished = folder / ".123_0123abcd.pool_0.b2nd"
     unfinished.write_bytes(b"half")
     with locked(folder):
         message = refused(preprocess_command.main, *"-d 901 -np 1".split())
@@ -419,7 +419,7 @@ def test_the_baseline_takes_a_2d_configuration_too(in_workspace):
 def test_the_pool_is_what_imagesun_holds_and_whole_files_only(in_workspace, caplog):
     preprocess_command.main("-d 901 -np 1".split())
     plan = tiny_plan()
-    (plan.unlabelled_folder / ".123.pool_0.b2nd").write_bytes(b"half")  # a process was killed while it wrote
+    (plan.unlabelled_folder / ".123_0123abcd.pool_0.b2nd").write_bytes(b"half")  # a process was killed while it wrote
     for file in (in_workspace.raw / "imagesUn").glob("pool_1_*"):  # a consent was withdrawn
         file.unlink()
     assert {case.name for case in pretraining_cases(plan, "all")} == {f"train_{i}" for i in range(6)} | {

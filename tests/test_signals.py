@@ -276,7 +276,7 @@ def test_the_guard_passes_on_the_exit_code_and_ends_what_is_left(running):
 def stopped_in(folder: Path, arguments: dict) -> None:
     with new_folder(folder, arguments):
         (folder / "case.txt").touch()
-        (folder / f".{os.getpid()}.half.txt").touch()
+        (folder / f".{os.getpid()}_0123abcd.half.txt").touch()
         raise KeyboardInterrupt
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -19,7 +20,10 @@ from filelock import FileLock, Timeout
 
 from nnunet_vit_mae.errors import UserError, WriteError
 
+logger = logging.getLogger(__name__)
+
 UNTIL = "_until_"  # in the names of what was set aside
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 LONGEST_NAME = 255  # bytes of a file's name on nearly all file systems
 
 
@@ -144,7 +148,8 @@ def remove_unfinished(folder: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Keep all other processes out of this block for the same folder, which may be moved and need not exist.
 
-    The lock belongs to the process, on Linux, macOS and Windows, so that a killed process leaves none behind.
+    The lock belongs to the process, on Linux, macOS and Windows, so that a killed process leaves none behind. Some
+    network file systems have no locks: there the log asks the user to see to it.
 
     Raises:
         UserError: If another process holds the lock.
@@ -156,6 +161,12 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(f"Another process is writing to {folder}: wait until it has finished, or stop it.") from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in WITHOUT_LOCKS:
+            raise
+        logger.warning(
+            "The file system of %s has no locks (%s): let no other process write to it at the same time.", folder, error
+        )
     try:
         yield
     finally:
