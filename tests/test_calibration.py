@@ -29,7 +29,7 @@ from nnunet_vit_mae.errors import UserError, WriteError
 from nnunet_vit_mae.evaluation.cases import find_evaluation_set
 from nnunet_vit_mae.imaging.volumes import Geometry
 from nnunet_vit_mae.networks.build import build_segmenter
-from nnunet_vit_mae.nnunet import quantification, training_range, uncertainty
+from nnunet_vit_mae.nnunet import calibration, quantification, training_range, uncertainty
 from nnunet_vit_mae.nnunet.calibrated import calibrated_head
 from nnunet_vit_mae.nnunet.calibration import FittedModel, threshold_table
 from nnunet_vit_mae.nnunet.folders import find_dataset
@@ -1047,6 +1047,19 @@ def test_two_calls_do_not_write_to_one_place(model, refused, scans, tmp_path):
         assert "Another process is writing to" in refused(quantify_command.main, *flags, *call)
     assert not [*model.rglob("calibration.json")]
     assert not (tmp_path / "volumes_segmentations").exists()
+
+
+def test_a_checkpoint_that_a_training_replaces_meanwhile_is_not_calibrated(model, refused, monkeypatch):
+    """A best checkpoint, for instance, while its training goes on."""
+
+    def fit_meanwhile(*arguments, real=calibration.fit, **options):
+        train_again(model / "fold_1" / FINAL)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(calibration, "fit", fit_meanwhile)
+    message = refused(calibrate_command.main, *f"-d 901 -tr {TRAINER} -f 0 1 -device cpu".split())
+    assert f"{FINAL} has been written anew while its predictions were calibrated" in message
+    assert not [*model.rglob("*calibrated*"), *model.rglob("calibration.json")]
 
 
 def test_a_checkpoint_with_code_is_not_given_to_nnunet(model, scans, refused, tmp_path):

@@ -18,6 +18,7 @@ from nnunet_vit_mae.nnunet.checkpoints import refuse_network_of_other_folds, ref
 from nnunet_vit_mae.nnunet.scheduled import ScheduledTrainer
 from nnunet_vit_mae.nnunet.stopping import StoppableTrainer
 from nnunet_vit_mae.settings import Network, Settings
+from nnunet_vit_mae.storage.files import locked
 from nnunet_vit_mae.storage.layout import BEST, FINAL, LATEST
 
 CONFIGURATION = "3d_fullres"
@@ -94,6 +95,22 @@ def test_a_training_starts_anew_in_its_first_epoch(tmp_path, monkeypatch, epoch,
     monkeypatch.setattr(nnUNetTrainer, "run_training", lambda _: None)
     trainer.run_training()
     assert trainer.starts_anew == anew
+
+
+def test_two_processes_do_not_train_one_fold(tmp_path, monkeypatch, capsys):
+    trainer = object.__new__(StoppableTrainer)
+    trainer.output_folder, trainer.current_epoch, trainer.num_epochs = str(tmp_path / "fold_0"), 0, 9
+    ranks = []
+    monkeypatch.setattr(nnUNetTrainer, "run_training", lambda self: ranks.append(self.local_rank))
+    with locked(tmp_path / "fold_0"):
+        for trainer.local_rank in (1, 2):  # of the training that holds the lock
+            trainer.run_training()
+        trainer.local_rank = 0
+        with pytest.raises(SystemExit):
+            trainer.run_training()
+        assert f"Another process is writing to {tmp_path / 'fold_0'}" in capsys.readouterr().err
+    trainer.run_training()
+    assert ranks == [1, 2, 0]
 
 
 # ---------- other splits than those of the training

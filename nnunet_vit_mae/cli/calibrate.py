@@ -16,7 +16,7 @@ from nnunet_vit_mae.cli.arguments import (
 )
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.processes.signals import command
-from nnunet_vit_mae.storage.files import locked
+from nnunet_vit_mae.storage.files import file_hash, locked
 from nnunet_vit_mae.storage.layout import CALIBRATED, FINAL
 
 
@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.uncertainty:
         uncertainty.refuse_without_volumes(model)
     with locked(model.folder):
+        hashes = [file_hash(file) for file in model.files]
         if args.images is not None:
             images, labels = args.images.resolve(), args.labels.resolve()
             cases = development_cases(model, images, labels, device, allow_training_cases=args.allow_training_cases)
@@ -72,6 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             cases = validation_cases(model, device)
         fitted = calibration.fit(model, cases, args.objective, temperature=args.temperature)
+        if [file_hash(file) for file in model.files] != hashes:
+            raise UserError(
+                f"{args.checkpoint} has been written anew while its predictions were calibrated, so that the "
+                "thresholds are of other weights: wait until the training has ended, or calibrate a copy."
+            )
         written = calibration.write(model, cases, fitted)
         print(calibration.threshold_table(fitted))
         if args.uncertainty:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from highdicom import UID
@@ -40,7 +41,7 @@ from nnunet_vit_mae.nnunet.quantification import (
 )
 from nnunet_vit_mae.nnunet.training_range import volumes_in
 from nnunet_vit_mae.progress import with_progress
-from nnunet_vit_mae.storage.files import short_hash, write_json
+from nnunet_vit_mae.storage.files import locked, short_hash, write_json
 
 SEGMENTATION, REPORT, STUDIES = "segmentation.dcm", "report.dcm", "studies.csv"
 
@@ -110,8 +111,8 @@ def quantify_dicom(
     cases, damaged = find_study_cases(model, source)
     write_json(note, output / MODEL_NOTE)
     write_study_table(model, cases, output / STUDIES)
-    with TemporaryDirectory(prefix=f".{table.stem}_images_", dir=table.parent) as folder:
-        converted = convert_cases(model, cases, part, Path(folder))
+    with _folder_of_images(part.table(table)) as folder:
+        converted = convert_cases(model, cases, part, folder)
         tables = quantify(model, converted.scans, table, part, cutoffs=cutoffs, device=device, level=level)
     writer = _CaseWriter(model, codes, thresholds, _algorithm(model, identity))
     problems = {}
@@ -123,6 +124,23 @@ def quantify_dicom(
             except DicomOutputError as error:
                 problems[case] = str(error)
     return DicomResult(tables, output, problems, damaged)
+
+
+@contextmanager
+def _folder_of_images(table: Path) -> Iterator[Path]:
+    """Hold a folder beside a table for images of patients, which go when the block ends.
+
+    A call that is killed leaves them behind; the next one for this table removes them.
+    """
+    folder = table.with_name(f".{table.stem}_images")
+    with locked(folder):
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder)
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,10 @@ def quantify(
         if uncertainty is not None and level is not None:
             more = predict_with_uncertainty(model, uncertainty, readable, work, maps, device=device, level=level)
         else:
-            places = {"links": work / f"images_part{part.number}", "log": work / f"log_part{part.number}.txt"}
+            places = {
+                "links": work / f"images_part{part.number}of{part.of}",
+                "log": work / f"log_part{part.number}.txt",
+            }
             predict_cases(model, scans.folder, [case.name for case in readable], work, **places, device=device)
         groups = {label: _RiskGroups.of(cutoffs, training.volumes.get(label)) for label in thresholds}
         rows: list[dict[str, Any]] = []

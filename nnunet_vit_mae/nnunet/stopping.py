@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from nnunet_vit_mae.errors import exit_on_user_error
 from nnunet_vit_mae.imaging.channels import cases_in
 from nnunet_vit_mae.processes.memory import refuse_without_shared_memory
 from nnunet_vit_mae.processes.signals import forks_follow, stoppable, tell
-from nnunet_vit_mae.storage.files import file_hash, replacing, set_aside, write_json
+from nnunet_vit_mae.storage.files import file_hash, locked, replacing, set_aside, write_json
 from nnunet_vit_mae.storage.layout import BEST, CHECKPOINT_NOTE, FINAL, LATEST, VALIDATION
 
 
@@ -32,6 +32,8 @@ class StoppableTrainer(nnUNetTrainer):
     def run_training(self) -> None:
         """Train as nnU-Net does. A signal ends it with a sentence; the last whole epoch is saved.
 
+        A fold that another process is training is refused.
+
         Of a training that is complete (`--c`) nothing is saved: the same weights in another file would make its
         calibration look like that of other weights.
         """
@@ -42,7 +44,9 @@ class StoppableTrainer(nnUNetTrainer):
         self.save_every = 1
         self.starts_anew = not self.current_epoch
         self.saved_since = time.time() if self.starts_anew else 0.0
-        with self._stoppable(), forks_follow():
+        # of two trainings of one fold, the second would write over the checkpoints of the first
+        held = nullcontext() if self.local_rank else locked(Path(self.output_folder))
+        with held, self._stoppable(), forks_follow():
             super().run_training()
 
     @exit_on_user_error
