@@ -181,6 +181,16 @@ def save_encoder(encoder: nn.Module, card: Card, file: Path) -> None:
     write_file(encoder_content(encoder.state_dict(), card), file)
 
 
+def is_saved(encoder: nn.Module, file: Path) -> bool:
+    """Return whether a file is an encoder with these weights."""
+    try:
+        saved, _ = read_encoder(file)
+    except UserError:  # missing or damaged
+        return False
+    weights = encoder.state_dict()
+    return {*saved} == {*weights} and all(torch.equal(saved[name], weights[name].cpu()) for name in saved)
+
+
 def encoder_content(tensors: Mapping[str, Tensor], card: Card) -> bytes:
     """Return the content of an encoder's file; raises `UserError` for one that cannot be used."""
     check_encoder(tensors, card)

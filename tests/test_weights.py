@@ -10,6 +10,7 @@ import stat
 import tempfile
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from torch import nn
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.installation import package_versions
 from nnunet_vit_mae.networks.build import build_autoencoder
+from nnunet_vit_mae.nnunet import pretraining
+from nnunet_vit_mae.pretraining.run import PretrainingResult
 from nnunet_vit_mae.settings import Network, Pretraining
 from nnunet_vit_mae.storage.files import file_hash
 from nnunet_vit_mae.weights import (
@@ -95,6 +98,28 @@ def test_tensors_come_back_bitwise(file, encoder):
     for name, tensor in tensors.items():
         assert tensor.dtype == written[name].dtype
         assert tensor.numpy().tobytes() == written[name].numpy().tobytes()
+
+
+def test_a_pre_training_that_is_complete_leaves_its_encoder_as_it_is(file, encoder, monkeypatch):
+    """Plans that start from it name its hash, and its card tells of the day on which it was trained."""
+    result = PretrainingResult(SimpleNamespace(encoder=encoder), [0.1])
+    monkeypatch.setattr(pretraining, "run", lambda *_, **__: result)
+    before, changed = file.read_bytes(), make_card(packages={"torch": "of a later version"})
+    flags = {"resume": True, "readers": 0, "on_device": False}
+
+    def go_on():
+        pretraining._make_encoder(None, lambda _: changed, file, torch.device("cpu"), **flags)
+        return file.read_bytes()
+
+    assert go_on() == before
+    file.write_bytes(before[:-1])  # a copy that was cut off
+    assert go_on() == encoder_content(encoder.state_dict(), changed)
+    file.unlink()
+    assert go_on() == encoder_content(encoder.state_dict(), changed)
+    result.network.encoder = other = deepcopy(encoder)
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    assert go_on() == encoder_content(other.state_dict(), changed)
 
 
 def test_tensors_that_are_not_contiguous_come_back(tmp_path, encoder):

@@ -86,4 +86,4 @@ def main(argv: Sequence[str] | None = None) -> None:
             adaptive=args.adaptive,
         )
     if is_rank_0():
-        print(f"Wrote {encoder}.")
+        print(f"The encoder is {encoder}.")

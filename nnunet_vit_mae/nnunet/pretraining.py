@@ -35,7 +35,7 @@ from nnunet_vit_mae.storage.files import locked, short_hash
 from nnunet_vit_mae.storage.layout import encoder_file
 from nnunet_vit_mae.tracking import wants_tensorboard
 from nnunet_vit_mae.units import size_text
-from nnunet_vit_mae.weights import Card, hashed_name, save_encoder
+from nnunet_vit_mae.weights import Card, hashed_name, is_saved, save_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +244,8 @@ def _make_encoder(
         if on_device:
             job = replace(job, cache=DeviceCache(job.files, device))
         result = run(job, file.parent, device=device, resume=resume, readers=readers, more_trackers=wandb_tracker)
-        if distributed.is_rank_0():
+        # of a run that was complete: with another card it would be another file, which plans that name it refuse
+        if distributed.is_rank_0() and not is_saved(result.network.encoder, file):
             save_encoder(result.network.encoder, card(result), file)
 
 
