@@ -325,6 +325,25 @@ def test_a_change_of_plans_makes_the_pool_anew(in_workspace, capsys):
     assert "(3 were to do)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("trainer", [nnUNetTrainerBaseline, nnUNetTrainerViTScratch])
+def test_images_that_were_preprocessed_for_another_spacing_are_refused(in_workspace, refused, capsys, trainer):
+    """nnU-Net plans a dataset anew when cases are added, and plans of ours are as the dataset was before."""
+    plan_command.main("-d 901 -o Older --size XS --token 2 4 8 --epochs 1".split())
+    file = in_workspace.preprocessed / "Older.json"
+    plans = json.loads(file.read_text())
+    description = json.loads((in_workspace.preprocessed / "dataset.json").read_text())
+    trainer(plans | {"continue_training": False}, "3d_fullres", 0, description, torch.device("cpu"))
+    plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 1.0, 1.0]
+    file.write_text(json.dumps(plans))
+    capsys.readouterr()
+    message = refused(pretrain_command.main, *"-d 901 -p Older -device cpu --epochs 1 --batch_size 2".split())
+    assert "train_0 has " in message
+    assert "at the spacing of the plans Older. The dataset was planned and preprocessed anew" in message
+    with pytest.raises(SystemExit):
+        trainer(plans | {"continue_training": False}, "3d_fullres", 0, description, torch.device("cpu"))
+    assert message == capsys.readouterr().err
+
+
 def test_without_unlabelled_images_the_reader_is_told_where_to_put_them(in_workspace, refused):
     for file in (in_workspace.raw / "imagesUn").iterdir():
         file.unlink()

@@ -164,8 +164,15 @@ def resampling_spacings(plan: Plan, spacing: Sequence[float]) -> tuple[list[floa
 
     A 2D configuration has none for the first of these axes: its slices stay as they are.
     """
-    own = [spacing[axis] for axis in plan.plans.transpose_forward]
-    target = list(plan.configuration.spacing)
+    return spacings_of_resampling(plan.plans, plan.configuration, spacing)
+
+
+def spacings_of_resampling(
+    plans: PlansManager, configuration: ConfigurationManager, spacing: Sequence[float]
+) -> tuple[list[float], list[float]]:
+    """Return the same as `resampling_spacings`, for nnU-Net's own objects."""
+    own = [spacing[axis] for axis in plans.transpose_forward]
+    target = list(configuration.spacing)
     return own, own[: len(own) - len(target)] + target
 
 

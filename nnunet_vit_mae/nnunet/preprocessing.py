@@ -10,22 +10,28 @@ from typing import Any
 
 import blosc2
 import numpy as np
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_vit_mae.errors import UserError, WriteError, reader_reason
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, case_and_channel, channels_by_case
 from nnunet_vit_mae.imaging.volumes import all_finite, read_geometry, refuse_damaged, without_warnings_of_itk
 from nnunet_vit_mae.nnunet.folders import find_dataset
-from nnunet_vit_mae.nnunet.plans import Plan, load_plan, resampling_spacings
+from nnunet_vit_mae.nnunet.plans import Plan, load_plan, resampling_spacings, spacings_of_resampling
+from nnunet_vit_mae.pretraining.volumes import open_volume
 from nnunet_vit_mae.processes.workers import run_each
 from nnunet_vit_mae.storage.entries import read_entries
 from nnunet_vit_mae.storage.files import read_json, remove_unfinished, write_file, write_json
 from nnunet_vit_mae.storage.limits import too_many_voxels
+from nnunet_vit_mae.storage.pickles import read_properties
 
 STAMP = "made_with.json"  # what the files in the folder depend on; if it changes, they are made again
 KILLED = "was being preprocessed when its process was killed, most likely because memory ran out: try a smaller -np"
 
 IMAGES = ".images"  # in the folder too: names, sizes and dates of the images that each file was made from
+BEFORE = "shape_after_cropping_and_before_resampling"  # nnU-Net's name among the properties of an image
+FEW_CASES = 5
 DATE_TOLERANCE = 2 * 10**9  # nanoseconds; some file systems round dates to 2 s
 
 RawCase = tuple[str, list[Path]]  # a name, and the files in the order of their channel numbers
@@ -154,6 +160,30 @@ def resampled_problem(plan: Plan, shape: Sequence[int], spacing: Sequence[float]
         own = " x ".join(f"{mm:.4g}" for mm in spacing)
         return f"has a spacing of {own} mm (z y x), so that at the spacing of the plans it {problem}"
     return None
+
+
+def refuse_other_spacing(folder: Path, plans: PlansManager, configuration: ConfigurationManager) -> None:
+    """Raise `UserError` if nnU-Net has preprocessed labelled images for another spacing than that of the plans.
+
+    Plans of `mae3d_plan` share the folder of images with those that they were made from, and these may have been
+    planned anew since. A few cases are looked at.
+    """
+    if configuration.preprocessor_name != "DefaultPreprocessor":  # another one may resample in another way
+        return
+    for file in sorted(folder.glob("[!.]*.pkl"))[:FEW_CASES]:
+        properties = read_properties(file)
+        if not {"spacing", BEFORE} <= properties.keys():
+            continue
+        own, target = spacings_of_resampling(plans, configuration, properties["spacing"])
+        expected = tuple(map(int, compute_new_shape(properties[BEFORE], own, target)))
+        found = open_volume(file.with_suffix(".b2nd")).shape[1:]
+        if found != expected:
+            shapes = (" x ".join(map(str, shape)) for shape in (found, expected))
+            raise UserError(
+                "{}: {} has {} voxels, but {} at the spacing of the plans {}. The dataset was planned and preprocessed "
+                "anew since they were written: write them again with mae3d_plan, or preprocess with them (nnUNetv2_"
+                "preprocess -plans_name {}).".format(folder, file.stem, *shapes, plans.plans_name, plans.plans_name)
+            )
 
 
 def _save(volume: np.ndarray, plan: Plan, case: str) -> None:

@@ -21,6 +21,7 @@ from nnunet_vit_mae.networks.precision import has_bf16
 from nnunet_vit_mae.nnunet.capacity import free_memory_of, memory_of, refuse_step_beyond
 from nnunet_vit_mae.nnunet.folds import PreprocessedCase, pretraining_cases
 from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade, settings_for
+from nnunet_vit_mae.nnunet.preprocessing import refuse_other_spacing
 from nnunet_vit_mae.nnunet.wandb_tracker import check_wandb, wandb_tracker
 from nnunet_vit_mae.planning import refuse_useless_masks
 from nnunet_vit_mae.pretraining import distributed
@@ -140,6 +141,7 @@ def pretrain(
     refuse_useless_masks(job.network, job.protocol, job.patch_size)
     _refuse_large_step(job, machine)
     _refuse_damaged(plan, cases)
+    refuse_other_spacing(plan.preprocessed_folder, plan.plans, plan.configuration)
     file = encoder_file(plan.dataset.results, plan.plans.plans_name, plan.name, fold)
     on_device = bool(machine.cache_bytes) and machine.device.type == "cuda" and _fits_on_device(job, machine)
     if on_device:

@@ -14,6 +14,7 @@ from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_vit_mae.datasets.split.files import SPLITS, read_fold
 from nnunet_vit_mae.datasets.split.patients import separation_warning
@@ -25,6 +26,7 @@ from nnunet_vit_mae.nnunet.checkpoints import optimiser_groups
 from nnunet_vit_mae.nnunet.folds import refuse_no_fold
 from nnunet_vit_mae.nnunet.mirroring import mirroring_of
 from nnunet_vit_mae.nnunet.plans import schedule_of
+from nnunet_vit_mae.nnunet.preprocessing import refuse_other_spacing
 from nnunet_vit_mae.nnunet.stopping import StoppableTrainer
 from nnunet_vit_mae.nnunet.tracked import TrackedTrainer
 from nnunet_vit_mae.nnunet.wandb_tracker import check_wandb
@@ -55,7 +57,10 @@ class ScheduledTrainer(TrackedTrainer, StoppableTrainer):
             plans, configuration, describe(dataset_json, DESCRIPTION), source="The file of the plans (-p)"
         )
         if nnUNet_preprocessed.is_set():
-            _refuse_bad_fold(Path(str(nnUNet_preprocessed), plans["dataset_name"]), planned.data_identifier, fold)
+            folder = Path(str(nnUNet_preprocessed), plans["dataset_name"])
+            _refuse_bad_fold(folder, planned.data_identifier, fold)
+            manager = PlansManager(plans)
+            refuse_other_spacing(folder / planned.data_identifier, manager, manager.get_configuration(configuration))
         check_wandb()
         super().__init__(plans, configuration, fold, dataset_json, device)
         schedule = schedule_of(self.configuration_manager)
