@@ -123,7 +123,7 @@ class Card:
         """Return the settings of the encoder's network; raises `UserError` for one that there is not."""
         unknown = sorted(set(self.network) - set(ENCODER_SETTINGS))
         if unknown:
-            raise UserError(f"its card has network settings that are none of an encoder ({', '.join(unknown)})")
+            raise UserError(f"its card has network settings that no encoder has ({', '.join(unknown)})")
         own = {name: getattr(self, name) for name in ("size", "token", "adaptive", "modality_vectors")}
         return Settings.from_dict({"network": self.network | own}).network
 

@@ -607,7 +607,7 @@ def test_from_validation_cases_to_the_intervals_of_new_ones(with_networks, in_wo
     quantify_command.main(new)  # at the level 0.9, for which two cases are too few
     assert {file: file.stat().st_mtime_ns for file in maps.iterdir()} == written  # nothing is predicted twice
     assert {row["volume_high_mm3"] for row in read_rows(table)} == {""}
-    for key, reason in {"shifts": "has no shift of blob", "uncertainty": "knows nothing of uncertainty"}.items():
+    for key, reason in {"shifts": "has no shift of blob", "uncertainty": "has no entry for uncertainty"}.items():
         file.write_text(json.dumps({name: value for name, value in record.items() if name != key}))
         message = refused(quantify_command.main, *new)
         assert reason in message
@@ -915,7 +915,7 @@ def test_segmentations_of_other_images_are_predicted_again(model, in_workspace, 
     caplog.set_level("INFO")
     remove_outdated(plan, find_prediction_cases(plan, scans), work)
     assert {file.name for file in work.glob("*.nii.gz")} == kept - gone
-    assert caplog.text.count("it may be of other images than today's") == len(gone)
+    assert caplog.text.count("it may be of images that have changed") == len(gone)
 
 
 @pytest.mark.parametrize(

@@ -331,7 +331,7 @@ class Fails(RandomCrops):
 @pytest.mark.parametrize(
     ("fail", "sentence"),
     [
-        (lambda: os.kill(os.getpid(), signal.SIGKILL), "A process that reads crops was ended"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "A process that reads crops was killed"),
         (lambda: time.sleep(600), "No reader has given a batch"),
     ],
 )

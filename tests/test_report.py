@@ -485,7 +485,7 @@ def test_the_cases_to_look_at_first(example, tmp_path):
     ("rows", "reason"),
     [
         ([{"case": "case_1", "label": "x", "expected_dice": "high"}], "is not a table of mae3d_quantify --uncertainty"),
-        ([{"case": "elsewhere", "label": LABELS[0]}], "has none of the cases and labels"),
+        ([{"case": "elsewhere", "label": LABELS[0]}], "has none of the evaluated cases and labels"),
     ],
 )
 def test_tables_that_expect_nothing(rows, reason, tmp_path):

@@ -117,7 +117,7 @@ def test_hashes_of_cases_stay_if_they_are_asked_for(encoder, tmp_path):
     ("case_hashes", "said"),
     [
         (True, "The encoder has seen the images (not the labels) of 2 of the 3 validation cases."),
-        (False, "The card of the encoder does not tell which cases it has seen (pre-trained on 2 cases of A, fold 0)."),
+        (False, "The card of the encoder does not say which cases it has seen (pre-trained on 2 cases of A, fold 0)."),
     ],
 )
 def test_a_trainer_says_what_a_shared_card_tells_of_the_validation_cases(tmp_path, monkeypatch, case_hashes, said):

@@ -268,7 +268,7 @@ def test_a_model_that_is_trained_in_the_place_of_an_imported_one_has_its_own_cas
     assert volumes("checkpoint_final.pth") == volumes("checkpoint_calibrated.pth") == [1.0] * cases
     baseline = object.__new__(OUR_TRAINERS["nnUNetTrainerBaseline"])
     message = refused(lambda _: baseline.load_checkpoint(str(final)))  # --c and --val
-    assert "no state of the optimiser, as one that mae3d_import" in message
+    assert "no state of the optimiser, like all that mae3d_import" in message
     torch.save(torch.load(final) | {"current_epoch": 1}, final)  # trained anew
     for checkpoint in ("checkpoint_final.pth", "checkpoint_calibrated.pth"):
         (folder / "training_volumes.json").write_text(stored)
@@ -406,8 +406,8 @@ BAD = {
     "drive": (added("C:/evil.json"), "has a member"),
     "pickle": (added("fold_0/checkpoint_final.pth"), "has a member 'fold_0/checkpoint_final.pth'"),
     "hidden": (added("fold_0/.checkpoint_final.json"), "has a member"),
-    "surplus fold": (added("fold_7/checkpoint_final.json", b"{}"), "of which card.json says nothing"),
-    "surplus record": (added("calibration.json", b"{}"), "of which card.json says nothing"),
+    "surplus fold": (added("fold_7/checkpoint_final.json", b"{}"), "which card.json does not list"),
+    "surplus record": (added("calibration.json", b"{}"), "which card.json does not list"),
     "no card": (lambda m: m.pop("card.json"), "has no card.json"),
     "no plans": (lambda m: m.pop("plans.json"), "has no plans.json"),
     "no fold": (lambda m: m.pop("fold_0/checkpoint_final.safetensors"), "has no fold_0/checkpoint_final.safetensors"),

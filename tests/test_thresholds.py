@@ -313,7 +313,7 @@ def test_nan_is_refused():
 
     case, other = cases_of(0, BINARY, number=2)
     cases = [case, CalibrationCase("diverged", 1, lambda: (spoilt(other.read()[0].copy()), other.read()[1]))]
-    with pytest.raises(UserError, match="diverged hold NaN"):
+    with pytest.raises(UserError, match="diverged contain NaN"):
         fit_thresholds(cases, BINARY)
 
 

@@ -56,7 +56,7 @@ def open_all(cases: Sequence[CalibrationCase], classes: Classes, largest_shift: 
         for block in blocks(*case.read(), classes):
             if np.isnan(block[0]).any():
                 raise UserError(
-                    f"The probabilities of {case.name} hold NaN, so no threshold can be fitted: the training has "
+                    f"The probabilities of {case.name} contain NaN, so no threshold can be fitted: the training has "
                     "diverged, or numbers in half precision have overflowed. Predict the case again, or leave it out."
                 )
             settled = settled_voxels(block[0], classes, largest_shift)

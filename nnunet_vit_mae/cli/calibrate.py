@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add(
         "--uncertainty",
         action="store_true",
-        help="also predict each member of the prediction by itself, for mae3d_quantify --uncertainty",
+        help="also predict with each fold and mirrored input separately, for mae3d_quantify --uncertainty",
     )
     add("-i", dest="images", type=Path, metavar="FOLDER", help="images of a development set, with -l")
     add(

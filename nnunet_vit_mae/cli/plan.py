@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "-gpu_memory_target",
         type=positive_float,
         metavar="GiB",
-        help="reduce batches and enlarge the token until both trainings fit this GPU memory",
+        help="reduce batches and enlarge the token until pre-training and fine-tuning fit this GPU memory",
     )
     parser.add_argument(
         "--epochs", type=positive_int, help="epochs of fine-tuning and nnUNetTrainerBaseline (default: 1000)"

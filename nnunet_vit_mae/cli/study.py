@@ -81,7 +81,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_for("mae3d_study", __doc__, example)
     add = parser.add_argument
     needed = [add("-d", dest="dataset", metavar="ID", help="dataset number or name, e.g. 501 (required)")]
-    add("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="folder of the study; again to continue")
+    add(
+        "-o",
+        dest="output",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="folder of the study; give it again to continue",
+    )
     add("-c", dest="configuration", default="3d_fullres", metavar="NAME", help="nnU-Net configuration")
     help_ = "nnU-Net's plans that the arms start from, unless they name others"
     add("-p", dest="plans", default=DEFAULT_PLANS, metavar="NAME", help=help_)
@@ -97,7 +104,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--epochs", type=positive_int, metavar="N", help="epochs of training, for all arms (default: 1000)")
     add("--iterations", type=positive_int, metavar="N", help="iterations per epoch of training (default: 250)")
     add("--pretrain_epochs", type=positive_int, metavar="N", help="epochs of pre-training (default: 800)")
-    add("--config", type=Path, metavar="FILE", help="JSON file with these choices by name; flags win over it")
+    add("--config", type=Path, metavar="FILE", help="JSON file with these choices by name; flags override it")
     add("-j", dest="jobs", type=positive_int, default=1, metavar="N", help="steps that run at once")
     add("--executor", metavar="NAME", help="Snakemake's plugin for a cluster, e.g. slurm")
     add("--dry-run", dest="dry_run", action="store_true", help="only print the commands that are left to run")

@@ -71,7 +71,7 @@ def read_trained_vit(folder: Path) -> TrainedVit:
     plans = read_entries(_Plans, file, "give the folder of a model that nnUNetv2_train wrote")
     configuration = plans.configurations.get(others[1], {})
     if BLOCK not in configuration:
-        raise UserError(f"{file} says nothing of the ViT's token: write plans with mae3d_plan, and train with these.")
+        raise UserError(f"{file} does not give the ViT's token: write plans with mae3d_plan, and train with these.")
     settings = Settings.from_dict(configuration[BLOCK])
     return TrainedVit(settings.network, pretrained=not trainer.endswith("Scratch"))
 

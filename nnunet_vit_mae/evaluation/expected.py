@@ -63,7 +63,10 @@ def with_expected(
     notes = list(evaluation.notes)
     for model, rows in expected.items():
         if not any(key[0] == model and key[1:] in rows for key in keys):
-            raise UserError(f"The table of --uncertainty for {model} has none of the cases and labels: check it.")
+            raise UserError(
+                f"The table of --uncertainty for {model} has none of the evaluated cases and labels: "
+                "give the table of these cases."
+            )
         if lacking := {*cases["case"]} - {case for case, _ in rows}:
             notes.append(f"{model}: the table of --uncertainty lacks {abbreviated(sorted(lacking))}.")
     known = [expected.get(model, {}).get((case, label), {}) for model, case, label in keys]

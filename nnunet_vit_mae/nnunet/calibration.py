@@ -147,7 +147,7 @@ def calibration_case(
         if found.shape[1:] != labels.shape:
             raise UserError(
                 f"{source} has {found.shape[1:]} voxels, but {reference} has {labels.shape}: "
-                "they do not belong to the same case."
+                "predict this case again, or correct its reference."
             )
         return found, labels
 

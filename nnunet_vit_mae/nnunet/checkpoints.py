@@ -58,7 +58,7 @@ def optimiser_groups(checkpoint: Mapping[str, Any], file: Path) -> list[Mapping[
     groups = saved.get("param_groups") if isinstance(saved, Mapping) else None
     if groups is None:
         raise UserError(
-            f"{file} has no state of the optimiser, as one that mae3d_import or mae3d_calibrate has written: predict "
+            f"{file} has no state of the optimiser, like all that mae3d_import or mae3d_calibrate writes: predict "
             "with it (nnUNetv2_predict), or train without --c."
         )
     return groups

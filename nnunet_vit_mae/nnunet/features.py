@@ -71,7 +71,7 @@ def draw_features(models: Sequence[Model], case: str | None, file: Path, device:
     for model in models:
         if model.plan.settings.network.decoder == "unet":
             raise UserError(
-                f"The plans {model.plan.plans.plans_name} have the decoder unet, whose maps do not grow out of tokens: "
+                f"The plans {model.plan.plans.plans_name} have the decoder unet, whose maps are not upsampled tokens: "
                 "leave them out."
             )
     case = case or _first_validation_case(models[0])

@@ -88,7 +88,10 @@ def pretraining_cases(plan: Plan, fold: str) -> list[PreprocessedCase]:
     candidates = [case for case in labelled if case.name in training] + _unlabelled_pool(plan)
     cases = [case for case in candidates if patient_of(case.name, patients) not in held_out]
     if not cases:
-        raise UserError(f"No scan is left to pre-train on in fold {fold}: see {plan.dataset.preprocessed / SPLITS}.")
+        raise UserError(
+            f"No scan is left to pre-train on in fold {fold}: give another fold with -f, "
+            f"or change the split in {plan.dataset.preprocessed / SPLITS}."
+        )
     if closed := len(candidates) - len(cases):
         logger.info("%d scans of patients held out for testing or validation are not read.", closed)
     return cases

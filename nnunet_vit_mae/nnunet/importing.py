@@ -127,7 +127,7 @@ def _checked(archive: Archive) -> _CheckedModel:
     if missing := sorted(wanted - archive.names):
         raise UserError(f"{file} has no {missing[0]}: {ADVICE}.")
     if surplus := sorted(archive.names - wanted - optional):
-        raise UserError(f"{file} has {surplus[0]}, of which {CARD} says nothing: {ADVICE}.")
+        raise UserError(f"{file} has {surplus[0]}, which {CARD} does not list: {ADVICE}.")
     plan = _plan(card, texts, file)
     _check_records(card, plan, texts, file)
     return _CheckedModel(card, plan, texts, expected_tensors(plan, card.trainer, str(file)))

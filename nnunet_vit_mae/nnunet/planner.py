@@ -130,7 +130,7 @@ def _starting_from(source: Plan, settings: Settings, start: Start) -> tuple[Sett
         _, notes = adapt_encoder(tensors, card, here)
     except UserError as error:
         raise UserError(
-            f"The encoder {place} does not fit here ({error}): choose others, or another encoder."
+            f"The encoder {place} does not fit here ({error}): change these settings, or choose another encoder."
         ) from None
     name = place if is_address(place) else Path(place).name
     settings = settings.updated({"encoder": {"file": place, "sha256": start.sha256}})

@@ -142,7 +142,7 @@ def remove_outdated(plan: Plan, cases: Iterable[PredictionCase], output: Path) -
         if note.is_file() and read_json(note) == images:
             continue
         if segmentation.is_file() and (note.is_file() or max(t for *_, t in images) > segmentation.stat().st_mtime_ns):
-            logger.info("%s was removed, as it may be of other images than today's", segmentation.name)
+            logger.info("%s was removed, as it may be of images that have changed", segmentation.name)
             segmentation.unlink()
         write_json(images, note)
 

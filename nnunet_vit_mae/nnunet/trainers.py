@@ -162,12 +162,14 @@ class nnUNetTrainerViTMAE(nnUNetTrainerViTScratch):  # noqa: N801
         training, validation = super().get_tr_and_val_datasets()
         card = self.encoder_card
         if card is not None and card.dataset != self.plans_manager.dataset_name:
-            self.print_to_log_file(f"The encoder is from {card.dataset}: if that shares patients, they may be in it.")
+            self.print_to_log_file(
+                f"The encoder was pre-trained on {card.dataset}, which may share patients with this dataset."
+            )
         elif card is not None:
             seen, total = card.seen(validation.identifiers), len(validation.identifiers)
             if seen is None:
                 origin = f"{card.origin}, fold {card.fold}" if card.fold else card.origin
-                self.print_to_log_file(f"The card of the encoder does not tell which cases it has seen ({origin}).")
+                self.print_to_log_file(f"The card of the encoder does not say which cases it has seen ({origin}).")
             else:
                 self.print_to_log_file(
                     f"The encoder has seen the images (not the labels) of {len(seen)} of the {total} validation cases."

@@ -173,7 +173,7 @@ def read_uncertainty(model: Model) -> Uncertainty:
     record = read_calibration_of(model)
     file = record.folder / CALIBRATION_RECORD
     if UNCERTAINTY not in record.content:
-        raise UserError(f"{file} knows nothing of uncertainty: {advice}.")
+        raise UserError(f"{file} has no entry for uncertainty: {advice}.")
     found = checked_entries(Uncertainty, record.content[UNCERTAINTY], f"{UNCERTAINTY} in {file}", advice)
     if {row.label for row in found.cases} != {*classes_of(model.plan).names}:
         raise UserError(f"{UNCERTAINTY} in {file} has other labels than the model: {advice}.")

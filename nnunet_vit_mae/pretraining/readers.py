@@ -101,7 +101,7 @@ def _reason(error: Exception) -> UserError | None:
     was_cut_off = isinstance(error, ConnectionError | EOFError | FileNotFoundError) and "Caught" not in message
     if was_cut_off or re.search("killed by signal|exited unexpectedly", message):
         return UserError(
-            "A process that reads crops was ended, as the system does when memory runs out: use fewer of them (-np) or "
+            "A process that reads crops was killed, probably because memory ran out: use fewer of them (-np) or "
             "a smaller batch."
         )
     return None

@@ -239,7 +239,7 @@ def refuse_other_encoders(study: StudyDesign) -> None:
         if begun and not study.encoder_recipe_file(first).is_file():
             raise UserError(
                 f"The study in {study.output} has begun with the encoder of {name}, and would pre-train it again as "
-                f"that of {first}: give --arms in the order of before, with new ones after them."
+                f"that of {first}: give --arms in the earlier order, with new ones after them."
             )
 
 

@@ -71,7 +71,7 @@ def commands_left(study: StudyDesign) -> str:
         command = [*snakemake_command(study, file), "--summary"]
         told = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, text=True, check=False)
     if told.returncode:
-        raise UserError("Snakemake does not tell what is left to do: see its message above.")
+        raise UserError("Snakemake cannot list the steps that are left: see its message above.")
     pending = {line.split("\t")[0] for line in told.stdout.splitlines() if line.endswith("\tupdate pending")}
     corrected = references_have_changed(study)  # of which Snakemake knows when they have been noted
     left = [step for step in steps_of(study) if step.marker in pending or (corrected and step.kind in MEASURING_KINDS)]

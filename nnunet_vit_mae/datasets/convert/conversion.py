@@ -187,9 +187,7 @@ def _converted_before(
     if not done:
         write_json(content, note)
     elif read_json(note) != content:
-        raise UserError(
-            f"{output} is an unfinished conversion of other files, or with another key, than there are now: remove it."
-        )
+        raise UserError(f"{output} is an unfinished conversion of other files, or with another key: remove it.")
     before = (ConvertedStudy(**read_json(file)) for file in done)
     return {study.case: replace(study, label_values=tuple(study.label_values)) for study in before}
 

@@ -83,7 +83,7 @@ def make_splits(cases: Sequence[LabelledCase], options: SplitOptions) -> Splits:
     in_test, in_development = _number(options.test, patients), _number(options.development, patients)
     if patients - in_test - in_development < (1 if options.development else options.folds):
         raise UserError(
-            f"{patients} patients are too few for {_flags(options)}: give less, as patients are not divided."
+            f"{patients} patients are too few for {_flags(options)}: give less, because no patient is divided."
         )
     test = _hold_out(chosen, in_test, options.seed, notes)
     rest = [case for case in chosen if case.patient not in test]
