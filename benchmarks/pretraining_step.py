@@ -167,7 +167,7 @@ def nnssl_model(case: Case, size: str) -> nn.Module:
 
 
 def nnssl_loss(model: nn.Module, volume: Tensor, case: Case) -> Tensor:
-    """Compute nnssl's loss, the squared error of voxels in hidden tokens."""
+    """Compute nnssl's loss, the squared error of voxels in masked tokens."""
     predicted, kept = model(volume)
     hidden = torch.ones(case.batch, case.tokens, device=volume.device).scatter_(1, kept, 0)
     error = patchify((predicted.float() - volume).square(), (case.token,) * 3).mean(dim=(2, 3))

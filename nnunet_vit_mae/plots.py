@@ -54,7 +54,7 @@ def plot_progress(losses: Sequence[float], rates: Sequence[float], file: Path, *
     left.plot(epochs, losses, color="tab:blue", marker="." if len(losses) < 30 else None)
     left.set(
         xlabel="epoch",
-        ylabel="loss on hidden tokens",
+        ylabel="loss on masked tokens",
         title=f"lowest loss {min(comparable):.4f}, last {losses[-1]:.4f}",
     )
     left.grid(alpha=0.3)

@@ -72,8 +72,8 @@ ENCODER_SETTINGS = (
 )
 
 PRETRAINING_DECODERS = {
-    "self": "visible and hidden tokens attend to one another (MAE)",
-    "cross": "hidden tokens attend to visible ones alone (CrossMAE)",
+    "self": "visible and masked tokens attend to one another (MAE)",
+    "cross": "masked tokens attend to visible ones alone (CrossMAE)",
 }
 
 UPSAMPLINGS = {

@@ -144,8 +144,8 @@ class Pretraining:
     mask_ratio: float = 0.9
     decoder: str = "self"
     decoder_heads: int = 0  # 0: those of the size; fewer and wider ones take less time
-    rebuilt_share: float = 1.0  # of the hidden tokens, drawn at random; the others never enter the decoder
-    skip_background: bool = False  # tokens without content (air, zeros) are neither seen nor hidden
+    rebuilt_share: float = 1.0  # of the masked tokens, drawn at random; the others never enter the decoder
+    skip_background: bool = False  # tokens without content (air, zeros) are neither seen nor masked
     base_lr: float = 4.8e-3  # lr = base_lr * batch_size / 256, so 3e-4 at batch 16, for which it is meant
     weight_decay: float = 0.05
     warmup: float = 0.05  # share of the schedule: 40 of 800 epochs

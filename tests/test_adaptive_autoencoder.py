@@ -65,21 +65,21 @@ def images_of(present: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
 
 
 def split(noise: torch.Tensor, study: int, contrast: int, seen: int = SEEN) -> tuple[list[int], list[int]]:
-    """Return visible and hidden tokens of one contrast, by their own noise."""
+    """Return visible and masked tokens of one contrast, by their own noise."""
     own = noise[study].unflatten(0, (C, -1))[contrast].tolist()
     order = sorted(range(len(own)), key=own.__getitem__)
     return order[:seen], order[seen:]
 
 
 def masks_for(noise: torch.Tensor, present: Sequence[Sequence[int]], seen: int = SEEN) -> Masks:
-    """Return the masks of the contrast images of a batch, in which every hidden token counts."""
+    """Return the masks of the contrast images of a batch, in which every masked token counts."""
     visible, hidden = zip(*(split(noise, *image, seen) for image in images_of(present)), strict=True)
     index = torch.tensor(hidden, dtype=torch.long)
     return Masks(torch.tensor(visible), index, torch.ones_like(index, dtype=torch.bool))
 
 
 def hidden_voxels(noise: torch.Tensor, study: int, contrast: int) -> torch.Tensor:
-    """Return a mask of the voxels (z y x) of one contrast that belong to hidden tokens, voxel by voxel."""
+    """Return a mask of the voxels (z y x) of one contrast that belong to masked tokens, voxel by voxel."""
     mask, (_, hidden) = torch.zeros(SIDES, dtype=torch.bool), split(noise, study, contrast)
     for place in itertools.product(*map(range, SIDES)):
         mask[place] = token_of(*place) in hidden

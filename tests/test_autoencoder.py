@@ -67,7 +67,7 @@ def token_of(z: int, y: int, x: int) -> int:
 
 
 def hidden_voxels(hidden: torch.Tensor) -> torch.Tensor:
-    """Return a mask of the voxels that belong to hidden tokens (b 1 z y x), worked out voxel by voxel."""
+    """Return a mask of the voxels that belong to masked tokens (b 1 z y x), worked out voxel by voxel."""
     mask = torch.zeros(len(hidden), 1, *SHAPE, dtype=torch.bool)
     for b, tokens in enumerate(hidden.tolist()):
         for z, y, x in itertools.product(*map(range, SHAPE)):

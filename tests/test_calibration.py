@@ -836,6 +836,16 @@ def test_parts_together_are_the_whole(model, in_workspace, scans, tmp_path):
     assert table.read_text() == whole
 
 
+def test_calls_with_other_numbers_of_parts_keep_their_links_apart(model, scans, tmp_path, monkeypatch):
+    """Each removes the links of an earlier call, which may be one that is at work."""
+    table, places = tmp_path / "volumes.csv", []
+    pretend_to_predict(table, scans)
+    monkeypatch.setattr(quantification, "predict_cases", lambda *_, links, **__: places.append(links))
+    for parts in "123":
+        quantify(scans, table, "-num_parts", parts)
+    assert len({*places}) == 3
+
+
 def test_parts_of_two_models_are_not_joined(model, in_workspace, scans, tmp_path, caplog):
     table, part = tmp_path / "volumes.csv", ("-num_parts", "2", "-part_id")
     pretend_to_predict(table, scans)

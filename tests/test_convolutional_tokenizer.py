@@ -36,7 +36,7 @@ def test_a_token_depends_on_its_own_cube_alone():
 
 
 def test_no_gradient_of_the_loss_reaches_a_hidden_voxel_of_the_input():
-    """Nothing of a hidden token leaks into the prediction: the loss depends on it as a target alone."""
+    """Nothing of a masked token leaks into the prediction: the loss depends on it as a target alone."""
     network = build_autoencoder(NETWORK, 2, Pretraining(mask_ratio=0.5))
     volume = torch.randn(2, 2, *SHAPE, requires_grad=True)
     masks = Masking(mask_ratio=0.5).draw(torch.rand(2, math.prod(GRID)))

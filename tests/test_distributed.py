@@ -30,7 +30,7 @@ from nnunet_vit_mae.settings import Network, Pretraining
 from nnunet_vit_mae.storage.files import locked
 
 CPU = torch.device("cpu")
-PATCH = (8, 12, 10)  # tokens of 4 reach beyond it: a hidden token at the border has fewer voxels than another one
+PATCH = (8, 12, 10)  # tokens of 4 reach beyond it: a masked token at the border has fewer voxels than another one
 CASES = 6
 
 

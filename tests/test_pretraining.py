@@ -294,7 +294,7 @@ def test_the_loss_falls_and_everything_is_written(make_job, tmp_path, monkeypatc
     assert "cases 5" in log
     assert "18 tokens, 7 of them visible" in log
     assert log.count("epoch ") == 25
-    assert "attend to one another (MAE); in a step it rebuilds 11 of 11 hidden tokens" in log
+    assert "attend to one another (MAE); in a step it rebuilds 11 of 11 masked tokens" in log
     assert "without content" not in log
 
 
@@ -420,7 +420,7 @@ def test_an_unusual_learning_rate_is_warned_about(make_job, tmp_path, lr, word):
 def test_the_log_says_what_is_rebuilt_and_left_out(make_job, tmp_path):
     loop.run(make_job(epochs=1, **FASTEST), tmp_path, device=CPU, resume=False)
     log = (tmp_path / "log.txt").read_text()
-    assert "attend to visible ones alone (CrossMAE); in a step it rebuilds 3 of 11 hidden tokens" in log
+    assert "attend to visible ones alone (CrossMAE); in a step it rebuilds 3 of 11 masked tokens" in log
     assert "tokens without content (standard deviation below 0.001) are left out" in log
 
 
@@ -473,7 +473,7 @@ def test_norm_pix_takes_over_from_the_plain_loss(make_job, tmp_path, monkeypatch
     assert mixed[:2] == plain[:2]
     assert mixed[2] != pytest.approx(plain[2], rel=0.2)
     log = (tmp_path / "mixed" / "log.txt").read_text()
-    assert "from epoch 3 on: mean squared error on hidden tokens, normalised per token (norm-pix)" in log
+    assert "from epoch 3 on: mean squared error on masked tokens, normalised per token (norm-pix)" in log
     kinds = re.findall(r"epoch \d: loss [\d.]+( \(norm-pix\))?,", log)
     assert kinds == ["", "", " (norm-pix)", " (norm-pix)"]
 

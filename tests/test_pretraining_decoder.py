@@ -74,13 +74,13 @@ def all_inside(volume: torch.Tensor) -> torch.Tensor:
 
 
 def masks_for(volume: torch.Tensor, seed: int = 0, *, adaptive: bool = False, **changes) -> Masks:
-    """Return all hidden tokens of the samples."""
+    """Return all masked tokens of the samples."""
     noise, none = noise_for(adaptive, seed, len(volume)), torch.zeros(len(volume), 3, dtype=torch.bool)
     return drawing(adaptive, **changes).draw(volume, all_inside(volume), none, noise)[0]
 
 
 def trained(volume: torch.Tensor, seed: int = 0, *, adaptive: bool = False, **changes) -> Masks:
-    """Return the hidden tokens that a step of training rebuilds."""
+    """Return the masked tokens that a step of training rebuilds."""
     masks = masks_for(volume, seed, adaptive=adaptive, **changes)
     return drawing(adaptive, **changes).masking.rounds(masks)[0]
 

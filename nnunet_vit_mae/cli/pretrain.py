@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--epochs", type=positive_int, help="epochs, each with one sample per case (default: the plans')"
     )
-    parser.add_argument("--mask_ratio", type=positive_float, help="share of hidden tokens (default: the plans')")
+    parser.add_argument("--mask_ratio", type=positive_float, help="share of masked tokens (default: the plans')")
     parser.add_argument("--batch_size", type=positive_int, help="samples per step (default: the plans')")
     parser.add_argument(
         "--lr", type=positive_float, help="peak learning rate (default: the plans' base_lr x batch / 256)"

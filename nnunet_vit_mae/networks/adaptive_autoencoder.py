@@ -31,7 +31,7 @@ class AdaptiveMaskedAutoencoder(nn.Module):
     def forward(
         self, volume: Float[Tensor, "b c z y x"], masks: Masks, present: list[list[int]] | None = None
     ) -> Reconstruction:
-        """Rebuild the hidden tokens of each contrast image.
+        """Rebuild the masked tokens of each contrast image.
 
         Args:
             volume: Studies; a contrast that a study lacks is a channel of zeros.

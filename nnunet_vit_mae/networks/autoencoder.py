@@ -1,6 +1,6 @@
 """Masked autoencoding of volumes (He et al. 2022, https://arxiv.org/abs/2111.06377; ViTiac, section 2.2).
 
-The encoder sees the visible tokens only; the decoder gets them and mask tokens, and predicts the hidden ones.
+The encoder sees the visible tokens only; the decoder gets them and mask tokens, and predicts the masked ones.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NORM_PIX_EPSILON = 1e-6  # of the variance, as in the original
 
 
 class Reconstruction(NamedTuple):
-    """The hidden tokens that were rebuilt: what the decoder made of them, what they are, and which voxels count."""
+    """The masked tokens that were rebuilt: what the decoder made of them, what they are, and which voxels count."""
 
     patches: Float[Tensor, "s m c v"]
     targets: Float[Tensor, "s m c v"]
@@ -30,7 +30,7 @@ class Reconstruction(NamedTuple):
 
 
 class MaskedAutoencoder(nn.Module):
-    """Encode the visible tokens of a volume and predict hidden ones from them."""
+    """Encode the visible tokens of a volume and predict masked ones from them."""
 
     def __init__(self, encoder: Encoder, decoder: TokenDecoder):
         super().__init__()
@@ -40,12 +40,12 @@ class MaskedAutoencoder(nn.Module):
     def forward(
         self, volume: Float[Tensor, "b c z y x"], masks: Masks, present: list[list[int]] | None = None
     ) -> Reconstruction:
-        """Rebuild the hidden tokens of each sample. All channels are stacked, so `present` plays no part here."""
+        """Rebuild the masked tokens of each sample. All channels are stacked, so `present` plays no part here."""
         token = self.encoder.token
         grid, patches = grid_of(volume, token), patchify(volume, token)
         encoded = self.encoder(patches, grid, masks.visible)
 
-        # visible tokens first, hidden ones behind them: attention has no order, so nothing is ever put back in place
+        # visible tokens first, masked ones behind them: attention has no order, so nothing is ever put back in place
         places = self.decoder.places(grid, volume.device).at(torch.cat([masks.visible, masks.hidden], dim=1))
         predicted = self.decoder(encoded, places, self.mask_token.expand(*masks.hidden.shape, -1))
         predicted = rearrange(predicted, "b m (c v) -> b m c v", c=volume.shape[1])
@@ -63,7 +63,7 @@ def reconstruction_loss(rebuilt: Reconstruction, *, norm_pix: bool) -> Float[Ten
 
 
 def counted_voxels(volume: Float[Tensor, "s c z y x"], token: Triple, masks: Masks) -> Float[Tensor, "s m 1 v"]:
-    """Return 1 for the voxels of hidden tokens that lie inside the volume, and 0 in tokens that do not count."""
+    """Return 1 for the voxels of masked tokens that lie inside the volume, and 0 in tokens that do not count."""
     inside = take(voxels_inside(volume, token).expand(volume.shape[0], -1, -1, -1), masks.hidden)
     return inside * masks.counted[:, :, None, None]
 

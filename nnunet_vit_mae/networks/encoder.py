@@ -29,7 +29,7 @@ class Encoded(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Tokenizer, positions, transformer. Hidden tokens never enter it: with 90% masked it works on a tenth.
+    """Tokenizer, positions, transformer. Masked tokens never enter it: with 90% masked it works on a tenth.
 
     Args:
         tokenizer: From cut patches to tokens.

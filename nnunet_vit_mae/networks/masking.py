@@ -25,7 +25,7 @@ class Masks(NamedTuple):
 
     visible: Int[Tensor, "s k"]  # the encoder sees them
     hidden: Int[Tensor, "s m"]  # the decoder rebuilds them
-    counted: Bool[Tensor, "s m"]  # false for hidden tokens that only fill up a sample: they carry no loss
+    counted: Bool[Tensor, "s m"]  # false for masked tokens that only fill up a sample: they carry no loss
 
     def to(self, device: torch.device) -> Masks:
         """Return the same masks on a device."""
@@ -38,7 +38,7 @@ class Masks(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Masking:
-    """The share of tokens to hide, and the share of hidden tokens to rebuild in a step."""
+    """The share of tokens to hide, and the share of masked tokens to rebuild in a step."""
 
     mask_ratio: float
     rebuilt_share: float = 1.0
@@ -47,7 +47,7 @@ class Masking:
         """Hide the tokens with the highest noise of each sample.
 
         The noise is an argument, so that a sample's mask depends on its own seed alone, not on batch, worker or device.
-        A batch has one shape. So a sample has as many visible and hidden tokens as the average one: where it has more,
+        A batch has one shape. So a sample has as many visible and masked tokens as the average one: where it has more,
         some are left out at random; where it has fewer, its own ones are repeated, and repeated ones carry no loss.
 
         Args:
@@ -55,7 +55,7 @@ class Masking:
             taking_part: False for tokens that are neither shown nor hidden, such as those outside of a scan.
 
         Returns:
-            All hidden tokens; `rounds` says which of them are rebuilt.
+            All masked tokens; `rounds` says which of them are rebuilt.
         """
         if taking_part is None:
             visible = count_visible(noise.shape[1], self.mask_ratio)
@@ -77,14 +77,14 @@ class Masking:
         )
 
     def rounds(self, masks: Masks) -> list[Masks]:
-        """Split the hidden tokens into random shares, as many at a time as a step of training rebuilds."""
+        """Split the masked tokens into random shares, as many at a time as a step of training rebuilds."""
         count = count_rebuilt(masks.hidden.shape[1], self.rebuilt_share)
         parts = zip(masks.hidden.split(count, dim=1), masks.counted.split(count, dim=1), strict=True)
         return [Masks(masks.visible, hidden, counted) for hidden, counted in parts]
 
 
 def count_rebuilt(hidden: int, share: float) -> int:
-    """Return how many hidden tokens a step rebuilds, at least one if there is one."""
+    """Return how many masked tokens a step rebuilds, at least one if there is one."""
     return min(hidden, max(1, round(hidden * share)))
 
 

@@ -15,7 +15,7 @@ from nnunet_vit_mae.settings import Triple
 
 
 class TokenDecoder(nn.Module):
-    """Encoded tokens (and mask tokens for hidden ones) in, one vector per token out.
+    """Encoded tokens (and mask tokens for masked ones) in, one vector per token out.
 
     All tokens attend to one another, as in the original; with `cross`, mask tokens attend to encoded ones alone
     (CrossMAE, Fu et al. 2024, https://arxiv.org/abs/2401.14391), so that each is predicted whatever the others are.

@@ -39,10 +39,10 @@ class Views(NamedTuple):
 def rebuild(network: Autoencoder, masking: Masking, sample: Samples, *, norm_pix: bool) -> Views:
     """Rebuild all that is hidden of one sample; visible tokens are shown as they are.
 
-    An adaptive network shows the present contrasts. Where a step of training rebuilds a share of the hidden tokens,
+    An adaptive network shows the present contrasts. Where a step of training rebuilds a share of the masked tokens,
     the shares are rebuilt here one after the other, so that each token is predicted as in training.
 
-    With norm-pix the network predicts hidden tokens without their brightness and contrast. These two are interpolated
+    With norm-pix the network predicts masked tokens without their brightness and contrast. These two are interpolated
     from the visible tokens around, never taken from the hidden ones: the picture leaks nothing of what was hidden.
     """
     volume, masks, present = sample

@@ -70,7 +70,7 @@ def announce(job: PretrainingJob, network: nn.Module, device: torch.device, *, d
         sequences * tokens, sequences * visible, protocol.mask_ratio,
     )  # fmt: skip
     logger.info(
-        "decoder: %s; in a step it rebuilds %d of %d hidden tokens", PRETRAINING_DECODERS[protocol.decoder],
+        "decoder: %s; in a step it rebuilds %d of %d masked tokens", PRETRAINING_DECODERS[protocol.decoder],
         sequences * count_rebuilt(hidden, protocol.rebuilt_share), sequences * hidden,
     )  # fmt: skip
     if protocol.skip_background:
@@ -105,7 +105,7 @@ def announce(job: PretrainingJob, network: nn.Module, device: torch.device, *, d
 
 
 def _loss_in_words(*, norm_pix: bool) -> str:
-    return f"mean squared error on hidden tokens{', normalised per token (norm-pix)' if norm_pix else ''}"
+    return f"mean squared error on masked tokens{', normalised per token (norm-pix)' if norm_pix else ''}"
 
 
 class _LogFile(logging.FileHandler):

@@ -146,7 +146,7 @@ def pretraining_figure(curves: Sequence[PretrainingCurve]) -> Figure:
                 name = None
         if curve.plain:
             axes.axvline(curve.plain + 0.5, color=LINE, linewidth=0.8, linestyle=":")
-    axes.set(xlabel="Epoch", ylabel="Loss on hidden tokens")
+    axes.set(xlabel="Epoch", ylabel="Loss on masked tokens")
     axes.grid(axis="y")
     axes.legend(frameon=False)
     return figure
