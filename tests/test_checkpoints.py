@@ -97,6 +97,17 @@ def test_a_training_starts_anew_in_its_first_epoch(tmp_path, monkeypatch, epoch,
     assert trainer.starts_anew == anew
 
 
+def test_half_checkpoints_of_trainings_that_were_killed_are_removed(tmp_path, monkeypatch):
+    """They are hidden, and as large as checkpoints. Those of a calibration may be written now."""
+    trainer = object.__new__(StoppableTrainer)
+    trainer.output_folder, trainer.current_epoch, trainer.num_epochs, trainer.local_rank = str(tmp_path), 0, 9, 0
+    monkeypatch.setattr(nnUNetTrainer, "run_training", lambda _: None)
+    for name in (LATEST, BEST, FINAL, "checkpoint_calibrated.pth"):
+        (tmp_path / f".123_0123abcd.{name}").touch()
+    trainer.run_training()
+    assert [file.name for file in tmp_path.iterdir()] == [".123_0123abcd.checkpoint_calibrated.pth"]
+
+
 def test_two_processes_do_not_train_one_fold(tmp_path, monkeypatch, capsys):
     trainer = object.__new__(StoppableTrainer)
     trainer.output_folder, trainer.current_epoch, trainer.num_epochs = str(tmp_path / "fold_0"), 0, 9

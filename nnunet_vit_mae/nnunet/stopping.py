@@ -17,7 +17,7 @@ from nnunet_vit_mae.errors import exit_on_user_error
 from nnunet_vit_mae.imaging.channels import cases_in
 from nnunet_vit_mae.processes.memory import refuse_without_shared_memory
 from nnunet_vit_mae.processes.signals import forks_follow, stoppable, tell
-from nnunet_vit_mae.storage.files import file_hash, locked, replacing, set_aside, write_json
+from nnunet_vit_mae.storage.files import file_hash, locked, remove_unfinished, replacing, set_aside, write_json
 from nnunet_vit_mae.storage.layout import BEST, CHECKPOINT_NOTE, FINAL, LATEST, VALIDATION
 
 
@@ -47,6 +47,8 @@ class StoppableTrainer(nnUNetTrainer):
         # of two trainings of one fold, the second would write over the checkpoints of the first
         held = nullcontext() if self.local_rank else locked(Path(self.output_folder))
         with held, self._stoppable(), forks_follow():
+            for name in () if self.local_rank else (LATEST, BEST, FINAL):
+                remove_unfinished(Path(self.output_folder), name)  # of trainings that were killed while they saved
             super().run_training()
 
     @exit_on_user_error

@@ -138,9 +138,12 @@ def inside(root: Path, *names: object, source: object) -> Path:
     return path
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove the temporary files of processes killed within `replacing`; nothing may be writing to the folder."""
-    for file in folder.glob(f".[0-9]*_{'[0-9a-f]' * 8}.*"):  # and no other hidden file, which may be the user's
+def remove_unfinished(folder: Path, name: str = "*") -> None:
+    """Remove the temporary files of processes killed within `replacing`, which nothing may be writing.
+
+    `name` is that of the file that they were to become.
+    """
+    for file in folder.glob(f".[0-9]*_{'[0-9a-f]' * 8}.{name}"):  # and no other hidden file, which may be the user's
         file.unlink()
 
 
