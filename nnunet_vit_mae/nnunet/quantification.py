@@ -253,7 +253,7 @@ def keep_earlier(table: Path, cases: Collection[str], columns: Collection[str]) 
     if more:
         with suppress(FileNotFoundError):  # another part has moved it
             logger.warning(
-                "%s has more than the next one will have (%s), and was moved to %s.",
+                "%s has cases or columns that the new table will lack (%s), and was moved to %s.",
                 table,
                 abbreviated(sorted(more)),
                 set_aside(table),

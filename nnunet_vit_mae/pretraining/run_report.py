@@ -59,7 +59,7 @@ class RunReport:
         views = rebuild(network, job.masking, sample, norm_pix=norm_pix)
         title = f"epoch {len(losses)}, loss {losses[-1]:.4f}"
         if norm_pix:
-            title += "\nhidden tokens: predicted pattern, brightness and contrast interpolated from visible tokens"
+            title += "\nmasked tokens: predicted pattern, brightness and contrast interpolated from visible tokens"
         if job.protocol.skip_background:
             title += "\nblank in the rebuilt image: tokens without content, left out"
         file = self.output / "reconstructions" / f"epoch_{len(losses):04d}.png"

@@ -116,7 +116,7 @@ def _refuse_members(file: Path, entries: list[ZipInfo], names: re.Pattern[str]) 
     if sum(entry.file_size for entry in entries) > file.stat().st_size:  # members that share their bytes
         problem = problem or "has members that are larger than itself"
     if problem:
-        raise UserError(f"{file} {problem}, so it was not written by mae3d_export: it is not opened.")
+        raise UserError(f"{file} {problem}, so it was not written by mae3d_export: give an archive that was.")
 
 
 def _problem_of(entry: ZipInfo, names: re.Pattern[str], seen: set[str]) -> str | None:
