@@ -342,6 +342,9 @@ def test_images_that_were_preprocessed_for_another_spacing_are_refused(in_worksp
     with pytest.raises(SystemExit):
         trainer(plans | {"continue_training": False}, "3d_fullres", 0, description, torch.device("cpu"))
     assert message == capsys.readouterr().err
+    for kind in ("data", "seg", "probabilities"):  # as nnU-Net's planners without resampling write
+        plans["configurations"]["3d_fullres"][f"resampling_fn_{kind}"] = "no_resampling_hack"
+    trainer(plans | {"continue_training": False}, "3d_fullres", 0, description, torch.device("cpu"))
 
 
 def test_without_unlabelled_images_the_reader_is_told_where_to_put_them(in_workspace, refused):

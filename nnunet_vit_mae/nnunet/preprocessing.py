@@ -32,6 +32,7 @@ KILLED = "was being preprocessed when its process was killed, most likely becaus
 IMAGES = ".images"  # in the folder too: names, sizes and dates of the images that each file was made from
 BEFORE = "shape_after_cropping_and_before_resampling"  # nnU-Net's name among the properties of an image
 FEW_CASES = 5
+RESAMPLING = ("resample_data_or_seg_to_shape", "resample_torch_fornnunet")  # nnU-Net's, to the spacing of the plans
 DATE_TOLERANCE = 2 * 10**9  # nanoseconds; some file systems round dates to 2 s
 
 RawCase = tuple[str, list[Path]]  # a name, and the files in the order of their channel numbers
@@ -168,8 +169,9 @@ def refuse_other_spacing(folder: Path, plans: PlansManager, configuration: Confi
     Plans of `mae3d_plan` share the folder of images with those that they were made from, and these may have been
     planned anew since. A few cases are looked at.
     """
-    if configuration.preprocessor_name != "DefaultPreprocessor":  # another one may resample in another way
-        return
+    resampling = configuration.configuration["resampling_fn_data"]
+    if configuration.preprocessor_name != "DefaultPreprocessor" or resampling not in RESAMPLING:
+        return  # which may keep the images as they are
     for file in sorted(folder.glob("[!.]*.pkl"))[:FEW_CASES]:
         properties = read_properties(file)
         if not {"spacing", BEFORE} <= properties.keys():
