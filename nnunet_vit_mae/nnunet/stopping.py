@@ -127,7 +127,7 @@ class StoppableTrainer(nnUNetTrainer):
             for earlier in (file.with_name(name) for name in (LATEST, BEST) if self.starts_anew):
                 if earlier.is_file():
                     moved = set_aside(earlier).name
-                    self.print_to_log_file(f"{earlier} of an earlier training is now {moved}: --c would have gone on.")
+                    self.print_to_log_file(f"{earlier} of an earlier training is now {moved}: --c would continue it.")
         self.starts_anew = False
         if file.name != FINAL and file.with_name(FINAL).is_file():
             self._move_aside(file.with_name(FINAL))
