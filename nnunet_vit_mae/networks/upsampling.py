@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from nnunet_vit_mae.settings import Triple
 
@@ -35,15 +36,16 @@ def upsampling(kind: str, in_width: int, out_width: int, factor: Triple) -> nn.M
     return nn.Sequential(Repeat(factor), nn.Conv3d(in_width, out_width, kernel_size=3, padding=1))
 
 
-class Repeat(nn.Upsample):
+class Repeat(nn.Module):
     """Repeat each value of a map in its own precision: on a GPU autocast would write all of them in fp32 first."""
 
     def __init__(self, factor: Triple):
-        super().__init__(scale_factor=factor, mode="nearest")
+        super().__init__()
+        self.factor = tuple(map(float, factor))
 
     def forward(self, features: Float[Tensor, "b d z y x"]) -> Float[Tensor, "b d zz yy xx"]:
         with torch.autocast(features.device.type, enabled=False):
-            return super().forward(features)
+            return functional.interpolate(features, scale_factor=self.factor, mode="nearest")
 
 
 def stem_joins(stem_widths: Sequence[int], widths: Sequence[int]) -> nn.ModuleList:
