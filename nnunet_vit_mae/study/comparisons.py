@@ -251,9 +251,9 @@ def limits_of_study(
 ) -> Iterator[str]:
     """Yield what a study cannot say, a sentence for each reason; `iterations` are those of each training."""
     if seeds < 3:
-        many = "one training run" if seeds == 1 else f"{seeds} training runs"
+        many = "is one training run" if seeds == 1 else f"are {seeds} training runs"
         yield (
-            f"There is {many} of each arm: how much results differ between runs is not known, so small differences may "
+            f"There {many} of each arm: how much results differ between runs is not known, so small differences may "
             "be chance. Use three seeds or more."
         )
     if patients < 20:
