@@ -360,7 +360,7 @@ class TestCommand:
         folder.rename(folder.with_name("alone"))
         launcher = ("torchrun", "--nproc_per_node", "2", "--no-python", "mae3d_pretrain")
         done = in_workspace.type(*launcher, *arguments)
-        assert done.stdout.count("Wrote ") == 1
+        assert done.stdout.count("The encoder is ") == 1
         assert_same_end(folder, folder.with_name("alone"))
         assert (folder / "encoder.safetensors").is_file()
 

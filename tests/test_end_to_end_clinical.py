@@ -168,7 +168,7 @@ def test_quantification_gives_volumes_and_warnings_and_goes_on(trained, output, 
     before = segmentation.stat().st_mtime_ns
     trained.call(*command)
     assert segmentation.stat().st_mtime_ns == before
-    message = trained.call(*command, "-chk", "checkpoint_final.pth", code=2).stderr
+    message = trained.call(*command, "-tr", "nnUNetTrainerViTScratch", code=2).stderr
     assert "segmentations of another model" in message
 
 

@@ -770,6 +770,11 @@ def test_a_failed_step_is_named_and_the_others_go_on(tmp_path, monkeypatch, caps
     (bin_folder / "mae3d_evaluate").write_text(f"#!/bin/sh\nmkdir -p '{study.output}/evaluations/10_labels'\n")
     (bin_folder / "nnUNetv2_train").write_text("#!/bin/sh\nexit 1\n")  # is done, so it is not typed again
     assert workflow.run_workflow(study, 1, None, lines.append)
+    for more in (replace(study, seeds=2), replace(study, arms=study.arms | choose_arms(["unet_adamw"]))):
+        left = [line.split()[0] for line in workflow.commands_left(more).splitlines()[1:]]
+        assert {"nnUNetv2_train", "nnUNetv2_predict"} < {*left}
+        assert left[-1] == "mae3d_study"
+    assert not workflow.commands_left(study).splitlines()[1:]
     study.references[0].write_text("corrected")
     os.utime(study.references[0], (1, 1))  # as copies of a backup are
     left = workflow.commands_left(study).splitlines()[1:]
