@@ -129,7 +129,7 @@ class MemberPredictor:
     def _percent_on_image(self, share: np.ndarray, properties: Mapping[str, Any]) -> np.ndarray:
         """Return a share (z y x) on the grid of the network as percent on the grid of the image."""
         resample = self.plan.configuration.resampling_fn_probabilities
-        of_image, of_network = resampling_spacings(self.plan, properties["spacing"])
+        of_image, of_network = resampling_spacings(self.plan.plans, self.plan.configuration, properties["spacing"])
         shape = properties["shape_after_cropping_and_before_resampling"]
         resampled = np.asarray(resample(share[None], shape, of_network, of_image))[0]
         whole = np.zeros(properties["shape_before_cropping"], np.uint8)

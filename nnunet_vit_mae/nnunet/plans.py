@@ -159,18 +159,13 @@ def refuse_cascade(configuration: ConfigurationManager) -> None:
         )
 
 
-def resampling_spacings(plan: Plan, spacing: Sequence[float]) -> tuple[list[float], list[float]]:
+def resampling_spacings(
+    plans: PlansManager, configuration: ConfigurationManager, spacing: Sequence[float]
+) -> tuple[list[float], list[float]]:
     """Return the spacing of an image (mm, z y x) along the axes of the plans, and the one that nnU-Net resamples it to.
 
     A 2D configuration has none for the first of these axes: its slices stay as they are.
     """
-    return spacings_of_resampling(plan.plans, plan.configuration, spacing)
-
-
-def spacings_of_resampling(
-    plans: PlansManager, configuration: ConfigurationManager, spacing: Sequence[float]
-) -> tuple[list[float], list[float]]:
-    """Return the same as `resampling_spacings`, for nnU-Net's own objects."""
     own = [spacing[axis] for axis in plans.transpose_forward]
     target = list(configuration.spacing)
     return own, own[: len(own) - len(target)] + target

@@ -18,7 +18,7 @@ from nnunet_vit_mae.errors import UserError, WriteError, reader_reason
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, case_and_channel, channels_by_case
 from nnunet_vit_mae.imaging.volumes import all_finite, read_geometry, refuse_damaged, without_warnings_of_itk
 from nnunet_vit_mae.nnunet.folders import find_dataset
-from nnunet_vit_mae.nnunet.plans import Plan, load_plan, resampling_spacings, spacings_of_resampling
+from nnunet_vit_mae.nnunet.plans import Plan, load_plan, resampling_spacings
 from nnunet_vit_mae.pretraining.volumes import open_volume
 from nnunet_vit_mae.processes.workers import run_each
 from nnunet_vit_mae.storage.entries import read_entries
@@ -155,7 +155,7 @@ def _preprocess_files(plan: Plan, case: str, files: list[Path]) -> str | None:
 def resampled_problem(plan: Plan, shape: Sequence[int], spacing: Sequence[float]) -> str | None:
     """Return why a case is too large at the spacing of the plans, None if it is not; shape and spacing are z y x."""
     sides = [shape[axis] for axis in plan.plans.transpose_forward]
-    before, after = resampling_spacings(plan, spacing)
+    before, after = resampling_spacings(plan.plans, plan.configuration, spacing)
     resampled = [round(voxels * mm / new) for voxels, mm, new in zip(sides, before, after, strict=True)]
     if problem := too_many_voxels(resampled):
         own = " x ".join(f"{mm:.4g}" for mm in spacing)
@@ -176,7 +176,7 @@ def refuse_other_spacing(folder: Path, plans: PlansManager, configuration: Confi
         properties = read_properties(file)
         if not {"spacing", BEFORE} <= properties.keys():
             continue
-        own, target = spacings_of_resampling(plans, configuration, properties["spacing"])
+        own, target = resampling_spacings(plans, configuration, properties["spacing"])
         expected = tuple(map(int, compute_new_shape(properties[BEFORE], own, target)))
         found = open_volume(file.with_suffix(".b2nd")).shape[1:]
         if found != expected:
