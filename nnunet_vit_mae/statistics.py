@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.stats import bootstrap, rankdata, spearmanr, wilcoxon
 
 DIGITS = 12  # decimals of shares that count: equal values and differences must be ties in spite of rounding
@@ -52,9 +53,9 @@ def smallest_p(pairs: int) -> float:
 
 
 def mean_interval(
-    values: Sequence[float],
+    values: ArrayLike,
     *,
-    groups: Sequence[str] | None = None,
+    groups: ArrayLike | None = None,
     resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
@@ -129,7 +130,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return [None if p is None else float(next(corrected)) for p in p_values]
 
 
-def compare(first: Sequence[float], second: Sequence[float], groups: Sequence[str] | None = None) -> Comparison:
+def compare(first: ArrayLike, second: ArrayLike, groups: ArrayLike | None = None) -> Comparison:
     """Compare two values of each case by the two-sided Wilcoxon signed-rank test.
 
     Pairs that do not differ are dropped, as Wilcoxon proposed. The test is exact for up to 50 pairs without ties and up
@@ -152,7 +153,7 @@ def compare(first: Sequence[float], second: Sequence[float], groups: Sequence[st
         >>> compare([0.5, 0.6, 0.7], [0.6, 0.8, 1.0]).p
         0.25
     """
-    pairs = np.asarray([*zip(first, second, strict=True)], dtype=float).reshape(-1, 2)
+    pairs = np.stack([np.asarray(values, dtype=float) for values in (first, second)], axis=1)
     if not np.isfinite(pairs).all():
         raise ValueError(f"Pairs must be finite, but one of them is {pairs[~np.isfinite(pairs)][0]}.")
     if not len(pairs):
@@ -208,7 +209,7 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float | None:
     return round(float(result.statistic), DIGITS)
 
 
-def _sums_and_counts(values: np.ndarray, groups: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def _sums_and_counts(values: np.ndarray, groups: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Return the sum of the values and their number in each group."""
     _, numbers = np.unique(groups, return_inverse=True)
     return np.bincount(numbers, values), np.bincount(numbers)

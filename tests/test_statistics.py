@@ -164,7 +164,7 @@ def test_without_pairs_or_differences_there_is_no_p():
     for wrong in (math.nan, math.inf):
         with pytest.raises(ValueError, match="finite"):
             compare([0.5, wrong], [0.5, 0.5])
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="same shape"):
         compare([0.5, 0.5], [0.5])
 
 

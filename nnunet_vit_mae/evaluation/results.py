@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,6 +52,11 @@ class EvaluationOptions:
     def confidence_text(self) -> str:
         """The confidence level, such as "95%"."""
         return f"{100 * self.confidence:g}%"
+
+    @property
+    def bootstrap(self) -> dict[str, Any]:
+        """How `mean_interval` draws cases."""
+        return {"resamples": self.resamples, "confidence": self.confidence, "seed": self.seed}
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ def paired_tests(measurements: Measurements, measure: str) -> list[PairedTest]:
             columns = measurements.columns(first, label)
             pairs = np.stack([columns[measure], measurements.columns(second, label)[measure]])
             both = np.isfinite(pairs).all(axis=0)
-            compared = compare(*pairs[:, both].tolist(), groups=_patients(columns, both))
+            compared = compare(*pairs[:, both], groups=_patients(columns, both))
             tests.append(
                 PairedTest(
                     first=first,
@@ -221,16 +221,15 @@ def write_tables(evaluation: Evaluation, folder: Path) -> list[Path]:
 def _mean(model: str, label: str, measure: str, columns: Columns, options: EvaluationOptions) -> Mean:
     values = columns[measure]
     finite = np.isfinite(values)
-    known, groups = values[finite].astype(float), _patients(columns, finite)
-    chosen = {"resamples": options.resamples, "confidence": options.confidence, "seed": options.seed}
-    low, high = mean_interval(known.tolist(), groups=groups, **chosen)
+    known = values[finite].astype(float)
+    low, high = mean_interval(known, groups=_patients(columns, finite), **options.bootstrap)
     mean = float(known.mean()) if len(known) else math.nan
     return Mean(model, label, measure, mean, low, high, n=len(known), left_out=len(values) - len(known))
 
 
-def _patients(columns: Columns, chosen: Any) -> list[str] | None:
+def _patients(columns: Columns, chosen: np.ndarray) -> np.ndarray | None:
     """Return the patients of the chosen cases (a mask); None if each case counts as a patient of its own."""
-    return columns["patient"][chosen].tolist() if "patient" in columns else None
+    return columns["patient"][chosen] if "patient" in columns else None
 
 
 def _agreement(model: str, label: str, columns: Columns) -> Agreement:

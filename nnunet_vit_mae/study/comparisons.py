@@ -153,8 +153,8 @@ def compare_pair(
         return None
     pairs = means.to_numpy(dtype=float)
     groups = _patients(table, means.index)
-    compared = compare(pairs[:, 0].tolist(), pairs[:, 1].tolist(), groups)
-    low, high = _interval(pairs[:, 1] - pairs[:, 0], groups)
+    compared = compare(*pairs.T, groups)
+    low, high = mean_interval(pairs[:, 1] - pairs[:, 0], groups=groups, **OPTIONS.bootstrap)
     by_seed = tuple((values[1][seeds] - values[0][seeds]).mean().tolist())
     return PairedDifference(
         first, second, few, label, measure, len(means), len(seeds), compared.first, compared.second,
@@ -180,20 +180,15 @@ def point_of(table: pd.DataFrame, variant: Variant, few: int, label: str, measur
     means = values.mean(axis=1).dropna()
     if means.empty:
         return None
-    interval = _interval(means.to_numpy(dtype=float), _patients(table, means.index))
+    interval = mean_interval(means, groups=_patients(table, means.index), **OPTIONS.bootstrap)
     return SeriesPoint(float(means.mean()), *interval, tuple(values.mean().tolist()))
 
 
-def _patients(table: pd.DataFrame, cases: pd.Index) -> list[str] | None:
+def _patients(table: pd.DataFrame, cases: pd.Index) -> pd.Series | None:
     """Return the patients of cases; None if each case is of another patient."""
     if "patient" not in table:
         return None
-    return table.drop_duplicates("case").set_index("case")["patient"][cases].tolist()
-
-
-def _interval(values: np.ndarray, groups: Sequence[str] | None) -> tuple[float, float]:
-    options = {"resamples": OPTIONS.resamples, "confidence": OPTIONS.confidence, "seed": OPTIONS.seed}
-    return mean_interval(values.tolist(), groups=groups, **options)
+    return table.drop_duplicates("case").set_index("case")["patient"][cases]
 
 
 # ---------- words
