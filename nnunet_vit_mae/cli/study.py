@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -261,11 +261,10 @@ def _calibrate(study: StudyDesign, run: str) -> None:
         )
     model = models[run]
     members = study.arms[model.arm].members
-    fold = f"fold_{study.fold(model.few)}"
     record = calibrate_ensemble(
         load_plan(find_dataset(study.dataset), study.plans(members[0], model.seed), study.configuration),
-        [study.model_folder(member, model.seed) / fold / VALIDATION for member in members],
-        study.predictions(next(m for m in study.models() if m.run == run and not m.calibrated)),
+        [study.fold_folder(member, model.few, model.seed) / VALIDATION for member in members],
+        study.predictions(replace(model, calibrated=False)),
         study.predictions(model),
     )
     print(f"Wrote {record} and the calibrated segmentations beside it.")

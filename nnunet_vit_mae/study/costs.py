@@ -12,8 +12,8 @@ from nnunet_vit_mae.storage.files import read_json
 from nnunet_vit_mae.storage.layout import PLANS
 from nnunet_vit_mae.storage.pickles import read_trained
 from nnunet_vit_mae.study.arms import BASELINE
-from nnunet_vit_mae.study.design import CHECKPOINTS, StudyDesign
-from nnunet_vit_mae.study.workflow import Compute, duration_text, read_compute
+from nnunet_vit_mae.study.compute import Compute, duration_text, read_compute
+from nnunet_vit_mae.study.design import StudyDesign
 from nnunet_vit_mae.units import size_text
 
 
@@ -70,12 +70,9 @@ def _mean_text(*kinds: list[Compute]) -> str:
 
 
 def _parameters_text(study: StudyDesign, arm: str) -> str:
-    for few in study.few:
-        for seed in range(study.seeds):
-            file = study.model_folder(arm, seed) / f"fold_{study.fold(few)}" / CHECKPOINTS[False]
-            if file.is_file():
-                return f"{count_parameters(file) / 1e6:.1f} M"
-    return ""
+    checkpoints = (study.checkpoint(arm, few, seed) for few in study.few for seed in range(study.seeds))
+    file = next((file for file in checkpoints if file.is_file()), None)
+    return f"{count_parameters(file) / 1e6:.1f} M" if file else ""
 
 
 def count_parameters(checkpoint: Path) -> int:

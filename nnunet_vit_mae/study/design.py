@@ -12,11 +12,10 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.channels import visible_files
 from nnunet_vit_mae.recipes import merged
 from nnunet_vit_mae.storage.files import read_json
-from nnunet_vit_mae.storage.layout import CALIBRATED, FINAL, dataset_id, encoder_file, model_folder
+from nnunet_vit_mae.storage.layout import FINAL, dataset_id, encoder_file, model_folder
 from nnunet_vit_mae.study.arms import ARMS, DEFAULT_PLANS, WITHOUT_UNET, Arm, arms_from, arms_to_json, encoder_recipe
 
 STUDY_FILE = "study.json"
-CHECKPOINTS = {False: FINAL, True: CALIBRATED}  # by whether it is calibrated
 MAY_CHANGE = ("arms", "seeds", "device", "preprocessed")  # of a study that was begun
 
 
@@ -110,6 +109,14 @@ class StudyDesign:
         """Return where nnU-Net keeps a model."""
         trainer, plans = self.arms[arm].trainer, self.plans(arm, seed)
         return model_folder(Path(self.results), trainer, plans, self.configuration)
+
+    def fold_folder(self, arm: str, few: int, seed: int) -> Path:
+        """Return where nnU-Net keeps the fold with this many training patients of a model."""
+        return self.model_folder(arm, seed) / f"fold_{self.fold(few)}"
+
+    def checkpoint(self, arm: str, few: int, seed: int) -> Path:
+        """Return what `nnUNetv2_train` writes at its end."""
+        return self.fold_folder(arm, few, seed) / FINAL
 
     def recipe_file(self, arm: str, seed: int) -> Path:
         """Return the recipe of an arm and seed, which `mae3d_plan` reads."""

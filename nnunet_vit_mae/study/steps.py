@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from nnunet_vit_mae.storage.layout import CALIBRATED, FINAL
 from nnunet_vit_mae.study.arms import DEFAULT_PLANS, Arm
-from nnunet_vit_mae.study.design import CHECKPOINTS, StudyDesign, StudyModel
+from nnunet_vit_mae.study.design import StudyDesign, StudyModel
 
 EVALUATE = "evaluate"
 GPU_KINDS = ("pretrain", "train", "calibrate", "predict", "predict_probabilities")
@@ -164,7 +165,7 @@ def _training(study: StudyDesign, model: StudyModel) -> Iterator[Step]:
 def _prediction(study: StudyDesign, arm: Arm, model: StudyModel, common: tuple[str, ...], before: str) -> Step:
     probabilities = _needs_probabilities(study, model)
     folders = ("-i", str(study.test_images), "-o", str(study.predictions(model)))
-    command = ("nnUNetv2_predict", *folders, *common, "-chk", CHECKPOINTS[model.calibrated])
+    command = ("nnUNetv2_predict", *folders, *common, "-chk", CALIBRATED if model.calibrated else FINAL)
     if study.device == "cpu":  # nnU-Net starts six processes to read and write, which a network on a CPU never needs
         command += ("-npp", "1", "-nps", "1")
     kind = "predict_probabilities" if probabilities else "predict"

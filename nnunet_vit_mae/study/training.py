@@ -12,7 +12,7 @@ from nnunet_vit_mae.pretraining.saved_state import STATE
 from nnunet_vit_mae.settings import Settings
 from nnunet_vit_mae.storage.files import read_json
 from nnunet_vit_mae.storage.pickles import read_trained
-from nnunet_vit_mae.study.design import CHECKPOINTS, StudyDesign
+from nnunet_vit_mae.study.design import StudyDesign
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def training_curves(study: StudyDesign) -> list[TrainingCurve]:
     return [
         TrainingCurve(arm, few, seed, *_logged(file))
         for arm, few, seed in runs
-        if (file := study.model_folder(arm, seed) / f"fold_{study.fold(few)}" / CHECKPOINTS[False]).is_file()
+        if (file := study.checkpoint(arm, few, seed)).is_file()
     ]
 
 
