@@ -38,16 +38,15 @@ from nnunet_vit_mae.nnunet.models import find_model, model_hash
 from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.nnunet.predicted_cases import PredictedCase, development_cases, training_cases
 from nnunet_vit_mae.nnunet.prediction import find_prediction_cases, remove_outdated
-from nnunet_vit_mae.nnunet.quantification import (
-    COLUMNS,
+from nnunet_vit_mae.nnunet.quantification import thresholds_of
+from nnunet_vit_mae.nnunet.training_range import (
     TrainingRange,
-    keep_earlier,
-    refuse_other_content,
-    thresholds_of,
+    read_training_range,
+    read_training_volumes,
     warnings_of,
 )
-from nnunet_vit_mae.nnunet.training_range import read_training_range, read_training_volumes
 from nnunet_vit_mae.nnunet.untrained import untrained_network
+from nnunet_vit_mae.nnunet.volume_tables import COLUMNS, keep_earlier, refuse_other_content
 from nnunet_vit_mae.presets import DECODERS
 from nnunet_vit_mae.settings import Network
 from nnunet_vit_mae.storage.csv_tables import read_rows

@@ -26,7 +26,7 @@ from nnunet_vit_mae.processes.signals import command
 
 if TYPE_CHECKING:
     from nnunet_vit_mae.nnunet.models import Model
-    from nnunet_vit_mae.nnunet.quantification import Part
+    from nnunet_vit_mae.nnunet.volume_tables import Part
 
 
 @command("Segmentations that are done are kept, and the same command goes on with the others.")
@@ -70,8 +70,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     refuse_not_ascending("--cutoffs", args.cutoffs)
     _refuse_unusable_dicom(args)
 
-    from nnunet_vit_mae.nnunet.quantification import Part, find_scans_to_quantify, quantify
+    from nnunet_vit_mae.nnunet.quantification import find_scans_to_quantify, quantify
     from nnunet_vit_mae.nnunet.uncertainty import LEVEL
+    from nnunet_vit_mae.nnunet.volume_tables import Part
 
     device = usable_device(args.device).type
     logging.basicConfig(level=logging.INFO, format="%(message)s")

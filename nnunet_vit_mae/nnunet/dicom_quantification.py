@@ -29,17 +29,16 @@ from nnunet_vit_mae.imaging.volumes import without_warnings_of_itk
 from nnunet_vit_mae.nnunet.dicom_scans import DicomInput, convert_cases, find_study_cases, write_study_table
 from nnunet_vit_mae.nnunet.models import Model, model_hash
 from nnunet_vit_mae.nnunet.plans import classes_of
-from nnunet_vit_mae.nnunet.quantification import (
+from nnunet_vit_mae.nnunet.quantification import quantify, thresholds_of
+from nnunet_vit_mae.nnunet.training_range import volumes_in
+from nnunet_vit_mae.nnunet.volume_tables import (
     MODEL_NOTE,
     OTHER_MODEL,
     Part,
-    quantify,
     refuse_other_content,
     refuse_other_table,
     segmentations_beside,
-    thresholds_of,
 )
-from nnunet_vit_mae.nnunet.training_range import volumes_in
 from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.files import locked, short_hash, write_json
 

@@ -21,8 +21,9 @@ from nnunet_vit_mae.imaging.dicom import DicomSeries
 from nnunet_vit_mae.imaging.writing import write_zeros
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.prediction import find_prediction_cases
-from nnunet_vit_mae.nnunet.quantification import Part, Scans, keep_earlier
+from nnunet_vit_mae.nnunet.quantification import Scans
 from nnunet_vit_mae.nnunet.trainers import OUR_TRAINERS
+from nnunet_vit_mae.nnunet.volume_tables import Part, keep_earlier
 from nnunet_vit_mae.presets import canonical_contrast
 from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.csv_tables import write_records
