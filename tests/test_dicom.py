@@ -1,5 +1,6 @@
 """DICOM as it comes from hospitals: a right volume, or one clause that says why there is none."""
 
+import math
 import subprocess
 import sys
 import warnings
@@ -120,6 +121,18 @@ def test_each_frame_has_its_own_scale(tmp_path):
     assert_right(read_series(the_series(tmp_path)), (voxels() * scales - scales).astype(np.float32))
 
 
+def test_private_groups_of_a_frame_do_not_count(tmp_path):
+    """Philips repeats public tags in them, with other meanings."""
+
+    def change(_, __, frames):
+        for frame in frames:
+            own = group(RescaleSlope=7, RescaleIntercept=3, ImageOrientationPatient=[0, 1, 0, 0, 0, -1])
+            frame.add_new(0x2005140F, "SQ", own)
+
+    write_frames(tmp_path / "a.dcm", ALL, change, sop_class=ENHANCED_MR)
+    assert_right(read_series(the_series(tmp_path)))
+
+
 def test_a_concatenation_is_one_volume_if_no_part_is_missing(tmp_path):
     for part in range(2):
         tags = {"SeriesInstanceUID": "1.9.1.1", "InConcatenationTotalNumber": 2, "InConcatenationNumber": part + 1}
@@ -169,6 +182,25 @@ def test_slices_that_are_no_stack_say_why(tmp_path):
         write_slices(tmp_path / name, uid="1.9.1.1", sop_class=MR, **first)
         write_slices(tmp_path / name / "2", uid="1.9.1.1.2", SeriesInstanceUID="1.9.1.1", sop_class=MR, **more)
         assert words in refusal(tmp_path / name), name
+
+
+def test_a_tilt_of_thin_slices_is_seen_over_all_of_them(tmp_path):
+    """From slice to slice it is less than the rounding of positions, over a head it is centimetres."""
+
+    def tilted(degrees):
+        sine, cosine = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
+
+        def change(dataset, number):
+            dataset.ImageOrientationPatient = [1, 0, 0, 0, f"{cosine:.6f}", f"{-sine:.6f}"]
+            dataset.ImagePositionPatient = [-10, -20, 100 + 0.625 * number]
+
+        return change
+
+    head = np.zeros((201, 4, 4), np.int16)
+    write_slices(tmp_path / "tilted", tilted(8), array=head)
+    assert "tilted gantry" in refusal(tmp_path / "tilted")
+    write_slices(tmp_path / "upright", tilted(0.05), array=head)  # 0.11 mm in all
+    assert read_series(the_series(tmp_path / "upright")).GetSize() == (4, 4, 201)
 
 
 def test_captured_slices_with_a_geometry_are_a_volume(tmp_path):
@@ -291,6 +323,24 @@ def test_an_original_series_is_preferred_and_the_others_are_named(tmp_path):
         "is derived, and CT has a series that is not",
         "matches no --contrast",
     ]
+
+
+def test_a_series_that_is_a_volume_is_preferred_to_a_larger_one_that_is_none(tmp_path):
+    """Such as a perfusion, which matches a wide pattern and has most slices; originals stay before derived series."""
+    for time in (1, 2):
+        tags = {"SeriesInstanceUID": "1.9.1.2", "TemporalPositionIdentifier": time}
+        write_slices(tmp_path / f"{time}", uid=f"1.9.1.2{time}", SeriesDescription="head perfusion", **tags)
+    (study,) = dicom_studies(tmp_path, [ContrastPattern("CT", "head*")], None).studies
+    assert len(study.images["CT"].origin.files) == 16  # there is no other
+    write_slices(tmp_path / "mpr", uid="1.9.1.3", ImageType=["DERIVED", "SECONDARY", "MPR"])
+    (study,) = dicom_studies(tmp_path, [ContrastPattern("CT", "head*")], None).studies
+    assert len(study.images["CT"].origin.files) == 16
+    write_slices(tmp_path / "plain", lambda _, number: number < 6, uid="1.9.1.4")
+    (study,) = dicom_studies(tmp_path, [ContrastPattern("CT", "head*")], None).studies
+    assert_right(read_series(study.images["CT"].origin), voxels()[:6])
+    (_, reason), (_, other) = study.unused
+    assert "CT has a series that is a volume, while this one has two slices at the same position" in reason
+    assert other == "is derived, and CT has a series that is not"
 
 
 # ---------- people and their names

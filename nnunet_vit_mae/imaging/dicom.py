@@ -132,6 +132,24 @@ def read_series(series: DicomSeries) -> sitk.Image:
     Raises:
         SeriesError: If the frames are not one regular stack, state no geometry, are in colour, or cannot be read.
     """
+    stack = _checked_stack(series)
+    image = sitk.GetImageFromArray(_read_frames(stack.frames, series.files))
+    image.SetDirection(stack.direction.ravel().tolist())
+    image.SetOrigin(stack.origin.tolist())
+    image.SetSpacing(stack.spacing)
+    return image
+
+
+def header_problem(series: DicomSeries) -> str:
+    """Return why `read_series` refuses a series, as far as headers tell without its voxels; empty if they do not."""
+    try:
+        _checked_stack(series)
+    except SeriesError as error:
+        return str(error)
+    return ""
+
+
+def _checked_stack(series: DicomSeries) -> Stack:
     if series.passed_over:
         raise SeriesError(series.passed_over)
     if series.is_damaged:  # a missing first or last slice would go unnoticed
@@ -142,12 +160,7 @@ def read_series(series: DicomSeries) -> sitk.Image:
     rows, columns = (max(file.plane[side] for file in series.files) for side in (0, 1))
     if problem := too_many_voxels((columns, rows, len(series.frames))):
         raise SeriesError(problem)
-    stack = stack_frames(series.frames)
-    image = sitk.GetImageFromArray(_read_frames(stack.frames, series.files))
-    image.SetDirection(stack.direction.ravel().tolist())
-    image.SetOrigin(stack.origin.tolist())
-    image.SetSpacing(stack.spacing)
-    return image
+    return stack_frames(series.frames)
 
 
 # ---------- geometry
@@ -191,18 +204,20 @@ def stack_frames(frames: Sequence[Frame]) -> Stack:
     axis = np.cross(row, column)
     if not np.allclose([row @ row, column @ column, row @ column], (1, 1, 0), atol=1e-3):
         raise SeriesError("has slices whose rows and columns are not perpendicular")
+    axis /= np.linalg.norm(axis)  # not quite 1 where cosines are stored with few digits
     order = np.argsort(positions @ axis, kind="stable")
-    steps = np.diff(positions[order], axis=0)
-    distances = steps @ axis
+    distances = np.diff(positions[order] @ axis)
     if distances.min() < 0.01:
         raise SeriesError(_why_at_same_position([frames[number] for number in order], distances))
     gap, tolerance = float(np.median(distances)), max(0.1, GAP * float(np.median(distances)))
     if np.abs(distances - gap).max() > tolerance:
         raise SeriesError(f"has a gap: slices are {distances.min():.2f} to {distances.max():.2f} mm apart")
-    if np.abs(steps - distances[:, None] * axis).max() > tolerance:
-        raise SeriesError("was acquired with a tilted gantry, so that its slices are sheared: resample it first")
-    distance = float((positions[order[-1]] - positions[order[0]]) @ axis) / (len(frames) - 1)  # averages rounding out
+    offsets = positions[order] - positions[order[0]]
+    sideways = offsets - (offsets @ axis)[:, None] * axis  # over all slices: little from one thin slice to the next
     between_rows, between_columns = frames[0].spacing or (0.0, 0.0)
+    if np.linalg.norm(sideways, axis=1).max() > max(tolerance, min(between_rows, between_columns) / 2):
+        raise SeriesError("was acquired with a tilted gantry, so that its slices are sheared: resample it first")
+    distance = float(offsets[-1] @ axis) / (len(frames) - 1)  # averages rounding out
     return Stack(
         [frames[number] for number in order],
         positions[order[0]],

@@ -192,9 +192,12 @@ def _frames(file: Path, dataset: Dataset, tags: dict[str, str]) -> tuple[Frame, 
 
 
 def _levels(item: Dataset) -> Iterator[Dataset]:
-    """Yield the functional groups of a frame, e.g. the item of PlanePositionSequence."""
+    """Yield the functional groups of a frame, e.g. the item of PlanePositionSequence, except private ones.
+
+    Philips repeats public tags in its private sequences, with other meanings.
+    """
     for element in item:
-        if element.VR == "SQ":
+        if element.VR == "SQ" and not element.tag.is_private:
             yield from element.value
 
 

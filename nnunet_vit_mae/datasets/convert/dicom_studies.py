@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nnunet_vit_mae.datasets.convert.studies import ContrastPattern, FoundStudies, ImageSource, Scanner, Study
 from nnunet_vit_mae.errors import UserError
-from nnunet_vit_mae.imaging.dicom import DicomSeries, find_series
+from nnunet_vit_mae.imaging.dicom import DicomSeries, find_series, header_problem
 
 LABEL = "label"
 # patient IDs that anonymisation leaves behind, without punctuation: many people have the same one
@@ -23,8 +23,9 @@ PLACEHOLDER = re.compile(
 def dicom_studies(folder: Path, patterns: Sequence[ContrastPattern], label: str | None) -> FoundStudies:
     """Find the studies in a tree of DICOM files, by patient and date.
 
-    Of several series of one contrast, the one with the most slices is used, which has the thinnest slices; derived and
-    captured ones are used only if there is no other. `label` is the pattern of series that hold the label.
+    Of several series of one contrast that are volumes, the one with the most slices is used, which has the thinnest
+    slices; derived and captured ones are used only if there is no other. `label` is the pattern of series that hold the
+    label.
 
     Raises:
         UserError: If there are no images, or none that matches.
@@ -111,13 +112,15 @@ def _dicom_study(
 
 
 def _best(all_series: list[DicomSeries]) -> DicomSeries:
-    """Return the first of the series with the most slices among those that are not derived, if there are any."""
-    return max(all_series, key=lambda series: (not series.is_derived, len(series.frames)))
+    """Return the first of the series with the most slices, if possible one that is not derived and is a volume."""
+    return max(all_series, key=lambda series: (not series.is_derived, not header_problem(series), len(series.frames)))
 
 
 def _why_not(series: DicomSeries, best: DicomSeries, contrast: str) -> str:
     if series.is_derived and not best.is_derived:
         return f"is derived, and {contrast} has a series that is not"
+    if (problem := header_problem(series)) and not header_problem(best):
+        return f"{contrast} has a series that is a volume, while this one {problem}"
     more = len(best.frames) > len(series.frames)
     return f"{contrast} has {'a series with more slices' if more else 'an earlier series with as many slices'}"
 
