@@ -200,6 +200,11 @@ def test_numbers_for_people():
     assert words.format_values("dice", 0.81249, 1, -0.0001) == ["0.812", "1.000", "0.000"]
     assert words.format_values("relative_difference", 0.2134) == ["21.3%"]
     assert [words.p_text(p) for p in (None, 0.00004, 0.0312, 1)] == [words.NO_VALUE, "< 0.001", "0.031", "1.000"]
+    assert [words.axis_text(value) for value in (1_500_000, -0.25, 0.1 + 0.2)] == [
+        "1,500,000",
+        f"{words.MINUS}0.25",
+        "0.3",
+    ]
     assert words.range_text(1, 2, first=True) == "1 to 2"
     assert words.range_text(2, 5) == "> 2 to 5"
     assert words.range_text(5, math.inf) == "> 5"

@@ -15,7 +15,7 @@ from nnunet_vit_mae.calibration.open_cases import LOG_ODDS_LIMIT
 from nnunet_vit_mae.calibration.temperature import Reliability
 from nnunet_vit_mae.calibration.thresholds import CaseVolumes, ThresholdCurve
 from nnunet_vit_mae.evaluation.bland_altman import bland_altman_figure
-from nnunet_vit_mae.evaluation.drawing import COLOURS, styled
+from nnunet_vit_mae.evaluation.drawing import COLOURS, format_tick, styled
 
 TICKS = np.array([0.001, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98, 0.999])
 
@@ -52,7 +52,7 @@ def curve_figure(curves: Mapping[str, ThresholdCurve], thresholds: Sequence[floa
             xlabel="Threshold on the probability (axis in log odds)",
             title=label,
         )
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(format_tick))
     return figure
 
 

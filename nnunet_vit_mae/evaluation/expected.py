@@ -106,7 +106,7 @@ def _row(row: Mapping[str, Any]) -> dict[str, str]:
     predicted, low, high, reference = words.format_values(
         "predicted_mm3", row["predicted_mm3"], row[LOW], row[HIGH], row["reference_mm3"]
     )
-    interval = words.NO_VALUE if pd.isna(row[LOW]) else f"{low} to {high}"
+    interval = words.interval_text(low, high) or words.NO_VALUE
     texts = {"expected": expected, "dice": dice, "predicted": predicted, "interval": interval, "reference": reference}
     return {"case": row["case"], **texts}
 

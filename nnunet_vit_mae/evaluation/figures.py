@@ -23,7 +23,7 @@ from nnunet_vit_mae.evaluation.drawing import (
     wrap_name,
 )
 from nnunet_vit_mae.evaluation.results import Bin, Evaluation
-from nnunet_vit_mae.evaluation.words import TITLES, UNITS, correct_in_words, range_text
+from nnunet_vit_mae.evaluation.words import correct_in_words, range_text, title_with_unit
 
 
 @styled
@@ -171,7 +171,7 @@ def _draw_bins(axes: Axes, evaluation: Evaluation, bins: Sequence[Bin]) -> None:
     )
     axes.set_xlim(-0.5, len(ranges) - 0.5)
     axes.tick_params(axis="x", length=0)
-    axes.set_xlabel(f"{TITLES.get(quantity, quantity)} ({UNITS.get(quantity, '')})".replace(" ()", ""))
+    axes.set_xlabel(title_with_unit(quantity))
     axes.grid(axis="y")
     label_y_axis(axes, measure, scale)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +42,7 @@ def headline_table(evaluation: Evaluation, label: str) -> list[dict[str, Any]]:
             text, low, high = texts[3 * place : 3 * place + 3]
             cells[mean.model] = MeanCell(
                 mean=text,
-                interval="" if math.isnan(mean.low) else f"{low} to {high}",
+                interval=words.interval_text(low, high),
                 cases="" if same_cases else _cases_of(mean),
                 best=mean.model in best,
             )

@@ -38,8 +38,12 @@ def rounded(value: float, digits: int) -> str:
 
 
 def axis_text(value: float) -> str:
-    """Format a number on an axis."""
-    return f"{value:,.6g}".replace("-", MINUS)
+    """Format a number on an axis, of which ten digits leave no power of ten and no rounding error.
+
+    >>> axis_text(1_500_000), axis_text(0.1 + 0.2)
+    ('1,500,000', '0.3')
+    """
+    return f"{value:,.10g}".replace("-", MINUS)
 
 
 def digits_of(*values: float) -> int:
@@ -106,6 +110,31 @@ def unit_of(column: str) -> str:
     return f" {UNITS[column]}" if UNITS.get(column) else ""
 
 
+def title_with_unit(column: str) -> str:
+    """Return the title of a column, and its unit if it has one.
+
+    >>> title_with_unit("dice"), title_with_unit("reference_mm3")
+    ('Dice', 'Reference volume (mm³)')
+    """
+    title = TITLES.get(column, column)
+    return f"{title} ({UNITS[column]})" if UNITS.get(column) else title
+
+
+def title_in_sentence(column: str) -> str:
+    """Return the title of a measure as it stands within a sentence."""
+    title = BY_COLUMN[column].title
+    return title if column == "dice" else title.lower()
+
+
+def interval_text(low: str, high: str) -> str:
+    """Return an interval whose ends `format_values` wrote, or nothing if there is none.
+
+    >>> interval_text("0.1", "0.3"), interval_text(NO_VALUE, NO_VALUE)
+    ('0.1 to 0.3', '')
+    """
+    return "" if NO_VALUE in (low, high) else f"{low} to {high}"
+
+
 def range_text(low: float, high: float, first: bool = False) -> str:
     """Format a range; only the first range includes its lower end.
 
@@ -169,14 +198,9 @@ def highlights(evaluation: Evaluation, label: str) -> list[str]:
     ]
 
 
-def _title_in_sentence(column: str) -> str:
-    title = BY_COLUMN[column].title
-    return title if column == "dice" else title.lower()
-
-
 def _best_mean(evaluation: Evaluation, label: str, column: str) -> str:
     means = [m for m in evaluation.means if (m.label, m.measure) == (label, column) and math.isfinite(m.mean)]
-    title = _title_in_sentence(column)
+    title = title_in_sentence(column)
     if not means:
         return f"Mean {title}: not defined in any case."
     best = (max if BY_COLUMN[column].higher_is_better else min)(means, key=lambda entry: entry.mean)
@@ -184,7 +208,7 @@ def _best_mean(evaluation: Evaluation, label: str, column: str) -> str:
     texts = format_values(column, *(value for m in means for value in (m.mean, m.low, m.high)))
     mean, low, high = texts[3 * means.index(best) :][:3]
     level = evaluation.options.confidence_text
-    interval = f"{level} confidence interval {low} to {high}, " if math.isfinite(best.low) else ""
+    interval = f"{level} confidence interval {ends}, " if (ends := interval_text(low, high)) else ""
     result = f"{mean}{unit_of(column)} ({interval}{count_cases(best.n)})"
     if len(evaluation.models) == 1:
         return f"Mean {title}: {result}."
@@ -200,7 +224,7 @@ def _significant_differences(evaluation: Evaluation, label: str) -> Iterator[str
         for test in tests:
             if pair := better_and_worse(test):
                 worse_by_better.setdefault(pair[0], []).append(pair[1])
-        title = _title_in_sentence(column)
+        title = title_in_sentence(column)
         if worse_by_better:
             claims = [f"{better} is better than {join_names(worse)}" for better, worse in worse_by_better.items()]
             yield f"By {title}, {'; '.join(claims)} (corrected p < {SIGNIFICANT})."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -11,7 +10,14 @@ import numpy as np
 import pandas as pd
 
 from nnunet_vit_mae.evaluation.results import EvaluationOptions
-from nnunet_vit_mae.evaluation.words import SIGNIFICANT, UNITS, format_values, p_text, unit_of
+from nnunet_vit_mae.evaluation.words import (
+    SIGNIFICANT,
+    format_values,
+    interval_text,
+    p_text,
+    title_in_sentence,
+    unit_of,
+)
 from nnunet_vit_mae.statistics import compare, holm, mean_interval
 from nnunet_vit_mae.study.arms import BASELINE, Arm, scratch_pairs
 from nnunet_vit_mae.study.design import StudyDesign
@@ -200,14 +206,13 @@ def sentence_of(paired: PairedDifference) -> str:
         paired.measure, paired.first_mean, paired.second_mean, paired.difference, paired.low, paired.high
     )
     unit = unit_of(paired.measure)
-    what = "Dice" if paired.measure == "dice" else "absolute volume difference"
-    interval = f"95% confidence interval {low} to {high}; " if math.isfinite(paired.low) else ""
+    interval = f"95% confidence interval {ends}; " if (ends := interval_text(low, high)) else ""
     test = "equal in every case" if paired.p is None else f"Wilcoxon, corrected p {_equals(paired.p_holm)}"
     seeds = f", means of {paired.seeds} seeds" if paired.seeds > 1 else ", one seed"
     return (
-        f"With {paired.few} labels, {paired.label}: mean {what} was {second}{unit} ({paired.second}) and {first}{unit} "
-        f"({paired.first}), a difference of {difference}{unit} ({interval}{test}; {paired.cases} test "
-        f"case{'s' if paired.cases != 1 else ''}{seeds})."
+        f"With {paired.few} labels, {paired.label}: mean {title_in_sentence(paired.measure)} was {second}{unit} "
+        f"({paired.second}) and {first}{unit} ({paired.first}), a difference of {difference}{unit} ({interval}{test}; "
+        f"{paired.cases} test case{'s' if paired.cases != 1 else ''}{seeds})."
     )
 
 
@@ -286,8 +291,3 @@ def limits_of_study(
     planned = [name for name, arm in arms.items() if arm.planner]
     if planned:
         yield f"{', '.join(planned)}: plans of its own, whose patch or batch may differ from those of the other arms."
-
-
-def measure_title(measure: str) -> str:
-    """Return a short title with the unit."""
-    return "Dice" if measure == "dice" else f"Absolute volume difference ({UNITS[measure]})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import count
@@ -16,7 +15,7 @@ from nnunet_vit_mae.evaluation.by_token import DiceOfVit, read_trained_vit, trai
 from nnunet_vit_mae.evaluation.pictures import Gallery, Picture, draw_by_token
 from nnunet_vit_mae.evaluation.report import template_environment
 from nnunet_vit_mae.evaluation.summary import REPORTED_PACKAGES
-from nnunet_vit_mae.evaluation.words import format_values, p_text
+from nnunet_vit_mae.evaluation.words import format_values, interval_text, p_text, title_with_unit
 from nnunet_vit_mae.installation import package_versions
 from nnunet_vit_mae.settings import Settings
 from nnunet_vit_mae.storage.csv_tables import write_frame
@@ -27,10 +26,10 @@ from nnunet_vit_mae.study.comparisons import (
     OPTIONS,
     PairedDifference,
     Question,
+    SeriesPoint,
     Variant,
     distinct,
     limits_of_study,
-    measure_title,
     point_of,
     sentence_of,
     verdict_of,
@@ -101,10 +100,10 @@ def write_study_report(
         "labels": [_label_context(study, table, label, answers, gallery) for label in labels],
         "training": _training_pictures(study, gallery),
         "limits": [*limits, *_missing(missing)],
-        "measures": [measure_title(measure) for measure in COMPARED],
+        "measures": list(map(title_with_unit, COMPARED)),
         "costs": costs,
         "evaluations": [few for few in study.few if (output / "evaluations" / f"{few}_labels" / PAGE).is_file()],
-        "several_cases": "patient" in table,
+        "by_patient": "patient" in table,
         "resamples": OPTIONS.resamples,
         "versions": package_versions(PACKAGES),
     }
@@ -185,12 +184,11 @@ def _means(study: StudyDesign, table: pd.DataFrame, label: str) -> list[dict[str
     return rows
 
 
-def _cell(measure: str, point: Any) -> dict[str, str]:
+def _cell(measure: str, point: SeriesPoint | None) -> dict[str, str]:
     if point is None:
         return {"mean": "", "interval": "", "seeds": ""}
     mean, low, high, *seeds = format_values(measure, point.mean, point.low, point.high, *point.seeds)
-    interval = f"{low} to {high}" if math.isfinite(point.low) else ""  # of a single case or patient
-    return {"mean": mean, "interval": interval, "seeds": ", ".join(seeds)}
+    return {"mean": mean, "interval": interval_text(low, high), "seeds": ", ".join(seeds)}
 
 
 def _row(paired: PairedDifference) -> dict[str, Any]:
@@ -200,10 +198,10 @@ def _row(paired: PairedDifference) -> dict[str, Any]:
         "few": paired.few,
         "first": str(paired.first),
         "second": str(paired.second),
-        "measure": measure_title(paired.measure),
+        "measure": title_with_unit(paired.measure),
         "means": (first, second),
         "difference": difference,
-        "interval": f"{low} to {high}" if math.isfinite(paired.low) else "",
+        "interval": interval_text(low, high),
         "cases": paired.cases,
         "p": p_text(paired.p),
         "p_holm": p_text(paired.p_holm),
