@@ -256,10 +256,8 @@ def _measure_case(case: EvaluationCase, labels: Labels, options: EvaluationOptio
             boxes = [boxes_by_value(array) for array in (reference, prediction)]
             for label, values in labels.values.items():
                 box = _box_of(values, boxes)
-                counted = np.True_ if labels.ignore is None else reference[box] != labels.ignore
                 measures = measure(
-                    _mask(reference[box], values) & counted,
-                    _mask(prediction[box], values) & counted,
+                    *counted_masks(reference[box], prediction[box], values, labels.ignore),
                     geometry.spacing[::-1],
                     tolerance=options.tolerance_mm,
                     min_lesion_voxels=options.min_lesion_voxels,
@@ -333,5 +331,22 @@ def _box_of(values: Sequence[int], boxes: Sequence[Mapping[int, Box]]) -> Box:
     return union_of(found[value] for found in boxes for value in values if value in found)
 
 
-def _mask(array: np.ndarray, values: Sequence[int]) -> np.ndarray:
-    return np.logical_or.reduce([array == value for value in values])
+def counted_masks(
+    reference: np.ndarray, prediction: np.ndarray, values: Sequence[int], ignore: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return where two segmentations hold some labels, except where the reference says that voxels do not count.
+
+    Args:
+        reference: Labels, of any shape.
+        prediction: Labels of the same shape.
+        values: The labels to find.
+        ignore: The label of the reference whose voxels do not count; None if it has none.
+
+    Returns:
+        Boolean masks of the reference and of the prediction.
+    """
+    counted = np.True_ if ignore is None else reference != ignore
+    first, second = (
+        np.logical_or.reduce([array == value for value in values]) & counted for array in (reference, prediction)
+    )
+    return first, second

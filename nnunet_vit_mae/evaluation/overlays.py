@@ -12,7 +12,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from nnunet_vit_mae.errors import reading
-from nnunet_vit_mae.evaluation.cases import EvaluationSet, on_grid
+from nnunet_vit_mae.evaluation.cases import EvaluationSet, counted_masks, on_grid
 from nnunet_vit_mae.evaluation.drawing import WIDTH, styled
 from nnunet_vit_mae.evaluation.results import Evaluation
 from nnunet_vit_mae.imaging.grids import turned_like
@@ -103,11 +103,9 @@ def read_example(example: ExampleCase, evaluation_set: EvaluationSet) -> Example
     # voxels are compared one by one, so all are shown in the geometry of the reference
     reference, spacing = radiological_view(reference, geometry)
     prediction, _ = radiological_view(prediction, geometry)
-    values = labels.values[example.label]
 
     def masks(z: int) -> tuple[np.ndarray, np.ndarray]:
-        counted = np.True_ if labels.ignore is None else reference[z] != labels.ignore
-        return np.isin(reference[z], values) & counted, np.isin(prediction[z], values) & counted
+        return counted_masks(reference[z], prediction[z], labels.values[example.label], labels.ignore)
 
     z = _fullest([int(np.count_nonzero(np.logical_or(*masks(z)))) for z in range(len(reference))])
     shown = None if image is None else radiological_view(image, geometry)[0][z].astype(np.float32)

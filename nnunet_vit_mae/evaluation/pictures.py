@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -201,8 +201,7 @@ def _draw_overlays(label: str, slices: Sequence[Sequence[ExampleSlice]], gallery
     return gallery.add(overlays_figure(slices), "examples", label, caption, alt, suffix=".png")
 
 
-def _note_on_images(entries: Iterable[ExampleSlice]) -> str:
-    entries = list(entries)
+def _note_on_images(entries: Sequence[ExampleSlice]) -> str:
     cases = {entry.example.case for entry in entries}
     without = sorted({entry.example.case for entry in entries if entry.image is None})
     if not without:
