@@ -28,7 +28,8 @@ from nnunet_vit_mae.calibration.temperature import (
     sample_voxels,
     temper,
 )
-from nnunet_vit_mae.nnunet.uncertainty import CaseUncertainty, Uncertainty, ValidatedCase
+from nnunet_vit_mae.nnunet.predicted_members import CaseUncertainty
+from nnunet_vit_mae.nnunet.uncertainty import Uncertainty, ValidatedCase
 
 THREE = Classes(("a", "b"), ((1,), (2,)))
 REGIONS = Classes(("left", "upper"), ((1, 3), (2, 3)), painted=(1, 2))

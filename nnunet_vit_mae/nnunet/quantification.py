@@ -23,15 +23,11 @@ from nnunet_vit_mae.imaging.volumes import Geometry, ScanError, read_geometry, r
 from nnunet_vit_mae.nnunet.calibrated import read_calibration_of
 from nnunet_vit_mae.nnunet.models import Model, model_hash
 from nnunet_vit_mae.nnunet.plans import Plan, classes_of
+from nnunet_vit_mae.nnunet.predicted_members import remove_lone_maps
 from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, predict_cases, remove_outdated
 from nnunet_vit_mae.nnunet.preprocessing import resampled_problem
 from nnunet_vit_mae.nnunet.training_range import TrainingRange, read_training_range, volumes_in, warnings_of
-from nnunet_vit_mae.nnunet.uncertainty import (
-    LabelColumns,
-    predict_with_uncertainty,
-    read_uncertainty,
-    remove_lone_maps,
-)
+from nnunet_vit_mae.nnunet.uncertainty import LabelColumns, predict_with_uncertainty, read_uncertainty
 from nnunet_vit_mae.nnunet.volume_tables import (
     MODEL_NOTE,
     OTHER_MODEL,

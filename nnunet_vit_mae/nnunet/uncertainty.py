@@ -11,10 +11,9 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 from pydantic import FiniteFloat
 
 from nnunet_vit_mae.calibration.conformal import (
@@ -38,36 +37,22 @@ from nnunet_vit_mae.evaluation.voxels import overlap
 from nnunet_vit_mae.imaging.description import DESCRIPTION
 from nnunet_vit_mae.imaging.labels import read_mask
 from nnunet_vit_mae.imaging.volumes import without_warnings_of_itk
-from nnunet_vit_mae.imaging.writing import write_segmentation
 from nnunet_vit_mae.nnunet.calibrated import read_calibration_of
-from nnunet_vit_mae.nnunet.models import Model, model_hash
+from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.nnunet.predicted_cases import FOLDER, PredictedCase
+from nnunet_vit_mae.nnunet.predicted_members import CaseUncertainty, predict_members, remove_lone_maps
 from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, remove_outdated
-from nnunet_vit_mae.progress import with_progress
-from nnunet_vit_mae.storage.entries import checked_entries, read_entries
+from nnunet_vit_mae.storage.entries import checked_entries
 from nnunet_vit_mae.storage.files import write_json
 from nnunet_vit_mae.storage.layout import CALIBRATED
 from nnunet_vit_mae.units import rounded_mm3
-
-if TYPE_CHECKING:
-    from nnunet_vit_mae.nnunet.members import MemberPrediction, MemberPredictor
 
 logger = logging.getLogger(__name__)
 
 LEVEL = 0.9  # of the intervals whose coverage is reported, and the default
 
-
 LabelColumns = dict[str, dict[str, float | None]]  # numbers of a case by label and column
-
-
-@dataclass(frozen=True)
-class CaseUncertainty:
-    """What the members of a model say about a case; a file beside its map of disagreement."""
-
-    model: str  # hash
-    estimates: dict[str, dict[str, VolumeEstimate]]  # by predictor (a fold, or all together), then by label
-    soft_dice: dict[str, FiniteFloat | None]  # by label; None where nothing is segmented
 
 
 @dataclass(frozen=True)
@@ -133,7 +118,8 @@ def add_uncertainty(model: Model, cases: Sequence[PredictedCase], images: Path, 
     Raises:
         UserError: If there are ignored voxels, whose volume no one knows, or if an image cannot be read.
     """
-    record = read_calibration_of(model := replace(model, checkpoint=CALIBRATED))
+    model = replace(model, checkpoint=CALIBRATED)
+    record = read_calibration_of(model)
     shifts = _shifts_in(record, model)
     known = {case.name: case for case in find_prediction_cases(model.plan, images)}
     rows: list[ValidatedCase] = []
@@ -208,15 +194,6 @@ def _say_what_is_missing(model: Model, uncertainty: Uncertainty, level: float) -
             logger.warning("%s: the calibration has too few cases with a Dice: there is no expected Dice.", label)
 
 
-def remove_lone_maps(model: Model, segmentations: Path, maps: Path) -> None:
-    """Remove what the members said about segmentations that are gone: the next ones may be of other images."""
-    ending = model.plan.dataset_json["file_ending"]
-    for name in {file.name.removesuffix(".json").removesuffix(ending) for file in maps.glob("[!.]*")}:
-        if not (segmentations / f"{name}{ending}").is_file():
-            for file in (maps / f"{name}.json", maps / f"{name}{ending}"):
-                file.unlink(missing_ok=True)
-
-
 def predict_with_uncertainty(
     model: Model,
     uncertainty: Uncertainty,
@@ -239,45 +216,6 @@ def predict_with_uncertainty(
     return {name: uncertainty.columns(case, level) for name, case in said.items()}
 
 
-def predict_members(
-    model: Model, shifts: Sequence[float], cases: Sequence[PredictionCase], output: Path, maps: Path, device: str
-) -> dict[str, CaseUncertainty]:
-    """Predict cases with each member, except those that are done: a segmentation, a map and a record of each.
-
-    Args:
-        model: The model.
-        shifts: The shift of each label's logits in its checkpoints.
-        cases: The cases.
-        output: The folder for segmentations.
-        maps: The folder for maps of disagreement, in percent of the members, and for what the members say (JSON).
-        device: The device to predict on.
-
-    Returns:
-        What the members say, by case.
-
-    Raises:
-        UserError: If an image cannot be read, or a checkpoint is damaged.
-    """
-    from nnunet_vit_mae.nnunet.members import MemberPredictor  # nnU-Net's predictor takes seconds to import
-
-    identity, ending = model_hash(model), model.plan.dataset_json["file_ending"]
-    writer = model.plan.plans.image_reader_writer_class()
-    predictor: MemberPredictor | None = None
-    found = {}
-    for case in with_progress(cases, unit="case", desc="predicting"):
-        files = [output / f"{case.name}{ending}", maps / f"{case.name}{ending}", maps / f"{case.name}.json"]
-        known = _known(files, identity)
-        if known is None:
-            predictor = predictor or MemberPredictor(model, shifts, torch.device(device))
-            prediction = predictor.predict(case.images)
-            write_segmentation(prediction.segmentation, files[0], writer, prediction.properties)
-            write_segmentation(prediction.disagreement, files[1], writer, prediction.properties)
-            known = _said(prediction, identity)
-            write_json(asdict(known), files[2])
-        found[case.name] = known
-    return found
-
-
 def summary_text(section: Mapping[str, Any]) -> str:
     """Return the coverage and the quality of the expected Dice on the cases of a calibration, as text."""
     lines = []
@@ -293,19 +231,6 @@ def summary_text(section: Mapping[str, Any]) -> str:
                 f"{'-' if correlation is None else f'{correlation:.2f}'}"
             )
     return "\n".join(lines)
-
-
-def _known(files: Sequence[Path], identity: str) -> CaseUncertainty | None:
-    """Return what an earlier call with this model wrote, if all of it is there."""
-    if not all(file.is_file() for file in files):
-        return None
-    known = read_entries(CaseUncertainty, files[-1], "remove it, and it is written again")
-    return known if known.model == identity else None
-
-
-def _said(prediction: MemberPrediction, identity: str) -> CaseUncertainty:
-    soft = {label: None if math.isnan(value) else value for label, value in prediction.soft_dice.items()}
-    return CaseUncertainty(identity, prediction.estimates, soft)
 
 
 def _validated_rows(
