@@ -14,6 +14,7 @@ from conftest import read_voxels
 from synthetic_head import grid, moved, scan, tell_two_places
 
 from nnunet_vit_mae.cli.convert import main
+from nnunet_vit_mae.datasets.convert import label_values
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.channels import visible_below
 from nnunet_vit_mae.imaging.dicom import SeriesError, find_series, read_series
@@ -429,6 +430,41 @@ def test_a_label_on_another_grid_is_told_what_to_do_with(folders, refused):
     write(label, source / "derivatives/sub-01_dseg.nii.gz")
     message = refused(main, "-i", str(source), "-o", str(output), "-np", "1")
     assert "P0001_1 label: is on the grid of no contrast (T1): resample it to that of one of them" in message
+
+
+def test_labels_get_the_values_that_nnunet_requires_also_after_an_interruption(folders, capsys, monkeypatch):
+    """Masks of 0 and 255, and FreeSurfer's numbers of structures; the second one of two is written after a kill."""
+    source, output = folders
+    image, mask = scan(moved(), **COARSE)
+    for subject, value in (("sub-01", 255), ("sub-02", 17)):
+        write(image, source / f"{subject}/anat/{subject}_T1w.nii.gz")
+        write(sitk.Cast(mask > 0, sitk.sitkUInt8) * value, source / f"derivatives/{subject}/{subject}_dseg.nii.gz")
+    write_label, written = label_values.write_image, []
+
+    def once(label, file):
+        if written:
+            raise KeyboardInterrupt
+        written.append(write_label(label, file))
+
+    arguments = ["-i", str(source), "-o", str(output), "-np", "1"]
+    with monkeypatch.context() as context:
+        context.setattr(label_values, "write_image", once)
+        with pytest.raises(SystemExit, match="130"):
+            main(arguments)
+    main(arguments)
+    assert json.loads((output / "dataset.json").read_text())["labels"] == {
+        "background": 0,
+        "label_17": 1,
+        "label_255": 2,
+    }
+    for case, number in (("P0001_1", 2), ("P0002_1", 1)):
+        label = sitk.ReadImage(str(output / "labelsTr" / f"{case}.nii.gz"))
+        assert np.array_equal(array_of(label), (array_of(mask) > 0) * number)
+        assert label.GetPixelID() == sitk.sitkUInt8
+    printed = capsys.readouterr().out
+    assert "Labels have new values, because nnU-Net requires 1, 2 and so on: 17 is now 1, 255 is now 2." in printed
+    assert "(they are called label_17, label_255)" in printed
+    assert not (output / ".converted").exists()
 
 
 def test_mistakes_are_one_sentence(folders, refused):

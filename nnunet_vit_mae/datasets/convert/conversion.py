@@ -20,6 +20,7 @@ import SimpleITK as sitk
 from nnunet_vit_mae.datasets.acquisition import KERNEL, OF_CONTRAST, SCANS_TABLE, SLICE_THICKNESS
 from nnunet_vit_mae.datasets.contrasts import fill_contrasts
 from nnunet_vit_mae.datasets.convert.key import name_cases
+from nnunet_vit_mae.datasets.convert.label_values import HIGHEST, are_renumbered, numbers_of, place_labels
 from nnunet_vit_mae.datasets.convert.studies import FoundStudies, Study, read_image_source
 from nnunet_vit_mae.datasets.split.splits import alike_names
 from nnunet_vit_mae.errors import UserError, WriteError
@@ -35,6 +36,7 @@ from nnunet_vit_mae.storage.csv_tables import write_records, write_rows
 from nnunet_vit_mae.storage.files import make_folder, read_json, write_json
 
 CONVERTED = ".converted"  # what is known about studies that are done, until the dataset is complete
+WAITING = f"{CONVERTED}/labels"
 PROBLEMS, UNUSED = "problems.csv", "unused.csv"
 CONTENTS = {
     "dataset.json": "nnU-Net's description: channels, labels and number of training cases",
@@ -79,10 +81,12 @@ class ConvertedStudy:
 class Conversion:
     """All converted studies by case, problems of no single case, and the reason why contrasts were not filled.
 
-    `unused` counts what was not used, by description and reason. `alike` are numbers of patients with similar IDs.
+    `labels` has the number of each value. `unused` counts what was not used, by description and reason. `alike` are
+    numbers of patients with similar IDs.
     """
 
     studies: list[ConvertedStudy]
+    labels: Mapping[int, int] = field(default_factory=dict)
     unused: Mapping[tuple[str, str], int] = field(default_factory=dict)
     alike: Sequence[Sequence[str]] = ()
     unfilled: str = ""
@@ -149,10 +153,11 @@ def convert(
         shutil.rmtree(output / CONVERTED)
         reasons = "; ".join(Conversion(converted).problems[:5])
         raise UserError(f"None of {len(jobs)} studies could be converted ({reasons}): see {output / PROBLEMS}.")
-    values = sorted({value for study in converted for value in study.label_values} - {0})
+    labels = numbers_of(value for study in converted for value in study.label_values)
+    place_labels(output / WAITING, output / "labelsTr", labels)
     content = {
         "channel_names": {str(number): name for number, name in enumerate(contrasts)},
-        "labels": {"background": 0} | {f"label_{value}": value for value in values},
+        "labels": {"background": 0} | {f"label_{value}": number for value, number in labels.items()},
         "numTraining": sum(study.folder == "imagesTr" for study in converted),
         "file_ending": ENDING,
     }
@@ -161,8 +166,8 @@ def convert(
     try:
         fill_contrasts(output, is_locked=True)
     except UserError as error:  # nothing has to be converted again
-        return Conversion(converted, counts, alike, f"{str(error).rstrip('.')}, then run mae3d_fill_contrasts.")
-    return Conversion(converted, counts, alike)
+        return Conversion(converted, labels, counts, alike, f"{str(error).rstrip('.')}, then run mae3d_fill_contrasts.")
+    return Conversion(converted, labels, counts, alike)
 
 
 def _alike_patients(names: Mapping[tuple[str, str], str]) -> list[list[str]]:
@@ -219,10 +224,14 @@ def conversion_report(conversion: Conversion, contrasts: Sequence[str], output: 
             f"Are these different patients? {'; '.join(map(', '.join, conversion.alike))}: their IDs differ only in "
             "upper and lower case or in leading zeros."
         )
-    if any(value for study in conversion.studies for value in study.label_values):
+    if are_renumbered(conversion.labels):
+        changes = ", ".join(f"{value} is now {number}" for value, number in conversion.labels.items())
+        lines.append(f"Labels have new values, because nnU-Net requires 1, 2 and so on: {changes}.")
+    if conversion.labels:
         lines.append(
-            f"Name the labels in {output / DESCRIPTION} before you plan (they are called label_1 and so on): names "
-            "with left or right turn mirroring off."
+            f"Name the labels in {output / DESCRIPTION} before you plan (they are called "
+            f"{', '.join(f'label_{value}' for value in conversion.labels)}): names with left or right turn mirroring "
+            "off."
         )
     if key is None:
         lines.append("Nothing records which case belongs to which patient, because --key was not given.")
@@ -303,7 +312,7 @@ def _write_case(
     values = np.zeros(0, int)
     if label is not None:
         values = np.unique(sitk.GetArrayViewFromImage(label)).astype(int)
-        write_image(label, job.output / "labelsTr" / f"{job.case}{job.ending}")
+        write_image(label, job.output / WAITING / f"{job.case}{job.ending}")
     row["contrasts"] = ";".join(contrast for contrast in job.contrasts if contrast in images)
     return ConvertedStudy(job.case, folder, row, tuple(values.tolist()), problems)
 
@@ -324,8 +333,8 @@ def _read_label(
     try:
         label = read_image_source(study.label)
         values = np.unique(sitk.GetArrayViewFromImage(label))
-        if np.any(values != np.round(values)) or values[0] < 0 or values[-1] > 255:
-            raise ScanError("has values that are not integers from 0 to 255")
+        if np.any(values != np.round(values)) or values[0] < 0 or values[-1] > HIGHEST:
+            raise ScanError(f"has values that are not integers from 0 to {HIGHEST}")
     except ScanError as error:
         problems[LABEL] = str(error)
         return None, None
