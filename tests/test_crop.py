@@ -202,7 +202,7 @@ def test_bad_scans_stop_no_other_and_nothing_is_done_twice(command, refused, mon
     (command.images / "text.nii.gz").unlink()
     done = []
     monkeypatch.setattr(
-        module, "crop_case", lambda job, real=module.crop_case: (done.append(job.scan.name), real(job))[1]
+        module, "crop_case", lambda task, real=module.crop_case: (done.append(task.scan.name), real(task))[1]
     )
     refused(main, *command.arguments())
     assert done == ["cut", "zeros"]

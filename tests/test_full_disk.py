@@ -25,7 +25,7 @@ from synthetic_head import COARSE_GRID, moved, scan, write_template
 from test_weights import make_card
 
 import nnunet_vit_mae
-from nnunet_vit_mae.datasets.crop import contact_sheet, cropping, qc_table
+from nnunet_vit_mae.datasets.crop import contact_sheet, one_case, qc_table
 from nnunet_vit_mae.errors import WriteError
 from nnunet_vit_mae.imaging.scans import read_scan
 from nnunet_vit_mae.imaging.writing import write_image, write_segmentation, write_zeros
@@ -108,7 +108,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "segmentation_itk.nii.gz": segment(SimpleITKIO),
     "segmentation_nibabel.nii.gz": segment(NibabelIO),
     "case.b2nd": write_preprocessed,
-    "transform.tfm": lambda file: cropping._write_transform(affine(), file),
+    "transform.tfm": lambda file: one_case._write_transform(affine(), file),
     "thumbnail.png": lambda file: contact_sheet.write_thumbnail(np.repeat(LABEL[0][..., None], 3, 2) * 255, file),
     "figure.png": lambda file: save_figure(figure(), file),
     "figure.svg": lambda file: save_figure(figure(), file),

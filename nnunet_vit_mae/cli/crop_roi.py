@@ -24,8 +24,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not only_reject and (args.csv is None) != (args.column is None):
         raise UserError("--csv and --template_column go together: give both or neither.")
 
-    from nnunet_vit_mae.datasets.crop.cropping import CropSettings, TemplateColumn, crop_folder
+    from nnunet_vit_mae.datasets.crop.cropping import TemplateColumn, crop_folder
     from nnunet_vit_mae.datasets.crop.dataset import CONTENTS, cropping_report, reject_cases
+    from nnunet_vit_mae.datasets.crop.one_case import CropSettings
     from nnunet_vit_mae.storage.readme import write_readme
 
     if only_reject:
@@ -35,9 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         column = TemplateColumn(args.csv, args.case, args.column) if args.csv else None
         cropping = crop_folder(args.images, args.labels, settings, column, args.contrasts, args.processes)
         if args.reject:
-            left = reject_cases(output, args.reject, args.contrasts, cropping.cropped)
-            told = {name: getattr(cropping, name) for name in ("lost", "ambiguities", "other_names")}
-            cropping = replace(left, **told)
+            left = reject_cases(output, args.reject, args.contrasts)
+            cropping = replace(cropping, rows=left.rows, sheets=left.sheets)
     write_readme(output, CONTENTS, private=(args.images, args.labels))
     print(cropping_report(cropping, output))
     if place := place_for_nnunet(output):

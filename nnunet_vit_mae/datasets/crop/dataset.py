@@ -121,7 +121,7 @@ def cropping_report(cropping: Cropping, output: Path) -> str:
     return "\n".join(lines)
 
 
-def finish(
+def write_dataset(
     cropping: Cropping,
     output: Path,
     names: Sequence[str] | None = None,
@@ -198,16 +198,13 @@ def _with_defaults(known: dict[str, Any], done: Sequence[QCRow]) -> dict[str, An
     }
 
 
-def reject_cases(
-    output: Path, decisions: Path, names: Sequence[str] | None = None, cropped: Sequence[str] = ()
-) -> Cropping:
+def reject_cases(output: Path, decisions: Path, names: Sequence[str] | None = None) -> Cropping:
     """Move the cases listed in a text file to the folder `rejected` and record it in the table; nothing is deleted.
 
     Args:
         output: The dataset of crops.
         decisions: Text file with a case per line.
         names: Channel names for dataset.json; None keeps the known ones.
-        cropped: Cases that were cropped by the same call.
 
     Raises:
         UserError: If the folder has no cropped cases, or not these, or if another process is writing to it.
@@ -225,8 +222,7 @@ def reject_cases(
                     target.parent.mkdir(parents=True, exist_ok=True)
                     file.replace(target)
             rows[name] = replace(rows[name], status=REJECTED)
-        cropping = Cropping(worst_first(rows.values()), list(cropped))
-        return finish(cropping, output, names)
+        return write_dataset(Cropping(worst_first(rows.values())), output, names)
 
 
 def description_beside(images: Path) -> dict[str, Any]:
