@@ -432,6 +432,18 @@ def test_a_label_on_another_grid_is_told_what_to_do_with(folders, refused):
     assert "P0001_1 label: is on the grid of no contrast (T1): resample it to that of one of them" in message
 
 
+def test_a_label_of_the_second_run_goes_with_its_image(folders):
+    """Two runs have one grid, but the patient may have moved between them."""
+    source, output = folders
+    image, label = scan(moved(), **COARSE)
+    for run in (1, 2):
+        write(image + run, source / f"sub-01/anat/sub-01_run-{run}_FLAIR.nii.gz")
+    write(label, source / "derivatives/sub-01/anat/sub-01_run-2_space-orig_dseg.nii.gz")
+    main(["-i", str(source), "-o", str(output), "-np", "1"])
+    assert np.array_equal(read_voxels(output / "imagesTr/P0001_1_0000.nii.gz"), array_of(image + 2))
+    assert table(output / "unused.csv")[0]["image"] == "anat/run-1_FLAIR"
+
+
 def test_labels_get_the_values_that_nnunet_requires_also_after_an_interruption(folders, capsys, monkeypatch):
     """Masks of 0 and 255, and FreeSurfer's numbers of structures; the second one of two is written after a kill."""
     source, output = folders

@@ -33,9 +33,9 @@ def bids_studies(folder: Path, patterns: Sequence[ContrastPattern], label: str |
     """Find the sessions of all subjects, with the images in all their folders (anat, dwi, perf, pet, ct and so on).
 
     Without patterns, each suffix is a contrast, with POST appended after a contrast agent; field maps and images of
-    several volumes are none. Of several images of one contrast (runs, acquisitions), the first by name is used. `label`
-    is a pattern of paths below `folder`; without it, labels are `*_dseg`, `*_mask` or `*_msk` in derivatives, except
-    brain masks.
+    several volumes are none. Of several images of one contrast (runs, acquisitions), the one that shares most entities
+    with the label is used, else the first by name. `label` is a pattern of paths below `folder`; without it, labels are
+    `*_dseg`, `*_mask` or `*_msk` in derivatives, except brain masks.
 
     Raises:
         UserError: If no image matches.
@@ -54,7 +54,7 @@ def bids_studies(folder: Path, patterns: Sequence[ContrastPattern], label: str |
             f"No image in {folder} {'matches --contrast' if patterns else 'is a contrast'}: compare the patterns with "
             f"the file names{_why_unused(studies)}."
         )
-    lost = [file for file in labels if not any(_belongs(file, study) for study in studies)]
+    lost = [file for file in labels if not any(_belongs(file, study.patient, study.session) for study in studies)]
     sources = [source for study in studies for source in (*study.images.values(), study.label) if source is not None]
     ambiguous = ambiguities_among(source.origin for source in sources if isinstance(source.origin, Path))
     return FoundStudies(
@@ -70,6 +70,11 @@ def bids_studies(folder: Path, patterns: Sequence[ContrastPattern], label: str |
 def _bids_study(
     subject: str, session: str, files: list[Path], patterns: Sequence[ContrastPattern], labels: list[Path]
 ) -> Study:
+    own = [file for file in labels if _belongs(file, subject, session)]
+    own = [file for file in own if _suffix(file) == "dseg"] or own  # a segmentation says more than a mask
+    label = own[0] if len(own) == 1 else None
+    if label:  # first of all the image it was drawn on: the patient may have moved between two runs on one grid
+        files = sorted(files, key=lambda file: -len(_entities(file) & _entities(label)))
     images: dict[str, ImageSource] = {}
     unused = []
     for file in files:
@@ -81,17 +86,19 @@ def _bids_study(
         images |= {contrast: ImageSource(file, _scanner(file)) for contrast in contrasts if contrast not in images}
         if taken == contrasts:
             unused.append((_nameless(file), f"{taken[0]} is another image of the session" if taken else reason))
-    study = Study(subject, session, images, unused=tuple(unused))
-    own = [file for file in labels if _belongs(file, study)]
-    own = [file for file in own if _suffix(file) == "dseg"] or own  # a segmentation says more than a mask
     problems = {} if images else {"study": f"has no image that {'matches --contrast' if patterns else 'is a contrast'}"}
     if len(own) > 1:
         problems["label"] = f"has {len(own)} labels: choose one with --labels"
-    return Study(subject, session, images, ImageSource(own[0]) if len(own) == 1 else None, problems, tuple(unused))
+    return Study(subject, session, images, ImageSource(label) if label else None, problems, tuple(unused))
 
 
-def _belongs(label: Path, study: Study) -> bool:
-    return label.name.startswith(f"{study.patient}_") and _session(label) == study.session
+def _belongs(label: Path, subject: str, session: str) -> bool:
+    return label.name.startswith(f"{subject}_") and _session(label) == session
+
+
+def _entities(file: Path) -> set[str]:
+    """Return the parts of a file name before the suffix, such as run-2."""
+    return set(file.name.split("_")[:-1])
 
 
 def _why_unused(studies: Sequence[Study]) -> str:
