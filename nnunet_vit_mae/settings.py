@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,10 +28,10 @@ from nnunet_vit_mae.presets import (
     TOKENIZERS,
     UPSAMPLINGS,
 )
+from nnunet_vit_mae.sections import Section, refuse_unknown
 
 BLOCK = "vit_mae"  # of a configuration in the plans
 
-LARGEST = 2**32 - 1  # of every number: the largest seed, and far more than any other setting can use
 LEAST_TAPS = 3  # as many as UNETR has
 MOST_TOKENS = 1024  # along an axis: far more than any memory holds
 TOKEN_SIDES = (1, 2, 4, 8, 16, 32)  # convolutional decoders double their grid until it reaches the voxels
@@ -50,11 +50,13 @@ def count_visible(tokens: int, mask_ratio: float) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Network:
+class Network(Section):
     """The network. An encoder also fits other networks of the same size, token, positions and blocks.
 
     In plans, the default token depends on patch and spacing, and the default decoder is `unet` (adaptive: `unetr`).
     """
+
+    section = "network"
 
     size: str = "S"
     token: tuple[int, int, int] = (8, 8, 8)
@@ -75,25 +77,23 @@ class Network:
     modality_vectors: str = "one_hot"  # of the adaptive tokenizer
 
     def __post_init__(self) -> None:
-        _require_one_of(self, "network", size=SIZES, decoder=DECODERS, upsampling=UPSAMPLINGS, blocks=BLOCKS)
-        _require_one_of(self, "network", positions=POSITIONS, position_unit=POSITION_UNITS)
-        _require_one_of(self, "network", tokenizer=TOKENIZERS, modality_vectors=MODALITY_VECTORS)
+        self.require_one_of(size=SIZES, decoder=DECODERS, upsampling=UPSAMPLINGS, blocks=BLOCKS, positions=POSITIONS)
+        self.require_one_of(position_unit=POSITION_UNITS, tokenizer=TOKENIZERS, modality_vectors=MODALITY_VECTORS)
         sides_fit = len(self.token) == 3 and all(side in TOKEN_SIDES for side in self.token)
-        _require(sides_fit, "network.token", list(self.token), f"three of {', '.join(map(str, TOKEN_SIDES))} (z y x)")
-        _require_not_negative(self, "network", "decoder_width")
-        convolutions = self.upscale_convolutions
-        _require(convolutions in (1, 2), "network.upscale_convolutions", convolutions, "1 or 2")
-        _require_positive(self, "network", "rotary_base", "norm_eps")
-        registers, grid = self.register_tokens, self.learned_positions
-        _require(0 <= registers <= MOST_TOKENS, "network.register_tokens", registers, f"from 0 to {MOST_TOKENS}")
+        self.require("token", sides_fit, f"three of {', '.join(map(str, TOKEN_SIDES))} (z y x)")
+        self.require_not_negative("decoder_width")
+        self.require("upscale_convolutions", self.upscale_convolutions in (1, 2), "1 or 2")
+        self.require_positive("rotary_base", "norm_eps")
+        self.require("register_tokens", 0 <= self.register_tokens <= MOST_TOKENS, f"from 0 to {MOST_TOKENS}")
+        grid = self.learned_positions
         grid_fits = len(grid) in (0, 3) and all(0 < tokens <= MOST_TOKENS for tokens in grid)
         expected = f"empty, or three numbers of tokens (z y x), none above {MOST_TOKENS}"
-        _require(grid_fits, "network.learned_positions", list(grid), expected)
+        self.require("learned_positions", grid_fits, expected)
         if self.adaptive:
-            _require(not grid, "network.learned_positions", list(grid), "empty, as adaptive is set")
-            _require(not registers, "network.register_tokens", registers, "0, as adaptive is set")
-            _require(self.tokenizer == "linear", "network.tokenizer", self.tokenizer, "linear, as adaptive is set")
-            _require(self.decoder != "unet", "network.decoder", self.decoder, "another one, as adaptive is set")
+            self.require("learned_positions", not grid, "empty, as adaptive is set")
+            self.require("register_tokens", not self.register_tokens, "0, as adaptive is set")
+            self.require("tokenizer", self.tokenizer == "linear", "linear, as adaptive is set")
+            self.require("decoder", self.decoder != "unet", "another one, as adaptive is set")
         if self.taps:
             self._check_taps()
 
@@ -101,12 +101,12 @@ class Network:
         depth, skips, taps = SIZES[self.size].depth, self._skips, list(self.taps)
         fit = 0 < skips <= len(taps) and all(1 <= block <= depth for block in taps) and taps == sorted(taps)
         number = f"{skips} or more blocks from 1 to {depth}, ascending" if skips else "empty"
-        _require(fit, "network.taps", taps, f"{number}, with the decoder {self.decoder} and this token")
+        self.require("taps", fit, f"{number}, with the decoder {self.decoder} and this token")
 
     @property
     def encoder_settings(self) -> dict[str, Any]:
         """Return what belongs to the weights of an encoder beside size, token and channels, as in plans."""
-        return {name: value for name, value in to_json_types(self).items() if name in ENCODER_SETTINGS}
+        return {name: value for name, value in self.to_dict().items() if name in ENCODER_SETTINGS}
 
     def token_sequences(self, channels: int) -> int:
         """Return how many sequences of tokens a volume has at most: one, or one for each contrast."""
@@ -130,12 +130,14 @@ class Network:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pretraining:
+class Pretraining(Section):
     """The masked autoencoding protocol (He et al. 2022, appendix A.1; mask ratio and epochs of ViTiac, section 2.2).
 
     Two numbers differ. The original's base rate of 1.5e-4 is meant for batches of 4096 and hardly moves the weights at
     batch 16 (see docs/explanation.md); the recipe `vitiac` has the original's. The original does not clip gradients.
     """
+
+    section = "pretraining"
 
     epochs: int = 800  # each with as many samples as there are cases
     batch_size: int = 16
@@ -159,22 +161,19 @@ class Pretraining:
     seed: int = 0  # of weights, crops and masks
 
     def __post_init__(self) -> None:
-        _require_positive(self, "pretraining", "epochs", "batch_size", "base_lr", "gradient_clip")
-        _require_positive(self, "pretraining", "crops_per_volume", "masks_per_crop")
-        _require_not_negative(self, "pretraining", "decoder_heads", "weight_decay", "seed")
-        _require_one_of(self, "pretraining", decoder=PRETRAINING_DECODERS, compile=COMPILING)
-        _require_share(self, "pretraining", "warmup", "plain_share")
+        self.require_positive("epochs", "batch_size", "base_lr", "gradient_clip", "crops_per_volume", "masks_per_crop")
+        self.require_not_negative("decoder_heads", "weight_decay", "seed")
+        self.require_one_of(decoder=PRETRAINING_DECODERS, compile=COMPILING)
+        self.require_share("warmup", "plain_share")
         expected = f"a multiple of {self.samples_per_read}, crops_per_volume x masks_per_crop"
-        _require(self.batch_size % self.samples_per_read == 0, "pretraining.batch_size", self.batch_size, expected)
-        _require(0 < self.mask_ratio < 1, "pretraining.mask_ratio", self.mask_ratio, "between 0 and 1, both excluded")
-        share, plain = self.rebuilt_share, self.plain_share
-        _require(0 < share <= 1, "pretraining.rebuilt_share", share, "a share above 0 and at most 1")
-        _require(self.norm_pix or not plain, "pretraining.plain_share", plain, "0, as norm_pix is not set")
-        _require(_names_axes(self.mirroring), "pretraining.mirroring", self.mirroring, "none, or axes such as zy")
-        _require(0 <= self.rotation <= 180, "pretraining.rotation", self.rotation, "from 0 to 180 degrees")
-        factors = list(self.scaling)
-        fit = len(factors) == 2 and 0.1 <= factors[0] <= factors[1] <= 10
-        _require(fit, "pretraining.scaling", factors, "two factors from 0.1 to 10, the smaller one first")
+        self.require("batch_size", self.batch_size % self.samples_per_read == 0, expected)
+        self.require("mask_ratio", 0 < self.mask_ratio < 1, "between 0 and 1, both excluded")
+        self.require("rebuilt_share", 0 < self.rebuilt_share <= 1, "a share above 0 and at most 1")
+        self.require("plain_share", self.norm_pix or not self.plain_share, "0, as norm_pix is not set")
+        self.require("mirroring", _names_axes(self.mirroring), "none, or axes such as zy")
+        self.require("rotation", 0 <= self.rotation <= 180, "from 0 to 180 degrees")
+        fit = len(self.scaling) == 2 and 0.1 <= self.scaling[0] <= self.scaling[1] <= 10
+        self.require("scaling", fit, "two factors from 0.1 to 10, the smaller one first")
 
     @property
     def samples_per_read(self) -> int:
@@ -206,12 +205,14 @@ class Pretraining:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetuning:
+class Finetuning(Section):
     """How the segmenter learns.
 
     `nnUNetTrainerBaseline` has the same `epochs`, `iterations`, `mirroring` and `seed`; `nnUNetTrainerBaselineAdamW`
     has all that does not concern an encoder.
     """
+
+    section = "finetuning"
 
     epochs: int = 1000
     iterations: int = 250  # per epoch
@@ -231,26 +232,27 @@ class Finetuning:
     seed: int = -1  # of weights, sampling and augmentation; below 0: another one each time
 
     def __post_init__(self) -> None:
-        _require_positive(self, "finetuning", "epochs", "iterations", "batch_size", "lr", "gradient_clip")
-        _require_not_negative(self, "finetuning", "freeze_epochs", "weight_decay")
-        _require_one_of(self, "finetuning", loss=LOSSES, augmentation=AUGMENTATIONS)
-        _require_share(self, "finetuning", "foreground_prior", "drop_path", "warmup")
-        _require(0 < self.layer_decay <= 1, "finetuning.layer_decay", self.layer_decay, "above 0 and at most 1")
+        self.require_positive("epochs", "iterations", "batch_size", "lr", "gradient_clip")
+        self.require_not_negative("freeze_epochs", "weight_decay")
+        self.require_one_of(loss=LOSSES, augmentation=AUGMENTATIONS)
+        self.require_share("foreground_prior", "drop_path", "warmup")
+        self.require("layer_decay", 0 < self.layer_decay <= 1, "above 0 and at most 1")
         fits = self.mirroring == "auto" or _names_axes(self.mirroring)
-        _require(fits, "finetuning.mirroring", self.mirroring, "auto, none, or axes such as zy")
-        dropout = self.contrast_dropout
-        _require(0 <= dropout < 1, "finetuning.contrast_dropout", dropout, "a probability from 0 up to, but not, 1")
+        self.require("mirroring", fits, "auto, none, or axes such as zy")
+        self.require("contrast_dropout", 0 <= self.contrast_dropout < 1, "a probability from 0 up to, but not, 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderFile:
+class EncoderFile(Section):
     """A pre-trained encoder from elsewhere; without one, fine-tuning takes what was pre-trained with the same plans."""
+
+    section = "encoder"
 
     file: str = ""
     sha256: str = ""  # of the file when the plans were written
 
     def __post_init__(self) -> None:
-        _require(bool(self.file) == bool(self.sha256), "encoder.sha256", self.sha256, "given whenever encoder.file is")
+        self.require("sha256", bool(self.file) == bool(self.sha256), "given whenever encoder.file is")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,12 +265,11 @@ class Settings:
     finetuning: Finetuning = field(default_factory=Finetuning)
 
     def __post_init__(self) -> None:
-        width, heads = SIZES[self.network.size].decoder_width, self.pretraining.decoder_heads
+        protocol, width = self.pretraining, SIZES[self.network.size].decoder_width
         expected = f"0 or a divisor of {width}, the width of the decoder of size {self.network.size}"
-        _require(heads == 0 or width % heads == 0, "pretraining.decoder_heads", heads, expected)
-        compiled = self.pretraining.compile
-        fits = compiled != "on" or not self.network.adaptive
-        _require(fits, "pretraining.compile", compiled, "auto or off, as network.adaptive is set")
+        protocol.require("decoder_heads", width % (protocol.decoder_heads or width) == 0, expected)
+        fits = protocol.compile != "on" or not self.network.adaptive
+        protocol.require("compile", fits, "auto or off, as network.adaptive is set")
 
     @classmethod
     def from_dict(cls, block: Mapping[str, Any]) -> Settings:
@@ -283,80 +284,14 @@ class Settings:
         if not isinstance(block, Mapping):
             raise UserError(f"vit_mae in the plans must be an object of settings, but it is {block!r}.")
         sections = {section.name: getattr(self, section.name) for section in dataclasses.fields(self)}
-        _refuse_unknown(block, sections, BLOCK)
-        changed = {name: _updated_section(sections[name], values, name) for name, values in block.items()}
+        refuse_unknown(block, sections, BLOCK)
+        changed = {name: sections[name].updated(values, f"{BLOCK}.{name}") for name, values in block.items()}
         return dataclasses.replace(self, **changed)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, ready for plans."""
-        return {section.name: to_json_types(getattr(self, section.name)) for section in dataclasses.fields(self)}
-
-
-def to_json_types(section: Any) -> dict[str, Any]:
-    """Return a section as JSON would give it back, which has lists where Python has tuples."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(section).items()}
-
-
-def _updated_section(section: Any, values: Any, name: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise UserError(f"vit_mae.{name} in the plans must be an object of settings, but it is {values!r}.")
-    known = {setting.name: getattr(section, setting.name) for setting in dataclasses.fields(section)}
-    _refuse_unknown(values, known, f"vit_mae.{name}")
-    return dataclasses.replace(
-        section, **{key: _typed(value, known[key], f"{name}.{key}") for key, value in values.items()}
-    )
-
-
-def _refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise UserError(f"{where} in the plans has unknown keys: {', '.join(unknown)} (known: {', '.join(known)}).")
-
-
-def _typed(value: Any, example: Any, name: str) -> Any:
-    """Return `value` as the type of `example`; JSON has no tuples, and writes 1.0 as 1."""
-    if isinstance(example, tuple) and isinstance(value, list | tuple):
-        kinds = (int, float) if example and type(example[0]) is float else (int,)
-        if all(type(entry) in kinds and abs(entry) <= LARGEST for entry in value):
-            return tuple(map(kinds[-1], value))
-    if type(example) is float and type(value) is int and abs(value) <= LARGEST:
-        return float(value)
-    numbers = "numbers" if isinstance(example, tuple) and float in map(type, example) else "whole numbers"
-    expected = f"a list of {numbers}" if isinstance(example, tuple) else f"of type {type(example).__name__}"
-    _require(type(value) is type(example), name, value, expected)
-    if isinstance(value, int | float):
-        _require(abs(value) <= LARGEST, name, value, f"a number of at most {LARGEST:,}")
-    return value
-
-
-def _require(holds: bool, name: str, value: object, expected: str) -> None:
-    if not holds:
-        raise UserError(f"{name} is {value!r}, but it must be {expected}.")
+        return {section.name: getattr(self, section.name).to_dict() for section in dataclasses.fields(self)}
 
 
 def _names_axes(mirroring: str) -> bool:
     return mirroring == "none" or (bool(mirroring) and set(mirroring) <= set(AXES))
-
-
-def _require_one_of(section: Any, where: str, **known: Collection[str]) -> None:
-    for name, choices in known.items():
-        value = getattr(section, name)
-        _require(value in choices, f"{where}.{name}", value, f"one of {', '.join(choices)}")
-
-
-def _require_positive(section: Any, where: str, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        _require(0 < value < math.inf, f"{where}.{name}", value, "a number above 0")
-
-
-def _require_not_negative(section: Any, where: str, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        _require(value >= 0, f"{where}.{name}", value, "0 or more")
-
-
-def _require_share(section: Any, where: str, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        _require(0 <= value < 1, f"{where}.{name}", value, "a share from 0 up to, but not, 1")

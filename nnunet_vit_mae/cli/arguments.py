@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nnunet_vit_mae.errors import UserError, did_you_mean
-from nnunet_vit_mae.settings import LARGEST
+from nnunet_vit_mae.sections import LARGEST
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ from torch import nn
 
 from nnunet_vit_mae.errors import UserError, abbreviated
 from nnunet_vit_mae.networks.weight_differences import weights_difference
-from nnunet_vit_mae.settings import BLOCK, Network, to_json_types
+from nnunet_vit_mae.settings import BLOCK, Network
 from nnunet_vit_mae.storage.files import read_json
 from nnunet_vit_mae.storage.layout import PLANS
 
@@ -102,7 +102,7 @@ def _changed_settings(plans: Mapping[str, Any], configuration: str | None, netwo
     block = ((plans.get("configurations") or {}).get(configuration) or {}).get(BLOCK)
     if not block:
         return ""
-    then = {**to_json_types(Network()), **(block.get("network") or {})}
-    now = to_json_types(network)
+    then = {**Network().to_dict(), **(block.get("network") or {})}
+    now = network.to_dict()
     changed = [f"{key} ({then[key]} then, {now[key]} now)" for key in now if then[key] != now[key]]
     return f"settings of the network: {', '.join(changed)}" if changed else ""

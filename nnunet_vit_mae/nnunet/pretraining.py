@@ -31,7 +31,7 @@ from nnunet_vit_mae.pretraining.run import PretrainingResult, run
 from nnunet_vit_mae.pretraining.saved_state import what_is_kept
 from nnunet_vit_mae.pretraining.volumes import ITEM, Cache, DeviceCache, bytes_in_half_precision, volume_problems
 from nnunet_vit_mae.processes.memory import refuse_without_shared_memory
-from nnunet_vit_mae.settings import Pretraining, Settings, to_json_types
+from nnunet_vit_mae.settings import Pretraining, Settings
 from nnunet_vit_mae.storage.files import locked, short_hash
 from nnunet_vit_mae.storage.layout import encoder_file
 from nnunet_vit_mae.tracking import wants_tensorboard
@@ -270,7 +270,7 @@ def _card(plan: Plan, fold: str, job: PretrainingJob, cases: list[PreprocessedCa
         epochs=job.protocol.epochs,
         steps=job.steps,
         loss=result.losses[-1],
-        pretraining=to_json_types(job.protocol),
+        pretraining=job.protocol.to_dict(),
         seed=job.protocol.seed,
         data_licence=plan.licence,
         packages=package_versions(),

@@ -13,7 +13,7 @@ from nnunet_vit_mae.optimisation import warmup_cosine
 from nnunet_vit_mae.pretraining.affines import AffineDrawing
 from nnunet_vit_mae.pretraining.crops import MaskDrawing, RandomCrops
 from nnunet_vit_mae.pretraining.volumes import Cache, DeviceCache
-from nnunet_vit_mae.settings import Network, Pretraining, to_json_types
+from nnunet_vit_mae.settings import Network, Pretraining
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,14 +89,14 @@ class PretrainingJob:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, for `config.json`: what has to stay the same when a run goes on."""
-        protocol = to_json_types(self.protocol)
+        protocol = self.protocol.to_dict()
         del protocol["compile"]  # it changes no more than the rounding, and runs may go on elsewhere
         return {
             "cases": [file.stem for file in self.files],
             "channel_names": list(self.channel_names),
             "patch_size": list(self.patch_size),
             "spacing": list(self.spacing),
-            "network": to_json_types(self.network),
+            "network": self.network.to_dict(),
             "pretraining": protocol,
             "half_precision_crops": self.cache is not None,
         }
