@@ -412,7 +412,7 @@ def test_a_label_and_a_contrast_along_other_axes_are_turned_without_interpolatio
     write(t1, source / "sub-01/anat/sub-01_T1w.nii.gz")
     write(sitk.DICOMOrient(flair, "RAS"), source / "sub-01/anat/sub-01_FLAIR.nii.gz")
     write(sitk.DICOMOrient(label, "ASR"), source / "derivatives/sub-01_dseg.nii.gz")
-    monkeypatch.setattr("nnunet_vit_mae.datasets.convert.conversion.register", _stop)
+    monkeypatch.setattr("nnunet_vit_mae.datasets.convert.one_study.register", _stop)
     main(["-i", str(source), "-o", str(output), "-np", "1", "--reference", "T1"])
     files = {"imagesTr/P0001_1_0000": flair, "imagesTr/P0001_1_0001": t1, "labelsTr/P0001_1": label}
     for name, expected in files.items():

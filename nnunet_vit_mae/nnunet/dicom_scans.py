@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_vit_mae.datasets.convert.conversion import ConversionTask, convert_study
 from nnunet_vit_mae.datasets.convert.dicom_studies import dicom_studies
+from nnunet_vit_mae.datasets.convert.one_study import ConversionTask, convert_study
 from nnunet_vit_mae.datasets.convert.sources import parse_patterns, parse_reference
 from nnunet_vit_mae.datasets.convert.studies import ContrastPattern, Study
 from nnunet_vit_mae.errors import UserError, did_you_mean
