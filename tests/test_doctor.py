@@ -78,6 +78,26 @@ def test_a_gpu_that_torch_counts_but_was_not_built_for_is_an_error(monkeypatch):
     assert new.text.endswith(", bf16.")
 
 
+@pytest.mark.parametrize("missing", ["triton", "gcc", "Python.h", None])
+def test_what_torch_needs_to_compile_is_looked_for(monkeypatch, tmp_path, missing):
+    """nnU-Net compiles on a GPU unless told otherwise, and a training ends there if something is missing."""
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(installation, "find_spec", lambda name: None if name == missing else "found")
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/gcc" if name == "gcc" != missing else None)
+    monkeypatch.setattr(installation.sysconfig, "get_path", lambda *_: str(tmp_path))
+    if missing != "Python.h":
+        (tmp_path / "Python.h").touch()
+    (found,) = installation.diagnose_compiler({})
+    assert found.level == (WARNING if missing else OK)
+    if missing:
+        assert missing in found.text.lower() + found.text
+        assert found.advice.endswith("export nnUNet_compile=f")
+    (off,) = installation.diagnose_compiler({"nnUNet_compile": "f"})
+    assert off.level == OK
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert not list(installation.diagnose_compiler({}))
+
+
 @pytest.mark.parametrize(("value", "level"), [("1", None), ("many", ERROR), ("-1", ERROR), ("500", WARNING)])
 @pytest.mark.parametrize("variable", ["nnUNet_n_proc_DA", "nnUNet_def_n_proc"])
 def test_more_workers_than_cores_are_advised_against(monkeypatch, variable, value, level):

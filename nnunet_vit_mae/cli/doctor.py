@@ -57,8 +57,8 @@ def _diagnoses(args: argparse.Namespace) -> list[Diagnosis]:
     from nnunet_vit_mae.doctor.machine import diagnose_gpu, diagnose_shared_memory, diagnose_workers
     from nnunet_vit_mae.nnunet.diagnoses import diagnose_dataset, diagnose_trainers, diagnose_variables
 
-    found += [*diagnose_gpu(), *diagnose_compiler(), *diagnose_workers(os.environ), *diagnose_shared_memory()]
-    found += [*diagnose_variables(), *diagnose_trainers()]
+    found += [*diagnose_gpu(), *diagnose_compiler(os.environ), *diagnose_workers(os.environ)]
+    found += [*diagnose_shared_memory(), *diagnose_variables(), *diagnose_trainers()]
     if args.dataset:
         found += diagnose_dataset(args.dataset, args.plans, args.configuration)
     return found

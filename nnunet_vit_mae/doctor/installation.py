@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import platform
+import shutil
+import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module, metadata
 from importlib.util import find_spec
+from pathlib import Path
 
 from packaging.requirements import Requirement
 
@@ -15,6 +18,7 @@ from nnunet_vit_mae.errors import first_line
 
 PACKAGE = "nnunet-vit-mae"
 NAMED = ("torch", "torchvision", "nnunetv2", "dynamic-network-architectures")  # whose versions a report should state
+COMPILE = "nnUNet_compile"
 REINSTALL = 'pip install --upgrade "nnunet-vit-mae" torch torchvision, in one command so that they fit.'
 
 
@@ -40,13 +44,33 @@ def diagnose_imports() -> Iterator[Diagnosis]:
             return
 
 
-def diagnose_compiler() -> Iterator[Diagnosis]:
-    """Yield whether torch.compile can make kernels for a GPU."""
-    if find_spec("triton") is None:
-        advice = "Leave nnUNet_compile unset, or set it to f."
-        yield Diagnosis("compile", WARNING, "Triton is missing: torch.compile cannot make kernels for a GPU.", advice)
+def diagnose_compiler(environment: Mapping[str, str]) -> Iterator[Diagnosis]:
+    """Yield whether torch.compile can make kernels for a GPU, with which nnU-Net trains unless told otherwise."""
+    import torch
+
+    if torch.version.cuda is None:  # nothing is compiled on a CPU
+        return
+    value = environment.get(COMPILE, "t")
+    lacking = [what for what, is_there in _needs_of_triton(environment).items() if not is_there]
+    if value.lower() not in ("true", "1", "t"):
+        yield Diagnosis("compile", OK, f"{COMPILE} is {value}: nnU-Net trains without torch.compile.")
+    elif lacking:
+        text = f"torch.compile, which nnU-Net trains with on a GPU, lacks {' and '.join(lacking)}."
+        yield Diagnosis("compile", WARNING, text, f"Install what is missing, or export {COMPILE}=f")
     else:
-        yield Diagnosis("compile", OK, "Triton is installed: torch.compile can be used.")
+        yield Diagnosis("compile", OK, "torch.compile has what it needs to make kernels for a GPU.")
+
+
+def _needs_of_triton(environment: Mapping[str, str]) -> dict[str, bool]:
+    """Return what Triton needs to make a kernel, and whether it is there; it compiles some C for each."""
+    scheme = sysconfig.get_default_scheme()
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # Debian's, whose headers are those of the system
+    header = Path(sysconfig.get_path("include", scheme), "Python.h")
+    return {
+        "Triton (pip install triton)": find_spec("triton") is not None,
+        "a C compiler (package gcc)": any(map(shutil.which, (environment.get("CC") or "gcc", "clang"))),
+        f"{header} (package python3-dev)": header.is_file(),
+    }
 
 
 def _unmet(requirement: Requirement) -> Iterator[Diagnosis]:
