@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_vit_mae.cli import fill_contrasts as command
-from nnunet_vit_mae.datasets import contrasts as module
-from nnunet_vit_mae.datasets.contrasts import contrast_table, fill_contrasts
+from nnunet_vit_mae.datasets.contrasts import filling as module
+from nnunet_vit_mae.datasets.contrasts.filling import contrast_table, fill_contrasts
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.volumes import only_zeros, read_geometry
 from nnunet_vit_mae.storage.files import locked

@@ -28,7 +28,7 @@ from test_weights import make_card
 
 from nnunet_vit_mae.calibration.record import read_calibration
 from nnunet_vit_mae.datasets.check.inspection import InspectionTask, inspect_case
-from nnunet_vit_mae.datasets.contrasts import CONTRAST_RECORD, read_channels, read_contrasts
+from nnunet_vit_mae.datasets.contrasts.record import CONTRAST_RECORD, read_channels, read_contrasts
 from nnunet_vit_mae.datasets.convert.bids import bids_studies
 from nnunet_vit_mae.datasets.convert.key import read_key
 from nnunet_vit_mae.datasets.crop.qc_table import QC_TABLE, QCRow, read_qc_table, write_qc_table

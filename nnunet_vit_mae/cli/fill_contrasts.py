@@ -18,7 +18,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     from nnunet_vit_mae.datasets.acquisition import SCANS_TABLE
-    from nnunet_vit_mae.datasets.contrasts import CONTRAST_RECORD, contrast_table, fill_contrasts
+    from nnunet_vit_mae.datasets.contrasts.filling import contrast_table, fill_contrasts
+    from nnunet_vit_mae.datasets.contrasts.record import CONTRAST_RECORD
     from nnunet_vit_mae.nnunet.folders import find_dataset
 
     raw = find_dataset(args.dataset).raw

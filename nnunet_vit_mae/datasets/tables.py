@@ -38,6 +38,12 @@ class CaseTable:
         """Return the fields of a column that are not empty, by case; none if there is no such column."""
         return {case: field for case, field in self.columns.get(name, {}).items() if field}
 
+    @property
+    def rows(self) -> dict[str, dict[str, str]]:
+        """The fields of each case by column."""
+        cases = next(iter(self.columns.values()))
+        return {case: {name: column[case] for name, column in self.columns.items()} for case in cases}
+
     def patients(self, name: str) -> dict[str, str]:
         """Return the patients by case; raises `UserError` if a field is empty."""
         patients = dict(self.column(name, "--patient"))

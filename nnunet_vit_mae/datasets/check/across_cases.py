@@ -9,7 +9,7 @@ import numpy as np
 
 from nnunet_vit_mae.datasets.check.ct_intensities import clipping_of
 from nnunet_vit_mae.datasets.check.inspection import ERROR, WARNING, CaseSummary, Finding
-from nnunet_vit_mae.datasets.contrasts import Channels
+from nnunet_vit_mae.datasets.contrasts.record import Channels
 from nnunet_vit_mae.imaging.labels import Labels
 from nnunet_vit_mae.imaging.sides import is_right_handed, label_with_side
 

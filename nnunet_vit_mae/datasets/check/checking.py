@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nnunet_vit_mae.datasets.check.across_cases import findings_across_cases
 from nnunet_vit_mae.datasets.check.inspection import ERROR, WARNING, CaseSummary, Finding, find_tasks, inspect_all
-from nnunet_vit_mae.datasets.contrasts import Channels
+from nnunet_vit_mae.datasets.contrasts.record import Channels
 from nnunet_vit_mae.datasets.split.patients import recorded_patients
 from nnunet_vit_mae.datasets.split.splits import question_about
 from nnunet_vit_mae.datasets.tables import PatientColumns, read_case_table

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nnunet_vit_mae.datasets.check.inspection import CaseSummary, ChannelSummary
-from nnunet_vit_mae.datasets.contrasts import Channels
+from nnunet_vit_mae.datasets.contrasts.record import Channels
 from nnunet_vit_mae.imaging.labels import Labels
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ import nibabel
 import numpy as np
 
 from nnunet_vit_mae.datasets.check.ct_intensities import CTIntensities
-from nnunet_vit_mae.datasets.contrasts import Channels, find_case_images, read_channels, read_contrasts
+from nnunet_vit_mae.datasets.contrasts.cases import find_case_images
+from nnunet_vit_mae.datasets.contrasts.record import Channels, read_channels, read_contrasts
 from nnunet_vit_mae.errors import UserError, reader_reason
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, NIFTI, cases_in, other_formats
 from nnunet_vit_mae.imaging.ct_clipping import is_ct

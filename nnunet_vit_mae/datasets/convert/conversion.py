@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from nnunet_vit_mae.datasets.acquisition import KERNEL, OF_CONTRAST, SCANS_TABLE, SLICE_THICKNESS
-from nnunet_vit_mae.datasets.contrasts import fill_contrasts
+from nnunet_vit_mae.datasets.contrasts.filling import fill_contrasts
 from nnunet_vit_mae.datasets.convert.key import name_cases
 from nnunet_vit_mae.datasets.convert.label_values import are_renumbered, numbers_of, place_labels
 from nnunet_vit_mae.datasets.convert.one_study import (

@@ -11,21 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nnunet_vit_mae.datasets.acquisition import (
-    CASE,
     CONTRASTS,
     OF_CONTRAST,
     REFERENCE,
     SCANS_TABLE,
     read_scans_table,
 )
-from nnunet_vit_mae.datasets.contrasts import (
+from nnunet_vit_mae.datasets.contrasts.cases import find_case_images, sort_contrasts
+from nnunet_vit_mae.datasets.contrasts.record import (
     Channels,
     ContrastRecord,
     Contrasts,
-    find_case_images,
     read_channels,
     read_contrasts,
-    sort_contrasts,
     write_contrasts,
 )
 from nnunet_vit_mae.datasets.crop.qc_table import DONE, QCRow
@@ -70,8 +68,7 @@ def read_case_records(raw: Path, cases: Sequence[str]) -> CaseRecords:
     names = description.channel_names or description.modality or {}
     scans: Rows = {}
     if (raw / SCANS_TABLE).is_file():
-        columns = read_scans_table(raw / SCANS_TABLE, cases).columns
-        scans = {case: {name: column[case] for name, column in columns.items()} for case in columns[CASE]}
+        scans = read_scans_table(raw / SCANS_TABLE, cases).rows
     return CaseRecords(names, scans, read_contrasts(raw))
 
 

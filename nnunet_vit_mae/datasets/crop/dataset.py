@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_vit_mae.datasets.acquisition import SCANS_TABLE
-from nnunet_vit_mae.datasets.contrasts import CONTRAST_RECORD
+from nnunet_vit_mae.datasets.contrasts.record import CONTRAST_RECORD
 from nnunet_vit_mae.datasets.crop.carried import SourceRecords, carry_over, read_case_records
 from nnunet_vit_mae.datasets.crop.contact_sheet import write_sheets
 from nnunet_vit_mae.datasets.crop.qc_table import (
