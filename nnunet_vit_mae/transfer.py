@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.presets import canonical_contrast
-from nnunet_vit_mae.weights import Card, axis_names
+from nnunet_vit_mae.weights import Card, axis_names, has_tokenizer, without_tokenizer
 
 CHANNEL_KERNELS = ("tokenizer.projection.weight", "tokenizer.entry.weight")  # linear, convolutional
 NAMES_AND_SHAPES = {"blocks", "tokenizer", "learned_positions", "register_tokens"}  # of weights depend on these
@@ -49,7 +49,28 @@ def adapt_encoder(
     Parts that only the destination has keep their weights.
     Raises `UserError`, with all reasons, when the encoder cannot be used there.
     """
-    keeps_tokenizer = card.adaptive == destination.adaptive and any(name.startswith("tokenizer.") for name in tensors)
+    keeps_tokenizer = card.adaptive == destination.adaptive and has_tokenizer(tensors)
+    if refused := _reasons_against(card, destination, keeps_tokenizer=keeps_tokenizer):
+        raise UserError("; ".join(refused))
+    notes = _differences(card, destination, learned_positions="position_table.values" in tensors)
+    adapted = dict(tensors)
+    if card.adaptive != destination.adaptive:
+        adapted = without_tokenizer(tensors)
+        way = "takes one contrast at a time" if card.adaptive else "stacks all contrasts"
+        notes.append(f"Tokenizer: the pre-trained one {way}, this network does not, so it starts with a new one.")
+    elif keeps_tokenizer and card.channel_names != destination.channel_names:
+        match = _match_modality_vectors if card.adaptive else _match_channels
+        changed, note = match(tensors, card.channel_names, destination.channel_names)
+        adapted |= changed
+        notes.append(
+            f"Tokenizer: made for {', '.join(card.channel_names)}, "
+            f"used for {', '.join(destination.channel_names)}{note}."
+        )
+    return adapted, notes
+
+
+def _reasons_against(card: Card, destination: Destination, *, keeps_tokenizer: bool) -> list[str]:
+    """Return why an encoder cannot be used there, one clause each."""
     # cards of earlier versions leave out the defaults
     compared = (card.network.keys() | NAMES_AND_SHAPES) - (set() if keeps_tokenizer else {"tokenizer"})
     refused = [
@@ -67,14 +88,15 @@ def adapt_encoder(
         refused.append(f"intensities normalised by {', '.join(sorted(there))} there, {', '.join(sorted(here))} here")
     if card.adaptive and destination.adaptive and card.modality_vectors != destination.modality_vectors:
         refused.append(f"modality vectors {card.modality_vectors} there, {destination.modality_vectors} here")
-    if refused:
-        raise UserError("; ".join(refused))
+    return refused
 
-    learned = "position_table.values" in tensors
+
+def _differences(card: Card, destination: Destination, *, learned_positions: bool) -> list[str]:
+    """Return a sentence for each difference in the data that the weights can bear."""
     notes = [
         f"{name} {getattr(card, key)} there, {getattr(destination, key)} here{consequence}."
         for key, name, consequence in (
-            ("patch_size", "Patch", f": positions are {'interpolated to' if learned else 'rebuilt for'} it"),
+            ("patch_size", "Patch", f": positions are {'interpolated to' if learned_positions else 'rebuilt for'} it"),
             ("spacing", "Spacing (mm)", ": a token has another length"),
         )
         if getattr(card, key) not in ([], getattr(destination, key))
@@ -82,22 +104,10 @@ def adapt_encoder(
     if card.transpose_forward not in ([], destination.transpose_forward):
         axes = [axis_names(order) for order in (card.transpose_forward, destination.transpose_forward)]
         notes.append(f"Axes of the files {axes[0]} there, {axes[1]} here: the encoder sees them from another side.")
+    there, here = set(card.normalization), set(destination.normalization)
     if there != here:
         notes.append(f"Intensities were normalised by {', '.join(sorted(there))}, here by {', '.join(sorted(here))}.")
-    adapted = dict(tensors)
-    if card.adaptive != destination.adaptive:
-        adapted = {name: tensor for name, tensor in tensors.items() if not name.startswith("tokenizer.")}
-        way = "takes one contrast at a time" if card.adaptive else "stacks all contrasts"
-        notes.append(f"Tokenizer: the pre-trained one {way}, this network does not, so it starts with a new one.")
-    elif keeps_tokenizer and card.channel_names != destination.channel_names:
-        match = _match_modality_vectors if card.adaptive else _match_channels
-        changed, note = match(tensors, card.channel_names, destination.channel_names)
-        adapted |= changed
-        notes.append(
-            f"Tokenizer: made for {', '.join(card.channel_names)}, "
-            f"used for {', '.join(destination.channel_names)}{note}."
-        )
-    return adapted, notes
+    return notes
 
 
 def _match_channels(

@@ -25,14 +25,15 @@ from nnunet_vit_mae.networks.adaptive import AdaptiveEncoder
 from nnunet_vit_mae.networks.blueprint import ONE_MM
 from nnunet_vit_mae.networks.build import build_encoder
 from nnunet_vit_mae.networks.encoder import Encoder
-from nnunet_vit_mae.networks.weight_differences import compare_weights
+from nnunet_vit_mae.networks.weight_differences import compare_weights, not_finite
 from nnunet_vit_mae.presets import ENCODER_SETTINGS
 from nnunet_vit_mae.settings import Network, Settings, Triple
-from nnunet_vit_mae.storage.entries import entries_as
+from nnunet_vit_mae.storage.entries import Length, entries_as
 from nnunet_vit_mae.storage.files import short_hash, write_file
 
 CARD_KEY = "mae3d_card"
 HASH = r"[0-9a-f]{16}"  # of a case's name
+TOKENIZER = "tokenizer."  # how the names of its tensors begin
 OPTIONAL = {"network", "source", "notes", "transpose_forward"}  # entries that cards of earlier versions lack
 
 
@@ -49,7 +50,6 @@ def _order_of_axes(order: list[int]) -> list[int]:
 
 
 Voxels = Annotated[int, Field(gt=0, le=10**6)]  # along an axis
-Millimetres = Annotated[FiniteFloat, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 AllAxes = AfterValidator(_known_for_all_axes)
 
@@ -92,10 +92,9 @@ class Card:
     plans: str
     configuration: str
     fold: str
-    # z y x; empty where it is not known, as spacing and normalization may be
-    patch_size: Annotated[list[Voxels], AllAxes]
-    spacing: Annotated[list[Millimetres], AllAxes]  # z y x
-    normalization: list[str]
+    patch_size: Annotated[list[Voxels], AllAxes]  # z y x; empty where it is not known
+    spacing: Annotated[list[Length], AllAxes]  # z y x in mm; empty where it is not known
+    normalization: Annotated[list[str], Field(min_length=1)]  # of each channel
     data_fingerprint: str
     cases_seen: list[str]  # hashes of the names tell whether a case was seen; shared cards have numbers
     epochs: Count
@@ -157,6 +156,16 @@ class Card:
         if not known or not all(re.fullmatch(HASH, case) for case in known):
             return None
         return [name for name in case_names if hashed_name(name) in known]
+
+
+def has_tokenizer(tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether an encoder has its tokenizer, which a conversion may leave out."""
+    return any(name.startswith(TOKENIZER) for name in tensors)
+
+
+def without_tokenizer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the other tensors of an encoder."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(TOKENIZER)}
 
 
 def axis_names(order: Sequence[int]) -> str:
@@ -244,7 +253,7 @@ def load_encoder(file: Path | str) -> PretrainedEncoder:
         torch.Size([5, 96])
     """
     tensors, card = read_encoder(local_file(file))
-    if not any(name.startswith("tokenizer.") for name in tensors):
+    if not has_tokenizer(tensors):
         raise UserError(f"The encoder {file} has no tokenizer ({card.origin}): fine-tune it with mae3d_plan --encoder.")
     spacing = tuple(card.spacing) or ONE_MM  # of a converted encoder it may not be known
     encoder = build_encoder(card.settings, len(card.channel_names), spacing=spacing)
@@ -261,8 +270,8 @@ def check_encoder(tensors: Mapping[str, Tensor], card: Card) -> None:
     with torch.device("meta"):
         encoder = build_encoder(card.settings, len(card.channel_names))
     expected = encoder.state_dict()
-    if not any(name.startswith("tokenizer.") for name in tensors):
-        expected = {name: tensor for name, tensor in expected.items() if not name.startswith("tokenizer.")}
+    if not has_tokenizer(tensors):
+        expected = without_tokenizer(expected)
     found = compare_weights(tensors, expected)
     for reason, names in {
         "it lacks": found.missing,
@@ -274,6 +283,5 @@ def check_encoder(tensors: Mapping[str, Tensor], card: Card) -> None:
     }.items():
         if names:
             raise UserError(f"{reason} {abbreviated(sorted(names))}")
-    damaged = sorted(name for name, tensor in tensors.items() if not tensor.float().isfinite().all())
-    if damaged:
-        raise UserError(f"it has NaN or Inf in {abbreviated(damaged)}")
+    if damaged := not_finite(tensors):
+        raise UserError(f"it has NaN or Inf in {abbreviated(sorted(damaged))}")

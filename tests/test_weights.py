@@ -355,7 +355,7 @@ BAD_ENTRIES = {
         [1.0, float("inf"), 1],
         {"z": 1},
     ],
-    "normalization": ["CTNormalization", [3], None],
+    "normalization": ["CTNormalization", [3], None, []],
     "transpose_forward": [[0, 1], [0, 0, 1], [1, 2, 3], "zyx", None],
     "cases_seen": ["abc", [1], None],
     "epochs": [-1, 1.5, "800", True],

@@ -1,4 +1,4 @@
-"""How saved weights differ from those of a network, by name, shape and type."""
+"""How saved weights differ from those of a network, by name, shape and type, and which of them are not finite."""
 
 from __future__ import annotations
 
@@ -43,3 +43,10 @@ def weights_difference(saved: Mapping[str, Any], network: nn.Module) -> str | No
     if found.unknown:
         return f"{abbreviated(map(str, found.unknown))} {'is' if len(found.unknown) == 1 else 'are'} unknown here"
     return None
+
+
+def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of weights with values that are NaN or infinite, or would be in fp32, as networks have them."""
+    return [
+        name for name, weight in weights.items() if weight.is_floating_point() and not weight.float().isfinite().all()
+    ]

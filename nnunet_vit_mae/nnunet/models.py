@@ -12,6 +12,7 @@ import torch
 
 from nnunet_vit_mae.errors import UserError, abbreviated, did_you_mean
 from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
+from nnunet_vit_mae.networks.weight_differences import not_finite
 from nnunet_vit_mae.nnunet.checked_plans import read_plans
 from nnunet_vit_mae.nnunet.folders import Dataset, find_dataset
 from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade
@@ -60,9 +61,7 @@ class Model:
 def refuse_damaged_weights(model: Model) -> None:
     """Raise `UserError` for a checkpoint that is damaged or holds NaN, which would segment without a complaint."""
     for file in model.files:
-        weights = read_trained(file, mmap=True)["network_weights"]
-        bad = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
-        if bad:
+        if bad := not_finite(read_trained(file, mmap=True)["network_weights"]):
             raise UserError(f"{file} has NaN or Inf in {abbreviated(bad)}: train again, or name another checkpoint.")
 
 

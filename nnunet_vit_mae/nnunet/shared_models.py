@@ -17,9 +17,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from nnunet_vit_mae.calibration.record import CALIBRATION_RECORD
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, abbreviated
 from nnunet_vit_mae.imaging.description import DESCRIPTION
-from nnunet_vit_mae.networks.weight_differences import compare_weights
+from nnunet_vit_mae.networks.weight_differences import compare_weights, not_finite
 from nnunet_vit_mae.nnunet.training_range import FINGERPRINT, TRAINING_VOLUMES
 from nnunet_vit_mae.storage.layout import CARD, PLANS
 
@@ -131,9 +131,8 @@ def refuse_other_weights(weights: Mapping[str, Tensor], expected: Mapping[str, T
             f"{source} does not fit its plans: {name[:80]} is {_described(weights.get(name))}, but "
             f"{_described(expected.get(name))} in the network; train or export the model again."
         )
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(f"{source} has NaN or infinite values in {name}: train the model again.")
+    if bad := not_finite(weights):
+        raise UserError(f"{source} has NaN or infinite values in {abbreviated(bad)}: train the model again.")
 
 
 def _described(tensor: Tensor | None) -> str:

@@ -20,12 +20,12 @@ from nnunet_vit_mae.datasets.split.files import read_split_record
 from nnunet_vit_mae.errors import UserError, WriteError, reading
 from nnunet_vit_mae.imaging.channels import cases_in
 from nnunet_vit_mae.imaging.description import REORIENTING
-from nnunet_vit_mae.imaging.labels import read_mask
+from nnunet_vit_mae.imaging.labels import read_segmentation
 from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.progress import with_progress
-from nnunet_vit_mae.storage.entries import checked_entries, read_entries
+from nnunet_vit_mae.storage.entries import Length, checked_entries, read_entries
 from nnunet_vit_mae.storage.files import file_hash, read_json, short_hash, write_json
 from nnunet_vit_mae.storage.layout import CALIBRATED, CARD, FINAL
 
@@ -35,7 +35,7 @@ FINGERPRINT = "dataset_fingerprint.json"  # nnU-Net's, which it copies into the 
 TRAINING_VOLUMES = "training_volumes.json"  # there too, so that the labels are read only once
 TOLERANCE = 1.01  # of a spacing, because headers are rounded
 
-Spacing = Annotated[list[Annotated[FiniteFloat, Field(gt=0)]], Field(min_length=3, max_length=3)]
+Spacing = Annotated[list[Length], Field(min_length=3, max_length=3)]
 Volumes = Annotated[list[Annotated[FiniteFloat, Field(ge=0)]], Field(min_length=1)]
 
 
@@ -136,7 +136,7 @@ def _has_ignored_voxels(model: Model) -> bool:
 def volumes_in(file: Path, classes: Classes) -> dict[str, float]:
     """Return the volume of each label of a segmentation in mm3."""
     with without_warnings_of_itk():
-        mask, geometry = read_mask(file), read_geometry(file)
+        mask, geometry = read_segmentation(file)
     voxel = float(np.prod(geometry.spacing))
     return {
         label: float(np.isin(mask, values).sum() * voxel)

@@ -41,7 +41,7 @@ EXPECTED = {  # by pydantic's type of error, in the words of this package
 }
 
 Whole = Annotated[int, Field(gt=0, le=10**9)]  # a number of something
-Length = Annotated[FiniteFloat, Field(gt=0)]
+Length = Annotated[FiniteFloat, Field(gt=0)]  # mm
 
 
 def read_entries(kind: type[T] | Any, file: Path, advice: str) -> T:
