@@ -271,6 +271,19 @@ def test_a_damaged_length_takes_no_memory(tmp_path):
     assert kilobytes < 2**18
 
 
+def test_an_image_from_two_archives_is_one(tmp_path):
+    """One has changed a tag, or compresses; other voxels under the same UID are refused as before."""
+    for name in ("pacs", "disc", "packed"):
+        write_slices(tmp_path / name, StationName=name)
+    for file in (tmp_path / "packed").iterdir():
+        dataset = dcmread(file)
+        dataset.compress(RLELossless, encoding_plugin="pydicom", generate_instance_uid=False)
+        dataset.save_as(file)
+    assert_right(read_series(the_series(tmp_path)))
+    write_slices(tmp_path / "other", array=voxels(1))
+    assert "two slices at the same position" in refusal(tmp_path)
+
+
 # ---------- what is not an image is never taken for one
 
 

@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from filecmp import cmp
 from pathlib import Path
 
@@ -80,7 +80,7 @@ class DicomSeries:
 def find_series(folder: Path, *, progress: bool = False) -> tuple[list[DicomSeries], int]:
     """Find the DICOM series in a folder and its subfolders.
 
-    Other files, hidden files, and second copies of a file are ignored. Localizers within a series become a series.
+    Other files, hidden files, and second copies of an image are ignored. Localizers within a series become a series.
 
     Args:
         folder: The root of the tree.
@@ -91,7 +91,7 @@ def find_series(folder: Path, *, progress: bool = False) -> tuple[list[DicomSeri
         files that are gone, that belong to none of them.
     """
     files_of: dict[tuple[object, ...], list[DicomHeader]] = defaultdict(list)
-    originals: dict[tuple[str, ...], Path] = {}
+    originals: dict[tuple[str, ...], DicomHeader] = {}
     damaged: Counter[str | None] = Counter()
     found = visible_below(folder)
     if gone := sum(file.is_symlink() and not file.exists() for file in found):  # slices, perhaps
@@ -110,9 +110,9 @@ def find_series(folder: Path, *, progress: bool = False) -> tuple[list[DicomSeri
             continue
         tags = header.tags
         person = (tags["PatientID"], tags["PatientBirthDate"], tags["PatientSex"])
-        original = originals.setdefault((*person, tags["SOPInstanceUID"] or str(file)), file)
-        if original == file or not cmp(original, file, shallow=False):
-            series = (*person, tags["StudyInstanceUID"], tags["SeriesInstanceUID"])
+        series = (*person, tags["StudyInstanceUID"], tags["SeriesInstanceUID"])
+        original = originals.setdefault((*series, tags["SOPInstanceUID"] or str(file)), header)
+        if original is header or not _is_copy(header, original):
             files_of[*series, header.is_image, header.is_localizer].append(header)
     uids = {files[0].tags["SeriesInstanceUID"] for files in files_of.values()}
     all_series = [DicomSeries(files, files[0].tags["SeriesInstanceUID"] in damaged) for files in files_of.values()]
@@ -289,6 +289,18 @@ def _check_pixels(file: Path) -> None:
     reader.SetFileName(str(file))
     with at_most_more(HEADROOM + 2 * file.stat().st_size):
         reader.ReadImageInformation()
+
+
+def _is_copy(header: DicomHeader, original: DicomHeader) -> bool:
+    """Return whether two files of one UID are one image; an archive may change other tags, or compress it."""
+    if cmp(header.file, original.file, shallow=False):
+        return True
+    if [replace(frame, file=original.file) for frame in header.frames] != list(original.frames):
+        return False
+    try:
+        return np.array_equal(_read_file(header), _read_file(original))
+    except SeriesError:
+        return False
 
 
 def _series_of_damaged(file: Path) -> str | None:
