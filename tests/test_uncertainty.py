@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,8 +21,9 @@ from nnunet_vit_mae.calibration.conformal import (
     fewest_cases,
     volume_interval,
 )
-from nnunet_vit_mae.calibration.expected_dice import fit_expected_dice, soft_dice
+from nnunet_vit_mae.calibration.expected_dice import ExpectedDice, fit_expected_dice, soft_dice
 from nnunet_vit_mae.calibration.temperature import (
+    VoxelSample,
     fit_temperature,
     negative_log_likelihood,
     reliability_of,
@@ -29,7 +31,7 @@ from nnunet_vit_mae.calibration.temperature import (
     temper,
 )
 from nnunet_vit_mae.nnunet.predicted_members import CaseUncertainty
-from nnunet_vit_mae.nnunet.uncertainty import Uncertainty, ValidatedCase
+from nnunet_vit_mae.nnunet.uncertainty import Uncertainty, ValidatedCase, _section
 
 THREE = Classes(("a", "b"), ((1,), (2,)))
 REGIONS = Classes(("left", "upper"), ((1, 3), (2, 3)), painted=(1, 2))
@@ -61,6 +63,37 @@ def test_ends_of_intervals_of_tiny_voxels_are_not_rounded_away():
     # of the residual 10 / (5 + 1), 11 voxels are the unit
     assert columns["volume_low_mm3"] == pytest.approx((200 - 11 * 10 / 6) * voxel, rel=1e-5)
     assert columns["volume_high_mm3"] == pytest.approx((200 + 11 * 10 / 6) * voxel, rel=1e-5)
+
+
+def test_a_new_case_is_compared_with_cases_of_its_own_label_and_folds():
+    """The errors of the labels differ, and fold 1 has not predicted the new case."""
+    estimate = VolumeEstimate(100.0, spread_mm3=4.0, voxel_mm3=1.0)  # a scale of 10
+    rows = [
+        ValidatedCase("case", fold, label, 100.0, 4.0, 1.0, 100.0 + error, dice=None, soft_dice=None)
+        for label, fold, error in (("a", "0", 10.0), ("a", "1", 30.0), ("b", "0", 50.0))
+        for _ in range(9)
+    ]
+    line = ExpectedDice(0.5, 0.2, 9, None, 0.0, 0.0)
+    new = CaseUncertainty("model", {"0": {"a": estimate, "b": estimate}}, {"a": 0.8, "b": None})
+    assert Uncertainty(rows, {"a": line, "b": line}).columns(new, 0.9) == {
+        "a": {"volume_low_mm3": 90, "volume_high_mm3": 110, "expected_dice": 0.6},
+        "b": {"volume_low_mm3": 50, "volume_high_mm3": 150, "expected_dice": None},
+    }
+
+
+def test_the_record_has_a_line_from_soft_to_true_dice_and_the_coverage_of_each_label():
+    rows = [
+        ValidatedCase("case", "0", label, 100.0, 4.0, 1.0, 101.0 + number, dice, 2 * (dice - 0.2))
+        for label in "ab"
+        for number, dice in enumerate(np.linspace(0.3, 0.6, 20 if label == "a" else 8))
+    ]
+    section = _section(rows)
+    for label in "ab":
+        line = section["expected_dice"][label]
+        assert (line["slope"], line["intercept"]) == (pytest.approx(0.5), pytest.approx(0.2))
+    assert section["coverage"]["a"]["all"] == 0.9
+    assert section["coverage"]["b"] == {}  # from eight cases
+    assert [row["reference_mm3"] for row in section["cases"]] == [row.reference_mm3 for row in rows]
 
 
 def covers(others: list[Validated], case: Validated, level: float) -> bool | None:
@@ -155,7 +188,9 @@ def test_the_line_and_the_error_of_cases_that_are_left_out():
 def test_a_score_that_says_nothing_gives_the_mean():
     line = fit_expected_dice([0.1, 0.2, 0.3, 0.4, 0.5], [0.9, 0.8, 0.7, 0.6, 0.5])
     assert (line.slope, line.intercept, line.rank_correlation) == (0, pytest.approx(0.7), pytest.approx(-1))
-    assert fit_expected_dice([0.5] * 5, [0.9] * 5).rank_correlation is None
+    for soft, true in (([0.5] * 5, [0.9] * 5), ([0.5] * 5, [0.1, 0.2, 0.3, 0.4, 0.5])):
+        assert fit_expected_dice(soft, true).rank_correlation is None
+        assert fit_expected_dice(true, soft).rank_correlation is None
     assert fit_expected_dice([0.5] * 4, [0.9] * 4) is None
 
 
@@ -224,6 +259,17 @@ def test_a_part_of_the_voxels_counts_for_all(monkeypatch):
     for value in (0.5, 1.0, 3.0):
         parts = [negative_log_likelihood(part, value, regions=False) for part in (sample, whole)]
         assert parts[0] == pytest.approx(parts[1], rel=0.1)
+
+
+def test_a_voxel_that_stands_for_others_counts_as_all_of_them():
+    sample = sample_voxels(drawn(2.0, THREE, number=1), THREE)
+    times = 1 + np.arange(len(sample.weights)) % 3
+    each = VoxelSample(sample.probabilities.repeat(times, 1), sample.truth.repeat(times, 1), np.ones(times.sum()))
+    some, whole = (
+        reliability_of(part, 1.5, 1, regions=False) for part in (replace(sample, weights=times.astype(float)), each)
+    )
+    for name in ("probability", "frequency", "voxels"):
+        np.testing.assert_allclose(getattr(some, name), getattr(whole, name))
 
 
 def test_no_more_voxels_are_looked_at_for_many_cases_or_small_blocks(monkeypatch):
