@@ -121,6 +121,17 @@ def test_each_frame_has_its_own_scale(tmp_path):
     assert_right(read_series(the_series(tmp_path)), (voxels() * scales - scales).astype(np.float32))
 
 
+def test_the_acquisition_of_an_enhanced_file_is_known(tmp_path):
+    """Its tags are in the groups of the frames; the table of a dataset, and measures by slice thickness, need them."""
+
+    def change(_, shared, __):
+        shared.CTReconstructionSequence = group(ConvolutionKernel="H31s")
+
+    write_frames(tmp_path / "a.dcm", ALL, change)
+    series = the_series(tmp_path)
+    assert (float(series.tag("SliceThickness")), series.tag("ConvolutionKernel")) == (STEP, "H31s")
+
+
 def test_private_groups_of_a_frame_do_not_count(tmp_path):
     """Philips repeats public tags in them, with other meanings."""
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ TRAITS = {  # what tells apart the volumes of one series, in the words of a mess
     "FrameType": "image type",
     "AcquisitionNumber": "acquisition",
 }
+IN_GROUPS = ("SliceThickness", "ConvolutionKernel")  # which enhanced files state in the groups of their frames
 FRAMES, SHARED = "PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"
 READ = [*TEXTS, *GEOMETRY, *TRAITS, FRAMES, SHARED, "SpecificCharacterSet", "SamplesPerPixel", "Rows", "Columns"]
 BINARY = ("FD", "FL", "US", "UL", "SS", "SL")  # value representations that are not text
@@ -144,6 +146,8 @@ def read_header(file: Path) -> DicomHeader | None:
                 return None
             meta = getattr(dataset, "file_meta", Dataset())
             tags = {keyword: _text(dataset, keyword) for keyword in TEXTS}
+            levels = [dataset, *_levels((dataset.get(FRAMES) or ())[:1]), *_levels(dataset.get(SHARED) or ())]
+            tags |= {keyword: _first_text(levels, keyword) for keyword in IN_GROUPS}
             tags["SOPClassUID"] = tags["SOPClassUID"] or _text(meta, "MediaStorageSOPClassUID")
             if tags["SOPClassUID"] == DIRECTORY:
                 return None
@@ -187,16 +191,16 @@ def _frames(file: Path, dataset: Dataset, tags: dict[str, str]) -> tuple[Frame, 
         if not 1 < count <= MOST_FRAMES:
             raise ValueError("no number of frames")
         return tuple(Frame(file, number, None, None, None, None) for number in range(count))
-    shared = [element for item in dataset.get(SHARED) or () for element in _levels(item)]
-    return tuple(_frame(file, number, [*_levels(item), *shared]) for number, item in enumerate(groups))
+    shared = list(_levels(dataset.get(SHARED) or ()))
+    return tuple(_frame(file, number, [*_levels([item]), *shared]) for number, item in enumerate(groups))
 
 
-def _levels(item: Dataset) -> Iterator[Dataset]:
-    """Yield the functional groups of a frame, e.g. the item of PlanePositionSequence, except private ones.
+def _levels(items: Iterable[Dataset]) -> Iterator[Dataset]:
+    """Yield the functional groups of frames, e.g. the item of PlanePositionSequence, except private ones.
 
     Philips repeats public tags in its private sequences, with other meanings.
     """
-    for element in item:
+    for element in chain.from_iterable(items):
         if element.VR == "SQ" and not element.tag.is_private:
             yield from element.value
 
