@@ -15,51 +15,29 @@ IMAGE_ENDINGS = (*NIFTI, ".nrrd", ".mha", ".gipl")  # formats that nnU-Net reads
 
 
 def case_and_channel(stem: str) -> tuple[str, int | None]:
-    """Split a file name without its ending into the case and the channel number.
+    """Split a file name without its ending into the case and the channel number, None if it does not end with one.
 
-    Args:
-        stem: File name without the ending.
-
-    Returns:
-        The case and its channel; the channel is None if the name does not end with four digits.
-
-    Example:
-
-        >>> case_and_channel("head_12_0001")
-        ('head_12', 1)
-        >>> case_and_channel("head_12")
-        ('head_12', None)
+    >>> case_and_channel("head_12_0001"), case_and_channel("head_12")
+    (('head_12', 1), ('head_12', None))
     """
     match = re.fullmatch(r"(.+)_([0-9]{4})", stem, flags=re.DOTALL)
     return (match[1], int(match[2])) if match else (stem, None)
 
 
 def channel_file_name(case: str, channel: int, ending: str) -> str:
-    """Return the file name of one channel of a case.
+    """Return the file name of one channel of a case; the ending has its dot.
 
-    Args:
-        case: Name of the case.
-        channel: Channel number.
-        ending: File ending, with its dot.
-
-    Example:
-
-        >>> channel_file_name("head_12", 1, ".nii.gz")
-        'head_12_0001.nii.gz'
+    >>> channel_file_name("head_12", 1, ".nii.gz")
+    'head_12_0001.nii.gz'
     """
     return f"{case}_{channel:04d}{ending}"
 
 
 def without_ending(name: str, endings: Sequence[str]) -> str:
-    """Remove the ending of an image from a file name, regardless of case; other names stay unchanged.
+    """Remove one of these endings from a file name, in capitals or not; the longer endings come first.
 
-    Args:
-        name: A file name.
-        endings: Possible endings, longer ones first.
-
-    Example:
-        >>> without_ending("head.NII.GZ", (".nii.gz", ".nii"))
-        'head'
+    >>> without_ending("head.NII.GZ", (".nii.gz", ".nii"))
+    'head'
     """
     return re.sub(rf"({'|'.join(map(re.escape, endings))})$", "", name, flags=re.IGNORECASE)
 
@@ -73,7 +51,7 @@ def visible_files(folder: Path) -> list[Path]:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder is one that people do not see: ._case.nii.gz and __MACOSX are left by macOS."""
+    """Return whether people do not see a file or folder; macOS leaves ._case.nii.gz and __MACOSX behind."""
     return name.startswith(".") or name == "__MACOSX"
 
 
@@ -105,14 +83,9 @@ def visible_below(folder: Path) -> list[Path]:
 
 
 def channels_by_case(folder: Path, ending: str) -> tuple[dict[str, dict[int, Path]], list[Path]]:
-    """Find the images of a folder.
+    """Return the images of a folder by case and channel number, both sorted, and the files whose name has no number.
 
-    Args:
-        folder: The folder, which need not exist.
-        ending: File ending of the images.
-
-    Returns:
-        The files by case and channel number, both sorted, and the files whose name has no channel number.
+    The folder need not exist.
     """
     cases: dict[str, dict[int, Path]] = defaultdict(dict)
     misnamed = []
@@ -126,28 +99,18 @@ def channels_by_case(folder: Path, ending: str) -> tuple[dict[str, dict[int, Pat
 
 
 def cases_in(folder: Path, ending: str) -> dict[str, Path]:
-    """Find the files of a folder by their name without the ending, which is the case if they are labels.
+    """Return the files of a folder, sorted, by their name without the ending, which is the case if they are labels.
 
-    Args:
-        folder: The folder, which need not exist.
-        ending: File ending of the images.
-
-    Returns:
-        The files by name, sorted.
+    The folder need not exist.
     """
     files = visible_files(folder) if folder.is_dir() else []
     return {file.name.removesuffix(ending): file for file in files if file.name.endswith(ending)}
 
 
 def ending_in(folder: Path, flag: str) -> str:
-    """Return the file ending of the images in a folder.
+    """Return the file ending of the images in a folder, which the user has named with a flag.
 
-    Args:
-        folder: The folder to search.
-        flag: The command-line flag that named it, for the error message.
-
-    Raises:
-        UserError: If the folder is missing, has no images, or has images of several formats.
+    Raises `UserError` if the folder is missing, has no images, or has images of several formats.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: check {flag}.")

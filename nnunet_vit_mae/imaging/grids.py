@@ -49,8 +49,7 @@ def turned_onto(image: sitk.Image, like: sitk.Image) -> sitk.Image | None:
 def turned_geometry(geometry: Geometry, like: Geometry) -> Geometry:
     """Return the geometry that `turned_like` returns, without the voxels."""
     order, flipped = _axes_along(geometry, like)
-    directions = _directions(geometry)
-    origin = np.array(geometry.origin)
+    directions, origin = geometry.directions, np.array(geometry.origin)
     for axis in range(3):
         if flipped[axis]:
             old = order[axis]
@@ -68,19 +67,15 @@ def distance_mm(geometry: Geometry, other: Geometry) -> float:
     """Return how far apart the voxels of two geometries lie at most; they have the same size."""
     corners = np.array(list(product(*((0, side - 1) for side in geometry.size))))
     places = [
-        np.array(each.origin) + corners * np.array(each.spacing) @ _directions(each).T for each in (geometry, other)
+        np.array(each.origin) + corners * np.array(each.spacing) @ each.directions.T for each in (geometry, other)
     ]
     return float(np.linalg.norm(places[0] - places[1], axis=1).max())
 
 
 def _axes_along(geometry: Geometry, like: Geometry) -> tuple[tuple[int, ...], tuple[bool, ...]]:
     """Return, for each axis of `like` (x y z), the axis of a geometry that is closest to it, and if it is opposite."""
-    cosines = _directions(like).T @ _directions(geometry)
+    cosines = like.directions.T @ geometry.directions
     order = np.abs(cosines).argmax(axis=1)
     if len(set(order.tolist())) < 3:  # halfway between two axes
         order = np.arange(3)
     return tuple(order.tolist()), tuple(bool(cosines[axis, old] < 0) for axis, old in enumerate(order))
-
-
-def _directions(geometry: Geometry) -> np.ndarray:
-    return np.array(geometry.direction).reshape(3, 3)

@@ -34,14 +34,7 @@ class Labels:
 
 
 def read_labels(file: Path) -> Labels:
-    """Read the labels from a `dataset.json`.
-
-    Args:
-        file: The `dataset.json`.
-
-    Raises:
-        UserError: If the file lists no labels in nnU-Net's format.
-    """
+    """Read the labels from a `dataset.json`. Raises `UserError` if it lists none in nnU-Net's format."""
     values = dict(read_description(file).needed("labels"))
     ignore = values.pop(IGNORE, (None,))[0]
     return Labels({name: numbers for name, numbers in values.items() if set(numbers) != {0}}, ignore)
@@ -50,9 +43,8 @@ def read_labels(file: Path) -> Labels:
 def whole_numbers(array: np.ndarray) -> bool:
     """Return whether all voxels are integers, whatever the data type; NaN and Inf are not.
 
-    Example:
-        >>> whole_numbers(np.array([0.0, 2.0])), whole_numbers(np.array([0.5]))
-        (True, False)
+    >>> whole_numbers(np.array([0.0, 2.0])), whole_numbers(np.array([0.5]))
+    (True, False)
     """
     # plane by plane, because a volume of comparisons takes as much memory as the volume
     return array.dtype.kind in "iub" or all(
@@ -82,16 +74,9 @@ def as_labels(array: np.ndarray, file: Path) -> np.ndarray:
 
 
 def read_mask(file: Path) -> np.ndarray:
-    """Read a segmentation.
+    """Read a segmentation (z y x, of an integer type).
 
-    Args:
-        file: An image of labels.
-
-    Returns:
-        Labels (z y x), of an integer type.
-
-    Raises:
-        UserError: If the file cannot be read, is cut off, or holds numbers that are not integers.
+    Raises `UserError` if the file cannot be read, is cut off, or holds numbers that are not integers.
     """
     return read_segmentation(file)[0]
 

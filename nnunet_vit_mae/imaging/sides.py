@@ -37,7 +37,7 @@ def is_right_handed(geometry: Geometry) -> bool:
 
     The voxels of a left-handed image (LAS) look like the mirror image of the patient.
     """
-    return float(np.linalg.det(np.array(geometry.direction).reshape(3, 3))) > 0
+    return float(np.linalg.det(geometry.directions)) > 0
 
 
 def _words(label: str) -> tuple[str, ...]:

@@ -40,6 +40,11 @@ class Geometry:
     direction: tuple[float, ...]
 
     @property
+    def directions(self) -> np.ndarray:
+        """Return the direction cosines as a matrix (3 3) whose columns are the axes x y z of the voxels."""
+        return np.reshape(self.direction, (3, 3))
+
+    @property
     def axes(self) -> str:
         """Return where the axes x y z of the voxels point to, as letters such as LPS: left, posterior, superior."""
         return str(sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(self.direction))
@@ -88,13 +93,14 @@ def read_geometry(file: Path, name: str | None = None) -> Geometry:
         raise ScanError(f"{name} holds complex numbers, save their magnitude instead")
     if (values := reader.GetNumberOfComponents()) > 1:
         raise ScanError(f"{name} has {values} values in each voxel, such as a colour or a vector, instead of one")
-    axes = np.reshape(reader.GetDirection(), (3, 3))
+    geometry = geometry_of(reader)
+    axes = geometry.directions
     if not np.allclose(axes.T @ axes, np.eye(3), atol=PERPENDICULAR):  # the product of spacings is not the volume then
         raise ScanError(f"{name} has axes that are not perpendicular, as with a tilted gantry: resample it first")
     is_nifti, is_gipl = (file.name.lower().endswith(ending) for ending in (NIFTI, GIPL))
     if (is_nifti and _is_cut_off(file)) or (is_gipl and _is_short(file, reader)):
         raise ScanError(f"{name} {CUT_OFF}")
-    return Geometry(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
+    return geometry
 
 
 def read_volume(file: Path) -> tuple[np.ndarray, Geometry]:
@@ -193,8 +199,8 @@ def refuse_unusable(files: Sequence[Path], geometry: Geometry) -> None:
             raise ScanError(f"{file.name} {NOT_FINITE}")
 
 
-def geometry_of(image: sitk.Image) -> Geometry:
-    """Return the geometry of an image in memory."""
+def geometry_of(image: sitk.Image | sitk.ImageFileReader) -> Geometry:
+    """Return the geometry of an image in memory, or of one whose header has been read."""
     return Geometry(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
 
 
