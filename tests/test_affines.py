@@ -160,7 +160,9 @@ def test_structures_keep_their_size_in_mm_when_they_are_turned():
     assert (turned > 0.25).any(dim=1).sum() <= 2
 
 
-def test_a_larger_factor_makes_structures_larger():
+def test_a_larger_factor_makes_structures_larger(always):
+    drawn = AffineDrawing(rotation=0.0, scaling=(2.0, 2.0), spacing=SPACING).draw(np.random.default_rng(0))
+    assert np.allclose(drawn, np.eye(3) / 2)  # from half as far from the centre
     volume = torch.zeros(1, 1, 16, 16, 16)
     volume[..., 6:10, 6:10, 6:10] = 1
     assert moved(volume, IDENTITY[None] / 2).sum() == pytest.approx(8**3, rel=0.05)

@@ -26,6 +26,7 @@ from nnunet_vit_mae.evaluation.summary import Measurements, paired_tests, summar
 from nnunet_vit_mae.imaging.grids import distance_mm, turned_like
 from nnunet_vit_mae.imaging.labels import as_labels, read_mask
 from nnunet_vit_mae.imaging.volumes import geometry_of
+from nnunet_vit_mae.statistics import mean_interval
 from nnunet_vit_mae.storage.files import locked
 
 pytestmark = pytest.mark.usefixtures("no_garbage_of_imports")
@@ -525,6 +526,16 @@ def test_agreement_by_hand():
     found = summarise(table_of({"a": [1.0, 3.0, 5.0]}), ["a"], ["blob"], EvaluationOptions(resamples=10)).agreements[0]
     assert (found.n, found.bias) == (3, 3)
     assert (found.lower, found.upper) == (pytest.approx(3 - 1.96 * 2), pytest.approx(3 + 1.96 * 2))
+
+
+@pytest.mark.parametrize("patients", [None, [*"AABBBC"]])
+def test_the_interval_of_a_mean_is_the_chosen_one(patients):
+    values, chosen = [0.1, 0.5, 0.6, 0.9, 0.3, 0.8], {"resamples": 60, "confidence": 0.6, "seed": 3}
+    table = table_of({"a": values}) if patients is None else table_of({"a": values}).assign(patient=patients)
+    means = summarise(table, ["a"], ["blob"], EvaluationOptions(**chosen)).means
+    assert {(mean.low, mean.high) for mean in means if mean.measure == "dice"} == {
+        mean_interval(values, groups=patients, **chosen)
+    }
 
 
 def test_one_case_has_means_and_no_more(tmp_path):

@@ -1,20 +1,26 @@
-"""The learning rate over the schedule and over the layers of a real segmenter."""
+"""The learning rate over the schedule and over the layers of a real segmenter, and a step of fine-tuning."""
 
 import math
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import small_unet
 from hypothesis import given
 from hypothesis import strategies as st
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
+from torch.nn import functional
 
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
+from nnunet_vit_mae.nnunet.adamw import AdamWTrainer
+from nnunet_vit_mae.nnunet.trainers import nnUNetTrainerViTScratch
 from nnunet_vit_mae.optimisation import WarmupCosine, parameter_groups, set_learning_rate, warmup_cosine
 from nnunet_vit_mae.presets import DECODERS, SIZES
-from nnunet_vit_mae.settings import Network, Pretraining
+from nnunet_vit_mae.settings import Network, Pretraining, Settings
 
 DEPTH = SIZES["XS"].depth
 DECAY = 0.7
@@ -316,3 +322,42 @@ def test_an_epochs_rates_do_not_depend_on_those_before(epochs, freeze_epochs):
     fresh.step(epochs[-1])
     assert rates(late.optimizer) == rates(fresh.optimizer)
     assert (rates(late.optimizer)[1] == 0) == (epochs[-1] < freeze_epochs)
+
+
+# ---------- a step of fine-tuning
+
+
+def test_a_step_clips_the_gradients_of_all_that_moves_and_of_nothing_else():
+    """Those of a frozen encoder would leave less for the rest."""
+    encoder, head = nn.Linear(4, 3), nn.Linear(3, 2)
+    groups = [{"params": [*part.parameters()], "lr": rate} for part, rate in ((encoder, 0.0), (head, 1e-9))]
+    trainer = SimpleNamespace(
+        settings=Settings.from_dict({"finetuning": {"gradient_clip": 0.01}}),
+        optimizer=torch.optim.SGD(groups),
+        lr_scheduler=SimpleNamespace(step=lambda *_: None),
+        current_epoch=0,
+        steps_done=0,
+        augment=None,
+        norms=[],
+        loss=functional.mse_loss,
+        logits=lambda volume: head(encoder(volume)),
+        _on_device=lambda part: part,
+    )
+    AdamWTrainer.take_step(trainer, {"data": 100 * torch.ones(5, 4), "target": torch.zeros(5, 2)})
+    frozen, moving = (torch.cat([p.grad.flatten() for p in part.parameters()]).norm() for part in (encoder, head))
+    assert moving.item() == pytest.approx(0.01, rel=1e-3)
+    assert frozen > 1
+    assert trainer.norms[0] > 1
+
+
+@pytest.mark.parametrize("supervised", [True, False])
+@pytest.mark.parametrize(("loss", "weight"), [("dice", 0), ("dice_ce", 1)])
+def test_a_loss_of_dice_alone_has_no_cross_entropy(monkeypatch, supervised, loss, weight):
+    whole = nn.Module()
+    whole.weight_ce = 1
+    built = DeepSupervisionWrapper(whole, [1.0]) if supervised else whole
+    monkeypatch.setattr(nnUNetTrainer, "_build_loss", lambda _: built)
+    trainer = object.__new__(nnUNetTrainerViTScratch)
+    trainer.settings = Settings.from_dict({"finetuning": {"loss": loss}})
+    assert trainer._build_loss() is built
+    assert whole.weight_ce == weight

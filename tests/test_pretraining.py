@@ -28,6 +28,7 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.autoencoder import reconstruction_loss
 from nnunet_vit_mae.networks.build import build_autoencoder
 from nnunet_vit_mae.networks.masking import Masking
+from nnunet_vit_mae.optimisation import warmup_cosine
 from nnunet_vit_mae.pretraining import crops as module
 from nnunet_vit_mae.pretraining import loss as step
 from nnunet_vit_mae.pretraining import readers
@@ -540,6 +541,29 @@ def test_the_log_has_the_gradient_norm(make_job, tmp_path):
     assert all(0 < float(mean) <= float(most) for mean, most in norms)
     rows = read_rows(tmp_path / "out" / "metrics.csv")
     assert [(f"{float(r['gradient_norms']):.3g}", f"{float(r['gradient_norms_max']):.3g}") for r in rows] == norms
+
+
+def test_the_optimiser_is_that_of_masked_autoencoders(make_job, tmp_path, monkeypatch):
+    """Betas of He et al. 2022, and a rate that warms up and falls step by step: here four epochs of three steps."""
+    monkeypatch.setattr(loop.RunReport, "draw", lambda *_: None)
+    job = make_job(warmup=0.5)
+    loop.run(job, tmp_path, device=CPU, resume=False)
+    groups = torch.load(tmp_path / "state.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert {group["betas"] for group in groups} == {(0.9, 0.95)}
+    assert {group["weight_decay"] for group in groups} == {0.0, job.protocol.weight_decay}
+    rates = [float(row["lrs"]) for row in read_rows(tmp_path / "metrics.csv")]
+    assert rates == pytest.approx([job.protocol.lr * warmup_cosine(3 * epoch / 13, 0.5) for epoch in (1, 2, 3, 4)])
+    assert [group["lr"] for group in groups] == pytest.approx([rates[-1]] * len(groups))
+
+
+def test_a_step_clips_gradients_to_the_norm_of_the_protocol(make_job):
+    job = make_job(gradient_clip=0.01)
+    network = step.PretrainingLoss(build_autoencoder(NETWORK, 2, job.protocol))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+    _, norm = loop._step(job, 0, network, optimizer, job.crops()[[0]].samples(CPU))
+    left = torch.stack([parameter.grad.norm() for parameter in network.parameters()]).norm()
+    assert norm > 0.1
+    assert left.item() == pytest.approx(0.01, rel=1e-3)
 
 
 def test_trackers_get_the_numbers_and_the_pictures(make_job, tmp_path):

@@ -316,6 +316,9 @@ def test_agreement_is_labelled_in_mm3():
     upper, bias, lower = words.format_values("difference_mm3", entry.upper, entry.bias, entry.lower)
     assert {f"+1.96 SD\n{upper}", f"bias\n{bias}", f"{words.MINUS}1.96 SD\n{lower}"} <= set(texts(figure))
     panels = figure.axes
+    for axes, (reference, predicted) in zip(panels, evaluation.volumes_of(LABELS[0]).values(), strict=True):
+        points = axes.collections[0].get_offsets()
+        assert np.allclose(points, np.stack([(reference + predicted) / 2, predicted - reference], axis=1))
     assert len({axes.get_ylim() for axes in panels}) == len({axes.get_xlim() for axes in panels}) == 1
 
 
