@@ -59,7 +59,7 @@ def prediction(plan: Plan, windows: int, device: torch.device, name: str) -> Cal
     trainer = TRAINERS[name]
     configuration = plan.configuration
     network = trainer.build_network_architecture(
-        plan.plans, configuration, len(plan.channel_names), plan.classes, enable_deep_supervision=False
+        plan.plans, configuration, len(plan.channel_names), plan.outputs, enable_deep_supervision=False
     )
     predictor = nnUNetPredictor(device=device, perform_everything_on_device=device.type == "cuda", allow_tqdm=False)
     weights = [network.state_dict()]

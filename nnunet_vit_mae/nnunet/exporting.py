@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from nnunet_vit_mae.nnunet.shared_models import (
     weights_member,
 )
 from nnunet_vit_mae.nnunet.training_range import (
-    FINGERPRINT,
     TRAINING_VOLUMES,
     Fingerprint,
     fingerprint_file,
@@ -34,7 +34,7 @@ from nnunet_vit_mae.nnunet.untrained import expected_tensors
 from nnunet_vit_mae.storage.archives import json_content, write_archive
 from nnunet_vit_mae.storage.entries import checked_entries, read_entries
 from nnunet_vit_mae.storage.files import without_paths
-from nnunet_vit_mae.storage.layout import CALIBRATED, CARD, PLANS
+from nnunet_vit_mae.storage.layout import CALIBRATED, CARD, FINGERPRINT, PLANS
 from nnunet_vit_mae.storage.pickles import read_trained
 
 RENAME = "train the model with a name of letters, digits and underscores"
@@ -57,16 +57,9 @@ def export_model(models: Sequence[Model], file: Path, *, case_names: bool) -> li
     if file.exists():
         raise UserError(f"{file} already exists: give a new file with -o, or remove it.")
     texts, notes = _texts(models, case_names=case_names)
-    members = ((name, json_content(without_paths(content))) for name, content in texts.items())
-    write_archive(_chain(members, models), file)
+    members = [(name, json_content(without_paths(content))) for name, content in texts.items()]
+    write_archive(chain(members, *map(_checkpoint_members, models)), file)
     return notes
-
-
-def _chain(texts: Iterator[tuple[str, bytes]], models: Sequence[Model]) -> Iterator[tuple[str, bytes]]:
-    yield from texts
-    for model in models:
-        for fold, file in zip(model.folds, model.files, strict=True):
-            yield from _checkpoint_members(model, fold, file)
 
 
 def _texts(models: Sequence[Model], *, case_names: bool) -> tuple[dict[str, Any], list[str]]:
@@ -115,36 +108,38 @@ def _card(models: Sequence[Model]) -> dict[str, Any]:
 
 def _numbered(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a calibration record with numbers in place of the names of its cases."""
-    rows = checked_entries(
-        list[dict[str, Any]], record.get("cases", []), CALIBRATION_RECORD, "calibrate the model again"
-    )
+
+    def rows_of(section: Mapping[str, Any]) -> list[dict[str, Any]]:
+        advice = "calibrate the model again"
+        return checked_entries(list[dict[str, Any]], section.get("cases", []), CALIBRATION_RECORD, advice)
+
+    rows = rows_of(record)
     numbers = {name: f"case_{number}" for number, name in enumerate(dict.fromkeys(row.get("case") for row in rows), 1)}
     numbered = {**record, "cases": [{**row, "case": numbers[row.get("case")]} for row in rows]}
     if isinstance(section := record.get(UNCERTAINTY), dict):
-        of_section = checked_entries(
-            list[dict[str, Any]], section.get("cases", []), CALIBRATION_RECORD, "calibrate the model again"
-        )
         # a case that the threshold was not fitted to has no number, and no name either
-        cases = [{**row, "case": numbers.get(row.get("case"), "case")} for row in of_section]
+        cases = [{**row, "case": numbers.get(row.get("case"), "case")} for row in rows_of(section)]
         numbered[UNCERTAINTY] = {**section, "cases": cases}
     return numbered
 
 
-def _checkpoint_members(model: Model, fold: str, file: Path) -> Iterator[tuple[str, bytes]]:
-    """Return the weights of a checkpoint and the rest of it, after a check of both."""
-    checkpoint = read_trained(file)
-    weights, axes = checkpoint["network_weights"], checkpoint.get("inference_allowed_mirroring_axes")
-    refuse_other_weights(weights, expected_tensors(model.plan, model.trainer, str(model.folder)), str(file))
-    content, shared = weights_content(weights)
-    rest = {
-        "trainer_name": model.trainer,
-        "configuration": model.plan.name,
-        "fold": fold,
-        "inference_allowed_mirroring_axes": None if axes is None else [int(axis) for axis in axes],
-        "shared": shared,
-    }
-    checked_entries(CheckpointEntries, rest, str(file), "train the model again")
-    if checkpoint.get("trainer_name") != model.trainer:
-        raise UserError(f"{file} was trained by {checkpoint.get('trainer_name')}: check -tr.")
-    yield rest_member(fold, file.name), json_content(rest)
-    yield weights_member(fold, file.name), content
+def _checkpoint_members(model: Model) -> Iterator[tuple[str, bytes]]:
+    """Yield the rest of each checkpoint and its weights, after a check of both."""
+    expected = expected_tensors(model.plan, model.trainer, str(model.folder))
+    for fold, file in zip(model.folds, model.files, strict=True):
+        checkpoint = read_trained(file)
+        weights, axes = checkpoint["network_weights"], checkpoint.get("inference_allowed_mirroring_axes")
+        refuse_other_weights(weights, expected, str(file))
+        content, shared = weights_content(weights)
+        rest = {
+            "trainer_name": model.trainer,
+            "configuration": model.plan.name,
+            "fold": fold,
+            "inference_allowed_mirroring_axes": None if axes is None else [int(axis) for axis in axes],
+            "shared": shared,
+        }
+        checked_entries(CheckpointEntries, rest, str(file), "train the model again")
+        if checkpoint.get("trainer_name") != model.trainer:
+            raise UserError(f"{file} was trained by {checkpoint.get('trainer_name')}: check -tr.")
+        yield rest_member(fold, file.name), json_content(rest)
+        yield weights_member(fold, file.name), content

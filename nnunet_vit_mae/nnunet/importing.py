@@ -32,12 +32,12 @@ from nnunet_vit_mae.nnunet.shared_models import (
     rest_member,
     weights_member,
 )
-from nnunet_vit_mae.nnunet.training_range import FINGERPRINT, TRAINING_VOLUMES, Fingerprint, Volumes
+from nnunet_vit_mae.nnunet.training_range import TRAINING_VOLUMES, Fingerprint, Volumes
 from nnunet_vit_mae.nnunet.untrained import expected_tensors
 from nnunet_vit_mae.storage.archives import Archive, open_archive
 from nnunet_vit_mae.storage.entries import checked_entries
 from nnunet_vit_mae.storage.files import file_hash, inside, locked, replacing, set_aside, write_json
-from nnunet_vit_mae.storage.layout import CALIBRATED, CARD, PLANS
+from nnunet_vit_mae.storage.layout import CALIBRATED, CARD, FINGERPRINT, PLANS
 
 ADVICE = "export the model again"
 

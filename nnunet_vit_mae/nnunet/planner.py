@@ -140,11 +140,11 @@ def _starting_from(source: Plan, settings: Settings, start: Start) -> tuple[Sett
 
 def _estimator(source: Plan, settings: Settings) -> Callable[[Settings], Memory]:
     """Return a function that estimates the memory of a step; each network and batch is rehearsed once."""
-    patch, channels, classes = source.patch_size, len(source.channel_names), source.classes
+    patch, channels = source.patch_size, len(source.channel_names)
 
     @cache
     def finetuning(network: Network, batch: int) -> int:
-        return finetuning_memory(network, patch, channels, classes, batch, unet=partial(build_unet, source))
+        return finetuning_memory(network, patch, channels, source.outputs, batch, unet=partial(build_unet, source))
 
     @cache
     def pretraining(network: Network, batch: int) -> int:

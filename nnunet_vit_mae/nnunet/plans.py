@@ -52,7 +52,7 @@ class Plan:
         return BLOCK in self.configuration.configuration
 
     @property
-    def classes(self) -> int:
+    def outputs(self) -> int:
         """Return the outputs of the network per voxel."""
         return self.plans.get_label_manager(self.dataset_json).num_segmentation_heads
 
@@ -219,6 +219,6 @@ def build_unet(plan: Plan) -> nn.Module:
         configuration.network_arch_init_kwargs,
         configuration.network_arch_init_kwargs_req_import,
         len(plan.channel_names),
-        plan.classes,
+        plan.outputs,
         deep_supervision=True,
     )

@@ -24,7 +24,6 @@ from nnunet_vit_mae.storage.files import file_hash, inside, write_json
 from nnunet_vit_mae.storage.layout import CHECKPOINT_NOTE, FINAL, VALIDATION
 
 NOTE = "predicted.json"  # in the folder of predictions
-FOLDER = "calibration"  # in the model's folder, for probabilities that nnU-Net has not saved
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,11 @@ class PredictedCase:
     fold: str | None  # of which it is a validation case; None in a development set
     probabilities: Path
     reference: Path
+
+
+def calibration_folder(model: Model, fold: str | None) -> Path:
+    """Return the folder in a model's for predictions that nnU-Net has not saved, by one fold or by all together."""
+    return model.folder / ("calibration" if fold is None else f"calibration_fold_{fold}")
 
 
 def validation_cases(model: Model, device: str) -> list[PredictedCase]:
@@ -105,7 +109,7 @@ def _predicted_cases(
     model: Model, images: Path, references: Path, names: Sequence[str], device: str
 ) -> list[PredictedCase]:
     references_of = {name: find_reference(model.plan, name, references) for name in names}
-    predictions = _predict(model, images, names, FOLDER, device)
+    predictions = _predict(model, images, names, calibration_folder(model, None), device)
     return [PredictedCase(name, None, predictions / f"{name}.npz", file) for name, file in references_of.items()]
 
 
@@ -117,8 +121,8 @@ def _validation_cases_of(model: Model, fold: str, device: str) -> list[Predicted
     probabilities = fold_folder / VALIDATION  # where nnUNetv2_train --npz saves them
     are_saved = model.checkpoint == FINAL and _is_of_final(probabilities / CHECKPOINT_NOTE, fold_folder / FINAL)
     if not are_saved or not _complete(probabilities, names, fold_folder / model.checkpoint):
-        model = replace(model, folds=(fold,))
-        probabilities = _predict(model, plan.dataset.raw / "imagesTr", names, f"{FOLDER}_fold_{fold}", device)
+        own, work = replace(model, folds=(fold,)), calibration_folder(model, fold)
+        probabilities = _predict(own, plan.dataset.raw / "imagesTr", names, work, device)
     return [
         PredictedCase(name, fold, inside(probabilities, f"{name}.npz", source=SPLITS), references_of[name])
         for name in names
@@ -156,15 +160,14 @@ def _complete(folder: Path, names: Sequence[str], checkpoint: Path) -> bool:
     return all(file.is_file() and file.stat().st_mtime >= checkpoint.stat().st_mtime for file in files)
 
 
-def _predict(model: Model, images: Path, names: Sequence[str], folder: str, device: str) -> Path:
-    """Predict cases with probabilities, continuing where an earlier call was stopped; returns the folder.
+def _predict(model: Model, images: Path, names: Sequence[str], work: Path, device: str) -> Path:
+    """Predict cases with probabilities in the folder `work`, from where an earlier call was stopped; returns where.
 
     A note says which checkpoints and images the predictions are of; those of others are removed.
     """
     cases = find_prediction_cases(model.plan, images)
     refuse_damaged_weights(model)  # before anything is written
-    work, ending = model.folder / folder, model.plan.dataset_json["file_ending"]
-    predictions, note = work / "predictions", work / NOTE
+    predictions, note, ending = work / "predictions", work / NOTE, model.plan.dataset_json["file_ending"]
     made_of = {"model": model_hash(model), "images": str(images)}
     of_others = not note.is_file() or read_entries(dict[str, str], note, "remove it") != made_of
     for file in [*predictions.glob("*.npz"), *predictions.glob(f"*{ending}")]:

@@ -23,10 +23,10 @@ from nnunet_vit_mae.nnunet.plans import Plan
 from nnunet_vit_mae.processes.guard import guarded
 from nnunet_vit_mae.progress import progress_bar
 from nnunet_vit_mae.storage.files import inside, link, read_json, write_json
+from nnunet_vit_mae.storage.layout import IMAGE_NOTES
 from nnunet_vit_mae.storage.limits import too_many_voxels
 from nnunet_vit_mae.storage.stored_rows import StoredRows
 
-IMAGES = ".images"  # beside segmentations: path, size and time of the images of each
 NO_WORKERS = ("-npp", "0", "-nps", "0")  # nnU-Net then does everything in one process
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ def remove_outdated(plan: Plan, cases: Iterable[PredictionCase], output: Path) -
     of an earlier version, a segmentation that is not older than its images is kept.
     """
     for case in cases:
-        segmentation, note = output / f"{case.name}{plan.dataset_json['file_ending']}", output / IMAGES / case.name
+        segmentation, note = output / f"{case.name}{plan.dataset_json['file_ending']}", output / IMAGE_NOTES / case.name
         images = [[str(image), *_size_and_time(image)] for image in case.images]
         if note.is_file() and read_json(note) == images:
             continue

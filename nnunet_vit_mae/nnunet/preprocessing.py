@@ -23,13 +23,12 @@ from nnunet_vit_mae.pretraining.volumes import open_volume
 from nnunet_vit_mae.processes.workers import run_each
 from nnunet_vit_mae.storage.entries import read_entries
 from nnunet_vit_mae.storage.files import read_json, remove_unfinished, write_file, write_json
+from nnunet_vit_mae.storage.layout import IMAGE_NOTES
 from nnunet_vit_mae.storage.limits import too_many_voxels
 from nnunet_vit_mae.storage.pickles import read_properties
 
 STAMP = "made_with.json"  # what the files in the folder depend on; if it changes, they are made again
 KILLED = "was being preprocessed when its process was killed, most likely because memory ran out: try a smaller -np"
-
-IMAGES = ".images"  # in the folder too: names, sizes and dates of the images that each file was made from
 BEFORE = "shape_after_cropping_and_before_resampling"  # nnU-Net's name among the properties of an image
 FEW_CASES = 5
 RESAMPLING = ("resample_data_or_seg_to_shape", "resample_torch_fornnunet")  # nnU-Net's, to the spacing of the plans
@@ -202,7 +201,7 @@ def _output_file(plan: Plan, case: str) -> Path:
 
 
 def _note_file(plan: Plan, case: str) -> Path:
-    return plan.unlabelled_folder / IMAGES / f"{case}.json"
+    return plan.unlabelled_folder / IMAGE_NOTES / f"{case}.json"
 
 
 def _states(files: list[Path]) -> FileStates:

@@ -20,8 +20,8 @@ from nnunet_vit_mae.calibration.record import CALIBRATION_RECORD
 from nnunet_vit_mae.errors import UserError, abbreviated
 from nnunet_vit_mae.imaging.description import DESCRIPTION
 from nnunet_vit_mae.networks.weight_differences import compare_weights, not_finite
-from nnunet_vit_mae.nnunet.training_range import FINGERPRINT, TRAINING_VOLUMES
-from nnunet_vit_mae.storage.layout import CARD, PLANS
+from nnunet_vit_mae.nnunet.training_range import TRAINING_VOLUMES
+from nnunet_vit_mae.storage.layout import CARD, FINGERPRINT, PLANS
 
 TEXTS = (CARD, PLANS, DESCRIPTION, FINGERPRINT, TRAINING_VOLUMES, CALIBRATION_RECORD)
 WEIGHTS = r"fold_(all|[0-9]{1,3})/checkpoint_[A-Za-z0-9_]{1,40}\.(safetensors|json)"

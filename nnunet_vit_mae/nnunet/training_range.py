@@ -27,12 +27,11 @@ from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.entries import Length, checked_entries, read_entries
 from nnunet_vit_mae.storage.files import file_hash, read_json, short_hash, write_json
-from nnunet_vit_mae.storage.layout import CALIBRATED, CARD, FINAL
+from nnunet_vit_mae.storage.layout import CALIBRATED, CARD, FINAL, FINGERPRINT
 
 logger = logging.getLogger(__name__)
 
-FINGERPRINT = "dataset_fingerprint.json"  # nnU-Net's, which it copies into the model's folder
-TRAINING_VOLUMES = "training_volumes.json"  # there too, so that the labels are read only once
+TRAINING_VOLUMES = "training_volumes.json"  # in the model's folder, so that the labels are read only once
 TOLERANCE = 1.01  # of a spacing, because headers are rounded
 
 Spacing = Annotated[list[Length], Field(min_length=3, max_length=3)]

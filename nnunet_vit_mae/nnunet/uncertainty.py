@@ -40,7 +40,7 @@ from nnunet_vit_mae.imaging.volumes import without_warnings_of_itk
 from nnunet_vit_mae.nnunet.calibrated import read_calibration_of
 from nnunet_vit_mae.nnunet.models import Model
 from nnunet_vit_mae.nnunet.plans import classes_of
-from nnunet_vit_mae.nnunet.predicted_cases import FOLDER, PredictedCase
+from nnunet_vit_mae.nnunet.predicted_cases import PredictedCase, calibration_folder
 from nnunet_vit_mae.nnunet.predicted_members import CaseUncertainty, predict_members, remove_lone_maps
 from nnunet_vit_mae.nnunet.prediction import PredictionCase, find_prediction_cases, remove_outdated
 from nnunet_vit_mae.storage.entries import checked_entries
@@ -126,7 +126,7 @@ def add_uncertainty(model: Model, cases: Sequence[PredictedCase], images: Path, 
     for fold in dict.fromkeys(case.fold for case in cases):
         own = [case for case in cases if case.fold == fold]
         predicting = model if fold is None else replace(model, folds=(fold,))
-        work = model.folder / (FOLDER if fold is None else f"{FOLDER}_fold_{fold}") / "members"
+        work = calibration_folder(model, fold) / "members"
         images_of = [known[case.name] for case in own]
         remove_outdated(model.plan, images_of, work)
         remove_lone_maps(model, work, work / UNCERTAINTY)

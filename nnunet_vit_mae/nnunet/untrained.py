@@ -44,7 +44,7 @@ def untrained_network(plan: Plan, trainer: str, source: str) -> nn.Module:
             configuration.network_arch_init_kwargs_req_import,
         )
     try:
-        return build(*described, len(plan.channel_names), plan.classes, enable_deep_supervision=False)
+        return build(*described, len(plan.channel_names), plan.outputs, enable_deep_supervision=False)
     except Exception as error:  # noqa: BLE001  whatever a stranger's plans make of a network
         raise UserError(
             f"{source} has plans that describe no network ({reader_reason(error)}): export it again."

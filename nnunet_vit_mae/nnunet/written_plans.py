@@ -19,6 +19,7 @@ from nnunet_vit_mae.imaging.description import DESCRIPTION
 from nnunet_vit_mae.nnunet.plans import Plan
 from nnunet_vit_mae.settings import BLOCK, Settings
 from nnunet_vit_mae.storage.files import read_json, write_json
+from nnunet_vit_mae.storage.layout import FINGERPRINT
 
 BY_TORCH = {  # nnU-Net's own function, several times as fast as its default, with the same result but for rounding
     "resampling_fn_probabilities": "resample_torch_fornnunet",
@@ -30,7 +31,7 @@ BY_TORCH = {  # nnU-Net's own function, several times as fast as its default, wi
 }
 OURS = (BLOCK, *BY_TORCH)  # entries of a configuration that plans written here may have of their own
 LINEAR = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}  # what its default does
-NOT_FOR_PLANS = (DESCRIPTION, "dataset_fingerprint.json", SPLITS, SPLIT_RECORD, PATIENTS)  # others in that folder
+NOT_FOR_PLANS = (DESCRIPTION, FINGERPRINT, SPLITS, SPLIT_RECORD, PATIENTS)  # others in that folder
 
 
 def write_plans(source: Plan, name: str, settings: Settings) -> Path:

@@ -10,7 +10,9 @@ FINAL, LATEST, BEST, CALIBRATED = (f"checkpoint_{name}.pth" for name in ("final"
 VALIDATION = "validation"  # in a fold's folder: what nnUNetv2_train predicts at its end, or with --val
 CHECKPOINT_NOTE = "checkpoint.json"  # there: with which checkpoint; stock trainers leave none
 PLANS = "plans.json"  # in a model's folder
+FINGERPRINT = "dataset_fingerprint.json"  # there and with the preprocessed images
 CARD = "card.json"  # there too, if mae3d_import has written it: the labelled cases of that model are at another site
+IMAGE_NOTES = ".images"  # beside files that are made from images: from which each was made
 
 
 def dataset_id(name: str) -> str:
