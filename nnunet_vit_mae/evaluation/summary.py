@@ -227,7 +227,7 @@ def _mean(model: str, label: str, measure: str, columns: Columns, options: Evalu
     return Mean(model, label, measure, mean, low, high, n=len(known), left_out=len(values) - len(known))
 
 
-def _patients(columns: Columns, chosen: np.ndarray) -> np.ndarray | None:
+def _patients(columns: Columns, chosen: Any) -> np.ndarray | None:
     """Return the patients of the chosen cases (a mask); None if each case counts as a patient of its own."""
     return columns["patient"][chosen] if "patient" in columns else None
 

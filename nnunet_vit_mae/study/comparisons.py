@@ -159,7 +159,7 @@ def compare_pair(
         return None
     pairs = means.to_numpy(dtype=float)
     groups = _patients(table, means.index)
-    compared = compare(*pairs.T, groups)
+    compared = compare(*pairs.T, groups=groups)
     low, high = mean_interval(pairs[:, 1] - pairs[:, 0], groups=groups, **OPTIONS.bootstrap)
     by_seed = tuple((values[1][seeds] - values[0][seeds]).mean().tolist())
     return PairedDifference(
@@ -190,11 +190,11 @@ def point_of(table: pd.DataFrame, variant: Variant, few: int, label: str, measur
     return SeriesPoint(float(means.mean()), *interval, tuple(values.mean().tolist()))
 
 
-def _patients(table: pd.DataFrame, cases: pd.Index) -> pd.Series | None:
+def _patients(table: pd.DataFrame, cases: pd.Index) -> np.ndarray | None:
     """Return the patients of cases; None if each case is of another patient."""
     if "patient" not in table:
         return None
-    return table.drop_duplicates("case").set_index("case")["patient"][cases]
+    return table.drop_duplicates("case").set_index("case").loc[cases, "patient"].to_numpy()
 
 
 # ---------- words
