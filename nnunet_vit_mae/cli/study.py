@@ -206,10 +206,10 @@ def _table(file: Path | None) -> str:
 
 def _test_share(args: argparse.Namespace, dataset: Dataset) -> float:
     """Return the share of patients to test on; 0 where the dataset has a test set of its own."""
-    from nnunet_vit_mae.imaging.channels import NIFTI, cases_in, channels_by_case
+    from nnunet_vit_mae.imaging.channels import cases_in, channels_by_case
     from nnunet_vit_mae.imaging.description import DESCRIPTION, read_description
 
-    ending = read_description(dataset.raw / DESCRIPTION).file_ending or NIFTI[0]
+    ending = read_description(dataset.raw / DESCRIPTION).ending
     references = cases_in(dataset.raw / "labelsTs", ending)
     images, _ = channels_by_case(dataset.raw / "imagesTs", ending)
     if references and args.test:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.imaging.channels import NIFTI
 from nnunet_vit_mae.storage.entries import checked_entries
 from nnunet_vit_mae.storage.files import read_json
 
@@ -59,6 +60,11 @@ class Description:
     overwrite_image_reader_writer: str | None = None
     licence: str | None = None
     license: str | None = None
+
+    @property
+    def ending(self) -> str:
+        """Ending of the files of images: that of nnU-Net v1 where the entry is left out, as it did."""
+        return self.file_ending or NIFTI[0]
 
     @property
     def reoriented(self) -> bool:

@@ -26,7 +26,7 @@ from nnunet_vit_mae.datasets.split.splits import (
 )
 from nnunet_vit_mae.datasets.tables import CaseTable, PatientColumns, read_case_table, read_names
 from nnunet_vit_mae.errors import UserError, abbreviated
-from nnunet_vit_mae.imaging.channels import NIFTI, channels_by_case
+from nnunet_vit_mae.imaging.channels import channels_by_case
 from nnunet_vit_mae.imaging.description import read_description
 
 
@@ -54,7 +54,7 @@ def read_cohort(raw: Path, preprocessed: Path, columns: PatientColumns, folder: 
     """
     labels = find_label_files(raw, preprocessed)
     cases = list(labels.files)
-    unlabelled, tested = (_cases_of(raw / folder, labels) for folder in ("imagesUn", "imagesTs"))
+    unlabelled, tested = (_cases_of(raw / images, labels) for images in ("imagesUn", "imagesTs"))
     if columns.file is not None:
         table = read_case_table(columns.file, columns.case, [*cases, *unlabelled, *tested])
         cohort = Cohort(labels, table.patients(columns.patient), table)
@@ -74,8 +74,7 @@ def read_cohort(raw: Path, preprocessed: Path, columns: PatientColumns, folder: 
 
 
 def _cases_of(images: Path, labels: LabelFiles) -> list[str]:
-    ending = read_description(labels.description).file_ending or NIFTI[0]
-    return list(channels_by_case(images, ending)[0])
+    return list(channels_by_case(images, read_description(labels.description).ending)[0])
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from nnunet_vit_mae.datasets.split.splits import Split, SplitOptions, Splits, fo
 from nnunet_vit_mae.errors import UserError, abbreviated, reading
 from nnunet_vit_mae.imaging.channels import (
     IMAGE_ENDINGS,
-    NIFTI,
     cases_in,
     channels_by_case,
     visible_files,
@@ -61,7 +60,7 @@ def find_label_files(raw: Path, preprocessed: Path) -> LabelFiles:
     for folder, labels in ((raw, RAW_LABELS), (preprocessed, PREPROCESSED_LABELS)):
         description = folder / DESCRIPTION
         if description.is_file():
-            ending = read_description(description).file_ending or NIFTI[0]
+            ending = read_description(description).ending
             files = cases_in(folder / labels, ending)
             if others := _labels_with_other_endings(folder / labels, files):
                 raise UserError(
@@ -168,7 +167,7 @@ def collect_test_cases(raw: Path, folder: Path, images: Path, labels: Path) -> i
     names = read_split_record(folder).test
     if not names:
         raise UserError(f"{folder / SPLIT_RECORD} has no test cases: split with mae3d_split --test.")
-    ending = read_description(raw / DESCRIPTION).file_ending or NIFTI[0]
+    ending = read_description(raw / DESCRIPTION).ending
     channels, _ = channels_by_case(raw / "imagesTr", ending)
     references = cases_in(raw / RAW_LABELS, ending)
     for name in names:
