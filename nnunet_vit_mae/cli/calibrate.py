@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,28 +24,7 @@ from nnunet_vit_mae.storage.layout import CALIBRATED, FINAL
 @command("Predictions that are done are kept, and the same command goes on with the others.")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_calibrate`."""
-    parser = parser_for("mae3d_calibrate", __doc__, "-d 501 -f 0", "-d 501 -f 0 1 2 3 4 -tr nnUNetTrainerBaseline")
-    add = parser.add_argument
-    add_model_arguments(parser)
-    add("-chk", dest="checkpoint", default=FINAL, metavar="FILE", help="checkpoint to calibrate")
-    add("--objective", choices=("volume", "dice"), default="volume", help="what to optimise: volume difference or Dice")
-    add("--temperature", action="store_true", help="also fit a temperature, so that probabilities are calibrated")
-    add(
-        "--uncertainty",
-        action="store_true",
-        help="also predict with each fold and mirrored input separately, for mae3d_quantify --uncertainty",
-    )
-    add("-i", dest="images", type=Path, metavar="FOLDER", help="images of a development set, with -l")
-    add(
-        "-l", dest="labels", type=Path, metavar="FOLDER", help="reference segmentations of the development set, with -i"
-    )
-    add(
-        "--allow_training_cases",
-        action="store_true",
-        help="allow cases that the model was trained on; without -i and -l, take all labelled cases but the test cases",
-    )
-    add_device_argument(parser, "cuda")
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     if (args.images is None) != (args.labels is None):
         raise UserError("-i and -l go together: give both the images and the labels of a development set, or neither.")
     if args.uncertainty and args.allow_training_cases:
@@ -86,3 +66,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = [str(file.relative_to(model.folder)) for file in written]
     print(f"Wrote to {model.folder}: {', '.join(names)}.")
     print(f"Predict with {prediction_command(model, CALIBRATED)}.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = parser_for("mae3d_calibrate", __doc__, "-d 501 -f 0", "-d 501 -f 0 1 2 3 4 -tr nnUNetTrainerBaseline")
+    add = parser.add_argument
+    add_model_arguments(parser)
+    add("-chk", dest="checkpoint", default=FINAL, metavar="FILE", help="checkpoint to calibrate")
+    add("--objective", choices=("volume", "dice"), default="volume", help="what to optimise: volume difference or Dice")
+    add("--temperature", action="store_true", help="also fit a temperature, so that probabilities are calibrated")
+    add(
+        "--uncertainty",
+        action="store_true",
+        help="also predict with each fold and mirrored input separately, for mae3d_quantify --uncertainty",
+    )
+    add("-i", dest="images", type=Path, metavar="FOLDER", help="images of a development set, with -l")
+    add(
+        "-l", dest="labels", type=Path, metavar="FOLDER", help="reference segmentations of the development set, with -i"
+    )
+    add(
+        "--allow_training_cases",
+        action="store_true",
+        help="allow cases that the model was trained on; without -i and -l, take all labelled cases but the test cases",
+    )
+    add_device_argument(parser, "cuda")
+    return parser

@@ -5,17 +5,37 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnunet_vit_mae.calibration.record import CALIBRATION_RECORD, CalibrationRecord, read_calibration
 from nnunet_vit_mae.cli.arguments import parser_for, positive_float, positive_int, refuse_not_ascending, whole_number
 from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.evaluation.results import EvaluationOptions
 from nnunet_vit_mae.processes.signals import command
 from nnunet_vit_mae.storage.unfinished import new_folder
+
+if TYPE_CHECKING:
+    from nnunet_vit_mae.evaluation.cases import EvaluationSet
 
 
 @command()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_evaluate`."""
+    args = _parser().parse_args(argv)
+    predictions = _paths_by_name(args.predictions, "-p")
+    records = _paths_by_model(args.calibrations, "--calibration", list(predictions))
+    calibrations = {name: read_calibration(path) for name, path in records.items()}
+    tables = _paths_by_model(args.expected, "--uncertainty", list(predictions))
+    models = _paths_by_model(args.model_folders, "--model_folder", list(predictions))
+    refuse_not_ascending("--cutoffs", args.cutoffs)
+    refuse_not_ascending("--thickness_bins", args.thickness_bins)
+    call = {"predictions": predictions, "calibrations": records, "expected": tables, "model_folders": models}
+    with new_folder(args.output, vars(args) | call):
+        _evaluate(args, predictions, calibrations, tables, models)
+    print(f"Wrote index.html, cases.csv, summary.json and figures to {args.output}.")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = parser_for(
         "mae3d_evaluate", __doc__, "-r labelsTs -p ViT=predictions_vit -p nnU-Net=predictions_unet -o report"
     )
@@ -37,16 +57,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     group = {"type": positive_float, "nargs": "+"}
     add("--cutoffs", **group, metavar="MM3", help="cutoffs between risk groups (default: quartiles of the reference)")
     add("--thickness_bins", **group, metavar="MM", help="slice thicknesses between bins (default: quartiles)")
-    add("--tolerance", type=positive_float, default=1.0, metavar="MM", help="tolerance of the surface Dice")
-    add(
-        "--min_lesion_voxels",
-        type=positive_int,
-        default=1,
-        metavar="N",
-        help="smallest component that counts as a lesion",
-    )
-    add("--resamples", type=positive_int, default=1000, metavar="N", help="number of bootstrap resamples")
-    add("--seed", type=whole_number, default=0, metavar="N", help="random seed of the bootstrap")
+    usual = EvaluationOptions()
+    help_ = "tolerance of the surface Dice"
+    add("--tolerance", type=positive_float, default=usual.tolerance_mm, metavar="MM", help=help_)
+    help_ = "smallest component that counts as a lesion"
+    add("--min_lesion_voxels", type=positive_int, default=usual.min_lesion_voxels, metavar="N", help=help_)
+    add("--resamples", type=positive_int, default=usual.resamples, metavar="N", help="number of bootstrap resamples")
+    add("--seed", type=whole_number, default=usual.seed, metavar="N", help="random seed of the bootstrap")
     add(
         "--calibration",
         dest="calibrations",
@@ -78,19 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="N",
         help="number of processes (default: one for every 20 cases, up to 4)",
     )
-    args = parser.parse_args(argv)
-
-    predictions = _paths_by_name(args.predictions, "-p")
-    records = _paths_by_model(args.calibrations, "--calibration", list(predictions))
-    calibrations = {name: read_calibration(path) for name, path in records.items()}
-    tables = _paths_by_model(args.expected, "--uncertainty", list(predictions))
-    models = _paths_by_model(args.model_folders, "--model_folder", list(predictions))
-    refuse_not_ascending("--cutoffs", args.cutoffs)
-    refuse_not_ascending("--thickness_bins", args.thickness_bins)
-    call = {"predictions": predictions, "calibrations": records, "expected": tables, "model_folders": models}
-    with new_folder(args.output, vars(args) | call):
-        _evaluate(args, predictions, calibrations, tables, models)
-    print(f"Wrote index.html, cases.csv, summary.json and figures to {args.output}.")
+    return parser
 
 
 def _evaluate(
@@ -100,20 +105,11 @@ def _evaluate(
     tables: dict[str, Path],
     models: dict[str, Path],
 ) -> None:
-    from nnunet_vit_mae.datasets.acquisition import (
-        PATIENT,
-        SLICE_THICKNESS,
-        find_scans_table,
-        read_scans_table,
-        slice_thickness,
-    )
-    from nnunet_vit_mae.datasets.split.patients import patient_of
     from nnunet_vit_mae.evaluation.by_token import read_trained_vit
     from nnunet_vit_mae.evaluation.cases import find_evaluation_set
     from nnunet_vit_mae.evaluation.expected import read_expected, with_expected
     from nnunet_vit_mae.evaluation.headline import headline_text
     from nnunet_vit_mae.evaluation.report import write_report
-    from nnunet_vit_mae.evaluation.results import EvaluationOptions
     from nnunet_vit_mae.evaluation.summary import evaluate, write_tables
 
     options = EvaluationOptions(
@@ -126,23 +122,37 @@ def _evaluate(
     )
     expected = {name: read_expected(file) for name, file in tables.items()}
     vits = {name: read_trained_vit(folder) for name, folder in models.items()}
-    evaluation_set = find_evaluation_set(args.references, predictions, args.images)
-    folders = [folder.resolve().parent for folder in (args.images, args.references) if folder]
-    if table := args.csv or find_scans_table([args.references, *folders]):
-        names = [case.name for case in evaluation_set.cases]
-        scans = read_scans_table(table, names)
-        known = scans.patients(args.patient) if args.patient else scans.known(PATIENT)
-        if SLICE_THICKNESS in scans.columns or not known:
-            evaluation_set = evaluation_set.with_slice_thickness(slice_thickness(scans), table)
-        unknown = [name for name in names if name not in known] if known else []
-        by_case = {name: patient_of(name, known) for name in names}
-        evaluation_set = evaluation_set.with_patients(by_case, unknown, table)
-    elif args.patient:
-        raise UserError(f"--patient {args.patient} names a column of a table: give it with --csv.")
+    evaluation_set = _with_scans(find_evaluation_set(args.references, predictions, args.images), args)
     evaluation = with_expected(evaluate(evaluation_set, options, args.processes), expected)
     write_tables(evaluation, args.output)
     print(headline_text(evaluation), flush=True)
     write_report(evaluation, evaluation_set, calibrations, args.output, vits)
+
+
+def _with_scans(evaluation_set: EvaluationSet, args: argparse.Namespace) -> EvaluationSet:
+    """Return the set with the slice thickness and the patient of each case, as far as a table of scans has them."""
+    from nnunet_vit_mae.datasets.acquisition import (
+        PATIENT,
+        SLICE_THICKNESS,
+        find_scans_table,
+        read_scans_table,
+        slice_thickness,
+    )
+    from nnunet_vit_mae.datasets.split.patients import patient_of
+
+    folders = [folder.resolve().parent for folder in (args.images, args.references) if folder]
+    table = args.csv or find_scans_table([args.references, *folders])
+    if table is None:
+        if args.patient:
+            raise UserError(f"--patient {args.patient} names a column of a table: give it with --csv.")
+        return evaluation_set
+    names = [case.name for case in evaluation_set.cases]
+    scans = read_scans_table(table, names)
+    known = scans.patients(args.patient) if args.patient else scans.known(PATIENT)
+    if SLICE_THICKNESS in scans.columns or not known:
+        evaluation_set = evaluation_set.with_slice_thickness(slice_thickness(scans), table)
+    unknown = [name for name in names if name not in known] if known else []
+    return evaluation_set.with_patients({name: patient_of(name, known) for name in names}, unknown, table)
 
 
 def _paths_by_name(values: Sequence[str], flag: str) -> dict[str, Path]:

@@ -17,70 +17,7 @@ SAME_AS_PLANS = "plans"
 @command()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_plan`."""
-    parser = parser_for(
-        "mae3d_plan",
-        __doc__,
-        "-d 501 -o ViT_M_p4 --size M --token 4 --decoder mae",
-        "-d 501 -o ViT_fits -gpu_memory_target 8",
-        "-d 501 -o Paper --recipe vitiac",
-    )
-    add_plan_arguments(parser, "plans to start from; if mae3d_plan wrote them, their settings are the defaults")
-    parser.add_argument("-o", dest="output", required=True, metavar="NAME", help="name of the plans to write")
-    parser.add_argument(
-        "--recipe", metavar="NAME|FILE", help="vitiac, amae or quick, or a JSON file with a part of the block"
-    )
-    parser.add_argument("--size", choices=SIZES, help="size of the ViT (default: S)")
-    parser.add_argument("--decoder", choices=DECODERS, help="segmentation decoder (default: unet; adaptive: unetr)")
-    parser.add_argument(
-        "--token", nargs="+", type=positive_int, metavar="N", help="voxels of a token: one number, or three (z y x)"
-    )
-    parser.add_argument(
-        "--upsampling", choices=UPSAMPLINGS, help="upsampling in the convolutional decoders (default: nearest)"
-    )
-    parser.add_argument(
-        "--adaptive", action="store_true", default=None, help="a network for any number of contrasts per case (AMAE)"
-    )
-    parser.add_argument(
-        "--encoder",
-        metavar="FILE|hf:OWNER/NAME@REVISION",
-        help="start from this encoder, which sets size and token: one of ours, or a checkpoint of nnssl (OpenMind), "
-        "timm or MONAI, which is converted; hf: an encoder of ours on the Hugging Face hub",
-    )
-    parser.add_argument(
-        "--token_order",
-        choices=("yzx", "zyx"),
-        help="order in which a checkpoint of nnssl flattens its tokens (default: that of its trainer)",
-    )
-    parser.add_argument(
-        "-gpu_memory_target",
-        type=positive_float,
-        metavar="GiB",
-        help="reduce batches and enlarge the token until pre-training and fine-tuning fit this GPU memory",
-    )
-    parser.add_argument(
-        "--epochs", type=positive_int, help="epochs of fine-tuning and nnUNetTrainerBaseline (default: 1000)"
-    )
-    parser.add_argument(
-        "--iterations", type=positive_int, help="iterations per epoch, for the same trainers (default: 250)"
-    )
-    parser.add_argument(
-        "--batch_size",
-        type=_batch,
-        metavar="N",
-        help="batch size of fine-tuning (default: nnU-Net's, which the baseline always has); 'plans' is nnU-Net's",
-    )
-    parser.add_argument(
-        "--mirroring",
-        metavar="auto|none|AXES",
-        help="axes along which fine-tuning and prediction mirror, such as zy (default: all, but none where labels name "
-        "a side of the body)",
-    )
-    parser.add_argument(
-        "--lr", type=positive_float, help="peak learning rate of fine-tuning (default: 1e-3 with unet, otherwise 3e-4)"
-    )
-    parser.add_argument(
-        "--seed", type=whole_number, help="random seed of fine-tuning and nnUNetTrainerBaseline (default: none)"
-    )
+    parser = _parser()
     args = parser.parse_args(argv)
     if args.token and len(args.token) not in (1, 3):
         parser.error(f"--token takes one number or three (z y x), but {len(args.token)} were given")
@@ -105,6 +42,59 @@ def main(argv: Sequence[str] | None = None) -> None:
     for choice in choices:
         print(f"{choice.name:20}  {choice.value:12}  {choice.reason}")
     print(f"Wrote {file}, with every other setting in its block vit_mae. Use it with -p {args.output}.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = parser_for(
+        "mae3d_plan",
+        __doc__,
+        "-d 501 -o ViT_M_p4 --size M --token 4 --decoder mae",
+        "-d 501 -o ViT_fits -gpu_memory_target 8",
+        "-d 501 -o Paper --recipe vitiac",
+    )
+    add = parser.add_argument
+    add_plan_arguments(parser, "plans to start from; if mae3d_plan wrote them, their settings are the defaults")
+    add("-o", dest="output", required=True, metavar="NAME", help="name of the plans to write")
+    add("--recipe", metavar="NAME|FILE", help="vitiac, amae or quick, or a JSON file with a part of the block")
+    add("--size", choices=SIZES, help="size of the ViT (default: S)")
+    add("--decoder", choices=DECODERS, help="segmentation decoder (default: unet; adaptive: unetr)")
+    add("--token", nargs="+", type=positive_int, metavar="N", help="voxels of a token: one number, or three (z y x)")
+    add("--upsampling", choices=UPSAMPLINGS, help="upsampling in the convolutional decoders (default: nearest)")
+    add("--adaptive", action="store_true", default=None, help="a network for any number of contrasts per case (AMAE)")
+    add(
+        "--encoder",
+        metavar="FILE|hf:OWNER/NAME@REVISION",
+        help="start from this encoder, which sets size and token: one of ours, or a checkpoint of nnssl (OpenMind), "
+        "timm or MONAI, which is converted; hf: an encoder of ours on the Hugging Face hub",
+    )
+    add(
+        "--token_order",
+        choices=("yzx", "zyx"),
+        help="order in which a checkpoint of nnssl flattens its tokens (default: that of its trainer)",
+    )
+    add(
+        "-gpu_memory_target",
+        type=positive_float,
+        metavar="GiB",
+        help="reduce batches and enlarge the token until pre-training and fine-tuning fit this GPU memory",
+    )
+    add("--epochs", type=positive_int, help="epochs of fine-tuning and nnUNetTrainerBaseline (default: 1000)")
+    add("--iterations", type=positive_int, help="iterations per epoch, for the same trainers (default: 250)")
+    add(
+        "--batch_size",
+        type=_batch,
+        metavar="N",
+        help="batch size of fine-tuning (default: nnU-Net's, which the baseline always has); 'plans' is nnU-Net's",
+    )
+    add(
+        "--mirroring",
+        metavar="auto|none|AXES",
+        help="axes along which fine-tuning and prediction mirror, such as zy (default: all, but none where labels name "
+        "a side of the body)",
+    )
+    add("--lr", type=positive_float, help="peak learning rate of fine-tuning (default: 1e-3 with unet, otherwise 3e-4)")
+    add("--seed", type=whole_number, help="random seed of fine-tuning and nnUNetTrainerBaseline (default: none)")
+    return parser
 
 
 def _batch(text: str) -> int | str:

@@ -32,6 +32,37 @@ if TYPE_CHECKING:
 @command("Segmentations that are done are kept, and the same command goes on with the others.")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_quantify`."""
+    args = _parser().parse_args(argv)
+    if args.coverage is not None and not args.uncertainty:
+        raise UserError("--coverage is for intervals of volumes: add --uncertainty, or leave it out.")
+    refuse_not_ascending("--cutoffs", args.cutoffs)
+    _refuse_unusable_dicom(args)
+
+    from nnunet_vit_mae.nnunet.quantification import find_scans_to_quantify, quantify
+    from nnunet_vit_mae.nnunet.uncertainty import LEVEL
+    from nnunet_vit_mae.nnunet.volume_tables import Part
+
+    device = usable_device(args.device).type
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("highdicom").setLevel(logging.WARNING)  # it reports every module that it copies
+    part = Part(args.part_id, args.num_parts)
+    model = chosen_model(args)
+    images, table = args.images.resolve(), args.table.resolve()
+    level = (args.coverage or LEVEL) if args.uncertainty else None
+    options = {"cutoffs": args.cutoffs, "device": device, "level": level}
+    if args.dicom:
+        tables, unfinished = _quantify_dicom(model, images, table, part, args, options)
+    else:
+        tables, unfinished = quantify(model, find_scans_to_quantify(model, images, part), table, part, **options), ""
+    written = f"segmentations in {table.stem}_segmentations{f' and {table.stem}_dicom' if args.dicom else ''}"
+    print(f"Wrote {' and '.join(map(str, tables))} with {model.checkpoint}; {written}.")
+    if args.uncertainty:
+        print(f"Maps of the share of members that disagree, in percent, are in {table.stem}_uncertainty.")
+    if unfinished:
+        raise UserError(unfinished)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = parser_for(
         "mae3d_quantify",
         __doc__,
@@ -64,34 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("-part_id", type=whole_number, default=0, metavar="K", help="part to process here, from 0")
     add_device_argument(parser, "cuda")
     _add_dicom_arguments(parser)
-    args = parser.parse_args(argv)
-    if args.coverage is not None and not args.uncertainty:
-        raise UserError("--coverage is for intervals of volumes: add --uncertainty, or leave it out.")
-    refuse_not_ascending("--cutoffs", args.cutoffs)
-    _refuse_unusable_dicom(args)
-
-    from nnunet_vit_mae.nnunet.quantification import find_scans_to_quantify, quantify
-    from nnunet_vit_mae.nnunet.uncertainty import LEVEL
-    from nnunet_vit_mae.nnunet.volume_tables import Part
-
-    device = usable_device(args.device).type
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("highdicom").setLevel(logging.WARNING)  # it reports every module that it copies
-    part = Part(args.part_id, args.num_parts)
-    model = chosen_model(args)
-    images, table = args.images.resolve(), args.table.resolve()
-    options = {"cutoffs": args.cutoffs, "device": device}
-    options["level"] = (args.coverage or LEVEL) if args.uncertainty else None
-    if args.dicom:
-        tables, unfinished = _quantify_dicom(model, images, table, part, args, options)
-    else:
-        tables, unfinished = quantify(model, find_scans_to_quantify(model, images, part), table, part, **options), ""
-    written = f"segmentations in {table.stem}_segmentations{f' and {table.stem}_dicom' if args.dicom else ''}"
-    print(f"Wrote {' and '.join(map(str, tables))} with {model.checkpoint}; {written}.")
-    if args.uncertainty:
-        print(f"Maps of the share of members that disagree, in percent, are in {table.stem}_uncertainty.")
-    if unfinished:
-        raise UserError(unfinished)
+    return parser
 
 
 def _add_dicom_arguments(parser: argparse.ArgumentParser) -> None:

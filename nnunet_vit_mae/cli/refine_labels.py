@@ -60,9 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     add("-i", dest="images", type=Path, metavar="FOLDER", help="images, instead of -d")
     add("-l", dest="labels_folder", type=Path, metavar="FOLDER", help="labels, instead of -d")
     add("-o", dest="output", type=Path, required=True, metavar="FOLDER", help="new folder for the refined labels")
-    add("--threshold", type=float, default=130.0, metavar="HU", help="lowest value that is kept inside a label")
-    add("--min_voxels", type=positive_int, default=2, metavar="N", help="smallest component that is kept")
-    add("--connectivity", choices=CONNECTIVITIES, default=CONNECTIVITIES[0], help="components per slice or in 3D")
+    rule = RefinementRule()
+    add(
+        "--threshold", type=float, default=rule.threshold, metavar="HU", help="lowest value that is kept inside a label"
+    )
+    add("--min_voxels", type=positive_int, default=rule.min_voxels, metavar="N", help="smallest component that is kept")
+    add("--connectivity", choices=CONNECTIVITIES, default=rule.connectivity, help="components per slice or in 3D")
     add("--labels", type=positive_int, nargs="+", metavar="VALUE", help="label values to refine (otherwise all)")
     add("--channel", type=whole_number, default=0, metavar="N", help="channel to compare with the threshold")
     return parser

@@ -17,27 +17,7 @@ from nnunet_vit_mae.storage.unfinished import new_folder
 @command()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `mae3d_share`."""
-    parser = parser_for(
-        "mae3d_share",
-        __doc__,
-        "-d 501 -o shared --licence cc-by-4.0",
-        "-d 501 -p ViT_M_p4 -o shared --repo owner/name",
-    )
-    add = parser.add_argument
-    add_plan_arguments(parser)
-    add("-f", dest="fold", default="all", help="fold of the pre-training, or all")
-    add("-o", dest="output", required=True, type=Path, metavar="FOLDER", help="new folder to write")
-    add(
-        "--licence",
-        type=_licence,
-        default="other",
-        metavar="ID",
-        help="licence of the weights, as the hub spells it, e.g. cc-by-4.0",
-    )
-    add("--case_hashes", action="store_true", help="keep the hashes of case names, which show who was in pre-training")
-    add("--repo", type=_repository, metavar="OWNER/NAME", help="repository on the hub to push to, private if it is new")
-    add("--public", action="store_true", help="make a new repository public")
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     if args.public and not args.repo:
         raise UserError("--public is for a repository on the hub: name it with --repo.")
 
@@ -59,6 +39,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.repo:
             address = push(args.output, files, args.repo, public=args.public)
             print(f"Pushed to {args.repo}. Others use it with mae3d_plan --encoder {address}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = parser_for(
+        "mae3d_share",
+        __doc__,
+        "-d 501 -o shared --licence cc-by-4.0",
+        "-d 501 -p ViT_M_p4 -o shared --repo owner/name",
+    )
+    add = parser.add_argument
+    add_plan_arguments(parser)
+    add("-f", dest="fold", default="all", help="fold of the pre-training, or all")
+    add("-o", dest="output", required=True, type=Path, metavar="FOLDER", help="new folder to write")
+    add(
+        "--licence",
+        type=_licence,
+        default="other",
+        metavar="ID",
+        help="licence of the weights, as the hub spells it, e.g. cc-by-4.0",
+    )
+    add("--case_hashes", action="store_true", help="keep the hashes of case names, which show who was in pre-training")
+    add("--repo", type=_repository, metavar="OWNER/NAME", help="repository on the hub to push to, private if it is new")
+    add("--public", action="store_true", help="make a new repository public")
+    return parser
 
 
 def _repository(text: str) -> str:

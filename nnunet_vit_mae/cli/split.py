@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         strata = StrataOptions(args.stratify, args.stratify_volume)
         written = split_cohort(cohort, options, folder, strata, leave_out=args.leave_out, overwrite=args.overwrite)
         print(split_report(written, cohort, args.dataset))
-    _draw(folder, scans, args.figure)
+    if scans:
+        _draw(folder, scans, args.figure)
     if args.test_folder:
         images, labels = args.test_folder / "images", args.test_folder / "labels"
         count = collect_test_cases(dataset.raw, folder, images, labels)
@@ -81,9 +82,7 @@ def _properties(cohort: Cohort, raw: Path) -> ScanProperties:
     return ScanProperties(volumes, slice_thickness(table) if table else {}, table.known(KERNEL) if table else {})
 
 
-def _draw(folder: Path, scans: ScanProperties | None, file: Path | None) -> None:
-    if scans is None or file is None:
-        return
+def _draw(folder: Path, scans: ScanProperties, file: Path) -> None:
     from nnunet_vit_mae.datasets.split.files import SPLITS, read_split_record, read_splits
     from nnunet_vit_mae.datasets.split.splits import parts_of
     from nnunet_vit_mae.evaluation.split_figure import split_figure
