@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import nn
 
+from nnunet_vit_mae.calibration.cases import Classes
+from nnunet_vit_mae.calibration.conformal import VolumeEstimate
 from nnunet_vit_mae.calibration.record import read_calibration
 from nnunet_vit_mae.calibration.shifts import segment
 from nnunet_vit_mae.calibration.thresholds import Calibration, CaseVolumes, ThresholdCurve
@@ -537,7 +540,8 @@ def test_members_are_those_that_nnunet_averages(with_networks, in_workspace):
         name: model_of(*folds, checkpoint="checkpoint_final.pth")
         for name, folds in {"0": "0", "1": "1", "together": "01"}.items()
     }
-    found = MemberPredictor(models["together"], [0.0], torch.device("cpu")).predict(images)
+    shift = 0.7  # the weights are taken for calibrated ones, and soft Dice is that before calibration
+    found = MemberPredictor(models["together"], [shift], torch.device("cpu")).predict(images)
     assert list(found.estimates) == list(models)
     for name, estimates in found.estimates.items():
         segmentation, probabilities = predicted_by_nnunet(models[name], images, (0, 2))
@@ -547,7 +551,9 @@ def test_members_are_those_that_nnunet_averages(with_networks, in_workspace):
     inner = (slice(2, -2),) * 3  # nnU-Net's weights of a window underflow at the border
     assert np.mean(found.segmentation[inner] != segmentation[inner]) < 2e-3
     mask = found.segmentation == 1
-    soft = 2 * probabilities[1][mask].sum() / (mask.sum() + probabilities[1].sum())
+    unshifted = probabilities[1] * np.exp(-shift)
+    unshifted /= probabilities[0] + unshifted
+    soft = 2 * unshifted[mask].sum() / (mask.sum() + unshifted.sum())
     assert found.soft_dice["blob"] == pytest.approx(soft, abs=2e-3)
     assert found.estimates["0"]["blob"].spread_mm3 > 0
     assert found.disagreement.shape == SHAPE
@@ -557,6 +563,17 @@ def test_members_are_those_that_nnunet_averages(with_networks, in_workspace):
     assert both.any()
     assert found.disagreement[inner][both].min() >= 25
     assert found.disagreement[inner].mean() < 50  # most members agree with their mean
+
+
+def test_the_spread_of_a_volume_is_that_of_the_members_counts_in_voxels_of_the_network():
+    """Here a crop of 240 voxels of 1 mm3 has 30 voxels in the network: 8 mm3 each."""
+    classes = Classes(("whole", "core"), ((1, 2), (2,)), painted=(1, 2))
+    segmentation = np.zeros((4, 6, 12), int)
+    segmentation[0, 0, :3], segmentation[1, 1, :2] = 1, 2
+    properties = {"spacing": (2.0, 1.0, 0.5), "shape_after_cropping_and_before_resampling": (4, 6, 10)}
+    counts = np.array([[3, 1], [5, 1]])  # of two members
+    found = MemberPredictor._estimates(SimpleNamespace(classes=classes), segmentation, counts, 30, properties)
+    assert found == {"whole": VolumeEstimate(5.0, 8.0, 1.0), "core": VolumeEstimate(2.0, 0.0, 1.0)}
 
 
 @pytest.mark.usefixtures("with_networks")
@@ -598,6 +615,7 @@ def test_from_validation_cases_to_the_intervals_of_new_ones(with_networks, in_wo
         scale = said["spread_mm3"] + 0.05 * said["volume_mm3"] + VOXEL
         assert float(row["volume_high_mm3"]) == pytest.approx(said["volume_mm3"] + scale * max(errors), abs=1e-3)
         assert row["expected_dice"] == ""
+        assert float(row["threshold"]) == pytest.approx(record["thresholds"]["blob"], abs=1e-6)
         assert read_voxels(maps / f"{row['case']}.nii.gz").max() <= 100
     references = shutil.copytree(in_workspace.raw / "labelsTs", tmp_path / "references")  # without a dataset.json
     segmentations = {"ViT": table.with_name("volumes_segmentations")}
@@ -721,6 +739,7 @@ def test_volumes_are_those_of_the_segmentations(model, in_workspace, scans, tmp_
         assert row["case"] == f"scan_{number}"
         assert float(row["volume_mm3"]) == pytest.approx(volume, abs=1e-3)
         assert row["threshold"] == "0.5"
+        assert float(row["slice_thickness_mm"]) == max(SPACING)
         quartile = np.searchsorted(np.quantile(training, [0.25, 0.5, 0.75]), volume)
         assert row["risk_group"] == ("no", "low", "moderate", "high")[quartile]
         outside = not training[0] <= volume <= training[-1]
