@@ -17,7 +17,7 @@ WEIGHTS = "model.safetensors"
 PREFIX = "hf:"
 REPOSITORY = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 ADDRESS = re.compile(rf"{PREFIX}({REPOSITORY})(?:@([A-Za-z0-9][\w./-]*))?", re.ASCII)
-TOKEN = "log in with `hf auth login`, or set HF_TOKEN to a token"
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token"
 
 
 def local_file(place: Path | str) -> Path:
@@ -88,16 +88,16 @@ def _answers_in_words(what: str, otherwise: str) -> Iterator[None]:
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         raise UserError(f"{what}, because {reach}; otherwise {otherwise}.") from None
     except errors.RepositoryNotFoundError:
-        raise UserError(f"{what}, because the hub knows no such repository; if it is private, {TOKEN}.") from None
+        raise UserError(f"{what}, because the hub knows no such repository; if it is private, {LOG_IN}.") from None
     except errors.RevisionNotFoundError:
         raise UserError(f"{what}, because the repository has no such revision: check what follows the @.") from None
     except errors.EntryNotFoundError:
         raise UserError(f"{what}, because the repository has no {WEIGHTS}: check its name.") from None
     except errors.LocalTokenNotFoundError:
-        raise UserError(f"{what}, because there is no token: {TOKEN} that may write.") from None
+        raise UserError(f"{what}, because there is no token: {LOG_IN} that may write.") from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
-        advice = f"{TOKEN} that may do this" if status in (401, 403) else "try again later"
+        advice = f"{LOG_IN} that may do this" if status in (401, 403) else "try again later"
         raise UserError(f"{what}, because the hub answered with status {status}: {advice}.") from None
     except Exception as error:  # the HTTP library of huggingface_hub has errors of its own, and has changed twice
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):

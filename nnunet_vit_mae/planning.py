@@ -28,11 +28,9 @@ def default_settings(
 ) -> Settings:
     """Return the settings for a patch (z y x, voxels) at a spacing (z y x, mm).
 
-    With `contrasts` they are those of an adaptive network (AMAE) for this many.
-
-    The contrasts of an adaptive network share the budget of tokens. Fine-tuning has nnU-Net's own batch, so that it
-    sees as many samples as the U-Net.
-    Raises `UserError` when the configuration is not 3D.
+    With `contrasts` they are those of an adaptive network (AMAE) for this many, which share the budget of tokens.
+    Fine-tuning has nnU-Net's own batch, so that it sees as many samples as the U-Net. Raises `UserError` when the
+    configuration is not 3D.
     """
     if len(patch_size) != 3:
         raise UserError(
@@ -136,7 +134,8 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
             network = {"decoder": default_decoder(adaptive=adaptive), **network}
         changes = {**changes, "network": network}
     now = settings.updated({"network": {"taps": ()}}).updated(changes)
-    if "taps" not in network and _same_blocks_are_tapped(settings.network, now.network):
+    same_blocks = all(getattr(settings.network, name) == getattr(now.network, name) for name in SETS_TAPS)
+    if "taps" not in network and same_blocks:
         now = now.updated({"network": {"taps": settings.network.taps}})
     had_default = settings.finetuning.lr == default_rate(settings.network.decoder)
     if had_default and "lr" not in changes.get("finetuning", {}):
@@ -155,10 +154,6 @@ def _with_protocol_of_its_kind(now: Settings, before: Settings, *, given: Collec
     if now.pretraining.plain_share:
         own.pop("norm_pix", None)  # a plain loss in the first epochs is only for a norm-pix one in the others
     return now.updated({"pretraining": own})
-
-
-def _same_blocks_are_tapped(before: Network, now: Network) -> bool:
-    return all(getattr(before, name) == getattr(now, name) for name in SETS_TAPS)
 
 
 @dataclass(frozen=True)

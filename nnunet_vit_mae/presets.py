@@ -85,10 +85,7 @@ MODALITY_VECTORS = ("one_hot", "learned")
 
 # the contrasts of AMAE (section 2.1) and other spellings of them
 CONTRASTS = {
-    "ADC": (
-        "axadc",
-        "apparent diffusion coefficient",
-    ),
+    "ADC": ("axadc", "apparent diffusion coefficient"),
     "TRACE": ("axtrace", "tracew", "trace-weighted", "dwi"),
     "T2": ("axt2", "t2w", "t2-weighted"),
     "GRE": ("gradient echo",),

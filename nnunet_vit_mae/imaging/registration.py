@@ -108,11 +108,11 @@ def similarity(reference: sitk.Image, moving: sitk.Image, transform: sitk.Transf
     """
     ones = sitk.Image(moving.GetSize(), sitk.sitkUInt8) + 1
     ones.CopyInformation(moving)
-    inside = _array(sitk.Resample(ones, reference, transform, sitk.sitkNearestNeighbor, 0)) > 0
+    inside = sitk.GetArrayFromImage(sitk.Resample(ones, reference, transform, sitk.sitkNearestNeighbor, 0)) > 0
     if inside.sum() < 64:
         raise RegistrationError("it does not overlap with the template")
     moved = sitk.Resample(sitk.Cast(moving, sitk.sitkFloat32), reference, transform, sitk.sitkLinear, 0)
-    a, b = _array(reference)[inside].astype(np.float64), _array(moved)[inside].astype(np.float64)
+    a, b = (sitk.GetArrayFromImage(image)[inside].astype(np.float64) for image in (reference, moved))
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return Similarity(0.0, 0.0)
     return Similarity(float(np.corrcoef(a, b)[0, 1]), _mutual_information(a, b))
@@ -169,13 +169,9 @@ def _matrix(transform: sitk.Transform) -> np.ndarray:
     return np.stack([np.array(transform.TransformPoint(axis)) - origin for axis in np.eye(3).tolist()], axis=1)
 
 
-def _array(image: sitk.Image) -> np.ndarray:
-    return sitk.GetArrayFromImage(image)
-
-
 def _grey_values(image: sitk.Image) -> sitk.Image:
     """Clip outliers: with a few bright voxels of metal, all tissue would fall into one bin of the histogram."""
-    array = np.nan_to_num(_array(image).astype(np.float32))
+    array = np.nan_to_num(sitk.GetArrayFromImage(image).astype(np.float32))
     low, high = np.percentile(array, (0.1, 99.8))
     if high <= low:
         low, high = float(array.min()), float(array.max())
@@ -267,7 +263,7 @@ def _centre(image: sitk.Image) -> np.ndarray:
 
 
 def _centre_of_mass(image: sitk.Image) -> np.ndarray:
-    array = _array(image).astype(np.float64)
+    array = sitk.GetArrayFromImage(image).astype(np.float64)
     array -= array.min()
     index = [(array * axis).sum() / array.sum() for axis in np.indices(array.shape, sparse=True)]
     return np.array(image.TransformContinuousIndexToPhysicalPoint([float(i) for i in index[::-1]]))

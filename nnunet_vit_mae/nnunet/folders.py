@@ -32,6 +32,11 @@ class Dataset:
         return dataset_id(self.name)
 
     @property
+    def unlabelled_images(self) -> Path:
+        """The raw images without labels, for which nnU-Net has no folder."""
+        return self.raw / "imagesUn"
+
+    @property
     def references(self) -> Path:
         """nnU-Net's copies of the reference segmentations."""
         return self.preprocessed / PREPROCESSED_LABELS

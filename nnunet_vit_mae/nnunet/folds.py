@@ -137,7 +137,7 @@ def _unlabelled_pool(plan: Plan) -> list[PreprocessedCase]:
         logger.warning(
             "%d unlabelled images in %s are not preprocessed and will not be used: run mae3d_preprocess %s first.",
             len(missing),
-            plan.dataset.raw / "imagesUn",
+            plan.dataset.unlabelled_images,
             plan.flags_text,
         )
     return [PreprocessedCase(file.name.removesuffix(".b2nd"), file) for file in files]

@@ -48,7 +48,7 @@ class Outcome:
 
 def raw_unlabelled_cases(plan: Plan) -> dict[str, list[Path]]:
     """Return the files of each case in `imagesUn` in the order of their channel numbers; the folder may be missing."""
-    cases, _ = channels_by_case(plan.dataset.raw / "imagesUn", plan.dataset_json["file_ending"])
+    cases, _ = channels_by_case(plan.dataset.unlabelled_images, plan.dataset_json["file_ending"])
     return {case: list(channels.values()) for case, channels in cases.items()}
 
 
@@ -69,7 +69,7 @@ def preprocess_unlabelled(plan: Plan, processes: int) -> tuple[int, Iterator[Out
     if not cases:
         raise UserError(
             f"There are no images such as CASE_0000{plan.dataset_json['file_ending']} "
-            f"in {plan.dataset.raw / 'imagesUn'}: put the unlabelled images there, named as in imagesTr."
+            f"in {plan.dataset.unlabelled_images}: put the unlabelled images there, named as in imagesTr."
         )
     _remove_if_made_with_other_plans(plan)
     remove_unfinished(plan.unlabelled_folder)
@@ -92,7 +92,7 @@ def preprocessed_pool(plan: Plan) -> tuple[list[Path], list[str]]:
             f"The unlabelled images in {plan.unlabelled_folder} were preprocessed with other plans: "
             f"run mae3d_preprocess {plan.flags_text} again."
         )
-    if not (plan.dataset.raw / "imagesUn").is_dir():
+    if not plan.dataset.unlabelled_images.is_dir():
         return sorted(file for file in plan.unlabelled_folder.glob("*.b2nd") if not file.name.startswith(".")), []
     cases = raw_unlabelled_cases(plan)
     done = {case for case, files in cases.items() if _is_done(plan, case, files)}

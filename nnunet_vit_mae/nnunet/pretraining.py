@@ -114,14 +114,7 @@ def pretrain(
     check_wandb()
     wants_tensorboard()  # raises what is wrong with the switch before anything is written
     machine = replace(machine, device=distributed.own_device(machine.device))
-    settings = plan.settings
-    if adaptive or settings.network.adaptive:
-        settings = settings_for(plan.configuration, len(plan.channel_names), adaptive=True)
-    if settings.encoder.file:
-        raise UserError(
-            f"The plans {plan.plans.plans_name} start from the encoder {settings.encoder.file}, which is trained "
-            "already: go on with nnUNetv2_train, or write plans without --encoder to pre-train one."
-        )
+    settings = _settings(plan, adaptive=adaptive)
     cases = pretraining_cases(plan, fold)
     job = PretrainingJob(
         files=[case.file for case in cases],
@@ -131,13 +124,7 @@ def pretrain(
         network=settings.network,
         protocol=_protocol(settings, changes or {}),
     )
-    parts = machine.all_processes
-    if job.protocol.reads % parts:
-        whole = parts * job.protocol.samples_per_read
-        raise UserError(
-            f"A batch of {job.protocol.batch_size} samples cannot be divided among {parts} processes: "
-            f"give a --batch_size that is a multiple of {whole}, or start another number of processes."
-        )
+    _refuse_indivisible(job.protocol, machine.all_processes)
     refuse_useless_masks(job.network, job.protocol, job.patch_size)
     _refuse_large_step(job, machine)
     _refuse_damaged(plan, cases)
@@ -160,10 +147,33 @@ def pretrain(
     return file
 
 
+def _settings(plan: Plan, *, adaptive: bool) -> Settings:
+    """Return the settings of the network to pre-train. Raises `UserError` for plans whose encoder is trained."""
+    settings = plan.settings
+    if adaptive or settings.network.adaptive:
+        settings = settings_for(plan.configuration, len(plan.channel_names), adaptive=True)
+    if settings.encoder.file:
+        raise UserError(
+            f"The plans {plan.plans.plans_name} start from the encoder {settings.encoder.file}, which is trained "
+            "already: go on with nnUNetv2_train, or write plans without --encoder to pre-train one."
+        )
+    return settings
+
+
 def _protocol(settings: Settings, changes: Mapping[str, Any]) -> Pretraining:
     others = {name: value for name, value in changes.items() if name != "lr"}
     protocol = settings.updated({"pretraining": others}).pretraining
     return protocol.with_lr(changes["lr"]) if "lr" in changes else protocol
+
+
+def _refuse_indivisible(protocol: Pretraining, parts: int) -> None:
+    """Raise `UserError` for a batch that a number of processes cannot divide among them."""
+    if protocol.reads % parts:
+        whole = parts * protocol.samples_per_read
+        raise UserError(
+            f"A batch of {protocol.batch_size} samples cannot be divided among {parts} processes: "
+            f"give a --batch_size that is a multiple of {whole}, or start another number of processes."
+        )
 
 
 def _refuse_large_step(job: PretrainingJob, machine: Machine) -> None:
