@@ -350,10 +350,10 @@ def test_an_original_series_is_preferred_and_the_others_are_named(tmp_path):
 
 
 def test_a_series_that_is_a_volume_is_preferred_to_a_larger_one_that_is_none(tmp_path):
-    """Such as a perfusion, which matches a wide pattern and has most slices; originals stay before derived series."""
+    """Such as two scans in one series, which has most slices; originals stay before derived series."""
     for time in (1, 2):
-        tags = {"SeriesInstanceUID": "1.9.1.2", "TemporalPositionIdentifier": time}
-        write_slices(tmp_path / f"{time}", uid=f"1.9.1.2{time}", SeriesDescription="head perfusion", **tags)
+        tags = {"SeriesInstanceUID": "1.9.1.2", "SeriesDescription": "head twice"}
+        write_slices(tmp_path / f"{time}", uid=f"1.9.1.2{time}", **tags)
     (study,) = dicom_studies(tmp_path, [ContrastPattern("CT", "head*")], None).studies
     assert len(study.images["CT"].origin.files) == 16  # there is no other
     write_slices(tmp_path / "mpr", uid="1.9.1.3", ImageType=["DERIVED", "SECONDARY", "MPR"])
@@ -365,6 +365,48 @@ def test_a_series_that_is_a_volume_is_preferred_to_a_larger_one_that_is_none(tmp
     (_, reason), (_, other) = study.unused
     assert "CT has a series that is a volume, while this one has two slices at the same position" in reason
     assert other == "is derived, and CT has a series that is not"
+
+
+def write_diffusion(folder: Path, **traits: list) -> None:
+    """A series of volumes that differ in tags, as scanners of several makers store b-values and echoes."""
+    for number, values in enumerate(zip(*traits.values(), strict=True)):
+        tags = dict(zip(traits, values, strict=True)) | {"SeriesDescription": "ep2d", "SeriesInstanceUID": "1.9.1.2"}
+        write_slices(folder / f"{number}", uid=f"1.9.1.2{number}", sop_class=MR, array=voxels(number), **tags)
+
+
+def test_one_of_the_volumes_of_a_series_is_chosen_by_what_tells_it_from_the_others(tmp_path):
+    write_diffusion(tmp_path, DiffusionBValue=[1000.0, 0.0], SequenceName=["*ep_b1000t", "*ep_b0"])
+    write_slices(tmp_path / "other", uid="1.9.1.3", SeriesDescription="FLAIR", sop_class=MR)
+    with pytest.raises(UserError, match=r"are: FLAIR, ep2d \(b-value 0\), ep2d \(b-value 1000\)"):
+        dicom_studies(tmp_path, [], None)
+    patterns = [ContrastPattern("DWI", "*b-value 1000*"), ContrastPattern("FLAIR", "flair")]
+    (study,) = dicom_studies(tmp_path, patterns, None).studies
+    assert_right(read_series(study.images["DWI"].origin))
+    assert study.images["DWI"].origin.description == "ep2d (b-value 1000)"
+    assert study.unused == (("MR Image of 8 slices", "matches no --contrast"),)
+    patterns = [ContrastPattern("DWI", "ep2d"), ContrastPattern("FLAIR", "flair")]
+    (study,) = dicom_studies(tmp_path, patterns, None).studies
+    words = (
+        "is one of 2 volumes in a series, (b-value 0) to (b-value 1000): choose one, for instance with --contrast DWI="
+    )
+    assert study.problems == {"DWI": f"{words}'*(b-value 1000)'"}
+    assert {reason for _, reason in study.unused} == {study.problems["DWI"]}
+    with pytest.raises(UserError, match=r"matches --contrast alone \(is one of 2 volumes in a series"):
+        dicom_studies(tmp_path, patterns[:1], None)
+    with pytest.raises(UserError, match=r"can be read \(the label is one of 2 volumes in a series"):
+        dicom_studies(tmp_path, patterns[1:], "ep2d*")
+
+
+def test_volumes_that_two_tags_tell_apart_are_divided_and_others_refused(tmp_path):
+    write_diffusion(tmp_path / "two", EchoTime=[10, 10, 90, 90], ImageType=[["ORIGINAL", part] for part in "MPMP"])
+    (study,) = dicom_studies(
+        tmp_path / "two", [ContrastPattern("T2", "*echo time 90, image type ORIGINAL/M*")], None
+    ).studies
+    assert_right(read_series(study.images["T2"].origin), voxels(2))
+    write_diffusion(tmp_path / "none", EchoTime=[10, 10], SequenceName=["a", "a"])
+    (study,) = dicom_studies(tmp_path / "none", [ContrastPattern("T2", "ep2d")], None).studies
+    with pytest.raises(SeriesError, match="at the same position"):
+        read_series(study.images["T2"].origin)
 
 
 # ---------- people and their names

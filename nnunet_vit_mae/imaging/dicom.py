@@ -31,12 +31,20 @@ class SeriesError(ValueError):
     """A series that is not a volume; the message says why, names no file and has no full stop."""
 
 
+class SeveralVolumesError(SeriesError):
+    """A series with several slices at one position."""
+
+
 @dataclass(frozen=True)
 class DicomSeries:
-    """The files of one series, unsorted, and whether further files of it cannot be read."""
+    """The files of one series, unsorted, and whether further files of it cannot be read.
+
+    `volume` says which of its volumes they are, if `dicom_volumes` has divided it.
+    """
 
     files: list[DicomHeader] = field(default_factory=list)
     is_damaged: bool = False
+    volume: str = ""
 
     def tag(self, keyword: str) -> str:
         """Return a tag of the first file, or an empty string."""
@@ -44,13 +52,19 @@ class DicomSeries:
 
     @property
     def description(self) -> str:
-        """Series description, which users match with patterns."""
-        return self.tag("SeriesDescription")
+        """Series description and volume, which users match with patterns."""
+        text = self.tag("SeriesDescription")
+        return f"{text} ({self.volume})" if self.volume else text
 
     @property
     def person(self) -> tuple[str, str, str]:
         """Patient ID, date of birth and sex, each empty if it is not given."""
         return self.tag("PatientID"), self.tag("PatientBirthDate"), self.tag("PatientSex")
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """What the volumes of one series have in common."""
+        return (*self.person, self.tag("StudyInstanceUID"), self.tag("SeriesInstanceUID"))
 
     @property
     def kind(self) -> str:
@@ -132,7 +146,7 @@ def read_series(series: DicomSeries) -> sitk.Image:
     Raises:
         SeriesError: If the frames are not one regular stack, state no geometry, are in colour, or cannot be read.
     """
-    stack = _checked_stack(series)
+    stack = checked_stack(series)
     image = sitk.GetImageFromArray(_read_frames(stack.frames, series.files))
     image.SetDirection(stack.direction.ravel().tolist())
     image.SetOrigin(stack.origin.tolist())
@@ -143,13 +157,14 @@ def read_series(series: DicomSeries) -> sitk.Image:
 def header_problem(series: DicomSeries) -> str:
     """Return why `read_series` refuses a series, as far as headers tell without its voxels; empty if they do not."""
     try:
-        _checked_stack(series)
+        checked_stack(series)
     except SeriesError as error:
         return str(error)
     return ""
 
 
-def _checked_stack(series: DicomSeries) -> Stack:
+def checked_stack(series: DicomSeries) -> Stack:
+    """Return the stack of a series; raises `SeriesError` as `read_series` does, but does not look at the voxels."""
     if series.passed_over:
         raise SeriesError(series.passed_over)
     if series.is_damaged:  # a missing first or last slice would go unnoticed
@@ -208,7 +223,7 @@ def stack_frames(frames: Sequence[Frame]) -> Stack:
     order = np.argsort(positions @ axis, kind="stable")
     distances = np.diff(positions[order] @ axis)
     if distances.min() < 0.01:
-        raise SeriesError(_why_at_same_position([frames[number] for number in order], distances))
+        raise SeveralVolumesError(_why_at_same_position([frames[number] for number in order], distances))
     gap, tolerance = float(np.median(distances)), max(0.1, GAP * float(np.median(distances)))
     if np.abs(distances - gap).max() > tolerance:
         raise SeriesError(f"has a gap: slices are {distances.min():.2f} to {distances.max():.2f} mm apart")

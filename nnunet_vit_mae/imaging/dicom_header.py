@@ -55,6 +55,7 @@ TRAITS = {  # what tells apart the volumes of one series, in the words of a mess
     "InversionTime": "inversion time",
     "FlipAngle": "flip angle",
     "DiffusionBValue": "b-value",
+    "SequenceName": "sequence",  # of Siemens, with the b-value
     "StackID": "stack",
     "ImageType": "image type",
     "FrameType": "image type",

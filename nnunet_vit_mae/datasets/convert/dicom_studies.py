@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from nnunet_vit_mae.datasets.convert.studies import ContrastPattern, FoundStudies, ImageSource, Scanner, Study
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.dicom import DicomSeries, find_series, header_problem
+from nnunet_vit_mae.imaging.dicom_volumes import volumes_of
 
 LABEL = "label"
 # patient IDs that anonymisation leaves behind, without punctuation: many people have the same one
@@ -23,21 +24,22 @@ PLACEHOLDER = re.compile(
 def dicom_studies(folder: Path, patterns: Sequence[ContrastPattern], label: str | None) -> FoundStudies:
     """Find the studies in a tree of DICOM files, by patient and date.
 
-    Of several series of one contrast that are volumes, the one with the most slices is used, which has the thinnest
+    A series that holds several volumes is divided, and a pattern has to choose one of them. Of several series of one
+    contrast that are volumes, the one with the most slices is used, which has the thinnest
     slices; derived and captured ones are used only if there is no other. `label` is the pattern of series that hold the
     label.
 
     Raises:
         UserError: If there are no images, or none that matches.
     """
-    all_series, damaged = find_series(folder, progress=True)
+    found, damaged = find_series(folder, progress=True)
+    all_series = [volume for series in found for volume in volumes_of(series)]
     images = [series for series in all_series if not series.passed_over]
     _refuse_without_images(folder, all_series, images, damaged)
     if not patterns:
-        described = sorted({series.description or "(none)" for series in images})
         raise UserError(
             "Give the series of each contrast with --contrast NAME=PATTERN; the series descriptions in "
-            f"{folder} are: {', '.join(described[:40])}."
+            f"{folder} are: {', '.join(_descriptions(images)[:40])}."
         )
     patients, warnings = _patients(images)
     grouped: dict[tuple[str, str], list[DicomSeries]] = defaultdict(list)
@@ -54,7 +56,7 @@ def dicom_studies(folder: Path, patterns: Sequence[ContrastPattern], label: str 
                 no_case.append((series.kind, series.passed_over))
     # sorted by patient; the studies of a patient stay in the order of time
     studies = [_dicom_study(*key, grouped[key], patterns, label) for key in sorted(grouped, key=lambda key: key[0])]
-    _refuse_without_match(folder, studies, label)
+    _refuse_without_match(folder, studies, {pattern.contrast for pattern in patterns}, label)
     return FoundStudies(studies, damaged, tuple(no_case), tuple(warnings))
 
 
@@ -71,9 +73,26 @@ def _refuse_without_images(
         )
 
 
-def _refuse_without_match(folder: Path, studies: Sequence[Study], label: str | None) -> None:
+def _descriptions(images: Sequence[DicomSeries]) -> list[str]:
+    """Return the different descriptions, at most three of the volumes of one series, of which there may be hundreds."""
+    volumes: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for one in images:
+        volumes[one.identity if one.volume else (one.description,)].append(one.description or "(none)")
+    listed = {text for texts in volumes.values() for text in ([*texts[:2], texts[-1]] if len(texts) > 3 else texts)}
+    return sorted(listed)
+
+
+def _refuse_without_match(
+    folder: Path, studies: Sequence[Study], contrasts: Collection[str], label: str | None
+) -> None:
     if not any(study.images for study in studies):
-        raise UserError(f"No series in {folder} matches --contrast: compare the patterns with the series descriptions.")
+        reasons = (
+            f" alone ({why})" for study in studies for image, why in study.problems.items() if image in contrasts
+        )
+        raise UserError(
+            f"No series in {folder} matches --contrast{next(reasons, '')}: compare the patterns with the series "
+            "descriptions."
+        )
     if label and not any(study.label for study in studies):
         reason = next((f" (the label {study.problems[LABEL]})" for study in studies if LABEL in study.problems), "")
         raise UserError(
@@ -87,20 +106,25 @@ def _dicom_study(
 ) -> Study:
     usable = [series for series in all_series if not series.passed_over]
     label_pattern = ContrastPattern(LABEL, label) if label else None
-    labels = [one for one in usable if label_pattern and label_pattern.fits(one.description)]
+    labels, parts = _apart([one for one in usable if label_pattern and _fits(label_pattern, one)])
+    problems = {LABEL: f"is {_one_of(parts[0], parts, '--labels ')}"} if parts and not labels else {}
     images: dict[str, DicomSeries] = {}
     reasons = {id(series): series.passed_over or "matches no --contrast" for series in all_series}
     for contrast in dict.fromkeys(pattern.contrast for pattern in patterns):
         of_contrast = [pattern for pattern in patterns if pattern.contrast == contrast]
-        matching = [
-            one for one in usable if one not in labels and any(pattern.fits(one.description) for pattern in of_contrast)
-        ]
+        matching, parts = _apart(
+            [one for one in usable if one not in labels and any(_fits(pattern, one) for pattern in of_contrast)]
+        )
+        reasons |= {id(one): f"is {_one_of(one, parts, f'--contrast {contrast}=')}" for one in parts}
         if matching:
             images[contrast] = _best(matching)
             reasons |= {id(one): _why_not(one, images[contrast], contrast) for one in matching}
-    problems = {} if images else {"study": "has no series that matches --contrast"}
-    if label_pattern and not labels:
-        objects = [one for one in all_series if one.passed_over and label_pattern.fits(one.description)]
+        elif parts:
+            problems[contrast] = reasons[id(parts[0])]
+    if not images and not {*problems} - {LABEL}:
+        problems["study"] = "has no series that matches --contrast"
+    if label_pattern and not labels and LABEL not in problems:
+        objects = [one for one in all_series if one.passed_over and _fits(label_pattern, one)]
         if objects:
             problems[LABEL] = f"is a {objects[0].kind}, not a series of images: convert it to one, or to NIfTI and BIDS"
     best_label = _best(labels) if labels else None
@@ -109,6 +133,27 @@ def _dicom_study(
     unused = tuple((one.kind, reasons[id(one)]) for one in all_series if id(one) not in used)
     sources = {contrast: _image_source(series) for contrast, series in images.items()}
     return Study(patient, session, sources, _image_source(best_label) if best_label else None, problems, unused)
+
+
+def _fits(pattern: ContrastPattern, series: DicomSeries) -> bool:
+    """Return whether a pattern fits the description, also that of the series if this is one of its volumes."""
+    return pattern.fits(series.description) or pattern.fits(series.tag("SeriesDescription"))
+
+
+def _apart(matching: Sequence[DicomSeries]) -> tuple[list[DicomSeries], list[DicomSeries]]:
+    """Return the series from which one can be chosen, and volumes that match together with others of their series."""
+    counts = Counter(one.identity for one in matching if one.volume)
+    several = [one for one in matching if counts[one.identity] > 1]
+    return [one for one in matching if one not in several], several
+
+
+def _one_of(volume: DicomSeries, several: Sequence[DicomSeries], flag: str) -> str:
+    """Say which volumes of its series match besides a volume, and how to choose one."""
+    of_series = [one.volume for one in several if one.identity == volume.identity]
+    return (
+        f"one of {len(of_series)} volumes in a series, ({of_series[0]}) to ({of_series[-1]}): choose one, for instance "
+        f"with {flag}'*({of_series[-1]})'"
+    )
 
 
 def _best(all_series: list[DicomSeries]) -> DicomSeries:
