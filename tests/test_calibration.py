@@ -756,16 +756,21 @@ def test_scans_that_hold_nothing_to_measure_get_no_volume(model, in_workspace, s
     write_case(scans.parent / "images", "nan", [np.where(images[0] > images[0].mean(), images[0], np.nan), images[1]])
     write_case(scans.parent / "images", "zeros", [image * 0 for image in images])
     write_case(scans.parent / "images", "damaged", [image.astype(np.uint8) for image in images])
+    write_case(scans.parent / "images", "moved", images)
+    moved = sitk.ReadImage(str(scans / "moved_0001.nii.gz"))
+    moved.SetOrigin((0.0, 0.0, 0.5))
+    sitk.WriteImage(moved, str(scans / "moved_0001.nii.gz"))
     damaged = scans / "damaged_0001.nii.gz"
     content = damaged.read_bytes()
     damaged.write_bytes(content[:-200] + bytes(100) + content[-100:])  # with a whole header and trailer
     quantify(scans, table)
-    assert "3 of 7 cases have no volume (damaged, nan, zeros)" in caplog.text
+    assert "4 of 8 cases have no volume (damaged, moved, nan and 1 more)" in caplog.text
     with table.open() as stream:
         rows = {row["case"]: row for row in csv.DictReader(stream)}
-    assert {row["volume_mm3"] for row in (rows["nan"], rows["zeros"])} == {""}
+    assert {rows[name]["volume_mm3"] for name in ("nan", "zeros", "moved")} == {""}
     assert "nan_0000.nii.gz holds voxels that are NaN or infinite" in rows["nan"]["warnings"]
     assert "all its images are zeros" in rows["zeros"]["warnings"]
+    assert "moved_0001.nii.gz and moved_0000.nii.gz differ in origin" in rows["moved"]["warnings"]
     assert "damaged_0001.nii.gz is cut off or damaged, copy it again" in rows["damaged"]["warnings"]
     assert "axes" not in rows["scan_0"]["warnings"]
 

@@ -365,7 +365,7 @@ def test_problems_are_named_and_all_other_cases_are_done(data, typed, capsys):
         data.write(case, 0)
     data.write("sizes", 1, size=(5, 4, 2))
     data.write("spacings", 1, spacing=(0.7, 1.1, 3.4))
-    data.write("origins", 1, origin=(-90.1, 126.3, -70))
+    data.write("origins", 1, origin=(-90.1, 126.3, -72.6))
     data.write("directions", 1, direction=oblique(0.31))
     data.file("rubbish", 1).write_bytes(b"not an image")
     data.write("cut", 1, size=(20, 30, 40), value=5)
@@ -390,7 +390,7 @@ def test_problems_are_named_and_all_other_cases_are_done(data, typed, capsys):
         "imagesTr/cut": "cut_0001.nii.gz is cut off",
         "imagesTr/directions": "differ in direction",
         "imagesTr/nine": "a channel 0009, but the last one in dataset.json is 0002",
-        "imagesTr/origins": "differ in origin (-90.1 126.3 -72.7 and -90.1 126.3 -70 mm)",
+        "imagesTr/origins": "differ in origin (-90.1 126.3 -72.7 and -90.1 126.3 -72.6 mm)",
         "imagesTr/orphan": "has a label, but no image",
         "imagesTr/rubbish": "rubbish_0001.nii.gz",
         "imagesTr/several": "more than one image",
