@@ -40,7 +40,7 @@ def download(address: str) -> tuple[Path, str]:
     A file that was downloaded before is found without a network if the address has the commit.
 
     Raises:
-        UserError: If the address is none, the hub does not have it or cannot be reached, or a token is needed.
+        UserError: If the address is not valid, the hub does not have it or cannot be reached, or a token is needed.
     """
     match = ADDRESS.fullmatch(address)
     if match is None:

@@ -177,7 +177,9 @@ def fit_to_memory(
 
     First the batches of fine-tuning and pre-training are halved, down to 2; where that is not enough, the token grows.
     `fixed` are the entries (section, key) that a person has chosen, which stay. More memory buys smaller tokens, never
-    larger batches than the defaults, for an epoch's time grows with the batch. Raises `UserError` when nothing fits.
+    larger batches than the defaults, because an epoch's time grows with the batch.
+
+    Raises `UserError` when nothing fits.
     """
     candidate, larger = settings, []
     if ("network", "token") not in fixed:

@@ -45,7 +45,7 @@ def token_grid(patch_size: Sequence[int], token: Sequence[int]) -> tuple[int, ..
 
 
 def count_visible(tokens: int, mask_ratio: float) -> int:
-    """Return how many tokens stay visible, at least one: rounded, for truncation would make 0.9 of 1000 leave 99."""
+    """Return how many tokens stay visible, at least one; truncated, a mask ratio of 0.9 would leave 99 of 1000."""
     return max(1, round(tokens * (1 - mask_ratio)))
 
 

@@ -119,7 +119,7 @@ class Card:
 
     @property
     def settings(self) -> Network:
-        """Return the settings of the encoder's network; raises `UserError` for one that there is not."""
+        """Return the settings of the encoder's network; raises `UserError` if there is no such network."""
         unknown = sorted(set(self.network) - set(ENCODER_SETTINGS))
         if unknown:
             raise UserError(f"its card has network settings that no encoder has ({', '.join(unknown)})")
@@ -143,7 +143,7 @@ class Card:
             card = entries_as(cls, entries)
         except ValueError as error:
             raise UserError(f"in its card {error}") from None
-        card.settings  # noqa: B018 (raises for a network that there is not)
+        card.settings  # noqa: B018 (raises if there is no such network)
         return card
 
     def to_json(self) -> str:

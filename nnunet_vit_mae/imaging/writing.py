@@ -1,4 +1,4 @@
-"""Images that are read back before they take their place, for SimpleITK reports no short write (a full disk)."""
+"""Images that are read back before they take their place, because SimpleITK reports no short write (a full disk)."""
 
 from __future__ import annotations
 

@@ -82,8 +82,8 @@ def fit(model: Model, cases: Sequence[PredictedCase], objective: str, *, tempera
 def write(model: Model, cases: Sequence[PredictedCase], fitted: FittedModel) -> list[Path]:
     """Write a calibrated checkpoint for each fold, the record, and curves and Bland-Altman plots.
 
-    All but the checkpoints of several folds lies in the folder that `record_folder` names. Raises `UserError` if the
-    head of the network cannot be found.
+    All files but the checkpoints of several folds are in the folder that `record_folder` names. Raises `UserError` if
+    the head of the network cannot be found.
     """
     classes, folder, calibration = classes_of(model.plan), record_folder(model), fitted.calibration
     shifts = calibration.shifts if classes.regions else (0.0, *calibration.shifts)

@@ -1,7 +1,7 @@
 """nnU-Net's plans as it takes them, after a check of every entry that nnU-Net or this package relies on.
 
-nnU-Net looks entries up without a check, so that a mistake in a file that people edit would end in a `KeyError` of its
-own, hours later or in a process of its own.
+nnU-Net looks entries up without a check: a mistake in a file that people edit would end in its `KeyError`, perhaps
+hours later or in a worker process.
 """
 
 from __future__ import annotations

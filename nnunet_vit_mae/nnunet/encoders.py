@@ -53,7 +53,7 @@ def find_encoder(
         token_order: Of a checkpoint of nnssl, if it was given.
 
     Raises:
-        UserError: The file is missing, damaged or none that can be used, or the hub cannot be reached.
+        UserError: The file is missing, damaged or not one that can be used, or the hub cannot be reached.
     """
     if place is not None and not is_address(place) and is_foreign(Path(place)):
         file = Path(place)

@@ -65,7 +65,7 @@ class MemberPredictor:
         self.mirrorings = mirrorings(checkpoints[0].get("inference_allowed_mirroring_axes"))
         # nnU-Net moves it in inference mode, after which the running statistics of batch norms cannot be loaded again
         self.network = MirroredNetwork(untrained_network(plan, model.trainer, str(model.folder))).to(device)
-        with redirect_stdout(StringIO()):  # it tells whoever has no GPU so
+        with redirect_stdout(StringIO()):  # it complains where there is no GPU
             self.predictor = nnUNetPredictor(device=device, allow_tqdm=False)
         # without mirroring of its own: each mirroring is a network of its own here
         self.predictor.manual_initialization(

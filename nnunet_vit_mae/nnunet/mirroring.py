@@ -2,7 +2,7 @@
 
 nnU-Net mirrors crops along all axes, in training and in prediction. The mirror image of a nearly symmetric body looks
 like another body, but its left parotid is still called left: nothing in it tells a network which is which. Other axes
-do the same to what is near a label, for a body on its head is a mirror image too (docs/evidence.md has what it costs).
+do the same to what is near a label, because a body on its head is a mirror image too (its cost: docs/evidence.md).
 """
 
 from __future__ import annotations

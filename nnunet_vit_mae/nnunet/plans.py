@@ -84,7 +84,7 @@ class Plan:
 
     @property
     def unlabelled_folder(self) -> Path:
-        """Return the folder of the unlabelled pool: beside nnU-Net's, for nnU-Net expects labels in its own."""
+        """Return the folder of the unlabelled pool: beside nnU-Net's, which must have labels."""
         return self.dataset.preprocessed / f"{self.configuration.data_identifier}_unlabelled"
 
 

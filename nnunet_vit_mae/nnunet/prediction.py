@@ -148,7 +148,7 @@ def remove_outdated(plan: Plan, cases: Iterable[PredictionCase], output: Path) -
 
 
 def _size_and_time(image: Path) -> tuple[int, int]:
-    """Return zeros for a link to a file that is gone."""
+    """Return bytes, and time in ns, of an image; zeros for a link to a file that is gone."""
     state = image.stat() if image.exists() else None
     return (state.st_size, state.st_mtime_ns) if state else (0, 0)
 

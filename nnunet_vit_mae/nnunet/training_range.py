@@ -102,7 +102,7 @@ def fingerprint_file(model: Model) -> Path:
 def read_training_volumes(model: Model) -> dict[str, list[float]]:
     """Return the volume of each label in each labelled case in mm3.
 
-    There are none where neither they nor labels are, and with an ignore label, whose voxels may belong to any volume.
+    There are none if neither they nor labels are here, or with an ignore label, whose voxels may belong to any volume.
 
     They are kept in the model's folder, and read from the labels again when these have changed, or when other cases are
     labelled or held out for testing; each time, if that folder cannot be written to, as a colleague's may be. An

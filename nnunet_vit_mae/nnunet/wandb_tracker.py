@@ -1,6 +1,6 @@
 """Weights & Biases through nnU-Net's own logger and its switches, for pre-training too.
 
-The logger is imported once it is switched on, for it imports seaborn and what that needs.
+The logger is imported only when it is switched on, because it imports seaborn and what that needs.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def write_plans(source: Plan, name: str, settings: Settings) -> Path:
 
 
 def refuse_name(source: Plan, name: str) -> None:
-    """Raise `UserError` when the name of plans to write is none, or belongs to plans that are not ours to replace.
+    """Raise `UserError` when the name of plans to write is not valid, or belongs to plans that are not ours to replace.
 
     Those are plans of nnU-Net, and plans of ours with settings for another configuration as it was before nnU-Net
     planned it anew.

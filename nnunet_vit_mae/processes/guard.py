@@ -31,7 +31,7 @@ def guarded(
     """Start a command under a guard, and end it and all its processes when the block ends.
 
     Its processes are sent SIGTERM and killed after some seconds. `options` are those of `subprocess.Popen`. The exit
-    code is the command's; one that a signal ended gives 128 and the number of the signal.
+    code is the command's, or 128 plus the number of the signal that ended it.
     """
     guard = [sys.executable, "-m", "nnunet_vit_mae.processes.guard", str(seconds), *command]
     process = subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True, **options)

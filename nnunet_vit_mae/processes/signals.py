@@ -43,7 +43,7 @@ class Stopped(KeyboardInterrupt):
 
 @dataclass
 class _Request:
-    """What was asked of this process, and how it is to be answered."""
+    """The signal that was sent to this process, and how it is to be handled."""
 
     listening: bool = False
     number: int = 0  # of the first signal; 0: none has come
@@ -68,7 +68,7 @@ def signal_name(number: int) -> str:
 def command(kept: str = LAST_SENTENCE) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a function the entry point of a command: what the user can fix, and signals, end it with one sentence.
 
-    Exit codes are 2, and 128 and the number of the signal.
+    The exit code is 2, or 128 plus the number of the signal.
 
     Args:
         kept: Sentences for a stopped command: what is kept, and how to go on; see also `tell`.
@@ -96,7 +96,7 @@ def stoppable(kept: str, say: Callable[[str], None] | None = None) -> Iterator[N
         say: Called with the sentence; by default it goes to stderr.
     """
     if _request.listening or threading.current_thread() is not threading.main_thread():
-        yield  # the outer block answers; other threads are not interrupted
+        yield  # the outer block handles them; other threads are not interrupted
         return
     with _listening():
         try:
@@ -129,7 +129,7 @@ def tell(kept: str) -> None:
 
 @contextmanager
 def postponed() -> Iterator[Callable[[], int]]:
-    """Let the block finish what must be whole: a signal stops it when it ends, and a second one a moment later at once.
+    """Let the block finish what must be whole: a signal takes effect when it ends, a second one a moment later at once.
 
     Yields a function that gives the number of the signal that has come, or 0.
     """
@@ -144,7 +144,7 @@ def postponed() -> Iterator[Callable[[], int]]:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Keep signals back while child processes are started, which keep them back until they have answers of their own.
+    """Block signals while child processes are started, and in these until they have handlers of their own.
 
     The children call `follow_parent` or open a `stoppable` block.
     """
@@ -157,9 +157,9 @@ def held() -> Iterator[None]:
 
 
 def follow_parent(on_sigterm: Any = signal.SIG_DFL) -> None:
-    """Make this child process end with its parent, whatever ends that, and leave it to the parent to answer signals.
+    """Make this child process end with its parent, whatever ends that, and leave it to the parent to handle signals.
 
-    `on_sigterm` is the answer to SIGTERM, with which a parent ends its children.
+    `on_sigterm` is the handler of SIGTERM, with which a parent ends its children.
     """
     _request.listening, _request.number, _request.postponed = False, 0, 0
     for number in SIGNALS:
@@ -169,12 +169,12 @@ def follow_parent(on_sigterm: Any = signal.SIG_DFL) -> None:
 
 
 def exit_in_order(number: int, _frame: Any) -> None:
-    """Answer a signal by leaving all open blocks, which remove their temporary files."""
+    """Handle a signal by leaving all open blocks, which remove their temporary files."""
     sys.exit(128 + number)
 
 
 def end_with_parent(number: int = getattr(signal, "SIGKILL", signal.SIGTERM)) -> None:
-    """Let the system send this process a signal when its parent ends; where it cannot, a thread looks for that."""
+    """Let the system send this process a signal when its parent ends; where it cannot, a thread waits for that."""
     parent = parent_process()
     if sys.platform == "linux" and (parent is None or parent.pid == os.getppid()):
         before = os.getppid()
@@ -240,7 +240,7 @@ def _no_reports_of_children() -> Iterator[None]:
 
 @contextmanager
 def _listening() -> Iterator[None]:
-    """Answer signals by `Stopped`, where they are not ignored."""
+    """Handle signals by raising `Stopped`, unless they are ignored."""
     usual: dict[int, Any] = {}
     hook, thread_hook = sys.unraisablehook, threading.excepthook
     _request.listening, _request.number, _request.kept = True, 0, ""
@@ -275,7 +275,7 @@ def _listening() -> Iterator[None]:
 
 @functools.cache
 def _end_quietly() -> None:
-    """Let Ctrl+C end the interpreter while that ends anyway, instead of interrupting what tidies up."""
+    """Let Ctrl+C end an interpreter that is ending anyway, instead of interrupting how it tidies up."""
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 

@@ -100,7 +100,7 @@ def _refusal(error: Exception, file: Path, temporary: Path) -> WriteError | None
 
 
 def _reason_not_to_grow(file: Path) -> OSError | None:
-    """Return why the system lets a file not grow: a full disk, a quota, or a limit on the size of files."""
+    """Return why the system does not let a file grow: a full disk, a quota, or a limit on the size of files."""
     try:
         with file.open("ab") as stream:
             stream.write(bytes(2**20))
@@ -122,7 +122,7 @@ def inside(root: Path, *names: object, source: object) -> Path:
         source: The file that the names are from, for the message.
 
     Raises:
-        UserError: If a name leads elsewhere, or is none.
+        UserError: If a name leads elsewhere, or is not valid.
 
     Example:
         >>> inside(Path("raw"), "imagesTr", "case_1.nii.gz", source="qc.csv").as_posix()
@@ -152,7 +152,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Keep all other processes out of this block for the same folder, which may be moved and need not exist.
 
     The lock belongs to the process, on Linux, macOS and Windows, so that a killed process leaves none behind. Some
-    network file systems have no locks: there the log asks the user to see to it.
+    network file systems have no locks: there the log asks the user to take care of that.
 
     Raises:
         UserError: If another process holds the lock.
@@ -204,7 +204,7 @@ def write_json(content: Any, file: Path) -> None:
 def set_aside(path: Path, folder: Path | None = None) -> Path:
     """Rename a file or folder so that another can take its name; returns the new path, such as `fold_0_until_DATE`.
 
-    It stays where it is, unless a `folder` for it is given.
+    It stays in its folder, unless another one is given.
     """
     ending = "" if path.is_dir() else ".nii.gz" if path.name.endswith(".nii.gz") else path.suffix
     name = f"{path.name.removesuffix(ending)}{UNTIL}{datetime.now():%Y-%m-%d_%H-%M-%S-%f}{ending}"

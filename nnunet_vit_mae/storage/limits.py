@@ -45,7 +45,7 @@ def max_voxels() -> int:
 
 @contextmanager
 def at_most_more(size: int) -> Iterator[None]:
-    """Let this process take no more than `size` bytes beside those that it has, where the system can see to that.
+    """Let this process take at most `size` bytes more than it has, where the system can limit that.
 
     A library then fails in the block, for lack of memory, instead of filling the memory with what a damaged length asks
     for. Linux has such a limit.
