@@ -118,19 +118,17 @@ class AdamWTrainer(ScheduledTrainer):
         return loss
 
     @exit_on_user_error
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+    def load_checkpoint(self, filename: str) -> None:
         """Load a checkpoint (`--c`, `--val`); say what differs if it is of another network.
 
         Which weights are pre-trained is in the checkpoint; layer-wise rates and weight decay are those of the plans.
         """
         if not self.was_initialized:
             self.initialize()
-        network = self.unwrapped
-        if isinstance(filename_or_checkpoint, str):
-            file = Path(filename_or_checkpoint)
-            planned = self.settings.network if isinstance(network, Segmenter) else None
-            refuse_other_network(read_trained(file), file, network, self.optimizer, planned)
-        super().load_checkpoint(filename_or_checkpoint)
+        network, file = self.unwrapped, Path(filename)
+        planned = self.settings.network if isinstance(network, Segmenter) else None
+        refuse_other_network(read_trained(file), file, network, self.optimizer, planned)
+        super().load_checkpoint(filename)
         names = {id(parameter): name for name, parameter in network.named_parameters()}
         groups = self.optimizer.param_groups
         self.pretrained = {names[id(p)] for group in groups if group["pretrained"] for p in group["params"]}

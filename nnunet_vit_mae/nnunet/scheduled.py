@@ -107,11 +107,11 @@ class ScheduledTrainer(TrackedTrainer, StoppableTrainer):
         torch.manual_seed(int(drawn[2]))
 
     @exit_on_user_error
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+    def load_checkpoint(self, filename: str) -> None:
         """Load a checkpoint as nnU-Net does, which would run code in it: one with more than weights is refused."""
-        file = Path(filename_or_checkpoint)
+        file = Path(filename)
         optimiser_groups(read_trained(file), file)  # raises an error without them
-        super().load_checkpoint(filename_or_checkpoint)
+        super().load_checkpoint(filename)
 
     def save_checkpoint(self, filename: str) -> None:
         """Save a checkpoint, and note which cases it has been trained on."""

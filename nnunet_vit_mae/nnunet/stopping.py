@@ -70,16 +70,15 @@ class StoppableTrainer(nnUNetTrainer):
         if self.local_rank == 0 and (used := self.checkpoint_in_use):
             write_json({"checkpoint": used.name, "sha256": file_hash(used)}, note)  # another may take its name
 
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+    def load_checkpoint(self, filename: str) -> None:
         """Load a checkpoint as nnU-Net does, with the best moving average of Dice up to then.
 
         The one that a checkpoint notes lacks its own epoch, after which a worse epoch would pass for the best.
         """
-        super().load_checkpoint(filename_or_checkpoint)
+        super().load_checkpoint(filename)
         known = (average for average in self.logger.get_value("ema_fg_dice", step=None) if not math.isnan(average))
         self._best_ema = max(known, default=None)
-        if isinstance(filename_or_checkpoint, str):
-            self.checkpoint_in_use = Path(filename_or_checkpoint)
+        self.checkpoint_in_use = Path(filename)
 
     @exit_on_user_error
     def get_dataloaders(self) -> tuple:

@@ -152,10 +152,10 @@ class nnUNetTrainerViTMAE(nnUNetTrainerViTScratch):  # noqa: N801
             self._load_encoder()
 
     @exit_on_user_error
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+    def load_checkpoint(self, filename: str) -> None:
         """Load a checkpoint (`--c`, `--val`). It has the encoder in it, so the encoder's own file may be gone."""
         self.takes_over_checkpoint = True
-        super().load_checkpoint(filename_or_checkpoint)
+        super().load_checkpoint(filename)
 
     def get_tr_and_val_datasets(self) -> tuple:
         """Return nnU-Net's datasets, and log how many validation cases pre-training has seen."""
