@@ -70,12 +70,36 @@ def test_a_gpu_that_torch_counts_but_was_not_built_for_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
     monkeypatch.setattr(torch.cuda, "get_device_properties", cards.__getitem__)
     monkeypatch.setattr(torch, "ones", made)
-    old, new = machine.diagnose_gpu()
+    old, new = machine.diagnose_gpu({})
     assert (old.level, new.level) == (ERROR, OK)
     reason = "CUDA error: no kernel image is available for execution on the device"
     assert old.text.endswith(f"no bf16: training runs in fp32. This torch cannot compute on it ({reason}).")
     assert old.advice == "End other programs on it, or install a torch for generation 7.0 of cards."
     assert new.text.endswith(", bf16.")
+
+
+def test_a_driver_without_a_card_is_no_gpu(monkeypatch, tmp_path):
+    """As on login nodes; and a card that the user hides needs no other driver."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    program, devices = tmp_path / "nvidia-smi", tmp_path / "dev"
+    monkeypatch.setattr(shutil, "which", lambda name: str(program))
+    has_card = machine._has_card
+    monkeypatch.setattr(machine, "_has_card", lambda: has_card(devices))
+    for text, level in (("exit 9", WARNING), ("echo No devices found", WARNING), ("echo GPU 0: H100", ERROR)):
+        program.write_text(f"#!/bin/sh\n{text}\n")
+        program.chmod(0o755)
+        (found,) = machine.diagnose_gpu({})
+        assert found.level == level, text
+        assert found.text.startswith("torch finds no GPU" if level == WARNING else "There is a GPU")
+    devices.mkdir()
+    (devices / "nvidia0").touch()
+    program.write_text("#!/bin/sh\nexit 9\n")
+    (hidden,) = machine.diagnose_gpu({"CUDA_VISIBLE_DEVICES": ""})
+    assert (hidden.level, hidden.advice) == (WARNING, "To use it: unset CUDA_VISIBLE_DEVICES")
+    (wrong,) = machine.diagnose_gpu({"CUDA_VISIBLE_DEVICES": "7"})
+    assert wrong.level == ERROR
+    assert wrong.advice.endswith("or correct CUDA_VISIBLE_DEVICES, which is '7'.")
 
 
 @pytest.mark.parametrize("missing", ["triton", "gcc", "Python.h", None])

@@ -57,7 +57,7 @@ def _diagnoses(args: argparse.Namespace) -> list[Diagnosis]:
     from nnunet_vit_mae.doctor.machine import diagnose_gpu, diagnose_shared_memory, diagnose_workers
     from nnunet_vit_mae.nnunet.diagnoses import diagnose_dataset, diagnose_trainers, diagnose_variables
 
-    found += [*diagnose_gpu(), *diagnose_compiler(os.environ), *diagnose_workers(os.environ)]
+    found += [*diagnose_gpu(os.environ), *diagnose_compiler(os.environ), *diagnose_workers(os.environ)]
     found += [*diagnose_shared_memory(), *diagnose_variables(), *diagnose_trainers()]
     if args.dataset:
         found += diagnose_dataset(args.dataset, args.plans, args.configuration)

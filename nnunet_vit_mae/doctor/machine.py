@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from nnunet_vit_mae.errors import first_line
 from nnunet_vit_mae.processes.memory import SHARED_MEMORY, memory_size, shared_memory
 from nnunet_vit_mae.units import size_text
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+LONGEST_ANSWER = 30  # seconds for nvidia-smi
 LEAST_SHARED_MEMORY = 1e9  # for the batches that readers have ready
 LEAST_DISK = 20e9  # preprocessed images are several times as large as compressed ones
 WORKER_MEMORY = 2e9  # of one process of nnU-Net's augmentation or preprocessing, roughly
@@ -22,7 +25,7 @@ DEFAULT_WORKERS = {"nnUNet_n_proc_DA": 12, "nnUNet_def_n_proc": 8}  # of nnU-Net
 PURPOSES = {"nnUNet_n_proc_DA": "augmentation", "nnUNet_def_n_proc": "preprocessing and validation"}
 
 
-def diagnose_gpu() -> Iterator[Diagnosis]:
+def diagnose_gpu(environment: Mapping[str, str]) -> Iterator[Diagnosis]:
     """Yield each GPU with what it can do, or why torch finds none."""
     import torch
 
@@ -39,16 +42,35 @@ def diagnose_gpu() -> Iterator[Diagnosis]:
             else:
                 yield Diagnosis("gpu", OK, text)
         return
-    card_is_there = shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists()
-    if card_is_there and torch.version.cuda is None:
+    visible = environment.get(VISIBLE)
+    card_is_there = _has_card()
+    if card_is_there and visible in ("", "-1"):
+        text = f"There is a GPU, but {VISIBLE} is {visible!r} and hides it."
+        yield Diagnosis("gpu", WARNING, text, f"To use it: unset {VISIBLE}")
+    elif card_is_there and torch.version.cuda is None:
         text = "There is a GPU, but this torch was built without CUDA."
         yield Diagnosis("gpu", ERROR, text, "Install torch and torchvision as pytorch.org says for this system.")
     elif card_is_there:
         text = f"There is a GPU, but torch {torch.__version__} cannot use it."
-        yield Diagnosis("gpu", ERROR, text, f"Update the driver to one for CUDA {torch.version.cuda}.")
+        advice = f"Update the driver to one for CUDA {torch.version.cuda}"
+        choice = "" if visible is None else f", or correct {VISIBLE}, which is {visible!r}"
+        yield Diagnosis("gpu", ERROR, text, f"{advice}{choice}.")
     else:
         advice = "Add -device cpu to the commands; networks of the papers' sizes need a GPU."
         yield Diagnosis("gpu", WARNING, "torch finds no GPU.", advice)
+
+
+def _has_card(devices: Path = Path("/dev")) -> bool:
+    """Return whether there is an NVIDIA card; the login nodes of clusters have the driver's programs without one."""
+    if any(devices.glob("nvidia[0-9]*")):
+        return True
+    if (program := shutil.which("nvidia-smi")) is None:
+        return False
+    try:  # it alone knows of a card under WSL
+        listed = subprocess.run([program, "-L"], capture_output=True, text=True, check=False, timeout=LONGEST_ANSWER)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return listed.returncode == 0 and "GPU " in listed.stdout
 
 
 def _problem_of_gpu(number: int) -> str | None:
