@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import os
+import time
 from pathlib import Path
 from shutil import copytree
 
@@ -15,6 +16,8 @@ from synthetic_head import grid, moved, scan, tell_two_places
 
 from nnunet_vit_mae.cli.convert import main
 from nnunet_vit_mae.datasets.convert import label_values
+from nnunet_vit_mae.datasets.convert.key import name_cases
+from nnunet_vit_mae.datasets.convert.studies import Study
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.channels import visible_below
 from nnunet_vit_mae.imaging.dicom import SeriesError, find_series, read_series
@@ -286,6 +289,17 @@ def test_the_key_is_written_before_the_first_image(folders, tmp_path, refused, m
     message = refused(main, *again, str(key))
     assert "not the key of an earlier conversion" in message
     assert "sub-01" not in message
+
+
+def test_many_patients_are_named_at_once_and_after_those_of_the_key(tmp_path):
+    key = tmp_path / "key.csv"
+    key.write_text("case,patient,session\nP0007_4,sub-0003,ses-9\n")
+    studies = [Study(f"sub-{number:04d}", session) for number in range(5000) for session in ("ses-1", "ses-2")]
+    started = time.process_time()
+    names = name_cases(studies, key)
+    assert time.process_time() - started < 4  # a look at all names for each study takes 11 s
+    assert [names["sub-0003", session] for session in ("ses-9", "ses-1", "ses-2")] == ["P0007_4", "P0007_5", "P0007_6"]
+    assert [names["sub-0000", "ses-1"], names["sub-4999", "ses-2"]] == ["P0008_1", "P5006_2"]
 
 
 def test_two_conversions_at_once_do_not_write_one_key(folders, tmp_path, refused):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -35,15 +36,20 @@ def name_cases(studies: Sequence[Study], key: Path | None) -> dict[tuple[str, st
 
 
 def _pseudonyms(studies: Sequence[Study], known: Mapping[tuple[str, str], str]) -> dict[tuple[str, str], str]:
-    names = dict(known)
-    patients = {patient: case.split("_")[0] for (patient, _), case in names.items()}
+    names, patients, last_sessions = dict(known), {}, Counter()
+    for (patient, _), case in known.items():
+        patients[patient], session = case.split("_")
+        last_sessions[patients[patient]] = max(last_sessions[patients[patient]], int(session))
+    last = max((int(number[1:]) for number in last_sessions), default=0)
     for study in studies:
         if (study.patient, study.session) in names:
             continue
-        last = max((int(name[1:]) for name in patients.values()), default=0)
-        patient = patients.setdefault(study.patient, f"P{last + 1:04d}")
-        sessions = [int(case.split("_")[1]) for case in names.values() if case.split("_")[0] == patient]
-        names[study.patient, study.session] = f"{patient}_{max(sessions, default=0) + 1}"
+        if study.patient not in patients:
+            last += 1
+            patients[study.patient] = f"P{last:04d}"
+        number = patients[study.patient]
+        last_sessions[number] += 1
+        names[study.patient, study.session] = f"{number}_{last_sessions[number]}"
     return names
 
 
