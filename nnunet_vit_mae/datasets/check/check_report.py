@@ -70,7 +70,7 @@ def findings_table(check: DatasetCheck) -> str:
         for kind in dict.fromkeys(finding.kind for finding in findings):
             of_kind = [finding for finding in findings if finding.kind == kind]
             lines.append(f"{level}: {kind} ({len(of_kind)})")
-            lines += [f"  {finding.case} {finding.text}".replace("   ", "  ") for finding in of_kind[:SHOWN]]
+            lines += ["  " + f"{finding.case} {finding.text}".lstrip() for finding in of_kind[:SHOWN]]
             if len(of_kind) > SHOWN:
                 lines.append(f"  and {len(of_kind) - SHOWN} more in check.json")
     return "\n".join(lines) or "No problems were found."

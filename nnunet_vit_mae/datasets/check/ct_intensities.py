@@ -10,7 +10,7 @@ import numpy as np
 from nnunet_vit_mae.imaging.ct_clipping import LOWER_PERCENTILE, clipping_warning, loses_soft_tissue
 
 SHARES = np.linspace(0, 1, 1001)
-SAMPLE = 1_000_000  # voxels
+SAMPLE = 1_000_000  # voxels used for percentiles: enough for three digits
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import nibabel
 import numpy as np
 
-from nnunet_vit_mae.datasets.check.ct_intensities import CTIntensities
+from nnunet_vit_mae.datasets.check.ct_intensities import SAMPLE, CTIntensities
 from nnunet_vit_mae.datasets.contrasts.cases import find_case_images
 from nnunet_vit_mae.datasets.contrasts.record import Channels, read_channels, read_contrasts
 from nnunet_vit_mae.errors import UserError, reader_reason
@@ -31,7 +31,6 @@ from nnunet_vit_mae.processes.workers import run_each
 
 ERROR, WARNING = "error", "warning"
 LABELS_OF = {"imagesTr": "labelsTr", "imagesTs": "labelsTs", "imagesUn": None}
-SAMPLE = 1_000_000  # voxels used for percentiles: enough for three digits
 
 
 @dataclass(frozen=True)
