@@ -23,7 +23,7 @@ from nnunet_vit_mae.evaluation.drawing import (
     wrap_name,
 )
 from nnunet_vit_mae.evaluation.results import Bin, Evaluation
-from nnunet_vit_mae.evaluation.words import correct_in_words, range_text, title_with_unit
+from nnunet_vit_mae.evaluation.words import HIGHLIGHTED, correct_in_words, range_text, title_with_unit
 
 
 @styled
@@ -32,7 +32,7 @@ def measures_figure(evaluation: Evaluation, label: str) -> Figure:
     crowded = len(evaluation.models) > 4  # names are vertical then
     figure = Figure(figsize=(WIDTH, 5.2 if crowded else 3.9), layout="constrained")
     figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr]
-    for axes, column in zip(figure.subplots(1, 2), ("dice", "absolute_difference_mm3"), strict=True):
+    for axes, column in zip(figure.subplots(1, 2), HIGHLIGHTED, strict=True):
         table = _pivot(evaluation, label, column)
         scale = Scale.around(table) if column != "dice" else None
         for offset, values in zip(point_offsets(len(table)), table, strict=True):
@@ -52,7 +52,7 @@ def measures_figure(evaluation: Evaluation, label: str) -> Figure:
 @styled
 def scatter_figure(evaluation: Evaluation, label: str) -> Figure:
     """Draw predicted over reference volume with the line of identity; in a square both are in the same risk group."""
-    risks = {entry.model: entry for entry in evaluation.risks if entry.label == label}
+    risks = {risk.model: risk for risk in evaluation.risks_of(label)}
     volumes = evaluation.volumes_of(label)
     scale = Scale.around(np.concatenate([np.concatenate(pair) for pair in volumes.values()]))
     figure, panels = make_panels(evaluation.models, height=3.0)
@@ -84,7 +84,7 @@ def _shade_groups(axes: Axes, edges: Sequence[float]) -> None:
 @styled
 def risk_figure(evaluation: Evaluation, label: str) -> Figure:
     """Draw a confusion matrix for each model: risk groups by reference volume (rows) and predicted volume (columns)."""
-    risks = {entry.model: entry for entry in evaluation.risks if entry.label == label}
+    risks = {risk.model: risk for risk in evaluation.risks_of(label)}
     models = [model for model in evaluation.models if model in risks]
     figure, panels = make_panels(models, height=3.2)
     for place, (axes, model) in enumerate(zip(panels, models, strict=True)):
@@ -123,20 +123,14 @@ def _draw_confusion(axes: Axes, counts: np.ndarray) -> None:
     axes.tick_params(length=0)
 
 
-def bin_pairs(evaluation: Evaluation, label: str) -> list[tuple[str, str]]:
-    """Return the pairs (measure, quantity) for which there are bins."""
-    return list(dict.fromkeys((entry.measure, entry.quantity) for entry in evaluation.bins if entry.label == label))
-
-
 @styled
 def bins_figure(evaluation: Evaluation, label: str) -> Figure:
     """Draw Dice by slice thickness and volume difference by reference volume (ViTiac, supplementary figure 2)."""
-    pairs = bin_pairs(evaluation, label)
+    pairs = evaluation.bin_pairs(label)
     figure = Figure(figsize=(WIDTH, 3.2 * len(pairs) + 0.4), layout="constrained")
     figure.get_layout_engine().set(hspace=0.08)  # type: ignore[union-attr]
     for axes, (measure, quantity) in zip(figure.subplots(len(pairs), squeeze=False)[:, 0], pairs, strict=True):
-        bins = [b for b in evaluation.bins if (b.label, b.measure, b.quantity) == (label, measure, quantity)]
-        _draw_bins(axes, evaluation, bins)
+        _draw_bins(axes, evaluation, evaluation.bins_of(label, measure, quantity))
     handles = [
         figure.axes[0].scatter([], [], **style.points(28), label=wrap_name(model, 30))
         for model, style in model_styles(evaluation.models).items()

@@ -130,7 +130,7 @@ def _draw_scatter(evaluation: Evaluation, label: str, gallery: Gallery) -> Pictu
     caption = (
         "Predicted against reference volume. The line marks equal volumes; points below it are underestimated volumes."
     )
-    if any(risk.label == label for risk in evaluation.risks):
+    if evaluation.risks_of(label):
         caption += " Dotted lines are cutoffs of risk groups; in a grey square both volumes are in the same group."
     alt = f"Predicted against reference volumes of {label}."
     return gallery.add(figures.scatter_figure(evaluation, label), "volumes", label, caption, alt)
@@ -141,14 +141,14 @@ def _draw_bland_altman(evaluation: Evaluation, label: str, gallery: Gallery) -> 
         "Bland-Altman plots: predicted minus reference volume over the mean of both. Solid line: bias; dashed lines: "
         "95% limits of agreement (bias ± 1.96 standard deviations). All values are in mm³, and all axes are the same."
     )
-    agreements = [entry for entry in evaluation.agreements if entry.label == label]
+    agreements = evaluation.agreements_of(label)
     described = "; ".join(f"{entry.model}: {words.agreement_in_words(entry)}" for entry in agreements)
     alt = f"Bland-Altman plots of {label}: {described}."
     return gallery.add(bland_altman_figure(evaluation.volumes_of(label)), "bland_altman", label, caption, alt)
 
 
 def _draw_risk(evaluation: Evaluation, label: str, gallery: Gallery) -> Picture | None:
-    risks = [risk for risk in evaluation.risks if risk.label == label]
+    risks = evaluation.risks_of(label)
     if not risks:
         return None
     caption = (
@@ -161,7 +161,7 @@ def _draw_risk(evaluation: Evaluation, label: str, gallery: Gallery) -> Picture 
 
 
 def _draw_bins(evaluation: Evaluation, label: str, gallery: Gallery) -> Picture | None:
-    pairs = figures.bin_pairs(evaluation, label)
+    pairs = evaluation.bin_pairs(label)
     if not pairs:
         return None
     titles = [words.measure_by_quantity(*pair) for pair in pairs]
@@ -173,7 +173,7 @@ def _draw_bins(evaluation: Evaluation, label: str, gallery: Gallery) -> Picture 
 def _draw_by_token(
     evaluation: Evaluation, label: str, gallery: Gallery, vits: Mapping[str, TrainedVit]
 ) -> Picture | None:
-    means = {mean.model: mean for mean in evaluation.means if (mean.label, mean.measure) == (label, "dice") and mean.n}
+    means = {mean.model: mean for mean in evaluation.means_of(label, "dice") if mean.n}
     known = [(vit, means[name]) for name, vit in vits.items() if name in means]
     results = [DiceOfVit(vit, mean.mean, mean.low, mean.high) for vit, mean in known]
     return draw_by_token(results, label, gallery)

@@ -14,7 +14,6 @@ from nnunet_vit_mae.evaluation import words
 from nnunet_vit_mae.evaluation.by_token import TrainedVit
 from nnunet_vit_mae.evaluation.cases import EvaluationSet
 from nnunet_vit_mae.evaluation.expected import review_tables
-from nnunet_vit_mae.evaluation.figures import bin_pairs
 from nnunet_vit_mae.evaluation.overlays import ExampleSlice, choose_examples, read_example
 from nnunet_vit_mae.evaluation.pictures import Gallery, draw_label, embed_calibration
 from nnunet_vit_mae.evaluation.results import Evaluation
@@ -88,7 +87,7 @@ def _label_context(
     gallery: Gallery,
     vits: Mapping[str, TrainedVit],
 ) -> dict[str, Any]:
-    risks = [risk for risk in evaluation.risks if risk.label == label]
+    risks = evaluation.risks_of(label)
     return {
         "name": label,
         "highlights": words.highlights(evaluation, label),
@@ -97,7 +96,7 @@ def _label_context(
         "agreements": agreement_table(evaluation, label),
         "risks": risk_table(risks),
         "groups": words.groups_in_words(risks[0]) if risks else [],
-        "bins": [bin_table(evaluation, label, *pair) for pair in bin_pairs(evaluation, label)],
+        "bins": [bin_table(evaluation, label, *pair) for pair in evaluation.bin_pairs(label)],
         "reviews": review_tables(evaluation, label),
         "pictures": draw_label(evaluation, label, slices, gallery, vits),
     }

@@ -155,6 +155,30 @@ class Evaluation:
             chosen &= self.cases["model"] == model
         return self.cases.loc[chosen]
 
+    def means_of(self, label: str, measure: str) -> list[Mean]:
+        """Return the mean of a measure (column) of each model."""
+        return [mean for mean in self.means if (mean.label, mean.measure) == (label, measure)]
+
+    def tests_of(self, label: str, measure: str) -> list[PairedTest]:
+        """Return the comparisons of a measure (column)."""
+        return [test for test in self.tests if (test.label, test.measure) == (label, measure)]
+
+    def agreements_of(self, label: str) -> list[Agreement]:
+        """Return the agreement of each model."""
+        return [agreement for agreement in self.agreements if agreement.label == label]
+
+    def risks_of(self, label: str) -> list[RiskGroups]:
+        """Return the risk groups of each model."""
+        return [risk for risk in self.risks if risk.label == label]
+
+    def bins_of(self, label: str, measure: str, quantity: str) -> list[Bin]:
+        """Return the bins of a measure by a quantity (columns) of each model."""
+        return [bin_ for bin_ in self.bins if (bin_.label, bin_.measure, bin_.quantity) == (label, measure, quantity)]
+
+    def bin_pairs(self, label: str) -> list[tuple[str, str]]:
+        """Return the pairs (measure, quantity) of which there are bins."""
+        return list(dict.fromkeys((bin_.measure, bin_.quantity) for bin_ in self.bins if bin_.label == label))
+
     def volumes_of(self, label: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Return the reference and the predicted volume (mm3) of each case, by model."""
         volumes = {}

@@ -31,7 +31,7 @@ def headline_table(evaluation: Evaluation, label: str) -> list[dict[str, Any]]:
     """
     rows = []
     for measure in MEASURES:
-        means = [mean for mean in evaluation.means if (mean.label, mean.measure) == (label, measure.column)]
+        means = evaluation.means_of(label, measure.column)
         if not means:
             continue
         best = words.best_of(means, measure)
@@ -72,10 +72,9 @@ def comparison_table(evaluation: Evaluation, label: str) -> list[dict[str, Any]]
     Returns:
         A group for each measure with a row for each pair of models.
     """
-    tests_of_label = [test for test in evaluation.tests if test.label == label]
     groups = []
-    for column in dict.fromkeys(test.measure for test in tests_of_label):
-        tests = [test for test in tests_of_label if test.measure == column]
+    for column in dict.fromkeys(test.measure for test in evaluation.tests if test.label == label):
+        tests = evaluation.tests_of(label, column)
         means = words.format_values(column, *(mean for test in tests for mean in (test.first_mean, test.second_mean)))
         differences = words.format_values(column, *(test.difference for test in tests), sign=True)
         rows = [
@@ -101,7 +100,7 @@ def _test_row(test: PairedTest, means: tuple[str, str], difference: str) -> dict
 
 def agreement_table(evaluation: Evaluation, label: str) -> list[dict[str, Any]]:
     """Make the table of bias and limits of agreement of a label, with a row for each model."""
-    agreements = [entry for entry in evaluation.agreements if entry.label == label]
+    agreements = evaluation.agreements_of(label)
     numbers = [number for entry in agreements for number in (entry.bias, entry.lower, entry.upper)]
     texts = words.format_values("difference_mm3", *numbers, sign=True)
     return [
@@ -142,7 +141,7 @@ def bin_table(evaluation: Evaluation, label: str, measure: str, quantity: str) -
     Returns:
         A row for each bin with median and mean of each model.
     """
-    bins = [b for b in evaluation.bins if (b.label, b.measure, b.quantity) == (label, measure, quantity)]
+    bins = evaluation.bins_of(label, measure, quantity)
     texts = words.format_values(measure, *(value for entry in bins for value in (entry.median, entry.mean)))
     cells = {
         (entry.model, entry.low, entry.high): {

@@ -199,7 +199,7 @@ def highlights(evaluation: Evaluation, label: str) -> list[str]:
 
 
 def _best_mean(evaluation: Evaluation, label: str, column: str) -> str:
-    means = [m for m in evaluation.means if (m.label, m.measure) == (label, column) and math.isfinite(m.mean)]
+    means = [mean for mean in evaluation.means_of(label, column) if math.isfinite(mean.mean)]
     title = title_in_sentence(column)
     if not means:
         return f"Mean {title}: not defined in any case."
@@ -219,7 +219,7 @@ def _best_mean(evaluation: Evaluation, label: str, column: str) -> str:
 def _significant_differences(evaluation: Evaluation, label: str) -> Iterator[str]:
     """Name the models that are significantly better in the highlighted measures."""
     for column in HIGHLIGHTED:
-        tests = [test for test in evaluation.tests if (test.label, test.measure) == (label, column)]
+        tests = evaluation.tests_of(label, column)
         worse_by_better: dict[str, list[str]] = {}
         for test in tests:
             if pair := better_and_worse(test):
@@ -239,7 +239,7 @@ def _significant_differences(evaluation: Evaluation, label: str) -> Iterator[str
 
 
 def _right_groups(evaluation: Evaluation, label: str) -> Iterator[str]:
-    risks = [risk for risk in evaluation.risks if risk.label == label and risk.n]
+    risks = [risk for risk in evaluation.risks_of(label) if risk.n]
     shares = [f"{risk.model} {risk.correct} of {risk.n} ({risk.correct / risk.n:.0%})" for risk in risks]
     if shares:
         yield f"Cases in the right risk group: {', '.join(shares)}."
