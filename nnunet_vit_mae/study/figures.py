@@ -70,13 +70,9 @@ def learning_curves(table: pd.DataFrame, arms: Sequence[str], label: str) -> Fig
 
 
 def _seed_means(table: pd.DataFrame, label: str, measure: str) -> np.ndarray:
-    points = [
-        point_of(table, Variant(arm, calibrated), few, label, measure)
-        for arm in distinct(table, "arm")
-        for few in distinct(table, "few")
-        for calibrated in ROWS
-    ]
-    return np.array([mean for point in points if point is not None for mean in point.seeds])
+    """Return the mean over cases of each run: the arms with their numbers of labels and seeds, calibrated or not."""
+    of_label = table[table["label"] == label]
+    return of_label.groupby(["arm", "calibrated", "few", "seed"])[measure].mean().to_numpy(float)
 
 
 def _draw_curve(axes: Axes, points: Mapping[int, SeriesPoint], style: ModelStyle, name: str, shift: float) -> None:
