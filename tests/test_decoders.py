@@ -19,6 +19,7 @@ from nnunet_vit_mae.networks import decoders as decoders_package
 from nnunet_vit_mae.networks.blueprint import Blueprint
 from nnunet_vit_mae.networks.build import build_autoencoder, build_segmenter
 from nnunet_vit_mae.networks.decoders import upscale
+from nnunet_vit_mae.networks.decoders.expanding_path import ResidualBlock
 from nnunet_vit_mae.networks.decoders.unetr import shares
 from nnunet_vit_mae.networks.encoder import Encoded
 from nnunet_vit_mae.networks.segmenter import Segmenter, prior_logits, start_from
@@ -272,6 +273,16 @@ def test_unetr_feeds_the_image_to_the_finest_skip_and_later_blocks_to_coarser_on
     shapes = [tuple(seen[f"decoder.{name}"][1].shape[1:]) for name in ("skips.0", "skips.1", "stem")]
     assert shapes == [(32, 8, 4, 6), (16, 8, 8, 12), (8, 8, 8, 24)]
     assert [seen[f"decoder.expand.stages.{i}.block"][1].shape[1:] for i in range(3)] == shapes
+
+
+@pytest.mark.parametrize("width", [3, 5])
+def test_a_residual_block_bends_behind_the_sum_with_its_shortcut(width):
+    """As MONAI's `UnetResBlock`, which UNETR's public code has."""
+    block, features = ResidualBlock(3, width).double(), random_volume(2, 3, 4, 5, 6).double()
+    first, norm, _, second, last = block.convolutions
+    total = last(second(functional.leaky_relu(norm(first(features)), 0.01))) + block.shortcut(features)
+    assert torch.allclose(block(features), torch.where(total > 0, total, 0.01 * total))
+    assert isinstance(block.shortcut, nn.Identity) == (width == 3)
 
 
 def test_every_level_of_sfpn_comes_from_the_last_map_and_the_coarsest_is_where_the_decoder_begins():

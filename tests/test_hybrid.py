@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import small_unet
+from torch import Tensor, nn
 
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.networks.build import build_segmenter
@@ -61,6 +62,35 @@ def test_tokens_that_fit_no_stage_or_reach_out_of_the_volume_work(token):
     """The outputs at all resolutions have the sizes of nnU-Net's targets."""
     shapes = [tuple(part.shape[2:]) for part in hybrid(token)(torch.randn(1, 2, *SHAPE))]
     assert shapes == [(8, 16, 24), (8, 8, 12), (4, 4, 6)]
+
+
+def joined(network: Segmenter, token: int) -> tuple[Tensor, Tensor]:
+    """Return what the change of a token adds to the features of the U-Net (f z y x), and what it adds to the map."""
+    decoder, given = network.decoder, []
+    nn.init.normal_(decoder.projection.weight)
+    encoded = network.encoder.encode(torch.randn(1, 2, *SHAPE), ())
+    other = encoded._replace(tokens=encoded.tokens.clone())
+    other.tokens[0, token] += 1
+    decoder.unet.decoder.register_forward_pre_hook(lambda _, features: given.append(features[0][decoder.stage][0]))
+    for one in (encoded, other):
+        decoder(one)
+    return given[1] - given[0], decoder.projection.weight.sum(dim=1).flatten()
+
+
+@torch.no_grad()
+def test_a_token_joins_the_features_of_its_place():
+    added, change = joined(hybrid(), token=4)
+    expected = torch.zeros(len(change), 2, 2, 3)
+    expected[:, 0, 1, 1] = change  # (0 * 2 + 1) * 3 + 1 = 4
+    torch.testing.assert_close(added, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_map_of_large_tokens_is_interpolated_and_what_lies_behind_the_volume_is_cut_off():
+    """Two tokens of 16 voxels along x are four places of the U-Net, of which a volume of 24 voxels has three."""
+    added, change = joined(hybrid((16, 16, 16)), token=1)
+    expected = change[:, None, None, None] * torch.tensor([0, 0.25, 0.75])
+    torch.testing.assert_close(added, expected.expand(-1, 2, 2, -1), atol=1e-5, rtol=1e-5)
 
 
 def test_its_memory_can_be_estimated():

@@ -134,6 +134,8 @@ def test_many_numbers_become_thirds_and_few_stay_classes():
     assert [made[f"c{n}"].split(" / ")[0] for n in range(1, 10)] == ["low"] * 3 + ["middle"] * 3 + ["high"] * 3
     assert made["c9"] == "high / unknown"
     assert set(assign_strata([], cases).values()) == {""}
+    grade = {case: str(n % 5) for n, case in enumerate(cases)}
+    assert assign_strata([grade], cases) == grade
     age = {case: "n/a" if case == "c4" else str(60 + n) for n, case in enumerate(cases)}
     assert sorted(assign_strata([age], cases).values()) == ["high"] * 3 + ["low"] * 3 + ["middle"] * 3 + ["n/a"]
 

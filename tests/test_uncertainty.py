@@ -151,11 +151,11 @@ def test_coverage_of_groups():
     shares = coverage(cases, 0.9)
     assert shares["all"] == math.ceil(0.9 * 40) / 40
     by_volume = sorted(cases, key=lambda case: case.estimate.volume_mm3)
-    large = [
-        covers([with_one_predictor(other) for other in cases if other is not case], case, 0.9)
-        for case in by_volume[-13:]
-    ]
-    assert shares["large"] == pytest.approx(np.mean(large))
+    for name, third in {"small": by_volume[:14], "middle": by_volume[14:27], "large": by_volume[27:]}.items():
+        covered = [
+            covers([with_one_predictor(other) for other in cases if other is not case], case, 0.9) for case in third
+        ]
+        assert shares[name] == pytest.approx(np.mean(covered))
     own, others = cases[::2], cases[1::2]
     assert shares["fold_0"] == np.mean([covers(list(map(with_one_predictor, others)), case, 0.9) for case in own])
     assert list(coverage(cases[:8], 0.9)) == []  # too few for any interval
