@@ -29,7 +29,7 @@ from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.csv_tables import write_records
 from nnunet_vit_mae.storage.files import short_hash
 
-CONVERTED = "imagesUn"  # where the conversion puts studies without labels
+UNLABELLED = "imagesUn"  # where the conversion puts studies without labels
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ def find_study_cases(model: Model, source: DicomInput) -> tuple[list[StudyCase],
 def convert_cases(model: Model, cases: Sequence[StudyCase], part: Part, folder: Path) -> DicomScans:
     """Write the images of a part of the studies, named as nnU-Net expects; one that fails does not stop the others."""
     unreadable, series, channels = {}, {}, _channels(model)
-    ending = model.plan.dataset_json["file_ending"]
+    ending = model.plan.file_ending
     for case in with_progress(cases[part.number :: part.of], unit="study", desc="converting"):
         converted = convert_study(ConversionTask(case.study, case.name, channels, case.reference, folder, ending))
-        files = [folder / CONVERTED / channel_file_name(case.name, number, ending) for number in range(len(channels))]
+        files = [folder / UNLABELLED / channel_file_name(case.name, number, ending) for number in range(len(channels))]
         missing = [number for number, file in enumerate(files) if not file.is_file()]
         reasons = [f"{image} {reason}" for image, reason in converted.problems.items()]
         if not reasons and not _may_be_absent(model, missing):
@@ -101,7 +101,7 @@ def convert_cases(model: Model, cases: Sequence[StudyCase], part: Part, folder: 
         series[case.name] = case.series(reference)
         for number in missing:
             write_zeros(files[number], like=files[channels.index(reference)])
-    images = folder / CONVERTED
+    images = folder / UNLABELLED
     readable = find_prediction_cases(model.plan, images) if series else []
     return DicomScans(Scans(images, readable, [case.name for case in cases], unreadable, converted=True), series)
 
@@ -131,7 +131,7 @@ def _channel_patterns(model: Model, channels: Sequence[str], texts: Sequence[str
         raise UserError(
             f"The model has two channels of one name ({listed}), but series are assigned by name: use NIfTI files."
         )
-    ending = model.plan.dataset_json["file_ending"]
+    ending = model.plan.file_ending
     if ending not in IMAGE_ENDINGS:
         raise UserError(f"The model reads {ending} files, to which DICOM cannot be converted: use files of that kind.")
     patterns = parse_patterns(texts)
