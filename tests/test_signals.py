@@ -260,13 +260,15 @@ def test_a_guarded_command_ends_with_all_its_processes(running, number):
 
 def test_the_guard_passes_on_the_exit_code_and_ends_what_is_left(running):
     process = running("""
-        with guarded(["sh", "-c", "sleep 61 & exit 7"]) as inner:
-            code = inner.wait()
+        codes = []
+        for end in ("exit 7", "kill -9 $$"):
+            with guarded(["sh", "-c", f"sleep 61 & {end}"]) as inner:
+                codes.append(inner.wait())
         say("ready")
-        say(code)
+        say(codes)
         time.sleep(60)
     """)
-    assert process.stdout.readline() == "7\n"
+    assert process.stdout.readline() == f"[7, {128 + signal.SIGKILL}]\n"
     assert processes_of(process.pid) == [process.pid]
 
 
