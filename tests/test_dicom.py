@@ -397,12 +397,28 @@ def test_one_of_the_volumes_of_a_series_is_chosen_by_what_tells_it_from_the_othe
         dicom_studies(tmp_path, patterns[1:], "ep2d*")
 
 
+def b_value(value: float):
+    """A change that gives all frames a b-value, and each an acquisition of its own."""
+
+    def change(_, __, frames):
+        for number, frame in enumerate(frames):
+            frame.MRDiffusionSequence = group(DiffusionBValue=value)
+            frame.FrameContentSequence = group(FrameAcquisitionNumber=number, TemporalPositionIndex=1 + number)
+
+    return change
+
+
 def test_volumes_that_two_tags_tell_apart_are_divided_and_others_refused(tmp_path):
     write_diffusion(tmp_path / "two", EchoTime=[10, 10, 90, 90], ImageType=[["ORIGINAL", part] for part in "MPMP"])
     (study,) = dicom_studies(
         tmp_path / "two", [ContrastPattern("T2", "*echo time 90, image type ORIGINAL/M*")], None
     ).studies
     assert_right(read_series(study.images["T2"].origin), voxels(2))
+    for value in (0, 1000):  # as newer scanners store them, one enhanced file each
+        change, tags = b_value(value), {"SeriesInstanceUID": "1.9.1.2", "SeriesDescription": "ep2d"}
+        write_frames(tmp_path / f"frames/{value}.dcm", ALL, change, uid=f"1.9.1.2.{value}", array=voxels(value), **tags)
+    (study,) = dicom_studies(tmp_path / "frames", [ContrastPattern("DWI", "*b-value 1000*")], None).studies
+    assert_right(read_series(study.images["DWI"].origin), voxels(1000))
     write_diffusion(tmp_path / "none", EchoTime=[10, 10], SequenceName=["a", "a"])
     (study,) = dicom_studies(tmp_path / "none", [ContrastPattern("T2", "ep2d")], None).studies
     with pytest.raises(SeriesError, match="at the same position"):

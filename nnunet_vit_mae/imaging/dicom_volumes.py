@@ -1,6 +1,6 @@
 """Several volumes in one DICOM series, such as the b-values of a diffusion series or two echoes, taken apart.
 
-Scanners and archives often store them together, one file for each slice. Files with many frames stay as they are.
+Scanners and archives often store them together. A file with many frames goes to one of them as a whole.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, combinations
 
-from nnunet_vit_mae.imaging.dicom import DicomSeries, SeveralVolumesError, checked_stack, header_problem
+from nnunet_vit_mae.imaging.dicom import DicomSeries, SeriesError, SeveralVolumesError, checked_stack, header_problem
 from nnunet_vit_mae.imaging.dicom_header import TRAITS, DicomHeader
 
 
@@ -20,20 +20,22 @@ def volumes_of(series: DicomSeries) -> list[DicomSeries]:
 
     The description of a volume says what tells it from the others, e.g. "ep2d_diff (b-value 1000)".
     """
-    if series.passed_over or any(len(file.frames) > 1 for file in series.files):
-        return [series]
     try:
         checked_stack(series)
     except SeveralVolumesError:
         return _divided(series) or [series]
-    except ValueError:
+    except SeriesError:
         return [series]
     return [series]
 
 
 def _divided(series: DicomSeries) -> list[DicomSeries]:
     traits = [dict(file.frames[0].traits) for file in series.files]
-    differing = [keyword for keyword in TRAITS if len({of_file.get(keyword) for of_file in traits}) > 1]
+    within: set[str] = set()  # what differs among the frames of one file, which stay together
+    for file in series.files:
+        within |= {keyword for frame in file.frames for keyword, _ in {*frame.traits} ^ {*file.frames[0].traits}}
+    values_of = {keyword: {of_file.get(keyword) for of_file in traits} for keyword in TRAITS if keyword not in within}
+    differing = [keyword for keyword, values in values_of.items() if len(values) > 1]
     for keywords in chain(combinations(differing, 1), combinations(differing, 2)):
         files: dict[tuple[str, ...], list[DicomHeader]] = defaultdict(list)
         for file, of_file in zip(series.files, traits, strict=True):
