@@ -17,7 +17,7 @@ from nnunet_vit_mae.evaluation.measures import Box, boxes_by_value, measure, uni
 from nnunet_vit_mae.evaluation.results import EvaluationOptions
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, cases_in, channel_file_name, ending_in
 from nnunet_vit_mae.imaging.description import DESCRIPTION
-from nnunet_vit_mae.imaging.grids import distance_mm, turned_geometry, turned_like
+from nnunet_vit_mae.imaging.grids import on_grid, refuse_other_grid, turned_geometry
 from nnunet_vit_mae.imaging.labels import Labels, read_labels, read_mask, read_segmentation, values_in
 from nnunet_vit_mae.imaging.volumes import NOT_FINITE, Geometry, all_finite, read_volume, without_warnings_of_itk
 from nnunet_vit_mae.processes.workers import run_each
@@ -278,41 +278,6 @@ def _slice_thickness(case: EvaluationCase, geometry: Geometry) -> float:
         refuse_other_grid(case.reference, turned_geometry(geometry, image), case.image, image)
         geometry = image
     return round(case.slice_thickness_mm or max(geometry.spacing), THICKNESS_DIGITS)
-
-
-def on_grid(
-    file: Path, array: np.ndarray, geometry: Geometry, other_file: Path, other: Geometry
-) -> tuple[np.ndarray, Geometry]:
-    """Turn a volume so that its voxels can be compared with those of another file, one by one.
-
-    Args:
-        file: The file of the volume, for messages.
-        array: The volume (z y x), stored along any axes.
-        geometry: Its geometry.
-        other_file: The other file.
-        other: Its geometry.
-
-    Returns:
-        The volume (z y x) and its geometry, along the axes of the other file.
-
-    Raises:
-        UserError: If the voxels of the two files do not lie in the same places, up to a voxel.
-    """
-    array, geometry = turned_like(array, geometry, other)
-    refuse_other_grid(file, geometry, other_file, other)
-    return array, geometry
-
-
-def refuse_other_grid(file: Path, geometry: Geometry, other_file: Path, other: Geometry) -> None:
-    """Raise `UserError` unless the voxels of two files lie in the same places in mm, up to a voxel."""
-    difference = geometry.difference(other)
-    if difference and difference.startswith(("size", "spacing")):
-        raise UserError(f"{file} does not fit {other_file}: they differ in {difference}; resample one to the other.")
-    if difference and (distance := distance_mm(geometry, other)) > min(other.spacing):
-        raise UserError(
-            f"{file} does not fit {other_file}: their voxels lie up to {distance:.4g} mm apart ({difference}); "
-            "resample one to the other, or correct the header that is wrong."
-        )
 
 
 def _refuse_other_labels(file: Path, array: np.ndarray, labels: Labels) -> None:

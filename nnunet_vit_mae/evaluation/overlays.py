@@ -12,10 +12,10 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from nnunet_vit_mae.errors import reading
-from nnunet_vit_mae.evaluation.cases import EvaluationSet, counted_masks, on_grid
+from nnunet_vit_mae.evaluation.cases import EvaluationSet, counted_masks
 from nnunet_vit_mae.evaluation.drawing import WIDTH, styled
 from nnunet_vit_mae.evaluation.results import Evaluation
-from nnunet_vit_mae.imaging.grids import turned_like
+from nnunet_vit_mae.imaging.grids import on_grid, turned_like
 from nnunet_vit_mae.imaging.labels import read_segmentation
 from nnunet_vit_mae.imaging.volumes import Geometry, read_volume, without_warnings_of_itk
 

@@ -6,10 +6,12 @@ A grid is the places of voxels in mm, whatever the order in which a file stores 
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
+from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.imaging.volumes import Geometry, geometry_of
 
 
@@ -61,6 +63,41 @@ def turned_geometry(geometry: Geometry, like: Geometry) -> Geometry:
         tuple(origin.tolist()),
         tuple(turned.ravel().tolist()),
     )
+
+
+def on_grid(
+    file: Path, array: np.ndarray, geometry: Geometry, other_file: Path, other: Geometry
+) -> tuple[np.ndarray, Geometry]:
+    """Turn a volume so that its voxels can be compared with those of another file, one by one.
+
+    Args:
+        file: The file of the volume, for messages.
+        array: The volume (z y x), stored along any axes.
+        geometry: Its geometry.
+        other_file: The other file.
+        other: Its geometry.
+
+    Returns:
+        The volume (z y x) and its geometry, along the axes of the other file.
+
+    Raises:
+        UserError: If the voxels of the two files do not lie in the same places, up to a voxel.
+    """
+    array, geometry = turned_like(array, geometry, other)
+    refuse_other_grid(file, geometry, other_file, other)
+    return array, geometry
+
+
+def refuse_other_grid(file: Path, geometry: Geometry, other_file: Path, other: Geometry) -> None:
+    """Raise `UserError` unless the voxels of two files lie in the same places in mm, up to a voxel."""
+    difference = geometry.difference(other)
+    if difference and difference.startswith(("size", "spacing")):
+        raise UserError(f"{file} does not fit {other_file}: they differ in {difference}; resample one to the other.")
+    if difference and (distance := distance_mm(geometry, other)) > min(other.spacing):
+        raise UserError(
+            f"{file} does not fit {other_file}: their voxels lie up to {distance:.4g} mm apart ({difference}); "
+            "resample one to the other, or correct the header that is wrong."
+        )
 
 
 def distance_mm(geometry: Geometry, other: Geometry) -> float:

@@ -273,6 +273,11 @@ def limits_of_study(
     )
     if not by_patient:
         yield "Without --csv every case counted as a patient of its own: scans of one patient may be on two sides."
+    yield from _limits_of_training(arms, iterations)
+
+
+def _limits_of_training(arms: Mapping[str, Arm], iterations: int) -> Iterator[str]:
+    """Yield how the trainings of the arms differ besides in their networks."""
     by_sgd = [name for name, arm in arms.items() if arm.trainer == BASELINE]
     by_adamw = [name for name, arm in arms.items() if arm.scheduled and name not in by_sgd]
     if by_sgd and by_adamw and iterations < NNUNET_ITERATIONS:

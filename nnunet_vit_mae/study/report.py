@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -83,23 +83,12 @@ def write_study_report(
     labels = distinct(table, "label")
     _write_comparisons(answers, output / "comparisons.csv")
     gallery = Gallery(labels, output / "figures")
-    all_answers = [paired for found in answers.values() for paired in found]
-    finetuning = Settings.from_dict(study.recipe).finetuning
-    limits = limits_of_study(
-        all_answers,
-        study.arms,
-        iterations=finetuning.epochs * finetuning.iterations,
-        seeds=len(distinct(table, "seed")),
-        cases=len(distinct(table, "case")),
-        patients=len(distinct(table, "patient" if "patient" in table else "case")),
-        by_patient=bool(study.csv) or "patient" in table,
-    )
     context = {
         "study": study,
         "cases": len(distinct(table, "case")),
         "labels": [_label_context(study, table, label, answers, gallery) for label in labels],
         "training": _training_pictures(study, gallery),
-        "limits": [*limits, *_missing(missing)],
+        "limits": [*_limits(study, table, answers), *_missing(missing)],
         "measures": list(map(title_with_unit, COMPARED)),
         "costs": costs,
         "evaluations": [few for few in study.few if (output / "evaluations" / f"{few}_labels" / PAGE).is_file()],
@@ -123,6 +112,21 @@ def _training_pictures(study: StudyDesign, gallery: Gallery) -> list[Picture]:
         figure, alt = training_figure(curves), "Training loss and validation Dice by epoch."
         pictures.append(gallery.add(figure, "training", None, TRAINING, alt))
     return pictures
+
+
+def _limits(
+    study: StudyDesign, table: pd.DataFrame, answers: Mapping[Question, Sequence[PairedDifference]]
+) -> Iterator[str]:
+    finetuning = Settings.from_dict(study.recipe).finetuning
+    return limits_of_study(
+        [paired for found in answers.values() for paired in found],
+        study.arms,
+        iterations=finetuning.epochs * finetuning.iterations,
+        seeds=len(distinct(table, "seed")),
+        cases=len(distinct(table, "case")),
+        patients=len(distinct(table, "patient" if "patient" in table else "case")),
+        by_patient=bool(study.csv) or "patient" in table,
+    )
 
 
 def _missing(missing: Sequence[StudyModel]) -> list[str]:

@@ -189,6 +189,20 @@ def question_about(patients: Collection[str]) -> str:
     return f"Are these different patients? {'; '.join(map(', '.join, alike))}." if alike else ""
 
 
+def parts_of(folds: Sequence[Split], test: Sequence[str]) -> dict[str, list[str]]:
+    """Return the cases of each part of a split by name.
+
+    These are training and development set, or the validation cases of each fold of a cross-validation, and the test
+    set. Folds for learning curves validate on the cases of another one, so they are not parts of their own.
+    """
+    distinct = {tuple(fold["val"]): fold for fold in reversed(folds)}  # of equal ones, the first fold stays
+    kept = [fold for fold in folds if distinct[tuple(fold["val"])] is fold]
+    parts = {f"fold {number}": fold["val"] for number, fold in enumerate(kept)}
+    if len(kept) == 1:
+        parts = {"training": kept[0]["train"], "validation": kept[0]["val"]}
+    return parts | ({"test": [*test]} if test else {})
+
+
 def _number(share: float, patients: int) -> int:
     """Return how many patients a share is: at least one, unless the share is 0."""
     return max(1, round(share * patients)) if share else 0
@@ -297,17 +311,3 @@ def _tertiles(values: Mapping[str, str]) -> dict[str, str]:
     ranked = sorted(set(numbers.values()) - {0.0})
     named = {value: TERTILES[len(TERTILES) * rank // len(ranked)] for rank, value in enumerate(ranked)}
     return {case: named.get(numbers[case], "none") if case in numbers else value for case, value in values.items()}
-
-
-def parts_of(folds: Sequence[Split], test: Sequence[str]) -> dict[str, list[str]]:
-    """Return the cases of each part of a split by name.
-
-    These are training and development set, or the validation cases of each fold of a cross-validation, and the test
-    set. Folds for learning curves validate on the cases of another one, so they are not parts of their own.
-    """
-    distinct = {tuple(fold["val"]): fold for fold in reversed(folds)}  # of equal ones, the first fold stays
-    kept = [fold for fold in folds if distinct[tuple(fold["val"])] is fold]
-    parts = {f"fold {number}": fold["val"] for number, fold in enumerate(kept)}
-    if len(kept) == 1:
-        parts = {"training": kept[0]["train"], "validation": kept[0]["val"]}
-    return parts | ({"test": [*test]} if test else {})
