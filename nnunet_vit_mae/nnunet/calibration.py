@@ -187,7 +187,7 @@ def _record(model: Model, cases: Sequence[PredictedCase], fitted: FittedModel) -
         "objective": fitted.objective,
         "dataset": model.plan.dataset.name,
         "configuration": model.plan.name,
-        "plans": model.plan.plans.plans_name,
+        "plans": model.plan.plans_name,
         "trainer": model.trainer,
         "folds": list(model.folds),
         "checkpoint": model.checkpoint,

@@ -92,12 +92,12 @@ def _plans(plan: Plan) -> Iterator[Diagnosis]:
     origin = "their vit_mae block" if plan.has_block else "the defaults, as they have no vit_mae block"
     token, patch = (" x ".join(map(str, sides)) for sides in (network.token, plan.patch_size))
     chosen = f"size {network.size}, token {token}, decoder {network.decoder} by {origin}"
-    yield Diagnosis("plans", OK, f"{plan.plans.plans_name} have the patch {patch}; {chosen}.")
+    yield Diagnosis("plans", OK, f"{plan.plans_name} have the patch {patch}; {chosen}.")
 
 
 def _images(plan: Plan) -> Iterator[Diagnosis]:
     labelled = labelled_cases(plan)
-    expected = cases_in(plan.dataset.references, plan.dataset_json["file_ending"])
+    expected = cases_in(plan.dataset.references, plan.file_ending)
     pool, missing = preprocessed_pool(plan)
     yield Diagnosis("images", OK, f"{len(labelled)} labelled and {len(pool)} unlabelled images are preprocessed.")
     if unprocessed := set(expected) - {case.name for case in labelled}:
@@ -134,10 +134,10 @@ def _encoders(plan: Plan) -> Iterator[Diagnosis]:
         yield Diagnosis("encoder", OK, f"{file} fits; {card.origin}. {' '.join(notes)}".rstrip())
     if not files:
         advice = f"mae3d_pretrain {plan.flags_text}"
-        yield Diagnosis("encoder", WARNING, f"There is no encoder for {plan.plans.plans_name} yet.", advice)
+        yield Diagnosis("encoder", WARNING, f"There is no encoder for {plan.plans_name} yet.", advice)
 
 
 def _own_encoders(plan: Plan) -> list[Path]:
-    pattern = encoder_file(plan.dataset.results, plan.plans.plans_name, plan.name, "*")
+    pattern = encoder_file(plan.dataset.results, plan.plans_name, plan.name, "*")
     found = pattern.parent.parent.glob(f"{pattern.parent.name}/{pattern.name}")
     return sorted(file for file in found if UNTIL not in file.parent.name)

@@ -116,7 +116,7 @@ def quantify_dicom(
     writer = _CaseWriter(model, codes, thresholds, _algorithm(model, identity))
     problems = {}
     for case, series in with_progress(converted.series.items(), unit="case", desc="writing DICOM"):
-        segmentation = work / f"{case}{model.plan.dataset_json['file_ending']}"
+        segmentation = work / f"{case}{model.plan.file_ending}"
         if segmentation.is_file() and not (output / case / REPORT).is_file():  # without one, the table says why
             try:
                 writer.write(series, segmentation, output / case)
@@ -177,7 +177,7 @@ class _CaseWriter:
 def _algorithm(model: Model, identity: str) -> Algorithm:
     parameters = {
         "trainer": model.trainer,
-        "plans": model.plan.plans.plans_name,
+        "plans": model.plan.plans_name,
         "configuration": model.plan.name,
         "folds": " ".join(model.folds),
         "checkpoint": model.checkpoint,

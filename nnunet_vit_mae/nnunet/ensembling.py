@@ -44,8 +44,8 @@ def calibrate_ensemble(plan: Plan, development: Sequence[Path], predictions: Pat
     cases = _development_cases(plan, classes, development)
     found = fit_thresholds(cases, classes, "volume")
     output.mkdir(parents=True, exist_ok=True)
-    manager = plan.plans.get_label_manager(plan.dataset_json)
-    writer, ending = plan.plans.image_reader_writer_class(), plan.dataset_json["file_ending"]
+    manager = plan.label_manager
+    writer, ending = plan.plans.image_reader_writer_class(), plan.file_ending
     for file in _probabilities_in(predictions):
         shifted = shift_probabilities(
             read_probabilities(file, classes.outputs).astype(np.float32), classes, found.shifts

@@ -91,7 +91,7 @@ def _card(models: Sequence[Model]) -> dict[str, Any]:
     card = {
         "what": "A trained model for nnU-Net v2, written by mae3d_export; mae3d_import installs it.",
         "dataset": plan.dataset.name,
-        "plans": plan.plans.plans_name,
+        "plans": plan.plans_name,
         "configuration": plan.name,
         "trainer": model.trainer,
         "folds": list(model.folds),

@@ -71,7 +71,7 @@ def draw_features(models: Sequence[Model], case: str | None, file: Path, device:
     for model in models:
         if model.plan.settings.network.decoder == "unet":
             raise UserError(
-                f"The plans {model.plan.plans.plans_name} have the decoder unet, whose maps are not upsampled tokens: "
+                f"The plans {model.plan.plans_name} have the decoder unet, whose maps are not upsampled tokens: "
                 "leave them out."
             )
     case = case or _first_validation_case(models[0])
@@ -155,7 +155,7 @@ def _foreground_centre(properties: dict) -> list[int] | None:
 def _feature_maps_of(model: Model, patch: Patch, device: torch.device) -> tuple[list[FeatureMap], np.ndarray]:
     """Return all maps, and the probability (z y x) of any foreground."""
     maps = feature_maps(load_segmenter(model).to(device), patch.image[None].to(device))
-    labels = model.plan.plans.get_label_manager(model.plan.dataset_json)
+    labels = model.plan.label_manager
     probabilities = labels.apply_inference_nonlin(maps[-1].values)
     z, y, x = patch.image.shape[1:]
     # regions overlap, and there is no background among them
@@ -167,7 +167,7 @@ def _checkerboards(model: Model, case: str, maps: Sequence[FeatureMap]) -> list[
     return [
         MapCheckerboard(
             case=case,
-            plans=model.plan.plans.plans_name,
+            plans=model.plan.plans_name,
             decoder=model.plan.settings.network.decoder,
             upsampling=_upsampling(model.plan),
             map=entry.name,
@@ -196,7 +196,7 @@ def _figure_row(
     if "logits" in numbers:
         caption += f"{numbers['logits']} (logits)"
     return Features(
-        title=f"{model.plan.plans.plans_name} ({model.plan.settings.network.decoder}, {_upsampling(model.plan)})",
+        title=f"{model.plan.plans_name} ({model.plan.settings.network.decoder}, {_upsampling(model.plan)})",
         maps=drawn,
         probability=foreground,
         caption=caption,

@@ -58,7 +58,7 @@ def is_preprocessed(dataset: Dataset, plans_name: str, configuration: str) -> bo
 
 def reference_segmentations(plan: Plan) -> dict[str, Path]:
     """Return the reference segmentations of the labelled cases by case. Raises `UserError` if there are none."""
-    files = cases_in(plan.dataset.references, plan.dataset_json["file_ending"])
+    files = cases_in(plan.dataset.references, plan.file_ending)
     if not files:
         raise UserError(
             f"There are no reference segmentations in {plan.dataset.references}: "
@@ -128,7 +128,7 @@ def refuse_no_fold(fold: str, cases: int) -> None:
 
 
 def _test_cases(plan: Plan) -> dict[str, dict[int, Path]]:
-    return channels_by_case(plan.dataset.raw / "imagesTs", plan.dataset_json["file_ending"])[0]
+    return channels_by_case(plan.dataset.raw / "imagesTs", plan.file_ending)[0]
 
 
 def _unlabelled_pool(plan: Plan) -> list[PreprocessedCase]:

@@ -39,7 +39,7 @@ class Model:
     @property
     def folder(self) -> Path:
         """The model's folder in nnU-Net's results."""
-        return model_folder(self.plan.dataset.results, self.trainer, self.plan.plans.plans_name, self.plan.name)
+        return model_folder(self.plan.dataset.results, self.trainer, self.plan.plans_name, self.plan.name)
 
     @property
     def files(self) -> list[Path]:
@@ -50,7 +50,7 @@ class Model:
     def flags(self) -> list[str]:
         """The flags that name the model on a command line, without folds and checkpoint."""
         plan = self.plan
-        return ["-d", plan.dataset.name, "-c", plan.name, "-p", plan.plans.plans_name, "-tr", self.trainer]
+        return ["-d", plan.dataset.name, "-c", plan.name, "-p", plan.plans_name, "-tr", self.trainer]
 
     def command(self, images: Path, output: Path, device: str) -> list[str]:
         """Return the command that predicts a folder with this model."""

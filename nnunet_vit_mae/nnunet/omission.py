@@ -74,7 +74,7 @@ def find_channels(plan: Plan, names: Sequence[str]) -> list[int]:
     Raises `UserError` for images without a geometry, for unknown names, for all contrasts at once, and if nnU-Net's
     normalisation turns zeros into other values.
     """
-    ending = plan.dataset_json["file_ending"]
+    ending = plan.file_ending
     if ending not in IMAGE_ENDINGS:
         raise UserError(
             f"{plan.dataset.name} has {ending} files, but only {', '.join(IMAGE_ENDINGS)} can be replaced by zeros."

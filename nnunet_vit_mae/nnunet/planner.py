@@ -95,7 +95,7 @@ def _refuse_impossible(source: Plan, settings: Settings, estimate: Callable[[Set
             "no device",
             shape=(getattr(settings, section).batch_size, len(source.channel_names), *source.patch_size),
             estimate=lambda section=section: getattr(estimate(settings), section),
-            advice=f"correct patch_size in {source.plans.plans_name}, or give a smaller batch",
+            advice=f"correct patch_size in {source.plans_name}, or give a smaller batch",
         )
 
 
@@ -164,7 +164,7 @@ def _explain(
     network, before = settings.network, unfitted.network
 
     def origin(section: str, key: str) -> str:
-        default = f"as in {source.plans.plans_name}" if source.has_block else "default"
+        default = f"as in {source.plans_name}" if source.has_block else "default"
         return origins.get((section, key), default)
 
     def batch(section: str) -> str:

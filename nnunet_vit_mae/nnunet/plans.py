@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
@@ -47,6 +48,21 @@ class Plan:
         return tuple(self.configuration.patch_size)
 
     @property
+    def plans_name(self) -> str:
+        """Return the name of the plans, as `-p` takes it."""
+        return self.plans.plans_name
+
+    @property
+    def file_ending(self) -> str:
+        """Return the ending of images and segmentations, with its dot."""
+        return self.dataset_json["file_ending"]
+
+    @property
+    def label_manager(self) -> LabelManager:
+        """Return nnU-Net's handling of labels, regions and the ignore label."""
+        return self.plans.get_label_manager(self.dataset_json)
+
+    @property
     def has_block(self) -> bool:
         """Return whether the plans have a `vit_mae` block, or leave all to the defaults."""
         return BLOCK in self.configuration.configuration
@@ -54,7 +70,7 @@ class Plan:
     @property
     def outputs(self) -> int:
         """Return the outputs of the network per voxel."""
-        return self.plans.get_label_manager(self.dataset_json).num_segmentation_heads
+        return self.label_manager.num_segmentation_heads
 
     @property
     def channel_names(self) -> list[str]:
@@ -70,12 +86,12 @@ class Plan:
     @property
     def flags_text(self) -> str:
         """Return how commands name dataset, configuration and plans."""
-        return f"-d {self.dataset.id} -c {self.name} -p {self.plans.plans_name}"
+        return f"-d {self.dataset.id} -c {self.name} -p {self.plans_name}"
 
     @property
     def preprocessing_command(self) -> str:
         """Return nnU-Net's command that preprocesses the labelled images; ours for the others takes `flags_text`."""
-        return f"nnUNetv2_preprocess -d {self.dataset.id} -c {self.name} -plans_name {self.plans.plans_name}"
+        return f"nnUNetv2_preprocess -d {self.dataset.id} -c {self.name} -plans_name {self.plans_name}"
 
     @property
     def preprocessed_folder(self) -> Path:
@@ -203,7 +219,7 @@ def _label_values(label: Any) -> tuple[int, ...]:
 
 def classes_of(plan: Plan) -> Classes:
     """What the plan's network segments, in the order of its outputs."""
-    manager = plan.plans.get_label_manager(plan.dataset_json)
+    manager = plan.label_manager
     labels = manager.foreground_regions if manager.has_regions else manager.foreground_labels
     values = tuple(map(_label_values, labels))
     names = {_label_values(label): name for name, label in plan.dataset_json["labels"].items()}

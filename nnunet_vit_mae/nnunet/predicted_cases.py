@@ -76,7 +76,7 @@ def development_cases(
     plan, preprocessed = model.plan, model.plan.dataset.preprocessed
     cases, patients = find_prediction_cases(plan, images), recorded_patients(preprocessed)
     names = [case.name for case in cases]
-    if plan.dataset_json["file_ending"] in IMAGE_ENDINGS:
+    if plan.file_ending in IMAGE_ENDINGS:
         for case in cases:
             refuse_turned_reference(case, find_reference(plan, case.name, references))
 
@@ -144,7 +144,7 @@ def _refuse_other_split(model: Model, fold: str, validation: Collection[str]) ->
     A fold whose validation was stopped has only some of them, and one that came from elsewhere none.
     """
     folder = model.folder / f"fold_{fold}" / VALIDATION
-    found, expected = {*cases_in(folder, model.plan.dataset_json["file_ending"])}, {*validation}
+    found, expected = {*cases_in(folder, model.plan.file_ending)}, {*validation}
     finished = (folder / "summary.json").is_file()
     if others := found ^ expected if finished else found - expected:
         raise UserError(
@@ -167,7 +167,7 @@ def _predict(model: Model, images: Path, names: Sequence[str], work: Path, devic
     """
     cases = find_prediction_cases(model.plan, images)
     refuse_damaged_weights(model)  # before anything is written
-    predictions, note, ending = work / "predictions", work / NOTE, model.plan.dataset_json["file_ending"]
+    predictions, note, ending = work / "predictions", work / NOTE, model.plan.file_ending
     made_of = {"model": model_hash(model), "images": str(images)}
     of_others = not note.is_file() or read_entries(dict[str, str], note, "remove it") != made_of
     for file in [*predictions.glob("*.npz"), *predictions.glob(f"*{ending}")]:

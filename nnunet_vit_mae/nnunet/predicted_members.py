@@ -56,7 +56,7 @@ def predict_members(
     """
     from nnunet_vit_mae.nnunet.members import MemberPredictor  # nnU-Net's predictor takes seconds to import
 
-    identity, ending = model_hash(model), model.plan.dataset_json["file_ending"]
+    identity, ending = model_hash(model), model.plan.file_ending
     writer = model.plan.plans.image_reader_writer_class()
     predictor: MemberPredictor | None = None
     found = {}
@@ -76,7 +76,7 @@ def predict_members(
 
 def remove_lone_maps(model: Model, segmentations: Path, maps: Path) -> None:
     """Remove what the members said about segmentations that are gone: the next ones may be of other images."""
-    ending = model.plan.dataset_json["file_ending"]
+    ending = model.plan.file_ending
     for name in {file.name.removesuffix(".json").removesuffix(ending) for file in maps.glob("[!.]*")}:
         if not (segmentations / f"{name}{ending}").is_file():
             for file in (maps / f"{name}.json", maps / f"{name}{ending}"):

@@ -46,7 +46,7 @@ def find_prediction_cases(plan: Plan, images: Path, *, all_usable: bool = True) 
     Raises `UserError` if there are none, if a file has another name, if a case lacks a channel, or, where `all_usable`
     are needed, if an image cannot be read or has more voxels than the limit.
     """
-    ending = plan.dataset_json["file_ending"]
+    ending = plan.file_ending
     channels, misnamed = channels_by_case(images, ending)
     if misnamed:
         raise UserError(f"{misnamed[0]} is not named as nnU-Net expects (CASE_0000{ending}): rename or remove it.")
@@ -60,7 +60,7 @@ def find_prediction_cases(plan: Plan, images: Path, *, all_usable: bool = True) 
 
 def find_reference(plan: Plan, case: str, references: Path) -> Path:
     """Return the reference segmentation of a case. Raises `UserError` if it is missing."""
-    reference = inside(references, f"{case}{plan.dataset_json['file_ending']}", source="A list of cases")
+    reference = inside(references, f"{case}{plan.file_ending}", source="A list of cases")
     if not reference.is_file():
         raise UserError(f"The case {case} has no reference segmentation {reference}: add it, or check the folder.")
     return reference
@@ -97,7 +97,7 @@ def predict_cases(
     The images are linked into the folder `links`, which is removed afterwards. The output of nnU-Net's command is
     appended to `log`. Raises `UserError` if images are missing, and as `predict_folder` does.
     """
-    endings = [model.plan.dataset_json["file_ending"], *([".npz"] if probabilities else [])]
+    endings = [model.plan.file_ending, *([".npz"] if probabilities else [])]
     for case in cases:
         _remove_if_cut_off(output / f"{case}{endings[0]}")
     if all((output / f"{case}{ending}").is_file() for case in cases for ending in endings):
@@ -137,7 +137,7 @@ def remove_outdated(plan: Plan, cases: Iterable[PredictionCase], output: Path) -
     of an earlier version, a segmentation that is not older than its images is kept.
     """
     for case in cases:
-        segmentation, note = output / f"{case.name}{plan.dataset_json['file_ending']}", output / IMAGE_NOTES / case.name
+        segmentation, note = output / f"{case.name}{plan.file_ending}", output / IMAGE_NOTES / case.name
         images = [[str(image), *_size_and_time(image)] for image in case.images]
         if note.is_file() and read_json(note) == images:
             continue
@@ -164,7 +164,7 @@ def predict_folder(
     holds NaN, or code, which nnU-Net would run.
     """
     refuse_damaged_weights(model)
-    ending = model.plan.dataset_json["file_ending"]
+    ending = model.plan.file_ending
     expected = [output / f"{case}{ending}" for case in cases]
     workers = NO_WORKERS if len(expected) == 1 else ()
     _run([*model.command(images, output, device), *flags, *workers], expected, log)

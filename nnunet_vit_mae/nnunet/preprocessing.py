@@ -48,7 +48,7 @@ class Outcome:
 
 def raw_unlabelled_cases(plan: Plan) -> dict[str, list[Path]]:
     """Return the files of each case in `imagesUn` in the order of their channel numbers; the folder may be missing."""
-    cases, _ = channels_by_case(plan.dataset.unlabelled_images, plan.dataset_json["file_ending"])
+    cases, _ = channels_by_case(plan.dataset.unlabelled_images, plan.file_ending)
     return {case: list(channels.values()) for case, channels in cases.items()}
 
 
@@ -68,13 +68,13 @@ def preprocess_unlabelled(plan: Plan, processes: int) -> tuple[int, Iterator[Out
     cases = raw_unlabelled_cases(plan)
     if not cases:
         raise UserError(
-            f"There are no images such as CASE_0000{plan.dataset_json['file_ending']} "
+            f"There are no images such as CASE_0000{plan.file_ending} "
             f"in {plan.dataset.unlabelled_images}: put the unlabelled images there, named as in imagesTr."
         )
     _remove_if_made_with_other_plans(plan)
     remove_unfinished(plan.unlabelled_folder)
     to_do = {case: files for case, files in cases.items() if not _is_done(plan, case, files)}
-    preprocess = partial(_preprocess_case, plan.dataset.name, plan.plans.plans_name, plan.name)
+    preprocess = partial(_preprocess_case, plan.dataset.name, plan.plans_name, plan.name)
     results = run_each(preprocess, to_do.items(), processes)
     return len(to_do), (outcome or Outcome(case, KILLED) for (case, _), outcome in results)
 
@@ -115,7 +115,7 @@ def _preprocess_case(dataset: str, plans_name: str, configuration: str, raw_case
 
 def _find_channel_problem(plan: Plan, files: list[Path]) -> str | None:
     """Compare the channel numbers in the names of the files with the channels in dataset.json."""
-    ending = plan.dataset_json["file_ending"]
+    ending = plan.file_ending
     numbers = [f"{case_and_channel(file.name.removesuffix(ending))[1]:04d}" for file in files]
     expected = [f"{number:04d}" for number in range(len(plan.channel_names))]
     if numbers != expected:

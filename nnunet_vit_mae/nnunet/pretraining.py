@@ -129,7 +129,7 @@ def pretrain(
     _refuse_large_step(job, machine)
     _refuse_damaged(plan, cases)
     refuse_other_spacing(plan.preprocessed_folder, plan.plans, plan.configuration)
-    file = encoder_file(plan.dataset.results, plan.plans.plans_name, plan.name, fold)
+    file = encoder_file(plan.dataset.results, plan.plans_name, plan.name, fold)
     on_device = bool(machine.cache_bytes) and machine.device.type == "cuda" and _fits_on_device(job, machine)
     if on_device:
         machine = replace(machine, readers=0)
@@ -154,7 +154,7 @@ def _settings(plan: Plan, *, adaptive: bool) -> Settings:
         settings = settings_for(plan.configuration, len(plan.channel_names), adaptive=True)
     if settings.encoder.file:
         raise UserError(
-            f"The plans {plan.plans.plans_name} start from the encoder {settings.encoder.file}, which is trained "
+            f"The plans {plan.plans_name} start from the encoder {settings.encoder.file}, which is trained "
             "already: go on with nnUNetv2_train, or write plans without --encoder to pre-train one."
         )
     return settings
@@ -269,7 +269,7 @@ def _card(plan: Plan, fold: str, job: PretrainingJob, cases: list[PreprocessedCa
         modality_vectors=job.network.modality_vectors,
         channel_names=list(job.channel_names),
         dataset=plan.dataset.name,
-        plans=plan.plans.plans_name,
+        plans=plan.plans_name,
         configuration=plan.name,
         fold=fold,
         patch_size=list(job.patch_size),

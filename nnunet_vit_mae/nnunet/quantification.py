@@ -63,7 +63,7 @@ def find_scans_to_quantify(model: Model, images: Path, part: Part = Part()) -> S
     The log names images with another ending, which nnU-Net does not see.
     """
     cases = find_prediction_cases(model.plan, images, all_usable=False)  # the table says which ones are not
-    ending, files = model.plan.dataset_json["file_ending"], [file.name for file in visible_files(images)]
+    ending, files = model.plan.file_ending, [file.name for file in visible_files(images)]
     if others := [name for name in files if name.lower().endswith(IMAGE_ENDINGS) and not name.endswith(ending)]:
         logger.warning(
             "%d images in %s do not end with %s and are left out (%s): convert or rename them.",
@@ -233,7 +233,7 @@ def _case_rows(
     groups: Mapping[str, _RiskGroups],
 ) -> list[dict[str, Any]]:
     """Return a row for each label of a case."""
-    volumes = volumes_in(work / f"{case}{model.plan.dataset_json['file_ending']}", classes_of(model.plan))
+    volumes = volumes_in(work / f"{case}{model.plan.file_ending}", classes_of(model.plan))
     warnings = warnings_of(geometry, volumes, training)
     return [
         {

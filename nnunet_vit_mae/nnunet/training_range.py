@@ -192,7 +192,7 @@ def _labelled_files(model: Model) -> dict[str, Path]:
         return {}
     dataset = model.plan.dataset
     held_out = read_split_record(dataset.preprocessed).test
-    files = cases_in(dataset.references, model.plan.dataset_json["file_ending"])
+    files = cases_in(dataset.references, model.plan.file_ending)
     return {case: file for case, file in files.items() if case not in held_out}
 
 

@@ -132,7 +132,7 @@ def add_uncertainty(model: Model, cases: Sequence[PredictedCase], images: Path, 
         remove_lone_maps(model, work, work / UNCERTAINTY)
         found = predict_members(predicting, shifts, images_of, work, work / UNCERTAINTY, device)
         for case in own:
-            segmentation = work / f"{case.name}{model.plan.dataset_json['file_ending']}"
+            segmentation = work / f"{case.name}{model.plan.file_ending}"
             rows += _validated_rows(predicting, case, segmentation, found[case.name])
     section = _section(rows)
     write_json({**record.content, UNCERTAINTY: section}, record.folder / CALIBRATION_RECORD)

@@ -87,7 +87,7 @@ def _ours_in_others(source: Plan, name: str) -> dict[str, dict[str, Any]]:
         if _without_ours(entries) != _without_ours(now):
             raise UserError(
                 f"{file} also has settings for {other}, which is another configuration in "
-                f"{source.plans.plans_name}: choose another name with -o, or remove the file."
+                f"{source.plans_name}: choose another name with -o, or remove the file."
             )
         found[other] = {key: value for key, value in entries.items() if key in OURS}
     return found
