@@ -59,12 +59,12 @@ class DicomSeries:
     @property
     def person(self) -> tuple[str, str, str]:
         """Patient ID, date of birth and sex, each empty if it is not given."""
-        return self.tag("PatientID"), self.tag("PatientBirthDate"), self.tag("PatientSex")
+        return self.files[0].person
 
     @property
     def identity(self) -> tuple[str, ...]:
         """What the volumes of one series have in common."""
-        return (*self.person, self.tag("StudyInstanceUID"), self.tag("SeriesInstanceUID"))
+        return self.files[0].series
 
     @property
     def kind(self) -> str:
@@ -122,12 +122,9 @@ def find_series(folder: Path, *, progress: bool = False) -> tuple[list[DicomSeri
         if header is None:
             damaged[_series_of_damaged(file)] += 1
             continue
-        tags = header.tags
-        person = (tags["PatientID"], tags["PatientBirthDate"], tags["PatientSex"])
-        series = (*person, tags["StudyInstanceUID"], tags["SeriesInstanceUID"])
-        original = originals.setdefault((*series, tags["SOPInstanceUID"] or str(file)), header)
+        original = originals.setdefault((*header.series, header.tags["SOPInstanceUID"] or str(file)), header)
         if original is header or not _is_copy(header, original):
-            files_of[*series, header.is_image, header.is_localizer].append(header)
+            files_of[*header.series, header.is_image, header.is_localizer].append(header)
     uids = {files[0].tags["SeriesInstanceUID"] for files in files_of.values()}
     all_series = [DicomSeries(files, files[0].tags["SeriesInstanceUID"] in damaged) for files in files_of.values()]
     lost = sum(count for uid, count in damaged.items() if uid is not None and uid not in uids)

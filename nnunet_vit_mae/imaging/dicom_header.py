@@ -108,6 +108,16 @@ class DicomHeader:
         return _name(self.tags["SOPClassUID"]).removesuffix(" Storage") or "no SOP class"
 
     @property
+    def person(self) -> tuple[str, str, str]:
+        """Patient ID, date of birth and sex, each empty if it is not given."""
+        return self.tags["PatientID"], self.tags["PatientBirthDate"], self.tags["PatientSex"]
+
+    @property
+    def series(self) -> tuple[str, ...]:
+        """What the files of one series have in common; some anonymisers give everybody the same UIDs."""
+        return (*self.person, self.tags["StudyInstanceUID"], self.tags["SeriesInstanceUID"])
+
+    @property
     def is_image(self) -> bool:
         """Whether the class is one of images: not of segmentations, doses, reports, presentation states or raw data."""
         return is_image_class(self.tags["SOPClassUID"])
