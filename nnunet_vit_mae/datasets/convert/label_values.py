@@ -16,7 +16,7 @@ from nnunet_vit_mae.imaging.channels import visible_files
 from nnunet_vit_mae.imaging.volumes import read_image
 from nnunet_vit_mae.imaging.writing import write_image
 
-HIGHEST = 255  # of a label in uint8
+HIGHEST_LABEL = 255  # of a label in uint8
 
 
 def numbers_of(values: Iterable[int]) -> dict[int, int]:
@@ -40,7 +40,7 @@ def place_labels(waiting: Path, folder: Path, numbers: Mapping[int, int]) -> Non
     Raises:
         WriteError: If a label cannot be written.
     """
-    number_of = np.zeros(HIGHEST + 1, np.uint8)
+    number_of = np.zeros(HIGHEST_LABEL + 1, np.uint8)
     number_of[list(numbers)] = list(numbers.values())
     for file in visible_files(waiting) if waiting.is_dir() else []:
         if not are_renumbered(numbers):

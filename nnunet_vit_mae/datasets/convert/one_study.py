@@ -10,7 +10,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_vit_mae.datasets.acquisition import SLICE_THICKNESS
-from nnunet_vit_mae.datasets.convert.label_values import HIGHEST
+from nnunet_vit_mae.datasets.convert.label_values import HIGHEST_LABEL
 from nnunet_vit_mae.datasets.convert.studies import Study, read_image_source
 from nnunet_vit_mae.errors import WriteError
 from nnunet_vit_mae.imaging.channels import channel_file_name
@@ -140,8 +140,8 @@ def _read_label(
     try:
         label = read_image_source(study.label)
         values = np.unique(sitk.GetArrayViewFromImage(label))
-        if np.any(values != np.round(values)) or values[0] < 0 or values[-1] > HIGHEST:
-            raise ScanError(f"has values that are not integers from 0 to {HIGHEST}")
+        if np.any(values != np.round(values)) or values[0] < 0 or values[-1] > HIGHEST_LABEL:
+            raise ScanError(f"has values that are not integers from 0 to {HIGHEST_LABEL}")
     except ScanError as error:
         problems[LABEL] = str(error)
         return None, None
