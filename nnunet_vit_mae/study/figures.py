@@ -72,7 +72,7 @@ def learning_curves(table: pd.DataFrame, arms: Sequence[str], label: str) -> Fig
 def _seed_means(table: pd.DataFrame, label: str, measure: str) -> np.ndarray:
     """Return the mean over cases of each run: the arms with their numbers of labels and seeds, calibrated or not."""
     of_label = table[table["label"] == label]
-    return of_label.groupby(["arm", "calibrated", "few", "seed"])[measure].mean().to_numpy(float)
+    return np.asarray(of_label.groupby(["arm", "calibrated", "few", "seed"])[measure].mean(), float)
 
 
 def _draw_curve(axes: Axes, points: Mapping[int, SeriesPoint], style: ModelStyle, name: str, shift: float) -> None:
