@@ -260,15 +260,17 @@ def test_a_guarded_command_ends_with_all_its_processes(running, number):
 
 def test_the_guard_passes_on_the_exit_code_and_ends_what_is_left(running):
     process = running("""
+        say("ready")
         codes = []
         for end in ("exit 7", "kill -9 $$"):
-            with guarded(["sh", "-c", f"sleep 61 & {end}"]) as inner:
+            with guarded(["sh", "-c", f"sleep 61 & echo $!; {end}"]) as inner:
                 codes.append(inner.wait())
-        say("ready")
         say(codes)
         time.sleep(60)
     """)
+    left = [int(process.stdout.readline()) for _ in range(2)]
     assert process.stdout.readline() == f"[7, {128 + signal.SIGKILL}]\n"
+    assert_all_end(left, seconds=1.0)
     assert processes_of(process.pid) == [process.pid]
 
 
