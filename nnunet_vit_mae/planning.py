@@ -176,8 +176,8 @@ def fit_to_memory(
     """Return settings whose training steps stay within `target` bytes.
 
     First the batches of fine-tuning and pre-training are halved, down to 2; where that is not enough, the token grows.
-    `fixed` are the entries (section, key) that a person has chosen, which stay. More memory buys smaller tokens, never
-    larger batches than the defaults, because an epoch's time grows with the batch.
+    `fixed` are the entries (section, key) that a person has chosen, which stay, but taps only with their token. More
+    memory buys smaller tokens, never larger batches than the defaults, because an epoch's time grows with the batch.
 
     Raises `UserError` when nothing fits.
     """

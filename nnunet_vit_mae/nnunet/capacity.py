@@ -13,7 +13,7 @@ from nnunet_vit_mae.units import GIB, size_text
 
 LARGEST_DEVICE = 1024 * GIB  # several times what the largest GPU has
 STEP_PER_CROP = 1000  # a step takes far less than this many times its crops, so that small ones need no rehearsal
-VOXEL_BYTES = 4
+VOXEL_BYTES = 4  # in fp32
 
 
 def memory_of(device: torch.device) -> int:

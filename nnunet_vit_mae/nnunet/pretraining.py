@@ -18,7 +18,7 @@ from nnunet_vit_mae.errors import UserError, abbreviated
 from nnunet_vit_mae.installation import package_versions
 from nnunet_vit_mae.networks.memory import pretraining_memory
 from nnunet_vit_mae.networks.precision import has_bf16
-from nnunet_vit_mae.nnunet.capacity import free_memory_of, memory_of, refuse_step_beyond
+from nnunet_vit_mae.nnunet.capacity import VOXEL_BYTES, free_memory_of, memory_of, refuse_step_beyond
 from nnunet_vit_mae.nnunet.folds import PreprocessedCase, pretraining_cases
 from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade, settings_for
 from nnunet_vit_mae.nnunet.preprocessing import refuse_other_spacing
@@ -134,7 +134,7 @@ def pretrain(
     if on_device:
         machine = replace(machine, readers=0)
     if not machine.cache_bytes:
-        refuse_without_shared_memory(_ready_batches(machine), _batch_bytes(job, machine, 4))
+        refuse_without_shared_memory(_ready_batches(machine), _batch_bytes(job, machine, VOXEL_BYTES))
     with _cache(job, machine) if machine.cache_bytes and not on_device else nullcontext() as cache:
         task = partial(
             _make_encoder, replace(job, cache=cache), partial(_card, plan, fold, job, cases), file, resume=resume,
