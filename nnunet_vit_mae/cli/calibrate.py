@@ -6,6 +6,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnunet_vit_mae.cli.arguments import (
     add_device_argument,
@@ -19,6 +20,10 @@ from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.processes.signals import command
 from nnunet_vit_mae.storage.files import file_hash, locked
 from nnunet_vit_mae.storage.layout import CALIBRATED, FINAL
+
+if TYPE_CHECKING:
+    from nnunet_vit_mae.nnunet.models import Model
+    from nnunet_vit_mae.nnunet.predicted_cases import PredictedCase
 
 
 @command("Predictions that are done are kept, and the same command goes on with the others.")
@@ -35,7 +40,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from nnunet_vit_mae.nnunet import calibration, uncertainty
     from nnunet_vit_mae.nnunet.calibrated import refuse_calibrated
-    from nnunet_vit_mae.nnunet.predicted_cases import development_cases, training_cases, validation_cases
 
     device = usable_device(args.device).type
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -45,13 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         uncertainty.refuse_without_volumes(model)
     with locked(model.folder):
         hashes = [file_hash(file) for file in model.files]
-        if args.images is not None:
-            images, labels = args.images.resolve(), args.labels.resolve()
-            cases = development_cases(model, images, labels, device, allow_training_cases=args.allow_training_cases)
-        elif args.allow_training_cases:
-            cases = training_cases(model, device)
-        else:
-            cases = validation_cases(model, device)
+        cases = _cases(model, args, device)
         fitted = calibration.fit(model, cases, args.objective, temperature=args.temperature)
         if [file_hash(file) for file in model.files] != hashes:
             raise UserError(
@@ -66,6 +64,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = [str(file.relative_to(model.folder)) for file in written]
     print(f"Wrote to {model.folder}: {', '.join(names)}.")
     print(f"Predict with {prediction_command(model, CALIBRATED)}.")
+
+
+def _cases(model: Model, args: argparse.Namespace, device: str) -> list[PredictedCase]:
+    """Return the cases to calibrate on, predicted."""
+    from nnunet_vit_mae.nnunet.predicted_cases import development_cases, training_cases, validation_cases
+
+    if args.images is not None:
+        images, labels = args.images.resolve(), args.labels.resolve()
+        return development_cases(model, images, labels, device, allow_training_cases=args.allow_training_cases)
+    return training_cases(model, device) if args.allow_training_cases else validation_cases(model, device)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
@@ -26,6 +26,16 @@ from nnunet_vit_mae.storage.csv_tables import write_instances
 from nnunet_vit_mae.storage.files import make_folder
 
 REPORT = "refinement.csv"
+
+
+class VoxelCounts(NamedTuple):
+    """Voxels of a label value before and after its refinement, and what was removed in between."""
+
+    before: int
+    below_threshold: int
+    in_small_components: int
+    after: int
+    components_dropped: int
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class RefinedLabels:
 
 def refine(
     image: np.ndarray, label: np.ndarray, rule: RefinementRule, values: tuple[int, ...]
-) -> tuple[np.ndarray, list[tuple]]:
+) -> tuple[np.ndarray, list[VoxelCounts]]:
     """Refine the label of one case.
 
     Args:
@@ -72,8 +82,7 @@ def refine(
         values: The label values to refine.
 
     Returns:
-        The refined label in the same data type, and for each value the voxels before, below the threshold, in small
-        components and after, and the number of small components.
+        The refined label in the same data type, and the voxels of each value.
     """
     refined, counts = label.copy(), []
     dense = image >= rule.threshold  # false for NaN
@@ -87,7 +96,7 @@ def refine(
         in_small = is_small[components]
         refined[circled & (~dense | in_small)] = 0
         before, above, small = (int(np.count_nonzero(mask)) for mask in (circled, kept, in_small))
-        counts.append((before, before - above, small, above - small, int(is_small.sum())))
+        counts.append(VoxelCounts(before, before - above, small, above - small, int(is_small.sum())))
     return refined, counts
 
 
@@ -141,8 +150,8 @@ def refine_case(
     _write_like(refined, case.label, output / case.label.name)
     voxel_volume = float(np.prod(geometry.spacing))
     return [
-        LabelChange(case.case, value, *count, removed_mm3=round((count[0] - count[3]) * voxel_volume, 3))
-        for value, count in zip(values, counts, strict=True)
+        LabelChange(case.case, value, *voxels, removed_mm3=round((voxels.before - voxels.after) * voxel_volume, 3))
+        for value, voxels in zip(values, counts, strict=True)
     ]
 
 
