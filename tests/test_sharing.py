@@ -556,8 +556,7 @@ def test_members_that_share_their_bytes_are_refused(results, tmp_path, refused):
         end[place : place + 2] = struct.pack("<H", struct.unpack("<H", end[place : place + 2])[0] + by)
     end[12:16] = struct.pack("<I", struct.unpack("<I", end[12:16])[0] + len(more))
     file.write_bytes(content[: content.index(b"PK\x05\x06")] + more + bytes(end))
-    message = refused(import_model.main, str(file))
-    assert "larger than itself" in message or "damaged" in message
+    assert "has members that are larger than itself" in refused(import_model.main, str(file))
     assert not results.exists()
 
 
