@@ -45,6 +45,12 @@ PYTHON_PATH = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pa
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files with slow tests first, so that no process is alone with one of them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def _same_locale() -> Iterator[None]:
     """ITK sets the locale to C when it writes DICOM, after which Python takes text files for ASCII."""
