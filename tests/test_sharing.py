@@ -17,7 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from safetensors.torch import load, save
 
 from nnunet_vit_mae.cli import export_model, import_model
-from nnunet_vit_mae.nnunet import importing, training_range
+from nnunet_vit_mae.nnunet import importing, predicted_cases, training_range
 from nnunet_vit_mae.nnunet.calibrated import write_calibrated
 from nnunet_vit_mae.nnunet.folders import Dataset
 from nnunet_vit_mae.nnunet.models import find_model, model_hash
@@ -274,6 +274,20 @@ def test_a_model_that_is_trained_in_the_place_of_an_imported_one_has_its_own_cas
         (folder / "training_volumes.json").write_text(stored)
         assert 1.0 not in (found := volumes(checkpoint))
         assert len(found) == cases
+
+
+def test_an_imported_model_is_calibrated_with_cases_of_its_new_site(site, archive, results, monkeypatch, caplog):
+    """There, the cases that it was trained on are not known."""
+    import_model.main([str(archive), "-o", str(results)])
+    nowhere = results.parent / "nowhere"
+    model = find_model(
+        Dataset("Dataset901_Tiny", nowhere, nowhere, results / "Dataset901_Tiny"), "Tiny", trainer=TRAINERS[0]
+    )
+    monkeypatch.setattr(predicted_cases, "predict_cases", lambda *_, **__: None)
+    images, labels = site.raw / "imagesTs", site.raw / "labelsTs"
+    for allowed in (True, False):
+        assert predicted_cases.development_cases(model, images, labels, "cpu", allow_training_cases=allowed)
+        assert ("are at another site" in caplog.text) != allowed
 
 
 def test_a_model_that_does_not_fit_is_not_exported(site, tmp_path, refused, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,8 +17,9 @@ from nnunet_vit_mae.nnunet.checked_plans import read_plans
 from nnunet_vit_mae.nnunet.folders import Dataset, find_dataset
 from nnunet_vit_mae.nnunet.plans import Plan, refuse_cascade
 from nnunet_vit_mae.settings import BLOCK
-from nnunet_vit_mae.storage.files import short_hash
-from nnunet_vit_mae.storage.layout import CALIBRATED, FINAL, PLANS, model_folder
+from nnunet_vit_mae.storage.entries import read_entries
+from nnunet_vit_mae.storage.files import file_hash, short_hash
+from nnunet_vit_mae.storage.layout import CALIBRATED, CARD, FINAL, PLANS, model_folder
 from nnunet_vit_mae.storage.pickles import read_trained
 
 DECIDING = (  # entries of plans that decide a prediction, besides the configuration
@@ -56,6 +57,29 @@ class Model:
         """Return the command that predicts a folder with this model."""
         chosen = ["-f", *self.folds, "-chk", self.checkpoint, "-device", device]
         return ["nnUNetv2_predict", "-i", str(images), "-o", str(output), *self.flags, *chosen]
+
+
+@dataclass(frozen=True)
+class _InstalledCard:
+    """What is read of the card that `mae3d_import` leaves; earlier versions left no hashes."""
+
+    sha256: dict[str, str] = field(default_factory=dict)  # of the checkpoints, by their places in the model's folder
+
+
+def is_imported(model: Model) -> bool:
+    """Return whether a model was installed by `mae3d_import`, and not trained here since."""
+    if not (model.folder / CARD).is_file():
+        return False
+    hashes = read_entries(_InstalledCard, model.folder / CARD, "import the model again").sha256
+
+    def is_as_installed(fold: str) -> bool:
+        place = f"fold_{fold}/{model.checkpoint}"
+        if model.checkpoint == CALIBRATED and f"fold_{fold}/{FINAL}" in hashes:
+            place = f"fold_{fold}/{FINAL}"  # it may have been calibrated here
+        file = model.folder / place
+        return place in hashes and file.is_file() and file_hash(file) == hashes[place]
+
+    return not hashes or any(map(is_as_installed, model.folds))
 
 
 def refuse_damaged_weights(model: Model) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from nnunet_vit_mae.datasets.split.patients import patient_of, recorded_patients
 from nnunet_vit_mae.errors import UserError, abbreviated
 from nnunet_vit_mae.imaging.channels import IMAGE_ENDINGS, cases_in
 from nnunet_vit_mae.nnunet.folds import reference_segmentations, split_of, training_names
-from nnunet_vit_mae.nnunet.models import Model, model_hash, refuse_damaged_weights
+from nnunet_vit_mae.nnunet.models import Model, is_imported, model_hash, refuse_damaged_weights
 from nnunet_vit_mae.nnunet.prediction import (
     find_prediction_cases,
     find_reference,
@@ -22,6 +23,8 @@ from nnunet_vit_mae.nnunet.prediction import (
 from nnunet_vit_mae.storage.entries import read_entries
 from nnunet_vit_mae.storage.files import file_hash, inside, write_json
 from nnunet_vit_mae.storage.layout import CHECKPOINT_NOTE, FINAL, VALIDATION
+
+logger = logging.getLogger(__name__)
 
 NOTE = "predicted.json"  # in the folder of predictions
 
@@ -90,8 +93,8 @@ def development_cases(
             f"{preprocessed / SPLIT_RECORD} holds out for testing, and a test needs cases that no threshold was fitted "
             "to: leave them out."
         )
-    labelled = list(reference_segmentations(plan))
-    if allow_training_cases or not among(labelled):
+    labelled = [] if allow_training_cases else _labelled_names(model)
+    if not among(labelled):
         return _predicted_cases(model, images, references, names, device)
     for fold in model.folds:
         if fold != "all":
@@ -103,6 +106,15 @@ def development_cases(
             "or add --allow_training_cases."
         )
     return _predicted_cases(model, images, references, names, device)
+
+
+def _labelled_names(model: Model) -> list[str]:
+    """Return the names of the labelled cases; none, as the log says, of an imported model without its dataset."""
+    plan = model.plan
+    if is_imported(model) and not cases_in(plan.dataset.references, plan.file_ending):
+        logger.warning("The cases that the model was trained on are at another site: use none of these patients.")
+        return []
+    return [*reference_segmentations(plan)]
 
 
 def _predicted_cases(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -22,12 +22,12 @@ from nnunet_vit_mae.imaging.channels import cases_in
 from nnunet_vit_mae.imaging.description import REORIENTING
 from nnunet_vit_mae.imaging.labels import read_segmentation
 from nnunet_vit_mae.imaging.volumes import Geometry, read_geometry, without_warnings_of_itk
-from nnunet_vit_mae.nnunet.models import Model
+from nnunet_vit_mae.nnunet.models import Model, is_imported
 from nnunet_vit_mae.nnunet.plans import classes_of
 from nnunet_vit_mae.progress import with_progress
 from nnunet_vit_mae.storage.entries import Length, checked_entries, read_entries
-from nnunet_vit_mae.storage.files import file_hash, read_json, short_hash, write_json
-from nnunet_vit_mae.storage.layout import CALIBRATED, CARD, FINAL, FINGERPRINT
+from nnunet_vit_mae.storage.files import read_json, short_hash, write_json
+from nnunet_vit_mae.storage.layout import CARD, FINGERPRINT
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +51,6 @@ class _StoredVolumes:
 
     volumes: dict[str, Volumes]  # mm3 of each case, by label
     cases: str | None = None  # hash of the label files
-
-
-@dataclass(frozen=True)
-class _InstalledCard:
-    """What is read of the card that `mae3d_import` leaves; earlier versions left no hashes."""
-
-    sha256: dict[str, str] = field(default_factory=dict)  # of the checkpoints, by their places in the model's folder
 
 
 @dataclass(frozen=True)
@@ -188,28 +181,12 @@ def _read_stored(file: Path, labels: Iterable[str]) -> _StoredVolumes | None:
 
 def _labelled_files(model: Model) -> dict[str, Path]:
     """Return the reference segmentations by case, without the test cases; none where they are those of others."""
-    if _is_imported(model):
+    if is_imported(model):
         return {}
     dataset = model.plan.dataset
     held_out = read_split_record(dataset.preprocessed).test
     files = cases_in(dataset.references, model.plan.file_ending)
     return {case: file for case, file in files.items() if case not in held_out}
-
-
-def _is_imported(model: Model) -> bool:
-    """Return whether a model was installed by `mae3d_import`, and not trained here since."""
-    if not (model.folder / CARD).is_file():
-        return False
-    hashes = read_entries(_InstalledCard, model.folder / CARD, "import the model again").sha256
-
-    def is_as_installed(fold: str) -> bool:
-        place = f"fold_{fold}/{model.checkpoint}"
-        if model.checkpoint == CALIBRATED and f"fold_{fold}/{FINAL}" in hashes:
-            place = f"fold_{fold}/{FINAL}"  # it may have been calibrated here
-        file = model.folder / place
-        return place in hashes and file.is_file() and file_hash(file) == hashes[place]
-
-    return not hashes or any(map(is_as_installed, model.folds))
 
 
 def _belongs_to(stored: _StoredVolumes, files: Mapping[str, Path], *, came_with_model: bool) -> bool:
