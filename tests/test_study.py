@@ -642,13 +642,21 @@ def test_a_test_set_has_images_and_labels_of_the_same_cases(in_workspace, tmp_pa
     assert command._study(command._parse(known), tmp_path / "study").test == command.DEFAULT_TEST
 
 
+MOVE = "move them aside with mae3d_split -d 901 --development 0.34 --few 2 --overwrite, or work on a copy"
+
+
 def test_a_study_goes_on_with_its_own_splits_only(in_workspace, tmp_path, refused):
     """Otherwise its remaining models train on cases that others are tested on."""
     known = ["-o", str(tmp_path / "study"), "-d", "901", "--few", "2", "--development", "0.34", "-device", "cpu"]
     study = command._study(command._parse(known), tmp_path / "study")
     write_json(study.to_json(), tmp_path / "study" / "study.json")
     split = by_name(study)["split", "patients"]
-    in_workspace.call(*split)
+    in_workspace.call("mae3d_split", "-d", "901", "--folds", "3")
+    message = refused(command.main, *known)
+    assert f"holds other splits than those of the study, and models may have been trained with them: {MOVE}" in message
+    assert not (tmp_path / "study" / "done").exists()
+    in_workspace.call(*split, "--overwrite")
+    command.main([*known, "--dry-run"])
     in_workspace.call("mae3d_study", "-o", study.output, "--step", "splits")
     in_workspace.call(*split)  # the same again
     in_workspace.call("mae3d_study", "-o", study.output, "--step", "splits")
@@ -772,7 +780,7 @@ def test_a_failed_step_is_named_and_the_others_go_on(tmp_path, monkeypatch, caps
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     for name in ("split", "plan", "pretrain", "calibrate", "evaluate", "study"):
-        fails = "case $* in *_vit_*) exit 3;; esac" if name == "calibrate" else ""
+        fails = "case $* in *_vit_*) echo Error: no; exit 3;; esac" if name == "calibrate" else ""
         (bin_folder / f"mae3d_{name}").write_text(f"#!/bin/sh\necho $0\n{fails}\n")
     for name in ("train", "predict"):
         (bin_folder / f"nnUNetv2_{name}").write_text("#!/bin/sh\n")
@@ -791,7 +799,9 @@ def test_a_failed_step_is_named_and_the_others_go_on(tmp_path, monkeypatch, caps
     with pytest.raises(SystemExit) as stop:
         command._tell_failures(study)
     assert stop.value.code == 1
-    assert "Failed or interrupted: calibrate vit_10_s0" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "Failed or interrupted: calibrate vit_10_s0" in told
+    assert "\n  Error: no\n" in told
     (bin_folder / "mae3d_calibrate").write_text("#!/bin/sh\n")
     (bin_folder / "mae3d_evaluate").write_text(f"#!/bin/sh\nmkdir -p '{study.output}/evaluations/10_labels'\n")
     (bin_folder / "nnUNetv2_train").write_text("#!/bin/sh\nexit 1\n")  # is done, so it is not typed again

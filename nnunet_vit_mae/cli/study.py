@@ -291,7 +291,10 @@ def _tell_failures(study: StudyDesign) -> None:
 
     progress = progress_of(study)
     for step in progress.failed:
-        print(f"Failed or interrupted: {step.kind} {step.name}, see {Path(study.output, step.log)}.", file=sys.stderr)
+        log = Path(study.output, step.log)
+        print(f"Failed or interrupted: {step.kind} {step.name}, see {log}.", file=sys.stderr)
+        errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("Error: ")]
+        print("".join(f"  {line}\n" for line in errors[-1:]), end="", file=sys.stderr)
     if progress.waiting:
         print(f"{len(progress.waiting)} steps wait for these.", file=sys.stderr)
     try:

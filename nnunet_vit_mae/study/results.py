@@ -35,7 +35,7 @@ def measure_study(study: StudyDesign) -> tuple[pd.DataFrame, list[StudyModel]]:
     """
     done = [model for model in study.models() if (Path(study.output) / prediction_marker(study, model)).is_file()]
     if not done:
-        raise UserError(f"No model of {study.output} has been tested yet: run mae3d_study first.")
+        raise UserError(f"No model of {study.output} has been tested yet, so there is nothing to report.")
     references = note_references(study)
     table = pd.concat([_measured(study, model, references) for model in done], ignore_index=True)
     known = recorded_patients(Path(study.preprocessed_folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from nnunet_vit_mae.datasets.split.cohort import read_cohort
@@ -11,17 +12,24 @@ from nnunet_vit_mae.datasets.tables import PatientColumns
 from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.storage.files import read_json, write_json
 from nnunet_vit_mae.study.design import StudyDesign
+from nnunet_vit_mae.study.steps import split_command
 
 
 def refuse_impossible_split(study: StudyDesign) -> None:
-    """Raise `UserError` for what `mae3d_split` would refuse after the preprocessing, such as too few patients."""
+    """Raise `UserError` for what `mae3d_split` would refuse after the preprocessing: few patients, or other splits."""
     if Path(study.output, SPLITS).is_file():
         return  # it has been made
     preprocessed = Path(study.preprocessed_folder)
     columns = PatientColumns(Path(study.csv) if study.csv else None, None, study.patient)
     cohort = read_cohort(Path(study.raw), preprocessed, columns, preprocessed)
     options = SplitOptions(development=study.development, test=study.test, few=study.few)
-    make_splits([LabelledCase(case, cohort.patients[case]) for case in cohort.cases], options)
+    splits = make_splits([LabelledCase(case, cohort.patients[case]) for case in cohort.cases], options)
+    there = preprocessed / SPLITS
+    if there.exists() and read_splits(there) != splits.folds:
+        raise UserError(
+            f"{there} holds other splits than those of the study, and models may have been trained with them: move "
+            f"them aside with {shlex.join(split_command(study))} --overwrite, or work on a copy of the dataset."
+        )
 
 
 def keep_splits(study: StudyDesign) -> None:

@@ -94,7 +94,7 @@ def _preparation(study: StudyDesign) -> Iterator[Step]:
     if study.unlabelled:
         command = ("mae3d_preprocess", *dataset, "-c", study.configuration, "-p", study.base_plans)
         yield Step("preprocess", "unlabelled", command, before)
-    yield (split := Step("split", "patients", _split_command(study), before))
+    yield (split := Step("split", "patients", split_command(study), before))
     if study.test:
         yield Step("test", "cases", (*_own(study), "test"), (split.marker,))
     for planner in dict.fromkeys(arm.planner for arm in study.arms.values() if arm.planner):
@@ -109,7 +109,8 @@ def _preprocessing_command(study: StudyDesign) -> tuple[str, ...]:
     return ("nnUNetv2_preprocess", *flags, "-plans_name", study.base_plans)
 
 
-def _split_command(study: StudyDesign) -> tuple[str, ...]:
+def split_command(study: StudyDesign) -> tuple[str, ...]:
+    """Return the command that splits the patients."""
     command = ["mae3d_split", "-d", study.id, "--development", f"{study.development:g}"]
     command += ["--few", *map(str, study.few)]
     command += ["--test", f"{study.test:g}"] if study.test else []
