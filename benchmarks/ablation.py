@@ -190,7 +190,7 @@ def run(arguments: argparse.Namespace) -> None:
 def read_arms(file: Path) -> dict[str, Arm]:
     """Read the arms of a file.
 
-    Raises `UserError` for a setting that this benchmark does not read, and for an optimizer that the arm would not be
+    Raises `UserError` for a setting that this benchmark does not read, and for an optimiser that the arm would not be
     trained with.
     """
     content = json.loads(file.read_text())
@@ -209,7 +209,7 @@ def arm_of(name: str, entry: Mapping[str, Any], common: Settings) -> Arm:
     optimizer = entry.get("optimizer", "AdamW")
     if optimizer not in OPTIMIZERS or (optimizer == "SGD" and "network" in entry):
         raise UserError(
-            f"The arm {name} has the optimizer {optimizer}: choose AdamW, or SGD for a U-Net without a network."
+            f"The arm {name} has the optimiser {optimizer}: choose AdamW, or SGD for a U-Net without a network."
         )
     return Arm(settings, "network" in entry, optimizer, entry.get("seed", 0), tuple(entry.get("members", ())))
 

@@ -272,7 +272,7 @@ def test_an_arm_with_an_optimizer_that_it_would_not_get_is_refused(block):
     benchmark = import_module("ablation")
     for taken in ({}, {"optimizer": "SGD"}, {"optimizer": "AdamW", "network": {}}):
         benchmark.arm_of("taken", taken, Settings())
-    with pytest.raises(UserError, match="The arm refused has the optimizer"):
+    with pytest.raises(UserError, match="The arm refused has the optimiser"):
         benchmark.arm_of("refused", block, Settings())
 
 

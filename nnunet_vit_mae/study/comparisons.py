@@ -284,7 +284,7 @@ def _limits_of_training(arms: Mapping[str, Arm], iterations: int) -> Iterator[st
         yield (
             f"Each training had {iterations:,} iterations. {', '.join(by_sgd)}: nnU-Net's SGD, whose schedule is made "
             f"for {NNUNET_ITERATIONS:,}. {', '.join(by_adamw)}: AdamW, which learns faster at first. A difference "
-            "between them can come from the optimizer, not from the network: the arm unet_adamw is nnU-Net's network "
+            "between them can come from the optimiser, not from the network: the arm unet_adamw is nnU-Net's network "
             "with AdamW, and the curves of the trainings show which arms were still learning."
         )
     stock = [name for name, arm in arms.items() if not (arm.scheduled or arm.members)]
