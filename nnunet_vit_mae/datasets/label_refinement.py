@@ -28,7 +28,7 @@ from nnunet_vit_mae.storage.files import make_folder
 REPORT = "refinement.csv"
 
 
-class VoxelCounts(NamedTuple):
+class RefinedVoxels(NamedTuple):
     """Voxels of a label value before and after its refinement, and what was removed in between."""
 
     before: int
@@ -72,7 +72,7 @@ class RefinedLabels:
 
 def refine(
     image: np.ndarray, label: np.ndarray, rule: RefinementRule, values: tuple[int, ...]
-) -> tuple[np.ndarray, list[VoxelCounts]]:
+) -> tuple[np.ndarray, list[RefinedVoxels]]:
     """Refine the label of one case.
 
     Args:
@@ -96,7 +96,7 @@ def refine(
         in_small = is_small[components]
         refined[circled & (~dense | in_small)] = 0
         before, above, small = (int(np.count_nonzero(mask)) for mask in (circled, kept, in_small))
-        counts.append(VoxelCounts(before, before - above, small, above - small, int(is_small.sum())))
+        counts.append(RefinedVoxels(before, before - above, small, above - small, int(is_small.sum())))
     return refined, counts
 
 
