@@ -42,6 +42,7 @@ from nnunet_vit_mae.pretraining.crops import (
     random_crop,
 )
 from nnunet_vit_mae.pretraining.pictures import interpolated, rebuild
+from nnunet_vit_mae.pretraining.saved_state import read_state
 from nnunet_vit_mae.pretraining.volumes import open_volume, volume_problem
 from nnunet_vit_mae.processes import memory
 from nnunet_vit_mae.settings import Network, Pretraining
@@ -463,6 +464,28 @@ def test_resuming_another_job_is_refused(make_job, tmp_path, saving_always, othe
     with pytest.raises(UserError, match="other pretraining"):
         loop.run(make_job(**{"epochs": 1} | other), tmp_path, device=CPU, resume=True)
     assert json.loads((tmp_path / "config.json").read_text())["pretraining"]["epochs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"losses": [0.5] * 3}, "has 3 epochs, but the run has only 2"),
+        ({"losses": [math.nan]}, "has no list of losses"),
+        ({"begun": torch.ones(4)}, "has no losses of the steps after the last epoch"),
+        ({"begun": torch.tensor([math.inf])}, "has no losses of the steps after the last epoch"),
+    ],
+)
+def test_a_state_that_cannot_be_of_this_run_is_refused(tmp_path, change, reason):
+    """Two epochs of three steps."""
+    network, file = torch.nn.Linear(2, 3), tmp_path / "state.pt"
+    optimizer = torch.optim.AdamW(network.parameters())
+    state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "losses": [0.5, 0.4]}
+    state["begun"] = torch.ones(3)
+    torch.save(state, file)
+    assert read_state(file, network, optimizer, epochs=2, steps_per_epoch=3)["losses"] == [0.5, 0.4]
+    torch.save(state | change, file)
+    with pytest.raises(UserError, match=reason):
+        read_state(file, network, optimizer, epochs=2, steps_per_epoch=3)
 
 
 def test_norm_pix_takes_over_from_the_plain_loss(make_job, tmp_path, monkeypatch):
