@@ -214,7 +214,7 @@ def read_encoder(file: Path) -> tuple[dict[str, Tensor], Card]:
         UserError: The file is missing, damaged or not an encoder of ours, or `check_encoder` refuses it.
     """
     if not file.is_file():
-        raise UserError(f"The encoder {file} is missing.")
+        raise UserError(f"The encoder {file} is missing: check its path.")
     try:
         with safe_open(file, framework="pt") as content:
             metadata = content.metadata() or {}

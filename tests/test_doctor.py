@@ -189,7 +189,9 @@ def test_a_dataset(in_workspace):
         "nnUNetv2_preprocess -d 901 -c 3d_fullres -plans_name nnUNetPlans",  # with the plans, as others may be meant
         "mae3d_preprocess -d 901 -c 3d_fullres -p nnUNetPlans",
     ]
-    assert "size XS there" in next(diagnosis.text for diagnosis in found if diagnosis.topic == "encoder")
+    encoder = next(diagnosis for diagnosis in found if diagnosis.topic == "encoder")
+    assert "size XS there" in encoder.text
+    assert encoder.advice.startswith("mae3d_pretrain -d 901 -c 3d_fullres -p nnUNetPlans, or mae3d_plan --encoder")
     set_aside(file.parent)  # as another pre-training does
     after = {diagnosis.topic: diagnosis.text for diagnosis in diagnose_dataset("901", "nnUNetPlans", "3d_fullres")}
     assert after["encoder"] == "There is no encoder for nnUNetPlans yet."
@@ -201,6 +203,9 @@ def test_the_command(in_workspace, capsys, monkeypatch):
     monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
     doctor_command.main([])
     assert capsys.readouterr().out.endswith("No errors.\n")
+    with pytest.raises(SystemExit):
+        doctor_command.main(["-d", "902"])
+    assert capsys.readouterr().out.endswith("\n1 error.\n")
     with pytest.raises(SystemExit) as stop:
         doctor_command.main(["-d", "902", "--json"])
     assert stop.value.code == 2

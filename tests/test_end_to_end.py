@@ -181,8 +181,11 @@ def test_an_earlier_run_is_moved_aside_and_a_finished_one_is_not_repeated(copied
 
 def test_without_an_encoder_training_stops_with_the_command_to_type(copied):
     shutil.rmtree(copied.results)
+    other = copied.results / "mae3d_pretrain__Other__3d_fullres" / "fold_all" / "encoder.safetensors"
+    other.parent.mkdir(parents=True)
+    other.touch()
     done = copied.call(*TRAIN.split(), "nnUNetTrainerViTMAE", code=2)
-    assert "mae3d_pretrain -d 901 -c 3d_fullres -p Tiny" in done.stderr
+    assert "(those of Other have one: check -p): run mae3d_pretrain -d 901 -c 3d_fullres -p Tiny" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(copied.results.rglob("checkpoint*"))
 

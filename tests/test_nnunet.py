@@ -123,6 +123,17 @@ def test_plans_of_one_configuration_leave_those_of_another_in_the_file(in_worksp
     plan_command.main("-d 901 -o Both --size XS --token 8".split())
 
 
+def test_new_plans_tell_which_models_they_leave_behind(in_workspace, caplog):
+    """Training with `--c` is refused later, when the old plans are gone."""
+    model = in_workspace.results / "nnUNetTrainerViTMAE__Again__3d_fullres"
+    plan_command.main("-d 901 -o Again --size XS".split())
+    model.mkdir(parents=True)
+    plan_command.main("-d 901 -o Again --size XS --epochs 3".split())  # with which a training goes on
+    assert "another network" not in caplog.text
+    plan_command.main("-d 901 -o Again --size S".split())
+    assert f"{model.name} had another network in the plans Again and cannot be continued" in caplog.text
+
+
 PROTOCOL = ("mask_ratio", "norm_pix", "decoder", "rebuilt_share")
 
 
@@ -161,12 +172,13 @@ def test_recipes_are_valid(name):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ("-d 902 -o Short", "-d 902"),
+        ("-d 902 -o Short", "There is no dataset 902 in nnU-Net's three folders: check -d"),
         ("-d nonsense -o Short", "nonsense"),
         ("-d 901 -o nnUNetPlans", "not written by mae3d_plan"),
         ("-d 901 -o bad/name", "letters, digits"),
         ("-d 901 -o splits_final", "not a name for plans"),
-        ("-d 901 -o Short -p Missing", "no plans Missing"),
+        ("-d 901 -o Short -p Missing", "run mae3d_plan -d 901 -o Missing first, or check -p"),
+        ("-d 901 -o Short -p nnUNetPlan", "(did you mean nnUNetPlans?): run nnUNetv2_plan_and_preprocess -d 901 first"),
         ("-d 901 -o Short -c 3d_lowres", "no configuration 3d_lowres"),
         ("-d 901 -o Short -c 2d", "2D"),
         ("-d 901 -o Short --recipe nowhere", "no recipe nowhere"),

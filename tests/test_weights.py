@@ -203,7 +203,7 @@ def test_a_card_without_hashes_does_not_tell_which_cases_it_has_seen(entries):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    assert refused(tmp_path / "none.safetensors").endswith("is missing.")
+    assert refused(tmp_path / "none.safetensors").endswith("is missing: check its path.")
 
 
 @pytest.mark.parametrize("kept", [0, 5, 8, 100, -1])

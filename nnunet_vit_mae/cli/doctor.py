@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         print("\n".join(map(_line, found)))
         errors = sum(diagnosis.level == ERROR for diagnosis in found)
-        print(f"\n{errors} errors." if errors else "\nNo errors.")
+        print(f"\n{errors} error{'s' * (errors > 1)}." if errors else "\nNo errors.")
     if any(diagnosis.level == ERROR for diagnosis in found):
         sys.exit(2)
 

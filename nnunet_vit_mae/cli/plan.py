@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from nnunet_vit_mae.cli.arguments import add_plan_arguments, parser_for, positive_float, positive_int, whole_number
+from nnunet_vit_mae.errors import abbreviated
 from nnunet_vit_mae.presets import DECODERS, SIZES, UPSAMPLINGS
 from nnunet_vit_mae.processes.signals import command
 from nnunet_vit_mae.recipes import merged, read_recipe
 
 SAME_AS_PLANS = "plans"
+
+logger = logging.getLogger(__name__)
 
 
 @command()
@@ -26,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nnunet_vit_mae.nnunet.folders import find_dataset
     from nnunet_vit_mae.nnunet.planner import choose_settings
     from nnunet_vit_mae.nnunet.plans import load_plan, refuse_cascade
-    from nnunet_vit_mae.nnunet.written_plans import refuse_name, write_plans
+    from nnunet_vit_mae.nnunet.written_plans import refuse_name, trained_otherwise, write_plans
 
     source = load_plan(find_dataset(args.dataset), args.plans, args.configuration)
     refuse_cascade(source.configuration)
@@ -38,10 +42,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings, choices = choose_settings(source, changes, encoder=encoder, memory_target=args.gpu_memory_target)
     if encoder is not None:
         encoder.write_if_converted()
+    before = trained_otherwise(source, args.output, settings)
     file = write_plans(source, args.output, settings)
     for choice in choices:
         print(f"{choice.name:20}  {choice.value:12}  {choice.reason}")
     print(f"Wrote {file}, with every other setting in its block vit_mae. Use it with -p {args.output}.")
+    if before:
+        logger.warning(
+            "%s had another network in the plans %s and cannot be continued: give another name with -o to keep both.",
+            abbreviated(before),
+            args.output,
+        )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -112,8 +112,8 @@ def find_cases_to_refine(images: Path, labels: Path, channel: int) -> list[CaseT
     present = set(visible_files(images))
     if missing := [case for case in cases if case.image not in present]:
         raise UserError(
-            f"{missing[0].image} is missing ({len(missing)} of {len(cases)} labels have no such image): check -i and "
-            "--channel."
+            f"{missing[0].image} is missing ({len(missing)} of {len(cases)} labels have no such image): check the "
+            "names of the images, and --channel."
         )
     return cases
 

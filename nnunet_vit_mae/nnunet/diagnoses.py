@@ -92,7 +92,7 @@ def _plans(plan: Plan) -> Iterator[Diagnosis]:
     origin = "their vit_mae block" if plan.has_block else "the defaults, as they have no vit_mae block"
     token, patch = (" x ".join(map(str, sides)) for sides in (network.token, plan.patch_size))
     chosen = f"size {network.size}, token {token}, decoder {network.decoder} by {origin}"
-    yield Diagnosis("plans", OK, f"{plan.plans_name} have the patch {patch}; {chosen}.")
+    yield Diagnosis("plans", OK, f"The plans {plan.plans_name} have the patch {patch}; {chosen}.")
 
 
 def _images(plan: Plan) -> Iterator[Diagnosis]:
@@ -129,7 +129,8 @@ def _encoders(plan: Plan) -> Iterator[Diagnosis]:
             tensors, card = read_encoder(local_file(file))
             _, notes = adapt_encoder(tensors, card, place)
         except UserError as error:
-            yield Diagnosis("encoder", ERROR, f"{file} does not fit these plans: {error}")
+            advice = f"mae3d_pretrain {plan.flags_text}, or mae3d_plan --encoder for plans that it fits"
+            yield Diagnosis("encoder", ERROR, f"{file} does not fit these plans: {error}", advice)
             continue
         yield Diagnosis("encoder", OK, f"{file} fits; {card.origin}. {' '.join(notes)}".rstrip())
     if not files:

@@ -87,8 +87,9 @@ def results_folder() -> Path:
 def _name_of_number(number: str) -> str:
     if not (number.isascii() and number.isdigit() and len(number) <= DIGITS):
         raise UserError(f"-d {number} is neither a dataset number such as 501 nor a name such as Dataset501_Name.")
-    candidates = find_candidate_datasets(int(number))
-    if len(candidates) != 1:
-        found = ", ".join(candidates) or "none"
-        raise UserError(f"-d {number} must match exactly one dataset in nnU-Net's three folders; found: {found}.")
-    return str(candidates[0])
+    candidates = [str(name) for name in find_candidate_datasets(int(number))]
+    if not candidates:
+        raise UserError(f"There is no dataset {number} in nnU-Net's three folders: check -d and nnU-Net's variables.")
+    if len(candidates) > 1:
+        raise UserError(f"-d {number} is the number of {' and '.join(candidates)}: give the name of one.")
+    return candidates[0]

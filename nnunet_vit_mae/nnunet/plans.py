@@ -14,7 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunet_vit_mae.calibration.cases import Classes
-from nnunet_vit_mae.errors import UserError
+from nnunet_vit_mae.errors import UserError, did_you_mean
 from nnunet_vit_mae.imaging.description import DESCRIPTION, describe, read_description
 from nnunet_vit_mae.nnunet.checked_plans import read_plans
 from nnunet_vit_mae.nnunet.folders import Dataset, find_dataset
@@ -123,9 +123,11 @@ def load_plan(dataset: Dataset | str, plans_name: str = "nnUNetPlans", configura
     dataset = find_dataset(dataset) if isinstance(dataset, str) else dataset
     file = dataset.plans_file(plans_name)
     if not file.is_file():
+        ours = f"mae3d_plan -d {dataset.id} -o {plans_name}"
+        command = f"nnUNetv2_plan_and_preprocess -d {dataset.id}" if plans_name.startswith("nnUNet") else ours
+        near = did_you_mean(plans_name, (other.stem for other in dataset.preprocessed.glob("*.json")))
         raise UserError(
-            f"There are no plans {plans_name} for {dataset.name} ({file}): "
-            f"run nnUNetv2_plan_and_preprocess -d {dataset.id}, or mae3d_plan with -o {plans_name}, first."
+            f"There are no plans {plans_name} for {dataset.name} ({file}){near}: run {command} first, or check -p."
         )
     description = read_description(dataset.preprocessed / DESCRIPTION)
     plans = read_plans(file, plans_name, configuration, description)

@@ -18,7 +18,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
 from nnunet_vit_mae.datasets.split.files import parent_fold
-from nnunet_vit_mae.errors import UserError, exit_on_user_error
+from nnunet_vit_mae.errors import UserError, abbreviated, exit_on_user_error
 from nnunet_vit_mae.hub import local_file
 from nnunet_vit_mae.networks.build import build_segmenter
 from nnunet_vit_mae.networks.precision import autocast, in_fp32
@@ -213,12 +213,15 @@ class nnUNetTrainerViTMAE(nnUNetTrainerViTScratch):  # noqa: N801
             file = encoder_file(results, plans_name, self.configuration_name, fold)
             if file.is_file():
                 return file
+        found = results.glob(str(encoder_file(Path(), "*", self.configuration_name, "*")))
+        others = {file.parent.parent.name.split("__")[1] for file in found} - {plans_name}
+        hint = f" (those of {abbreviated(sorted(others))} have one: check -p)" if others else ""
         command = f"mae3d_pretrain -d {dataset_id(dataset)} -c {self.configuration_name} -p {plans_name}"
         scratch = nnUNetTrainerViTScratch
         if self.adaptive:
             command, scratch = f"{command} --adaptive", nnUNetTrainerAMAEScratch
         raise UserError(
-            f"There is no pre-trained encoder for {dataset}, plans {plans_name}, {self.configuration_name}: "
+            f"There is no pre-trained encoder for {dataset}, plans {plans_name}, {self.configuration_name}{hint}: "
             f"run {command} first, or train from random weights with -tr {scratch.__name__}."
         )
 

@@ -55,6 +55,15 @@ def write_plans(source: Plan, name: str, settings: Settings) -> Path:
     return file
 
 
+def trained_otherwise(source: Plan, name: str, settings: Settings) -> list[str]:
+    """Return the folders of models and encoders that were trained with plans `name` of another network."""
+    file = source.dataset.plans_file(name)
+    entries = read_json(file)["configurations"].get(source.name, {}) if file.exists() else {}
+    if BLOCK not in entries or entries[BLOCK].get("network") == settings.to_dict()["network"]:
+        return []
+    return sorted(folder.name for folder in source.dataset.results.glob(f"*__{name}__{source.name}"))
+
+
 def refuse_name(source: Plan, name: str) -> None:
     """Raise `UserError` when the name of plans to write is not valid, or belongs to plans that are not ours to replace.
 

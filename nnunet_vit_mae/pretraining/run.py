@@ -204,8 +204,8 @@ def _prepare(
     different = [name for name in now if before.get(name) != now[name]]
     if different:
         raise UserError(
-            f"The run in {output} was started with other {', '.join(different)} (see its config.json): "
-            "give the same flags and data to continue it, or start again without --c."
+            f"The run in {output} was started with other settings ({', '.join(different)}, see its config.json): "
+            "give the same plans, flags and data to continue it, or start again without --c."
         )
     return read_state(output / STATE, network, optimizer, job.protocol.epochs, job.steps_per_epoch)
 

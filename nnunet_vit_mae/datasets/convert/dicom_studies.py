@@ -91,13 +91,13 @@ def _refuse_without_match(
         )
         raise UserError(
             f"No series in {folder} matches --contrast{next(reasons, '')}: compare the patterns with the series "
-            "descriptions."
+            "descriptions, which are listed if --contrast is left out."
         )
     if label and not any(study.label for study in studies):
         reason = next((f" (the label {study.problems[LABEL]})" for study in studies if LABEL in study.problems), "")
         raise UserError(
             f"No series in {folder} matches --labels {label} and can be read{reason}: compare it with the series "
-            "descriptions."
+            "descriptions, which are listed if --contrast is left out."
         )
 
 
