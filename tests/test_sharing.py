@@ -17,6 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from safetensors.torch import load, save
 
 from nnunet_vit_mae.cli import export_model, import_model
+from nnunet_vit_mae.errors import UserError
 from nnunet_vit_mae.nnunet import importing, predicted_cases, training_range
 from nnunet_vit_mae.nnunet.calibrated import write_calibrated
 from nnunet_vit_mae.nnunet.folders import Dataset
@@ -284,10 +285,11 @@ def test_an_imported_model_is_calibrated_with_cases_of_its_new_site(site, archiv
         Dataset("Dataset901_Tiny", nowhere, nowhere, results / "Dataset901_Tiny"), "Tiny", trainer=TRAINERS[0]
     )
     monkeypatch.setattr(predicted_cases, "predict_cases", lambda *_, **__: None)
+    with pytest.raises(UserError, match="at another site: give cases of this one with -i and -l"):
+        predicted_cases.validation_cases(model, "cpu")
     images, labels = site.raw / "imagesTs", site.raw / "labelsTs"
-    for allowed in (True, False):
-        assert predicted_cases.development_cases(model, images, labels, "cpu", allow_training_cases=allowed)
-        assert ("are at another site" in caplog.text) != allowed
+    assert predicted_cases.development_cases(model, images, labels, "cpu", allow_training_cases=False)
+    assert "are at another site: use none of these patients" in caplog.text
 
 
 def test_a_model_that_does_not_fit_is_not_exported(site, tmp_path, refused, monkeypatch):

@@ -47,8 +47,11 @@ def calibration_folder(model: Model, fold: str | None) -> Path:
 def validation_cases(model: Model, device: str) -> list[PredictedCase]:
     """Return the validation cases of the model's folds; folds without probabilities are predicted first.
 
-    Raises `UserError` for fold `all`, which has no validation cases, and if files are missing.
+    Raises `UserError` for fold `all`, which has no validation cases, for a model whose cases are at another site, and
+    if files are missing.
     """
+    if _cases_are_elsewhere(model):
+        raise UserError("The validation cases of the model are at another site: give cases of this one with -i and -l.")
     if "all" in model.folds:
         raise UserError(
             "-f all was trained on every labelled case: give other cases with -i and -l, or add --allow_training_cases."
@@ -93,28 +96,30 @@ def development_cases(
             f"{preprocessed / SPLIT_RECORD} holds out for testing, and a test needs cases that no threshold was fitted "
             "to: leave them out."
         )
-    labelled = [] if allow_training_cases else _labelled_names(model)
-    if not among(labelled):
-        return _predicted_cases(model, images, references, names, device)
-    for fold in model.folds:
-        if fold != "all":
-            _refuse_other_split(model, fold, split_of(plan, fold, labelled)["val"])
-    if trained_on := among(name for fold in model.folds for name in training_names(plan, fold, labelled)):
-        raise UserError(
-            f"The model was trained on {len(trained_on)} of the {len(names)} cases, or on other scans of their "
-            f"patients ({abbreviated(trained_on)}), whose probabilities say nothing about new scans: leave them out, "
-            "or add --allow_training_cases."
-        )
+    if _cases_are_elsewhere(model):
+        logger.warning("The cases that the model was trained on are at another site: use none of these patients.")
+    elif not allow_training_cases:
+        labelled = [*reference_segmentations(plan)]
+        if among(labelled) and (trained_on := among(_trained_on(model, labelled))):
+            raise UserError(
+                f"The model was trained on {len(trained_on)} of the {len(names)} cases, or on other scans of their "
+                f"patients ({abbreviated(trained_on)}), whose probabilities say nothing about new scans: leave them "
+                "out, or add --allow_training_cases."
+            )
     return _predicted_cases(model, images, references, names, device)
 
 
-def _labelled_names(model: Model) -> list[str]:
-    """Return the names of the labelled cases; none, as the log says, of an imported model without its dataset."""
-    plan = model.plan
-    if is_imported(model) and not cases_in(plan.dataset.references, plan.file_ending):
-        logger.warning("The cases that the model was trained on are at another site: use none of these patients.")
-        return []
-    return [*reference_segmentations(plan)]
+def _trained_on(model: Model, labelled: list[str]) -> list[str]:
+    """Return the labelled cases that a model was trained on. Raises `UserError` if its split has changed since."""
+    for fold in model.folds:
+        if fold != "all":
+            _refuse_other_split(model, fold, split_of(model.plan, fold, labelled)["val"])
+    return [name for fold in model.folds for name in training_names(model.plan, fold, labelled)]
+
+
+def _cases_are_elsewhere(model: Model) -> bool:
+    """Return whether the model was imported without its dataset."""
+    return is_imported(model) and not cases_in(model.plan.dataset.references, model.plan.file_ending)
 
 
 def _predicted_cases(
