@@ -288,6 +288,7 @@ def test_progress_knows_what_failed_and_how_long_the_rest_takes(tmp_path):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
 
+    assert workflow.progress_of(study).text(jobs=1) == f"0 of {len(steps)} steps are done."
     for key in (("split", "patients"), ("plan", "unet_s0"), ("plan", "unet_s1"), ("train", "unet_10_s0")):
         put(steps[key].marker)
         put(steps[key].compute, "s\tmax_rss\tcpu_time\n7200.0\t3000\tNA\n")

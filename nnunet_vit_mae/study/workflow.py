@@ -164,12 +164,14 @@ class Progress:
     seconds: Mapping[str, float]  # mean time of the steps that are done, by kind
 
     def text(self, jobs: int) -> str:
-        """Return a line with the time left, where steps of the kind have been done before."""
+        """Return a line with the time left, which nobody knows before a training is done: most of it is theirs."""
         left = [*self.failed, *self.waiting]
+        line, kinds = f"{self.done} of {self.done + len(left)} steps are done", {step.kind for step in left}
+        if "train" in kinds - self.seconds.keys():
+            return f"{line}."
         known = sum(self.seconds.get(step.kind, 0.0) for step in left) / jobs
-        bound = "about" if all(step.kind in self.seconds for step in left) else "at least"
-        total = self.done + len(left)
-        return f"{self.done} of {total} steps are done; {bound} {duration_text(known)} left."
+        bound = "about" if kinds <= self.seconds.keys() else "at least"
+        return f"{line}; {bound} {duration_text(known)} left."
 
 
 def progress_of(study: StudyDesign) -> Progress:
