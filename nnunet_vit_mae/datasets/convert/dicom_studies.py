@@ -25,9 +25,8 @@ def dicom_studies(folder: Path, patterns: Sequence[ContrastPattern], label: str 
     """Find the studies in a tree of DICOM files, by patient and date.
 
     A series that holds several volumes is divided, and a pattern has to choose one of them. Of several series of one
-    contrast that are volumes, the one with the most slices is used, which has the thinnest
-    slices; derived and captured ones are used only if there is no other. `label` is the pattern of series that hold the
-    label.
+    contrast that are volumes, the one with the most slices is used, which has the thinnest slices; derived and captured
+    ones are used only if there is no other. `label` is the pattern of series that hold the label.
 
     Raises:
         UserError: If there are no images, or none that matches.
