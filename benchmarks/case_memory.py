@@ -31,6 +31,8 @@ from nnunet_vit_mae.evaluation.cases import find_evaluation_set, measure_cases
 from nnunet_vit_mae.evaluation.overlays import ExampleCase, read_example
 from nnunet_vit_mae.evaluation.results import EvaluationOptions
 from nnunet_vit_mae.nnunet.calibration import fit
+from nnunet_vit_mae.nnunet.folders import Dataset
+from nnunet_vit_mae.nnunet.plans import Plan
 from nnunet_vit_mae.nnunet.predicted_cases import PredictedCase
 from nnunet_vit_mae.units import MIB
 
@@ -87,7 +89,8 @@ def calibrate(folder: Path) -> None:
     """Fit thresholds to the case."""
     description = json.loads((folder / "dataset.json").read_text())
     plans = PlansManager({"image_reader_writer": "SimpleITKIO", "label_manager": "LabelManager"})
-    model: Any = SimpleNamespace(plan=SimpleNamespace(plans=plans, dataset_json=description))
+    plan = Plan(Dataset("case", folder, folder, folder), plans, "3d_fullres", description)
+    model: Any = SimpleNamespace(plan=plan)
     fit(model, [PredictedCase("case", "0", folder / "case.npz", folder / "labels" / "case.nii.gz")], "volume")
 
 

@@ -452,7 +452,7 @@ FILE_ROWS = [
         saved(f"{RUN}/state.pt", lambda s: s.update(optimizer={})),
     ),
     Row("config.json of the run a list", f"{PRETRAIN} --c", "config.json", put_json(f"{RUN}/config.json", [])),
-    Row("a run with another batch", f"{PRETRAIN.replace('size 3', 'size 2')} --c", "other pretraining"),
+    Row("a run with another batch", f"{PRETRAIN.replace('size 3', 'size 2')} --c", "settings (pretraining"),
     Row(
         "properties of garbage",
         FEATURES,

@@ -172,7 +172,7 @@ def test_recipes_are_valid(name):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ("-d 902 -o Short", "There is no dataset 902 in nnU-Net's three folders: check -d"),
+        ("-d 902 -o Short", "-d 902 is no dataset in nnU-Net's three folders: check the number"),
         ("-d nonsense -o Short", "nonsense"),
         ("-d 901 -o nnUNetPlans", "not written by mae3d_plan"),
         ("-d 901 -o bad/name", "letters, digits"),

@@ -461,7 +461,7 @@ def test_a_run_that_was_killed_goes_on_to_the_digit(make_job, tmp_path, monkeypa
 )
 def test_resuming_another_job_is_refused(make_job, tmp_path, saving_always, other):
     loop.run(make_job(epochs=1), tmp_path, device=CPU, resume=False)
-    with pytest.raises(UserError, match="other pretraining"):
+    with pytest.raises(UserError, match=r"settings \(pretraining"):
         loop.run(make_job(**{"epochs": 1} | other), tmp_path, device=CPU, resume=True)
     assert json.loads((tmp_path / "config.json").read_text())["pretraining"]["epochs"] == 1
 

@@ -273,13 +273,13 @@ def test_the_loss_differs_by_rounding_only_and_goes_on_with_a_cache_alone(files,
     direct = loop.run(job_of(files, None), tmp_path / "direct", device=CPU, resume=False)
     with Cache(files, PLENTY) as cache:
         cached = loop.run(job_of(files, cache), tmp_path / "cached", device=CPU, resume=False)
-        with pytest.raises(UserError, match="other half_precision_crops"):
+        with pytest.raises(UserError, match=r"settings \(half_precision_crops"):
             loop.run(job_of(files, cache), tmp_path / "direct", device=CPU, resume=True)
         assert loop.run(job_of(files, cache), tmp_path / "cached", device=CPU, resume=True).losses == cached.losses
     on_device = loop.run(job_of(files, DeviceCache(files, CPU)), tmp_path / "device", device=CPU, resume=False)
     assert on_device.losses == cached.losses
     assert "4 of the cases in the memory of the device" in (tmp_path / "device" / "log.txt").read_text()
-    with pytest.raises(UserError, match="other half_precision_crops"):
+    with pytest.raises(UserError, match=r"settings \(half_precision_crops"):
         loop.run(job_of(files, None), tmp_path / "cached", device=CPU, resume=True)
     assert cached.losses == pytest.approx(direct.losses, rel=2e-3)
     assert cached.losses != direct.losses

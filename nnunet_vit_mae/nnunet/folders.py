@@ -89,7 +89,9 @@ def _name_of_number(number: str) -> str:
         raise UserError(f"-d {number} is neither a dataset number such as 501 nor a name such as Dataset501_Name.")
     candidates = [str(name) for name in find_candidate_datasets(int(number))]
     if not candidates:
-        raise UserError(f"There is no dataset {number} in nnU-Net's three folders: check -d and nnU-Net's variables.")
+        raise UserError(
+            f"-d {number} is no dataset in nnU-Net's three folders: check the number, and nnU-Net's variables."
+        )
     if len(candidates) > 1:
         raise UserError(f"-d {number} is the number of {' and '.join(candidates)}: give the name of one.")
     return candidates[0]
