@@ -24,10 +24,10 @@ def test_pretraining_learns_from_real_ct(tmp_path):
     description = json.loads((RAW / "dataset.json").read_text())
     (raw / "dataset.json").write_text(json.dumps(description | {"numTraining": 5}))
 
-    workspace.type(*"nnUNetv2_plan_and_preprocess -d 505 -c 3d_fullres -np 2 -npfp 2".split())
-    workspace.type(*"mae3d_preprocess -d 505 -np 2".split())
-    workspace.type(*"mae3d_plan -d 505 -o Real --recipe quick --token 4 8 8".split())
-    workspace.type(*"mae3d_pretrain -d 505 -p Real --epochs 40 --batch_size 4 -device cpu".split())
+    workspace.call(*"nnUNetv2_plan_and_preprocess -d 505 -c 3d_fullres -np 2 -npfp 2".split())
+    workspace.call(*"mae3d_preprocess -d 505 -np 2".split())
+    workspace.call(*"mae3d_plan -d 505 -o Real --recipe quick --token 4 8 8".split())
+    workspace.call(*"mae3d_pretrain -d 505 -p Real --epochs 40 --batch_size 4 -device cpu".split())
 
     folder = workspace.root / "results" / RAW.name / "mae3d_pretrain__Real__3d_fullres" / "fold_all"
     losses = [
