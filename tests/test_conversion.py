@@ -15,7 +15,7 @@ from conftest import read_voxels
 from synthetic_head import grid, moved, scan, tell_two_places
 
 from nnunet_vit_mae.cli.convert import main
-from nnunet_vit_mae.datasets.convert import label_values
+from nnunet_vit_mae.datasets.convert import conversion, label_values
 from nnunet_vit_mae.datasets.convert.key import name_cases
 from nnunet_vit_mae.datasets.convert.studies import Study
 from nnunet_vit_mae.errors import UserError
@@ -458,13 +458,32 @@ def test_a_label_of_the_second_run_goes_with_its_image(folders):
     assert table(output / "unused.csv")[0]["image"] == "anat/run-1_FLAIR"
 
 
-def test_labels_get_the_values_that_nnunet_requires_also_after_an_interruption(folders, capsys, monkeypatch):
-    """Masks of 0 and 255, and FreeSurfer's numbers of structures; the second one of two is written after a kill."""
-    source, output = folders
+def labelled_with(source, **values):
+    """Write a subject for each value, with a mask of it, and return the mask."""
     image, mask = scan(moved(), **COARSE)
-    for subject, value in (("sub-01", 255), ("sub-02", 17)):
-        write(image, source / f"{subject}/anat/{subject}_T1w.nii.gz")
-        write(sitk.Cast(mask > 0, sitk.sitkUInt8) * value, source / f"derivatives/{subject}/{subject}_dseg.nii.gz")
+    for subject, value in values.items():
+        write(image, source / f"sub-{subject}/anat/sub-{subject}_T1w.nii.gz")
+        label = sitk.Cast(mask > 0, sitk.sitkUInt8) * value
+        write(label, source / f"derivatives/sub-{subject}/sub-{subject}_dseg.nii.gz")
+    return array_of(mask) > 0
+
+
+def labels_of(output):
+    return json.loads((output / "dataset.json").read_text())["labels"]
+
+
+def test_labels_get_the_numbers_that_are_given_also_after_an_interruption(folders, capsys, refused, monkeypatch):
+    """FreeSurfer's numbers of structures; the second one of two labels is written after a kill."""
+    source, output = folders
+    mask = labelled_with(source, a=53, b=17)
+    arguments = ["-i", str(source), "-o", str(output), "-np", "1"]
+    message = refused(main, *arguments)
+    assert "values 17 53, and nnU-Net requires 1, 2 and so on: call again with --label_values 17 53" in message
+    assert not (output / "dataset.json").exists()
+    assert "give all of them" in refused(main, *arguments, "--label_values", "17")
+    assert "from 1 to 255" in refused(main, *arguments, "--label_values", "17", "53", "256")
+    assert "different" in refused(main, *arguments, "--label_values", "17", "53", "17")
+
     write_label, written = label_values.write_image, []
 
     def once(label, file):
@@ -472,25 +491,31 @@ def test_labels_get_the_values_that_nnunet_requires_also_after_an_interruption(f
             raise KeyboardInterrupt
         written.append(write_label(label, file))
 
-    arguments = ["-i", str(source), "-o", str(output), "-np", "1"]
+    monkeypatch.setattr(conversion, "convert_study", None)  # nothing is converted again
+    numbered = [*arguments, "--label_values", "10", "17", "53"]
     with monkeypatch.context() as context:
         context.setattr(label_values, "write_image", once)
         with pytest.raises(SystemExit, match="130"):
-            main(arguments)
-    main(arguments)
-    assert json.loads((output / "dataset.json").read_text())["labels"] == {
-        "background": 0,
-        "label_17": 1,
-        "label_255": 2,
-    }
-    for case, number in (("P0001_1", 2), ("P0002_1", 1)):
+            main(numbered)
+    main(numbered)
+    assert labels_of(output) == {"background": 0, "label_10": 1, "label_17": 2, "label_53": 3}
+    for case, number in (("P0001_1", 3), ("P0002_1", 2)):
         label = sitk.ReadImage(str(output / "labelsTr" / f"{case}.nii.gz"))
-        assert np.array_equal(array_of(label), (array_of(mask) > 0) * number)
+        assert np.array_equal(array_of(label), mask * number)
         assert label.GetPixelID() == sitk.sitkUInt8
     printed = capsys.readouterr().out
-    assert "Labels have new values, because nnU-Net requires 1, 2 and so on: 17 is now 1, 255 is now 2." in printed
-    assert "(they are called label_17, label_255)" in printed
+    assert "Labels have new values, because nnU-Net requires 1, 2 and so on: 10 is now 1, 17 is now 2, 53" in printed
+    assert "(they are called label_10, label_17, label_53)" in printed
     assert not (output / ".converted").exists()
+
+
+@pytest.mark.parametrize(("values", "labels"), [((255, 255), {"label_255": 1}), ((1, 2), {"label_1": 1, "label_2": 2})])
+def test_masks_of_0_and_255_and_labels_without_a_gap_need_no_numbers(folders, values, labels):
+    source, output = folders
+    mask = labelled_with(source, a=values[0], b=values[1])
+    main(["-i", str(source), "-o", str(output), "-np", "1"])
+    assert labels_of(output) == {"background": 0, **labels}
+    assert np.array_equal(read_voxels(output / "labelsTr/P0002_1.nii.gz"), mask * max(labels.values()))
 
 
 def test_mistakes_are_one_sentence(folders, refused):

@@ -72,7 +72,18 @@ FLAGS = {
     "mae3d_export": PLAN_FLAGS | {"-tr", "-f", "-chk", "-o", "--case_names"},
     "mae3d_import": {"-h", "--help", "-o", "--overwrite"},
     "mae3d_check": {"-h", "--help", "-d", "-o", "--csv", "--case", "--patient", "--list_empty", "-np"},
-    "mae3d_convert": {"-h", "--help", "-i", "-o", "--contrast", "--reference", "--labels", "--key", "-np"},
+    "mae3d_convert": {
+        "-h",
+        "--help",
+        "-i",
+        "-o",
+        "--contrast",
+        "--reference",
+        "--labels",
+        "--label_values",
+        "--key",
+        "-np",
+    },
     "mae3d_crop_roi": {"-h", "--help", "-i", "-l", "-o", "-t", "-r", "--margin", "--csv", "--case", "--template_column"}
     | {"--resample", "--contrasts", "--reject", "-np"},
     "mae3d_refine_labels": {"-h", "--help", "-d", "-i", "-l", "-o", "--threshold", "--min_voxels", "--connectivity"}

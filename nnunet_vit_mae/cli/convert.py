@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--reference", metavar="NAME", help=help_)
     help_ = "series descriptions (DICOM) or paths (BIDS, otherwise *_dseg, *_mask and *_msk) of labels"
     add("--labels", metavar="PATTERN", help=help_)
+    help_ = "values in the labels, which get the numbers 1, 2 and so on in this order (only needed for other values)"
+    add("--label_values", nargs="+", type=positive_int, default=[], metavar="N", help=help_)
     help_ = "private CSV file to write outside the dataset: which case belongs to which patient"
     add("--key", type=Path, metavar="FILE", help=help_)
     add("-np", dest="processes", type=positive_int, default=4, metavar="N", help="number of processes")
@@ -38,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = raw_dataset_folder(args.output)
     if not args.source.is_dir():
         raise UserError(f"{args.source} is not a folder: give the folder of DICOM files or the root of a BIDS folder.")
-    with new_folder(output, vars(args)):
+    call = {name: value for name, value in vars(args).items() if name != "label_values"}  # may be given at the end
+    with new_folder(output, call):
         problem = _convert(args, output)
     if problem:
         raise UserError(problem)
@@ -54,7 +57,7 @@ def _convert(args: argparse.Namespace, output: Path) -> str:
     found = find_studies(args.source, patterns, args.labels)
     contrasts = contrast_order(patterns, found.studies)
     reference = parse_reference(args.reference, contrasts)
-    conversion = convert(found, contrasts, reference, output, args.key, args.processes)
+    conversion = convert(found, contrasts, reference, output, args.key, args.label_values, args.processes)
     write_readme(output, CONTENTS, private=(args.source, args.key))
     print(conversion_report(conversion, contrasts, output, args.key))
     for warning in found.warnings:

@@ -87,17 +87,19 @@ def convert(
     reference: str | None,
     output: Path,
     key: Path | None,
+    label_values: Sequence[int],
     processes: int,
 ) -> Conversion:
     """Write all studies to the new raw dataset `output`, which the caller holds (`new_folder`).
 
-    An unusable study or image does not stop the others.
+    An unusable study or image does not stop the others. `label_values` are those that `numbers_of` is given.
 
     Absent contrasts are filled as by `mae3d_fill_contrasts`. Raises `UserError` if the dataset or the key cannot be
-    written, or if nothing could be converted.
+    written, if nothing could be converted, or if labels have values that nnU-Net does not take.
     """
     if key is not None and output.resolve() in key.resolve().parents:
         raise UserError(f"{key} is inside the dataset and would be shared with it: give another folder with --key.")
+    numbers_of((), label_values)  # raises an error for values that no label has, before the work
     make_folder(output)
     names = name_cases(found.studies, key)
     tasks = [
@@ -116,7 +118,7 @@ def convert(
         shutil.rmtree(output / CONVERTED)
         reasons = "; ".join(Conversion(converted).problems[:5])
         raise UserError(f"None of {len(tasks)} studies could be converted ({reasons}): see {output / PROBLEMS}.")
-    labels = numbers_of(value for study in converted for value in study.label_values)
+    labels = numbers_of((value for study in converted for value in study.label_values), label_values)
     place_labels(output / WAITING, output / "labelsTr", labels)
     _describe(converted, contrasts, labels, output)
     shutil.rmtree(output / CONVERTED)
