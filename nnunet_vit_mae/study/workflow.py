@@ -164,7 +164,7 @@ class Progress:
     seconds: Mapping[str, float]  # mean time of the steps that are done, by kind
 
     def text(self, jobs: int) -> str:
-        """Return a line with the time left, which nobody knows before a training is done: most of it is theirs."""
+        """Return a line with the time left, if a training has been timed: most of it goes into trainings."""
         left = [*self.failed, *self.waiting]
         line, kinds = f"{self.done} of {self.done + len(left)} steps are done", {step.kind for step in left}
         if "train" in kinds - self.seconds.keys():
