@@ -4,6 +4,7 @@ import io
 import logging
 import multiprocessing
 import os
+import queue
 import subprocess
 import sys
 import sysconfig
@@ -24,6 +25,7 @@ from forked_commands import forked_scripts
 OWN_CONTEXT = multiprocessing.get_context
 OWN_PATH = sysconfig.get_path
 THREADS = SimpleNamespace(Pool=ThreadPool, Process=threading.Thread)  # what nnU-Net takes from a context
+SHARED = SimpleNamespace(Event=threading.Event, Queue=queue.Queue)  # and from a manager
 
 
 def run_in_process(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
@@ -87,12 +89,17 @@ def _warnings_of_others_ignored() -> Iterator[None]:
 def _nnunet_without_processes() -> Iterator[None]:
     """Threads in place of the processes that nnU-Net starts, and no figure of 30 by 54 inches after each epoch.
 
-    That figure changes the defaults of matplotlib, too.
+    To list the cases of a folder it forks 12 processes, and one to predict: slow and unsafe here, where torch and ITK
+    have threads. The figure changes the defaults of matplotlib, too.
     """
+    from nnunetv2.inference import data_iterators
     from nnunetv2.training.logging.nnunet_logger import LocalLogger
+    from nnunetv2.utilities import utils
 
     with (
         mock.patch.object(multiprocessing, "get_context", _context),
+        mock.patch.object(utils, "Pool", ThreadPool),
+        mock.patch.object(data_iterators, "Manager", lambda: SHARED),
         mock.patch.object(torch, "set_num_threads"),  # the tests share the cores
         mock.patch.object(LocalLogger, "plot_progress_png"),
     ):

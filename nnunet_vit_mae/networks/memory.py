@@ -99,13 +99,14 @@ def _rehearse(prepare: Callable[[], tuple[nn.Module, Callable[[], Tensor]]], *, 
         with FakeTensorMode(), _Allocations() as allocations, _NormsInSinglePrecision():
             network, loss = prepare()
             optimizer = torch.optim.AdamW(network.parameters(), fused=True)
-            for _ in range(2):  # AdamW's moments are there from the second step on
-                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on_gpu):
-                    value = loss()
-                optimizer.zero_grad(set_to_none=True)
-                value.backward()
-                optimizer.step()
-                del value
+            for weights in network.parameters():
+                weights.grad = torch.empty_like(weights)
+            optimizer.step()  # the moments are there from the second step on
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on_gpu):
+                value = loss()
+            optimizer.zero_grad(set_to_none=True)  # a training does so before: a margin for what is not counted
+            value.backward()
+            optimizer.step()
         return allocations.peak
     finally:
         forget_positions()
