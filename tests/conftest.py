@@ -13,6 +13,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -57,6 +58,29 @@ def _same_locale() -> Iterator[None]:
     before = locale.setlocale(locale.LC_CTYPE)
     yield
     locale.setlocale(locale.LC_CTYPE, before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _rehearsals_remembered() -> Iterator[None]:
+    """`mae3d_plan` rehearses a step for a second or two, and nearly all tests plan the same few networks."""
+    from nnunet_vit_mae.nnunet import planner
+
+    known: dict[str, int] = {}
+
+    def remembering(estimate: Callable[..., int]) -> Callable[..., int]:
+        def call(*arguments: Any, unet: partial | None = None) -> int:
+            planned = unet.args[0].configuration.configuration if unet else None
+            key = repr((estimate, planned, arguments))
+            if key not in known:
+                known[key] = estimate(*arguments, **({"unet": unet} if unet else {}))
+            return known[key]
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for estimate in (planner.finetuning_memory, planner.pretraining_memory):
+            patch.setattr(planner, estimate.__name__, remembering(estimate))
+        yield
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def _nnunet_without_processes() -> Iterator[None]:
     with (
         mock.patch.object(multiprocessing, "get_context", _context),
         mock.patch.object(utils, "Pool", ThreadPool),
-        mock.patch.object(data_iterators, "Manager", lambda: SHARED),
+        mock.patch.object(data_iterators, "Manager", return_value=SHARED),
         mock.patch.object(torch, "set_num_threads"),  # the tests share the cores
         mock.patch.object(LocalLogger, "plot_progress_png"),
     ):

@@ -403,7 +403,7 @@ def test_the_planner_counts_on_all_contrasts_of_all_studies(monkeypatch):
     monkeypatch.setattr(adaptive, "groups", recorded_groups)
     monkeypatch.setattr(adaptive, "split_contrasts", recorded_split)
     assert finetuning_memory(network, SIDES, 3, 2, 4) > 0
-    assert grouped == split == [[[0, 1, 2]] * 4] * 2  # a rehearsal has two steps
+    assert grouped == split == [[[0, 1, 2]] * 4]
 
 
 @both_kinds
