@@ -212,7 +212,7 @@ def damaged(draw: st.DrawFn, valid: bytes) -> bytes:
     return bytes(content)
 
 
-def attack(reader: Reader, folder: Path, inputs: int, *, derandomize: bool) -> None:
+def attack(reader: Reader, folder: Path, inputs: int) -> None:
     """Read a number of damaged files; anything but a result or a `UserError` is a failure."""
     file = folder / reader.name
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -222,7 +222,6 @@ def attack(reader: Reader, folder: Path, inputs: int, *, derandomize: bool) -> N
 
     @settings(
         max_examples=inputs,
-        derandomize=derandomize,
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),
@@ -240,13 +239,13 @@ def attack(reader: Reader, folder: Path, inputs: int, *, derandomize: bool) -> N
 
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_files_end_in_a_result_or_a_sentence(name, tmp_path):
-    attack(READERS[name], tmp_path, FAST // len(READERS), derandomize=True)
+    attack(READERS[name], tmp_path, FAST // len(READERS))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_many_damaged_files_end_in_a_result_or_a_sentence(name, tmp_path):
-    attack(READERS[name], tmp_path, -(-INPUTS // len(READERS)), derandomize=False)
+    attack(READERS[name], tmp_path, -(-INPUTS // len(READERS)))
 
 
 def test_a_header_entry_that_is_not_utf8_is_removed(tmp_path):
@@ -262,4 +261,4 @@ def test_a_header_entry_that_is_not_utf8_is_removed(tmp_path):
 def test_what_is_not_a_sentence_would_be_noticed(tmp_path):
     reader = Reader("a.json", write_text({"a": 1}), lambda file: json.loads(file.read_text())["a"])
     with pytest.raises(ExceptionGroup, match="distinct failures"):
-        attack(reader, tmp_path, 100, derandomize=True)
+        attack(reader, tmp_path, 100)
