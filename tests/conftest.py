@@ -29,10 +29,9 @@ from torch import Tensor, distributed, nn
 
 from nnunet_vit_mae.installation import trainers_folder
 
-# times differ too much from one machine to the next; the same examples each time, so that a failure is of what was
-# changed: --hypothesis-profile=new looks for others
+# times differ too much from one machine to the next for a deadline
 settings.register_profile("new", deadline=None)
-settings.register_profile("same", deadline=None, derandomize=True)
+settings.register_profile("same", deadline=None, derandomize=True)  # a failure is of what was changed
 settings.load_profile("same")
 torch.set_num_threads(1)  # there are as many processes as cores
 os.environ["MAE3D_TENSORBOARD"] = "0"  # its import takes longer than a training here

@@ -304,10 +304,8 @@ def test_brightness_and_contrast_of_one_image_do_not_change_the_loss(number, see
     network, volume = autoencoder().double(), studies_with(MIXED, seed=seed).double()
     other, masks = volume.clone(), masks_for(noise_for(4, seed=seed), MIXED)
     other[IMAGES[number]] = other[IMAGES[number]] * 7 + shift
-    with (
-        torch.no_grad(),
-        patch("nnunet_vit_mae.networks.autoencoder.NORM_PIX_EPSILON", 1e-15),
-    ):  # it counts in flat tokens
+    # the epsilon counts in flat tokens
+    with torch.no_grad(), patch("nnunet_vit_mae.networks.autoencoder.NORM_PIX_EPSILON", 1e-15):
         rebuilt = [with_random_patches(network(v, masks), seed) for v in (volume, other)]
         same, different = ([reconstruction_loss(r, norm_pix=n) for r in rebuilt] for n in (True, False))
     assert torch.allclose(*same, rtol=1e-4)

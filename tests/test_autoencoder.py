@@ -342,7 +342,7 @@ def test_brightness_and_contrast_of_a_hidden_token_do_not_change_the_loss(seed, 
     other = volume.clone()
     other[place] = other[place] * scale + shift
     assert not torch.equal(volume, other)
-    with patch("nnunet_vit_mae.networks.autoencoder.NORM_PIX_EPSILON", 1e-15):  # it counts in flat tokens
+    with patch("nnunet_vit_mae.networks.autoencoder.NORM_PIX_EPSILON", 1e-15):  # which counts in flat tokens
         losses = [loss_of(v, masks, random_patches(masks, seed), norm_pix=True) for v in (volume, other)]
     assert torch.allclose(*losses, rtol=1e-4)
 

@@ -1,7 +1,7 @@
 """Damaged files of every kind that is read: the result, or a sentence, and never another error, a crash or a hang.
 
 Bytes of a valid file are changed, cut, doubled and removed, or all bytes are random. INPUTS is their number in the slow
-test; the fast one takes a part of it, the same ones every time.
+test, and the fast one takes a part of it.
 """
 
 import gzip
