@@ -31,7 +31,7 @@ from nnunet_vit_mae.installation import trainers_folder
 
 # times differ too much from one machine to the next for a deadline
 settings.register_profile("new", deadline=None)
-settings.register_profile("same", deadline=None, derandomize=True)  # a failure is of what was changed
+settings.register_profile("same", deadline=None, derandomize=True)  # so that a failure comes from a change
 settings.load_profile("same")
 torch.set_num_threads(1)  # there are as many processes as cores
 os.environ["MAE3D_TENSORBOARD"] = "0"  # its import takes longer than a training here
@@ -70,11 +70,11 @@ def _rehearsals_remembered() -> Iterator[None]:
     known: dict[str, int] = {}
 
     def remembering(estimate: Callable[..., int]) -> Callable[..., int]:
-        def call(*arguments: Any, unet: partial | None = None) -> int:
-            planned = unet.args[0].configuration.configuration if unet else None
-            key = repr((estimate, planned, arguments))
+        def call(*arguments: Any, **unet: partial) -> int:
+            plans = [build.args[0].configuration.configuration for build in unet.values()]
+            key = repr((estimate, plans, arguments))
             if key not in known:
-                known[key] = estimate(*arguments, **({"unet": unet} if unet else {}))
+                known[key] = estimate(*arguments, **unet)
             return known[key]
 
         return call
